@@ -1,0 +1,220 @@
+"""Frozen dataclasses <-> command-line flags. This is the only module that knows argparse.
+
+A part of the program declares what can be set about it as a frozen, keyword-only dataclass whose fields are made by
+:func:`flag`; the string under a field is its help text. :class:`FlagParser` turns such classes into flags, and
+:func:`build` turns what the user gave back into an instance (which checks itself in ``__post_init__``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+from fairseq.registry import did_you_mean
+
+C = TypeVar("C")
+
+
+def flag(
+    *names: str,
+    default: Any = dataclasses.MISSING,
+    choices: Sequence[str] | None = None,
+    parse: Callable[[str], Any] | None = None,
+    const: Any = None,
+) -> Any:
+    """Declare a config field that is also a flag.
+
+    Args:
+        names: spellings as fairseq users know them, the first one shown in help; without any, ``--field-name``.
+            A name without leading dashes makes a positional argument.
+        default: the field's value when the user says nothing.
+        choices: the admitted words.
+        parse: turns the flag's text into the value; by default the field's annotation decides.
+        const: makes the flag's value optional: given without a value it means ``const``.
+    """
+    metadata = {"names": names, "choices": choices, "parse": parse, "const": const}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def int_list(text: str) -> tuple[int, ...]:
+    """Parse ``20000,60000``."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def float_list(text: str) -> tuple[float, ...]:
+    """Parse ``0.1,0.2`` or a literal such as ``(0.9, 0.98)``; never evaluates code."""
+    return tuple(float(part) for part in text.strip("()[] ").split(",") if part.strip())
+
+
+def literal_dict(text: str) -> dict[str, Any]:
+    """Parse a dictionary literal such as ``{'dropout': 0.1}``; never evaluates code.
+
+    Raises: argparse.ArgumentTypeError when it is anything else.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a literal such as \"{{'dropout': 0.1}}\"") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is a {type(value).__name__}, a dictionary is needed")
+    return value
+
+
+_PARSERS: dict[Any, Callable[[str], Any]] = {
+    tuple[int, ...]: int_list,
+    tuple[float, ...]: float_list,
+    dict[str, Any]: literal_dict,
+}
+
+
+def _value_parser(annotation: Any) -> Callable[[str], Any]:
+    """The function that reads a value of this annotation from text; ``X | None`` reads as ``X``."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
+    return _PARSERS.get(annotation, annotation)
+
+
+def flag_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The spellings of a field's flag."""
+    return tuple(field.metadata.get("names") or ()) or ("--" + field.name.replace("_", "-"),)
+
+
+def field_help(config_class: type) -> dict[str, str]:
+    """Field name -> the string written under it, for every field that has one (parents included)."""
+    found: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        except (OSError, TypeError):  # no source at hand, e.g. a class made in an interactive session
+            continue
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for statement, following in zip(body, body[1:]):
+            is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+            if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                found[statement.target.id] = " ".join(str(following.value.value).split())  # type: ignore[union-attr]
+    return found
+
+
+def build(config_class: type[C], given: Mapping[str, Any], **more: Any) -> C:
+    """Make a config from the values the user gave (others keep their defaults); ``more`` wins over both.
+
+    Raises: ValueError from the class's own checks, or when a value without default is missing.
+    """
+    fields = {f.name: f for f in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    values = {name: given[name] for name in fields if name in given} | more
+    missing = [flag_names(f)[0] for f in fields.values() if f.name not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    return config_class(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain types (for checkpoints and manifests); tuples become lists."""
+    plain = dataclasses.asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+class _Flag(argparse.Action):
+    """A switch that remembers it was given; unlike store_true it leaves no default behind."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, True)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Reads flags in fairseq's spelling (dashes or underscores) and reports a mistake in one line.
+
+    What the user did not give is absent from the result, so that architecture and checkpoint defaults can fill it.
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        self._spellings: dict[str, str] = {}
+        self._help_wanted = any(word in ("-h", "--help") for word in sys.argv[1:])
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def add_config(self, config_class: type, title: str | None = None) -> None:
+        """Add a flag for each field of a config; a flag that is there already (same names) is shared."""
+        group = self.add_argument_group(title or config_class.__name__)
+        hints = typing.get_type_hints(config_class)
+        helps = field_help(config_class) if self._help_wanted else {}
+        for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+            names = flag_names(field)
+            if self._normal(names[0]) not in self._spellings:
+                self._add_flag(group, field, names, hints[field.name], helps.get(field.name, ""))
+
+    def _add_flag(self, group: Any, field: dataclasses.Field[Any], names: Any, annotation: Any, text: str) -> None:
+        shown = field.default
+        if shown is not dataclasses.MISSING and shown is not None and shown is not False and text:
+            text = f"{text} (default: {shown})"
+        settings: dict[str, Any] = {"help": text.replace("%", "%%") or None}
+        if field.metadata.get("choices"):
+            settings["choices"] = list(field.metadata["choices"])
+        if not names[0].startswith("-"):
+            optional = field.default is not dataclasses.MISSING
+            group.add_argument(names[0], type=_value_parser(annotation), nargs="?" if optional else None, **settings)
+            self._spellings[names[0]] = names[0]
+            return
+        for name in names:
+            self._spellings[self._normal(name)] = name
+        if annotation is bool:
+            group.add_argument(*names, dest=field.name, action=_Flag, **settings)
+            return
+        settings["type"] = field.metadata.get("parse") or _value_parser(annotation)
+        if field.metadata.get("const") is not None:
+            settings |= {"nargs": "?", "const": field.metadata["const"]}
+        if "choices" not in settings:
+            settings["metavar"] = field.name.upper()
+        group.add_argument(*names, dest=field.name, **settings)
+
+    def parse(self, argv: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Read the words of a command line into {field: value}, holding only what was given.
+
+        Args:
+            elsewhere: flags that exist but not for this choice of parts -> why, for the message.
+        Exits with status 2 and one line on a mistake.
+        """
+        namespace, unknown = self.parse_known_args(self.respell(argv))
+        if unknown:
+            self.error(self._explain(unknown[0].partition("=")[0], elsewhere or {}))
+        return vars(namespace)
+
+    def respell(self, argv: Sequence[str]) -> list[str]:
+        """Rewrite each flag of ``argv`` to its declared spelling: dashes and underscores both work."""
+        words = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            known = self._spellings.get(self._normal(name)) if name.startswith("--") else None
+            words.append((known or name) + equals + value)
+        return words
+
+    def spellings(self) -> Iterable[str]:
+        """Every flag this parser knows."""
+        return self._spellings.values()
+
+    def _explain(self, word: str, elsewhere: Mapping[str, str]) -> str:
+        if not word.startswith("-"):
+            return f"unexpected argument {word!r}"
+        for name, reason in elsewhere.items():
+            if self._normal(name) == self._normal(word):
+                return f"{word} {reason}"
+        return f"unknown flag {word}{did_you_mean(word, [*self._spellings.values(), *elsewhere])}"
+
+    @staticmethod
+    def _normal(name: str) -> str:
+        return name.replace("_", "-") if name.startswith("--") else name
