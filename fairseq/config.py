@@ -139,9 +139,7 @@ class FlagParser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
-        )
+        super().__init__(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         self._spellings: dict[str, str] = {}
         self._help_wanted = any(word in ("-h", "--help") for word in sys.argv[1:])
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,6 +25,28 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     if name in table:
         return table[name]
     raise ValueError(f"unknown {what} {name!r}{did_you_mean(name, table)}; known: {', '.join(sorted(table))}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A named part: its config class, and where its implementation is, imported only when it is used.
+
+    Configs are light and make the flags; implementations import torch, which takes seconds: ``--help`` needs only
+    the former.
+    """
+
+    config: type
+    """Frozen dataclass with the part's flags."""
+    target: str | Callable[..., Any]
+    """``"package.module:Name"``, or the class or function itself (plug-ins)."""
+
+    def load(self) -> Callable[..., Any]:
+        """Import and return the implementation."""
+        if not isinstance(self.target, str):
+            return self.target
+        module, _, name = self.target.partition(":")
+        loaded: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return loaded
 
 
 def registrar(table: dict[str, T], what: str) -> Callable[[str], Callable[[T], T]]:
