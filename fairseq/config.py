@@ -122,6 +122,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
+_IGNORED = "ignored "
+
+
 class _Flag(argparse.Action):
     """A switch that remembers it was given; unlike store_true it leaves no default behind."""
 
@@ -144,6 +147,7 @@ class FlagParser(argparse.ArgumentParser):
         self._help_wanted = any(word in ("-h", "--help") for word in sys.argv[1:])
 
     def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def add_config(self, config_class: type, title: str | None = None) -> None:
@@ -191,6 +195,26 @@ class FlagParser(argparse.ArgumentParser):
         if unknown:
             self.error(self._explain(unknown[0].partition("=")[0], elsewhere or {}))
         return vars(namespace)
+
+    def peek(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Read the flags this parser knows and pass over all others; used to learn which parts were chosen."""
+        words = [word for word in self.respell(argv) if word not in ("-h", "--help")]
+        return vars(self.parse_known_args(words)[0])
+
+    def add_ignored(self, name: str, *, takes_value: bool) -> None:
+        """Accept a flag that sets nothing, unless a config has it. :meth:`pop_ignored` tells which were given."""
+        if self._normal(name) in self._spellings:
+            return
+        self._spellings[self._normal(name)] = name
+        settings: dict[str, Any] = {} if takes_value else {"action": _Flag}
+        self.add_argument(name, dest=_IGNORED + name, help=argparse.SUPPRESS, **settings)
+
+    def pop_ignored(self, given: dict[str, Any]) -> list[str]:
+        """Take the ignored flags out of what :meth:`parse` returned; returns their names."""
+        names = [key.removeprefix(_IGNORED) for key in given if key.startswith(_IGNORED)]
+        for name in names:
+            del given[_IGNORED + name]
+        return names
 
     def respell(self, argv: Sequence[str]) -> list[str]:
         """Rewrite each flag of ``argv`` to its declared spelling: dashes and underscores both work."""

@@ -1,0 +1,81 @@
+"""What can be set about evaluating a language model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.config import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Which checkpoint is scored on which text, and what is reported."""
+
+    path: str | None = flag("--path", default=None)
+    """Checkpoint to evaluate; several separated by colons make an ensemble."""
+    gen_subset: str = flag("--gen-subset", default="test")
+    """Split to score."""
+    num_shards: int = flag("--num-shards", default=1)
+    """Parts the split is cut into, to be scored by as many commands."""
+    shard_id: int = flag("--shard-id", default=0)
+    """Which part this command scores, from 0."""
+    context_window: int = flag("--context-window", default=0)
+    """Tokens of the text before each block that the model reads but that are not scored again."""
+    softmax_batch: int = flag("--softmax-batch", default=sys.maxsize)
+    """Positions whose vocabulary scores are held at once."""
+    remove_bpe: str | None = flag("--remove-bpe", "--post-process", default=None, const="@@ ")
+    """Report per word, joining the pieces that this mark continues."""
+    model_overrides: dict[str, Any] | None = flag("--model-overrides", default=None)
+    """Dictionary literal of model settings that replace the checkpoint's."""
+    results_path: str | None = flag("--results-path", default=None)
+    """Folder for the report, the scores and the run manifest."""
+    eval_file: str | None = flag("--eval-file", default=None)
+    """JSON file for the figures."""
+    scores_file: str | None = flag("--scores-file", default=None)
+    """NumPy .npz file for the log-probability of every scored token."""
+    output_word_probs: bool = flag("--output-word-probs", default=False)
+    """Print every word with its log-probability."""
+    output_word_stats: bool = flag("--output-word-stats", default=False)
+    """Print, per word of the vocabulary, how often it occurred and its mean log-probability."""
+    quiet: bool = flag("--quiet", default=False)
+    """Print the report only."""
+    score_all: bool = flag("--score-all", default=False)
+    """Cut blocks longer than the model's positions instead of leaving them out."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("give --path CHECKPOINT: which model is evaluated is not known otherwise")
+        if self.context_window < 0:
+            raise ValueError(f"--context-window must be at least 0, got {self.context_window}")
+        if self.softmax_batch < 1:
+            raise ValueError(f"--softmax-batch must be at least 1, got {self.softmax_batch}")
+        if not 0 <= self.shard_id < self.num_shards:
+            raise ValueError(f"--shard-id {self.shard_id} is not in 0..{self.num_shards - 1} (--num-shards)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEvaluationConfig:
+    """Whether eval_lm.py saves a datastore or scores with one."""
+
+    knnlm: bool = flag("--knnlm", default=False)
+    """Interpolate with the nearest neighbours in a datastore (kNN-LM, arXiv 1911.00172)."""
+    save_knnlm_dstore: bool = flag("--save-knnlm-dstore", default=False)
+    """Write the key and the next token of every position into a datastore."""
+    dstore_mmap: str | None = flag("--dstore-mmap", default=None)
+    """Prefix of the datastore that is written."""
+    score_while_saving: bool = flag("--score-while-saving", default=False)
+    """Compute the perplexity too while saving (costs the softmax, which saving does not need)."""
+    knn_bulk: int = flag("--knn-bulk", default=65536)
+    """Scored positions whose neighbours are searched at once."""
+
+    def __post_init__(self) -> None:
+        if self.knnlm and self.save_knnlm_dstore:
+            raise ValueError("--knnlm and --save-knnlm-dstore exclude each other; save first, then evaluate")
+        if self.save_knnlm_dstore and not self.dstore_mmap:
+            raise ValueError("--save-knnlm-dstore needs --dstore-mmap PREFIX: where the datastore goes")
+        if self.score_while_saving and not self.save_knnlm_dstore:
+            raise ValueError("--score-while-saving goes with --save-knnlm-dstore")
+        if self.knn_bulk < 1:
+            raise ValueError(f"--knn-bulk must be at least 1, got {self.knn_bulk}")

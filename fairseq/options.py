@@ -1,0 +1,161 @@
+"""Which configs make up each command, and fairseq's way of choosing parts by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from fairseq import ignored_flags
+from fairseq.config import FlagParser, build, flag, flag_names
+from fairseq.criterions import CRITERIONS
+from fairseq.evaluation_config import EvaluationConfig, MemoryEvaluationConfig
+from fairseq.memory.knn_config import KnnConfig
+from fairseq.models.architectures import ARCHITECTURES
+from fairseq.models.config import TransformerLMConfig
+from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
+from fairseq.progress import CommonConfig
+from fairseq.registry import Entry, lookup
+from fairseq.tasks import TASKS
+from fairseq.training_config import (
+    CheckpointConfig,
+    DatasetConfig,
+    DistributedConfig,
+    OptimizationConfig,
+    RuntimeConfig,
+    ValidationConfig,
+)
+from fairseq.user_dir import import_user_dir
+
+logger = logging.getLogger(__name__)
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoicesConfig:
+    """The parts of a training run that are chosen by name; each brings its own flags."""
+
+    task: str = flag("--task", default="language_modeling")
+    """Kind of data and model."""
+    arch: str = flag("--arch", "-a", default="transformer_lm")
+    """Named model size."""
+    criterion: str = flag("--criterion", default="cross_entropy")
+    """Training loss."""
+    optimizer: str = flag("--optimizer", default="nag")
+    """Update rule."""
+    lr_scheduler: str = flag("--lr-scheduler", default="fixed")
+    """Learning rate schedule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskChoiceConfig:
+    """The task, where nothing else is chosen by name."""
+
+    task: str = flag("--task", default="language_modeling")
+    """Kind of data and model."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a command was told: the words, and the values they gave (defaults are absent)."""
+
+    program: str
+    argv: tuple[str, ...]
+    given: Mapping[str, Any]
+    chosen: Mapping[str, str]
+
+    def config(self, config_class: type[C], **more: Any) -> C:
+        """The config of one part. Raises: ValueError from its checks."""
+        return build(config_class, self.given, **more)
+
+
+_TABLES: Mapping[str, tuple[str, Mapping[str, Entry]]] = {
+    "criterion": ("--criterion", CRITERIONS),
+    "optimizer": ("--optimizer", OPTIMIZERS),
+    "lr_scheduler": ("--lr-scheduler", LR_SCHEDULERS),
+    "task": ("--task", TASKS),
+}
+
+
+def _add_ignored(parser: FlagParser, table: Mapping[str, tuple[int, str]]) -> None:
+    for name, (takes_value, _) in table.items():
+        parser.add_ignored(name, takes_value=bool(takes_value))
+
+
+def _warn_ignored(parser: FlagParser, given: dict[str, Any], table: Mapping[str, tuple[int, str]]) -> None:
+    for name in parser.pop_ignored(given):
+        logger.warning("%s is ignored: %s", name, table[name][1])
+
+
+def _flags_of_others(chosen: Mapping[str, str]) -> dict[str, str]:
+    """Flags that exist, but for another optimizer, schedule or criterion than the chosen one -> the reason."""
+    reasons: dict[str, str] = {}
+    for choice, (option, table) in _TABLES.items():
+        for name, entry in table.items():
+            if choice in chosen and name != chosen[choice]:
+                for field in fields(entry.config):
+                    for spelling in flag_names(field):
+                        reasons.setdefault(spelling, f"belongs to {option} {name}, not to {chosen[choice]}")
+    return reasons
+
+
+def parse_train(argv: Sequence[str]) -> Settings:
+    """Read ``train.py``'s words. Exits with status 2 and one line on a mistake; plug-ins are imported first."""
+    _import_plugins(argv)
+    first = FlagParser("train.py", "Train a model.")
+    first.add_config(ChoicesConfig)
+    chosen = _chosen(first.peek(argv))
+    parser = FlagParser("train.py", "Train a model.")
+    parser.add_config(ChoicesConfig)
+    arch_class = TransformerLMConfig
+    others = (RuntimeConfig, CommonConfig, DatasetConfig, ValidationConfig, DistributedConfig, OptimizationConfig)
+    parts = tuple(table[chosen[choice]].config for choice, (_, table) in _TABLES.items())
+    for config_class in (*parts, *others, CheckpointConfig, arch_class):
+        parser.add_config(config_class)
+    _add_ignored(parser, ignored_flags.TRAIN)
+    given = parser.parse(argv, _flags_of_others(chosen))
+    _warn_ignored(parser, given, ignored_flags.TRAIN)
+    return Settings("train.py", tuple(argv), given, chosen)
+
+
+def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
+    choices = build(ChoicesConfig, given)
+    chosen = {field.name: getattr(choices, field.name) for field in fields(choices)}
+    for choice, (option, table) in _TABLES.items():
+        lookup(table, chosen[choice], option)
+    lookup(ARCHITECTURES, chosen["arch"], "--arch")
+    return chosen
+
+
+def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
+    """Read ``eval_lm.py``'s words. Exits with status 2 and one line on a mistake."""
+    _import_plugins(argv)
+    parser = FlagParser(program, "Score text with a language model, with or without a memory.")
+    parser.add_config(TaskChoiceConfig)
+    task = parser.peek(argv).get("task", "language_modeling")
+    for config_class in (lookup(TASKS, task, "--task").config, EvaluationConfig, MemoryEvaluationConfig, KnnConfig):
+        parser.add_config(config_class)
+    for config_class in (RuntimeConfig, CommonConfig, DatasetConfig):
+        parser.add_config(config_class)
+    parser.add_config(_KeyTapConfig)
+    _add_ignored(parser, ignored_flags.EVALUATE)
+    given = parser.parse(argv)
+    _warn_ignored(parser, given, ignored_flags.EVALUATE)
+    return Settings(program, tuple(argv), given, {"task": task})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _KeyTapConfig:
+    """Where keys are read; overrides the checkpoint's."""
+
+    knn_keytype: str | None = flag("--knn-keytype", default=None)
+    """Which inner state is the key: last_ffn_input or model_output."""
+
+
+def _import_plugins(argv: Sequence[str]) -> None:
+    first = FlagParser("", "")
+    first.add_config(RuntimeConfig)
+    user_dir = first.peek(argv).get("user_dir")
+    if user_dir:
+        import_user_dir(user_dir)

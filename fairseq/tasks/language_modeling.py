@@ -1,0 +1,148 @@
+"""Next-token prediction on binarised text: from a data folder to batches, for training and for evaluation."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fairseq.data.batching import batch_by_size, filter_by_size
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+from fairseq.data.iterators import EpochBatchIterator
+from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
+from fairseq.data.monolingual_dataset import MonolingualDataset
+from fairseq.data.token_block_dataset import TokenBlockDataset
+from fairseq.models.architectures import build_model_config
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.tasks.configs import LanguageModelingConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+
+class LanguageModelingTask:
+    """A data folder, its dictionary, and how its text is cut into blocks and batches."""
+
+    def __init__(self, config: LanguageModelingConfig) -> None:
+        """Read the dictionary. Raises: ValueError or FileNotFoundError when the data folder is not one."""
+        self.config = config
+        self.folders = config.data.split(":")
+        for folder in self.folders:
+            if not os.path.isdir(folder):
+                raise ValueError(f"data folder {folder!r} does not exist; preprocess.py makes one")
+        dictionary = os.path.join(self.folders[0], "dict.txt")
+        if not os.path.exists(dictionary):
+            raise ValueError(f"{self.folders[0]!r} holds no dict.txt, so it is no data folder; preprocess.py makes one")
+        self.dictionary = Dictionary.load(dictionary)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest input a model of this task is made for, in tokens."""
+        return self.config.max_target_positions or self.config.tokens_per_sample
+
+    def prefix(self, split: str, epoch: int = 1) -> str:
+        """Path of a split without ``.bin``; folders take turns by epoch for the training split.
+
+        Raises: ValueError naming the splits that exist when this one does not.
+        """
+        folders = self.folders
+        path = os.path.join(folders[(epoch - 1) % len(folders)], split)
+        if not os.path.exists(path + ".bin") or not os.path.exists(path + ".idx"):
+            here = sorted(name[:-4] for name in os.listdir(os.path.dirname(path)) if name.endswith(".idx"))
+            raise ValueError(
+                f"no split {split!r} at {path}.bin/.idx; the folder holds: {', '.join(here) or 'no binarised text'}"
+            )
+        return path
+
+    def blocks(self, split: str, block_size: int | None = None, epoch: int = 1) -> MonolingualDataset:
+        """The blocks of a split, each with the token before it. ``block_size`` defaults to --tokens-per-sample.
+
+        Raises: ValueError when the text holds tokens the dictionary has not.
+        """
+        prefix = self.prefix(split, epoch)
+        text = MMapIndexedDataset(prefix)
+        self._require_known_tokens(text.tokens, prefix)
+        size = block_size or self.config.tokens_per_sample
+        cut = TokenBlockDataset(text.tokens, text.sizes, size, self.config.sample_break_mode)
+        dataset = MonolingualDataset(
+            cut, pad=self.dictionary.pad(), eos=self.dictionary.eos(), **self._bos_setting()
+        )
+        logger.info("%s: %d tokens in %d blocks of at most %d", prefix, len(text.tokens), len(cut), size)
+        return dataset
+
+    def _bos_setting(self) -> dict[str, Any]:
+        return {"bos": self.dictionary.bos()} if self.config.add_bos_token else {}
+
+    def _require_known_tokens(self, tokens: np.ndarray[Any, Any], prefix: str) -> None:
+        """A dictionary of other text shows here: every split but a tiny one uses its last types."""
+        largest = int(tokens.max()) if len(tokens) else 0
+        if largest >= len(self.dictionary):
+            raise ValueError(
+                f"{prefix}.bin holds token {largest}, but {self.folders[0]}/dict.txt has {len(self.dictionary)} types; "
+                "the text was binarised with another dictionary: run preprocess.py again with --srcdict"
+            )
+
+    def training_batches(
+        self,
+        dataset: MonolingualDataset | LMContextWindowDataset,
+        *,
+        max_tokens: int | None,
+        max_sentences: int | None,
+        multiple: int,
+        seed: int,
+        shuffle: bool = True,
+        skip_too_long: bool = True,
+        max_positions: int | None = None,
+    ) -> list[np.ndarray[Any, Any]]:
+        """Which blocks go together, for one epoch after another.
+
+        Blocks of like length share a batch; among equals the order is drawn from ``seed``.
+        Raises: ValueError for a block longer than ``max_positions`` unless it may be skipped.
+        """
+        count = len(dataset.sizes)
+        order = np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
+        order = order[np.argsort(dataset.sizes[order], kind="stable")]
+        kept, dropped = filter_by_size(order, dataset.sizes, max_positions or self.max_positions)
+        if len(dropped) and not skip_too_long:
+            raise ValueError(
+                f"block {dropped[0]} has {dataset.sizes[dropped[0]]} tokens, the model reads at most "
+                f"{max_positions or self.max_positions}; leave such blocks out with --skip-invalid-size-inputs-valid-test"
+            )
+        if len(dropped):
+            logger.warning("%d of %d blocks are longer than the model's positions and are left out", len(dropped), count)
+        if not len(kept):
+            raise ValueError(f"no block is left to train or validate on: {count} blocks, {len(dropped)} too long")
+        return batch_by_size(kept, dataset.sizes, max_tokens, max_sentences, multiple)
+
+    def iterator(
+        self,
+        dataset: MonolingualDataset | LMContextWindowDataset,
+        batches: list[np.ndarray[Any, Any]],
+        *,
+        seed: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle: bool = False,
+    ) -> EpochBatchIterator:
+        """Go through batches epoch by epoch."""
+        return EpochBatchIterator(
+            dataset.collate,
+            batches,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            shuffle=shuffle,
+        )
+
+    def build_model(self, arch: str, given: Mapping[str, Any]) -> TransformerLanguageModel:
+        """A fresh model of a named size, for this dictionary; ``given`` are the flags that override the size."""
+        limits = {"max_target_positions": self.max_positions}
+        config = build_model_config(arch, limits | dict(given))
+        return TransformerLanguageModel.build(config, len(self.dictionary), self.dictionary.pad())

@@ -1,0 +1,142 @@
+"""One update of training, and one pass of validation, over any number of processes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.criterions.base import Loss
+from fairseq.data.types import LMBatch
+from fairseq.distributed import sum_over_ranks
+from fairseq.metrics import StepSums
+from fairseq.optim import set_lr
+from fairseq.training_config import OptimizationConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lightning.fabric import Fabric
+
+logger = logging.getLogger(__name__)
+
+_MICRO_BATCHES_PER_UPDATE = 1 << 16  # more than anybody accumulates; keeps seeds of different updates apart
+
+
+class LossModule(nn.Module):
+    """Model and criterion as one module, so that data-parallel hooks see the whole path to the loss."""
+
+    def __init__(self, model: nn.Module, criterion: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, *parts: Any) -> tuple[Tensor, int, dict[str, float]]:
+        """Loss of one batch, handed over in parts because Fabric cannot rebuild frozen values."""
+        loss: Loss = self.criterion(self.model, LMBatch(*parts))
+        return loss.sum, loss.sample_size, loss.log
+
+
+class Trainer:
+    """Holds what changes while training: weights, optimizer, schedule and the count of updates."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        criterion: Any,
+        optimizer: torch.optim.Optimizer,
+        schedule: Any,
+        optimization: OptimizationConfig,
+        seed: int,
+    ) -> None:
+        self.fabric = fabric
+        self.model = model
+        self.schedule = schedule
+        self.optimization = optimization
+        self.seed = seed
+        self.num_updates = 0
+        self.wrapped, self.optimizer = fabric.setup(LossModule(model, criterion), optimizer)
+        set_lr(self.optimizer, schedule.lr)
+
+    def train_step(self, batches: list[LMBatch]) -> StepSums:
+        """One update from this rank's batches. Returns sums over all ranks.
+
+        Dropout is seeded by update and by the batch's place in the update, so that a continued run, or the same
+        update on another number of processes, draws the same masks.
+        """
+        self.wrapped.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = StepSums()
+        for place, batch in enumerate(batches):
+            self._seed(place * self.fabric.world_size + self.fabric.global_rank)
+            last = place == len(batches) - 1
+            with self.fabric.no_backward_sync(self.wrapped, enabled=not last):
+                loss, sample_size, log = self._loss(batch)
+                self.fabric.backward(loss)
+            sums.add(float(loss.detach()), sample_size, batch, log)
+        sums = sums.with_values(sum_over_ranks(self.fabric, sums.values()))
+        norm = self._scale_and_clip(sums.sample_size)
+        self.optimizer.step()
+        self.num_updates += 1
+        set_lr(self.optimizer, self.schedule.step_update(self.num_updates))
+        return sums.with_norm(norm, clipped=0 < self.optimization.clip_norm < norm)
+
+    def valid_pass(self, batches: Iterable[LMBatch]) -> StepSums:
+        """Loss over a validation split, summed over all ranks."""
+        self.wrapped.eval()
+        sums = StepSums()
+        with torch.inference_mode():
+            for batch in batches:
+                loss, sample_size, log = self._loss(batch)
+                sums.add(float(loss), sample_size, batch, log)
+        return sums.with_values(sum_over_ranks(self.fabric, sums.values()))
+
+    def _loss(self, batch: LMBatch) -> tuple[Tensor, int, dict[str, float]]:
+        result: tuple[Tensor, int, dict[str, float]] = self.wrapped(*batch.to(self.fabric.device).parts())
+        return result
+
+    def _scale_and_clip(self, sample_size: float) -> float:
+        """Turn gradients of the ranks' mean sum into those of the mean per token; returns their norm."""
+        factor = self.fabric.world_size / max(sample_size, 1.0)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+        limit = self.optimization.clip_norm if self.optimization.clip_norm > 0 else float("inf")
+        norm = self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        return float(norm) if norm is not None else 0.0
+
+    def _seed(self, place: int) -> None:
+        torch.manual_seed((self.seed * (1 << 40) + self.num_updates * _MICRO_BATCHES_PER_UPDATE + place) % (1 << 63))
+
+    def state_dict(self, with_optimizer: bool = True) -> dict[str, Any]:
+        """Optimizer, schedule and update count as plain types and tensors."""
+        return {
+            "optimizer": self.optimizer.state_dict() if with_optimizer else None,
+            "scheduler": self.schedule.state_dict(),
+            "num_updates": self.num_updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, reset_optimizer: bool, reset_schedule: bool) -> None:
+        """Go on from a saved state.
+
+        Raises: ValueError when the optimizer's state is missing or belongs to another optimizer.
+        """
+        if not reset_optimizer:
+            if state["optimizer"] is None:
+                raise ValueError(
+                    "the checkpoint holds no optimizer state, so training cannot go on exactly; "
+                    "give --reset-optimizer to start its state afresh"
+                )
+            try:
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (ValueError, KeyError) as error:
+                raise ValueError(
+                    f"the checkpoint's optimizer state does not fit this optimizer ({error}); "
+                    "give the same --optimizer, or --reset-optimizer"
+                ) from error
+        if not reset_schedule:
+            self.schedule.load_state_dict(state["scheduler"])
+            self.num_updates = state["num_updates"]
+            set_lr(self.optimizer, self.schedule.step_update(self.num_updates))
