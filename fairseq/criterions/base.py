@@ -1,0 +1,71 @@
+"""What a training loss is: batch and model in, a summed loss and figures to report out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fairseq.config import build
+from fairseq.criterions import CRITERIONS
+from fairseq.criterions.configs import CriterionConfig
+from fairseq.registry import lookup
+
+if TYPE_CHECKING:
+    from fairseq.data.types import LMBatch
+    from fairseq.models.outputs import LMOutput
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one batch. Sums, never means, so that batches, processes and padding can be put together freely."""
+
+    sum: Tensor
+    """Differentiable, in nats, over the scored positions."""
+    sample_size: int
+    """What gradients are divided by once all batches of an update are summed: tokens, or blocks."""
+    log: dict[str, float | Tensor]
+    """Sums to report: ``loss`` and others ending so in nats, ``sample_size``, ``ntokens``, ``nsentences``."""
+
+
+class Criterion:
+    """A training loss; subclasses give :meth:`__call__` and may refuse a model in :meth:`check`."""
+
+    def __init__(self, config: CriterionConfig) -> None:
+        self.config = config
+
+    def check(self, model: Any) -> None:
+        """Raise ValueError if this loss cannot train that model."""
+
+    def __call__(self, model: Any, batch: LMBatch) -> Loss:
+        """The loss of the scored positions of a batch (there may be none: the sum is then a 0 with a gradient)."""
+        raise NotImplementedError
+
+    def loss(self, total: Tensor, batch: LMBatch, **more: Tensor) -> Loss:
+        """Put a summed loss and further sums to report together with the counts of its batch."""
+        num_blocks = batch.tokens_BT.shape[0]
+        sample_size = num_blocks if self.config.sentence_avg else batch.num_scored
+        log: dict[str, float | Tensor] = {"loss": total.detach()}
+        log |= {name: value.detach() for name, value in more.items()}
+        log |= {"sample_size": sample_size, "ntokens": batch.num_scored, "nsentences": num_blocks}
+        return Loss(total, sample_size, log)
+
+
+def scored(out: LMOutput, batch: LMBatch) -> tuple[Tensor, Tensor]:
+    """The hidden states and targets of the positions that count, (N, D) and (N,); a view when all of them do."""
+    if batch.num_scored == batch.scored_BT.numel():
+        return out.hidden_BTD.flatten(0, 1), batch.target_BT.flatten()
+    return out.hidden_BTD[batch.scored_BT], batch.target_BT[batch.scored_BT]
+
+
+def build_criterion(name: str, given: Mapping[str, Any], model: Any) -> Criterion:
+    """Make the loss of ``--criterion NAME`` from the flags the user gave.
+
+    Raises: ValueError for an unknown name, a setting out of range, or a model the loss cannot train.
+    """
+    entry = lookup(CRITERIONS, name, "--criterion")
+    criterion: Criterion = entry.load()(build(entry.config, given))
+    criterion.check(model)
+    return criterion

@@ -1,0 +1,23 @@
+"""Optimizers and learning rate schedules by name. Add your line here."""
+
+from fairseq.optim import configs as c
+from fairseq.registry import Entry
+from fairseq.user_dir import class_registrar
+
+OPTIMIZERS: dict[str, Entry] = {
+    "adafactor": Entry(c.AdafactorConfig, "fairseq.optim.optimizers:make_adafactor"),
+    "adam": Entry(c.AdamConfig, "fairseq.optim.optimizers:make_adam"),
+    "nag": Entry(c.NagConfig, "fairseq.optim.optimizers:make_nag"),
+    "sgd": Entry(c.SgdConfig, "fairseq.optim.optimizers:make_sgd"),
+}
+
+LR_SCHEDULERS: dict[str, Entry] = {
+    "cosine": Entry(c.CosineConfig, "fairseq.optim.lr_schedulers:CosineSchedule"),
+    "fixed": Entry(c.FixedConfig, "fairseq.optim.lr_schedulers:FixedSchedule"),
+    "inverse_sqrt": Entry(c.InverseSqrtConfig, "fairseq.optim.lr_schedulers:InverseSqrtSchedule"),
+    "polynomial_decay": Entry(c.PolynomialDecayConfig, "fairseq.optim.lr_schedulers:PolynomialDecaySchedule"),
+    "reduce_lr_on_plateau": Entry(c.PlateauConfig, "fairseq.optim.lr_schedulers:PlateauSchedule"),
+}
+
+register_optimizer = class_registrar(OPTIMIZERS, "optimizer")
+register_lr_scheduler = class_registrar(LR_SCHEDULERS, "lr scheduler")

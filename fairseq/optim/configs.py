@@ -1,0 +1,193 @@
+"""What can be set about optimizers and learning rate schedules (no torch here: these make the flags)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fairseq.config import flag, float_list
+
+
+def _at_least_zero(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+
+
+def _pair(name: str, value: tuple[float, ...]) -> None:
+    if len(value) != 2:
+        raise ValueError(f"{name} needs two numbers such as '(0.9, 0.98)', got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """Adam with decoupled weight decay (arXiv 1412.6980, 1711.05101)."""
+
+    adam_betas: tuple[float, ...] = flag("--adam-betas", default=(0.9, 0.999), parse=float_list)
+    """How much of the running means of the gradient and of its square is kept at each update."""
+    adam_eps: float = flag("--adam-eps", default=1e-8)
+    """Added to the denominator."""
+    weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
+    """Fraction of each weight taken off at an update, times the learning rate."""
+
+    def __post_init__(self) -> None:
+        _pair("--adam-betas", self.adam_betas)
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"--adam-betas must lie in [0, 1), got {self.adam_betas}")
+        _at_least_zero(adam_eps=self.adam_eps, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NagConfig:
+    """Nesterov's accelerated gradient as simplified in arXiv 1212.0901, sec. 3.5, with decoupled weight decay."""
+
+    momentum: float = flag("--momentum", default=0.99)
+    """How much of the velocity is kept at each update."""
+    weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
+    """Fraction of each weight taken off at an update, times the learning rate."""
+
+    def __post_init__(self) -> None:
+        _at_least_zero(momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SgdConfig:
+    """Stochastic gradient descent; weight decay is added to the gradient."""
+
+    momentum: float = flag("--momentum", default=0.0)
+    """How much of the velocity is kept at each update."""
+    weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
+    """Fraction of each weight added to its gradient."""
+
+    def __post_init__(self) -> None:
+        _at_least_zero(momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdafactorConfig:
+    """Adafactor (arXiv 1804.04235): the second moments of a matrix as one row and one column."""
+
+    adafactor_eps: tuple[float, ...] = flag("--adafactor-eps", default=(1e-30, 1e-3), parse=float_list)
+    """Least squared gradient, and least size of a parameter for --scale-parameter."""
+    clip_threshold: float = flag("--clip-threshold", default=1.0)
+    """Scale an update down to this root mean square."""
+    decay_rate: float = flag("--decay-rate", default=-0.8)
+    """The second moments keep 1 - update ** decay_rate of their past."""
+    beta1: float | None = flag("--beta1", default=None)
+    """Keep a running mean of the updates with this weight; by default none is kept."""
+    scale_parameter: bool = flag("--scale-parameter", default=False)
+    """Make steps relative to the root mean square of each parameter."""
+    relative_step: bool = flag("--relative-step", default=False)
+    """Let the number of updates decide the step size, min(0.01, 1 / sqrt(update)); --lr is not used then."""
+    warmup_init: bool = flag("--warmup-init", default=False)
+    """With --relative-step, begin with steps of 1e-6 * update."""
+    weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
+    """Fraction of each weight taken off at an update, times the step size."""
+
+    def __post_init__(self) -> None:
+        _pair("--adafactor-eps", self.adafactor_eps)
+        if self.clip_threshold <= 0:
+            raise ValueError(f"--clip-threshold must be above 0, got {self.clip_threshold}")
+        if self.decay_rate > 0:
+            raise ValueError(f"--decay-rate is an exponent, at most 0, got {self.decay_rate}")
+        if self.beta1 is not None and not 0 <= self.beta1 < 1:
+            raise ValueError(f"--beta1 must lie in [0, 1), got {self.beta1}")
+        if self.warmup_init and not self.relative_step:
+            raise ValueError("--warmup-init needs --relative-step; with --lr, warm up by the schedule instead")
+        _at_least_zero(weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedConfig:
+    """One learning rate per epoch, then shrinking."""
+
+    force_anneal: int | None = flag("--force-anneal", "--fa", default=None)
+    """First epoch (counted from 1) that shrinks the rate; by default none does."""
+    lr_shrink: float = flag("--lr-shrink", default=0.1)
+    """Factor by which the rate shrinks."""
+    warmup_updates: int = flag("--warmup-updates", default=0)
+    """Raise the rate linearly over this many updates."""
+
+    def __post_init__(self) -> None:
+        _at_least_zero(lr_shrink=self.lr_shrink, warmup_updates=self.warmup_updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineConfig:
+    """Cosine annealing with warm-up and warm restarts (arXiv 1608.03983)."""
+
+    warmup_updates: int = flag("--warmup-updates", default=0)
+    """Raise the rate linearly over this many updates."""
+    warmup_init_lr: float = flag("--warmup-init-lr", default=-1.0)
+    """Rate at the start of the warm-up; -1 for the lowest rate of the schedule."""
+    max_lr: float | None = flag("--max-lr", default=None)
+    """Highest rate, --lr then being the lowest; by default --lr is the highest and --min-lr the lowest."""
+    t_mult: float = flag("--t-mult", default=1.0)
+    """Each period is this many times as long as the one before."""
+    lr_period_updates: float = flag("--lr-period-updates", default=-1.0)
+    """Updates of the first period; -1 for all updates after the warm-up."""
+    lr_shrink: float = flag("--lr-shrink", default=0.1)
+    """Factor on the highest and the lowest rate at each new period."""
+
+    def __post_init__(self) -> None:
+        if self.t_mult < 1:
+            raise ValueError(f"--t-mult must be at least 1, got {self.t_mult}; periods do not get shorter")
+        _at_least_zero(max_lr=self.max_lr, lr_shrink=self.lr_shrink, warmup_updates=self.warmup_updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrtConfig:
+    """Linear warm-up, then in proportion to 1 / sqrt(update)."""
+
+    warmup_updates: int = flag("--warmup-updates", default=4000)
+    """Raise the rate linearly over this many updates."""
+    warmup_init_lr: float = flag("--warmup-init-lr", default=-1.0)
+    """Rate at the start of the warm-up; -1 for 0, or for --lr when there is no warm-up."""
+
+    def __post_init__(self) -> None:
+        _at_least_zero(warmup_updates=self.warmup_updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolynomialDecayConfig:
+    """Linear warm-up, then a polynomial descent to the end rate."""
+
+    force_anneal: int | None = flag("--force-anneal", "--fa", default=None)
+    """First epoch (counted from 1) that no longer takes its rate from the list of --lr."""
+    warmup_updates: int = flag("--warmup-updates", default=0)
+    """Raise the rate linearly over this many updates."""
+    end_learning_rate: float = flag("--end-learning-rate", default=0.0)
+    """Rate from --total-num-update on."""
+    power: float = flag("--power", default=1.0)
+    """Exponent of the descent; 1 is a straight line."""
+    total_num_update: int = flag("--total-num-update", "--max-num-update", default=1_000_000)
+    """Update at which the descent ends."""
+
+    def __post_init__(self) -> None:
+        _at_least_zero(warmup_updates=self.warmup_updates, end_learning_rate=self.end_learning_rate, power=self.power)
+        if self.total_num_update <= self.warmup_updates:
+            raise ValueError(
+                f"--total-num-update {self.total_num_update} must be larger than --warmup-updates {self.warmup_updates}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlateauConfig:
+    """Shrink the rate when the validation figure no longer gets better."""
+
+    lr_shrink: float = flag("--lr-shrink", default=0.1)
+    """Factor by which the rate shrinks."""
+    lr_threshold: float = flag("--lr-threshold", default=1e-4)
+    """Relative change that counts as better."""
+    lr_patience: int = flag("--lr-patience", default=0)
+    """Epochs without a better figure that are let pass."""
+    warmup_updates: int = flag("--warmup-updates", default=0)
+    """Raise the rate linearly over this many updates."""
+    warmup_init_lr: float = flag("--warmup-init-lr", default=-1.0)
+    """Rate at the start of the warm-up; -1 for 0, or for --lr when there is no warm-up."""
+    maximize_best_checkpoint_metric: bool = flag("--maximize-best-checkpoint-metric", default=False)
+    """The larger the figure the better."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr_shrink < 1:
+            raise ValueError(f"--lr-shrink must lie between 0 and 1, got {self.lr_shrink}")
+        _at_least_zero(lr_threshold=self.lr_threshold, lr_patience=self.lr_patience, warmup_updates=self.warmup_updates)

@@ -1,0 +1,116 @@
+"""Optimizers: PyTorch's own where they compute what fairseq's names mean. ``factory(params, config, lr)`` each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from fairseq.config import build
+from fairseq.optim import OPTIMIZERS
+from fairseq.optim import configs as c
+from fairseq.optim.adafactor import Adafactor
+from fairseq.registry import lookup
+
+logger = logging.getLogger(__name__)
+
+
+def build_optimizer(
+    name: str, params: Iterable[Parameter], given: Mapping[str, Any], lr: float
+) -> torch.optim.Optimizer:
+    """Make the optimizer of ``--optimizer NAME`` from the flags the user gave.
+
+    Raises: ValueError for an unknown name or a setting out of range.
+    """
+    entry = lookup(OPTIMIZERS, name, "--optimizer")
+    trainable = [param for param in params if param.requires_grad]
+    optimizer: torch.optim.Optimizer = entry.load()(trainable, build(entry.config, given), lr)
+    # A fused optimizer offers to undo the loss scale inside its step, and Fabric then refuses to clip gradients;
+    # without the offer the scaler undoes it beforehand, as for any other optimizer.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def get_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate (of the first group; :func:`set_lr` keeps all groups alike)."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def make_adam(params: list[Parameter], config: c.AdamConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW: fairseq's adam has always taken its weight decay off the weights, not added it to the gradients."""
+    beta1, beta2 = config.adam_betas
+    return torch.optim.AdamW(
+        params,
+        lr=lr,
+        betas=(beta1, beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=_can_fuse(params),
+    )
+
+
+def make_nag(params: list[Parameter], config: c.NagConfig, lr: float) -> torch.optim.Optimizer:
+    """Simplified Nesterov momentum with decoupled weight decay."""
+    return NAG(params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def make_sgd(params: list[Parameter], config: c.SgdConfig, lr: float) -> torch.optim.Optimizer:
+    """Plain SGD, with or without momentum."""
+    return torch.optim.SGD(
+        params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=_can_fuse(params)
+    )
+
+
+def make_adafactor(params: list[Parameter], config: c.AdafactorConfig, lr: float) -> torch.optim.Optimizer:
+    """Our own Adafactor; PyTorch's has no relative step, no first moment and always scales by the parameter."""
+    if config.relative_step:
+        logger.warning("--relative-step makes adafactor choose its steps: --lr and the schedule are shown but not used")
+    eps_square, eps_size = config.adafactor_eps
+    return Adafactor(
+        params,
+        lr=lr,
+        eps=(eps_square, eps_size),
+        clip_threshold=config.clip_threshold,
+        decay_rate=config.decay_rate,
+        beta1=config.beta1,
+        weight_decay=config.weight_decay,
+        scale_parameter=config.scale_parameter,
+        relative_step=config.relative_step,
+        warmup_init=config.warmup_init,
+    )
+
+
+class NAG(torch.optim.SGD):
+    """Nesterov momentum as in arXiv 1212.0901, eq. 7, also when the rate changes, and decoupled weight decay.
+
+    PyTorch's SGD keeps b = -v / lr instead of the paper's velocity v. Its step, lr * ((1 + m) * g + m^2 * b), is the
+    paper's with v rescaled to the new rate, which is how fairseq's nag handles a changing rate.
+    """
+
+    def __init__(self, params: list[Parameter], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_can_fuse(params))
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update; weights that have no gradient are left alone, by the decay as well."""
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if group["decoupled_weight_decay"] and weights:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["decoupled_weight_decay"])
+        return super().step(closure)
+
+
+def _can_fuse(params: list[Parameter]) -> bool:
+    """Whether PyTorch has a fused step for these; on CPU it is 3 times as fast (4.7 M weights: 7 against 22 ms)."""
+    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
