@@ -1,0 +1,118 @@
+"""Every formula that turns scores of a memory into log-probabilities; classes elsewhere only hold state.
+
+Shapes: N positions, M candidates, V vocabulary. All logarithms are natural. A position whose memory is empty gets minus
+infinity and a zero gradient, never NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fairseq.memory.types import Candidates
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless ``temperature`` is a positive number."""
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature {temperature} is not positive; 1 leaves the scores as they are")
+
+
+def check_weight(weight: float, name: str = "weight") -> None:
+    """Raise ValueError unless ``weight`` is in [0, 1]; ``name`` is what the user knows it by."""
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"{name} {weight} is not in [0, 1]; 0 means the language model alone")
+
+
+def masked_logsumexp(scores_NM: Tensor, keep_NM: Tensor) -> Tensor:
+    """Log of the sum of ``exp(scores)`` where ``keep``, (N,); -inf with a zero gradient for a row without any."""
+    return torch.logsumexp(scores_NM.masked_fill(~keep_NM, -torch.inf), dim=-1)
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """``log(exp(a) + exp(b))``; unlike torch.logaddexp its gradient is zero, not NaN, where both are -inf."""
+    neither = torch.isneginf(a) & torch.isneginf(b)
+    return torch.logaddexp(a.masked_fill(neither, 0.0), b).masked_fill(neither, -torch.inf)
+
+
+def _log_share(part: Tensor, whole: Tensor) -> Tensor:
+    """``part - whole`` for log-sums, where nothing of nothing is -inf."""
+    return part - whole.masked_fill(torch.isneginf(whole), 0.0)
+
+
+def knn_logp(found: Candidates, target_N: Tensor, temperature: float) -> Tensor:
+    """Log-probability the neighbours give to the target, (N,); -inf where none holds it.
+
+    Source: arXiv 1911.00172, sec. 2.  Raises: ValueError if temperature <= 0.
+    """
+    check_temperature(temperature)
+    scores_NM = found.scores_NM / temperature
+    hit_N = masked_logsumexp(scores_NM, found.keep_NM & found.same_token(target_N))
+    return _log_share(hit_N, masked_logsumexp(scores_NM, found.keep_NM))
+
+
+def interpolate(lm_logp: Tensor, memory_logp: Tensor, weight: float) -> Tensor:
+    """``log((1 - weight) p_lm + weight p_memory)``, elementwise; weight 0 returns ``lm_logp`` itself.
+
+    Source: arXiv 1911.00172, eq. 3.  Raises: ValueError if weight is not in [0, 1].
+    """
+    check_weight(weight)
+    if weight == 0.0:
+        return lm_logp
+    if weight == 1.0:
+        return memory_logp
+    return log_add(lm_logp + math.log1p(-weight), memory_logp + math.log(weight))
+
+
+def joint_logp(
+    lm_logp_N: Tensor, lm_norm_N: Tensor, scores_NM: Tensor, keep_NM: Tensor, same_token_NM: Tensor
+) -> Tensor:
+    """Log of the target's share when vocabulary and memory are normalised together, (N,).
+
+    Args:
+        lm_logp_N: the language model's own log-probability of the target.
+        lm_norm_N: the log-sum of the language model's scores (adaptive softmax: of its head).
+        scores_NM: the memory's scores, temperature applied.
+        keep_NM: who may see whom.
+        same_token_NM: whether the candidate's token is the target.
+    Source: arXiv 2205.12674, sec. 3. An empty memory gives ``lm_logp_N`` back.
+    """
+    hit_N = masked_logsumexp(scores_NM, keep_NM & same_token_NM)
+    whole_N = torch.logaddexp(lm_norm_N, masked_logsumexp(scores_NM, keep_NM))
+    return log_add(lm_logp_N + lm_norm_N, hit_N) - whole_N
+
+
+def joint_nll(
+    lm_logp_N: Tensor, lm_norm_N: Tensor, scores_NM: Tensor, keep_NM: Tensor, same_token_NM: Tensor
+) -> Tensor:
+    """Minus :func:`joint_logp`: the loss TRIME trains with."""
+    return -joint_logp(lm_logp_N, lm_norm_N, scores_NM, keep_NM, same_token_NM)
+
+
+def vocab_logsumexp(found: Candidates, vocab_size: int, temperature: float) -> Tensor:
+    """Log-sum of ``exp(score / temperature)`` over the candidates of each token, (N, V); -inf where there is none."""
+    check_temperature(temperature)
+    scores_NM = (found.scores_NM / temperature).masked_fill(~found.keep_NM, -torch.inf)
+    # A masked candidate may carry any value (-1 for a missing row): send it to token 0, where it adds nothing.
+    values_NM = found.values_NM.expand_as(scores_NM).masked_fill(~found.keep_NM, 0)
+    empty_NV = scores_NM.new_full((scores_NM.shape[0], vocab_size), -torch.inf)
+    # Each token's own maximum is taken out first: with the row's maximum a far token's share would underflow.
+    best_NV = empty_NV.scatter_reduce(1, values_NM, scores_NM.detach(), "amax")
+    best_NV = best_NV.masked_fill(torch.isneginf(best_NV), 0.0)
+    share_NM = torch.exp(scores_NM - best_NV.gather(1, values_NM))
+    return torch.log(torch.zeros_like(empty_NV).scatter_add(1, values_NM, share_NM)) + best_NV
+
+
+def vocab_logp(found: Candidates, vocab_size: int, temperature: float) -> Tensor:
+    """:func:`knn_logp` for every token at once, (N, V): what generation and beam search need."""
+    sums_NV = vocab_logsumexp(found, vocab_size, temperature)
+    return _log_share(sums_NV, torch.logsumexp(sums_NV, dim=1, keepdim=True))
+
+
+def joint_vocab_logp(lm_logp_NV: Tensor, lm_norm_N: Tensor, found: Candidates, temperature: float) -> Tensor:
+    """:func:`joint_logp` for every token at once, (N, V)."""
+    sums_NV = vocab_logsumexp(found, lm_logp_NV.shape[1], temperature)
+    whole_N = torch.logaddexp(lm_norm_N, torch.logsumexp(sums_NV, dim=1))
+    return log_add(lm_logp_NV + lm_norm_N[:, None], sums_NV) - whole_N[:, None]

@@ -1,0 +1,174 @@
+"""The formulas against plain probabilities in float64, computed by counting."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq.memory import scoring
+from fairseq.memory.types import Candidates
+
+V = 7
+
+
+def candidates(seed: int, n: int, m: int, shared: bool = False, keep: float = 0.7) -> Candidates:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, V, (1 if shared else n, m), generator=g)
+    scores = torch.randn(n, m, generator=g, dtype=torch.float64) * 5
+    return Candidates(values, scores, torch.rand(n, m, generator=g) < keep)
+
+
+def counted(found: Candidates, temperature: float) -> torch.Tensor:
+    """(N, V) sums of exp(score / temperature), one candidate at a time."""
+    sums = torch.zeros(found.scores_NM.shape[0], V, dtype=torch.float64)
+    for n in range(sums.shape[0]):
+        for m in range(found.scores_NM.shape[1]):
+            if found.keep_NM[n, m]:
+                value = found.values_NM[0 if found.values_NM.shape[0] == 1 else n, m]
+                sums[n, value] += math.exp(found.scores_NM[n, m] / temperature)
+    return sums
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    m=st.integers(0, 9),
+    shared=st.booleans(),
+    temperature=st.sampled_from([0.5, 1.0, 10.0]),
+)
+def test_knn_logp_is_the_share_of_the_neighbours_that_hold_the_target(seed, m, shared, temperature):
+    found = candidates(seed, 4, m, shared)
+    target = torch.randint(0, V, (4,), generator=torch.Generator().manual_seed(seed))
+    sums = counted(found, temperature)
+    expected = (sums / sums.sum(1, keepdim=True).clamp_min(1e-300))[torch.arange(4), target].log()
+    torch.testing.assert_close(scoring.knn_logp(found, target, temperature), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    m=st.integers(0, 9),
+    shared=st.booleans(),
+    temperature=st.sampled_from([0.5, 1.0, 10.0]),
+)
+def test_vocabulary_view_agrees_with_the_target_view(seed, m, shared, temperature):
+    found = candidates(seed, 3, m, shared)
+    whole = scoring.vocab_logp(found, V, temperature)
+    lm = torch.randn(3, V, dtype=torch.float64).log_softmax(1)
+    norm = torch.randn(3, dtype=torch.float64)
+    joint = scoring.joint_vocab_logp(lm, norm, found, temperature)
+    for token in range(V):
+        target = torch.full((3,), token)
+        torch.testing.assert_close(whole[:, token], scoring.knn_logp(found, target, temperature))
+        scores, same = found.scores_NM / temperature, found.same_token(target)
+        expected = scoring.joint_logp(lm[:, token], norm, scores, found.keep_NM, same)
+        torch.testing.assert_close(joint[:, token], expected)
+    torch.testing.assert_close(joint.exp().sum(1), torch.ones(3, dtype=torch.float64))
+
+
+def test_vocabulary_view_keeps_tokens_far_below_the_best():
+    found = Candidates(torch.tensor([[1, 2]]), torch.tensor([[0.0, -500.0]]), torch.ones(1, 2, dtype=torch.bool))
+    assert scoring.vocab_logp(found, V, 1.0)[0, 2] == scoring.knn_logp(found, torch.tensor([2]), 1.0) == -500.0
+
+
+def test_missing_neighbours_have_no_weight():
+    """An id of -1 carries no value: a mask of False wins over any value and score (fault of the originals)."""
+    keep = torch.tensor([[True, False], [False, False]])
+    found = Candidates(torch.tensor([[3, -1], [-1, -1]]), torch.tensor([[-2.0, -torch.inf], [5.0, torch.nan]]), keep)
+    logp = scoring.knn_logp(found, torch.tensor([3, -1]), 1.0)
+    assert logp.tolist() == [0.0, -torch.inf]
+    whole = scoring.vocab_logp(found, V, 1.0)
+    assert whole[0, 3] == 0.0
+    assert torch.isneginf(whole[1]).all()
+
+
+def test_empty_row_has_zero_gradient():
+    scores = torch.randn(2, 3, requires_grad=True)
+    keep = torch.tensor([[True, True, False], [False, False, False]])
+    out = scoring.masked_logsumexp(scores, keep)
+    assert torch.isneginf(out[1])
+    out.sum().backward()
+    assert scores.grad[1].tolist() == [0.0, 0.0, 0.0]
+    assert scores.grad[0, 2] == 0.0
+    assert scores.grad[0, :2].sum() == pytest.approx(1.0)
+
+
+def test_joint_equals_a_softmax_over_vocabulary_and_memory():
+    logits = torch.randn(5, V, dtype=torch.float64)
+    found = candidates(3, 5, 6)
+    target = torch.tensor([0, 1, 2, 3, 4])
+    whole = torch.cat([logits, found.scores_NM.masked_fill(~found.keep_NM, -torch.inf)], 1).softmax(1)
+    hit = torch.nn.functional.one_hot(target, V).bool()
+    expected = (whole * torch.cat([hit, found.same_token(target)], 1)).sum(1).log()
+    norm = logits.logsumexp(1)
+    lm = logits.log_softmax(1)[torch.arange(5), target]
+    nll = scoring.joint_nll(lm, norm, found.scores_NM, found.keep_NM, found.same_token(target))
+    torch.testing.assert_close(nll, -expected)
+
+
+def test_joint_without_a_memory_is_the_language_model_and_has_clean_gradients():
+    lm = torch.tensor([-1.0, -torch.inf], requires_grad=True)
+    norm = torch.tensor([2.0, 3.0], requires_grad=True)
+    scores = torch.randn(2, 4, requires_grad=True)
+    nothing = torch.zeros(2, 4, dtype=torch.bool)
+    out = scoring.joint_logp(lm, norm, scores, nothing, nothing)
+    torch.testing.assert_close(out.detach(), lm.detach())
+    out[0].backward()
+    for leaf in (lm, norm, scores):
+        assert torch.isfinite(leaf.grad).all()
+    assert not scores.grad.any()
+
+
+def test_joint_gradient_is_finite_where_neither_side_holds_the_target():
+    lm = torch.full((1,), -torch.inf, requires_grad=True)
+    scores = torch.zeros(1, 2, requires_grad=True)
+    keep = torch.ones(1, 2, dtype=torch.bool)
+    scoring.joint_logp(lm, torch.zeros(1), scores, keep, ~keep).sum().backward()
+    assert torch.isfinite(scores.grad).all()
+    assert torch.isfinite(lm.grad).all()
+
+
+def test_joint_gradients_numerically():
+    found = candidates(5, 3, 4)
+    lm = torch.randn(3, dtype=torch.float64).requires_grad_()
+    norm = torch.randn(3, dtype=torch.float64).requires_grad_()
+    scores = found.scores_NM.clone().requires_grad_()
+    same = found.same_token(torch.tensor([1, 2, 3]))
+    assert torch.autograd.gradcheck(lambda a, b, s: scoring.joint_nll(a, b, s, found.keep_NM, same), (lm, norm, scores))
+
+
+def test_interpolation_against_plain_probabilities():
+    lm, memory = torch.tensor([0.2, 0.5, 0.1]).double(), torch.tensor([0.6, 0.0, 0.3]).double()
+    out = scoring.interpolate(lm.log(), memory.log(), 0.25)
+    torch.testing.assert_close(out.exp(), 0.75 * lm + 0.25 * memory)
+
+
+def test_weight_zero_returns_the_language_model_bit_by_bit():
+    lm = torch.randn(100)
+    assert scoring.interpolate(lm, torch.full((100,), -torch.inf), 0.0) is lm
+    memory = torch.randn(100)
+    assert scoring.interpolate(lm, memory, 1.0) is memory
+
+
+def test_interpolating_nothing_with_nothing_is_nothing():
+    nothing = torch.tensor([-torch.inf])
+    assert scoring.interpolate(nothing, nothing, 0.5).item() == -torch.inf
+
+
+@pytest.mark.parametrize("weight", [1.3, -0.1, math.nan])
+def test_weight_outside_the_unit_interval(weight):
+    with pytest.raises(ValueError, match=r"is not in \[0, 1\]; 0 means the language model alone"):
+        scoring.interpolate(torch.zeros(1), torch.zeros(1), weight)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_temperature_must_be_positive(temperature):
+    found = candidates(0, 1, 2)
+    for call in (
+        lambda: scoring.knn_logp(found, torch.tensor([0]), temperature),
+        lambda: scoring.vocab_logp(found, V, temperature),
+    ):
+        with pytest.raises(ValueError, match="is not positive"):
+            call()
