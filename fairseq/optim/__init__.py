@@ -1,8 +1,15 @@
 """Optimizers and learning rate schedules by name. Add your line here."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fairseq.optim import configs as c
 from fairseq.registry import Entry
 from fairseq.user_dir import class_registrar
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 OPTIMIZERS: dict[str, Entry] = {
     "adafactor": Entry(c.AdafactorConfig, "fairseq.optim.optimizers:make_adafactor"),
@@ -21,3 +28,9 @@ LR_SCHEDULERS: dict[str, Entry] = {
 
 register_optimizer = class_registrar(OPTIMIZERS, "optimizer")
 register_lr_scheduler = class_registrar(LR_SCHEDULERS, "lr scheduler")
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

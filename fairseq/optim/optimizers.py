@@ -34,17 +34,6 @@ def build_optimizer(
     return optimizer
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def get_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate (of the first group; :func:`set_lr` keeps all groups alike)."""
-    return float(optimizer.param_groups[0]["lr"])
-
-
 def make_adam(params: list[Parameter], config: c.AdamConfig, lr: float) -> torch.optim.Optimizer:
     """AdamW: fairseq's adam has always taken its weight decay off the weights, not added it to the gradients."""
     beta1, beta2 = config.adam_betas
