@@ -1,0 +1,55 @@
+# Every target does its own set-up: on a machine with nothing but Python >= 3.10, `make demo` and `make test` just work.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Extra words for pip, e.g. PIP_ARGS="--find-links wheels/" to take a CPU build of torch from a folder.
+PIP_ARGS ?=
+# Two test processes with one thread each use two cores better than one process with two threads.
+TEST_WORKERS ?= 2
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo test lint type unit format bench clean distclean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+setup: $(INSTALLED)  ## make .venv and install the pinned versions (the other targets do this by themselves)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+	  "make: Python 3.10 or newer is needed, $(PYTHON) is %d.%d; give another: make PYTHON=python3.12 ..." % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Shakespeare from download to a table of perplexities, on two CPU cores in minutes
+	bash train_scripts/shakespeare-demo.sh
+
+test: lint type unit  ## everything that must hold: style, types, tests
+
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+
+type: $(INSTALLED)
+	mypy
+
+unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 python -m pytest -n $(TEST_WORKERS) --dist worksteal
+
+format: $(INSTALLED)  ## rewrite the sources in the project's style
+	ruff check --fix .
+	ruff format .
+
+bench: $(INSTALLED)  ## run the benchmarks one after another; each prints its figures as JSON
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; python $$script || exit 1; done
+
+clean:  ## remove what tests and tools leave behind
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find fairseq fairseq_cli tests benchmarks train_scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove .venv
+	rm -rf $(VENV) *.egg-info
