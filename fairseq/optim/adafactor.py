@@ -71,7 +71,8 @@ class Adafactor(torch.optim.Optimizer):
     def _update(self, param: Parameter, group: dict[str, Any]) -> None:
         assert param.grad is not None
         assert not param.grad.is_sparse, "sparse gradients"
-        grad, weight = param.grad.float(), param.float()  # half-precision squares underflow
+        wide = torch.promote_types(param.dtype, torch.float32)  # squares of half-precision gradients underflow
+        grad, weight = param.grad.to(wide), param.to(wide)
         state = self.state[param]
         if not state:
             self._begin(state, grad, group)
