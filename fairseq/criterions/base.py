@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -26,8 +26,10 @@ class Loss:
     """Differentiable, in nats, over the scored positions."""
     sample_size: int
     """What gradients are divided by once all batches of an update are summed: tokens, or blocks."""
-    log: dict[str, float] = field(default_factory=dict)
-    """Further sums to report beside the loss; names ending in ``loss`` are in nats."""
+    log: dict[str, float | Tensor]
+    """Sums to report: ``loss`` and others ending so in nats, ``sample_size``, ``ntokens``, ``nsentences``.
+
+    Tensors stay on their device until somebody looks, so that a training step need not wait for the GPU."""
 
 
 class Criterion:
@@ -43,9 +45,14 @@ class Criterion:
         """The loss of the scored positions of a batch (there may be none: the sum is then a 0 with a gradient)."""
         raise NotImplementedError
 
-    def sample_size(self, batch: LMBatch) -> int:
-        """What gradients are divided by: scored tokens, or blocks with ``--sentence-avg``."""
-        return batch.tokens_BT.shape[0] if self.config.sentence_avg else batch.num_scored
+    def loss(self, total: Tensor, batch: LMBatch, **more: Tensor) -> Loss:
+        """Put a summed loss, further sums to report and the counts of the batch together."""
+        num_blocks = batch.tokens_BT.shape[0]
+        sample_size = num_blocks if self.config.sentence_avg else batch.num_scored
+        log: dict[str, float | Tensor] = {"loss": total.detach()}
+        log |= {name: value.detach() for name, value in more.items()}
+        log |= {"sample_size": sample_size, "ntokens": batch.num_scored, "nsentences": num_blocks}
+        return Loss(total, sample_size, log)
 
 
 def scored(out: LMOutput, batch: LMBatch) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class CrossEntropy(Criterion):
 
     def __call__(self, model: Any, batch: LMBatch) -> Loss:
         """See the class."""
-        return Loss(target_nll(model, batch), self.sample_size(batch))
+        return self.loss(target_nll(model, batch), batch)
 
 
 def target_nll(model: Any, batch: LMBatch) -> Tensor:

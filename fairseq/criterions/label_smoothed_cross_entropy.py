@@ -34,7 +34,7 @@ class LabelSmoothedCrossEntropy(Criterion):
         """The smoothed loss; the plain one is reported as ``nll_loss``, and perplexity is computed from that."""
         hidden_ND, target_N = scored(model(batch.tokens_BT), batch)
         total, nll = smoothed_nll(model.vocab_logp(hidden_ND).float(), target_N, self.config.label_smoothing)
-        return Loss(total, self.sample_size(batch), {"nll_loss": float(nll.detach())})
+        return self.loss(total, batch, nll_loss=nll)
 
 
 def smoothed_nll(logp_NV: Tensor, target_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

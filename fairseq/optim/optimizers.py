@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,35 +28,24 @@ def build_optimizer(
     entry = lookup(OPTIMIZERS, name, "--optimizer")
     trainable = [param for param in params if param.requires_grad]
     optimizer: torch.optim.Optimizer = entry.load()(trainable, build(entry.config, given), lr)
-    # A fused optimizer offers to undo the loss scale inside its step, and Fabric then refuses to clip gradients;
-    # without the offer the scaler undoes it beforehand, as for any other optimizer.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
 
 def make_adam(params: list[Parameter], config: c.AdamConfig, lr: float) -> torch.optim.Optimizer:
     """AdamW: fairseq's adam has always taken its weight decay off the weights, not added it to the gradients."""
     beta1, beta2 = config.adam_betas
-    return torch.optim.AdamW(
-        params,
-        lr=lr,
-        betas=(beta1, beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=_can_fuse(params),
-    )
+    decay = config.weight_decay
+    return _fused(torch.optim.AdamW, params, lr=lr, betas=(beta1, beta2), eps=config.adam_eps, weight_decay=decay)
 
 
 def make_nag(params: list[Parameter], config: c.NagConfig, lr: float) -> torch.optim.Optimizer:
     """Simplified Nesterov momentum with decoupled weight decay."""
-    return NAG(params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return _fused(NAG, params, lr=lr, momentum=config.momentum, decoupled_weight_decay=config.weight_decay)
 
 
 def make_sgd(params: list[Parameter], config: c.SgdConfig, lr: float) -> torch.optim.Optimizer:
     """Plain SGD, with or without momentum."""
-    return torch.optim.SGD(
-        params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=_can_fuse(params)
-    )
+    return _fused(torch.optim.SGD, params, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def make_adafactor(params: list[Parameter], config: c.AdafactorConfig, lr: float) -> torch.optim.Optimizer:
@@ -85,10 +74,12 @@ class NAG(torch.optim.SGD):
     paper's with v rescaled to the new rate, which is how fairseq's nag handles a changing rate.
     """
 
-    def __init__(self, params: list[Parameter], lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=_can_fuse(params))
+    def __init__(
+        self, params: list[Parameter], lr: float, momentum: float, decoupled_weight_decay: float, fused: bool
+    ) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
         for group in self.param_groups:
-            group["decoupled_weight_decay"] = weight_decay
+            group["decoupled_weight_decay"] = decoupled_weight_decay
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -100,6 +91,15 @@ class NAG(torch.optim.SGD):
         return super().step(closure)
 
 
-def _can_fuse(params: list[Parameter]) -> bool:
-    """Whether PyTorch has a fused step for these; on CPU it is 3 times as fast (4.7 M weights: 7 against 22 ms)."""
-    return all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
+def _fused(
+    kind: Callable[..., torch.optim.Optimizer], params: list[Parameter], **settings: Any
+) -> torch.optim.Optimizer:
+    """Make an optimizer with PyTorch's fused step where there is one.
+
+    On CPU it is 3 times as fast as the others (4.7 M weights: 7 against 22 ms).
+    """
+    optimizer = kind(params, fused=all(p.device.type in ("cpu", "cuda") for p in params), **settings)
+    # A fused step offers to undo the loss scale itself, and Fabric then refuses to clip gradients; without the offer
+    # the scaler undoes it beforehand, as for any other optimizer.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
