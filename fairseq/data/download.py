@@ -1,0 +1,119 @@
+"""Files from the network: resumed after an interruption, and in place only when they are the right ones."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_TIMEOUT_SECONDS = 30
+_ATTEMPTS = 4
+_LOG_EVERY_SECONDS = 10.0
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fetch(name: str, bases: Sequence[str], folder: Path, sha256: str) -> Path:
+    """Download ``name`` from the first base address that answers, unless the right file is there already.
+
+    The bytes gather in ``NAME.part``, which a later call continues; the file takes its own name once its SHA-256 is
+    the expected one.
+
+    Args:
+        bases: addresses to which ``/NAME`` is appended, tried in order.
+        sha256: of the whole file, in hexadecimal.
+    Returns: the file's path, ``folder/NAME``.
+    Raises: ConnectionError when no address gives the file; ValueError when its content is not the expected one.
+    """
+    path = folder / name
+    if path.exists():
+        _require_digest(path, sha256)
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (name + ".part")
+    failures = []
+    for base in bases:
+        url = f"{base.rstrip('/')}/{name}"
+        try:
+            _fetch_with_retries(url, part)
+        except (OSError, HTTPException) as error:
+            failures.append(f"{url} ({_reason(error)})")
+            continue
+        _require_digest(part, sha256)
+        part.rename(path)
+        return path
+    raise ConnectionError(
+        f"cannot download {name}: {'; '.join(failures)}. Check the network (what has arrived is kept), set "
+        f"DATA_MIRROR=ADDRESS to another place that has {name}, or put the file at {path} yourself"
+    )
+
+
+def _require_digest(path: Path, expected: str) -> None:
+    found = sha256_of(path)
+    if found != expected:
+        if path.suffix == ".part":
+            path.unlink()  # nothing in it can be trusted, so there is nothing to continue from
+        raise ValueError(
+            f"{path} has SHA-256 {found}, expected {expected}: the file is damaged or another one; "
+            "remove it and run the same command again"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or error or type(error).__name__)
+
+
+def _fetch_with_retries(url: str, part: Path) -> None:
+    """Fill ``part``. A server that answers and then breaks off is asked again, as long as it sends something more."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            _fetch_rest(url, part)
+            return
+        except (OSError, HTTPException) as error:
+            moved_on = part.exists() and part.stat().st_size > before
+            if attempt == _ATTEMPTS or not moved_on:
+                raise
+            logger.warning("%s broke off (%s); going on from byte %d", url, _reason(error), part.stat().st_size)
+
+
+def _fetch_rest(url: str, part: Path) -> None:
+    """Append what ``part`` lacks, or start again where the server cannot send a piece of the file."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing after our last byte: the part is whole
+            return
+        raise
+    with response:
+        resumed = response.status == 206
+        length = response.headers.get("Content-Length")
+        total = int(length) + (have if resumed else 0) if length else None
+        done, logged = (have if resumed else 0), time.monotonic()
+        logger.info("downloading %s%s", url, f" from byte {have}" if resumed else "")
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                if time.monotonic() - logged > _LOG_EVERY_SECONDS:
+                    logged = time.monotonic()
+                    logger.info("%.1f of %s MB", done / 1e6, f"{total / 1e6:.1f}" if total else "?")
+    if total is not None and done < total:
+        raise ConnectionError(f"the connection closed after {done} of {total} bytes")

@@ -1,0 +1,100 @@
+"""Fetch a corpus, write it as lines of tokens and binarise it: what get_data.sh runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq.config import FlagParser, build, flag
+from fairseq.data import corpora
+from fairseq.registry import lookup
+from fairseq_cli.main import run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """How one corpus is had."""
+
+    archive: corpora.Archive
+    """What is downloaded."""
+    pattern: str
+    """Name of a split's text file, ``{}`` being the split."""
+    unpack: Callable[[Path, dict[str, Path]], None]
+    """Writes the three text files from the archive."""
+    preprocess_flags: tuple[str, ...] = ()
+    """What preprocess.py is told beside the paths."""
+
+
+CORPORA: Mapping[str, Corpus] = {
+    "wikitext-103": Corpus(corpora.WIKITEXT_103, "wiki.{}.tokens", corpora.unpack_wikitext_103),
+    "enwik8": Corpus(corpora.ENWIK8, "{}.txt", corpora.unpack_enwik8),
+    # Words seen once or twice are a third of the vocabulary and 2% of the text; a small model cannot learn them.
+    "shakespeare": Corpus(corpora.SHAKESPEARE, "{}.txt", corpora.unpack_shakespeare, ("--thresholdsrc", "3")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetDataConfig:
+    """What is fetched and where it goes."""
+
+    corpus: str = flag("corpus")
+    """wikitext-103, enwik8 or shakespeare."""
+    destdir: str | None = flag("destdir", default=None)
+    """Folder of the binarised corpus; by default data-bin/CORPUS."""
+    download_dir: str = flag("--download-dir", default="downloads")
+    """Folder that keeps what was downloaded."""
+    text_dir: str | None = flag("--text-dir", default=None)
+    """Folder of the three text files; by default DOWNLOAD_DIR/CORPUS."""
+    text_only: bool = flag("--text-only", default=False)
+    """Stop after the text files, without binarising."""
+    workers: int = flag("--workers", default=os.cpu_count() or 1)
+    """Processes that binarise."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fetch one corpus; whatever is there already is not made again."""
+    parser = FlagParser("get_data.sh", "Fetch a corpus and binarise it; DATA_MIRROR=ADDRESS names another source.")
+    parser.add_config(GetDataConfig)
+    config = build(GetDataConfig, parser.parse(argv))
+    corpus = lookup(CORPORA, config.corpus, "corpus")
+    downloads = Path(config.download_dir)
+    texts = corpora.split_paths(Path(config.text_dir or downloads / config.corpus), corpus.pattern)
+    destination = Path(config.destdir or f"data-bin/{config.corpus}")
+    if not config.text_only and _is_binarised(destination):
+        logger.info("%s is there already", destination)
+        return
+    if all(path.exists() for path in texts.values()):
+        logger.info("the text is there already: %s", texts["train"].parent)
+    else:
+        archive = corpora.obtain(corpus.archive, downloads, os.environ.get("DATA_MIRROR"))
+        corpus.unpack(archive, texts)
+    if not config.text_only:
+        _binarise(texts, destination, config.workers, corpus.preprocess_flags)
+
+
+def _is_binarised(folder: Path) -> bool:
+    """Whether all splits are there; preprocess.py writes a split's index last."""
+    return all((folder / f"{split}.idx").exists() for split in corpora.SPLITS)
+
+
+def _binarise(texts: dict[str, Path], destination: Path, workers: int, flags: Sequence[str]) -> None:
+    from fairseq_cli.preprocess import main as preprocess
+
+    words = ["--only-source", "--destdir", str(destination), "--workers", str(workers), *flags]
+    for split, path in texts.items():
+        words += [f"--{split}pref", str(path)]
+    preprocess(words)
+
+
+def cli_main() -> None:
+    """Entry point of get_data.sh."""
+    run("get_data.sh", main)
+
+
+if __name__ == "__main__":
+    cli_main()

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Download a corpus, check it and binarise it:
+#   bash get_data.sh {wikitext-103 | enwik8 | shakespeare} [FOLDER] [--download-dir D] [--text-dir D] [--text-only] [--workers N]
+# FOLDER is data-bin/NAME unless given. An interrupted download goes on where it stopped.
+# DATA_MIRROR=ADDRESS downloads from ADDRESS/FILE instead of the usual place; PYTHON names the interpreter.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [ $# -eq 0 ]; then
+  sed -n 's/^#   //p' "$root/get_data.sh" >&2
+  exit 2
+fi
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=$(command -v python || command -v python3)
+  [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python
+fi
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m fairseq_cli.get_data "$@"
