@@ -1,0 +1,180 @@
+"""Symbols and their numbers, in fairseq's ``dict.txt`` format: ``symbol count`` per line, special symbols left out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_OVERWRITE = "#fairseq:overwrite"
+
+
+class Dictionary:
+    """A two-way map between symbols and numbers, with how often each symbol occurred.
+
+    The specials <s>, <pad>, </s> and <unk> are numbers 0 to 3; an unknown symbol reads as <unk>.
+    """
+
+    def __init__(self) -> None:
+        self.symbols: list[str] = []
+        self.counts: list[int] = []
+        self.indices: dict[str, int] = {}
+        for symbol in ("<s>", "<pad>", "</s>", "<unk>"):
+            self.add_symbol(symbol)
+        self.nspecial = len(self.symbols)
+
+    def bos(self) -> int:
+        """Number of <s>."""
+        return 0
+
+    def pad(self) -> int:
+        """Number of <pad>."""
+        return 1
+
+    def eos(self) -> int:
+        """Number of </s>."""
+        return 2
+
+    def unk(self) -> int:
+        """Number of <unk>."""
+        return 3
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __contains__(self, symbol: str) -> bool:
+        return symbol in self.indices
+
+    def __getitem__(self, index: int) -> str:
+        """The symbol of a number; <unk> for a number past the end."""
+        return self.symbols[index] if index < len(self.symbols) else self.symbols[self.unk()]
+
+    def index(self, symbol: str) -> int:
+        """The number of a symbol; that of <unk> when it is not known."""
+        return self.indices.get(symbol, self.unk())
+
+    def add_symbol(self, symbol: str, n: int = 1, *, overwrite: bool = False) -> int:
+        """Count a symbol ``n`` times, adding it when it is new; returns its number.
+
+        Args:
+            overwrite: give a known symbol a new number; the old number keeps its place and count.
+        """
+        known = self.indices.get(symbol)
+        if known is not None and not overwrite:
+            self.counts[known] += n
+            return known
+        self.indices[symbol] = len(self.symbols)
+        self.symbols.append(symbol)
+        self.counts.append(n)
+        return len(self.symbols) - 1
+
+    def add_counts(self, counts: Mapping[str, int]) -> None:
+        """Count many symbols at once."""
+        for symbol, n in counts.items():
+            self.add_symbol(symbol, n)
+
+    def finalize(self, threshold: int = -1, nwords: int = -1, padding_factor: int = 8) -> None:
+        """Order by falling count (ties by code point), cut, and pad the size to a multiple.
+
+        Args:
+            threshold: a symbol stays when it occurred at least this often.
+            nwords: keep at most this many symbols besides the specials; 0 or less for all.
+            padding_factor: the size becomes a multiple of it by adding ``madeupword0000`` and so on.
+        """
+        first = self.nspecial
+        order = sorted(range(first, len(self.symbols)), key=lambda i: (-self.counts[i], self.symbols[i]))
+        order = [i for i in order[: nwords if nwords > 0 else None] if self.counts[i] >= threshold]
+        self.symbols = self.symbols[:first] + [self.symbols[i] for i in order]
+        self.counts = self.counts[:first] + [self.counts[i] for i in order]
+        self.indices = {symbol: i for i, symbol in enumerate(self.symbols)}
+        made_up = 0
+        while padding_factor > 1 and len(self.symbols) % padding_factor:
+            self.add_symbol(f"madeupword{made_up:04d}", 0)
+            made_up += 1
+
+    @classmethod
+    def from_counts(
+        cls, counts: Counter[str], *, threshold: int = -1, nwords: int = -1, padding_factor: int = 8
+    ) -> Dictionary:
+        """Make a dictionary of counted symbols; see :meth:`finalize`."""
+        dictionary = cls()
+        dictionary.add_counts(counts)
+        dictionary.finalize(threshold, nwords, padding_factor)
+        return dictionary
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Dictionary:
+        """Read a ``dict.txt``. Raises: ValueError naming file and line when it is malformed."""
+        dictionary = cls()
+        with open(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    dictionary._add_line(raw.decode("utf-8").rstrip())
+                except ValueError as error:  # UnicodeDecodeError is one
+                    raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
+        return dictionary
+
+    def _add_line(self, line: str) -> None:
+        symbol, space, count = line.rpartition(" ")
+        overwrite = count == _OVERWRITE
+        if overwrite:
+            symbol, space, count = symbol.rpartition(" ")
+        if not (space and symbol and count.removeprefix("-").isdecimal()):
+            raise ValueError(f"expected 'symbol count', found {line[:80]!r}")
+        if symbol in self.indices and not overwrite:
+            raise ValueError(
+                f"{symbol!r} is there already (as number {self.indices[symbol]}); remove the line, or write "
+                f"'{symbol} {count} {_OVERWRITE}' to have it count as a symbol of its own"
+            )
+        self.add_symbol(symbol, int(count), overwrite=overwrite)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a ``dict.txt``, under a temporary name first."""
+        temporary = f"{os.fspath(path)}.tmp"
+        with open(temporary, "wb") as file:
+            file.write(self.to_bytes())
+        os.replace(temporary, path)
+
+    def to_bytes(self) -> bytes:
+        """The content of this dictionary's ``dict.txt``."""
+        seen = set(self.symbols[: self.nspecial])
+        lines = []
+        for symbol, count in zip(self.symbols[self.nspecial :], self.counts[self.nspecial :]):
+            lines.append(f"{symbol} {count} {_OVERWRITE}\n" if symbol in seen else f"{symbol} {count}\n")
+            seen.add(symbol)
+        return "".join(lines).encode("utf-8")
+
+    def digest(self) -> str:
+        """SHA-256 of the symbols in order; equal where numbers mean the same symbols."""
+        return hashlib.sha256("\n".join(self.symbols).encode("utf-8")).hexdigest()
+
+    def encode_line(self, line: str, add_eos: bool = True) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Numbers of a line's symbols (split at white space), ended by </s> unless told otherwise."""
+        numbers = [self.index(symbol) for symbol in line.split()]
+        return np.array([*numbers, self.eos()] if add_eos else numbers, dtype=np.int32)
+
+    def string(self, tokens: Any, bpe_symbol: str | None = None) -> str:
+        """The text of token numbers, without <s> and </s>; several rows make several lines.
+
+        Args:
+            tokens: a tensor, array or sequence of one or two dimensions.
+            bpe_symbol: mark that joins pieces of a word, such as "@@ ", or "sentencepiece".
+        """
+        numbers = np.asarray(tokens, dtype=np.int64)
+        if numbers.ndim == 2:
+            return "\n".join(self.string(row, bpe_symbol) for row in numbers)
+        text = " ".join(self[i] for i in numbers.tolist() if i not in (self.bos(), self.eos()))
+        return join_pieces(text, bpe_symbol)
+
+
+def join_pieces(text: str, bpe_symbol: str | None) -> str:
+    """Undo a segmentation into word pieces."""
+    if bpe_symbol is None:
+        return text
+    if bpe_symbol == "sentencepiece":
+        return text.replace(" ", "").replace("\u2581", " ").strip()
+    return (text + " ").replace(bpe_symbol, "").rstrip()

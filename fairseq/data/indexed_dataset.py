@@ -1,0 +1,159 @@
+"""Sentences as token numbers in one memory-mapped file, byte-compatible with fairseq's ``mmap`` data sets.
+
+``X.bin`` holds the numbers of all sentences, one after another. ``X.idx`` holds, little-endian: the magic
+``MMIDIDX\\0\\0``, version (uint64), number type (uint8 code), number of sentences (uint64), their sizes (int32 each)
+and their byte offsets in ``X.bin`` (int64 each).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+_HEADER = struct.Struct("<9sQBQ")
+# Codes 6 and 7 are floating point: legal in the format, but no token numbers.
+_DTYPES: dict[int, type[np.integer[Any]]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+
+def best_fitting_dtype(vocab_size: int) -> type[np.integer[Any]]:
+    """The number type fairseq stores a vocabulary of this size in."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+class MMapIndexedDataset:
+    """The sentences of ``prefix.bin`` and ``prefix.idx``."""
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        """Map the files. Raises: ValueError when one is missing, truncated or no such data set."""
+        self.prefix = os.fspath(prefix)
+        dtype, self.sizes = _read_index(self.prefix + ".idx")
+        self.tokens: IntArray = _map_tokens(self.prefix + ".bin", dtype, int(self.sizes.sum(dtype=np.int64)))
+        self._ends = np.cumsum(self.sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> npt.NDArray[np.int64]:
+        """The tokens of sentence ``i``."""
+        if not 0 <= i < len(self.sizes):
+            raise IndexError(f"sentence {i} of {len(self.sizes)}")
+        end = int(self._ends[i])
+        return self.tokens[end - int(self.sizes[i]) : end].astype(np.int64)
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        return (self[i] for i in range(len(self)))
+
+
+def _read_index(path: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
+    if not os.path.exists(path):
+        raise ValueError(f"no such data set: {path} is missing (preprocess.py writes it)")
+    with open(path, "rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(MAGIC):
+        raise ValueError(
+            f"{path} is no fairseq mmap index (bad magic); binarise with preprocess.py --dataset-impl mmap"
+        )
+    _, version, code, count = _HEADER.unpack(header)
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version}, only version {VERSION} is known")
+    if code not in _DTYPES:
+        raise ValueError(f"{path} has number type {code}; token numbers have one of {sorted(_DTYPES)}")
+    found, needed = os.path.getsize(path), _HEADER.size + 12 * count
+    if found != needed:
+        raise ValueError(f"{path} has {found} bytes, {count} sentences need {needed}; the file is truncated or damaged")
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    sizes = raw[_HEADER.size : _HEADER.size + 4 * count].view("<i4")
+    pointers = raw[_HEADER.size + 4 * count :].view("<i8")
+    dtype = np.dtype(_DTYPES[code])
+    ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
+    if count and (pointers[0] != 0 or sizes.min() < 0 or not np.array_equal(pointers[1:], ends[:-1])):
+        raise ValueError(f"{path}: sizes and offsets do not fit together; the file is damaged")
+    return dtype.newbyteorder("<"), np.array(sizes, dtype=np.int32)
+
+
+def _map_tokens(path: str, dtype: np.dtype[Any], count: int) -> IntArray:
+    if not os.path.exists(path):
+        raise ValueError(f"no such data set: {path} is missing (preprocess.py writes it)")
+    found, needed = os.path.getsize(path), count * dtype.itemsize
+    if found != needed:
+        raise ValueError(
+            f"{path} has {found} bytes, its .idx says {count} tokens of {dtype.itemsize} bytes ({needed}); "
+            "the file is truncated or belongs to another index: run preprocess.py again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
+
+
+class MMapIndexedDatasetBuilder:
+    """Writes a data set sentence by sentence; the files get their names when :meth:`finalize` is reached."""
+
+    def __init__(self, bin_path: str | os.PathLike[str], dtype: npt.DTypeLike = np.int64) -> None:
+        self.bin_path = os.fspath(bin_path)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in _CODES:
+            raise ValueError(f"{self.dtype} is not among the number types {sorted(map(str, _CODES))}")
+        self._file = open(self.bin_path + ".tmp", "wb")  # noqa: SIM115  closed by finalize or __exit__
+        self._sizes: list[npt.NDArray[np.int32]] = []
+
+    def add_item(self, tokens: npt.ArrayLike) -> None:
+        """Append one sentence."""
+        flat = np.asarray(tokens)
+        self.add_items(flat, np.array([len(flat)]))
+
+    def add_items(self, tokens: npt.ArrayLike, sizes: npt.ArrayLike) -> None:
+        """Append several sentences, given as their tokens one after another and their sizes.
+
+        Raises: ValueError for a token that the number type cannot hold.
+        """
+        given, lengths = np.asarray(tokens), np.asarray(sizes, dtype=np.int32)
+        assert len(given) == lengths.sum(dtype=np.int64), (len(given), lengths.sum())
+        stored = given.astype(self.dtype)
+        if given.dtype != self.dtype and not np.array_equal(stored, given):
+            raise ValueError(f"{self.bin_path}: tokens {given.min()}..{given.max()} do not fit {self.dtype}")
+        self._file.write(stored.tobytes())
+        self._sizes.append(lengths)
+
+    def merge_file_(self, prefix: str | os.PathLike[str]) -> None:
+        """Append all sentences of another data set."""
+        other = MMapIndexedDataset(prefix)
+        self.add_items(other.tokens, other.sizes)
+
+    def finalize(self, idx_path: str | os.PathLike[str]) -> None:
+        """Write the index and give both files their names."""
+        sizes = np.concatenate([np.empty(0, np.int32), *self._sizes]).astype("<i4")
+        pointers = np.zeros(len(sizes), "<i8")
+        np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
+        pointers *= self.dtype.itemsize
+        idx_path = os.fspath(idx_path)
+        with open(idx_path + ".tmp", "wb") as file:
+            file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(sizes)))
+            file.write(sizes.tobytes())
+            file.write(pointers.tobytes())
+        self._file.close()
+        os.replace(self.bin_path + ".tmp", self.bin_path)
+        os.replace(idx_path + ".tmp", idx_path)
+
+    def __enter__(self) -> MMapIndexedDatasetBuilder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remove what was written unless it was finalised."""
+        self._file.close()
+        if os.path.exists(self.bin_path + ".tmp"):
+            os.remove(self.bin_path + ".tmp")

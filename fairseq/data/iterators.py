@@ -1,0 +1,131 @@
+"""Batches epoch by epoch: shuffled by seed and epoch, dealt to ranks, resumable between any two batches."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fairseq.data.types import LMBatch
+
+logger = logging.getLogger(__name__)
+Indices = npt.NDArray[np.int64]
+
+
+class EpochBatchIterator:
+    """Walks through the batches of an epoch; each step takes one batch for every rank.
+
+    In step s, rank r of W gets the epoch's batch ``s * W + r``, so that W ranks do together what one process does with
+    ``--update-freq W``. The state counts batches of all ranks: a run may go on with another number of ranks.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[Indices], LMBatch],
+        batches: Sequence[Indices],
+        *,
+        seed: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        """Iterate over ``batches`` of block numbers.
+
+        Args:
+            num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+            shuffle: another order in every epoch; otherwise the given one.
+        """
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.epoch = 1
+        self._collate = collate
+        self._batches = batches
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._num_workers = num_workers
+        self._shuffle = shuffle
+        self._consumed = 0
+
+    def __len__(self) -> int:
+        """Steps in an epoch, the same for every rank."""
+        return -(-len(self._batches) // self._world_size)
+
+    @property
+    def batches_done(self) -> int:
+        """Steps of this epoch that are done."""
+        return -(-self._consumed // self._world_size)
+
+    @property
+    def end_of_epoch(self) -> bool:
+        """Whether no batch is left in this epoch."""
+        return self._consumed >= len(self._batches)
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch += 1
+        self._consumed = 0
+
+    def order(self) -> Indices:
+        """This epoch's order of the batches."""
+        count = len(self._batches)
+        if not self._shuffle:
+            return np.arange(count)
+        return np.random.default_rng([abs(self._seed), self.epoch]).permutation(count)
+
+    def __iter__(self) -> Iterator[LMBatch]:
+        """This rank's batches from where the iterator stands to the end of the epoch.
+
+        A step counts as done as soon as its batch is handed out. A rank without a batch in the last step gets an
+        empty one.
+        """
+        total = len(self._batches)
+        mine = self.order()[self._consumed :][self._rank :: self._world_size].tolist()
+        steps = -(-(total - self._consumed) // self._world_size)
+        wanted = [self._batches[i] for i in mine] + [None] * (steps - len(mine))
+        for batch in self._prepared(wanted):
+            self._consumed = min(total, self._consumed + self._world_size)
+            yield batch
+
+    def _prepared(self, wanted: Iterable[Indices | None]) -> Iterator[LMBatch]:
+        if not self._num_workers:
+            yield from map(self._make, wanted)
+            return
+        with ThreadPoolExecutor(self._num_workers) as pool:
+            ahead: deque[Future[LMBatch]] = deque()
+            try:
+                for indices in wanted:
+                    ahead.append(pool.submit(self._make, indices))
+                    if len(ahead) > 2 * self._num_workers:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _make(self, indices: Indices | None) -> LMBatch:
+        return LMBatch.empty() if indices is None else self._collate(indices)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iterator stands, in plain numbers and independent of the number of ranks."""
+        return {"epoch": self.epoch, "batches_consumed": self._consumed, "num_batches": len(self._batches)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to where another iterator stood. Other batches than then are met at the same share of the epoch."""
+        self.epoch = int(state["epoch"])
+        consumed, before, now = int(state["batches_consumed"]), int(state["num_batches"]), len(self._batches)
+        if before != now and consumed:
+            logger.warning(
+                "the epoch had %d batches and now has %d (other data or batch size): going on at the same share of it, "
+                "some blocks of this epoch may be seen twice or not at all",
+                before,
+                now,
+            )
+            consumed = round(consumed * now / before)
+        self._consumed = consumed

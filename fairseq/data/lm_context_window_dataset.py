@@ -1,0 +1,65 @@
+"""Blocks preceded by the text before them, for evaluation with a context window."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fairseq.data.monolingual_dataset import MonolingualDataset, Tokens, pad_rows
+from fairseq.data.types import LMBatch
+
+
+class LMContextWindowDataset:
+    """Each block with up to ``context_window`` tokens of the blocks before it, which are read but not scored.
+
+    The text a model sees is that of the *kept* blocks: one that is left out as too long is context for none.
+    Nothing is remembered between calls, so blocks can be asked for in any order and by any process.
+    """
+
+    def __init__(self, dataset: MonolingualDataset, kept: npt.ArrayLike, context_window: int, max_len: int) -> None:
+        """Serve the blocks ``kept`` of ``dataset``.
+
+        Args:
+            kept: numbers of the blocks that are evaluated; rising.
+            context_window: largest number of context tokens of a row.
+            max_len: longest row; a long block gets less context.
+        Raises: ValueError when blocks begin with <s>, which has no place after a context.
+        """
+        if context_window and dataset.bos is not None:
+            raise ValueError(f"--add-bos-token and --context-window {context_window} exclude each other")
+        self.dataset = dataset
+        self.context_window = context_window
+        self.max_len = max_len
+        self._kept = np.asarray(kept, dtype=np.int64)
+        assert (np.diff(self._kept) > 0).all(), "kept blocks are not in the order of the text"
+        # Edges of the kept blocks in the text that is made of them alone.
+        self._edges = np.concatenate([[0], np.cumsum(dataset.sizes[self._kept])])
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Scored tokens of each block of the underlying data set, by block number."""
+        return self.dataset.sizes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def context(self, i: int) -> Tokens:
+        """The tokens read before block ``i``."""
+        place = int(np.searchsorted(self._kept, i))
+        if place == len(self._kept) or self._kept[place] != i:
+            raise IndexError(f"block {i} is not among the {len(self._kept)} kept blocks")
+        end = int(self._edges[place])
+        start = end - max(0, min(self.context_window, self.max_len - int(self.sizes[i]), end))
+        if start == end:
+            return np.empty(0, dtype=np.int64)
+        first = int(np.searchsorted(self._edges, start, side="right")) - 1
+        sources = [self.dataset.source(block) for block in self._kept[first:place].tolist()]
+        return np.concatenate(sources)[start - end :]
+
+    def collate(self, indices: npt.ArrayLike) -> LMBatch:
+        """The batch of these blocks, by their number in the underlying data set."""
+        if not self.context_window:
+            return self.dataset.collate(indices)
+        ids = np.asarray(indices, dtype=np.int64)
+        source, target = self.dataset.source, self.dataset.target
+        return pad_rows(ids, ((self.context(i), source(i), target(i)) for i in ids.tolist()), self.dataset.pad)
