@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fairseq.config import build
@@ -60,6 +61,11 @@ def scored(out: LMOutput, batch: LMBatch) -> tuple[Tensor, Tensor]:
     if batch.num_scored == batch.scored_BT.numel():
         return out.hidden_BTD.flatten(0, 1), batch.target_BT.flatten()
     return out.hidden_BTD[batch.scored_BT], batch.target_BT[batch.scored_BT]
+
+
+def wide_sum(terms: Tensor) -> Tensor:
+    """Sum in float32 at least: thousands of half-precision terms would lose digits."""
+    return terms.sum(dtype=torch.promote_types(terms.dtype, torch.float32))
 
 
 def build_criterion(name: str, given: Mapping[str, Any], model: Any) -> Criterion:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fairseq.criterions.base import Criterion, Loss, scored
+from fairseq.criterions.base import Criterion, Loss, scored, wide_sum
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
@@ -32,4 +32,4 @@ def target_nll(model: Any, batch: LMBatch) -> Tensor:
     """-log p of the scored targets, summed, in nats; gradients flow to the model."""
     hidden_ND, target_N = scored(model(batch.tokens_BT), batch)
     logp_N: Tensor = model.target_logp(hidden_ND, target_N)[0]
-    return -logp_N.float().sum()
+    return -wide_sum(logp_N)

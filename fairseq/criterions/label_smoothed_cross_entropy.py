@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fairseq.criterions.base import Criterion, Loss, scored
+from fairseq.criterions.base import Criterion, Loss, scored, wide_sum
 from fairseq.criterions.configs import LabelSmoothingConfig
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class LabelSmoothedCrossEntropy(Criterion):
     def __call__(self, model: Any, batch: LMBatch) -> Loss:
         """The smoothed loss; the plain one is reported as ``nll_loss``, and perplexity is computed from that."""
         hidden_ND, target_N = scored(model(batch.tokens_BT), batch)
-        total, nll = smoothed_nll(model.vocab_logp(hidden_ND).float(), target_N, self.config.label_smoothing)
+        total, nll = smoothed_nll(model.vocab_logp(hidden_ND), target_N, self.config.label_smoothing)
         return self.loss(total, batch, nll_loss=nll)
 
 
 def smoothed_nll(logp_NV: Tensor, target_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy against smoothed and against plain targets, in nats."""
-    nll = -logp_NV.gather(1, target_N[:, None]).sum()
+    nll = -wide_sum(logp_NV.gather(1, target_N[:, None]))
     if smoothing == 0:
         return nll, nll
     other = smoothing / (logp_NV.shape[1] - 1)
-    return (1 - smoothing - other) * nll - other * logp_NV.sum(), nll
+    return (1 - smoothing - other) * nll - other * wide_sum(logp_NV), nll
