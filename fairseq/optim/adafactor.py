@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 
 def _rms(tensor: Tensor) -> Tensor:
-    return tensor.norm() / math.sqrt(max(tensor.numel(), 1))
+    return torch.linalg.vector_norm(tensor) / math.sqrt(max(tensor.numel(), 1))
 
 
 class Adafactor(torch.optim.Optimizer):

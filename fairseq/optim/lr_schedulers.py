@@ -47,6 +47,11 @@ class LRSchedule:
         """The rate of the next update."""
         return self.lr_at(self.num_updates, self.num_epochs)
 
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the rate is still on its way up; ``--min-lr`` ends no run before that is over."""
+        return bool(self.num_updates < self.config.warmup_updates)
+
     def step_update(self, num_updates: int) -> float:
         """Note that so many updates are done; returns the rate of the next one."""
         self.num_updates = num_updates
@@ -123,9 +128,9 @@ class CosineSchedule(LRSchedule):
 
     def lr_at(self, num_updates: int, num_epochs: int) -> float:
         """See the class."""
-        done, length, shrink = num_updates - self.config.warmup_updates, self.period, 1.0
-        if done < 0:
+        if num_updates < self.config.warmup_updates:
             return _linear(self.start, self.high, num_updates, self.config.warmup_updates)
+        done, length, shrink = float(num_updates - self.config.warmup_updates), float(self.period), 1.0
         if self.config.t_mult == 1:
             shrink = self.config.lr_shrink ** (done // length)
             done %= length
@@ -170,7 +175,7 @@ class PolynomialDecaySchedule(LRSchedule):
         if num_updates < warmup:
             return lr * num_updates / warmup
         left = max(0.0, 1 - (num_updates - warmup) / (total - warmup))
-        return end + (lr - end) * left**self.config.power
+        return end + (lr - end) * math.pow(left, self.config.power)
 
 
 class PlateauSchedule(LRSchedule):

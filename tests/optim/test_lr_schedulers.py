@@ -127,6 +127,16 @@ def test_plateau_does_not_count_figures_of_the_warmup():
     assert schedule.step_epoch(3, 8.0) == 0.4
 
 
+@pytest.mark.parametrize("name", sorted(LR_SCHEDULERS))
+def test_a_warmup_ends_when_its_updates_are_done(name):
+    schedule = build_lr_scheduler(name, SETTINGS[name] | {"warmup_updates": 3}, (0.5,))
+    warming = []
+    for update in range(5):
+        schedule.step_update(update)
+        warming.append(schedule.is_warming_up)
+    assert warming == [True, True, True, False, False]
+
+
 SETTINGS = {
     "cosine": {"lr_period_updates": 8.0, "warmup_updates": 3, "max_lr": 0.9},
     "fixed": {"warmup_updates": 7, "force_anneal": 3},
