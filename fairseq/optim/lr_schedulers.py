@@ -50,7 +50,7 @@ class LRSchedule:
     @property
     def is_warming_up(self) -> bool:
         """Whether the rate is still on its way up; ``--min-lr`` ends no run before that is over."""
-        return bool(self.num_updates < self.config.warmup_updates)
+        return bool(self.num_updates < getattr(self.config, "warmup_updates", 0))
 
     def step_update(self, num_updates: int) -> float:
         """Note that so many updates are done; returns the rate of the next one."""

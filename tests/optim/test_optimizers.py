@@ -191,11 +191,26 @@ def test_frozen_weights_are_left_out(name):
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_gradients_may_be_clipped_under_a_loss_scale(name):
+def test_gradients_are_clipped_under_a_loss_scale_as_without(name):
     # Fabric refuses to clip for optimizers that undo the loss scale within their step.
-    entry = OPTIMIZERS[name]
-    optimizer = entry.load()([torch.nn.Parameter(torch.ones(2))], entry.config(), 0.1)
-    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=128)
+    weights = []
+    for plugins in (None, [MixedPrecision("16-mixed", "cpu", scaler=scaler)]):
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 3)
+        entry = OPTIMIZERS[name]
+        model, optimizer = fabric.setup(layer, entry.load()(list(layer.parameters()), entry.config(), 0.1))
+        for _ in range(3):
+            optimizer.zero_grad()
+            fabric.backward(model(torch.ones(2, 4)).float().square().sum())
+            fabric.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-3)
 
 
 def test_flags_are_read_as_literals():
