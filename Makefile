@@ -45,7 +45,7 @@ format: $(INSTALLED)  ## rewrite the sources in the project's style
 	ruff format .
 
 bench: $(INSTALLED)  ## run the benchmarks one after another; each prints its figures as JSON
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; python $$script || exit 1; done
 
 clean:  ## remove what tests and tools leave behind
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
