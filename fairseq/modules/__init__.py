@@ -1,0 +1,1 @@
+"""Building blocks of models, with fairseq's parameter names."""

@@ -1,0 +1,1 @@
+"""Models: text in, hidden states, memory keys and log-probabilities out."""

@@ -1,0 +1,179 @@
+"""What can be set about the transformer language model. Light: imports no torch, because the flags are made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fairseq.config import build, flag, flag_names, int_list
+
+KEY_TAPS = ("last_ffn_input", "model_output")
+ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerLMConfig:
+    """Shape and regularisation of a transformer language model; the defaults are ``--arch transformer_lm``."""
+
+    activation_fn: str = flag("--activation-fn", default="relu", choices=ACTIVATIONS)
+    """Non-linearity of the feed-forward blocks."""
+    dropout: float = flag("--dropout", default=0.1)
+    """Share of a block's output, and of the embedding, that is dropped in training."""
+    attention_dropout: float = flag("--attention-dropout", default=0.0)
+    """Share of the attention weights that is dropped in training."""
+    activation_dropout: float = flag("--activation-dropout", "--relu-dropout", default=0.0)
+    """Share of the feed-forward blocks' inner units that is dropped in training."""
+    decoder_embed_dim: int = flag("--decoder-embed-dim", default=512)
+    """Width of the layers."""
+    decoder_output_dim: int | None = flag("--decoder-output-dim", default=None)
+    """Width that the output layer reads; by default that of the layers."""
+    decoder_input_dim: int | None = flag("--decoder-input-dim", default=None)
+    """Width of the token embedding; by default that of the layers."""
+    decoder_ffn_embed_dim: int = flag("--decoder-ffn-embed-dim", default=2048)
+    """Inner width of the feed-forward blocks."""
+    decoder_layers: int = flag("--decoder-layers", default=6)
+    """Number of layers."""
+    decoder_attention_heads: int = flag("--decoder-attention-heads", default=8)
+    """Attention heads of each layer."""
+    decoder_normalize_before: bool = flag("--decoder-normalize-before", default=True)
+    """Layer norm before each block (pre-norm); all named language models have it."""
+    no_decoder_final_norm: bool = flag("--no-decoder-final-norm", default=False)
+    """No layer norm after the last layer of a pre-norm model."""
+    adaptive_softmax_cutoff: tuple[int, ...] | None = flag("--adaptive-softmax-cutoff", default=None)
+    """Where the vocabulary is cut into an often used head and ever rarer tails, such as 20000,60000."""
+    adaptive_softmax_dropout: float = flag("--adaptive-softmax-dropout", default=0.0)
+    """Share of the adaptive softmax's inputs that is dropped in training."""
+    adaptive_softmax_factor: float = flag("--adaptive-softmax-factor", default=4.0)
+    """How many times narrower each tail of the softmax is than the one before."""
+    no_token_positional_embeddings: bool = flag("--no-token-positional-embeddings", default=False)
+    """Do not tell the model where a token stands."""
+    share_decoder_input_output_embed: bool = flag("--share-decoder-input-output-embed", default=False)
+    """Use one matrix as token embedding and as output layer."""
+    character_embeddings: bool = flag("--character-embeddings", default=False)
+    """Refused: embeddings made from characters are not offered."""
+    adaptive_input: bool = flag("--adaptive-input", default=False)
+    """Give rarer tokens narrower embeddings."""
+    adaptive_input_factor: float = flag("--adaptive-input-factor", default=4.0)
+    """How many times narrower each band of the embedding is than the one before."""
+    adaptive_input_cutoff: tuple[int, ...] | None = flag("--adaptive-input-cutoff", default=None)
+    """Where the vocabulary is cut into bands of the embedding."""
+    tie_adaptive_weights: bool = flag("--tie-adaptive-weights", default=False)
+    """Use the bands of the adaptive input as head and tails of the adaptive softmax."""
+    tie_adaptive_proj: bool = flag("--tie-adaptive-proj", default=False)
+    """Use the projections of the adaptive input, transposed, in the adaptive softmax."""
+    decoder_learned_pos: bool = flag("--decoder-learned-pos", default=False)
+    """Learn position embeddings; by default they are sinusoids."""
+    decoder_layerdrop: float = flag("--decoder-layerdrop", default=0.0)
+    """Probability of leaving a layer out in training (arXiv 1909.11556)."""
+    decoder_layers_to_keep: tuple[int, ...] | None = flag("--decoder-layers-to-keep", default=None)
+    """Numbers of the layers that are kept of a larger checkpoint, such as 0,2,4."""
+    layernorm_embedding: bool = flag("--layernorm-embedding", default=False)
+    """Layer norm on the embedding."""
+    no_scale_embedding: bool = flag("--no-scale-embedding", default=False)
+    """Do not multiply the embedding by the square root of its width."""
+    max_target_positions: int = flag("--max-target-positions", default=1024)
+    """Longest input the model is made for; learned positions end there."""
+    knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
+    """Which inner state is a memory's key."""
+
+    def __post_init__(self) -> None:
+        for name in ("adaptive_softmax_cutoff", "adaptive_input_cutoff", "decoder_layers_to_keep"):
+            object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+        for name in ("decoder_output_dim", "decoder_input_dim"):  # they follow the layers' width unless they are given
+            object.__setattr__(self, name, getattr(self, name) or self.decoder_embed_dim)
+        self._check_choices()
+        self._check_ranges()
+        self._check_adaptive()
+
+    def _check_choices(self) -> None:
+        if self.character_embeddings:
+            raise ValueError("--character-embeddings is not offered; use word embeddings, or --adaptive-input")
+        if self.activation_fn not in ACTIVATIONS:
+            raise ValueError(f"--activation-fn {self.activation_fn!r} is none of {', '.join(ACTIVATIONS)}")
+        if self.knn_keytype is not None and self.knn_keytype not in KEY_TAPS:
+            raise ValueError(f"--knn-keytype {self.knn_keytype!r} is none of {', '.join(KEY_TAPS)}")
+
+    def _check_ranges(self) -> None:
+        shares = [field.name for field in fields(self) if "drop" in field.name]
+        for name in shares:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{_spelling(name)} {getattr(self, name)} is not in [0, 1)")
+        for name in ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "input_dim", "output_dim"):
+            if getattr(self, f"decoder_{name}") < 1:
+                raise ValueError(
+                    f"{_spelling(f'decoder_{name}')} must be at least 1, got {getattr(self, f'decoder_{name}')}"
+                )
+        if self.max_target_positions < 1:
+            raise ValueError(f"--max-target-positions must be at least 1, got {self.max_target_positions}")
+        if self.decoder_embed_dim % self.decoder_attention_heads:
+            raise ValueError(
+                f"--decoder-embed-dim {self.decoder_embed_dim} is not divisible by "
+                f"--decoder-attention-heads {self.decoder_attention_heads}"
+            )
+
+    def _check_adaptive(self) -> None:
+        if self.adaptive_input and self.adaptive_input_cutoff is None:
+            raise ValueError("--adaptive-input needs --adaptive-input-cutoff, such as 20000,60000")
+        for name in ("adaptive_softmax_cutoff", "adaptive_input_cutoff"):
+            cutoff = (0, *(getattr(self, name) or (1,)))
+            if any(low >= high for low, high in zip(cutoff, cutoff[1:])):
+                raise ValueError(f"{_spelling(name)} {','.join(map(str, cutoff[1:]))} must be positive and ascending")
+        if self.share_decoder_input_output_embed:
+            self._check_shared()
+        if self.tie_adaptive_weights:
+            self._check_tied()
+
+    def _check_shared(self) -> None:
+        if self.adaptive_input or self.adaptive_softmax_cutoff is not None:
+            raise ValueError(
+                "--share-decoder-input-output-embed is for a plain embedding and a plain softmax; "
+                "adaptive ones are shared with --tie-adaptive-weights"
+            )
+        if self.decoder_input_dim != self.decoder_output_dim:
+            raise ValueError(
+                f"--share-decoder-input-output-embed needs equal widths: --decoder-input-dim is "
+                f"{self.decoder_input_dim}, --decoder-output-dim {self.decoder_output_dim}"
+            )
+
+    def _check_tied(self) -> None:
+        if not self.adaptive_input or self.adaptive_softmax_cutoff is None:
+            raise ValueError("--tie-adaptive-weights needs --adaptive-input and --adaptive-softmax-cutoff")
+        widths = (self.decoder_input_dim, self.decoder_embed_dim, self.decoder_output_dim)
+        pairs = [
+            ("cutoff", self.adaptive_input_cutoff, self.adaptive_softmax_cutoff),
+            ("factor", self.adaptive_input_factor, self.adaptive_softmax_factor),
+        ]
+        for name, of_input, of_softmax in pairs:
+            if of_input != of_softmax:
+                raise ValueError(
+                    f"--tie-adaptive-weights: --adaptive-input-{name} {of_input} and "
+                    f"--adaptive-softmax-{name} {of_softmax} must be equal"
+                )
+        if len(set(widths)) > 1:
+            raise ValueError(
+                "--tie-adaptive-weights: --decoder-input-dim {}, --decoder-embed-dim {} and --decoder-output-dim {} "
+                "must be equal".format(*widths)
+            )
+
+
+def model_config_from(values: Mapping[str, Any]) -> TransformerLMConfig:
+    """A config from the plain values of a checkpoint; other entries are passed over.
+
+    Raises: ValueError when the values contradict each other.
+    """
+    return build(TransformerLMConfig, values)
+
+
+def _spelling(name: str) -> str:
+    return next(flag_names(field)[0] for field in fields(TransformerLMConfig) if field.name == name)
+
+
+def _int_tuple(name: str, value: Any) -> tuple[int, ...] | None:
+    """Read ``"1,2"``, ``[1, 2]`` or ``(1, 2)``: overrides and old checkpoints have all three."""
+    if value is None or value == "":
+        return None
+    try:
+        return int_list(value.strip("()[]")) if isinstance(value, str) else tuple(int(part) for part in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{_spelling(name)} {value!r} is no list of whole numbers, such as 20000,60000") from None

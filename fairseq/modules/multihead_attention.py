@@ -1,0 +1,118 @@
+"""Attention with several heads, and the cache that makes decoding step by step cheap.
+
+Shapes: B batch, T queries, S keys, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class IncrementalState:
+    """Keys and values of the tokens read so far, per layer; pass the same one to every step of one text."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        """Columns read so far, padding included."""
+        self.num_words_B: Tensor | None = None
+        """Tokens read so far that are not padding, per row."""
+        self._cache: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, name: str, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values; returns all of them so far."""
+        if name in self._cache:
+            old_key, old_value = self._cache[name]
+            key_BHSD = torch.cat([old_key, key_BHSD], dim=2)
+            value_BHSD = torch.cat([old_value, value_BHSD], dim=2)
+        self._cache[name] = (key_BHSD, value_BHSD)
+        return key_BHSD, value_BHSD
+
+    def advance(self, is_word_BT: Tensor) -> None:
+        """Count tokens that every layer has read."""
+        counts_B = is_word_BT.sum(1)
+        self.num_words_B = counts_B if self.num_words_B is None else self.num_words_B + counts_B
+        self.num_tokens += is_word_BT.shape[1]
+
+    def reorder(self, order_B: Tensor) -> None:
+        """Take over the rows ``order_B`` of the cache: beam search continues some rows and drops others."""
+        self._cache = {name: (k[order_B], v[order_B]) for name, (k, v) in self._cache.items()}
+        if self.num_words_B is not None:
+            self.num_words_B = self.num_words_B[order_B]
+
+
+class MultiheadAttention(nn.Module):
+    """Attention as in arXiv 1706.03762, sec. 3.2, with fairseq's parameter names."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0, key_width: int | None = None) -> None:
+        """Args.
+
+        width: of the queries and of the output.
+        key_width: of what is attended to, when it is not ``width`` (an encoder's output).
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.k_proj = nn.Linear(key_width or width, width)
+        self.v_proj = nn.Linear(key_width or width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights; the three inputs count as one matrix of three times the height."""
+        for projection in (self.k_proj, self.v_proj, self.q_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        for projection in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query_BTC: Tensor,
+        source_BSC: Tensor | None = None,
+        *,
+        mask_BTS: Tensor | None = None,
+        is_causal: bool = False,
+        incremental_state: IncrementalState | None = None,
+        name: str = "",
+    ) -> Tensor:
+        """Attend from each query to the source (by default the queries' own text).
+
+        Args:
+            mask_BTS: True where a query may look; broadcast over what is missing.
+            is_causal: position t sees positions up to t. Texts are padded on the right only, so that padding comes
+                after every token it might disturb and needs no mask of its own.
+            incremental_state: the keys read so far, extended by these; ``name`` tells the layers apart.
+        """
+        source_BSC = query_BTC if source_BSC is None else source_BSC
+        q_BHTD = self._heads(self.q_proj(query_BTC))
+        k_BHSD, v_BHSD = self._heads(self.k_proj(source_BSC)), self._heads(self.v_proj(source_BSC))
+        if incremental_state is not None:
+            k_BHSD, v_BHSD = incremental_state.extend(name, k_BHSD, v_BHSD)
+            if is_causal:
+                mask_BTS, is_causal = _causal_tail(q_BHTD.shape[2], k_BHSD.shape[2], q_BHTD.device), False
+        if mask_BTS is not None and mask_BTS.dim() == 3:
+            mask_BTS = mask_BTS[:, None]
+        out_BHTD = F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BHSD,
+            v_BHSD,
+            attn_mask=mask_BTS,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+        )
+        return self.out_proj(out_BHTD.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _causal_tail(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
+    """The last rows of a causal mask; None when the one new query sees everything."""
+    if num_queries == 1:
+        return None
+    everything = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+    return everything.tril(num_keys - num_queries)
