@@ -1,0 +1,1 @@
+"""How candidates and the language model's scores become one log-probability."""

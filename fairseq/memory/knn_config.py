@@ -1,0 +1,66 @@
+"""What can be set about retrieving neighbours from a datastore and mixing them in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fairseq.config import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """Neighbours from a datastore (kNN-LM, arXiv 1911.00172)."""
+
+    num_neighbors: int = flag("--k", default=1024)
+    """Neighbours fetched per position."""
+    weight: float = flag("--lmbda", default=0.0)
+    """Share of the neighbours in the probability, 0 to 1; 0 is the language model alone."""
+    temperature: float = flag("--softmax-temp", "--knn-temp", default=1.0)
+    """Divides the similarities before they become probabilities."""
+    dstore_filename: str | None = flag("--dstore-filename", default=None)
+    """Prefix of the datastore."""
+    dstore_size: int | None = flag("--dstore-size", default=None)
+    """Rows of the datastore; known for stores of ours, checked against the files of others."""
+    dstore_fp16: bool = flag("--dstore-fp16", default=False)
+    """The datastore's keys are float16."""
+    indexfile: str | None = flag("--indexfile", default=None)
+    """The faiss index over the datastore; the ending .l2, .ip or .cos may be left out."""
+    faiss_metric_type: str = flag("--faiss-metric-type", default="l2", choices=("l2", "ip", "cos"))
+    """Metric of the index: minus the squared distance, inner product or cosine."""
+    knn_sim_func: str | None = flag("--knn-sim-func", default=None, choices=("do_not_recomp_l2", "dot"))
+    """Similarity of a neighbour: by default the metric, recomputed from the full keys; do_not_recomp_l2 takes what the
+    index (which keeps compressed keys) computed; dot is the inner product with the full keys whatever the metric."""
+    no_load_keys: bool = flag("--no-load-keys", default=False)
+    """Take the index's similarities and never read the full keys."""
+    probe: int = flag("--probe", default=8)
+    """Lists of the index that are searched per query: more finds more and takes longer."""
+    move_dstore_to_mem: bool = flag("--move-dstore-to-mem", default=False)
+    """Read the datastore into memory first."""
+    use_faiss_cpu: bool = flag("--use-faiss-cpu", default=False)
+    """Search the index on the processor even where a GPU could."""
+
+    def __post_init__(self) -> None:
+        if self.num_neighbors < 1:
+            raise ValueError(f"--k must be at least 1, got {self.num_neighbors}")
+        if self.probe < 1:
+            raise ValueError(f"--probe must be at least 1, got {self.probe}")
+        if not 0.0 <= self.weight <= 1.0:
+            raise ValueError(f"--lmbda {self.weight} is not in [0, 1]; 0 means the language model alone")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(
+                f"--softmax-temp {self.temperature} is not positive; 1 changes nothing"
+            )
+        if self.dstore_size is not None and self.dstore_size < 1:
+            raise ValueError(
+                f"--dstore-size must be at least 1, got {self.dstore_size}; our own stores need none"
+            )
+        if self.no_load_keys and self.knn_sim_func == "dot":
+            raise ValueError("--knn-sim-func dot needs the full keys, --no-load-keys forbids them; leave one out")
+
+    @property
+    def similarity(self) -> str:
+        """Where a neighbour's score comes from: ``recompute``, ``index`` or ``dot`` (see ExternalMemory)."""
+        if self.knn_sim_func == "dot":
+            return "dot"
+        return "index" if self.no_load_keys or self.knn_sim_func == "do_not_recomp_l2" else "recompute"

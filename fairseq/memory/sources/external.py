@@ -1,0 +1,119 @@
+"""An external memory: the k nearest rows of a datastore."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fairseq.memory.datastore import Datastore, as_tensor
+from fairseq.memory.files import StoreFiles
+from fairseq.memory.index.base import Index, check_k
+from fairseq.memory.similarity import pair_scores
+from fairseq.memory.types import Candidates, Metric
+from fairseq.registry import lookup
+
+if TYPE_CHECKING:
+    from fairseq.memory.knn_config import KnnConfig
+
+logger = logging.getLogger(__name__)
+
+SCORES = ("recompute", "index", "dot")
+
+
+class ExternalMemory:
+    """Looks up the nearest rows of a store for many positions at once: an index answers a bulk much faster."""
+
+    def __init__(self, store: Datastore, index: Index, k: int, score: str = "recompute") -> None:
+        """Args.
+
+        k: neighbours per position.
+        score: ``recompute`` computes the index's metric from the full keys, ``index`` takes the index's own scores
+            (compressed keys), ``dot`` computes the inner product from the full keys.
+        Raises: ValueError when index and store do not belong together or k is larger than the store.
+        """
+        lookup(dict.fromkeys(SCORES), score, "kind of score")
+        if index.dim != store.dim:
+            raise ValueError(
+                f"the index is of width {index.dim}, datastore {store.prefix!r} of {store.dim}: it is of another "
+                "store; rebuild it with build_dstore.py"
+            )
+        if len(index) != len(store):
+            raise ValueError(
+                f"the index holds {len(index)} rows, datastore {store.prefix!r} {len(store)}: the store was saved anew "
+                "or the build did not end; rebuild it with build_dstore.py"
+            )
+        check_k(k, len(store))
+        self.store, self.index, self.k, self.score = store, index, k, score
+
+    def lookup(self, query_ND: Tensor) -> Candidates:
+        """The neighbours of each query as candidates on the query's device."""
+        started = time.perf_counter()
+        device = query_ND.device
+        query_ND = query_ND.detach().float().cpu()
+        found = self.index.search(query_ND, self.k)
+        searched = time.perf_counter()
+        scores_NK = found.scores_NK
+        if self.score != "index":
+            metric = Metric.IP if self.score == "dot" else self.index.metric
+            scores_NK = pair_scores(metric, query_ND, self.store.keys, found.ids_NK)
+        # An id of -1 (the probed lists held fewer than k rows) must never be read as the last row.
+        keep_NK = found.ids_NK >= 0
+        ids = found.ids_NK.clamp_min(0).reshape(-1)
+        values_NK = as_tensor(self.store.values).index_select(0, ids).long().view_as(found.ids_NK)
+        values_NK.masked_fill_(~keep_NK, -1)
+        logger.info(
+            "%d lookups: %.2f s searching, %.2f s reading the store",
+            len(query_ND), searched - started, time.perf_counter() - searched,
+        )  # fmt: skip
+        return Candidates(values_NK.to(device), scores_NK.to(device), keep_NK.to(device))
+
+
+def open_store(config: KnnConfig, *, dim: int) -> Datastore:
+    """Open the datastore a config names: by its metadata, or a headerless one by width and size.
+
+    Raises: ValueError when none is named or it cannot be opened.
+    """
+    prefix = config.dstore_filename
+    if not prefix:
+        raise ValueError("--knnlm needs --dstore-filename PREFIX: the datastore to search")
+    if StoreFiles.of(prefix, "float32").metadata.exists() or config.dstore_size is None:
+        store = Datastore.open(prefix, fp16=config.dstore_fp16)
+    else:
+        store = Datastore.open_headerless(prefix, dim=dim, size=config.dstore_size, fp16=config.dstore_fp16)
+    return store.in_memory() if config.move_dstore_to_mem else store
+
+
+def open_external(
+    config: KnnConfig,
+    *,
+    dim: int,
+    key_tap: str | None = None,
+    dictionary_digest: str | None = None,
+    dictionary_size: int | None = None,
+) -> ExternalMemory:
+    """Open store and index and check that they fit each other and the model, before any long work.
+
+    Args:
+        dim: width of the model's keys.
+        key_tap: where the model's keys come from.
+    Raises: ValueError or OSError with both values and the way out.
+    """
+    from fairseq.memory.index.faiss_index import FaissIndex
+
+    store = open_store(config, dim=dim).require(
+        dim=dim,
+        size=config.dstore_size,
+        key_tap=key_tap,
+        dictionary_digest=dictionary_digest,
+        dictionary_size=dictionary_size,
+    )
+    if not config.indexfile:
+        raise ValueError("--knnlm needs --indexfile NAME: the index that build_dstore.py made")
+    index = FaissIndex.open(config.indexfile, Metric.parse(config.faiss_metric_type))
+    index.set_probe(config.probe)
+    memory = ExternalMemory(store, index, config.num_neighbors, config.similarity)
+    logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)
+    return memory
