@@ -97,17 +97,18 @@ class Window:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def figures(self) -> Figures:
-        """Losses, speed, sizes and gradients of the updates in the window; empty when there were none."""
+    def figures(self, **now: float) -> Figures:
+        """Losses, speed, sizes, what holds ``now``, and gradients; only what holds now before the first update."""
         sums = self.sums
         if not sums:
-            return {}
+            return dict(now)
         updates = sums["num_updates"]
         return loss_figures(sums) | {
             "wps": _ratio(sums["num_tokens"], self.seconds),
             "ups": _ratio(updates, self.seconds),
             "wpb": sums["num_tokens"] / updates,
             "bsz": sums["num_sentences"] / updates,
+            **now,
             "gnorm": sums["gnorm"] / updates,
             "clip": 100 * sums["clipped"] / updates,
         }
@@ -152,7 +153,7 @@ class TrainMeters:
 
     def _with_run(self, window: Window, num_updates: int, lr: float) -> Figures:
         walls = {"train_wall": self._run.sums.get("train_wall", 0.0), "wall": self._run.seconds}
-        return window.figures() | {"num_updates": num_updates, "lr": lr} | walls
+        return window.figures(num_updates=num_updates, lr=lr) | walls
 
     def state_dict(self) -> dict[str, Any]:
         """What a continued run needs to report the same figures, as plain types."""
