@@ -160,9 +160,12 @@ def _check_files(config: PreprocessConfig) -> None:
             raise ValueError(f"no such text file: {path}")
         with open(path, "rb"):
             pass
-    os.makedirs(config.destdir, exist_ok=True)
-    with tempfile.TemporaryFile(dir=config.destdir):
-        pass
+    try:
+        os.makedirs(config.destdir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.destdir):
+            pass
+    except OSError as error:
+        raise ValueError(f"--destdir {config.destdir} cannot be written: {error.strerror}") from error
 
 
 def _dictionaries(config: PreprocessConfig) -> dict[str | None, Dictionary]:

@@ -94,7 +94,7 @@ def test_encoding_and_its_inverse():
 
 
 def test_sentencepiece_marks_are_joined():
-    d = Dictionary.from_counts(Counter(["▁un", "der", "▁stand"]))
+    d = Dictionary.from_counts(Counter(["\u2581un", "der", "\u2581stand"]))
     assert d.string(d.encode_line("\u2581un der \u2581stand"), "sentencepiece") == "under stand"
 
 
