@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.models.legacy_names import upgrade_state_dict
@@ -97,9 +98,9 @@ class TransformerDecoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the initial weights as fairseq does: narrow normals for embeddings, Glorot's uniform for maps."""
-        for part in (self.embed_positions, *self.layers):
-            if part is not None and hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, (nn.LayerNorm, TransformerLayer, LearnedPositionalEmbedding)):
+                module.reset_parameters()
         if isinstance(self.embed_tokens, AdaptiveInput):
             self.embed_tokens.reset_parameters()
         else:
@@ -166,9 +167,18 @@ class TransformerLanguageModel(nn.Module):
 
         Raises: ValueError when the config does not fit the dictionary.
         """
-        model = cls(config, dictionary_size, pad)
+        model = cls.unfilled(config, dictionary_size, pad)  # or every weight would be drawn twice
         model.decoder.reset_parameters()
         return model
+
+    @classmethod
+    def unfilled(cls, config: TransformerLMConfig, dictionary_size: int, pad: int) -> TransformerLanguageModel:
+        """A model whose weights are not set, to be loaded into: drawing weights takes longer than loading them.
+
+        Raises: ValueError when the config does not fit the dictionary.
+        """
+        with _NoInit():
+            return cls(config, dictionary_size, pad)
 
     @property
     def max_positions(self) -> int:
@@ -229,6 +239,17 @@ class TransformerLanguageModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, in any of fairseq's spellings."""
         return super().load_state_dict(upgrade_state_dict(state_dict, self.state_dict()), strict, assign)
+
+
+class _NoInit(TorchFunctionMode):
+    """Within it, modules are made without drawing their weights."""
+
+    def __torch_function__(self, func: Any, types: Any, parts: Any = (), named: Any = None) -> Any:
+        named = named or {}
+        draws = getattr(func, "__module__", None) == "torch.nn.init"
+        if draws or getattr(func, "__name__", "") in ("uniform_", "normal_", "fill_", "zero_"):
+            return parts[0] if parts else named["tensor"]
+        return func(*parts, **named)
 
 
 def num_layers(config: TransformerLMConfig) -> int:

@@ -1,0 +1,230 @@
+"""Checkpoints: one file of plain types and tensors, written whole or not at all, read without running code."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq.legacy_checkpoints import from_fairseq, read_pickle
+from fairseq.models.config import TransformerLMConfig, model_config_from
+from fairseq.models.legacy_names import upgrade_state_dict
+from fairseq.models.transformer_lm import TransformerLanguageModel, num_layers
+from fairseq.registry import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "fairseq-memory checkpoint"
+_VERSION = 1
+
+# Settings that fairseq's commands override although no model here reads them.
+_NOT_OF_THE_MODEL = frozenset(
+    "data tokens_per_sample sample_break_mode add_bos_token dstore_filename dstore_size dstore_fp16 dstore_mmap "
+    "indexfile faiss_metric_type knn_sim_func no_load_keys move_dstore_to_mem probe k lmbda knnlm seed cpu fp16 "
+    "max_tokens max_sentences criterion task arch context_window".split()
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model and, in the middle of training, everything needed to go on."""
+
+    config: dict[str, dict[str, Any]]
+    """Settings by group: at least ``task`` and ``model``."""
+    model: dict[str, Tensor]
+    """Weights by name."""
+    optimizer: dict[str, Any] | None = None
+    """State of the optimizer."""
+    scheduler: dict[str, Any] | None = None
+    """State of the learning rate schedule."""
+    iterator: dict[str, Any] | None = None
+    """Place in the data."""
+    progress: dict[str, Any] | None = None
+    """Counts and figures of the run."""
+
+
+def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint: under another name first, to disk, then renamed, so that ``path`` is always whole.
+
+    Raises: OSError naming ``path`` when it cannot be written (the file before stays); TypeError for a value that is
+        neither a plain type nor a tensor.
+    """
+    content: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
+    for field in fields(checkpoint):
+        content[field.name] = _plain(getattr(checkpoint, field.name), field.name)
+    aside = path + ".tmp"
+    try:
+        with open(aside, "wb") as file:
+            _write(content, _Recorder(file))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        _remove(aside)
+        raise OSError(error.errno, f"{os.strerror(error.errno or 0)} (the checkpoint was not saved)", path) from error
+    except BaseException:
+        _remove(aside)
+        raise
+    _sync_folder(os.path.dirname(path) or ".")
+
+
+class _Recorder:
+    """A file that remembers why a write failed: PyTorch's writer reports any failure as a RuntimeError."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write, remembering a failure."""
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+        self.file.flush()
+
+
+def _write(content: Any, recorder: _Recorder) -> None:
+    try:
+        torch.save(content, recorder)
+    except Exception as error:
+        if recorder.error is not None:
+            raise recorder.error from error
+        raise
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return {key: _plain(entry, f"{where}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(entry, f"{where}[{i}]") for i, entry in enumerate(value))
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    raise TypeError(f"a checkpoint holds plain types and tensors; {where} is a {type(value).__name__}")
+
+
+def load_checkpoint(path: str) -> Checkpoint:
+    """Read a checkpoint of this package, or of fairseq, knnlm or TRIME.
+
+    Raises: OSError when it cannot be opened; ValueError when it is damaged, or no checkpoint.
+    """
+    content = read_pickle(path)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        return Checkpoint(**from_fairseq(content, path))
+    if content["version"] != _VERSION:
+        raise ValueError(f"{path} has format version {content['version']}, this program reads {_VERSION}; update it")
+    missing = [field.name for field in fields(Checkpoint) if field.name not in content]
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
+
+
+def load_model(
+    checkpoint: Checkpoint, dictionary_size: int, pad: int, overrides: Mapping[str, Any] | None = None
+) -> TransformerLanguageModel:
+    """Make the model of a checkpoint, in float32 on the CPU, in training mode.
+
+    Args:
+        overrides: settings of the model that replace the checkpoint's (``--model-overrides``).
+    Raises: ValueError when the dictionary has another size, an override is unknown, or the weights do not fit.
+    """
+    task, arch = (checkpoint.config.get(group, {}).get(name) for group, name in (("task", "name"), ("model", "arch")))
+    if task != "language_modeling" or "decoder.embed_tokens" not in " ".join(checkpoint.model):
+        raise ValueError(f"the checkpoint holds no transformer language model, but {arch!r} for task {task!r}")
+    found = vocabulary_size(checkpoint.model)
+    if found != dictionary_size:
+        raise ValueError(
+            f"the checkpoint was trained with a dictionary of {found} types, the data's has {dictionary_size}; "
+            "use the data folder it was trained on, or binarise the text with its dict.txt (--srcdict)"
+        )
+    config = model_config_from(checkpoint.config["model"] | _known_overrides(overrides or {}))
+    model = TransformerLanguageModel.unfilled(config, dictionary_size, pad)
+    own = model.state_dict()
+    weights = keep_layers(upgrade_state_dict(checkpoint.model, own), config)
+    _require_fit(own, weights)
+    model.load_state_dict(weights)
+    return model
+
+
+def vocabulary_size(weights: Mapping[str, Tensor]) -> int:
+    """Number of types a language model's weights are for."""
+    bands = re.compile(r"decoder\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
+    return sum(len(value) for name, value in weights.items() if bands.fullmatch(name))
+
+
+def _known_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(TransformerLMConfig)}
+    for name in overrides:
+        if name in _NOT_OF_THE_MODEL:
+            logger.warning("--model-overrides: %s is no setting of the model and is ignored", name)
+        elif name not in known:
+            raise ValueError(f"--model-overrides: the model has no setting {name!r}{did_you_mean(name, known)}")
+    return {name: value for name, value in overrides.items() if name in known}
+
+
+def keep_layers(weights: Mapping[str, Tensor], config: TransformerLMConfig) -> dict[str, Tensor]:
+    """Drop and renumber layers as ``--decoder-layers-to-keep`` says, unless the file holds just those already.
+
+    Raises: ValueError when the file has no layer of that number.
+    """
+    numbers = {int(hit.group(1)) for hit in map(re.compile(r"decoder\.layers\.(\d+)\.").match, weights) if hit}
+    keep = config.decoder_layers_to_keep
+    if keep is None or len(numbers) == num_layers(config):
+        return dict(weights)
+    if not numbers.issuperset(keep):
+        raise ValueError(
+            f"--decoder-layers-to-keep {','.join(map(str, keep))}: the checkpoint has layers 0 to {max(numbers)}"
+        )
+    place = {old: new for new, old in enumerate(sorted(keep))}
+    kept = {}
+    for name, value in weights.items():
+        hit = re.match(r"decoder\.layers\.(\d+)(\..*)", name)
+        if hit is None:
+            kept[name] = value
+        elif int(hit.group(1)) in place:
+            kept[f"decoder.layers.{place[int(hit.group(1))]}{hit.group(2)}"] = value
+    return kept
+
+
+def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for the first weight that the model lacks, the file lacks, or that has another shape."""
+    way_out = "the checkpoint's settings (or --model-overrides) describe another architecture than its weights"
+    for name, value in own.items():
+        if name not in weights:
+            raise ValueError(f"the model has a weight {name} {tuple(value.shape)}, the checkpoint has none; {way_out}")
+        if weights[name].shape != value.shape:
+            raise ValueError(
+                f"weight {name} has shape {tuple(weights[name].shape)} in the checkpoint "
+                f"and {tuple(value.shape)} in the model; {way_out}"
+            )
+    for name, value in weights.items():
+        if name not in own:
+            raise ValueError(f"the checkpoint has a weight {name} {tuple(value.shape)}, the model has none; {way_out}")

@@ -1,0 +1,214 @@
+"""Checkpoints of fairseq 0.6 to 0.12, knnlm and TRIME: pickles that nobody should execute -> plain types and tensors.
+
+PyTorch's restricted unpickler reads them. Besides tensors and plain types it is only ever shown
+``argparse.Namespace`` and stand-ins that keep what they are given and do nothing, for classes of the programs
+that wrote such files. Whatever else a pickle asks for is refused, so reading a file never runs code from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import IO, Any
+
+import torch
+
+from fairseq.models.config import TransformerLMConfig
+
+# Modules whose classes may appear in a checkpoint's settings; they are never imported.
+_FOREIGN = re.compile(r"(fairseq|omegaconf|hydra|numpy|typing|pathlib)\.[\w.]+|_codecs\.encode|enum\.\w+")
+_PLAIN_TYPES = frozenset(f"builtins.{name}" for name in "bool bytes dict float int list object set str tuple".split())
+_PICKLES_OF_OLD_FORMAT = 5  # magic number, version, system, content, storage keys; raw storages follow
+
+# Settings of fairseq 0.12 that change what a model computes and that this package has not.
+_UNSUPPORTED = ("base_layers", "scale_fc", "scale_attn", "scale_heads", "scale_resids", "decoder_xformers_att_config")
+_TASK_FIELDS = ("data", "sample_break_mode", "tokens_per_sample", "max_target_positions", "add_bos_token")
+_TRANSLATION_FIELDS = ("source_lang", "target_lang", "left_pad_source", "left_pad_target", "max_source_positions")
+
+
+class _Inert:
+    """An object of a class that is not imported: keeps what the pickle says about it."""
+
+    def __new__(cls, *parts: Any, **named: Any) -> _Inert:
+        made = super().__new__(cls)
+        made.parts = parts
+        made.state = {}
+        return made
+
+    def __init__(self, *parts: Any, **named: Any) -> None:
+        """Take anything."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def read_pickle(path: str) -> Any:
+    """Read a ``torch.save`` file without running anything it holds.
+
+    Raises: ValueError for a file that is damaged, no checkpoint, or asks for more than plain types, tensors and
+        settings; OSError when it cannot be read.
+    """
+    with open(path, "rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+    try:
+        stand_ins = [_stand_in(name) for name in sorted(_globals_of(path)) if _is_foreign(name)]
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+            # Mapped, not read: evaluation never touches the optimizer state, which is twice the size of the model.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(path, error)}") from error
+
+
+def _reason(path: str, error: Exception) -> str:
+    with contextlib.suppress(Exception):
+        refused = [name for name in sorted(_globals_of(path)) if not _is_foreign(name) and not _is_usual(name)]
+        if refused:
+            return (
+                f"it asks to run {', '.join(refused[:3])}, which no checkpoint needs; nothing was run. "
+                "Get the file from a source you trust"
+            )
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"it is damaged, cut short, or another kind of file ({first[:200]}); copy or download it again"
+
+
+def _is_foreign(name: str) -> bool:
+    return bool(_FOREIGN.fullmatch(name)) or name in _PLAIN_TYPES
+
+
+def _is_usual(name: str) -> bool:
+    return name.startswith(("torch.", "torch._utils.")) or name in ("argparse.Namespace", "collections.OrderedDict")
+
+
+def _stand_in(name: str) -> type:
+    module, _, qualname = name.rpartition(".")
+    return type(qualname, (_Inert,), {"__module__": module})
+
+
+def _globals_of(path: str) -> set[str]:
+    """Names that the pickles of a file would import, found without executing them."""
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return {name for _ in range(_PICKLES_OF_OLD_FORMAT) for name in _globals_in(file)}
+        with zipfile.ZipFile(file) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            return {name for pickle in pickles for name in _globals_in(archive.open(pickle))}
+
+
+def _globals_in(file: IO[bytes]) -> Iterator[str]:
+    strings: list[str] = []
+    for opcode, value, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield str(value).replace(" ", ".", 1)
+        elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
+            yield ".".join(strings[-2:])
+        elif isinstance(value, str):
+            strings.append(value)
+
+
+def plain(value: Any) -> Any:
+    """Settings as dictionaries, lists, strings, numbers and None; what cannot be expressed so becomes None."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, _Inert):
+        state = value.state if isinstance(value.state, dict) else {}
+        if "_content" in state or "_val" in state:  # omegaconf's containers and nodes
+            return plain(state.get("_content", state.get("_val")))
+        return plain(value.parts[0]) if len(value.parts) == 1 else None  # an enumeration's member
+    if isinstance(value, Mapping):
+        return {str(plain(key)): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value if value is None or isinstance(value, (str, bool, int, float)) else None
+
+
+def read_fairseq_checkpoint(path: str) -> dict[str, Any]:
+    """Read a checkpoint of fairseq, knnlm or TRIME; see :func:`from_fairseq` for what comes back.
+
+    Raises: ValueError or OSError as :func:`read_pickle` and :func:`from_fairseq`.
+    """
+    return from_fairseq(read_pickle(path), path)
+
+
+def from_fairseq(content: Any, path: str) -> dict[str, Any]:
+    """Turn a file's content into ``config`` (groups of plain settings), ``model`` (weights) and ``progress``.
+
+    The optimizer's state is left behind: its schedule and place in the data cannot be continued here.
+    Raises: ValueError when it is no checkpoint, or of a model that needs settings this package has not.
+    """
+    weights = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} is no checkpoint of a model: it has no weights under 'model'")
+    settings = plain(content.get("cfg") or content.get("args"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds weights but no settings ('args' or 'cfg'), so its architecture is not known")
+    nested = "task" in settings and isinstance(settings["task"], dict)
+    config = _groups_of_nested(settings) if nested else _groups_of_flat(settings)
+    if config["chosen"]["task"] == "language_modeling":
+        config["model"] = _language_model_settings(config, weights, path)
+    history = plain(content.get("optimizer_history")) or [{}]
+    progress = {"num_updates": history[-1].get("num_updates") or 0}
+    return {"config": config, "model": dict(weights), "progress": progress}
+
+
+def _groups_of_flat(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of fairseq 0.9 and its forks, where every flag stands beside every other."""
+    chosen = {name: values.get(name) for name in ("task", "arch", "criterion", "optimizer", "lr_scheduler")}
+    task = {name: values[name] for name in (*_TASK_FIELDS, *_TRANSLATION_FIELDS) if name in values}
+    return {"task": task | {"name": chosen["task"]}, "model": dict(values), "chosen": chosen, "given": values}
+
+
+def _groups_of_nested(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of fairseq 0.10 to 0.12: one dictionary per part, which may refer to another."""
+    groups = {name: group for name, group in values.items() if isinstance(group, dict)}
+    for group in groups.values():
+        for name, value in group.items():
+            group[name] = _follow(groups, value)
+    model = groups.get("model", {})
+    chosen = {name: groups.get(name, {}).get("_name") for name in ("task", "criterion", "optimizer", "lr_scheduler")}
+    chosen["arch"] = model.get("arch") or model.get("_name")
+    given = {name: value for group in groups.values() for name, value in group.items() if name != "_name"}
+    return {"task": groups["task"] | {"name": chosen["task"]}, "model": model, "chosen": chosen, "given": given}
+
+
+def _follow(groups: dict[str, dict[str, Any]], value: Any) -> Any:
+    """Replace a reference such as ``${task.tokens_per_sample}``; ``???`` marks a value nobody gave."""
+    if value == "???":
+        return None
+    reference = re.fullmatch(r"\$\{(\w+)\.(\w+)\}", value) if isinstance(value, str) else None
+    if reference is None:
+        return value
+    found = groups.get(reference.group(1), {}).get(reference.group(2))
+    return None if isinstance(found, str) and found.startswith("${") else found
+
+
+def _language_model_settings(config: dict[str, Any], weights: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What TransformerLMConfig needs, completed from what old versions expressed in other ways."""
+    values, task = config["model"], config["task"]
+    for name in _UNSUPPORTED:
+        if values.get(name):
+            raise ValueError(f"{path} is a model with {name}={values[name]!r}, which is not offered here")
+    own = {field.name for field in fields(TransformerLMConfig)}
+    model = {name: value for name, value in values.items() if name in own and value is not None}
+    model["activation_dropout"] = values.get("activation_dropout") or values.get("relu_dropout") or 0.0
+    model["max_target_positions"] = (
+        values.get("max_target_positions") or task.get("max_target_positions") or task.get("tokens_per_sample") or 1024
+    )
+    if values.get("no_tie_adaptive_proj") is False and model.get("tie_adaptive_weights"):
+        model["tie_adaptive_proj"] = True
+    if model.get("decoder_normalize_before", True):  # before there was a flag for it, the file alone told
+        model["no_decoder_final_norm"] = "decoder.layer_norm.weight" not in weights
+    if model.get("adaptive_softmax_cutoff") is not None:
+        model["share_decoder_input_output_embed"] = False  # fairseq does not read it then
+    return model | {"arch": config["chosen"]["arch"]}
