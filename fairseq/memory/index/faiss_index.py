@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.files import Array
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
@@ -112,3 +114,68 @@ class FaissIndex:
             order_NK = scores_NK.argsort(dim=1, descending=True, stable=True)
             ids_NK, scores_NK = ids_NK.gather(1, order_NK), scores_NK.gather(1, order_NK)
         return Neighbors(ids_NK, scores_NK)
+
+
+class FaissBuilder:
+    """An index in the making: trained on a sample, then filled with codes in the order of the rows."""
+
+    def __init__(self, index: Any, cosine: bool) -> None:
+        """Wrap a faiss index; ``cosine`` scales every key to length one first."""
+        self._index, self._cosine = index, cosine
+
+    @classmethod
+    def new(cls, factory: str, dim: int, metric: Metric, seed: int) -> FaissBuilder:
+        """An empty, untrained index of a faiss factory string."""
+        faiss = _faiss()
+        index = faiss.index_factory(
+            dim, factory, faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
+        )
+        for part in (index, getattr(index, "pq", None)):
+            if hasattr(part, "cp"):
+                part.cp.seed = seed
+        return cls(index, metric is Metric.COS)
+
+    @classmethod
+    def load(cls, path: Path, cosine: bool) -> FaissBuilder:
+        """Read what ``save`` wrote."""
+        return cls(_faiss().read_index(str(path)), cosine)
+
+    def save(self, path: Path) -> None:
+        """Write the index so that the name stands for a whole file or none."""
+        aside = path.with_name(path.name + ".tmp")
+        _faiss().write_index(self._index, str(aside))
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one encoded row."""
+        return int(self._index.sa_code_size())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the index."""
+        return int(self._index.ntotal)
+
+    def train(self, keys_ND: Array) -> None:
+        """Learn lists and compression from a sample."""
+        self._index.train(self._prepared(keys_ND))
+
+    def encode(self, keys_ND: Array) -> Array:
+        """Codes of some keys, (N, code_bytes) uint8."""
+        codes: Array = self._index.sa_encode(self._prepared(keys_ND))
+        return codes
+
+    def add_codes(self, codes: Array) -> None:
+        """Append rows given their codes."""
+        self._index.add_sa_codes(codes)
+
+    def set_probe(self, probe: int) -> None:
+        """Lists a search visits by default."""
+        if hasattr(self._index, "nprobe"):
+            self._index.nprobe = min(probe, self._index.nlist)
+
+    def _prepared(self, keys_ND: Array) -> Array:
+        keys = np.ascontiguousarray(keys_ND, dtype=np.float32)
+        return normalized(torch.from_numpy(keys)).numpy() if self._cosine else keys
