@@ -24,7 +24,8 @@ def main(argv: Sequence[str]) -> None:
     built = build_index(config)
     seconds = built.train_seconds + built.add_seconds
     sys.stdout.write(
-        f"indexed {built.rows} keys in {seconds:.1f}s ({config.factory}, {config.dist}, {built.bytes} bytes): {built.path}\n"
+        f"indexed {built.rows} keys in {seconds:.1f}s "
+        f"({config.factory}, {config.dist}, {built.bytes} bytes): {built.path}\n"
     )
     store = open_store(config)
     write_manifest(

@@ -94,8 +94,10 @@ def locked(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            file.close()
 
 
 class BlockChecksums:

@@ -48,13 +48,9 @@ class KnnConfig:
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"--lmbda {self.weight} is not in [0, 1]; 0 means the language model alone")
         if not 0.0 < self.temperature < math.inf:
-            raise ValueError(
-                f"--softmax-temp {self.temperature} is not positive; 1 changes nothing"
-            )
+            raise ValueError(f"--softmax-temp {self.temperature} is not positive; 1 changes nothing")
         if self.dstore_size is not None and self.dstore_size < 1:
-            raise ValueError(
-                f"--dstore-size must be at least 1, got {self.dstore_size}; our own stores need none"
-            )
+            raise ValueError(f"--dstore-size must be at least 1, got {self.dstore_size}; our own stores need none")
         if self.no_load_keys and self.knn_sim_func == "dot":
             raise ValueError("--knn-sim-func dot needs the full keys, --no-load-keys forbids them; leave one out")
 

@@ -130,7 +130,7 @@ class FaissBuilder:
         index = faiss.index_factory(
             dim, factory, faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
         )
-        for part in (index, getattr(index, "pq", None)):
+        for part in (index, getattr(index, "pq", index)):
             if hasattr(part, "cp"):
                 part.cp.seed = seed
         return cls(index, metric is Metric.COS)
