@@ -23,6 +23,10 @@ from fairseq.models.config import TransformerLMConfig
 # Modules whose classes may appear in a checkpoint's settings; they are never imported.
 _FOREIGN = re.compile(r"(fairseq|omegaconf|hydra|numpy|typing|pathlib)\.[\w.]+|_codecs\.encode|enum\.\w+")
 _PLAIN_TYPES = frozenset(f"builtins.{name}" for name in "bool bytes dict float int list object set str tuple".split())
+_USUAL = re.compile(
+    r"torch\.(\w+Storage|storage\.\w+|_utils\._rebuild_\w+|Size|device|dtype|[a-z]+\d+|nn\.parameter\.Parameter)"
+    r"|collections\.(OrderedDict|Counter)|argparse\.Namespace"
+)
 _PICKLES_OF_OLD_FORMAT = 5  # magic number, version, system, content, storage keys; raw storages follow
 
 # Settings of fairseq 0.12 that change what a model computes and that this package has not.
@@ -74,7 +78,8 @@ def _reason(path: str, error: Exception) -> str:
                 f"it asks to run {', '.join(refused[:3])}, which no checkpoint needs; nothing was run. "
                 "Get the file from a source you trust"
             )
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    told = re.search(r"WeightsUnpickler error: (.*)", str(error))  # the rest advises to run the file's code
+    first = told.group(1) if told else (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"it is damaged, cut short, or another kind of file ({first[:200]}); copy or download it again"
 
 
@@ -83,7 +88,8 @@ def _is_foreign(name: str) -> bool:
 
 
 def _is_usual(name: str) -> bool:
-    return name.startswith(("torch.", "torch._utils.")) or name in ("argparse.Namespace", "collections.OrderedDict")
+    """Whether PyTorch's own files ask for it; decides the wording of an error, and nothing else."""
+    return bool(_USUAL.fullmatch(name))
 
 
 def _stand_in(name: str) -> type:

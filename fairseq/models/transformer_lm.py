@@ -18,7 +18,7 @@ from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.outputs import LMOutput
 from fairseq.modules.adaptive_input import AdaptiveInput
-from fairseq.modules.adaptive_softmax import AdaptiveSoftmax, SharedLinear, pick
+from fairseq.modules.adaptive_softmax import AdaptiveSoftmax, SharedLinear, log_softmax, pick
 from fairseq.modules.multihead_attention import IncrementalState
 from fairseq.modules.positional_embedding import LearnedPositionalEmbedding, SinusoidalPositionalEmbedding
 from fairseq.modules.transformer_layer import TransformerLayer
@@ -234,7 +234,7 @@ class TransformerLanguageModel(nn.Module):
         """Log-probability of every type, (N, V) in float32."""
         if self.decoder.adaptive_softmax is not None:
             return self.decoder.adaptive_softmax.vocab_logp(hidden_ND)
-        return F.log_softmax(self.decoder.output_projection(hidden_ND), dim=1, dtype=torch.float32)
+        return log_softmax(self.decoder.output_projection(hidden_ND))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, in any of fairseq's spellings."""

@@ -95,8 +95,9 @@ class AdaptiveSoftmax(nn.Module):
         A tail's softmax is computed for the targets it holds and no others.
         """
         x_ND = F.dropout(x_ND, self.dropout, self.training)
-        ends_K = torch.tensor(self.ends, device=target_N.device)
-        band_N = torch.bucketize(target_N, ends_K, right=True)
+        band_N = torch.zeros_like(target_N)
+        for end in self.ends[:-1]:
+            band_N += target_N >= end
         entry_N = torch.where(band_N == 0, target_N, self.ends[0] + band_N - 1)
         logp_N, norm_N = pick(self.head(x_ND), entry_N)
         for band, tail in enumerate(self.tail, start=1):
@@ -109,18 +110,23 @@ class AdaptiveSoftmax(nn.Module):
     def vocab_logp(self, x_ND: Tensor) -> Tensor:
         """Log-probability of every type, (N, V) in float32."""
         x_ND = F.dropout(x_ND, self.dropout, self.training)
-        head_NC = F.log_softmax(self.head(x_ND), dim=1, dtype=torch.float32)
+        head_NC = log_softmax(self.head(x_ND))
         parts = [head_NC[:, : self.ends[0]]]
         for band, tail in enumerate(self.tail):
             own_N1 = head_NC[:, self.ends[0] + band, None]
-            parts.append(own_N1 + F.log_softmax(tail(x_ND), dim=1, dtype=torch.float32))
+            parts.append(own_N1 + log_softmax(tail(x_ND)))
         return torch.cat(parts, dim=1)
 
 
 def pick(score_NV: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax of one entry per row, and the log-sum of each row; (N,) in float32 whatever the scores' type.
+    """Log-softmax of one entry per row, and the log-sum of each row; (N,), in float32 or wider.
 
     The log-sum is the entry's score less its log-softmax: one fused kernel instead of two.
     """
-    logp_N = F.log_softmax(score_NV, dim=1, dtype=torch.float32).gather(1, index_N[:, None]).squeeze(1)
-    return logp_N, score_NV.gather(1, index_N[:, None]).squeeze(1).float() - logp_N
+    logp_N = log_softmax(score_NV).gather(1, index_N[:, None]).squeeze(1)
+    return logp_N, score_NV.gather(1, index_N[:, None]).squeeze(1).to(logp_N.dtype) - logp_N
+
+
+def log_softmax(score_NV: Tensor) -> Tensor:
+    """Log-softmax of each row, in float32 even when the scores are in half precision."""
+    return F.log_softmax(score_NV, dim=1, dtype=torch.promote_types(score_NV.dtype, torch.float32))
