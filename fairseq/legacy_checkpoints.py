@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -27,6 +28,9 @@ _USUAL = re.compile(
     r"torch\.(\w+Storage|storage\.\w+|_utils\._rebuild_\w+|Size|device|dtype|[a-z]+\d+|nn\.parameter\.Parameter)"
     r"|collections\.(OrderedDict|Counter)|argparse\.Namespace"
 )
+_DEFAULTDICT = "collections.defaultdict"
+# torch.save writes names as Python 2 knew them.
+_PYTHON_2_NAMES = {"__builtin__.long": "builtins.int", "__builtin__.unicode": "builtins.str"}
 _PICKLES_OF_OLD_FORMAT = 5  # magic number, version, system, content, storage keys; raw storages follow
 
 # Settings of fairseq 0.12 that change what a model computes and that this package has not.
@@ -51,6 +55,13 @@ class _Inert:
         self.state = state
 
 
+class _PlainDict(_Inert):
+    """Stands in for a dictionary with defaults: makes one without."""
+
+    def __new__(cls, *parts: Any) -> Any:
+        return {}
+
+
 def read_pickle(path: str) -> Any:
     """Read a ``torch.save`` file without running anything it holds.
 
@@ -61,7 +72,8 @@ def read_pickle(path: str) -> Any:
         is_zip = zipfile.is_zipfile(file)
     try:
         stand_ins = [_stand_in(name) for name in sorted(_globals_of(path)) if _is_foreign(name)]
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about protocols; what cannot be read is an error below
             # Mapped, not read: evaluation never touches the optimizer state, which is twice the size of the model.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError:
@@ -78,13 +90,13 @@ def _reason(path: str, error: Exception) -> str:
                 f"it asks to run {', '.join(refused[:3])}, which no checkpoint needs; nothing was run. "
                 "Get the file from a source you trust"
             )
-    told = re.search(r"WeightsUnpickler error: (.*)", str(error))  # the rest advises to run the file's code
+    told = re.search(r"WeightsUnpickler error: (.+)", str(error))  # the rest advises to run the file's code
     first = told.group(1) if told else (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"it is damaged, cut short, or another kind of file ({first[:200]}); copy or download it again"
 
 
 def _is_foreign(name: str) -> bool:
-    return bool(_FOREIGN.fullmatch(name)) or name in _PLAIN_TYPES
+    return bool(_FOREIGN.fullmatch(name)) or name in _PLAIN_TYPES or name == _DEFAULTDICT
 
 
 def _is_usual(name: str) -> bool:
@@ -94,7 +106,8 @@ def _is_usual(name: str) -> bool:
 
 def _stand_in(name: str) -> type:
     module, _, qualname = name.rpartition(".")
-    return type(qualname, (_Inert,), {"__module__": module})
+    kind = _PlainDict if name == _DEFAULTDICT else _Inert
+    return type(qualname, (kind,), {"__module__": module})
 
 
 def _globals_of(path: str) -> set[str]:
@@ -112,7 +125,8 @@ def _globals_in(file: IO[bytes]) -> Iterator[str]:
     strings: list[str] = []
     for opcode, value, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
-            yield str(value).replace(" ", ".", 1)
+            name = str(value).replace(" ", ".", 1)
+            yield _PYTHON_2_NAMES.get(name, name.replace("__builtin__.", "builtins.", 1))
         elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
             yield ".".join(strings[-2:])
         elif isinstance(value, str):
