@@ -25,10 +25,10 @@ _FORMAT = "fairseq-memory checkpoint"
 _VERSION = 1
 
 # Settings that fairseq's commands override although no model here reads them.
-_NOT_OF_THE_MODEL = frozenset(
-    "data tokens_per_sample sample_break_mode add_bos_token dstore_filename dstore_size dstore_fp16 dstore_mmap "
-    "indexfile faiss_metric_type knn_sim_func no_load_keys move_dstore_to_mem probe k lmbda knnlm seed cpu fp16 "
-    "max_tokens max_sentences criterion task arch context_window".split()
+_NOT_OF_THE_MODEL = re.compile(
+    r"data|tokens_per_sample|sample_break_mode|add_bos_token|context_window|criterion|task|arch|seed|cpu|fp16"
+    r"|max_tokens|max_sentences|knnlm|k|lmbda|probe|indexfile|dstore_\w+|faiss_\w+|knn_sim_func|no_load_keys"
+    r"|move_dstore_to_mem"
 )
 
 
@@ -183,7 +183,7 @@ def vocabulary_size(weights: Mapping[str, Tensor]) -> int:
 def _known_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     known = {field.name for field in fields(TransformerLMConfig)}
     for name in overrides:
-        if name in _NOT_OF_THE_MODEL:
+        if _NOT_OF_THE_MODEL.fullmatch(name):
             logger.warning("--model-overrides: %s is no setting of the model and is ignored", name)
         elif name not in known:
             raise ValueError(f"--model-overrides: the model has no setting {name!r}{did_you_mean(name, known)}")

@@ -1,13 +1,12 @@
 """Checkpoints of fairseq 0.6 to 0.12, knnlm and TRIME: pickles that nobody should execute -> plain types and tensors.
 
-PyTorch's restricted unpickler reads them. Besides tensors and plain types it is only ever shown
-``argparse.Namespace`` and stand-ins that keep what they are given and do nothing, for classes of the programs
-that wrote such files. Whatever else a pickle asks for is refused, so reading a file never runs code from it.
+PyTorch's restricted unpickler reads them. Besides tensors and plain types it is only ever shown stand-ins that keep
+what they are given and do nothing: for ``argparse.Namespace`` and for classes of the programs that wrote such files.
+Whatever else a pickle asks for is refused, so reading a file never runs code from it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import pickletools
 import re
@@ -22,13 +21,14 @@ import torch
 from fairseq.models.config import TransformerLMConfig
 
 # Modules whose classes may appear in a checkpoint's settings; they are never imported.
-_FOREIGN = re.compile(r"(fairseq|omegaconf|hydra|numpy|typing|pathlib)\.[\w.]+|_codecs\.encode|enum\.\w+")
-_PLAIN_TYPES = frozenset(f"builtins.{name}" for name in "bool bytes dict float int list object set str tuple".split())
+_FOREIGN = re.compile(
+    r"argparse\.Namespace|(fairseq|omegaconf|hydra|numpy|typing|pathlib)\.[\w.]+|_codecs\.encode|enum\.\w+"
+    r"|builtins\.(bool|bytes|dict|float|int|list|object|set|str|tuple)|collections\.defaultdict"
+)
 _USUAL = re.compile(
     r"torch\.(\w+Storage|storage\.\w+|_utils\._rebuild_\w+|Size|device|dtype|[a-z]+\d+|nn\.parameter\.Parameter)"
-    r"|collections\.(OrderedDict|Counter)|argparse\.Namespace"
+    r"|collections\.(OrderedDict|Counter)"
 )
-_DEFAULTDICT = "collections.defaultdict"
 # torch.save writes names as Python 2 knew them.
 _PYTHON_2_NAMES = {"__builtin__.long": "builtins.int", "__builtin__.unicode": "builtins.str"}
 _PICKLES_OF_OLD_FORMAT = 5  # magic number, version, system, content, storage keys; raw storages follow
@@ -72,7 +72,7 @@ def read_pickle(path: str) -> Any:
         is_zip = zipfile.is_zipfile(file)
     try:
         stand_ins = [_stand_in(name) for name in sorted(_globals_of(path)) if _is_foreign(name)]
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about protocols; what cannot be read is an error below
             # Mapped, not read: evaluation never touches the optimizer state, which is twice the size of the model.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
@@ -96,7 +96,7 @@ def _reason(path: str, error: Exception) -> str:
 
 
 def _is_foreign(name: str) -> bool:
-    return bool(_FOREIGN.fullmatch(name)) or name in _PLAIN_TYPES or name == _DEFAULTDICT
+    return bool(_FOREIGN.fullmatch(name))
 
 
 def _is_usual(name: str) -> bool:
@@ -106,7 +106,7 @@ def _is_usual(name: str) -> bool:
 
 def _stand_in(name: str) -> type:
     module, _, qualname = name.rpartition(".")
-    kind = _PlainDict if name == _DEFAULTDICT else _Inert
+    kind = _PlainDict if name == "collections.defaultdict" else _Inert
     return type(qualname, (kind,), {"__module__": module})
 
 
@@ -135,12 +135,12 @@ def _globals_in(file: IO[bytes]) -> Iterator[str]:
 
 def plain(value: Any) -> Any:
     """Settings as dictionaries, lists, strings, numbers and None; what cannot be expressed so becomes None."""
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
     if isinstance(value, _Inert):
         state = value.state if isinstance(value.state, dict) else {}
         if "_content" in state or "_val" in state:  # omegaconf's containers and nodes
             return plain(state.get("_content", state.get("_val")))
+        if type(value).__qualname__ == "Namespace":
+            return plain(state)
         return plain(value.parts[0]) if len(value.parts) == 1 else None  # an enumeration's member
     if isinstance(value, Mapping):
         return {str(plain(key)): plain(entry) for key, entry in value.items()}
