@@ -186,6 +186,12 @@ class TransformerLanguageModel(nn.Module):
         return self.config.max_target_positions
 
     @property
+    def longest_input(self) -> int | None:
+        """Length that no input may exceed: where learned positions end; None when the model reads on for ever."""
+        learned = isinstance(self.decoder.embed_positions, LearnedPositionalEmbedding)
+        return self.config.max_target_positions if learned else None
+
+    @property
     def has_adaptive_softmax(self) -> bool:
         """Whether the output layer is an adaptive softmax."""
         return self.decoder.adaptive_softmax is not None

@@ -208,6 +208,14 @@ def test_layerdrop_leaves_layers_out_in_training_but_never_the_tapped_one():
     assert calls == [1]
 
 
+def test_longest_input():
+    assert make().longest_input is None
+    model = make("learned_positions", max_target_positions=6)
+    assert model.longest_input == model.max_positions == 6
+    with pytest.raises(ValueError, match="7 tokens is longer than the 6 positions"):
+        model(text())
+
+
 def test_fewer_layers_when_some_are_kept():
     assert len(make(decoder_layers_to_keep=(1,)).decoder.layers) == 1
 
