@@ -34,14 +34,18 @@ class EpochBatchIterator:
         world_size: int = 1,
         num_workers: int = 0,
         shuffle: bool = True,
+        group: int = 1,
     ) -> None:
         """Iterate over ``batches`` of block numbers.
 
         Args:
             num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
             shuffle: another order in every epoch; otherwise the given one.
+            group: this many consecutive batches stay together when shuffled, so that the ranks of a step, if their
+                number is a multiple of it, hold whole groups. A last, smaller group stays at the end of the epoch.
         """
         assert 0 <= rank < world_size, (rank, world_size)
+        assert group >= 1, group
         self.epoch = 1
         self._collate = collate
         self._batches = batches
@@ -50,6 +54,7 @@ class EpochBatchIterator:
         self._world_size = world_size
         self._num_workers = num_workers
         self._shuffle = shuffle
+        self._group = group
         self._consumed = 0
 
     def __len__(self) -> int:
@@ -76,7 +81,9 @@ class EpochBatchIterator:
         count = len(self._batches)
         if not self._shuffle:
             return np.arange(count)
-        return np.random.default_rng([abs(self._seed), self.epoch]).permutation(count)
+        groups = np.random.default_rng([abs(self._seed), self.epoch]).permutation(count // self._group)
+        together = (groups[:, None] * self._group + np.arange(self._group)).reshape(-1)
+        return np.append(together, np.arange(len(together), count))
 
     def __iter__(self) -> Iterator[LMBatch]:
         """This rank's batches from where the iterator stands to the end of the epoch.
@@ -114,7 +121,8 @@ class EpochBatchIterator:
 
     def state_dict(self) -> dict[str, int]:
         """Where the iterator stands, in plain numbers and independent of the number of ranks."""
-        return {"epoch": self.epoch, "batches_consumed": self._consumed, "num_batches": len(self._batches)}
+        state = {"epoch": self.epoch, "batches_consumed": self._consumed, "num_batches": len(self._batches)}
+        return state | ({"group": self._group} if self._group > 1 else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to where another iterator stood. Other batches than then are met at the same share of the epoch."""
@@ -128,4 +136,11 @@ class EpochBatchIterator:
                 now,
             )
             consumed = round(consumed * now / before)
-        self._consumed = consumed
+        if (group := int(state.get("group", 1))) != self._group and consumed:
+            logger.warning(
+                "batches were shuffled %d at a time and are now %d at a time (another number of processes or "
+                "--train-mem-size): some blocks of this epoch may be seen twice or not at all",
+                group,
+                self._group,
+            )
+        self._consumed = consumed if consumed >= now else consumed - consumed % self._group

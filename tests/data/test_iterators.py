@@ -82,6 +82,48 @@ def test_a_run_goes_on_with_another_number_of_ranks(count, steps, before, after)
     assert sorted(i for ids in seen for i in ids) == list(range(2 * count))
 
 
+@given(BATCHES, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_groups_of_batches_stay_together_on_neighbouring_ranks(count, group, groups_per_step, epoch):
+    world = group * groups_per_step
+    everyone = [iterator(count, rank=r, world_size=world, group=group) for r in range(world)]
+    for one in everyone:
+        one.epoch = epoch
+    shares = [[ids[0] // 2 if ids else None for ids in ids_of(one)] for one in everyone]
+    assert sorted(b for share in shares for b in share if b is not None) == list(range(count))
+    for step in zip(*shares):
+        for first in range(0, world, group):
+            members = [batch for batch in step[first : first + group] if batch is not None]
+            if members:
+                start = members[0]
+                assert start % group == 0
+                assert members == list(range(start, min(start + group, count)))
+
+
+def test_groups_are_shuffled_anew_each_epoch():
+    one, single = iterator(40, group=4), iterator(40)
+    first = one.order().tolist()
+    one.next_epoch()
+    assert first != one.order().tolist()
+    assert sorted(first) == sorted(one.order().tolist())
+    assert single.order().tolist() == iterator(40, group=1).order().tolist()
+
+
+@given(st.integers(1, 13), st.integers(0, 4), st.integers(1, 3))
+def test_groups_go_on_where_they_stood(count, steps, group):
+    settings = {"world_size": group, "group": group, "rank": group - 1}
+    whole, first, second = (iterator(count, **settings) for _ in range(3))
+    seen = ids_of(itertools.islice(first, steps))
+    second.load_state_dict(first.state_dict())
+    assert seen + ids_of(second) == ids_of(whole)
+
+
+def test_another_group_size_is_told_and_begins_with_a_whole_group(caplog):
+    walker = iterator(20, world_size=4, group=4)
+    walker.load_state_dict({"epoch": 1, "batches_consumed": 6, "num_batches": 20, "group": 2})
+    assert walker.batches_done == 1
+    assert "shuffled 2 at a time and are now 4" in caplog.text
+
+
 def test_order_depends_on_seed_and_epoch():
     one, same, other = iterator(50, seed=1), iterator(50, seed=1), iterator(50, seed=2)
     assert one.order().tolist() == same.order().tolist() != other.order().tolist()

@@ -1,0 +1,34 @@
+"""What can be set about which training blocks meet in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fairseq.config import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchingConfig:
+    """Which blocks are trained on together. By default any, as chance has it."""
+
+    keep_order: bool = flag("--keep-order", default=False)
+    """Fill batches with blocks that follow each other in the text; epochs shuffle batches, not what is in them."""
+    train_mem_size: int | None = flag("--train-mem-size", default=None)
+    """Tokens of consecutive blocks that share a memory. More than --max-tokens spreads them over that many times more
+    processes."""
+    predefined_batches: str | None = flag("--predefined-batches", default=None)
+    """JSON list of block numbers, as bm25_make_batches.py writes it: batches are sub-lists of it, one after another."""
+    output_segments_to_file: str | None = flag("--output-segments-to-file", default=None)
+    """Write the text of the training blocks to this JSON file, for bm25_search.py, and stop."""
+
+    def __post_init__(self) -> None:
+        if self.keep_order and self.predefined_batches:
+            raise ValueError("--keep-order and --predefined-batches exclude each other; give one of them")
+        if self.train_mem_size is not None:
+            if self.train_mem_size < 1:
+                raise ValueError(f"--train-mem-size must be at least 1, got {self.train_mem_size}")
+            if not self.keep_order and not self.predefined_batches:
+                raise ValueError(
+                    "--train-mem-size lets related blocks share a memory; give --keep-order (consecutive blocks) or "
+                    "--predefined-batches as well"
+                )

@@ -1,0 +1,94 @@
+"""Blocks of text as a JSON file of segments, the form pyserini's JsonCollection reads.
+
+The file is a list of ``{"id": "0", "contents": "text"}`` in corpus order; ids are positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fairseq.data.dictionary import Dictionary
+
+_CHUNK_CHARS = 1 << 22
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def write_segments(
+    path: str | os.PathLike[str], blocks: Iterable[npt.NDArray[np.integer[Any]]], dictionary: Dictionary
+) -> int:
+    """Write the text of each block, under a temporary name first; returns how many there are.
+
+    Nothing else is left in the folder: pyserini reads every file there.
+    """
+    aside = f"{os.fspath(path)}.tmp"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    count = 0
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write("[")
+        for count, block in enumerate(blocks, start=1):
+            segment = {"id": str(count - 1), "contents": dictionary.string(block)}
+            file.write(("\n" if count == 1 else ",\n") + json.dumps(segment, ensure_ascii=False))
+        file.write("\n]\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return count
+
+
+def read_segments(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield the texts one after another, holding only a few of them.
+
+    Raises: ValueError when the file is no list of segments, or an id is not its segment's position.
+    """
+    for position, item in enumerate(_items(path)):
+        if not isinstance(item, dict) or not isinstance(item.get("contents"), str) or "id" not in item:
+            raise ValueError(f'{os.fspath(path)}: item {position} is no segment {{"id": ..., "contents": ...}}')
+        if str(item["id"]) != str(position):
+            raise ValueError(
+                f"{os.fspath(path)}: segment {position} has the id {item['id']!r}; ids must be positions, in corpus "
+                "order, for batches to find their blocks: write it again with train.py --output-segments-to-file"
+            )
+        yield item["contents"]
+
+
+def _items(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The objects of a JSON list (or of one JSON object per line), decoded as the file is read."""
+    decode = json.JSONDecoder().raw_decode
+    with open(path, encoding="utf-8") as file:
+        text = file.read(_CHUNK_CHARS)
+        place = len(text) - len(text.lstrip())
+        is_list = text.startswith("[", place)
+        place += is_list
+        while True:
+            place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
+            if is_list and text.startswith("]", place):
+                return
+            try:
+                item, place = decode(text, place)
+            except ValueError as error:
+                # The object goes on behind what was read so far, or is broken: more of the file decides.
+                more = file.read(max(_CHUNK_CHARS, len(text) - place))
+                if not more:
+                    if place == len(text) and not is_list:
+                        return
+                    raise ValueError(f"{os.fspath(path)} is cut off or not JSON ({error})") from None
+                text, place = text[place:] + more, 0
+                continue
+            yield item
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a whole file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""Which blocks meet in a batch when training with memory (arXiv 2205.12674, sec. 4.1): neighbours of some kind.
+
+An order of all blocks is cut into batches as any other; neighbours in the order meet. Epochs shuffle groups of
+consecutive batches, never what is in them, and the ranks of one step hold the batches of whole groups.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fairseq.data.batching_config import BatchingConfig
+
+logger = logging.getLogger(__name__)
+Indices = npt.NDArray[np.int64]
+
+
+def training_order(config: BatchingConfig, num_blocks: int) -> Indices | None:
+    """The order in which blocks are to be cut into batches; None where any will do.
+
+    Raises: ValueError when --predefined-batches does not hold every block once.
+    """
+    if config.predefined_batches is not None:
+        return read_order(config.predefined_batches, num_blocks)
+    return np.arange(num_blocks) if config.keep_order else None
+
+
+def ranks_together(config: BatchingConfig, max_tokens: int | None, world_size: int) -> int:
+    """How many ranks hold consecutive batches in a step, and so share a memory: ranks 0 to n-1, n to 2n-1, ...
+
+    With --predefined-batches all of them, with --keep-order one, unless --train-mem-size says how many tokens.
+    Raises: ValueError when --train-mem-size is no multiple of --max-tokens, or the ranks cannot be parted that way.
+    """
+    memory = config.train_mem_size
+    if memory is None:
+        return world_size if config.predefined_batches is not None else 1
+    if max_tokens is None:
+        raise ValueError(f"--train-mem-size {memory} needs --max-tokens: it is counted in batches of that many tokens")
+    if memory % max_tokens:
+        near = max(1, round(memory / max_tokens)) * max_tokens
+        raise ValueError(f"--train-mem-size {memory} is not a multiple of --max-tokens {max_tokens}; give {near}, say")
+    ranks = memory // max_tokens
+    if ranks > world_size:
+        logger.warning(
+            "--train-mem-size %d is spread over %d processes, this run has %d: its memory holds %d tokens. Raise "
+            "--max-tokens to %d for all of it",
+            memory,
+            ranks,
+            world_size,
+            world_size * max_tokens,
+            memory // world_size,
+        )
+        return world_size
+    if world_size % ranks:
+        raise ValueError(
+            f"--train-mem-size {memory} with --max-tokens {max_tokens} is shared by {ranks} processes at a time, and "
+            f"{world_size} processes cannot be parted that way; run a multiple of {ranks}"
+        )
+    return ranks
+
+
+def read_order(path: str | os.PathLike[str], num_blocks: int) -> Indices:
+    """Read a JSON list that holds each of the numbers 0 to ``num_blocks - 1`` once.
+
+    Raises: ValueError saying what else it holds.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is not JSON ({error}); bm25_make_batches.py writes it") from None
+    order = _as_numbers(content, path)
+    if len(order) != num_blocks:
+        raise ValueError(
+            f"{os.fspath(path)} holds {len(order)} blocks, the training data has {num_blocks}; it was made for other "
+            "text or another --tokens-per-sample: make it again (--output-segments-to-file, bm25_search.py, "
+            "bm25_make_batches.py)"
+        )
+    outside = order[(order < 0) | (order >= num_blocks)]
+    if len(outside):
+        raise ValueError(f"{os.fspath(path)} holds block {outside[0]}; the training data has 0 to {num_blocks - 1}")
+    times = np.bincount(order, minlength=num_blocks)
+    if len(order) and times.max() > 1:
+        repeated, missing = np.flatnonzero(times > 1), np.flatnonzero(times == 0)
+        raise ValueError(
+            f"{os.fspath(path)} holds {len(repeated)} blocks more than once ({_some(repeated)}) and {len(missing)} not "
+            f"at all ({_some(missing)}); every block belongs there once"
+        )
+    return order
+
+
+def _as_numbers(content: Any, path: str | os.PathLike[str]) -> Indices:
+    if not isinstance(content, list):
+        raise ValueError(f"{os.fspath(path)} holds a JSON {type(content).__name__}, a list of block numbers is needed")
+    wrong = [item for item in content if type(item) is not int]
+    if wrong:
+        raise ValueError(
+            f"{os.fspath(path)} holds {len(wrong)} items that are no block numbers, {json.dumps(wrong[0])[:40]} for one"
+        )
+    try:
+        return np.array(content, dtype=np.int64)
+    except OverflowError:
+        raise ValueError(f"{os.fspath(path)} holds {max(content, key=abs)}, which is no block number") from None
+
+
+def _some(numbers: Indices) -> str:
+    return ", ".join(map(str, numbers[:3].tolist())) + (", ..." if len(numbers) > 3 else "")
