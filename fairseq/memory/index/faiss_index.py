@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -13,12 +14,19 @@ from torch import Tensor
 
 from fairseq.memory.files import Array
 from fairseq.memory.index.base import check_k, check_queries
+from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
 
 logger = logging.getLogger(__name__)
 
+_MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
+_CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
+# A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
+_ROUNDING = 5e-7
 
+
+@functools.cache
 def _faiss() -> Any:
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells at INFO which processor it found
     import faiss
@@ -61,6 +69,7 @@ class FaissIndex:
             has = "l2" if index.metric_type == faiss.METRIC_L2 else "ip"
             raise ValueError(f"{name} measures by {has}, --faiss-metric-type says {metric.value}; give {has}")
         self.inner, self.metric, self.name = index, metric, name
+        self._lists: DecodedLists | None = None
 
     @classmethod
     def open(cls, name: str | Path, metric: Metric) -> FaissIndex:
@@ -99,14 +108,36 @@ class FaissIndex:
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu()
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
-        distances_NK, ids_NK = self.inner.search(np.ascontiguousarray(query_ND.numpy()), k)
-        return self._checked(torch.from_numpy(ids_NK), torch.from_numpy(distances_NK))
+        if DecodedLists.pays_for(self.inner, len(query_ND)):
+            return self._checked(*self._search_in_bulk(query_ND, k))
+        return self._checked(*self._search(query_ND, k))
 
-    def _checked(self, ids_NK: Tensor, distances_NK: Tensor) -> Neighbors:
-        """Scores with our sign, missing ones masked, best first. Raises: ValueError for rows that do not exist."""
+    def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Rows and scores as faiss finds them."""
+        distances_NK, ids_NK = self.inner.search(np.ascontiguousarray(query_ND.numpy()), k)
+        scores_NK = torch.from_numpy(distances_NK)
+        return torch.from_numpy(ids_NK), scores_NK.neg_() if self.metric is Metric.L2 else scores_NK
+
+    def _search_in_bulk(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
+        if self._lists is None:
+            self._lists = DecodedLists(self.inner)
+        found = bulk_search(self._lists, query_ND, k + 1, low_precision=has_fast_int8())
+        ids_NK, scores_NK = found[0][:, :k].contiguous(), found[1][:, :k].contiguous()
+        query_size_N = query_ND.square().sum(1)
+        doubt_N = _ROUNDING * (query_size_N + self._lists.key_size)
+        close = ((found[1][:, k - 1] - found[1][:, k]) < doubt_N).nonzero()[:, 0]
+        if self.metric is Metric.L2:
+            scores_NK = (2.0 * scores_NK - query_size_N[:, None]).clamp_(max=0.0)
+        if len(close):
+            ids_NK[close], scores_NK[close] = self._search(query_ND[close], k)
+        logger.debug("%d of %d queries searched by faiss itself", len(close), len(query_ND))
+        return ids_NK, scores_NK
+
+    def _checked(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
+        """Missing rows masked, best first. Raises: ValueError for rows that do not exist."""
         if ids_NK.numel() and int(ids_NK.max()) >= len(self):
             raise ValueError(f"{self.name} returned row {int(ids_NK.max())} of {len(self)}; it is damaged: rebuild it")
-        scores_NK = distances_NK.neg() if self.metric is Metric.L2 else distances_NK
         missing_NK = ids_NK < 0
         ids_NK = ids_NK.masked_fill(missing_NK, -1)
         scores_NK = scores_NK.masked_fill(missing_NK, -torch.inf)
@@ -114,6 +145,86 @@ class FaissIndex:
             order_NK = scores_NK.argsort(dim=1, descending=True, stable=True)
             ids_NK, scores_NK = ids_NK.gather(1, order_NK), scores_NK.gather(1, order_NK)
         return Neighbors(ids_NK, scores_NK)
+
+
+class DecodedLists:
+    """The lists of an index of product-quantized keys, decoded on demand (see ``bulk_search``)."""
+
+    def __init__(self, index: Any) -> None:
+        """Take a faiss IndexIVFPQ."""
+        faiss = _faiss()
+        self._index, self._is_l2 = index, index.metric_type == faiss.METRIC_L2
+        self._centroids = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
+        pq = index.pq
+        self._codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
+        self._first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
+        self._cache: dict[int, Tensor] | None = {} if 4 * index.ntotal * (index.d + 1) <= _CACHE_BYTES else None
+        self.key_size = float(self._centroids.square().sum(1).amax())
+
+    @staticmethod
+    def pays_for(index: Any, num_queries: int) -> bool:
+        """Whether decoding lists for so many queries costs less than faiss's own search."""
+        is_ivfpq = type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
+        return is_ivfpq and num_queries * index.nprobe >= _MIN_QUERIES_PER_LIST * index.nlist
+
+    def visited(self, query_ND: Tensor) -> Tensor:
+        """The lists each query visits, nearest first."""
+        return torch.from_numpy(self._index.quantizer.search(query_ND.numpy(), self._index.nprobe)[1])
+
+    def ids(self, number: int) -> Tensor:
+        """Rows of the store in one list."""
+        lists = self._index.invlists
+        size = lists.list_size(number)
+        if not size:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.from_numpy(_faiss().rev_swig_ptr(lists.get_ids(number), size))
+
+    def decoded(self, number: int) -> Tensor:
+        """Keys of one list, for L2 with minus half their squared length behind them."""
+        if self._cache is not None and number in self._cache:
+            return self._cache[number]
+        lists, width = self._index.invlists, self._index.d
+        size = lists.list_size(number)
+        codes = torch.from_numpy(_faiss().rev_swig_ptr(lists.get_codes(number), size * lists.code_size))
+        chosen = codes.view(size, -1).to(torch.int32) + self._first_of_part
+        keys_MD = torch.zeros(size, width + 1)
+        keys_MD[:, :width] = self._codewords.index_select(0, chosen.view(-1)).view(size, width)
+        if self._index.by_residual:
+            keys_MD[:, :width] += self._centroids[number]
+        if self._is_l2:
+            keys_MD[:, width] = torch.linalg.vector_norm(keys_MD[:, :width], dim=1).square_().mul_(-0.5)
+        if self._cache is not None:
+            self._cache[number] = keys_MD
+        return keys_MD
+
+    def products(self, query_ND: Tensor, row_H: Tensor, keys_MD: Tensor, col_H: Tensor) -> Tensor:
+        """Inner products of pairs of rows."""
+        return _pairwise("pairwise_indexed_inner_product", query_ND, row_H, keys_MD, col_H)
+
+    def use_one_thread(self) -> None:
+        """Keep faiss to the calling thread, in that thread only."""
+        _faiss().omp_set_num_threads(1)
+
+
+def _pairwise(function: str, left_ND: Tensor, row_H: Tensor, right_MD: Tensor, col_H: Tensor) -> Tensor:
+    """Apply one of faiss's functions of pairs of rows; it reads them in place, where torch would copy them first."""
+    faiss = _faiss()
+    out_H = torch.empty(len(row_H))
+    arrays = [t.contiguous() for t in (left_ND, row_H, right_MD, col_H)]
+    left, row, right, col = (faiss.swig_ptr(t.numpy()) for t in arrays)
+    getattr(faiss, function)(left_ND.shape[1], len(row_H), left, row, right, col, faiss.swig_ptr(out_H.numpy()))
+    return out_H
+
+
+@functools.cache
+def has_fast_int8() -> bool:
+    """Whether the processor multiplies 8-bit integers faster than floats. Not measured: timing must not decide bits."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            words = file.read().split()
+    except OSError:
+        return False
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(words) and hasattr(torch, "_int_mm")
 
 
 class FaissBuilder:
