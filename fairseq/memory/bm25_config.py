@@ -1,0 +1,52 @@
+"""What can be set about finding the segments most like each segment, and about lining them up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fairseq.config import flag
+
+BACKENDS = ("bm25s", "pyserini")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """For each segment, the segments with the highest BM25 scores."""
+
+    index_path: str = flag("--index_path")
+    """Folder of the index: one that pyserini.index.lucene built, or one of ours, which is built where there is none."""
+    segments_path: str = flag("--segments_path")
+    """JSON file of the segments (train.py --output-segments-to-file); each is searched for."""
+    results_path: str = flag("--results_path")
+    """Folder for the results, one shard<i>.json per shard."""
+    num_shards: int = flag("--num_shards", default=1)
+    """Parts the search is cut into, for as many processes or machines."""
+    shard_id: int = flag("--shard_id", default=0)
+    """Which of the parts this process does, counted from 0."""
+    num_neighbors: int = flag("--num_neighbors", "--topk", default=20)
+    """Neighbours kept per segment, itself excluded."""
+    backend: str | None = flag("--backend", default=None, choices=BACKENDS)
+    """What searches: bm25s (needs no Java), or pyserini (Lucene's own scores); by default pyserini for a Lucene index
+    and bm25s for anything else."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_shards", "num_neighbors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.shard_id < self.num_shards:
+            raise ValueError(
+                f"--shard_id {self.shard_id} is not one of --num_shards {self.num_shards}: they are counted from 0 to "
+                f"{self.num_shards - 1}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeBatchesConfig:
+    """An order of all segments in which neighbours are alike."""
+
+    results_path: str = flag("--results_path")
+    """Folder that bm25_search.py filled."""
+    batch_file: str = flag("--batch_file")
+    """JSON list to write, for train.py --predefined-batches."""
+    seed: int = flag("--seed", default=1)
+    """Chooses where to go on when no neighbour is left."""
