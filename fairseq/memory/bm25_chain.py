@@ -61,8 +61,6 @@ def neighbor_rate(order: Indices, neighbors: Neighbors) -> float:
     """Share of the pairs next to each other in ``order`` of which one is a retrieved neighbour of the other."""
     if len(order) < 2:
         return 0.0
-    count = len(neighbors)
-    owners = np.repeat(np.arange(count, dtype=np.int64), np.diff(neighbors.starts))
-    known = np.unique(np.minimum(owners, neighbors.ids) * count + np.maximum(owners, neighbors.ids))
-    left, right = np.minimum(order[:-1], order[1:]), np.maximum(order[:-1], order[1:])
-    return float(np.isin(left * count + right, known).mean())
+    line: list[int] = order.tolist()
+    alike = sum(b in neighbors.of(a) or a in neighbors.of(b) for a, b in zip(line, line[1:]))
+    return alike / (len(line) - 1)
