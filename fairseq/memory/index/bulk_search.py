@@ -88,7 +88,9 @@ def _by_list(visited_NP: Tensor) -> list[tuple[int, Tensor]]:
     order = flat.argsort(stable=True)
     numbers, counts = torch.unique_consecutive(flat[order], return_counts=True)
     visitors = torch.split(torch.div(order, visited_NP.shape[1], rounding_mode="floor"), counts.tolist())
-    return [(number, query_Q) for number, query_Q in zip(numbers.tolist(), visitors) if number >= 0]
+    tasks = [(number, query_Q) for number, query_Q in zip(numbers.tolist(), visitors) if number >= 0]
+    # The most work first, so that no thread is left alone with a long one.
+    return sorted(tasks, key=lambda task: -len(task[1]))
 
 
 class _Search:
@@ -122,23 +124,25 @@ class _Search:
             if low is None or low_keys is None or open_N.any():
                 scores_NM = self._buffer(len(part), len(ids_M))
                 torch.mm(self._query_ND[part], keys_MD.T, out=scores_NM)
-                best_NC = _grouped(scores_NM, self._k).amax(1)
+                grouped_NGC = _grouped(scores_NM, self._k)
+                best_NC = grouped_NGC.amax(1)
                 if open_N.any() and best_NC.shape[1] >= self._k:
                     # k groups reach this value, so at least k scores do.
                     threshold_N = best_NC.topk(self._k, dim=1, sorted=False).values.amin(1).maximum(threshold_N)
                     if raises:
                         self._threshold_N[part] = threshold_N
-                row, col = _reaching(scores_NM, best_NC, threshold_N)
+                row, col = _reaching(scores_NM, grouped_NGC, best_NC, threshold_N)
+                lowest_N = torch.full_like(threshold_N, -torch.inf)
             else:
                 low_NM = self._buffer(len(part), len(ids_M)).view(torch.int32)
                 low_N = low_scores(low, part, low_keys, threshold_N, low_NM)
-                row, col = _reaching(low_NM, _grouped(low_NM, self._k).amax(1), low_N)
+                grouped_NGC = _grouped(low_NM, self._k)
+                row, col = _reaching(low_NM, grouped_NGC, grouped_NGC.amax(1), low_N)
+                lowest_N = threshold_N
             # A matrix product rounds as its shape has it; these do not, so that a bulk of any size scores the same.
             scores_H = self._lists.products(self._query_ND, part[row], keys_MD, col)
-            if low is not None:
-                true = scores_H >= threshold_N[row]
-                row, col, scores_H = row[true], col[true], scores_H[true]
-            hits.append(_Hits(part[row], ids_M[col], scores_H))
+            true = scores_H >= lowest_N[row]
+            hits.append(_Hits(part[row[true]], ids_M[col[true]], scores_H[true]))
         return hits
 
     def _buffer(self, rows: int, cols: int) -> Tensor:
@@ -156,16 +160,15 @@ def _grouped(scores_NM: Tensor, k: int) -> Tensor:
     return scores_NM[:, : size // group * group].view(len(scores_NM), group, -1)
 
 
-def _reaching(scores_NM: Tensor, best_NC: Tensor, threshold_N: Tensor) -> tuple[Tensor, Tensor]:
+def _reaching(scores_NM: Tensor, grouped_NGC: Tensor, best_NC: Tensor, threshold_N: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column of the scores that reach their row's threshold.
 
     The maxima of groups of columns (``best_NC``) are compared first: a pass for the maxima is cheap, one that lists all
     that reach a threshold is not.
     """
-    group = scores_NM.shape[1] // best_NC.shape[1]
-    cols = best_NC.shape[1]
+    group, cols = grouped_NGC.shape[1:]
     row, col = (best_NC >= threshold_N[:, None]).nonzero(as_tuple=True)
-    inside_HG = scores_NM[:, : group * cols].view(-1, group, cols).transpose(1, 2)[row, col]
+    inside_HG = grouped_NGC.transpose(1, 2)[row, col]
     hit, step = (inside_HG >= threshold_N[row, None]).nonzero(as_tuple=True)
     row, at = row[hit], step * cols + col[hit]
     if group * cols < scores_NM.shape[1]:

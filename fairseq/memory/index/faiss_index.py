@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
 _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
 # A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
-_ROUNDING = 5e-7
+_ROUNDING = 8e-7
 
 
 @functools.cache
@@ -32,6 +32,22 @@ def _faiss() -> Any:
     import faiss
 
     return faiss
+
+
+def pair_scores_in_place(metric: Metric, query_ND: Tensor, keys: Array, ids_NK: Tensor) -> Tensor:
+    """Similarity (L2 or inner product) of each query with its own rows of float32 ``keys``; -inf where the id is -1.
+
+    The rows are read where they are, in a memory map too; torch would copy them first.
+    """
+    faiss = _faiss()
+    function = {Metric.L2: faiss.fvec_L2sqr_by_idx, Metric.IP: faiss.fvec_inner_products_by_idx}[metric]
+    ids_NK = ids_NK.contiguous()
+    scores_NK = torch.full(ids_NK.shape, torch.inf if metric is Metric.L2 else -torch.inf)
+    count, k = ids_NK.shape
+    pointers = (faiss.swig_ptr(a) for a in (scores_NK.numpy(), query_ND.contiguous().numpy(), keys, ids_NK.numpy()))
+    if count and k and len(keys):
+        function(*pointers, query_ND.shape[1], count, k)
+    return scores_NK.neg_() if metric is Metric.L2 else scores_NK.masked_fill_(ids_NK < 0, -torch.inf)
 
 
 def find_index(name: str | Path, metric: Metric) -> Path:
@@ -72,14 +88,20 @@ class FaissIndex:
         self._lists: DecodedLists | None = None
 
     @classmethod
-    def open(cls, name: str | Path, metric: Metric) -> FaissIndex:
-        """Read an index file. Raises: ValueError when it is missing, damaged or of another metric."""
+    def open(cls, name: str | Path, metric: Metric, *, mapped: bool = False) -> FaissIndex:
+        """Read an index file.
+
+        Args:
+            mapped: leave the lists on disk and read them as they are visited.
+        Raises: ValueError when it is missing, damaged or of another metric.
+        """
+        faiss = _faiss()
         path = find_index(name, metric)
         ending = path.suffix[1:]
         if ending in [each.value for each in Metric] and ending != metric.value:
             raise ValueError(f"{path} is of metric {ending}, --faiss-metric-type says {metric.value}; give {ending}")
         try:
-            index = _faiss().read_index(str(path))
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
         except RuntimeError as error:
             raise ValueError(f"{path} is not a whole faiss index: {str(error).splitlines()[-1]}; rebuild it") from None
         return cls(index, metric, str(path))

@@ -19,6 +19,7 @@ class Int8Queries:
 
     def __init__(self, query_ND: Tensor) -> None:
         """Take float32 queries that end in a 1 (see :class:`Int8Keys`)."""
+        self.query_ND = query_ND
         core_ND = query_ND[:, :-1]
         self.largest = float(core_ND.abs().amax().clamp_min(1e-30))
         self.step = self.largest / _LEVELS
@@ -26,27 +27,32 @@ class Int8Queries:
         rounded_ND = (core_ND / self.step).round_()
         self.low_ND[:, : core_ND.shape[1]] = rounded_ND
         self.error_N = torch.linalg.vector_norm(core_ND - rounded_ND.mul_(self.step), dim=1)
-        offset_size = _OFFSET_COLUMNS * self.largest**2
-        self.size_N = (torch.linalg.vector_norm(core_ND, dim=1).square() + offset_size).sqrt()
+        self.size_N = torch.linalg.vector_norm(core_ND, dim=1)
 
 
 class Int8Keys:
-    """Keys of a list in 8 bits; the offset behind each becomes some more columns, met by constants in the queries."""
+    """Keys of a list in 8 bits, less their mean: what is left is smaller, so that its steps are finer.
+
+    The offset behind each key becomes some more columns, met by constants in the queries.
+    """
 
     def __init__(self, keys_MD: Tensor, queries: Int8Queries) -> None:
         """Take float32 keys (M, D + 1) whose last column is added to the product."""
-        core_MD, offset_M = keys_MD[:, :-1], keys_MD[:, -1]
-        self.mean = float(offset_M.mean())
-        offset_M = (offset_M - self.mean) / (_OFFSET_COLUMNS * queries.largest)
+        width = keys_MD.shape[1] - 1
+        self.mean_D = keys_MD.mean(0)
+        rest_MD = keys_MD - self.mean_D
+        core_MD, offset_M = rest_MD[:, :width], rest_MD[:, width] / (_OFFSET_COLUMNS * queries.largest)
         largest = max(float(core_MD.amax()), -float(core_MD.amin()), float(offset_M.abs().amax()), 1e-30)
         self.step = largest / _LEVELS
-        self.low_MD = torch.empty(len(keys_MD), core_MD.shape[1] + _OFFSET_COLUMNS, dtype=torch.int8)
-        self.low_MD[:, : core_MD.shape[1]] = (core_MD * (1.0 / self.step)).round_()
-        self.low_MD[:, core_MD.shape[1] :] = (offset_M / self.step).round_()[:, None]
+        self.size = float(torch.linalg.vector_norm(core_MD, dim=1).amax())
         # Rounding moves each entry by half a step at most.
-        self.error = 0.5 * self.step * math.sqrt(self.low_MD.shape[1])
-        sizes_M = torch.linalg.vector_norm(core_MD, dim=1).square() + _OFFSET_COLUMNS * offset_M.square()
-        self.size = math.sqrt(float(sizes_M.amax())) + self.error
+        self.error = 0.5 * self.step * math.sqrt(width)
+        self.low_MD = torch.empty(len(keys_MD), width + _OFFSET_COLUMNS, dtype=torch.int8)
+        self.low_MD[:, :width] = core_MD.mul_(1.0 / self.step).round_()
+        # The columns of an offset differ by one where need be, so that their sum is off by half a step at most.
+        sums_ME = (offset_M[:, None] / self.step * torch.arange(_OFFSET_COLUMNS + 1)).round_()
+        self.low_MD[:, width:] = sums_ME.diff(dim=1)
+        self.offset_error = 0.5 * self.step * queries.largest
 
 
 def low_scores(queries: Int8Queries, part: Tensor, keys: Int8Keys, threshold_N: Tensor, out: Tensor) -> Tensor:
@@ -55,9 +61,9 @@ def low_scores(queries: Int8Queries, part: Tensor, keys: Int8Keys, threshold_N: 
     Every key whose true score reaches ``threshold_N`` reaches the returned one.
     """
     torch._int_mm(queries.low_ND[part], keys.low_MD.T, out=out)
-    # |q.k - q'.k'| <= |q| |k - k'| + |q - q'| |k'|; one per cent more for the rounding of float32 in all this.
-    margin_N = 1.01 * (queries.size_N[part] * keys.error + queries.error_N[part] * keys.size)
-    low_N = (threshold_N - keys.mean - margin_N) / (queries.step * keys.step)
-    low_N = low_N.floor().clamp_(-(2.0**30), 2.0**30)
+    # |q.k - q'.k'| <= |q| |k - k'| + |q - q'| |k'|, where k' may be longer than k by the error.
+    margin_N = queries.size_N[part] * keys.error + queries.error_N[part] * (keys.size + keys.error) + keys.offset_error
+    low_N = threshold_N - torch.mv(queries.query_ND[part], keys.mean_D) - 1.01 * margin_N
+    low_N = (low_N / (queries.step * keys.step)).floor_().clamp_(-(2.0**30), 2.0**30)
     rounded_N: Tensor = low_N.to(torch.int32)
     return rounded_N

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from fairseq.memory.datastore import Datastore, as_tensor
 from fairseq.memory.files import StoreFiles
 from fairseq.memory.index.base import Index, check_k
-from fairseq.memory.similarity import pair_scores
+from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
+from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Candidates, Metric
 from fairseq.registry import lookup
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORES = ("recompute", "index", "dot")
+_CHUNK_BYTES = 512 << 20  # of keys read for one chunk of queries, at most
 
 
 class ExternalMemory:
@@ -52,23 +57,41 @@ class ExternalMemory:
         """The neighbours of each query as candidates on the query's device."""
         started = time.perf_counter()
         device = query_ND.device
-        query_ND = query_ND.detach().float().cpu()
+        query_ND = query_ND.detach().float().cpu().contiguous()
         found = self.index.search(query_ND, self.k)
         searched = time.perf_counter()
-        scores_NK = found.scores_NK
-        if self.score != "index":
-            metric = Metric.IP if self.score == "dot" else self.index.metric
-            scores_NK = pair_scores(metric, query_ND, self.store.keys, found.ids_NK)
-        # An id of -1 (the probed lists held fewer than k rows) must never be read as the last row.
+        scores_NK = found.scores_NK if self.score == "index" else self._full_scores(query_ND, found.ids_NK)
+        # An id of -1 (the visited lists held fewer than k rows) must never be read as the last row.
         keep_NK = found.ids_NK >= 0
         ids = found.ids_NK.clamp_min(0).reshape(-1)
         values_NK = as_tensor(self.store.values).index_select(0, ids).long().view_as(found.ids_NK)
         values_NK.masked_fill_(~keep_NK, -1)
-        logger.info(
-            "%d lookups: %.2f s searching, %.2f s reading the store",
-            len(query_ND), searched - started, time.perf_counter() - searched,
-        )  # fmt: skip
+        ended = time.perf_counter()
+        logger.info("%d lookups: %.2fs search, %.2fs store", len(query_ND), searched - started, ended - searched)
         return Candidates(values_NK.to(device), scores_NK.to(device), keep_NK.to(device))
+
+    def _full_scores(self, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
+        """Similarities from the full keys; -inf where the id is -1."""
+        metric = Metric.IP if self.score == "dot" else self.index.metric
+        keys = self.store.keys
+        if metric is not Metric.COS and keys.dtype == np.float32 and keys.nbytes <= _memory_bytes() // 2:
+            return pair_scores_in_place(metric, query_ND, keys, ids_NK)
+        # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
+        query_ND = normalized(query_ND) if metric is Metric.COS else query_ND
+        rows = max(1, _CHUNK_BYTES // (4 * self.store.dim * self.k))
+        parts = []
+        for queries, ids in zip(torch.split(query_ND, rows), torch.split(ids_NK, rows)):
+            unique, inverse = torch.unique(ids, return_inverse=True)
+            first = int(unique[0] < 0)  # the id -1 comes first, and inverse - 1 is -1 for it
+            block = self.store.take_keys(unique[first:].numpy()) if len(unique) > first else keys[:0]
+            if metric is Metric.COS:
+                block = normalized(torch.from_numpy(block)).numpy()
+            parts.append(pair_scores_in_place(metric, queries, block, inverse - first))
+        return torch.cat(parts) if parts else torch.empty(ids_NK.shape)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def open_store(config: KnnConfig, *, dim: int) -> Datastore:
@@ -101,8 +124,6 @@ def open_external(
         key_tap: where the model's keys come from.
     Raises: ValueError or OSError with both values and the way out.
     """
-    from fairseq.memory.index.faiss_index import FaissIndex
-
     store = open_store(config, dim=dim).require(
         dim=dim,
         size=config.dstore_size,

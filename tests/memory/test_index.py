@@ -1,0 +1,238 @@
+"""Searches against brute force in float64, and the bulk search against faiss itself."""
+
+import functools
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from fairseq.memory.index.bulk_search import bulk_search
+from fairseq.memory.index.exact import ExactIndex
+from fairseq.memory.index.faiss_index import DecodedLists, FaissIndex, find_index, pair_scores_in_place
+from fairseq.memory.index.low_precision import Int8Keys, Int8Queries, low_scores
+from fairseq.memory.similarity import pair_scores
+from fairseq.memory.types import Metric
+
+ROWS, DIM = 3000, 16
+
+
+def made(rows: int, seed: int) -> np.ndarray:
+    """Clustered rows, as hidden states are."""
+    rng = np.random.default_rng(seed)
+    centers = 3 * np.random.default_rng(99).standard_normal((20, DIM))
+    return (centers[rng.integers(0, 20, rows)] + rng.standard_normal((rows, DIM))).astype(np.float32)
+
+
+KEYS = made(ROWS, 0)
+QUERIES = torch.from_numpy(made(400, 1))
+
+
+def brute_force(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """(N, rows) similarities in float64."""
+    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
+    if metric is Metric.L2:
+        return -((queries[:, None] - keys[None]) ** 2).sum(-1)
+    if metric is Metric.COS:
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    return queries @ keys.T
+
+
+@functools.cache
+def trained(metric: Metric, factory: str) -> faiss.Index:
+    measure = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
+    keys = KEYS / np.linalg.norm(KEYS, axis=1, keepdims=True) if metric is Metric.COS else KEYS
+    index = faiss.index_factory(DIM, factory, measure)
+    index.train(keys)
+    index.add(keys)
+    return index
+
+
+def made_index(metric: Metric, factory: str = "IVF16,PQ4np") -> FaissIndex:
+    found = FaissIndex(faiss.clone_index(trained(metric, factory)), metric)
+    found.set_probe(4)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("k", [1, 7, 2500])
+@pytest.mark.parametrize("metric", list(Metric))
+def test_exact_search_is_brute_force(metric, k, dtype, monkeypatch):
+    monkeypatch.setattr("fairseq.memory.index.exact._BLOCK_BYTES", 4 * 400 * 700)  # several uneven blocks
+    keys = KEYS.astype(dtype)
+    found = ExactIndex(keys, metric).search(QUERIES[:50], k)
+    truth = brute_force(metric, QUERIES[:50].numpy(), keys)
+    best = np.sort(truth, axis=1)[:, ::-1][:, :k]
+    np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-5, atol=1e-4)
+
+
+def test_exact_search_orders_equal_keys_by_row():
+    keys = np.repeat(KEYS[:10], 5, axis=0)
+    found = ExactIndex(keys).search(torch.from_numpy(KEYS[:10]), 5)
+    assert found.ids_NK.tolist() == [list(range(5 * i, 5 * i + 5)) for i in range(10)]
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_flat_index_is_exact_search(metric):
+    found = made_index(metric, "Flat").search(QUERIES, 9)
+    truth = ExactIndex(KEYS, metric).search(QUERIES, 9)
+    torch.testing.assert_close(found.scores_NK, truth.scores_NK, rtol=1e-4, atol=1e-3)
+    assert (found.ids_NK == truth.ids_NK).float().mean() > 0.99
+
+
+def test_the_closest_has_the_highest_score():
+    """One sign for all metrics: the originals negated inner products, so that the least similar won."""
+    for metric in Metric:
+        index = made_index(metric, "Flat")
+        found = index.search(QUERIES[:20], ROWS)
+        truth = brute_force(metric, QUERIES[:20].numpy(), KEYS)
+        assert found.ids_NK[:, 0].tolist() == truth.argmax(1).tolist()
+        assert found.ids_NK[:, -1].tolist() == truth.argmin(1).tolist()
+        assert (found.scores_NK.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+@pytest.mark.parametrize("k", [1, 8, 300])
+@pytest.mark.parametrize("metric", list(Metric))
+def test_bulk_search_finds_what_faiss_finds(metric, k, low_precision, monkeypatch):
+    monkeypatch.setattr("fairseq.memory.index.faiss_index.has_fast_int8", lambda: low_precision)
+    index = made_index(metric)
+    assert DecodedLists.pays_for(index.inner, len(QUERIES))
+    found = index.search(QUERIES, k)
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodedLists, "pays_for", lambda *_: False)
+        truth = index.search(QUERIES, k)
+    torch.testing.assert_close(found.scores_NK, truth.scores_NK, rtol=1e-4, atol=2e-4)
+    same = torch.tensor([set(a) == set(b) for a, b in zip(found.ids_NK.tolist(), truth.ids_NK.tolist())])
+    assert same.all()
+
+
+@pytest.mark.parametrize("low_precision", [False, True])
+def test_bulk_search_drops_hits_beyond_its_memory_without_loss(low_precision, monkeypatch):
+    index = made_index(Metric.L2)
+    lists = DecodedLists(index.inner)
+    whole = bulk_search(lists, QUERIES, 5, low_precision=low_precision)
+    monkeypatch.setattr("fairseq.memory.index.bulk_search._MAX_PENDING", -2 * len(QUERIES) * 5)
+    monkeypatch.setattr("fairseq.memory.index.bulk_search._BLOCK_SCORES", 1000)
+    parts = bulk_search(lists, QUERIES, 5, low_precision=low_precision)
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+
+
+def test_bulk_search_gives_the_same_bits_on_one_thread_and_on_several():
+    lists = DecodedLists(made_index(Metric.L2).inner)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(bulk_search(lists, QUERIES, 5, low_precision=True))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_short_lists_leave_ids_of_minus_one(monkeypatch):
+    index = made_index(Metric.L2)
+    index.set_probe(1)
+    for pays in (True, False):
+        monkeypatch.setattr(DecodedLists, "pays_for", lambda *_, pays=pays: pays)
+        found = index.search(QUERIES, 1500)
+        missing = found.ids_NK < 0
+        assert missing.any()
+        assert (found.ids_NK[missing] == -1).all()
+        assert torch.isneginf(found.scores_NK[missing]).all()
+        assert torch.isfinite(found.scores_NK[~missing]).all()
+
+
+def test_8_bit_scores_never_drop_a_key_that_reaches_the_threshold():
+    for offset_scale in (0.0, 1.0, 300.0):
+        rng = torch.Generator().manual_seed(3)
+        keys = torch.cat([torch.from_numpy(KEYS[:500]), offset_scale * torch.rand(500, 1, generator=rng)], 1)
+        queries = torch.cat([QUERIES, torch.ones(len(QUERIES), 1)], 1)
+        low_queries = Int8Queries(queries)
+        part = torch.arange(100, 300)
+        true = (queries[part].double() @ keys.double().T).float()
+        for quantile in (0.5, 0.95, 0.999):
+            threshold = true.quantile(quantile, dim=1)
+            out = torch.empty(200, 500, dtype=torch.int32)
+            low_threshold = low_scores(low_queries, part, Int8Keys(keys, low_queries), threshold, out)
+            reached = out >= low_threshold[:, None]
+            assert reached[true >= threshold[:, None]].all()
+            if quantile == 0.999 and offset_scale <= 1.0:
+                assert reached.float().mean() < 0.05  # and it does filter
+
+
+def test_k_larger_than_the_store():
+    for index in (ExactIndex(KEYS), made_index(Metric.L2)):
+        with pytest.raises(ValueError, match="--k 3001 is larger than the datastore, which has 3000 rows"):
+            index.search(QUERIES, ROWS + 1)
+        with pytest.raises(ValueError, match="--k must be at least 1"):
+            index.search(QUERIES, 0)
+        with pytest.raises(ValueError, match="do not fit an index of width 16"):
+            index.search(QUERIES[:, :8], 1)
+
+
+def test_half_precision_and_empty_queries():
+    index = made_index(Metric.L2)
+    assert index.search(QUERIES[:3].half(), 2).scores_NK.dtype == torch.float32
+    for empty in (index.search(QUERIES[:0], 2), ExactIndex(KEYS).search(QUERIES[:0], 2)):
+        assert empty.ids_NK.shape == (0, 2)
+
+
+def test_names_and_metrics_of_index_files(tmp_path):
+    index = made_index(Metric.IP)
+    faiss.write_index(index.inner, str(tmp_path / "knn.index.ip"))
+    assert find_index(tmp_path / "knn.index", Metric.IP) == tmp_path / "knn.index.ip"
+    opened = FaissIndex.open(tmp_path / "knn.index", Metric.IP)
+    assert torch.equal(opened.search(QUERIES, 3).ids_NK, index.search(QUERIES, 3).ids_NK)
+    opened = FaissIndex.open(tmp_path / "knn.index.ip", Metric.IP, mapped=True)
+    opened.set_probe(4)
+    assert torch.equal(opened.search(QUERIES, 3).ids_NK, index.search(QUERIES, 3).ids_NK)
+    with pytest.raises(ValueError, match=r"knn.index.ip is there: give --faiss-metric-type ip"):
+        FaissIndex.open(tmp_path / "knn.index", Metric.L2)
+    with pytest.raises(ValueError, match=r"is of metric ip, --faiss-metric-type says l2"):
+        FaissIndex.open(tmp_path / "knn.index.ip", Metric.L2)
+    (tmp_path / "knn.index.ip").rename(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"measures by ip, --faiss-metric-type says l2"):
+        FaissIndex.open(tmp_path / "plain", Metric.L2)
+    with pytest.raises(ValueError, match=r"no index at .*build it with build_dstore.py"):
+        FaissIndex.open(tmp_path / "nothing", Metric.L2)
+    (tmp_path / "plain").write_bytes((tmp_path / "plain").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is not a whole faiss index"):
+        FaissIndex.open(tmp_path / "plain", Metric.IP)
+
+
+def test_probe_is_clamped_and_checked():
+    index = made_index(Metric.L2)
+    index.set_probe(1000)
+    assert index.inner.nprobe == 16
+    with pytest.raises(ValueError, match="--probe must be at least 1, got 0"):
+        index.set_probe(0)
+    made_index(Metric.L2, "Flat").set_probe(8)
+
+
+def test_rows_that_do_not_exist_are_refused():
+    index = made_index(Metric.L2)
+    with pytest.raises(ValueError, match="returned row 3000 of 3000"):
+        index._checked(torch.tensor([[ROWS]]), torch.zeros(1, 1))
+
+
+def test_unsorted_results_are_sorted():
+    found = made_index(Metric.L2)._checked(torch.tensor([[4, -1, 9]]), torch.tensor([[-3.0, 0.0, -1.0]]))
+    assert found.ids_NK.tolist() == [[9, 4, -1]]
+    assert found.scores_NK.tolist() == [[-1.0, -3.0, -torch.inf]]
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_pair_scores(metric):
+    ids = torch.randint(-1, ROWS, (len(QUERIES), 5))
+    truth = np.take_along_axis(brute_force(metric, QUERIES.numpy(), KEYS), ids.clamp_min(0).numpy(), 1)
+    truth[ids.numpy() < 0] = -np.inf
+    np.testing.assert_allclose(pair_scores(metric, QUERIES, KEYS, ids), truth, rtol=1e-5, atol=1e-4)
+    if metric is not Metric.COS:
+        np.testing.assert_allclose(pair_scores_in_place(metric, QUERIES, KEYS, ids), truth, rtol=1e-5, atol=1e-4)
