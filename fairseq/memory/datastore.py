@@ -7,6 +7,7 @@ the types, where the keys come from and a checksum per block. ``datastore_writer
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -45,6 +46,12 @@ class Datastore:
     def dim(self) -> int:
         """Width of the keys."""
         return int(self.keys.shape[1])
+
+    @property
+    def digest(self) -> str | None:
+        """What tells this content from another's: a digest of the checksums; None for headerless files."""
+        sums = self.metadata.get("checksums")
+        return hashlib.sha256(repr(sums).encode()).hexdigest() if sums else None
 
     @classmethod
     def open(cls, prefix: str | Path, *, fp16: bool = False) -> Datastore:

@@ -7,7 +7,6 @@ checkpoint costs nothing and rows can neither be lost nor added twice. Assemblin
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import shutil
@@ -138,16 +137,10 @@ def build_index(config: BuildConfig) -> BuiltIndex:
     return BuiltIndex(files.index, len(store), size, trained - started, time.perf_counter() - trained)
 
 
-def store_digest(store: Datastore) -> str | None:
-    """What tells one store's content from another's; None for headerless files."""
-    sums = store.metadata.get("checksums")
-    return hashlib.sha256(repr(sums).encode()).hexdigest() if sums else None
-
-
 def _signature(config: BuildConfig, store: Datastore) -> dict[str, Any]:
     """What decides the content of the index: builds of equal signature go on from one another."""
     about = {"factory": config.factory, "metric": config.dist, "seed": config.seed, "train_size": config.train_size}
-    kept = {"rows": len(store), "dim": store.dim, "key_dtype": str(store.keys.dtype), "digest": store_digest(store)}
+    kept = {"rows": len(store), "dim": store.dim, "key_dtype": str(store.keys.dtype), "digest": store.digest}
     if kept["digest"] is None and isinstance(store.keys, np.memmap):
         kept["modified"] = os.stat(str(store.keys.filename)).st_mtime
     return about | {"store": kept}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
+from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.similarity import normalized
@@ -105,6 +105,13 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValueError(f"{path} is not a whole faiss index: {str(error).splitlines()[-1]}; rebuild it") from None
         return cls(index, metric, str(path))
+
+    def made_of(self) -> str | None:
+        """Digest of the store the index was built over, where the file beside it tells."""
+        about = Path(self.name + ".json")
+        signature = read_json(about).get("signature", {}) if about.is_file() else {}
+        digest: str | None = signature.get("store", {}).get("digest")
+        return digest
 
     @property
     def dim(self) -> int:

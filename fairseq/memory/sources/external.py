@@ -86,7 +86,8 @@ class ExternalMemory:
             block = self.store.take_keys(unique[first:].numpy()) if len(unique) > first else keys[:0]
             if metric is Metric.COS:
                 block = normalized(torch.from_numpy(block)).numpy()
-            parts.append(pair_scores_in_place(metric, queries, block, inverse - first))
+            measure = Metric.IP if metric is Metric.COS else metric
+            parts.append(pair_scores_in_place(measure, queries, block, inverse - first))
         return torch.cat(parts) if parts else torch.empty(ids_NK.shape)
 
 
@@ -136,5 +137,10 @@ def open_external(
     index = FaissIndex.open(config.indexfile, Metric.parse(config.faiss_metric_type))
     index.set_probe(config.probe)
     memory = ExternalMemory(store, index, config.num_neighbors, config.similarity)
+    if None not in (store.digest, index.made_of()) and store.digest != index.made_of():
+        raise ValueError(
+            f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
+            "build_dstore.py"
+        )
     logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)
     return memory

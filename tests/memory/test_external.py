@@ -1,0 +1,192 @@
+"""The external memory against brute force over all keys."""
+
+import logging
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from fairseq.memory.datastore import Datastore, DatastoreWriter
+from fairseq.memory.index.build import build_index
+from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.exact import ExactIndex
+from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.knn_config import KnnConfig
+from fairseq.memory.scoring import knn_logp
+from fairseq.memory.sources.external import ExternalMemory, open_external
+from fairseq.memory.types import Metric, Neighbors
+
+ROWS, DIM, VOCAB = 600, 8, 40
+META = {"key_tap": "last_ffn_input", "dictionary_digest": "d" * 64, "dictionary_size": VOCAB}
+
+
+def rows() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((ROWS, DIM), dtype=np.float32), rng.integers(0, VOCAB, ROWS)
+
+
+@pytest.fixture
+def prefix(tmp_path) -> Path:
+    with DatastoreWriter(tmp_path / "dstore", ROWS, DIM, "float32", META) as writer:
+        writer.append(*rows())
+        writer.finish()
+    return tmp_path / "dstore"
+
+
+def flat_index(prefix: Path) -> None:
+    build_index(BuildConfig(dstore_mmap=str(prefix), faiss_index=f"{prefix}.index", index="flat"))
+
+
+def config(prefix: Path, **more) -> KnnConfig:
+    settings = {"dstore_filename": str(prefix), "indexfile": f"{prefix}.index", "num_neighbors": 10}
+    return KnnConfig(**(settings | more))
+
+
+QUERIES = torch.from_numpy(np.random.default_rng(1).standard_normal((30, DIM), dtype=np.float32))
+
+
+def truth(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
+    if metric is Metric.L2:
+        return -((queries[:, None] - keys[None]) ** 2).sum(-1)
+    if metric is Metric.COS:
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    return queries @ keys.T
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("k", [1, 7, ROWS])
+@pytest.mark.parametrize("score", ["recompute", "index", "dot"])
+@pytest.mark.parametrize("metric", list(Metric))
+def test_candidates_are_the_nearest_rows(metric, score, k, dtype, monkeypatch):
+    monkeypatch.setattr("fairseq.memory.sources.external._CHUNK_BYTES", 4 * DIM * k * 9)  # several uneven chunks
+    keys = rows()[0].astype(dtype)
+    store = Datastore("store", keys, np.arange(ROWS), {})  # each row's value is its number
+    found = ExternalMemory(store, ExactIndex(keys, metric), k, score).lookup(QUERIES)
+    similarity = truth(metric, QUERIES.numpy(), keys)
+    shown = truth(Metric.IP, QUERIES.numpy(), keys) if score == "dot" else similarity
+    best = np.sort(similarity, axis=1)[:, ::-1][:, :k]
+    ids = found.values_NM.numpy()
+    np.testing.assert_allclose(np.take_along_axis(similarity, ids, 1), best, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found.scores_NM, np.take_along_axis(shown, ids, 1), rtol=1e-5, atol=1e-4)
+    assert all(len(set(row)) == k for row in ids.tolist())
+    assert found.keep_NM.all()
+
+
+class GappyIndex:
+    """Answers every query with row 5 and nothing else."""
+
+    metric, dim = Metric.L2, DIM
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def search(self, query_ND, k):
+        ids = torch.full((len(query_ND), k), -1)
+        ids[:, 0] = 5
+        scores = torch.full((len(query_ND), k), -torch.inf)
+        scores[:, 0] = -1.0
+        if len(query_ND) > 3:
+            ids[3], scores[3] = -1, -torch.inf
+        return Neighbors(ids, scores)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("score", ["recompute", "index", "dot"])
+def test_missing_neighbours_are_masked_everywhere(score, dtype):
+    """The originals read id -1 as the last row of the store."""
+    keys, values = rows()
+    store = Datastore("store", keys.astype(dtype), values, {})
+    found = ExternalMemory(store, GappyIndex(), 4, score).lookup(QUERIES)
+    assert not found.keep_NM[:, 1:].any()
+    assert torch.isneginf(found.scores_NM[:, 1:]).all()
+    assert (found.values_NM[:, 1:] == -1).all()
+    last = torch.full((len(QUERIES),), int(values[-1]))
+    expected = 0.0 if values[5] == values[-1] else -torch.inf
+    logp = knn_logp(found, last, 1.0)
+    assert (logp[:3] == expected).all()
+    assert logp[3] == -torch.inf
+
+
+def test_dot_puts_the_most_similar_first():
+    keys, values = rows()
+    store = Datastore("store", keys, values, {})
+    found = ExternalMemory(store, ExactIndex(keys, Metric.IP), ROWS, "dot").lookup(QUERIES)
+    assert (found.scores_NM.diff(dim=1) <= 1e-5).all()
+    assert (found.scores_NM[:, 0] > 0).all()
+
+
+def test_half_precision_queries():
+    keys, values = rows()
+    memory = ExternalMemory(Datastore("store", keys, values, {}), ExactIndex(keys), 3)
+    found = memory.lookup(QUERIES.half())
+    assert torch.equal(found.values_NM, memory.lookup(QUERIES.half().float()).values_NM)
+
+
+def test_what_open_external_opens(prefix, caplog):
+    flat_index(prefix)
+    with caplog.at_level(logging.INFO):
+        memory = open_external(
+            config(prefix, move_dstore_to_mem=True),
+            dim=DIM,
+            key_tap="last_ffn_input",
+            dictionary_digest="d" * 64,
+            dictionary_size=VOCAB,
+        )
+    assert type(memory.store.keys) is np.ndarray
+    assert "600 rows of width 8" in caplog.text
+    keys, values = rows()
+    assert memory.lookup(torch.from_numpy(keys[:5])).values_NM[:, 0].tolist() == values[:5].tolist()
+
+
+def test_headerless_files_with_a_stated_size(prefix):
+    flat_index(prefix)
+    Path(f"{prefix}.json").unlink()
+    memory = open_external(config(prefix, dstore_size=ROWS), dim=DIM, dictionary_size=VOCAB)
+    assert len(memory.store) == ROWS
+    with pytest.raises(ValueError, match="has no metadata"):
+        open_external(config(prefix), dim=DIM)
+    with pytest.raises(ValueError, match="it holds 600 rows"):
+        open_external(config(prefix, dstore_size=ROWS - 1), dim=DIM)
+
+
+def test_everything_is_checked_when_it_is_opened(prefix):
+    with pytest.raises(ValueError, match="no index at"):
+        open_external(config(prefix), dim=DIM)
+    flat_index(prefix)
+    cases = [
+        (config(prefix, num_neighbors=ROWS + 1), {}, "--k 601 is larger than the datastore, which has 600 rows"),
+        (config(prefix), {"dim": 16}, "keys of width 8; the model makes 16"),
+        (config(prefix, dstore_size=99), {}, "has 600 rows; --dstore-size says 99"),
+        (config(prefix), {"key_tap": "model_output"}, "--knn-keytype says model_output"),
+        (config(prefix), {"dictionary_digest": "e" * 64, "dictionary_size": 9}, "another dictionary"),
+        (config(prefix, faiss_metric_type="ip"), {}, "l2 is there: give --faiss-metric-type l2"),
+        (config(prefix, dstore_fp16=True), {}, "holds float32 keys and --dstore-fp16 was given"),
+        (config(prefix, indexfile=None), {}, "needs --indexfile"),
+        (config(prefix, dstore_filename=None), {}, "needs --dstore-filename"),
+    ]
+    for settings, more, message in cases:
+        with pytest.raises(ValueError, match=message):
+            open_external(settings, **({"dim": DIM} | more))
+
+
+def test_an_index_of_another_store_is_refused(prefix):
+    flat_index(prefix)
+    keys, values = rows()
+    with DatastoreWriter(prefix, ROWS, DIM, "float32", META) as writer:
+        writer.append(keys + 1, values)
+        writer.finish()
+    with pytest.raises(ValueError, match="was built over other keys than datastore"):
+        open_external(config(prefix), dim=DIM)
+    store = Datastore.open(prefix)
+    for made, message in (
+        (faiss.IndexFlatL2(DIM + 1), "the index is of width 9, datastore .* of 8"),
+        (faiss.IndexFlatL2(DIM), "the index holds 0 rows, datastore .* 600"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ExternalMemory(store, FaissIndex(made, Metric.L2), 1)
+    with pytest.raises(ValueError, match="unknown kind of score 'recompte'.*did you mean 'recompute'"):
+        ExternalMemory(store, ExactIndex(store.keys), 1, "recompte")
