@@ -1,11 +1,12 @@
 """BM25 over segments with bm25s: an index on disk, and exact search for whole segments.
 
-bm25s tokenises, weighs and stores: its index is a sparse matrix of BM25 weights, documents by terms (Lucene's formula
-with k1 0.9 and b 0.4, pyserini's defaults; words in lower case without Lucene's English stop words). It scores one
-query at a time and one token after another, which for queries of thousands of tokens takes a quarter of a second each
-at 35,000 documents. Here scores are products of that matrix with the term counts of many queries: 40 times faster.
+bm25s tokenises, weighs and stores: its index holds for each term the documents it is in and its BM25 weight in each
+(Lucene's formula with k1 0.9 and b 0.4, pyserini's defaults; words in lower case without Lucene's English stop words).
+It scores one query at a time and one token after another, which for segments of 3,072 tokens takes a quarter of a
+second each at 35,000 documents. Most of that goes to words that are in many documents. Here the weights of those are a
+dense matrix, multiplied with the counts of many queries at once; the short lists of all other words are added up.
 
-Shapes: D documents, V terms, Q queries, C candidates.
+Shapes: D documents, F frequent terms, Q queries, C candidates.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,9 +31,11 @@ logger = logging.getLogger(__name__)
 
 SCORING: dict[str, Any] = {"method": "lucene", "k1": 0.9, "b": 0.4}
 _ABOUT = "about.json"
-# Fewer queries use the memory bandwidth badly, more of them outgrow the processor's cache.
 _QUERIES_AT_ONCE = 64
-# Scores are float32 sums in whatever order is fastest; this many more than asked for are summed again in float64.
+# A term in more than this share of the documents is frequent, as far as the matrix stays below so many bytes.
+_FREQUENT_SHARE = 0.04
+_FREQUENT_BYTES = 1 << 30
+# Candidates come from float32 sums in whatever order is fastest; so many more than asked for are summed in float64.
 _SPARE = 12
 _LOG_SECONDS = 20.0
 _WAIT_SECONDS = 2.0
@@ -48,57 +50,76 @@ class Bm25Index:
     def __init__(self, retriever: Any, segments_sha256: str) -> None:
         """Take over a ``bm25s.BM25`` built of the segments file with this digest."""
         self.segments_sha256 = segments_sha256
+        self.num_documents = int(retriever.scores["num_docs"])
         self._tokenizer = _tokenizer()
         self._tokenizer.word_to_id = retriever.vocab_dict
-        self._weights_DV = _by_document(retriever.scores)
-        self._counts_VQ = torch.zeros(self._weights_DV.shape[1], _QUERIES_AT_ONCE)
+        # np.asarray: a slice of a memmap is made ten times as slowly as one of an array.
+        self._documents, self._weights, self._starts = (
+            np.asarray(retriever.scores[name]) for name in ("indices", "data", "indptr")
+        )
+        lengths = np.diff(self._starts)
+        limit = min(
+            _FREQUENT_BYTES // (4 * self.num_documents), int((lengths > self.num_documents * _FREQUENT_SHARE).sum())
+        )
+        frequent = np.argsort(-lengths, kind="stable")[:limit]
+        self._row = np.full(len(lengths), -1)
+        self._row[frequent] = np.arange(limit)
+        self._weights_FD = np.zeros((limit, self.num_documents), dtype=np.float32)
+        for row, term in enumerate(frequent.tolist()):
+            documents, weights = self._postings(term)
+            self._weights_FD[row, documents] = weights
 
-    @property
-    def num_documents(self) -> int:
-        """Documents in the index."""
-        return int(self._weights_DV.shape[0])
+    def _postings(self, term: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        place = slice(self._starts[term], self._starts[term + 1])
+        return self._documents[place], self._weights[place]
 
     def search(self, texts: Sequence[str], first: int, num_neighbors: int) -> list[list[int]]:
         """The best documents for each of ``texts``, which are documents ``first``, ``first + 1``, ... themselves.
 
         Best first, equal ones by number, never the document itself, none without a word in common.
         """
-        terms = list(self._tokenizer.streaming_tokenize(texts, update_vocab=False, allow_empty=False))
-        counts_VQ = self._counts_VQ.zero_()
-        for query, numbers in enumerate(terms):
-            found, times = np.unique(np.array(numbers, dtype=np.int64), return_counts=True)
-            counts_VQ[torch.from_numpy(found), query] = torch.from_numpy(times).float()
-        scores_QD = (self._weights_DV @ counts_VQ).T[: len(texts)].contiguous()
-        own_Q = torch.arange(len(texts))
-        scores_QD[own_Q, own_Q + first] = -torch.inf
-        candidates_QC = scores_QD.topk(min(num_neighbors + _SPARE, self.num_documents)).indices.numpy()
-        counts_QV = counts_VQ.T.numpy()
+        numbers = self._tokenizer.streaming_tokenize(texts, update_vocab=False, allow_empty=False)
+        queries = [np.unique(np.array(terms, dtype=np.int64), return_counts=True) for terms in numbers]
+        counts_QF = np.zeros((len(queries), len(self._weights_FD)), dtype=np.float32)
+        for query, (terms, counts) in enumerate(queries):
+            rows = self._row[terms]
+            counts_QF[query, rows[rows >= 0]] = counts[rows >= 0]
+        scores_QD = torch.from_numpy(counts_QF) @ torch.from_numpy(self._weights_FD)
         return [
-            self._ranked(candidates_QC[query], counts_QV[query], first + query, num_neighbors)
-            for query in range(len(texts))
+            self._ranked(terms, counts, scores_QD[query], first + query, num_neighbors)
+            for query, (terms, counts) in enumerate(queries)
         ]
 
     def _ranked(
-        self, candidates_C: npt.NDArray[np.int64], counts_V: npt.NDArray[np.float32], own: int, num_neighbors: int
+        self,
+        terms: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        frequent_D: Tensor,
+        own: int,
+        num_neighbors: int,
     ) -> list[int]:
-        starts_D, terms, weights = (
-            part.numpy()
-            for part in (
-                self._weights_DV.crow_indices(),
-                self._weights_DV.col_indices(),
-                self._weights_DV.values(),
-            )
-        )
+        """The best documents of one query, given its score so far: that of the frequent terms."""
+        rows = self._row[terms]
+        rare_D = self._score_of_rare(terms[rows < 0], counts[rows < 0])
+        scores_D = frequent_D + torch.from_numpy(rare_D)
+        scores_D[own] = -torch.inf
+        candidates_C = scores_D.topk(min(num_neighbors + _SPARE, self.num_documents)).indices.numpy()
         candidates_C = candidates_C[candidates_C != own]
-        starts_C = starts_D[candidates_C].astype(np.int64)
-        lengths_C = starts_D[candidates_C + 1] - starts_C
-        which = np.repeat(np.arange(len(candidates_C)), lengths_C)
-        places = np.arange(len(which)) + np.repeat(starts_C - np.cumsum(lengths_C) + lengths_C, lengths_C)
-        parts = weights[places].astype(np.float64) * counts_V[terms[places]]
-        scores_C = np.bincount(which, parts, minlength=len(candidates_C))
+        # Products and sums row by row, and no matrix product: that may round equal documents differently.
+        weights_CF = self._weights_FD[rows[rows >= 0], candidates_C[:, None]].astype(np.float64)
+        scores_C = rare_D[candidates_C] + (weights_CF * counts[rows >= 0]).sum(axis=1)
         best = np.lexsort((candidates_C, -scores_C))[:num_neighbors]
         ranked: list[int] = candidates_C[best[scores_C[best] > 0]].tolist()
         return ranked
+
+    def _score_of_rare(self, terms: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        if not len(terms):
+            return np.zeros(self.num_documents)
+        found = [self._postings(term) for term in terms.tolist()]
+        documents = np.concatenate([documents for documents, _ in found])
+        weights = np.concatenate([weights for _, weights in found])
+        times = np.repeat(counts, [len(documents) for documents, _ in found])
+        return np.bincount(documents, weights * times, minlength=self.num_documents)
 
 
 def open_index(folder: Path, segments_path: Path) -> Bm25Index:
@@ -181,25 +202,3 @@ def _bm25s() -> Any:
 
 def _tokenizer() -> Any:
     return _bm25s().tokenization.Tokenizer(stopwords="en")
-
-
-def _by_document(scores: dict[str, Any]) -> Tensor:
-    """The weights of bm25s' index, which lie term after term, as a matrix that lies document after document."""
-    num_documents = int(scores["num_docs"])
-    documents, starts_V = np.asarray(scores["indices"]), np.asarray(scores["indptr"])
-    if len(documents) > np.iinfo(np.int32).max:
-        raise ValueError(f"the index has {len(documents)} postings, more than 32-bit numbers reach; use pyserini")
-    num_terms = len(starts_V) - 1
-    terms = np.repeat(np.arange(num_terms, dtype=np.int32), np.diff(starts_V))
-    order = np.argsort(documents, kind="stable")
-    starts_D = np.concatenate([[0], np.cumsum(np.bincount(documents, minlength=num_documents))])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Ss]parse")  # torch calls the layout beta
-        # 32-bit numbers: with 64-bit ones the product takes two to four times as long (torch 2.13 with MKL).
-        return torch.sparse_csr_tensor(
-            torch.from_numpy(starts_D.astype(np.int32)),
-            torch.from_numpy(terms[order]),
-            torch.from_numpy(np.asarray(scores["data"])[order]),
-            size=(num_documents, num_terms),
-            check_invariants=False,
-        )
