@@ -14,7 +14,8 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fairseq.data.segments import file_sha256, read_segments
 from fairseq.memory.files import locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
+Numbers = npt.NDArray[np.int64]
 
 SCORING: dict[str, Any] = {"method": "lucene", "k1": 0.9, "b": 0.4}
 _ABOUT = "about.json"
@@ -45,41 +47,45 @@ class Bm25Index:
     """An index that is ready to be searched."""
 
     queries_at_once = _QUERIES_AT_ONCE
-    """Queries that are fastest to search together; more are an error."""
+    """Queries worth a matrix product of their own; more only take memory."""
 
     def __init__(self, retriever: Any, segments_sha256: str) -> None:
         """Take over a ``bm25s.BM25`` built of the segments file with this digest."""
         self.segments_sha256 = segments_sha256
         self.num_documents = int(retriever.scores["num_docs"])
-        self._tokenizer = _tokenizer()
-        self._tokenizer.word_to_id = retriever.vocab_dict
+        self._numbers: dict[str, int] = retriever.vocab_dict
+        self._split: Callable[[str], list[str]] = _tokenizer().splitter
         # np.asarray: a slice of a memmap is made ten times as slowly as one of an array.
         self._documents, self._weights, self._starts = (
             np.asarray(retriever.scores[name]) for name in ("indices", "data", "indptr")
         )
         lengths = np.diff(self._starts)
-        limit = min(
-            _FREQUENT_BYTES // (4 * self.num_documents), int((lengths > self.num_documents * _FREQUENT_SHARE).sum())
-        )
+        limit = int((lengths > self.num_documents * _FREQUENT_SHARE).sum())
+        limit = min(limit, _FREQUENT_BYTES // (4 * self.num_documents))
         frequent = np.argsort(-lengths, kind="stable")[:limit]
         self._row = np.full(len(lengths), -1)
         self._row[frequent] = np.arange(limit)
         self._weights_FD = np.zeros((limit, self.num_documents), dtype=np.float32)
-        for row, term in enumerate(frequent.tolist()):
-            documents, weights = self._postings(term)
-            self._weights_FD[row, documents] = weights
+        for row, (start, end) in enumerate(self._places(frequent)):
+            self._weights_FD[row, self._documents[start:end]] = self._weights[start:end]
 
-    def _postings(self, term: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        place = slice(self._starts[term], self._starts[term + 1])
-        return self._documents[place], self._weights[place]
+    def _places(self, terms: Numbers) -> Iterator[tuple[int, int]]:
+        """Where the documents and weights of each term begin and end."""
+        return zip(self._starts[terms].tolist(), self._starts[terms + 1].tolist())
+
+    def _terms(self, text: str) -> tuple[Numbers, Numbers]:
+        """The known words of a text, as numbers, and how often each occurs."""
+        words = Counter(self._split(text.lower()))
+        known = [(self._numbers[word], count) for word, count in words.items() if word in self._numbers]
+        terms_and_counts = np.array(known, dtype=np.int64).reshape(-1, 2)
+        return terms_and_counts[:, 0], terms_and_counts[:, 1]
 
     def search(self, texts: Sequence[str], first: int, num_neighbors: int) -> list[list[int]]:
         """The best documents for each of ``texts``, which are documents ``first``, ``first + 1``, ... themselves.
 
         Best first, equal ones by number, never the document itself, none without a word in common.
         """
-        numbers = self._tokenizer.streaming_tokenize(texts, update_vocab=False, allow_empty=False)
-        queries = [np.unique(np.array(terms, dtype=np.int64), return_counts=True) for terms in numbers]
+        queries = [self._terms(text) for text in texts]
         counts_QF = np.zeros((len(queries), len(self._weights_FD)), dtype=np.float32)
         for query, (terms, counts) in enumerate(queries):
             rows = self._row[terms]
@@ -92,8 +98,8 @@ class Bm25Index:
 
     def _ranked(
         self,
-        terms: npt.NDArray[np.int64],
-        counts: npt.NDArray[np.int64],
+        terms: Numbers,
+        counts: Numbers,
         frequent_D: Tensor,
         own: int,
         num_neighbors: int,
@@ -112,14 +118,15 @@ class Bm25Index:
         ranked: list[int] = candidates_C[best[scores_C[best] > 0]].tolist()
         return ranked
 
-    def _score_of_rare(self, terms: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def _score_of_rare(self, terms: Numbers, counts: Numbers) -> npt.NDArray[np.float64]:
         if not len(terms):
             return np.zeros(self.num_documents)
-        found = [self._postings(term) for term in terms.tolist()]
-        documents = np.concatenate([documents for documents, _ in found])
-        weights = np.concatenate([weights for _, weights in found])
-        times = np.repeat(counts, [len(documents) for documents, _ in found])
-        return np.bincount(documents, weights * times, minlength=self.num_documents)
+        places = list(self._places(terms))
+        documents = np.concatenate([self._documents[start:end] for start, end in places])
+        weights = np.concatenate([self._weights[start:end] for start, end in places])
+        times = np.repeat(counts, [end - start for start, end in places])
+        scores = np.bincount(documents, weights * times, minlength=self.num_documents)
+        return scores.astype(np.float64, copy=False)
 
 
 def open_index(folder: Path, segments_path: Path) -> Bm25Index:

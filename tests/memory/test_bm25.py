@@ -54,7 +54,10 @@ def require_best(found, scores, own, num_neighbors):
 
 
 @pytest.mark.parametrize("num_neighbors", [1, 5, 200])
-def test_neighbors_are_those_of_the_published_formula(tmp_path, num_neighbors):
+@pytest.mark.parametrize("frequent", ["_FREQUENT_SHARE=0.04", "_FREQUENT_SHARE=0", "_FREQUENT_BYTES=0"])
+def test_neighbors_are_those_of_the_published_formula(tmp_path, monkeypatch, num_neighbors, frequent):
+    name, _, value = frequent.partition("=")
+    monkeypatch.setattr(bm25, name, type(getattr(bm25, name))(value))
     texts = some_texts(150, 80)
     texts[7] = ""
     texts[70] = texts[9]
