@@ -192,14 +192,20 @@ def _best(hits: list[_Hits], count: int, k: int) -> tuple[Tensor, Tensor]:
         torch.cat([getattr(part, name) for part in hits]) for name in ("query_H", "ids_H", "scores_H")
     )
     # One sort by (query, score): a float's bits, with those of a negative one turned round, order as the float does.
-    bits = scores_H.view(torch.int32).long()
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    order = ((query_H << 32) - bits).argsort(stable=True)
-    query_H = query_H[order]
-    counts = torch.bincount(query_H, minlength=count)
-    rank_H = torch.arange(len(query_H)) - (counts.cumsum(0) - counts)[query_H]
-    keep = rank_H < k
-    at = (query_H[keep], rank_H[keep])
-    ids_NK[at] = ids_H[order[keep]]
-    scores_NK[at] = scores_H[order[keep]]
+    bits_H = scores_H.view(torch.int32).long()
+    order_H = (query_H << 32) - torch.where(bits_H < 0, bits_H ^ 0x7FFFFFFF, bits_H)
+
+    def put(first: int) -> None:
+        mine = ((query_H >= first) & (query_H < first + step)).nonzero()[:, 0]
+        mine = mine[order_H[mine].argsort(stable=True)]
+        query = query_H[mine]
+        counts = torch.bincount(query - first, minlength=step)
+        rank = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query - first]
+        keep = rank < k
+        ids_NK[query[keep], rank[keep]] = ids_H[mine[keep]]
+        scores_NK[query[keep], rank[keep]] = scores_H[mine[keep]]
+
+    step = -(-count // torch.get_num_threads())
+    for _ in map_in_threads(put, range(0, count, step)):
+        pass
     return ids_NK, scores_NK

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
 _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
 # A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
-_ROUNDING = 8e-7
+_ROUNDING = 5e-7
 
 
 @functools.cache
