@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["Datastore", "DatastoreWriter", "as_tensor"]
 
+_VALUE_DTYPES = ("int64", "int32", "int16")
+
 
 @dataclass(frozen=True)
 class Datastore:
@@ -38,6 +40,8 @@ class Datastore:
     """int64, int32 or int16, (rows,)."""
     metadata: Mapping[str, Any]
     """What ``<prefix>.json`` says; empty for headerless files."""
+    has_keys: bool = True
+    """Whether the keys can be read; a store whose scores come from the index does without, on disk too."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -54,11 +58,12 @@ class Datastore:
         return hashlib.sha256(repr(sums).encode()).hexdigest() if sums else None
 
     @classmethod
-    def open(cls, prefix: str | Path, *, fp16: bool = False) -> Datastore:
+    def open(cls, prefix: str | Path, *, fp16: bool = False, with_keys: bool = True) -> Datastore:
         """Open a store that describes itself.
 
         Args:
             fp16: the caller expects float16 keys; without it the metadata decide.
+            with_keys: False never touches the keys, which may then be missing.
         Raises: ValueError when the store is missing, incomplete, empty, damaged or of the other key type.
         """
         names = StoreFiles.of(prefix, "float32")
@@ -74,28 +79,40 @@ class Datastore:
             complete = about["complete"]
         except KeyError as error:
             raise ValueError(f"{names.metadata} lacks {error}; it is damaged or not a datastore's") from None
-        if dtype not in KEY_DTYPES:
-            raise ValueError(f"{names.metadata}: keys of type {dtype!r}; known: {', '.join(KEY_DTYPES)}")
+        if dtype not in KEY_DTYPES or value_dtype not in _VALUE_DTYPES:
+            known = f"{', '.join(KEY_DTYPES)} and {', '.join(_VALUE_DTYPES)}"
+            raise ValueError(f"{names.metadata}: keys of type {dtype!r}, values of {value_dtype!r}; known: {known}")
+        if not (isinstance(rows, int) and isinstance(dim, int) and dim > 0):
+            raise ValueError(f"{names.metadata}: {rows!r} rows of width {dim!r}; it is damaged or not a datastore's")
         if fp16 and dtype != "float16":
             raise ValueError(f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-fp16 was given; leave it out")
         if not complete:
             raise ValueError(f"datastore {str(prefix)!r} is not complete; resume with the command that saves it")
         names = StoreFiles.of(prefix, dtype)
-        keys = _mapped(names.keys, (rows, dim), dtype)
-        return cls(str(prefix), keys, _mapped(names.values, (rows,), value_dtype), about)
+        values = _mapped(names.values, (rows,), value_dtype)
+        keys = _mapped(names.keys, (rows, dim), dtype) if with_keys else _no_keys(rows, dim, dtype)
+        return cls(str(prefix), keys, values, about, with_keys)
 
     @classmethod
-    def open_headerless(cls, prefix: str | Path, *, dim: int, size: int | None = None, fp16: bool = False) -> Datastore:
+    def open_headerless(
+        cls, prefix: str | Path, *, dim: int, size: int | None = None, fp16: bool = False, with_keys: bool = True
+    ) -> Datastore:
         """Open files of the original programs, which do not say what they hold; byte counts are checked first.
 
         Args:
             dim: width of the keys.
             size: rows; by default what the byte counts make.
             fp16: the keys are float16: TRIME's names and int64 values, or kNN-LM's names and int16 values.
+            with_keys: False never touches the keys, which may then be missing; ``size`` must be given.
         Raises: ValueError when the files are missing or the byte counts do not fit.
         """
         dtype = "float16" if fp16 else "float32"
         names = StoreFiles.of(prefix, dtype)
+        if not with_keys:
+            if not names.values.exists() or size is None:
+                raise ValueError(_why_not_there(prefix))
+            values = _mapped(names.values, (size,), _value_dtype(names.values, size))
+            return cls(str(prefix), _no_keys(size, dim, dtype), values, {}, False)
         if fp16 and not names.keys.exists():
             names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
         for path in (names.keys, names.values):
@@ -173,7 +190,8 @@ class Datastore:
 
     def in_memory(self) -> Datastore:
         """The same store with its arrays read into memory."""
-        return Datastore(self.prefix, np.array(self.keys), np.array(self.values), self.metadata)
+        keys = np.array(self.keys) if self.has_keys else self.keys
+        return Datastore(self.prefix, keys, np.array(self.values), self.metadata, self.has_keys)
 
     def verify(self) -> None:
         """Compare every block with its checksum. Raises: ValueError naming the file and the bytes that differ."""
@@ -237,12 +255,17 @@ def _rows_of(names: StoreFiles, dim: int, size: int | None, dtype: str) -> int:
 def _value_dtype(path: Path, rows: int) -> str:
     """The integer type of headerless values, by their byte count."""
     held = path.stat().st_size
-    for dtype in ("int64", "int32", "int16"):
+    for dtype in _VALUE_DTYPES:
         if held == rows * np.dtype(dtype).itemsize:
             return dtype
     raise ValueError(
         f"{path} holds {held} bytes; {rows} values take {rows * 8} as int64, {rows * 4} as int32 or {rows * 2} as int16"
     )
+
+
+def _no_keys(rows: int, dim: int, dtype: str) -> Array:
+    """Stands for keys that must not be read; takes no memory."""
+    return np.broadcast_to(np.zeros(dim, dtype), (rows, dim))
 
 
 def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> Array:

@@ -32,13 +32,11 @@ class KnnConfig:
     """Similarity of a neighbour: by default the metric, recomputed from the full keys; do_not_recomp_l2 takes what the
     index (which keeps compressed keys) computed; dot is the inner product with the full keys whatever the metric."""
     no_load_keys: bool = flag("--no-load-keys", default=False)
-    """Take the index's similarities and never read the full keys."""
+    """Take the index's similarities and never touch the full keys, which may then be missing on disk."""
     probe: int = flag("--probe", default=8)
     """Lists of the index that are searched per query: more finds more and takes longer."""
     move_dstore_to_mem: bool = flag("--move-dstore-to-mem", default=False)
     """Read the datastore into memory first."""
-    use_faiss_cpu: bool = flag("--use-faiss-cpu", default=False)
-    """Search the index on the processor even where a GPU could."""
 
     def __post_init__(self) -> None:
         if self.num_neighbors < 1:

@@ -153,6 +153,23 @@ def test_headerless_files_with_a_stated_size(prefix):
         open_external(config(prefix, dstore_size=ROWS - 1), dim=DIM)
 
 
+@pytest.mark.parametrize("more", [{"no_load_keys": True}, {"knn_sim_func": "do_not_recomp_l2"}])
+def test_scores_of_the_index_do_without_the_keys(prefix, more):
+    flat_index(prefix)
+    full = open_external(config(prefix), dim=DIM).lookup(QUERIES)
+    Path(f"{prefix}_keys.npy").unlink()
+    with pytest.raises(ValueError, match="_keys.npy does not exist"):
+        open_external(config(prefix), dim=DIM)
+    settings = config(prefix, **more, move_dstore_to_mem=True)
+    found = open_external(settings, dim=DIM).lookup(QUERIES)
+    torch.testing.assert_close(found.scores_NM, full.scores_NM, rtol=1e-5, atol=1e-4)
+    Path(f"{prefix}.json").unlink()
+    stated = config(prefix, **more, dstore_size=ROWS)
+    assert torch.equal(open_external(stated, dim=DIM).lookup(QUERIES).values_NM, found.values_NM)
+    with pytest.raises(ValueError, match="opened without its keys, 'dot' scores need them"):
+        ExternalMemory(Datastore.open_headerless(prefix, dim=DIM, size=ROWS, with_keys=False), GappyIndex(), 1, "dot")
+
+
 def test_everything_is_checked_when_it_is_opened(prefix):
     with pytest.raises(ValueError, match="no index at"):
         open_external(config(prefix), dim=DIM)

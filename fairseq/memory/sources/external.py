@@ -50,6 +50,8 @@ class ExternalMemory:
                 f"the index holds {len(index)} rows, datastore {store.prefix!r} {len(store)}: the store was saved anew "
                 "or the build did not end; rebuild it with build_dstore.py"
             )
+        if score != "index" and not store.has_keys:
+            raise ValueError(f"datastore {store.prefix!r} was opened without its keys, {score!r} scores need them")
         check_k(k, len(store))
         self.store, self.index, self.k, self.score = store, index, k, score
 
@@ -103,10 +105,13 @@ def open_store(config: KnnConfig, *, dim: int) -> Datastore:
     prefix = config.dstore_filename
     if not prefix:
         raise ValueError("--knnlm needs --dstore-filename PREFIX: the datastore to search")
+    with_keys = config.similarity != "index"
     if StoreFiles.of(prefix, "float32").metadata.exists() or config.dstore_size is None:
-        store = Datastore.open(prefix, fp16=config.dstore_fp16)
+        store = Datastore.open(prefix, fp16=config.dstore_fp16, with_keys=with_keys)
     else:
-        store = Datastore.open_headerless(prefix, dim=dim, size=config.dstore_size, fp16=config.dstore_fp16)
+        store = Datastore.open_headerless(
+            prefix, dim=dim, size=config.dstore_size, fp16=config.dstore_fp16, with_keys=with_keys
+        )
     return store.in_memory() if config.move_dstore_to_mem else store
 
 
