@@ -28,31 +28,31 @@ stage() {
 stage data $data/test.idx bash get_data.sh shakespeare
 
 # Adaptive input and softmax with tied weights, as the paper's WikiText-103 model has, at a size for a processor.
-stage train "$out/model/train.run.json" python train.py --task language_modeling $data --save-dir "$out/model" --cpu \
+stage train "$out/model/train.run.json" env LOGLEVEL=INFO python train.py --task language_modeling $data \
+  --save-dir "$out/model" --cpu \
   --arch transformer_lm_wiki103 --decoder-layers 2 --decoder-attention-heads 4 --decoder-ffn-embed-dim 512 \
   --decoder-embed-dim 128 --decoder-input-dim 128 --decoder-output-dim 128 \
   --adaptive-input-cutoff 2000,5000 --adaptive-softmax-cutoff 2000,5000 \
-  --dropout 0.1 --attention-dropout 0.0 --activation-dropout 0.0 --adaptive-softmax-dropout 0.0 \
+  --dropout 0.0 --attention-dropout 0.0 --activation-dropout 0.0 --adaptive-softmax-dropout 0.0 \
   --criterion adaptive_loss --optimizer adam --adam-betas '(0.9,0.98)' --clip-norm 0.1 --seed 1 \
-  --lr 0.004 --lr-scheduler cosine --warmup-updates 100 --max-update 1000 --lr-period-updates 900 --min-lr 1e-09 \
-  --max-tokens 2048 --tokens-per-sample 256 --sample-break-mode none --no-epoch-checkpoints --log-format simple \
+  --lr 0.004 --lr-scheduler polynomial_decay --warmup-updates 50 --total-num-update 1000 --max-update 1000 \
+  --max-tokens 1024 --tokens-per-sample 256 --sample-break-mode none --no-epoch-checkpoints --log-format simple \
   --log-interval 100
 
 model=(--path "$out/model/checkpoint_best.pt" --cpu --knn-keytype last_ffn_input)
 stage store "$out/dstore.run.json" python eval_lm.py $data "${model[@]}" --gen-subset train \
-  --sample-break-mode none --tokens-per-sample 192 --context-window 64 --max-tokens 4096 \
-  --save-knnlm-dstore --dstore-mmap "$out/dstore"
+  --sample-break-mode none --max-tokens 4096 --save-knnlm-dstore --dstore-mmap "$out/dstore"
 
 stage index "$out/knn.index.l2" python build_dstore.py --dstore_mmap "$out/dstore" --faiss_index "$out/knn.index" \
-  --ncentroids 512 --code_size 32 --probe 16 --num_keys_to_add_at_a_time 500000
+  --ncentroids 1024 --code_size 16 --train_size 40000 --num_keys_to_add_at_a_time 500000
 
-evaluate=("${model[@]}" --sample-break-mode none --tokens-per-sample 128 --context-window 128 --max-tokens 2048)
+evaluate=("${model[@]}" --sample-break-mode none --context-window 128 --max-tokens 2048)
 for split in valid test; do
   stage plain.$split "$out/plain.$split.json" python eval_lm.py $data "${evaluate[@]}" --gen-subset $split \
     --eval-file "$out/plain.$split.json"
   for weight in 0.1 0.2 0.3; do
     stage knn-$weight.$split "$out/knn-$weight.$split.json" python eval_lm.py $data "${evaluate[@]}" \
-      --gen-subset $split --knnlm --dstore-filename "$out/dstore" --indexfile "$out/knn.index.l2" --k 64 --probe 16 \
+      --gen-subset $split --knnlm --dstore-filename "$out/dstore" --indexfile "$out/knn.index.l2" --k 256 --probe 8 \
       --lmbda $weight --softmax-temp 10 --eval-file "$out/knn-$weight.$split.json"
   done
 done

@@ -46,9 +46,7 @@ def read_rows(folder: Path) -> list[Row]:
         if found:
             figures.setdefault(float(found[1] or 0), {})[found[2]] = json.loads(path.read_text(encoding="utf-8"))
     if 0 not in figures:
-        raise ValueError(
-            f"{folder} has no plain.valid.json or plain.test.json; run train_scripts/shakespeare-demo.sh"
-        )
+        raise ValueError(f"{folder} has no plain.valid.json or plain.test.json; run train_scripts/shakespeare-demo.sh")
     return [_row(weight, figures[weight]) for weight in sorted(figures)]
 
 

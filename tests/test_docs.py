@@ -1,0 +1,109 @@
+"""What the documents promise: commands whose flags exist, links that lead somewhere, examples that run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from fairseq.criterions import CRITERIONS
+from fairseq.criterions.base import build_criterion
+from fairseq.data.types import LMBatch
+from fairseq.models.architectures import build_model_config
+from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.options import parse_eval_lm, parse_train
+from fairseq.user_dir import import_user_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+
+
+def blocks(path: Path, language: str) -> Iterator[str]:
+    yield from re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(document, words) of every `python SCRIPT.py ...` in the documents and in the demo."""
+    texts = [(path.name, text) for path in DOCUMENTS for text in blocks(path, "bash")]
+    demo = (ROOT / "train_scripts" / "shakespeare-demo.sh").read_text(encoding="utf-8")
+    shared = {name: words for name, words in re.findall(r"^(\w+)=\((.*)\)$", demo, re.MULTILINE)}
+    while re.search(r'"\$\{\w+\[@\]\}"', demo):
+        demo = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda found: shared[found[1]], demo)
+    demo = demo.replace("$weight", "0.1")
+    texts.append(("shakespeare-demo.sh", demo))
+    found = []
+    for name, text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
+            start = re.search(r"\bpython (?=\w+\.py )", line)
+            if start and not line.lstrip().startswith("#"):
+                words = shlex.split(line[start.end() :], comments=True)
+                found.append((name, [word for word in words if word != "..."]))
+    return found
+
+
+COMMANDS = commands()
+
+
+@cache
+def help_text(script: str) -> str:
+    told = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0, told.stderr
+    return told.stdout
+
+
+def test_the_documents_show_every_command() -> None:
+    assert {"preprocess.py", "train.py", "eval_lm.py", "build_dstore.py"} <= {words[0] for _, words in COMMANDS}
+
+
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=[f"{name}-{w[0]}" for name, w in COMMANDS])
+def test_the_flags_of_a_documented_command_exist(words: list[str], tmp_path: Path) -> None:
+    script, rest = words[0], words[1:]
+    if "--user-dir" in rest:  # the plug-in is another test's
+        return
+    if script in ("train.py", "eval_lm.py"):
+        parse = parse_train if script == "train.py" else parse_eval_lm
+        assert parse(rest).given["data"]  # a mistake would exit
+        return
+    known = set(re.findall(r"--[\w-]+", help_text(script)))
+    assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_modules_exist(path: Path) -> None:
+    names = re.findall(r"`((?:fairseq|fairseq_cli|tests|docs|benchmarks|train_scripts)/[\w/.-]+)`", path.read_text())
+    invented = {"fairseq/criterions/my_loss.py", "fairseq/tasks/my_task.py", "fairseq/memory/index/my_index.py"}
+    invented |= {"fairseq/memory/sources/my_source.py", "fairseq/memory/combiners/my.py", "benchmarks/results/"}
+    assert [name for name in names if name not in invented and not (ROOT / name).exists()] == []
+
+
+def test_the_plug_in_example_multiplies_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = blocks(ROOT / "docs" / "extending.md", "python")
+    (tmp_path / "doc_example_plugin.py").write_text(text)
+    monkeypatch.setitem(CRITERIONS, "weighted_cross_entropy", None)  # so that it is taken out again at the end
+    del CRITERIONS["weighted_cross_entropy"]
+    import_user_dir(str(tmp_path / "doc_example_plugin.py"))
+    config = build_model_config(
+        "transformer_lm",
+        {"decoder_layers": 1, "decoder_embed_dim": 8, "decoder_ffn_embed_dim": 8, "decoder_attention_heads": 1}
+        | {"decoder_input_dim": 8, "decoder_output_dim": 8, "dropout": 0.0, "max_target_positions": 8},
+    )
+    model = TransformerLanguageModel.build(config, 12, 1)
+    tokens = torch.randint(4, 12, (2, 5))
+    batch = LMBatch(torch.arange(2), tokens, tokens.roll(-1, 1), torch.ones_like(tokens, dtype=torch.bool))
+    plain = build_criterion("cross_entropy", {}, model)(model, batch)
+    weighted = build_criterion("weighted_cross_entropy", {"my_weight": 3.0}, model)(model, batch)
+    torch.testing.assert_close(weighted.sum, 3 * plain.sum)
+    assert weighted.sample_size == plain.sample_size == 10
