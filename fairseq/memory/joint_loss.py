@@ -78,7 +78,7 @@ class _JointLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = zip(ctx.saved_tensors, ctx.dtypes)
         if not grad.is_cuda and grad == 1:  # a loss on its own: spare a copy as large as the keys

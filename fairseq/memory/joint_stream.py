@@ -16,8 +16,9 @@ go to its rows and to its columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,12 +86,19 @@ class Gradients:
         return self.key_ND is not None or self.other_MD is not None
 
 
-Weigh = Callable[[Tensor, Strip, bool], "tuple[Tensor, Tensor | None]"]
-"""``weigh(score_RW, strip, wants_weights)``: let the strip's rows see its columns (those from elsewhere first).
+class Weigh(Protocol):
+    """Lets the rows of a strip see its columns (those from elsewhere first) and turns similarities into gradients."""
 
-Updates the positions' sums. Returns the gradients of the similarities, usually in the same memory, and a factor of each
-row that is still to be applied to them (None for 1). Scores where a row sees nothing may be anything.
-"""
+    gain: float
+    """What the gradients are multiplied by, to keep them in range; a power of two."""
+
+    def __call__(self, score_RW: Tensor, strip: Strip, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Update the positions' sums.
+
+        Returns the gradients of the similarities, usually in the same memory, and a factor of each row that is still
+        to be applied to them (None for 1). Scores where a row sees nothing may be anything.
+        """
+        ...
 
 
 def begin(memory: InBatchMemory, logp_N: Tensor, norm_N: Tensor) -> Positions:
@@ -133,7 +141,9 @@ def one_way(
         width = num_other + strip.high - strip.low
         score_RW = buffer[: strip.num_rows * width].view(strip.num_rows, width)
         query_RD = key_ND[strip.rows]
-        parts = [_Part(slice(None), slice(0, num_other), other_key_MD, gradients.other_MD)] if num_other else []
+        parts = []
+        if other_key_MD is not None:
+            parts.append(_Part(slice(None), slice(0, num_other), other_key_MD, gradients.other_MD))
         parts += _own_parts(strip, stairs, num_other, key_ND, gradients.key_ND)
         for part in parts:
             scores(query_RD[part.rows], part.key_WD, memory.scale, score_RW[part.rows, part.columns])
@@ -143,7 +153,7 @@ def one_way(
             if factor_R is not None:
                 weighted_RD = torch.mul(query_RD, factor_R[:, None], out=query_buffer[: strip.num_rows])
             sum_RD = sum_buffer[: strip.num_rows]
-            _spread(weight_RW, parts, weighted_RD, memory.scale, sum_RD)
+            _spread(weight_RW, parts, weighted_RD, memory.scale / weigh.gain, sum_RD)
             if gradients.key_ND is not None:
                 gradients.key_ND[strip.rows] += sum_RD if factor_R is None else sum_RD.mul_(factor_R[:, None])
 

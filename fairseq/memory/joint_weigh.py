@@ -21,7 +21,9 @@ _MAX_CHUNK_ROWS = 128
 
 
 class Weigher:
-    """See ``joint_stream.Weigh``. A row is shifted by its largest exponent, so no range of scores over- or underflows."""
+    """See ``joint_stream.Weigh``. A row is shifted by its largest exponent: no range of scores over- or underflows."""
+
+    gain = 1.0
 
     def __init__(self, positions: Positions, rule: Rule) -> None:
         self.positions = positions
