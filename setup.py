@@ -1,4 +1,5 @@
 """Everything is in pyproject.toml; this file serves tools that still ask for it."""
+
 from setuptools import setup
 
 setup()

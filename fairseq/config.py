@@ -129,7 +129,7 @@ class _Flag(argparse.Action):
     """A switch that remembers it was given; unlike store_true it leaves no default behind."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
+        super().__init__(option_strings, dest, nargs=0, **kwargs | {"default": argparse.SUPPRESS})
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fairseq.training_config import DistributedConfig, RuntimeConfig
 
@@ -82,3 +84,69 @@ def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
         return values
     summed = fabric.all_reduce(torch.tensor(values, dtype=torch.float64, device=fabric.device), reduce_op="sum")
     return summed.tolist()  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Tensors of all ranks in the order of ranks, joined along their first dimension."""
+
+    tensors: tuple[Tensor, ...]
+    counts: tuple[int, ...]
+    """Rows that each rank has in them."""
+
+    def rows_of(self, first_rank: int, last_rank: int) -> slice:
+        """Where the rows from one rank up to another (not included) are."""
+        return slice(sum(self.counts[:first_rank]), sum(self.counts[:last_rank]))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process among how many."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gather_ragged(*tensors: Tensor, with_gradient: bool = False) -> Gathered:
+    """Collect tensors of every rank, whose numbers of rows may differ between ranks (but not between tensors).
+
+    Every rank must call this, with the same number of tensors, whether it has rows or not.
+
+    Args:
+        with_gradient: let gradients flow back to the ranks the rows came from. Then every rank must also go through
+            backward, and the result must take part in what it differentiates.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return Gathered(tensors, (len(tensors[0]),))
+    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    every = [torch.empty_like(own) for _ in range(world)]
+    torch.distributed.all_gather(every, own)
+    counts = tuple(torch.cat(every).tolist())
+    gather = (lambda x: _Gather.apply(x, counts)) if with_gradient else (lambda x: _join(x.detach(), counts))
+    return Gathered(tuple(gather(x) if x.is_floating_point() else _join(x, counts) for x in tensors), counts)
+
+
+def _join(tensor: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Rows of all ranks. Collective operations want equal sizes, so ranks send as many rows as the longest has."""
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    every = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(every, padded)
+    return torch.cat([rows[:count] for rows, count in zip(every, counts)])
+
+
+class _Gather(torch.autograd.Function):
+    """:func:`_join` whose gradient is the sum of what all ranks have for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.counts = counts
+        return _join(tensor, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(grad)
+        rank, _ = rank_and_world()
+        start = sum(ctx.counts[:rank])
+        return grad[start : start + ctx.counts[rank]], None

@@ -25,8 +25,7 @@ COMMON: dict[str, tuple[int, str]] = {
     "--tokenizer": (1, "text is binarised by preprocess.py as it stands"),
     "--bpe": (1, "text is binarised by preprocess.py as it stands"),
     "--lm-eval": (0, "eval_lm.py always evaluates a language model"),
-    "--use-faiss-cpu": (0, "the processor is searched unless faiss-gpu is installed"),
-    "--force": (0, "nothing is forced"),
+    "--use-faiss-cpu": (0, "indexes are searched on the processor"),
 }
 
 TRAIN: dict[str, tuple[int, str]] = COMMON | {

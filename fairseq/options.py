@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fairseq import ignored_flags
 from fairseq.config import FlagParser, build, flag, flag_names
 from fairseq.criterions import CRITERIONS
+from fairseq.data.batching_config import BatchingConfig
 from fairseq.evaluation_config import EvaluationConfig, MemoryEvaluationConfig
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES
@@ -109,7 +110,15 @@ def parse_train(argv: Sequence[str]) -> Settings:
     parser = FlagParser("train.py", "Train a model.")
     parser.add_config(ChoicesConfig)
     arch_class = TransformerLMConfig
-    others = (RuntimeConfig, CommonConfig, DatasetConfig, ValidationConfig, DistributedConfig, OptimizationConfig)
+    others = (
+        RuntimeConfig,
+        CommonConfig,
+        DatasetConfig,
+        BatchingConfig,
+        ValidationConfig,
+        DistributedConfig,
+        OptimizationConfig,
+    )
     parts = tuple(table[chosen[choice]].config for choice, (_, table) in _TABLES.items())
     for config_class in (*parts, *others, CheckpointConfig, arch_class):
         parser.add_config(config_class)
@@ -142,6 +151,8 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     _add_ignored(parser, ignored_flags.EVALUATE)
     given = parser.parse(argv)
     _warn_ignored(parser, given, ignored_flags.EVALUATE)
+    if not {"max_tokens", "max_sentences"} & given.keys():
+        given["max_tokens"] = 12000  # fairseq's batch where nothing was asked for
     return Settings(program, tuple(argv), given, {"task": task})
 
 

@@ -60,7 +60,7 @@ class Figures:
 
 
 class PerplexityReport:
-    """Collects the log-probability of each scored token; the text's order is kept."""
+    """Collects the log-probability of each scored token; batches may come in any order."""
 
     def __init__(self, dictionary: Dictionary, bpe_mark: str | None = None) -> None:
         """``bpe_mark`` ends every piece that a following piece continues, e.g. "@@ "."""
@@ -68,24 +68,26 @@ class PerplexityReport:
         self.blocks: list[np.ndarray[Any, Any]] = []
         self.tokens: list[np.ndarray[Any, Any]] = []
         self.logps: list[np.ndarray[Any, Any]] = []
-        mark = bpe_mark.rstrip() if bpe_mark else None
-        pieces = [i for i in range(len(dictionary)) if dictionary[i].endswith(mark)] if mark else []
+        self.mark = bpe_mark.rstrip() if bpe_mark else ""
+        if self.mark == "sentencepiece":
+            raise ValueError("--remove-bpe sentencepiece is not offered for evaluation; give the mark of the pieces")
+        pieces = [i for i in range(len(dictionary)) if dictionary[i].endswith(self.mark)] if self.mark else []
         self.continues = np.zeros(len(dictionary), dtype=bool)
         self.continues[pieces] = True
-        if mark == "sentencepiece":
-            raise ValueError("--remove-bpe sentencepiece is not offered for evaluation; give the mark of the pieces")
 
     def add(self, block_N: Tensor, target_N: Tensor, logp_N: Tensor) -> None:
-        """Add scored positions, in the order of the text."""
+        """Add scored positions; those of one block in the order of the text."""
         self.blocks.append(block_N.cpu().numpy())
         self.tokens.append(target_N.cpu().numpy())
         self.logps.append(logp_N.double().cpu().numpy())
 
     def arrays(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Block number, target and ln p of every scored token."""
+        """Block number, target and ln p of every scored token, in the order of the text."""
         if not self.tokens:
             return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
-        return np.concatenate(self.blocks), np.concatenate(self.tokens), np.concatenate(self.logps)
+        block = np.concatenate(self.blocks)
+        order = np.argsort(block, kind="stable")
+        return block[order], np.concatenate(self.tokens)[order], np.concatenate(self.logps)[order]
 
     def figures(self, num_total_tokens: int, seconds: float) -> Figures:
         """The figures so far. Scores of minus infinity are left out with a warning, as their mean has no meaning.
@@ -105,7 +107,7 @@ class PerplexityReport:
         counted = len(token) - int(self._joined(block, token).sum())
         loss = -logp.sum() / counted / math.log(2) if counted else float("inf")
         buckets = self._buckets(token, logp)
-        return Figures(loss, 2.0**loss, len(self.arrays()[1]), counted, num_total_tokens, seconds, buckets)
+        return Figures(loss, 2.0**loss, len(impossible), counted, num_total_tokens, seconds, buckets)
 
     def _joined(self, block: np.ndarray[Any, Any], token: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """True for pieces whose score goes to the next piece; a block's last token keeps its own."""
@@ -136,7 +138,8 @@ class PerplexityReport:
             line: list[tuple[str, float]] = []
             text, score = "", 0.0
             for i in range(start, end):
-                text, score = text + self.dictionary[int(token[i])], score + float(logp[i])
+                piece = self.dictionary[int(token[i])]
+                text, score = text + (piece.removesuffix(self.mark) if joined[i] else piece), score + float(logp[i])
                 if not joined[i]:
                     line.append((text, score))
                     text, score = "", 0.0

@@ -80,9 +80,7 @@ class SequenceScorer:
         here = batch.to(self.device)
         out = self.models[0](here.tokens_BT, key_tap=self.key_tap)
         empty = torch.empty(0)
-        return ScoredBatch(
-            _block_of(batch), here.target_BT[here.scored_BT], empty, empty, out.key_BTD[here.scored_BT]
-        )
+        return ScoredBatch(_block_of(batch), here.target_BT[here.scored_BT], empty, empty, out.key_BTD[here.scored_BT])
 
 
 def _block_of(batch: LMBatch) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 from fairseq.criterions.base import Loss
 from fairseq.data.types import LMBatch
 from fairseq.distributed import sum_over_ranks
-from fairseq.metrics import StepSums
 from fairseq.optim import set_lr
 from fairseq.training_config import OptimizationConfig
 
@@ -25,6 +26,28 @@ logger = logging.getLogger(__name__)
 _MICRO_BATCHES_PER_UPDATE = 1 << 16  # more than anybody accumulates; keeps seeds of different updates apart
 
 
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the batches of an update or of a validation pass, and over all ranks."""
+
+    loss: float
+    """The criterion's loss, in nats."""
+    sample_size: float
+    """What the mean loss divides by."""
+    num_tokens: float
+    """Targets counted."""
+    num_sentences: float
+    """Blocks."""
+    num_batches: float
+    """Batches that held anything."""
+    log: dict[str, float]
+    """Further sums of the criterion."""
+    norm: float | None = None
+    """Norm of the gradient before clipping."""
+    clipped: bool = False
+    """Whether clipping took effect."""
+
+
 class LossModule(nn.Module):
     """Model and criterion as one module, so that data-parallel hooks see the whole path to the loss."""
 
@@ -33,10 +56,10 @@ class LossModule(nn.Module):
         self.model = model
         self.criterion = criterion
 
-    def forward(self, *parts: Any) -> tuple[Tensor, int, dict[str, float]]:
+    def forward(self, *parts: Any) -> tuple[Tensor, dict[str, Any]]:
         """Loss of one batch, handed over in parts because Fabric cannot rebuild frozen values."""
         loss: Loss = self.criterion(self.model, LMBatch(*parts))
-        return loss.sum, loss.sample_size, loss.log
+        return loss.sum, loss.log
 
 
 class Trainer:
@@ -54,6 +77,7 @@ class Trainer:
     ) -> None:
         self.fabric = fabric
         self.model = model
+        self.criterion = criterion
         self.schedule = schedule
         self.optimization = optimization
         self.seed = seed
@@ -62,41 +86,49 @@ class Trainer:
         set_lr(self.optimizer, schedule.lr)
 
     def train_step(self, batches: list[LMBatch]) -> StepSums:
-        """One update from this rank's batches. Returns sums over all ranks.
+        """One update from this rank's batches.
 
         Dropout is seeded by update and by the batch's place in the update, so that a continued run, or the same
         update on another number of processes, draws the same masks.
         """
         self.wrapped.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sums = StepSums()
+        logs = []
         for place, batch in enumerate(batches):
             self._seed(place * self.fabric.world_size + self.fabric.global_rank)
             last = place == len(batches) - 1
             with self.fabric.no_backward_sync(self.wrapped, enabled=not last):
-                loss, sample_size, log = self._loss(batch)
+                loss, log = self._loss(batch)
                 self.fabric.backward(loss)
-            sums.add(float(loss.detach()), sample_size, batch, log)
-        sums = sums.with_values(sum_over_ranks(self.fabric, sums.values()))
+            logs.append(log)
+        sums = self._sum(logs)
         norm = self._scale_and_clip(sums.sample_size)
         self.optimizer.step()
         self.num_updates += 1
         set_lr(self.optimizer, self.schedule.step_update(self.num_updates))
-        return sums.with_norm(norm, clipped=0 < self.optimization.clip_norm < norm)
+        return replace(sums, norm=norm, clipped=0 < self.optimization.clip_norm < norm)
 
     def valid_pass(self, batches: Iterable[LMBatch]) -> StepSums:
-        """Loss over a validation split, summed over all ranks."""
+        """The criterion's sums over a validation split and all ranks."""
         self.wrapped.eval()
-        sums = StepSums()
         with torch.inference_mode():
-            for batch in batches:
-                loss, sample_size, log = self._loss(batch)
-                sums.add(float(loss), sample_size, batch, log)
-        return sums.with_values(sum_over_ranks(self.fabric, sums.values()))
+            return self._sum([self._loss(batch)[1] for batch in batches])
 
-    def _loss(self, batch: LMBatch) -> tuple[Tensor, int, dict[str, float]]:
-        result: tuple[Tensor, int, dict[str, float]] = self.wrapped(*batch.to(self.fabric.device).parts())
+    def _loss(self, batch: LMBatch) -> tuple[Tensor, dict[str, Any]]:
+        result: tuple[Tensor, dict[str, Any]] = self.wrapped(*batch.to(self.fabric.device).parts())
         return result
+
+    def _sum(self, logs: list[dict[str, Any]]) -> StepSums:
+        """Add up what the criterion reported, over batches and ranks; one look at the device for all figures."""
+        sums: dict[str, Any] = defaultdict(float)
+        for log in logs:
+            sums["num_batches"] += 1 if log["nsentences"] else 0
+            for name, value in log.items():
+                sums[name] += value.double() if isinstance(value, Tensor) else value
+        names = sorted(sums)
+        total = dict(zip(names, sum_over_ranks(self.fabric, [float(sums[name]) for name in names])))
+        counts = [total.pop(name) for name in ("loss", "sample_size", "ntokens", "nsentences", "num_batches")]
+        return StepSums(*counts, log=total)
 
     def _scale_and_clip(self, sample_size: float) -> float:
         """Turn gradients of the ranks' mean sum into those of the mean per token; returns their norm."""
@@ -109,6 +141,19 @@ class Trainer:
 
     def _seed(self, place: int) -> None:
         torch.manual_seed((self.seed * (1 << 40) + self.num_updates * _MICRO_BATCHES_PER_UPDATE + place) % (1 << 63))
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return float(self.schedule.lr)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Let the criterion know which epoch begins or goes on."""
+        self.criterion.start_epoch(epoch)
+
+    def end_epoch(self, epoch: int, figure: float | None) -> None:
+        """Let the schedule know that an epoch is over and what validation gave."""
+        set_lr(self.optimizer, self.schedule.step_epoch(epoch, figure))
 
     def state_dict(self, with_optimizer: bool = True) -> dict[str, Any]:
         """Optimizer, schedule and update count as plain types and tensors."""

@@ -52,7 +52,7 @@ class DatasetConfig:
     num_workers: int = flag("--num-workers", default=1)
     """Threads that prepare batches ahead; 0 prepares them in the main thread."""
     max_tokens: int | None = flag("--max-tokens", default=None)
-    """Largest number of tokens in a batch, pads and context included."""
+    """Largest number of tokens in a batch, pads included; a context window comes on top."""
     max_sentences: int | None = flag("--max-sentences", "--batch-size", default=None)
     """Largest number of blocks in a batch."""
     required_batch_size_multiple: int = flag("--required-batch-size-multiple", default=8)

@@ -10,6 +10,10 @@ CRITERIONS: dict[str, Entry] = {
     "label_smoothed_cross_entropy": Entry(
         c.LabelSmoothingConfig, "fairseq.criterions.label_smoothed_cross_entropy:LabelSmoothedCrossEntropy"
     ),
+    "trime_ext_loss": Entry(c.TrimeExternalConfig, "fairseq.criterions.trime_loss:external_loss"),
+    "trime_long_loss": Entry(c.TrimeGatheredConfig, "fairseq.criterions.trime_loss:long_loss"),
+    "trime_long_loss_same_device": Entry(c.TrimeConfig, "fairseq.criterions.trime_loss:long_loss_same_device"),
+    "trime_loss": Entry(c.TrimeConfig, "fairseq.criterions.trime_loss:local_loss"),
 }
 
 register_criterion = class_registrar(CRITERIONS, "criterion")

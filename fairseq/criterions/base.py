@@ -42,6 +42,9 @@ class Criterion:
     def check(self, model: Any) -> None:
         """Raise ValueError if this loss cannot train that model."""
 
+    def start_epoch(self, epoch: int) -> None:
+        """Training begins or goes on in this epoch; the first is 1."""
+
     def __call__(self, model: Any, batch: LMBatch) -> Loss:
         """The loss of the scored positions of a batch (there may be none: the sum is then a 0 with a gradient)."""
         raise NotImplementedError

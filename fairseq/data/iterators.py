@@ -35,6 +35,7 @@ class EpochBatchIterator:
         num_workers: int = 0,
         shuffle: bool = True,
         group: int = 1,
+        ordered_epochs: int = 0,
     ) -> None:
         """Iterate over ``batches`` of block numbers.
 
@@ -43,6 +44,7 @@ class EpochBatchIterator:
             shuffle: another order in every epoch; otherwise the given one.
             group: this many consecutive batches stay together when shuffled, so that the ranks of a step, if their
                 number is a multiple of it, hold whole groups. A last, smaller group stays at the end of the epoch.
+            ordered_epochs: the first so many epochs keep the given order all the same.
         """
         assert 0 <= rank < world_size, (rank, world_size)
         assert group >= 1, group
@@ -55,6 +57,7 @@ class EpochBatchIterator:
         self._num_workers = num_workers
         self._shuffle = shuffle
         self._group = group
+        self._ordered_epochs = ordered_epochs
         self._consumed = 0
 
     def __len__(self) -> int:
@@ -79,7 +82,7 @@ class EpochBatchIterator:
     def order(self) -> Indices:
         """This epoch's order of the batches."""
         count = len(self._batches)
-        if not self._shuffle:
+        if not self._shuffle or self.epoch <= self._ordered_epochs:
             return np.arange(count)
         groups = np.random.default_rng([abs(self._seed), self.epoch]).permutation(count // self._group)
         together = (groups[:, None] * self._group + np.arange(self._group)).reshape(-1)

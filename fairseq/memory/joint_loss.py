@@ -48,6 +48,8 @@ def joint_loss(
         from fairseq.memory.joint_loss_triton import stream_on_gpu
 
         compute = stream_on_gpu
+        if torch.is_autocast_enabled("cuda"):  # a layer norm leaves float32, whose products are many times slower
+            key_ND = key_ND.to(torch.get_autocast_dtype("cuda"))
     return apply(compute, key_ND, lm_logp_N, lm_norm_N, memory, other_key_MD)
 
 

@@ -103,6 +103,7 @@ class Weigh(Protocol):
 
 def begin(memory: InBatchMemory, logp_N: Tensor, norm_N: Tensor) -> Positions:
     """Positions that have seen the vocabulary only."""
+    assert len(memory.token_N) == len(logp_N) == sum(memory.lengths), (len(logp_N), memory.lengths)
     sight = memory.rule.sight(memory.lengths, norm_N.device)
     return Positions(memory.token_N, memory.other_token_M, sight, norm_N, torch.zeros_like(norm_N), logp_N.clone())
 

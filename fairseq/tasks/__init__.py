@@ -1,10 +1,11 @@
 """Tasks by name. Add your line here."""
 
-from fairseq.registry import Entry, registrar
+from fairseq.registry import Entry
 from fairseq.tasks.configs import LanguageModelingConfig
+from fairseq.user_dir import class_registrar
 
 TASKS: dict[str, Entry] = {
     "language_modeling": Entry(LanguageModelingConfig, "fairseq.tasks.language_modeling:LanguageModelingTask"),
 }
 
-register_task = registrar(TASKS, "task")
+register_task = class_registrar(TASKS, "task")

@@ -69,9 +69,7 @@ class LanguageModelingTask:
         self._require_known_tokens(text.tokens, prefix)
         size = block_size or self.config.tokens_per_sample
         cut = TokenBlockDataset(text.tokens, text.sizes, size, self.config.sample_break_mode)
-        dataset = MonolingualDataset(
-            cut, pad=self.dictionary.pad(), eos=self.dictionary.eos(), **self._bos_setting()
-        )
+        dataset = MonolingualDataset(cut, pad=self.dictionary.pad(), eos=self.dictionary.eos(), **self._bos_setting())
         logger.info("%s: %d tokens in %d blocks of at most %d", prefix, len(text.tokens), len(cut), size)
         return dataset
 
@@ -98,6 +96,7 @@ class LanguageModelingTask:
         shuffle: bool = True,
         skip_too_long: bool = True,
         max_positions: int | None = None,
+        order: np.ndarray[Any, Any] | None = None,
     ) -> list[np.ndarray[Any, Any]]:
         """Which blocks go together, for one epoch after another.
 
@@ -105,16 +104,20 @@ class LanguageModelingTask:
         Raises: ValueError for a block longer than ``max_positions`` unless it may be skipped.
         """
         count = len(dataset.sizes)
-        order = np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
-        order = order[np.argsort(dataset.sizes[order], kind="stable")]
+        if order is None:
+            order = np.random.default_rng(seed).permutation(count) if shuffle else np.arange(count)
+            order = order[np.argsort(dataset.sizes[order], kind="stable")]
         kept, dropped = filter_by_size(order, dataset.sizes, max_positions or self.max_positions)
         if len(dropped) and not skip_too_long:
             raise ValueError(
                 f"block {dropped[0]} has {dataset.sizes[dropped[0]]} tokens, the model reads at most "
-                f"{max_positions or self.max_positions}; leave such blocks out with --skip-invalid-size-inputs-valid-test"
+                f"{max_positions or self.max_positions}; "
+                "leave such blocks out with --skip-invalid-size-inputs-valid-test"
             )
         if len(dropped):
-            logger.warning("%d of %d blocks are longer than the model's positions and are left out", len(dropped), count)
+            logger.warning(
+                "%d of %d blocks are longer than the model's positions and are left out", len(dropped), count
+            )
         if not len(kept):
             raise ValueError(f"no block is left to train or validate on: {count} blocks, {len(dropped)} too long")
         return batch_by_size(kept, dataset.sizes, max_tokens, max_sentences, multiple)
@@ -129,6 +132,8 @@ class LanguageModelingTask:
         world_size: int = 1,
         num_workers: int = 0,
         shuffle: bool = False,
+        group: int = 1,
+        ordered_epochs: int = 0,
     ) -> EpochBatchIterator:
         """Go through batches epoch by epoch."""
         return EpochBatchIterator(
@@ -139,6 +144,8 @@ class LanguageModelingTask:
             world_size=world_size,
             num_workers=num_workers,
             shuffle=shuffle,
+            group=group,
+            ordered_epochs=ordered_epochs,
         )
 
     def build_model(self, arch: str, given: Mapping[str, Any]) -> TransformerLanguageModel:

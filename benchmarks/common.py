@@ -1,0 +1,101 @@
+"""What the benchmarks share: a made-up text and model, timing in turn, and the JSON record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL_MODEL = (
+    "--arch transformer_lm_wiki103 --decoder-layers 2 --decoder-embed-dim 128 --decoder-input-dim 128 "
+    "--decoder-output-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 "
+    "--adaptive-input-cutoff 2000,8000 --adaptive-softmax-cutoff 2000,8000 --dropout 0.1 --attention-dropout 0.0 --activation-dropout 0.0 "
+    "--adaptive-softmax-dropout 0.0 --optimizer adam --adam-betas (0.9,0.98) --lr 0.003 --lr-scheduler inverse_sqrt "
+    "--warmup-updates 50 --clip-norm 0.1 --criterion adaptive_loss --tokens-per-sample 256 --max-tokens 2048"
+)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options every benchmark has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--out", help="JSON file for the record (default: benchmarks/results/NAME.json)")
+    made.add_argument("--repeats", type=int, default=5)
+    return made
+
+
+def run(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's scripts in its own process."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    if check and done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    return done
+
+
+def make_text(folder: Path, num_tokens: int, num_types: int = 16000, seed: int = 0) -> None:
+    """Write train.txt and valid.txt of words whose frequencies fall as in natural text, lines of 5 to 60 words."""
+    rng = np.random.default_rng(seed)
+    for name, size in (("train", num_tokens), ("valid", max(num_tokens // 20, 20000))):
+        words = np.minimum(rng.zipf(1.2, size), num_types)
+        with open(folder / f"{name}.txt", "w", encoding="utf-8") as file:
+            start = 0
+            while start < size:
+                end = start + int(rng.integers(5, 60))
+                file.write(" ".join(f"w{i}" for i in words[start:end]) + "\n")
+                start = end
+
+
+def make_data(folder: Path, num_tokens: int) -> Path:
+    """A data folder made of :func:`make_text`."""
+    make_text(folder, num_tokens)
+    data = folder / "data-bin"
+    prefixes = ("--trainpref", str(folder / "train.txt"), "--validpref", str(folder / "valid.txt"))
+    run("preprocess.py", "--only-source", *prefixes, "--destdir", str(data))
+    return data
+
+
+def train(data: Path, folder: Path, updates: int = 3) -> Path:
+    """A checkpoint of the small model after a few updates."""
+    words = f"--save-dir {folder} --cpu --max-update {updates} --disable-validation {SMALL_MODEL}".split()
+    run("train.py", str(data), *words)
+    return folder / "checkpoint_last.pt"
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long one call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of both calls, A B A B ..., after one uncounted turn, so that a drifting machine slows both."""
+    first(), second()
+    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median of the pairwise ratios."""
+    return statistics.median(a / b for a, b in zip(above, below))
+
+
+def tell(name: str, what: str, ratio: float, wanted: str, details: dict[str, Any], out: str | None) -> None:
+    """Print the ratio and write the record."""
+    from fairseq.manifest import write_manifest
+
+    sys.stdout.write(f"{name}: {what}: {ratio:.3f} (wanted: {wanted})\n")
+    path = out or str(ROOT / "benchmarks" / "results" / f"{name}.json")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    figures = {"claim": what, "ratio": ratio, "wanted": wanted} | json.loads(json.dumps(details, default=float))
+    write_manifest(path, program=f"benchmarks/{name}.py", argv=sys.argv[1:], config={}, figures=figures)

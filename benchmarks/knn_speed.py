@@ -1,0 +1,72 @@
+"""kNN evaluation (k 64, L2 recomputed from the full keys) reaches at least 0.4 of plain evaluation's tokens/s."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+
+sys.path.insert(0, str(common.ROOT))
+
+EVALUATION = (
+    "--cpu --sample-break-mode complete --max-tokens 256 --context-window 192 --softmax-batch 1024 --max-sentences 1"
+)
+
+
+def prepare(options: Any, folder: Path) -> tuple[str, str, str, str]:
+    """Data, checkpoint, store and index: the named ones, or made-up ones of the same size."""
+    data = options.data or str(common.make_data(folder, 420_000))
+    checkpoint = options.checkpoint or str(common.train(Path(data), folder / "ckpt"))
+    store = options.store or str(folder / "dstore")
+    if not options.store:
+        words = "--cpu --gen-subset train --max-tokens 256 --context-window 192 --tokens-per-sample 64"
+        words += f" --save-knnlm-dstore --dstore-mmap {store}"
+        common.run("eval_lm.py", data, "--path", checkpoint, *words.split())
+    index = options.index or str(folder / "knn.index")
+    if not options.index:
+        sizes = "--ncentroids 64 --code_size 16 --num_keys_to_add_at_a_time 100000"
+        common.run("build_dstore.py", "--dstore_mmap", store, "--faiss_index", index, *sizes.split())
+    return data, checkpoint, store, index
+
+
+def main() -> None:
+    """Evaluate plainly and with neighbours, in turn."""
+    parser = common.parser(__doc__)
+    for name in ("--data", "--checkpoint", "--store", "--index"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        plain, knn, tokens = _timed(*prepare(options, Path(made)), options.repeats)
+    ratio = common.median_ratio(plain, knn)
+    details = {"plain_seconds": plain, "knn_seconds": knn, "tokens": tokens}
+    common.tell("knn_speed", "kNN over plain evaluation, tokens/s", ratio, ">= 0.4", details, options.out)
+
+
+def _timed(data: str, checkpoint: str, store: str, index: str, repeats: int) -> tuple[list[float], list[float], int]:
+    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.options import parse_eval_lm
+    from fairseq.perplexity import PerplexityReport
+    from fairseq.sequence_scorer import SequenceScorer
+    from fairseq_cli.eval_lm import open_memory
+
+    knn = f"--knnlm --k 64 --probe 8 --dstore-filename {store} --indexfile {index} --lmbda 0.25"
+    words = [data, "--path", checkpoint, "--gen-subset", "valid", *EVALUATION.split(), *knn.split()]
+    settings = parse_eval_lm(words)
+    opened = open_evaluation(settings, in_order=False)
+    memory, combine = open_memory(settings, opened)
+    plain_scorer = SequenceScorer(opened.models, softmax_batch=1024)
+    knn_scorer = SequenceScorer(opened.models, key_tap="last_ffn_input", softmax_batch=1024)
+    report = PerplexityReport(opened.task.dictionary)
+    plain, with_memory = common.in_turn(
+        lambda: evaluate(plain_scorer, opened.iterator(), report),
+        lambda: evaluate(knn_scorer, opened.iterator(), report, memory, combine),
+        repeats,
+    )
+    return plain, with_memory, opened.num_scored_tokens
+
+
+if __name__ == "__main__":
+    main()

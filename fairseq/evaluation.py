@@ -1,0 +1,215 @@
+"""Evaluation of a language model on a split: what is read, in which batches, and the loop over them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model
+from fairseq.data.batching import batch_by_size, filter_by_size
+from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
+from fairseq.distributed import runs_on_gpu
+from fairseq.evaluation_config import EvaluationConfig
+from fairseq.sequence_scorer import ScoredBatch, SequenceScorer
+from fairseq.tasks.configs import LanguageModelingConfig
+from fairseq.tasks.language_modeling import LanguageModelingTask
+from fairseq.training_config import DatasetConfig, RuntimeConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+
+    from fairseq.data.iterators import EpochBatchIterator
+    from fairseq.memory.types import Candidates
+    from fairseq.options import Settings
+    from fairseq.perplexity import PerplexityReport
+
+logger = logging.getLogger(__name__)
+
+
+class Memory(Protocol):
+    """Anything that offers candidates for keys of scored positions."""
+
+    def lookup(self, query_ND: Tensor) -> Candidates:
+        """Candidates for N positions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything an evaluation needs, opened and checked."""
+
+    task: LanguageModelingTask
+    models: list[Any]
+    checkpoint: Checkpoint
+    dataset: LMContextWindowDataset
+    batches: list[np.ndarray[Any, Any]]
+    num_total_tokens: int
+    """Tokens of this part of the split, those in blocks that are left out included."""
+    num_scored_tokens: int
+    """Tokens that will be scored."""
+    context_window: int
+    device: torch.device
+    num_workers: int
+
+    def iterator(self, first: int = 0) -> EpochBatchIterator:
+        """The batches from number ``first`` on, in order."""
+        return self.task.iterator(self.dataset, self.batches[first:], num_workers=self.num_workers)
+
+
+def block_size_for(given: int | None, trained: int, context_window: int) -> int:
+    """How many tokens a block scores.
+
+    The originals disagree about --tokens-per-sample in evaluation: fairseq 0.9's forks ignore it and take the
+    checkpoint's less the context, fairseq 0.12 takes the given one less the context, and the published commands
+    of TRIME give the number of scored tokens. All published commands come out right so: what is given counts as
+    the scored tokens when it is that already (by the checkpoint) or when the context leaves nothing of it.
+
+    Raises: ValueError when the context window leaves no token to score.
+    """
+    if given is None:
+        size = trained - context_window
+        if size < 1:
+            raise ValueError(
+                f"--context-window {context_window} leaves nothing of the model's {trained} tokens per sample to "
+                "score; give a smaller one, or --tokens-per-sample with the number of tokens to score at a time"
+            )
+        return size
+    return given if given == trained - context_window or given <= context_window else given - context_window
+
+
+def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
+    """Load models and text and cut the text into batches.
+
+    Args:
+        in_order: keep the order of the text (for a datastore); otherwise blocks of like length share a batch.
+    Raises: ValueError or OSError when anything does not fit, before any model runs.
+    """
+    config = settings.config(EvaluationConfig)
+    runtime = settings.config(RuntimeConfig)
+    data = settings.config(DatasetConfig)
+    paths = str(config.path).split(":")
+    checkpoints = [load_checkpoint(path) for path in paths]
+    trained = dict(checkpoints[0].config.get("task", {}))
+    block_size = block_size_for(
+        settings.given.get("tokens_per_sample"), int(trained.get("tokens_per_sample", 1024)), config.context_window
+    )
+    task = LanguageModelingTask(
+        settings.config(
+            LanguageModelingConfig,
+            tokens_per_sample=block_size,
+            add_bos_token=settings.given.get("add_bos_token", bool(trained.get("add_bos_token", False))),
+        )
+    )
+    blocks = task.blocks(config.gen_subset)
+    device = torch.device("cuda" if runs_on_gpu(runtime) else "cpu")
+    models = [_prepared(settings, c, path, task, device) for c, path in zip(checkpoints, paths)]
+    longest = min((model.longest_input for model in models if model.longest_input), default=None)
+    if longest is not None and block_size + config.context_window > longest:
+        raise ValueError(
+            f"{block_size} tokens to score after --context-window {config.context_window} make inputs longer than the "
+            f"{longest} learned positions of the model; give a smaller --context-window or --tokens-per-sample"
+        )
+    limit = settings.given.get("max_target_positions") or min(model.max_positions for model in models)
+    if config.score_all:
+        blocks = blocks.with_long_blocks_split(limit)
+    elif block_size + config.context_window > limit:
+        logger.info("inputs of up to %d tokens, the model was made for %d", block_size + config.context_window, limit)
+    order = np.arange(len(blocks.sizes))[_shard(len(blocks.sizes), config.num_shards, config.shard_id)]
+    total = int(blocks.sizes[order].sum())
+    kept, _ = filter_by_size(order, blocks.sizes, max(limit, block_size))
+    dataset = LMContextWindowDataset(
+        blocks,
+        filter_by_size(np.arange(len(blocks.sizes)), blocks.sizes, max(limit, block_size))[0],
+        context_window=config.context_window,
+        max_len=max(block_size + config.context_window, limit),
+    )
+    batches = _batches(dataset, kept, data, in_order=in_order)
+    scored = int(blocks.sizes[kept].sum())
+    return Evaluation(
+        task, models, checkpoints[0], dataset, batches, total, scored, config.context_window, device, data.num_workers
+    )
+
+
+def _prepared(settings: Settings, checkpoint: Checkpoint, path: str, task: LanguageModelingTask, device: Any) -> Any:
+    """A model on its device, in its precision, in evaluation mode."""
+    runtime = settings.config(RuntimeConfig)
+    overrides = dict(settings.config(EvaluationConfig).model_overrides or {})
+    if settings.given.get("knn_keytype"):
+        overrides["knn_keytype"] = settings.given["knn_keytype"]
+    try:
+        model = load_model(checkpoint, len(task.dictionary), task.dictionary.pad(), overrides)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if runtime.any_fp16 and device.type == "cpu":
+        logger.warning("--fp16 needs a GPU; the model runs in float32 (--bf16 runs on processors)")
+    elif runtime.any_fp16:
+        model = model.half()
+    if runtime.any_bf16:
+        model = model.bfloat16()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _shard(count: int, num_shards: int, shard_id: int) -> slice:
+    """A contiguous part, so that the context of all blocks but the first few is read in the same part."""
+    return slice(count * shard_id // num_shards, count * (shard_id + 1) // num_shards)
+
+
+def _batches(
+    dataset: LMContextWindowDataset, kept: np.ndarray[Any, Any], data: DatasetConfig, *, in_order: bool
+) -> list[np.ndarray[Any, Any]]:
+    if not in_order:
+        kept = kept[np.argsort(dataset.sizes[kept], kind="stable")]
+    if not len(kept):
+        return []
+    return batch_by_size(kept, dataset.sizes, data.max_tokens, data.max_sentences, 1)
+
+
+def evaluate(
+    scorer: SequenceScorer,
+    batches: Iterable[Any],
+    report: PerplexityReport,
+    memory: Memory | None = None,
+    combine: Callable[..., Tensor] | None = None,
+    bulk: int = 65536,
+) -> float:
+    """Score all batches into the report; returns the seconds it took.
+
+    With a memory, positions are collected and their neighbours searched ``bulk`` at a time: an index answers many
+    queries at once much faster than a few at a time.
+    """
+    started = time.perf_counter()
+    pending: list[ScoredBatch] = []
+    for batch in batches:
+        scored = scorer.score(batch)
+        if memory is None:
+            report.add(scored.block_N, scored.target_N, scored.logp_N)
+            continue
+        pending.append(scored)
+        if sum(len(s.target_N) for s in pending) >= bulk:
+            _flush(pending, report, memory, combine)
+    if pending and memory is not None:
+        _flush(pending, report, memory, combine)
+    return time.perf_counter() - started
+
+
+def _flush(pending: list[ScoredBatch], report: PerplexityReport, memory: Memory, combine: Any) -> None:
+    block_N, target_N, logp_N, norm_N = (
+        torch.cat([getattr(scored, name) for scored in pending]) for name in ("block_N", "target_N", "logp_N", "norm_N")
+    )
+    key_ND = torch.cat(_keys(pending))
+    pending.clear()
+    found = memory.lookup(key_ND)
+    report.add(block_N, target_N, combine(logp_N, norm_N, found, target_N))
+
+
+def _keys(pending: Sequence[ScoredBatch]) -> list[Tensor]:
+    keys = [scored.key_ND for scored in pending]
+    assert all(key is not None for key in keys), "a memory was given to a scorer that makes no keys"
+    return keys  # type: ignore[return-value]

@@ -1,0 +1,91 @@
+"""A tiny corpus, binarised once, and ways to run the project's commands as a user does."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+TINY_MODEL = (
+    "--arch transformer_lm_wiki103 --decoder-layers 2 --decoder-embed-dim 16 --decoder-input-dim 16 "
+    "--decoder-output-dim 16 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --adaptive-input-cutoff 20,40 "
+    "--adaptive-softmax-cutoff 20,40 --dropout 0.1 --attention-dropout 0 --activation-dropout 0 "
+    "--adaptive-softmax-dropout 0 --criterion adaptive_loss --optimizer adam --lr 0.01 --lr-scheduler inverse_sqrt "
+    "--warmup-updates 4 --tokens-per-sample 32 --max-tokens 128 --sample-break-mode none --cpu --no-progress-bar "
+    "--log-interval 5 --num-workers 0"
+).split()
+
+
+def write_corpus(path: Path, num_lines: int, seed: int) -> None:
+    """Lines of a small language: a word is usually followed by one of two others, so that there is much to learn."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(num_lines):
+        word, words = int(rng.integers(70)), []
+        for _ in range(int(rng.integers(1, 20))):
+            words.append(f"w{word}")
+            likely = (word * 3 + int(rng.integers(2))) % 70
+            word = likely if rng.random() < 0.85 else int(rng.integers(70))
+        lines.append(" ".join(words))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with train.txt, valid.txt, test.txt."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for seed, (name, lines) in enumerate((("train", 300), ("valid", 60), ("test", 50))):
+        write_corpus(folder / f"{name}.txt", lines, seed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Run one of the top-level scripts; fails the test on a non-zero exit unless ``expect`` says otherwise."""
+
+    def run(script: str, *words: object, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+            timeout=300,
+        )
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data_bin(corpus: Path, command: Command) -> Path:
+    """The corpus, binarised by preprocess.py."""
+    prefixes = [f"--{name}pref={corpus / name}.txt" for name in ("train", "valid", "test")]
+    command("preprocess.py", "--only-source", *prefixes, "--destdir", corpus / "data-bin")
+    return corpus / "data-bin"
+
+
+@pytest.fixture(scope="session")
+def trained(data_bin: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a model trained for two epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    command("train.py", data_bin, "--save-dir", folder, "--max-epoch", "2", *TINY_MODEL)
+    return folder
+
+
+def perplexity(output: str) -> float:
+    """What the report's second line says."""
+    found = re.search(r"^Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)$", output, re.MULTILINE)
+    assert found, output
+    return float(found.group(2))

@@ -1,0 +1,89 @@
+"""kill -9 at random moments: the same command goes on, and ends with the same bytes as a run left alone.
+
+``FAIRSEQ_KILLS=10`` kills ten times per program; the default keeps the suite short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_MODEL, Command
+
+KILLS = int(os.environ.get("FAIRSEQ_KILLS", "2"))
+
+pytestmark = pytest.mark.slow
+
+
+def run_with_kills(script: str, words: list[object], started: Callable[[], bool], seconds: float, seed: int) -> None:
+    """Kill a script KILLS times at a random moment after ``started`` says it is at work; then let it end."""
+    draw = random.Random(seed)
+    line = [sys.executable, str(ROOT / script), *map(str, words)]
+    killed = 0
+    for attempt in range(KILLS + 1):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        deadline = time.time() + 120
+        if attempt < KILLS:
+            while not started() and process.poll() is None and time.time() < deadline:
+                time.sleep(0.02)
+            time.sleep(draw.random() * seconds)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+        errors = process.communicate()[1]
+        if process.returncode not in (0, -signal.SIGKILL):
+            raise AssertionError(f"exit {process.returncode}\n{errors[-2000:]}")
+    assert process.returncode == 0
+    assert killed, "every run had ended before it could be killed: the test tests nothing"
+
+
+def test_training_goes_on_bit_for_bit(data_bin: Path, command: Command, tmp_path: Path) -> None:
+    words = [data_bin, "--max-epoch", 12, "--save-interval-updates", 7, "--keep-interval-updates", 1, *TINY_MODEL]
+    command("train.py", *words, "--save-dir", tmp_path / "whole", OMP_NUM_THREADS="1")
+    killed = tmp_path / "killed"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    run_with_kills("train.py", [*words, "--save-dir", killed], lambda: any(killed.glob("*.pt")), 2.0, seed=1)
+    for name in ("checkpoint_last.pt", "checkpoint_best.pt"):
+        one, two = (torch.load(folder / name, weights_only=True) for folder in (tmp_path / "whole", killed))
+        assert one["progress"]["keeper"] == two["progress"]["keeper"]
+        assert one["progress"]["num_updates"] == two["progress"]["num_updates"]
+        for weight in one["model"]:
+            assert torch.equal(one["model"][weight], two["model"][weight]), weight
+
+
+def test_saving_goes_on_with_the_same_bytes(trained: Path, data_bin: Path, command: Command, tmp_path: Path) -> None:
+    base = [data_bin, "--path", trained / "checkpoint_best.pt", "--cpu", "--gen-subset", "train", "--max-sentences", 1]
+    base += ["--context-window", 24, "--tokens-per-sample", 8, "--save-knnlm-dstore", "--dstore-mmap"]
+    command("eval_lm.py", *base, tmp_path / "whole")
+    at_work = lambda: any(tmp_path.glob("killed*tmp*"))  # noqa: E731
+    run_with_kills("eval_lm.py", [*base, tmp_path / "killed"], at_work, 1.0, seed=2)
+    for end in ("_keys.npy", "_vals.npy"):
+        assert (tmp_path / f"whole{end}").read_bytes() == (tmp_path / f"killed{end}").read_bytes()
+    assert json.loads((tmp_path / "killed.json").read_text())["complete"]
+
+
+def test_indexing_goes_on_with_the_same_ids(trained: Path, data_bin: Path, command: Command, tmp_path: Path) -> None:
+    import faiss
+    import numpy as np
+
+    words = [data_bin, "--path", trained / "checkpoint_best.pt", "--cpu", "--gen-subset", "train", "--max-tokens", 128]
+    command("eval_lm.py", *words, "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "dstore")
+    base = ["--dstore_mmap", tmp_path / "dstore", "--ncentroids", 16, "--code_size", 8]
+    base += ["--num_keys_to_add_at_a_time", 50, "--faiss_index"]
+    command("build_dstore.py", *base, tmp_path / "whole")
+    at_work = lambda: any(tmp_path.glob("killed*"))  # noqa: E731
+    run_with_kills("build_dstore.py", [*base, tmp_path / "killed"], at_work, 0.5, seed=3)
+    one, two = (faiss.read_index(str(tmp_path / f"{name}.l2")) for name in ("whole", "killed"))
+    assert one.ntotal == two.ntotal
+    keys = np.fromfile(tmp_path / "dstore_keys.npy", dtype=np.float32).reshape(one.ntotal, -1)[:200]
+    one.nprobe = two.nprobe = 16
+    np.testing.assert_array_equal(one.search(keys, 10)[1], two.search(keys, 10)[1])
