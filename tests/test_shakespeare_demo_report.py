@@ -59,6 +59,11 @@ def test_the_report_leaves_json_and_a_picture(folder: Path, capsys: pytest.Captu
     assert "| language model alone | 100.00" in printed
 
 
+def test_the_best_weight_is_chosen_on_valid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    REPORT["main"]([str(folder), "--best-weight"])
+    assert capsys.readouterr().out == "0.25\n"
+
+
 def test_a_folder_without_figures_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run train_scripts/shakespeare-demo"):
         REPORT["main"]([str(tmp_path)])

@@ -47,14 +47,18 @@ stage index "$out/knn.index.l2" python build_dstore.py --dstore_mmap "$out/dstor
   --ncentroids 1024 --code_size 16 --train_size 40000 --num_keys_to_add_at_a_time 500000
 
 evaluate=("${model[@]}" --sample-break-mode none --context-window 128 --max-tokens 2048)
+knn=(--knnlm --dstore-filename "$out/dstore" --indexfile "$out/knn.index.l2" --k 256 --probe 8 --softmax-temp 10)
 for split in valid test; do
   stage plain.$split "$out/plain.$split.json" python eval_lm.py $data "${evaluate[@]}" --gen-subset $split \
     --eval-file "$out/plain.$split.json"
-  for weight in 0.1 0.2 0.3; do
-    stage knn-$weight.$split "$out/knn-$weight.$split.json" python eval_lm.py $data "${evaluate[@]}" \
-      --gen-subset $split --knnlm --dstore-filename "$out/dstore" --indexfile "$out/knn.index.l2" --k 256 --probe 8 \
-      --lmbda $weight --softmax-temp 10 --eval-file "$out/knn-$weight.$split.json"
-  done
 done
+# The share of the neighbours is chosen on valid, and that one alone is tried on test.
+for weight in 0.1 0.2 0.3; do
+  stage knn-$weight.valid "$out/knn-$weight.valid.json" python eval_lm.py $data "${evaluate[@]}" "${knn[@]}" \
+    --gen-subset valid --lmbda $weight --eval-file "$out/knn-$weight.valid.json"
+done
+weight=$(python train_scripts/shakespeare_demo_report.py "$out" --best-weight)
+stage knn-$weight.test "$out/knn-$weight.test.json" python eval_lm.py $data "${evaluate[@]}" "${knn[@]}" \
+  --gen-subset test --lmbda $weight --eval-file "$out/knn-$weight.test.json"
 
 python train_scripts/shakespeare_demo_report.py "$out"

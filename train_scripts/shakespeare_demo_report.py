@@ -22,6 +22,8 @@ class ReportConfig:
 
     folder: str = flag("folder")
     """The demo's folder, with plain.SPLIT.json and knn-LAMBDA.SPLIT.json; results.json and results.png go there."""
+    best_weight: bool = flag("--best-weight", default=False)
+    """Print only the neighbours' share with the lowest perplexity on valid."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ def as_table(rows: Sequence[Row]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
+def best_weight(rows: Sequence[Row]) -> float:
+    """The share of the neighbours with the lowest perplexity on valid. Raises: ValueError when none was tried."""
+    tried = [row for row in rows if row.weight and "valid" in row.perplexity]
+    if not tried:
+        raise ValueError("no kNN evaluation on valid is there to choose from")
+    return min(tried, key=lambda row: row.perplexity["valid"]).weight
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """A bar per method and split, the height being the perplexity."""
     import matplotlib
@@ -105,8 +115,12 @@ def main(argv: Sequence[str]) -> None:
     """Print the table; write results.json and results.png beside the figures."""
     parser = FlagParser("shakespeare_demo_report.py", "Make the demo's table from its figures.")
     parser.add_config(ReportConfig)
-    folder = Path(build(ReportConfig, parser.parse(argv)).folder)
+    config = build(ReportConfig, parser.parse(argv))
+    folder = Path(config.folder)
     rows, stages = read_rows(folder), read_stages(folder)
+    if config.best_weight:
+        sys.stdout.write(f"{best_weight(rows):g}\n")
+        return
     record = {"rows": [asdict(row) for row in rows], "stage_seconds": stages}
     write_atomically(folder / "results.json", json.dumps(record, indent=1) + "\n")
     draw(rows, folder / "results.png")
