@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = (
     "--arch transformer_lm_wiki103 --decoder-layers 2 --decoder-embed-dim 128 --decoder-input-dim 128 "
     "--decoder-output-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 "
-    "--adaptive-input-cutoff 2000,8000 --adaptive-softmax-cutoff 2000,8000 --dropout 0.1 --attention-dropout 0.0 --activation-dropout 0.0 "
-    "--adaptive-softmax-dropout 0.0 --optimizer adam --adam-betas (0.9,0.98) --lr 0.003 --lr-scheduler inverse_sqrt "
-    "--warmup-updates 50 --clip-norm 0.1 --criterion adaptive_loss --tokens-per-sample 256 --max-tokens 2048"
+    "--adaptive-input-cutoff 2000,8000 --adaptive-softmax-cutoff 2000,8000 --dropout 0.1 --attention-dropout 0.0 "
+    "--activation-dropout 0.0 --adaptive-softmax-dropout 0.0 --optimizer adam --adam-betas (0.9,0.98) --lr 0.003 "
+    "--lr-scheduler inverse_sqrt --warmup-updates 50 --clip-norm 0.1 --criterion adaptive_loss "
+    "--tokens-per-sample 256 --max-tokens 2048"
 )
 
 

@@ -182,7 +182,6 @@ def test_everything_is_checked_when_it_is_opened(prefix):
         (config(prefix), {"dictionary_digest": "e" * 64, "dictionary_size": 9}, "another dictionary"),
         (config(prefix, faiss_metric_type="ip"), {}, "l2 is there: give --faiss-metric-type l2"),
         (config(prefix, dstore_fp16=True), {}, "holds float32 keys and --dstore-fp16 was given"),
-        (config(prefix, indexfile=None), {}, "needs --indexfile"),
         (config(prefix, dstore_filename=None), {}, "needs --dstore-filename"),
     ]
     for settings, more, message in cases:

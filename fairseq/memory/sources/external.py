@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq.memory.datastore import Datastore, as_tensor
 from fairseq.memory.files import StoreFiles
 from fairseq.memory.index.base import Index, check_k
+from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Candidates, Metric
@@ -137,15 +138,24 @@ def open_external(
         dictionary_digest=dictionary_digest,
         dictionary_size=dictionary_size,
     )
-    if not config.indexfile:
-        raise ValueError("--knnlm needs --indexfile NAME: the index that build_dstore.py made")
-    index = FaissIndex.open(config.indexfile, Metric.parse(config.faiss_metric_type))
-    index.set_probe(config.probe)
+    index = _open_index(config, store)
     memory = ExternalMemory(store, index, config.num_neighbors, config.similarity)
+    logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)
+    return memory
+
+
+def _open_index(config: KnnConfig, store: Datastore) -> Index:
+    """The index a config names; without one the keys themselves are searched, exactly."""
+    metric = Metric.parse(config.faiss_metric_type)
+    if not config.indexfile:
+        logger.info("no --indexfile: all %d keys are compared with every query", len(store))
+        return ExactIndex(store.keys, metric)
+
+    index = FaissIndex.open(config.indexfile, metric)
+    index.set_probe(config.probe)
     if None not in (store.digest, index.made_of()) and store.digest != index.made_of():
         raise ValueError(
             f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
             "build_dstore.py"
         )
-    logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)
-    return memory
+    return index
