@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, Command, perplexity
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("FAIRSEQ_E2E" not in os.environ, reason="set FAIRSEQ_E2E=1 to run it"),
+]
 
 EVAL = ("--cpu", "--gen-subset", "valid", "--max-tokens", "64", "--context-window", "16", "--softmax-batch", "64")
 
