@@ -163,6 +163,8 @@ def test_scores_of_the_index_do_without_the_keys(prefix, more):
     settings = config(prefix, **more, move_dstore_to_mem=True)
     found = open_external(settings, dim=DIM).lookup(QUERIES)
     torch.testing.assert_close(found.scores_NM, full.scores_NM, rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match="take the scores of an index: give --indexfile NAME"):
+        open_external(config(prefix, **more, indexfile=None), dim=DIM)
     Path(f"{prefix}.json").unlink()
     stated = config(prefix, **more, dstore_size=ROWS)
     assert torch.equal(open_external(stated, dim=DIM).lookup(QUERIES).values_NM, found.values_NM)
