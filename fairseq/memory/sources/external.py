@@ -150,8 +150,8 @@ def _open_index(config: KnnConfig, store: Datastore) -> Index:
     if not config.indexfile:
         if not store.has_keys:
             raise ValueError(
-                "--no-load-keys and --knn-sim-func do_not_recomp_l2 take the scores of an index: give --indexfile NAME, "
-                "or leave them out to search the keys themselves"
+                "--no-load-keys and --knn-sim-func do_not_recomp_l2 take the scores of an index: give --indexfile "
+                "NAME, or leave them out to search the keys themselves"
             )
         logger.info("no --indexfile: all %d keys are compared with every query", len(store))
         return ExactIndex(store.keys, metric)
