@@ -15,6 +15,7 @@ from fairseq.data.batching import batch_by_size, filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.distributed import runs_on_gpu
 from fairseq.evaluation_config import EvaluationConfig
+from fairseq.memory.types import LogSums
 from fairseq.sequence_scorer import ScoredBatch, SequenceScorer
 from fairseq.tasks.configs import LanguageModelingConfig
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -181,32 +182,34 @@ def evaluate(
 ) -> float:
     """Score all batches into the report; returns the seconds it took.
 
-    With a memory, positions are collected and their neighbours searched ``bulk`` at a time: an index answers many
-    queries at once much faster than a few at a time.
+    With an external memory, positions are collected and their neighbours searched ``bulk`` at a time: an index answers
+    many queries at once much faster than a few at a time. Memories of the text itself are the scorer's.
     """
     started = time.perf_counter()
     pending: list[ScoredBatch] = []
     for batch in batches:
-        scored = scorer.score(batch)
-        if memory is None:
-            report.add(scored.block_N, scored.target_N, scored.logp_N)
-            continue
-        pending.append(scored)
-        if sum(len(s.target_N) for s in pending) >= bulk:
+        pending.append(scorer.score(batch))
+        if memory is None or sum(len(s.target_N) for s in pending) >= bulk:
             _flush(pending, report, memory, combine)
-    if pending and memory is not None:
+    if pending:
         _flush(pending, report, memory, combine)
     return time.perf_counter() - started
 
 
-def _flush(pending: list[ScoredBatch], report: PerplexityReport, memory: Memory, combine: Any) -> None:
+def _flush(
+    pending: list[ScoredBatch], report: PerplexityReport, memory: Memory | None, combine: Callable[..., Tensor] | None
+) -> None:
     block_N, target_N, logp_N, norm_N = (
         torch.cat([getattr(scored, name) for scored in pending]) for name in ("block_N", "target_N", "logp_N", "norm_N")
     )
-    key_ND = torch.cat(_keys(pending))
+    key_ND = torch.cat(_keys(pending)) if memory is not None else None
+    near = [scored.near for scored in pending if scored.near is not None]
     pending.clear()
-    found = memory.lookup(key_ND)
-    report.add(block_N, target_N, combine(logp_N, norm_N, found, target_N))
+    if combine is not None:
+        found = memory.lookup(key_ND) if memory is not None and key_ND is not None else None
+        text = LogSums(*(torch.cat([getattr(s, x) for s in near]) for x in ("hit_N", "whole_N"))) if near else None
+        logp_N = combine(logp_N, norm_N, found, target_N, text)
+    report.add(block_N, target_N, logp_N)
 
 
 def _keys(pending: Sequence[ScoredBatch]) -> list[Tensor]:

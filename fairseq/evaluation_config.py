@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,6 @@ class MemoryEvaluationConfig:
     """Prefix of the datastore that is written."""
     score_while_saving: bool = flag("--score-while-saving", default=False)
     """Compute the perplexity too while saving (costs the softmax, which saving does not need)."""
-    knn_bulk: int = flag("--knn-bulk", default=65536)
-    """Scored positions whose neighbours are searched at once."""
 
     def __post_init__(self) -> None:
         if self.knnlm and self.save_knnlm_dstore:
@@ -77,5 +76,59 @@ class MemoryEvaluationConfig:
             raise ValueError("--save-knnlm-dstore needs --dstore-mmap PREFIX: where the datastore goes")
         if self.score_while_saving and not self.save_knnlm_dstore:
             raise ValueError("--score-while-saving goes with --save-knnlm-dstore")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BulkConfig:
+    """How a datastore is asked."""
+
+    knn_bulk: int = flag("--knn-bulk", default=65536)
+    """Scored positions whose neighbours are searched at once."""
+
+    def __post_init__(self) -> None:
         if self.knn_bulk < 1:
             raise ValueError(f"--knn-bulk must be at least 1, got {self.knn_bulk}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimeEvaluationConfig:
+    """Which memories eval_lm-trime.py gives to the model (TRIME, arXiv 2205.12674)."""
+
+    use_local: bool = flag("--use-local", default=False)
+    """Local memory: what the model has read of its own input."""
+    use_long: bool = flag("--use-long", default=False)
+    """Long-term memory: the scored tokens of the inputs before."""
+    mem_size: int = flag("--mem-size", default=0)
+    """Tokens the long-term memory holds."""
+    dedup_memory: bool = flag("--dedup-memory", default=False)
+    """Hold each token once: the long-term memory leaves out what the context of the input repeats."""
+    use_external: bool = flag("--use-external", default=False)
+    """External memory: the nearest rows of a datastore."""
+    use_interp: bool = flag("--use-interp", default=False)
+    """Mix in the external memory's own distribution, with the share --lmbda."""
+    interp_temp: float = flag("--interp-temp", default=1.0)
+    """Divides the similarities (inner products) in that distribution."""
+    mode: str = flag("--mode", default="gn", choices=("gn", "li", "gnli"))
+    """Where the external memory enters: gn in the joint normalisation, li in the interpolation alone (--use-interp goes
+    without saying), gnli in both (gn with --use-interp)."""
+    fix_tail_pads: bool = flag("--fix-tail-pads", default=False)
+    """Score the second type of each tail of an adaptive softmax as any other. TRIME's evaluation takes it for padding
+    there and counts the tail's probability alone; the published perplexities have that in them."""
+
+    def __post_init__(self) -> None:
+        if self.use_long and self.mem_size < 1:
+            raise ValueError(f"--use-long needs --mem-size TOKENS of at least 1, got {self.mem_size}")
+        if self.mem_size and not self.use_long:
+            raise ValueError(f"--mem-size {self.mem_size} is the size of the long-term memory: give --use-long too")
+        if self.dedup_memory and not (self.use_local and self.use_long):
+            raise ValueError("--dedup-memory is about tokens in both --use-local and --use-long; give both")
+        for flag_name, given in (("--use-interp", self.use_interp), (f"--mode {self.mode}", self.mode != "gn")):
+            if given and not self.use_external:
+                raise ValueError(f"{flag_name} mixes in the external memory: give --use-external and its datastore")
+        if not 0.0 < self.interp_temp < math.inf:
+            raise ValueError(f"--interp-temp {self.interp_temp} is not positive; 1 changes nothing")
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether the external memory's own distribution is mixed in."""
+        return self.use_interp or self.mode != "gn"

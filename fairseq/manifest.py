@@ -88,6 +88,15 @@ def may_write_in(folder: str | os.PathLike[str]) -> bool:
     return os.path.isdir(folder) and bool(os.stat(folder).st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
+def require_writable(folder: str | os.PathLike[str], flag: str) -> None:
+    """Raise ValueError unless a folder, or the nearest one above it that exists, takes new files."""
+    place = os.path.abspath(folder)
+    while not os.path.exists(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    if not may_write_in(place):
+        raise ValueError(f"{flag}: {str(folder)!r} cannot be written ({place} takes no new files); give another place")
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in _DISTRIBUTIONS:

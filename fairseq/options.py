@@ -11,7 +11,7 @@ from fairseq import ignored_flags
 from fairseq.config import FlagParser, build, flag, flag_names
 from fairseq.criterions import CRITERIONS
 from fairseq.data.batching_config import BatchingConfig
-from fairseq.evaluation_config import EvaluationConfig, MemoryEvaluationConfig
+from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig, TrimeEvaluationConfig
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES
 from fairseq.models.config import TransformerLMConfig
@@ -138,18 +138,21 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
-    """Read ``eval_lm.py``'s words. Exits with status 2 and one line on a mistake."""
+    """Read the words of ``eval_lm.py`` or ``eval_lm-trime.py``. Exits with status 2 and one line on a mistake."""
     _import_plugins(argv)
     parser = FlagParser(program, "Score text with a language model, with or without a memory.")
     parser.add_config(TaskChoiceConfig)
     task = parser.peek(argv).get("task", "language_modeling")
-    for config_class in (lookup(TASKS, task, "--task").config, EvaluationConfig, MemoryEvaluationConfig, KnnConfig):
+    trime = program == "eval_lm-trime.py"
+    own, other = (TrimeEvaluationConfig, MemoryEvaluationConfig)[:: 1 if trime else -1]
+    for config_class in (lookup(TASKS, task, "--task").config, EvaluationConfig, own, BulkConfig, KnnConfig):
         parser.add_config(config_class)
     for config_class in (RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config_class)
     parser.add_config(_KeyTapConfig)
     _add_ignored(parser, ignored_flags.EVALUATE)
-    given = parser.parse(argv)
+    elsewhere = f"belongs to {'eval_lm.py' if trime else 'eval_lm-trime.py'}, not to {program}"
+    given = parser.parse(argv, {name: elsewhere for field in fields(other) for name in flag_names(field)})
     _warn_ignored(parser, given, ignored_flags.EVALUATE)
     if not {"max_tokens", "max_sentences"} & given.keys():
         given["max_tokens"] = 12000  # fairseq's batch where nothing was asked for

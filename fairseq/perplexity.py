@@ -117,16 +117,18 @@ class PerplexityReport:
         return joined & ~last
 
     def _buckets(self, token: np.ndarray[Any, Any], logp: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+        # Special symbols have no training count of their own (</s> stands once in every line, <unk> for many types).
+        special = token < self.dictionary.nspecial
         counts = np.asarray(self.dictionary.counts, dtype=np.int64)[token]
         bounds = (0, *_BUCKETS, np.iinfo(np.int64).max)
+        ranges = [(low, high, ~special & (counts >= low) & (counts < high)) for low, high in zip(bounds, bounds[1:])]
         rows = []
-        for low, high in zip(bounds, bounds[1:]):
-            inside = (counts >= low) & (counts < high)
+        for low, high, inside in [(0, 0, special), *ranges]:
             if inside.any():
                 loss = -float(logp[inside].mean()) / math.log(2)
                 upper = int(high) if high < bounds[-1] else None
-                rows.append({"count_from": int(low), "count_below": upper, "num_tokens": int(inside.sum())})
-                rows[-1] |= {"loss_base2": loss, "perplexity": 2.0**loss}
+                rows.append({"special": not high, "count_from": int(low), "count_below": upper})
+                rows[-1] |= {"num_tokens": int(inside.sum()), "loss_base2": loss, "perplexity": 2.0**loss}
         return rows
 
     def words(self) -> Iterator[tuple[int, list[tuple[str, float]]]]:

@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fairseq.memory.scoring import log_sums
+from fairseq.memory.types import LogSums, Passage
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fairseq.data.types import LMBatch
+    from fairseq.memory.sources.base import TextSource
+
+    TargetScore = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,27 @@ class ScoredBatch:
     """float32 log-sum of the vocabulary's scores (adaptive softmax: of its head), as joint normalisation needs it."""
     key_ND: Tensor | None
     """Memory key of each position, in the model's precision."""
+    near: LogSums | None = None
+    """What the memories of the text itself add to each position; None without such memories."""
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """Memories of the text that is being scored; batches must then come in its order."""
+
+    sources: Sequence[TextSource]
+    temperature: float
+    """Divides their similarities."""
+
+    def sums(self, passage: Passage) -> LogSums:
+        """What they add to the passage's scored positions; then they take the passage in."""
+        total: LogSums | None = None
+        for source in self.sources:
+            total = log_sums(source.lookup(passage), passage.targets, self.temperature).plus(total)
+        for source in self.sources:
+            source.append(passage)
+        assert total is not None, "no memory of the text was given"
+        return total
 
 
 class SequenceScorer:
@@ -43,12 +70,16 @@ class SequenceScorer:
         key_tap: str | None = None,
         softmax_batch: int | None = None,
         device: torch.device | str = "cpu",
+        text_memory: TextMemory | None = None,
+        correct: TargetScore | None = None,
     ) -> None:
         """Args.
 
         models: language models in evaluation mode, on ``device``.
         key_tap: which inner state is the key; None when no keys are wanted.
         softmax_batch: positions whose vocabulary scores are held at once.
+        text_memory: memories of the text itself; they read the keys.
+        correct: replaces log-probabilities given (model, hidden_ND, target_N, logp_N); None keeps them.
         Raises: ValueError when keys are wanted of several models.
         """
         if key_tap is not None and len(models) > 1:
@@ -56,6 +87,8 @@ class SequenceScorer:
         self.models = list(models)
         self.key_tap = key_tap
         self.softmax_batch = softmax_batch
+        self.text_memory = text_memory
+        self._correct = correct
         self.device = torch.device(device)
 
     @torch.inference_mode()
@@ -65,14 +98,26 @@ class SequenceScorer:
         scored_BT = here.scored_BT
         target_N = here.target_BT[scored_BT]
         parts = []
-        key_ND = None
+        key_BTD = None
         for model in self.models:
             out = model(here.tokens_BT, key_tap=self.key_tap)
-            parts.append(model.target_logp(out.hidden_BTD[scored_BT], target_N, self.softmax_batch))
-            key_ND = out.key_BTD[scored_BT] if out.key_BTD is not None else None
+            hidden_ND, key_BTD = out.hidden_BTD[scored_BT], out.key_BTD
+            logp_N, norm_N = model.target_logp(hidden_ND, target_N, self.softmax_batch)
+            if self._correct is not None:
+                logp_N = self._correct(model, hidden_ND, target_N, logp_N)
+            parts.append((logp_N, norm_N))
         logp_N = torch.stack([logp.float() for logp, _ in parts])
         logp_N = logp_N[0] if len(parts) == 1 else torch.logsumexp(logp_N, 0) - torch.log(torch.tensor(len(parts)))
-        return ScoredBatch(_block_of(batch), target_N, logp_N, parts[0][1].float(), key_ND)
+        key_ND = key_BTD[scored_BT] if key_BTD is not None else None
+        near = self._near(batch, here, key_BTD) if self.text_memory is not None else None
+        return ScoredBatch(_block_of(batch), target_N, logp_N, parts[0][1].float(), key_ND, near)
+
+    def _near(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None) -> LogSums:
+        """What the memories of the text add, block after block."""
+        assert self.text_memory is not None
+        assert key_BTD is not None, "memories of the text were given to a scorer that makes no keys"
+        sums = [self.text_memory.sums(passage) for passage in _passages(batch, here, key_BTD)]
+        return LogSums(torch.cat([part.hit_N for part in sums]), torch.cat([part.whole_N for part in sums]))
 
     @torch.inference_mode()
     def keys(self, batch: LMBatch) -> ScoredBatch:
@@ -85,3 +130,13 @@ class SequenceScorer:
 
 def _block_of(batch: LMBatch) -> Tensor:
     return batch.ids_B[:, None].expand_as(batch.scored_BT)[batch.scored_BT.cpu()]
+
+
+def _passages(batch: LMBatch, here: LMBatch, key_BTD: Tensor) -> Iterator[Passage]:
+    """The blocks of a batch, without padding; ``here`` is the batch on the device of the keys."""
+    places_T = torch.arange(1, batch.scored_BT.shape[1] + 1)
+    ends_B = (batch.scored_BT * places_T).amax(1).tolist()
+    scored_B = batch.scored_BT.sum(1).tolist()
+    for row, (number, end, scored) in enumerate(zip(batch.ids_B.tolist(), ends_B, scored_B)):
+        value_T = torch.cat([here.tokens_BT[row, 1:end], here.target_BT[row, end - 1 : end]])
+        yield Passage(number, key_BTD[row, :end], value_T, end - scored)

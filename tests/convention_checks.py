@@ -29,7 +29,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.tasks",),
     (
         *("fairseq.options", "fairseq.trainer", "fairseq.training_loop"),
-        *("fairseq.sequence_scorer", "fairseq.perplexity", "fairseq.evaluation", "fairseq.datastore_saving"),
+        *(
+            "fairseq.sequence_scorer",
+            "fairseq.perplexity",
+            "fairseq.tail_pads",
+            "fairseq.evaluation",
+            "fairseq.datastore_saving",
+        ),
     ),
     ("fairseq_cli",),
 )

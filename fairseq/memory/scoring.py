@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fairseq.memory.types import Candidates
+from fairseq.memory.types import Candidates, LogSums
 
 
 def check_temperature(temperature: float) -> None:
@@ -42,15 +42,24 @@ def _log_share(part: Tensor, whole: Tensor) -> Tensor:
     return part - whole.masked_fill(torch.isneginf(whole), 0.0)
 
 
+def log_sums(found: Candidates, target_N: Tensor, temperature: float) -> LogSums:
+    """Sums of exp(score / temperature) over the candidates: those that hold the target, and all; -inf where none does.
+
+    Raises: ValueError if temperature <= 0.
+    """
+    check_temperature(temperature)
+    scores_NM = found.scores_NM / temperature
+    hit_N = masked_logsumexp(scores_NM, found.keep_NM & found.same_token(target_N))
+    return LogSums(hit_N, masked_logsumexp(scores_NM, found.keep_NM))
+
+
 def knn_logp(found: Candidates, target_N: Tensor, temperature: float) -> Tensor:
     """Log-probability the neighbours give to the target, (N,); -inf where none holds it.
 
     Source: arXiv 1911.00172, sec. 2.  Raises: ValueError if temperature <= 0.
     """
-    check_temperature(temperature)
-    scores_NM = found.scores_NM / temperature
-    hit_N = masked_logsumexp(scores_NM, found.keep_NM & found.same_token(target_N))
-    return _log_share(hit_N, masked_logsumexp(scores_NM, found.keep_NM))
+    sums = log_sums(found, target_N, temperature)
+    return _log_share(sums.hit_N, sums.whole_N)
 
 
 def interpolate(lm_logp: Tensor, memory_logp: Tensor, weight: float) -> Tensor:
@@ -66,22 +75,31 @@ def interpolate(lm_logp: Tensor, memory_logp: Tensor, weight: float) -> Tensor:
     return log_add(lm_logp + math.log1p(-weight), memory_logp + math.log(weight))
 
 
+def joint_logp_of_sums(lm_logp: Tensor, lm_norm: Tensor, memory: LogSums) -> Tensor:
+    """Log of the target's share when vocabulary and memory are normalised together, elementwise.
+
+    Args:
+        lm_logp: the language model's own log-probability of the target.
+        lm_norm: the log-sum of the language model's scores (adaptive softmax: of its head).
+        memory: the memory's sums, temperature applied.
+    Source: arXiv 2205.12674, sec. 3. An empty memory gives ``lm_logp`` back, bit for bit.
+    """
+    excess = memory.whole_N - lm_norm
+    return log_add(lm_logp, memory.hit_N - lm_norm) - torch.logaddexp(excess, torch.zeros_like(excess))
+
+
 def joint_logp(
     lm_logp_N: Tensor, lm_norm_N: Tensor, scores_NM: Tensor, keep_NM: Tensor, same_token_NM: Tensor
 ) -> Tensor:
-    """Log of the target's share when vocabulary and memory are normalised together, (N,).
+    """:func:`joint_logp_of_sums` from the scores themselves, (N,).
 
     Args:
-        lm_logp_N: the language model's own log-probability of the target.
-        lm_norm_N: the log-sum of the language model's scores (adaptive softmax: of its head).
         scores_NM: the memory's scores, temperature applied.
         keep_NM: who may see whom.
         same_token_NM: whether the candidate's token is the target.
-    Source: arXiv 2205.12674, sec. 3. An empty memory gives ``lm_logp_N`` back.
     """
     hit_N = masked_logsumexp(scores_NM, keep_NM & same_token_NM)
-    whole_N = torch.logaddexp(lm_norm_N, masked_logsumexp(scores_NM, keep_NM))
-    return log_add(lm_logp_N + lm_norm_N, hit_N) - whole_N
+    return joint_logp_of_sums(lm_logp_N, lm_norm_N, LogSums(hit_N, masked_logsumexp(scores_NM, keep_NM)))
 
 
 def joint_nll(
@@ -114,5 +132,5 @@ def vocab_logp(found: Candidates, vocab_size: int, temperature: float) -> Tensor
 def joint_vocab_logp(lm_logp_NV: Tensor, lm_norm_N: Tensor, found: Candidates, temperature: float) -> Tensor:
     """:func:`joint_logp` for every token at once, (N, V)."""
     sums_NV = vocab_logsumexp(found, lm_logp_NV.shape[1], temperature)
-    whole_N = torch.logaddexp(lm_norm_N, torch.logsumexp(sums_NV, dim=1))
-    return log_add(lm_logp_NV + lm_norm_N[:, None], sums_NV) - whole_N[:, None]
+    whole_N1 = torch.logsumexp(sums_NV, dim=1, keepdim=True)
+    return joint_logp_of_sums(lm_logp_NV, lm_norm_N[:, None], LogSums(sums_NV, whole_N1))

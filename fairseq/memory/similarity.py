@@ -39,3 +39,14 @@ def _scores(metric: Metric, query_N1D: Tensor, found_NKD: Tensor) -> Tensor:
         found_NKD, query_N1D = normalized(found_NKD), normalized(query_N1D)
     scores_NK: Tensor = torch.linalg.vecdot(found_NKD, query_N1D)
     return scores_NK
+
+
+def scaled_products(query_ND: Tensor, key_MD: Tensor) -> Tensor:
+    """TRIME's similarity before any temperature: inner product over the root of the width, (N, M) float32.
+
+    Source: arXiv 2205.12674, sec. 3.2.
+    """
+    # Scaled first: half precision would overflow in the products of long keys.
+    scaled_ND = query_ND.float() * query_ND.shape[1] ** -0.5
+    scores_NM: Tensor = (scaled_ND.to(query_ND.dtype) @ key_MD.T).float()
+    return scores_NM

@@ -1,6 +1,6 @@
 """What the memory core hands around. Scores are *higher is closer* everywhere.
 
-Shapes: N queries (scored positions), K neighbours, M candidates, D key width.
+Shapes: N queries (scored positions), K neighbours, M candidates, T positions of one input, D key width.
 """
 
 from __future__ import annotations
@@ -60,3 +60,43 @@ class Candidates:
     def same_token(self, target_N: Tensor) -> Tensor:
         """bool (N, M): whether the candidate's token is the position's target."""
         return self.values_NM == target_N[:, None]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One input of the model, without padding: its positions as queries and as memories."""
+
+    number: int
+    """Place of its scored part in the text: the next passage continues it if its number is one higher."""
+    key_TD: Tensor
+    """Memory key of every position, context included."""
+    value_T: Tensor
+    """int64 token that comes after each position."""
+    num_context: int
+    """Positions at the start that are read but not scored: they belong to earlier passages."""
+
+    @property
+    def queries(self) -> Tensor:
+        """Keys of the scored positions, (N, D)."""
+        return self.key_TD[self.num_context :]
+
+    @property
+    def targets(self) -> Tensor:
+        """Tokens that come after the scored positions, (N,)."""
+        return self.value_T[self.num_context :]
+
+
+@dataclass(frozen=True)
+class LogSums:
+    """What a memory adds to each position's normalisation: sums of exp(score), in logarithms, -inf where empty."""
+
+    hit_N: Tensor
+    """float32, over the candidates whose token is the target."""
+    whole_N: Tensor
+    """float32, over all candidates."""
+
+    def plus(self, other: LogSums | None) -> LogSums:
+        """The sums over two memories together."""
+        if other is None:
+            return self
+        return LogSums(torch.logaddexp(self.hit_N, other.hit_N), torch.logaddexp(self.whole_N, other.whole_N))

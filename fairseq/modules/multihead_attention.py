@@ -62,12 +62,16 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights; the three inputs count as one matrix of three times the height."""
+        """Draw the initial weights; the three inputs count as one matrix of three times the height.
+
+        Their biases are drawn too, as fairseq's are (the standard deviations in its trained models show it).
+        """
         for projection in (self.k_proj, self.v_proj, self.q_proj):
             nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
+            bound = 1 / math.sqrt(projection.in_features)
+            nn.init.uniform_(projection.bias, -bound, bound)
         nn.init.xavier_uniform_(self.out_proj.weight)
-        for projection in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
-            nn.init.zeros_(projection.bias)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(
         self,

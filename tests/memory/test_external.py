@@ -184,7 +184,7 @@ def test_everything_is_checked_when_it_is_opened(prefix):
         (config(prefix), {"dictionary_digest": "e" * 64, "dictionary_size": 9}, "another dictionary"),
         (config(prefix, faiss_metric_type="ip"), {}, "l2 is there: give --faiss-metric-type l2"),
         (config(prefix, dstore_fp16=True), {}, "holds float32 keys and --dstore-fp16 was given"),
-        (config(prefix, dstore_filename=None), {}, "needs --dstore-filename"),
+        (config(prefix, dstore_filename=None), {}, "give --dstore-filename PREFIX"),
     ]
     for settings, more, message in cases:
         with pytest.raises(ValueError, match=message):

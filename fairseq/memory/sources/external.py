@@ -105,7 +105,7 @@ def open_store(config: KnnConfig, *, dim: int) -> Datastore:
     """
     prefix = config.dstore_filename
     if not prefix:
-        raise ValueError("--knnlm needs --dstore-filename PREFIX: the datastore to search")
+        raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     with_keys = config.similarity != "index"
     if StoreFiles.of(prefix, "float32").metadata.exists() or config.dstore_size is None:
         store = Datastore.open(prefix, fp16=config.dstore_fp16, with_keys=with_keys)
@@ -120,6 +120,7 @@ def open_external(
     config: KnnConfig,
     *,
     dim: int,
+    score: str | None = None,
     key_tap: str | None = None,
     dictionary_digest: str | None = None,
     dictionary_size: int | None = None,
@@ -128,6 +129,7 @@ def open_external(
 
     Args:
         dim: width of the model's keys.
+        score: as in ExternalMemory; by default what the config says.
         key_tap: where the model's keys come from.
     Raises: ValueError or OSError with both values and the way out.
     """
@@ -139,7 +141,7 @@ def open_external(
         dictionary_size=dictionary_size,
     )
     index = _open_index(config, store)
-    memory = ExternalMemory(store, index, config.num_neighbors, config.similarity)
+    memory = ExternalMemory(store, index, config.num_neighbors, score or config.similarity)
     logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)
     return memory
 

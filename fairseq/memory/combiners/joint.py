@@ -1,0 +1,62 @@
+"""Joint normalisation over the vocabulary and every memory, and the external memory mixed in on top (TRIME)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq.memory.scoring import check_temperature, check_weight, interpolate, joint_logp_of_sums, knn_logp, log_sums
+from fairseq.memory.types import Candidates, LogSums
+
+
+@dataclass(frozen=True)
+class JointNormalization:
+    """One normalisation of vocabulary, text and external memories (arXiv 2205.12674, sec. 3), then interpolation.
+
+    Joint similarities are inner products over the root of the width; the interpolated ones are inner products as they
+    are, as in kNN-LM.
+    """
+
+    dim: int
+    """Width of the keys."""
+    temperature: float = 1.0
+    """Divides the similarities in the joint normalisation."""
+    with_external: bool = True
+    """The external memory takes part in the joint normalisation."""
+    weight: float = 0.0
+    """Share of the external memory's own distribution, 0 to 1; 0 leaves the joint normalisation alone."""
+    interpolation_temperature: float = 1.0
+    """Divides the similarities in that distribution."""
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_temperature(self.interpolation_temperature)
+        check_weight(self.weight, "--lmbda")
+
+    def __call__(
+        self,
+        lm_logp_N: Tensor,
+        norm_N: Tensor,
+        found: Candidates | None,
+        target_N: Tensor,
+        near: LogSums | None = None,
+    ) -> Tensor:
+        """Log-probability of each target, (N,).
+
+        Args:
+            found: what the external memory offers, scored by inner product; None without one.
+            near: what the memories of the text add, at the joint temperature; None without any.
+        """
+        sums = near
+        if found is not None and self.with_external:
+            # The root of the width goes with the temperature: the scores stay as they are for the interpolation.
+            sums = log_sums(found, target_N, self.temperature * self.dim**0.5).plus(near)
+        logp_N = lm_logp_N if sums is None else joint_logp_of_sums(lm_logp_N, norm_N, sums)
+        if found is None or self.weight == 0.0:
+            return logp_N
+        memory_logp_N = knn_logp(found, target_N, self.interpolation_temperature)
+        # Where the index found nothing there is no distribution to mix in.
+        mixed_N = interpolate(logp_N, memory_logp_N, self.weight)
+        return torch.where(found.keep_NM.any(1), mixed_N, logp_N)

@@ -1,0 +1,66 @@
+"""The long-term memory: the scored positions of the passages before this one.
+
+Shapes: N scored positions, M positions remembered, D key width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fairseq.memory.similarity import scaled_products
+from fairseq.memory.types import Candidates, Passage
+
+
+class RollingMemory:
+    """Keeps the last ``size`` scored positions of the text; a gap in the text empties it.
+
+    Source: arXiv 2205.12674, sec. 3.1. As in TRIME, the context of a passage is held here and is in its local memory
+    too, so that a candidate may count twice; ``dedup`` leaves here what the context repeats.
+    """
+
+    def __init__(self, size: int, *, dedup: bool = False) -> None:
+        """Raises: ValueError when size is not positive."""
+        if size < 1:
+            raise ValueError(f"a long-term memory needs --mem-size of at least 1, got {size}")
+        self.size, self.dedup = size, dedup
+        self.reset()
+
+    def reset(self) -> None:
+        """See ``TextSource``."""
+        self._keys: torch.Tensor | None = None
+        self._values = torch.empty(0, dtype=torch.int64)
+        self._end = 0
+        self._next: int | None = None
+
+    def __len__(self) -> int:
+        return min(self._end, self.size)
+
+    def lookup(self, passage: Passage) -> Candidates:
+        """See ``TextSource``."""
+        if self._next is not None and passage.number != self._next:
+            self.reset()
+        query_ND = passage.queries
+        end = max(0, self._end - passage.num_context) if self.dedup else self._end
+        held = slice(max(0, self._end - self.size), end)
+        if self._keys is None or held.start >= held.stop:
+            nothing_N0 = query_ND.new_empty(len(query_ND), 0, dtype=torch.float32)
+            return Candidates(passage.value_T[None, :0], nothing_N0, nothing_N0.bool())
+        scores_NM = scaled_products(query_ND, self._keys[held])
+        return Candidates(self._values[None, held], scores_NM, torch.ones_like(scores_NM, dtype=torch.bool))
+
+    def append(self, passage: Passage) -> None:
+        """See ``TextSource``."""
+        key_ND, value_N = passage.queries[-self.size :], passage.targets[-self.size :]
+        self._next = passage.number + 1
+        if self._keys is None:
+            # Twice the size: positions are moved to the front once per ``size`` of them, not with every passage.
+            self._keys = key_ND.new_empty(2 * self.size, key_ND.shape[1])
+            self._values = value_N.new_empty(2 * self.size)
+        if self._end + len(key_ND) > len(self._keys):
+            kept = slice(self._end - (self.size - len(key_ND)), self._end)
+            count = kept.stop - kept.start
+            self._keys[:count], self._values[:count] = self._keys[kept].clone(), self._values[kept].clone()
+            self._end = count
+        self._keys[self._end : self._end + len(key_ND)] = key_ND
+        self._values[self._end : self._end + len(key_ND)] = value_N
+        self._end += len(key_ND)

@@ -1,0 +1,30 @@
+"""How TRIME's evaluation scores one type of each tail of an adaptive softmax; published perplexities have it in them.
+
+A tail numbers its types from 0, and the loss that TRIME evaluates with leaves out targets whose number is that of the
+dictionary's padding, which is 1: of the second type of every tail only the tail's own probability is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from fairseq.modules.adaptive_softmax import pick
+
+logger = logging.getLogger(__name__)
+
+
+def score_as_padding(model: Any, hidden_ND: Tensor, target_N: Tensor, logp_N: Tensor) -> Tensor:
+    """The log-probabilities with those types scored as TRIME scores them, (N,); a plain softmax has none of them."""
+    if not model.has_adaptive_softmax:
+        return logp_N
+    softmax = model.decoder.adaptive_softmax
+    for tail, start in enumerate(softmax.ends[:-1]):
+        here = (target_N == start + model.pad).nonzero().squeeze(1)
+        if len(here):
+            logger.info("%d targets %d scored by their tail alone (--fix-tail-pads)", len(here), start + model.pad)
+            entry = target_N.new_full((len(here),), softmax.ends[0] + tail)
+            logp_N = logp_N.index_copy(0, here, pick(softmax.head(hidden_ND[here]), entry)[0].to(logp_N.dtype))
+    return logp_N
