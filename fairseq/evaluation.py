@@ -56,6 +56,8 @@ class Evaluation:
     num_scored_tokens: int
     """Tokens that will be scored."""
     context_window: int
+    key_tap: str
+    """Which inner state of the first model is the memory key."""
     device: torch.device
     num_workers: int
 
@@ -134,7 +136,17 @@ def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
     batches = _batches(dataset, kept, data, in_order=in_order)
     scored = int(blocks.sizes[kept].sum())
     return Evaluation(
-        task, models, checkpoints[0], dataset, batches, total, scored, config.context_window, device, data.num_workers
+        task=task,
+        models=models,
+        checkpoint=checkpoints[0],
+        dataset=dataset,
+        batches=batches,
+        num_total_tokens=total,
+        num_scored_tokens=scored,
+        context_window=config.context_window,
+        key_tap=_key_tap(settings, models[0]),
+        device=device,
+        num_workers=data.num_workers,
     )
 
 
@@ -142,8 +154,7 @@ def _prepared(settings: Settings, checkpoint: Checkpoint, path: str, task: Langu
     """A model on its device, in its precision, in evaluation mode."""
     runtime = settings.config(RuntimeConfig)
     overrides = dict(settings.config(EvaluationConfig).model_overrides or {})
-    if settings.given.get("knn_keytype"):
-        overrides["knn_keytype"] = settings.given["knn_keytype"]
+    overrides.pop("knn_keytype", None)  # where keys are read is no part of the model: see _key_tap
     try:
         model = load_model(checkpoint, len(task.dictionary), task.dictionary.pad(), overrides)
     except ValueError as error:
@@ -155,6 +166,13 @@ def _prepared(settings: Settings, checkpoint: Checkpoint, path: str, task: Langu
     if runtime.any_bf16:
         model = model.bfloat16()
     return model.to(device).eval().requires_grad_(False)
+
+
+def _key_tap(settings: Settings, model: Any) -> str:
+    """Which inner state is the key: what the words say, else what the model was trained with."""
+    overrides = settings.config(EvaluationConfig).model_overrides or {}
+    given: str | None = settings.given.get("knn_keytype") or overrides.get("knn_keytype")
+    return given or model.config.knn_keytype or "last_ffn_input"
 
 
 def _shard(count: int, num_shards: int, shard_id: int) -> slice:

@@ -164,7 +164,7 @@ class _KeyTapConfig:
     """Where keys are read; overrides the checkpoint's."""
 
     knn_keytype: str | None = flag("--knn-keytype", default=None)
-    """Which inner state is the key: last_ffn_input or model_output."""
+    """Which inner state is the key: last_ffn_input, model_output or separated_head."""
 
 
 def _import_plugins(argv: Sequence[str]) -> None:

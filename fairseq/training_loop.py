@@ -61,7 +61,7 @@ class TrainingLoop:
         self.keeper = CheckpointKeeper(self.checkpoints)
         self.keeper.prepare()
         criterion = build_criterion(settings.chosen["criterion"], settings.given, self.model)
-        find_unused = self.model.has_adaptive_softmax or settings.given.get("find_unused_parameters", False)
+        find_unused = self.model.may_skip_parameters or settings.given.get("find_unused_parameters", False)
         self.fabric = make_fabric(self.runtime, settings.config(DistributedConfig), find_unused)
         self.trainer = Trainer(
             self.fabric,

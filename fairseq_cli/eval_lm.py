@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig
 from fairseq.options import Settings, parse_eval_lm
-from fairseq_cli.evaluation_report import checked, key_tap_of, leave_files, leave_manifest, set_determinism, tell
+from fairseq_cli.evaluation_report import checked, leave_files, leave_manifest, set_determinism, tell
 from fairseq_cli.main import run
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     uses_keys = memory_config.knnlm or memory_config.save_knnlm_dstore
     scorer = SequenceScorer(
         evaluation.models,
-        key_tap=key_tap_of(evaluation) if uses_keys else None,
+        key_tap=evaluation.key_tap if uses_keys else None,
         softmax_batch=config.softmax_batch,
         device=evaluation.device,
     )
@@ -61,7 +61,7 @@ def open_datastore(settings: Settings, evaluation: Evaluation, score: str) -> An
     from fairseq.memory.knn_config import KnnConfig
     from fairseq.memory.sources.external import open_external
 
-    tap = key_tap_of(evaluation)
+    tap = evaluation.key_tap
     dictionary = evaluation.task.dictionary
     return open_external(
         settings.config(KnnConfig),
@@ -83,7 +83,7 @@ def _save(settings: Settings, evaluation: Evaluation, scorer: Any) -> None:
     memory_config = settings.config(MemoryEvaluationConfig)
     knn = settings.config(KnnConfig)
     config = settings.config(EvaluationConfig)
-    tap = key_tap_of(evaluation)
+    tap = evaluation.key_tap
     dictionary = evaluation.task.dictionary
     prefix = str(memory_config.dstore_mmap)
     writer = DatastoreWriter(

@@ -10,7 +10,7 @@ from fairseq.evaluation_config import BulkConfig, EvaluationConfig, TrimeEvaluat
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.options import Settings, parse_eval_lm
 from fairseq_cli.eval_lm import open_datastore
-from fairseq_cli.evaluation_report import checked, key_tap_of, leave_files, set_determinism, tell
+from fairseq_cli.evaluation_report import checked, leave_files, set_determinism, tell
 from fairseq_cli.main import run
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def open_memories(settings: Settings, evaluation: Evaluation) -> tuple[SequenceS
     from fairseq.tail_pads import score_as_padding
 
     trime, knn = settings.config(TrimeEvaluationConfig), settings.config(KnnConfig)
-    tap = key_tap_of(evaluation)
+    tap = evaluation.key_tap
     sources: list[Any] = [LocalMemory()] if trime.use_local else []
     if trime.use_long:
         sources.append(RollingMemory(trime.mem_size, dedup=trime.dedup_memory))

@@ -46,11 +46,6 @@ def set_determinism(settings: Settings) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def key_tap_of(evaluation: Evaluation) -> str:
-    """Which inner state of the model is the key."""
-    return evaluation.models[0].config.knn_keytype or "last_ffn_input"
-
-
 def tell(figures: Figures, *, buckets: bool = False) -> None:
     """Print the report; scripts read the first two lines. ``buckets`` adds a line per range of training counts."""
     share = 100.0 * figures.num_tokens / figures.num_total_tokens

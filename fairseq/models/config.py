@@ -8,7 +8,7 @@ from typing import Any
 
 from fairseq.config import build, flag, flag_names, int_list
 
-KEY_TAPS = ("last_ffn_input", "model_output")
+KEY_TAPS = ("last_ffn_input", "model_output", "separated_head")
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 
 
@@ -75,7 +75,7 @@ class TransformerLMConfig:
     max_target_positions: int = flag("--max-target-positions", default=1024)
     """Longest input the model is made for; learned positions end there."""
     knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
-    """Which inner state is a memory's key."""
+    """Which inner state is a memory's key; separated_head is a linear map of last_ffn_input that is learned with it."""
 
     def __post_init__(self) -> None:
         for name in ("adaptive_softmax_cutoff", "adaptive_input_cutoff", "decoder_layers_to_keep"):

@@ -46,6 +46,8 @@ class TransformerDecoder(nn.Module):
         self.output_width = config.decoder_output_dim
         other_width = self.output_width != width
         self.project_out_dim = nn.Linear(width, self.output_width, bias=False) if other_width else None
+        has_head = config.knn_keytype == "separated_head"
+        self.separated_head = nn.Linear(width, width, bias=False) if has_head else None
         self.adaptive_softmax: AdaptiveSoftmax | None = None
         self.output_projection: nn.Module | None = None
         if config.adaptive_softmax_cutoff is not None:
@@ -106,7 +108,7 @@ class TransformerDecoder(nn.Module):
         else:
             nn.init.normal_(self.embed_tokens.weight, std=self.embed_tokens.embedding_dim**-0.5)
             nn.init.zeros_(self.embed_tokens.weight[self.pad])
-        for projection in (self.project_in_dim, self.project_out_dim):
+        for projection in (self.project_in_dim, self.project_out_dim, self.separated_head):
             if projection is not None:
                 nn.init.xavier_uniform_(projection.weight)
         if self.adaptive_softmax is not None:
@@ -134,7 +136,7 @@ class TransformerDecoder(nn.Module):
         last_ffn_input_BTD = None
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            if self._drops_layer() and not (number == last and key_tap == "last_ffn_input"):
+            if self._drops_layer() and not (number == last and key_tap in ("last_ffn_input", "separated_head")):
                 continue
             x_BTD, last_ffn_input_BTD = layer(x_BTD, incremental_state, str(number))
         if incremental_state is not None:
@@ -144,6 +146,9 @@ class TransformerDecoder(nn.Module):
         if self.project_out_dim is not None:
             x_BTD = self.project_out_dim(x_BTD)
         keys = {None: None, "last_ffn_input": last_ffn_input_BTD, "model_output": x_BTD}
+        if key_tap == "separated_head":
+            assert self.separated_head is not None, "key_dim() was not asked first"
+            return LMOutput(x_BTD, self.separated_head(last_ffn_input_BTD))
         return LMOutput(x_BTD, keys[key_tap])
 
     def _drops_layer(self) -> bool:
@@ -197,9 +202,19 @@ class TransformerLanguageModel(nn.Module):
         return self.decoder.adaptive_softmax is not None
 
     def key_dim(self, key_tap: str) -> int:
-        """Width of the memory keys read at a tap. Raises: ValueError for an unknown tap."""
+        """Width of the memory keys read at a tap. Raises: ValueError for a tap the model does not have."""
         _require_tap(key_tap)
-        return self.config.decoder_embed_dim if key_tap == "last_ffn_input" else self.decoder.output_width
+        if key_tap == "separated_head" and self.decoder.separated_head is None:
+            raise ValueError(
+                "--knn-keytype separated_head: the model was trained without that head; train one with it, or read "
+                "last_ffn_input"
+            )
+        return self.decoder.output_width if key_tap == "model_output" else self.decoder.config.decoder_embed_dim
+
+    @property
+    def may_skip_parameters(self) -> bool:
+        """Whether some batches give some parameters no gradient."""
+        return self.config.decoder_layerdrop > 0 or self.decoder.separated_head is not None
 
     def forward(
         self, tokens_BT: Tensor, key_tap: str | None = None, incremental_state: IncrementalState | None = None
@@ -209,7 +224,8 @@ class TransformerLanguageModel(nn.Module):
         Args:
             tokens_BT: padded on the right.
             key_tap: also return this inner state: ``last_ffn_input`` (what the last layer's feed-forward block
-                reads, after its layer norm in pre-norm models) or ``model_output`` (what the output layer reads).
+                reads, after its layer norm in pre-norm models), ``model_output`` (what the output layer reads) or
+                ``separated_head`` (a linear map of the first, for models made with it).
             incremental_state: holds what was read in earlier calls; ``tokens_BT`` are then the ones after that.
         Raises: ValueError for an unknown tap, or a text too long for learned positions.
         """

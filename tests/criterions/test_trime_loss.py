@@ -110,7 +110,7 @@ def test_pads_are_no_memories_and_get_no_gradient(name):
     assert_same(gradients(model, tight), gradients(model, wide))
 
 
-@pytest.mark.parametrize("tap", ["last_ffn_input", "model_output"])
+@pytest.mark.parametrize("tap", ["last_ffn_input", "model_output", "separated_head"])
 def test_the_key_is_the_state_asked_for(tap):
     model = make_model(**PLAIN, knn_keytype=tap)
     assert_same(

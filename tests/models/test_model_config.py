@@ -21,7 +21,7 @@ ADAPTIVE = {
     [
         ({"character_embeddings": True}, "--character-embeddings is not offered"),
         ({"activation_fn": "swish"}, "'swish' is none of relu"),
-        ({"knn_keytype": "ffn"}, "'ffn' is none of last_ffn_input, model_output"),
+        ({"knn_keytype": "ffn"}, "'ffn' is none of last_ffn_input, model_output, separated_head"),
         ({"dropout": 1.0}, r"--dropout 1.0 is not in \[0, 1\)"),
         ({"decoder_layerdrop": -0.1}, "--decoder-layerdrop -0.1"),
         ({"decoder_layers": 0}, "--decoder-layers must be at least 1, got 0"),
