@@ -201,33 +201,38 @@ def evaluate(
     """Score all batches into the report; returns the seconds it took.
 
     With an external memory, positions are collected and their neighbours searched ``bulk`` at a time: an index answers
-    many queries at once much faster than a few at a time. Memories of the text itself are the scorer's.
+    many queries at once much faster than a few. Memories of the text are the scorer's.
     """
     started = time.perf_counter()
+    if combine is None:
+        for batch in batches:
+            scored = scorer.score(batch)
+            report.add(scored.block_N, scored.target_N, scored.logp_N)
+        return time.perf_counter() - started
     pending: list[ScoredBatch] = []
+    waiting = 0
     for batch in batches:
         pending.append(scorer.score(batch))
-        if memory is None or sum(len(s.target_N) for s in pending) >= bulk:
-            _flush(pending, report, memory, combine)
+        waiting += len(pending[-1].target_N)
+        if memory is None or waiting >= bulk:
+            report.add(*_combined(pending, memory, combine))
+            pending, waiting = [], 0
     if pending:
-        _flush(pending, report, memory, combine)
+        report.add(*_combined(pending, memory, combine))
     return time.perf_counter() - started
 
 
-def _flush(
-    pending: list[ScoredBatch], report: PerplexityReport, memory: Memory | None, combine: Callable[..., Tensor] | None
-) -> None:
+def _combined(
+    pending: Sequence[ScoredBatch], memory: Memory | None, combine: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block, target and log-probability of some scored positions, memory included."""
     block_N, target_N, logp_N, norm_N = (
         torch.cat([getattr(scored, name) for scored in pending]) for name in ("block_N", "target_N", "logp_N", "norm_N")
     )
-    key_ND = torch.cat(_keys(pending)) if memory is not None else None
     near = [scored.near for scored in pending if scored.near is not None]
-    pending.clear()
-    if combine is not None:
-        found = memory.lookup(key_ND) if memory is not None and key_ND is not None else None
-        text = LogSums(*(torch.cat([getattr(s, x) for s in near]) for x in ("hit_N", "whole_N"))) if near else None
-        logp_N = combine(logp_N, norm_N, found, target_N, text)
-    report.add(block_N, target_N, logp_N)
+    text = LogSums(*(torch.cat([getattr(s, x) for s in near]) for x in ("hit_N", "whole_N"))) if near else None
+    found = memory.lookup(torch.cat(_keys(pending))) if memory is not None else None
+    return block_N, target_N, combine(logp_N, norm_N, found, target_N, text)
 
 
 def _keys(pending: Sequence[ScoredBatch]) -> list[Tensor]:

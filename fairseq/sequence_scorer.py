@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,23 +95,22 @@ class SequenceScorer:
     @torch.inference_mode()
     def score(self, batch: LMBatch) -> ScoredBatch:
         """Log-probability of every scored target, and its key if one is wanted."""
-        here = batch.to(self.device)
-        scored_BT = here.scored_BT
-        target_N = here.target_BT[scored_BT]
+        here, place_N = batch.to(self.device), self._places(batch)
+        target_N = here.target_BT.view(-1)[place_N]
         parts = []
         key_BTD = None
         for model in self.models:
             out = model(here.tokens_BT, key_tap=self.key_tap)
-            hidden_ND, key_BTD = out.hidden_BTD[scored_BT], out.key_BTD
+            hidden_ND, key_BTD = out.hidden_BTD.flatten(0, 1)[place_N], out.key_BTD
             logp_N, norm_N = model.target_logp(hidden_ND, target_N, self.softmax_batch)
             if self._correct is not None:
                 logp_N = self._correct(model, hidden_ND, target_N, logp_N)
             parts.append((logp_N, norm_N))
         logp_N = torch.stack([logp.float() for logp, _ in parts])
         logp_N = logp_N[0] if len(parts) == 1 else torch.logsumexp(logp_N, 0) - torch.log(torch.tensor(len(parts)))
-        key_ND = key_BTD[scored_BT] if key_BTD is not None else None
+        key_ND = key_BTD.flatten(0, 1)[place_N] if key_BTD is not None else None
         near = self._near(batch, here, key_BTD) if self.text_memory is not None else None
-        return ScoredBatch(_block_of(batch), target_N, logp_N, parts[0][1].float(), key_ND, near)
+        return ScoredBatch(_block_of(batch, place_N), target_N, logp_N, parts[0][1].float(), key_ND, near)
 
     def _near(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None) -> LogSums:
         """What the memories of the text add, block after block."""
@@ -122,14 +122,20 @@ class SequenceScorer:
     @torch.inference_mode()
     def keys(self, batch: LMBatch) -> ScoredBatch:
         """Keys alone: no softmax is computed."""
-        here = batch.to(self.device)
+        here, place_N = batch.to(self.device), self._places(batch)
         out = self.models[0](here.tokens_BT, key_tap=self.key_tap)
-        empty = torch.empty(0)
-        return ScoredBatch(_block_of(batch), here.target_BT[here.scored_BT], empty, empty, out.key_BTD[here.scored_BT])
+        empty, target_N = torch.empty(0), here.target_BT.view(-1)[place_N]
+        return ScoredBatch(_block_of(batch, place_N), target_N, empty, empty, out.key_BTD.flatten(0, 1)[place_N])
+
+    def _places(self, batch: LMBatch) -> Tensor:
+        """int64 (N,): the scored positions, as places in the flattened batch."""
+        # NumPy finds them without waking other threads, and on the host: a GPU would have to be waited for.
+        return torch.from_numpy(np.flatnonzero(batch.scored_BT.numpy())).to(self.device)
 
 
-def _block_of(batch: LMBatch) -> Tensor:
-    return batch.ids_B[:, None].expand_as(batch.scored_BT)[batch.scored_BT.cpu()]
+def _block_of(batch: LMBatch, place_N: Tensor) -> Tensor:
+    """Number of the block that each place is in."""
+    return batch.ids_B[torch.div(place_N.cpu(), batch.scored_BT.shape[1], rounding_mode="floor")]
 
 
 def _passages(batch: LMBatch, here: LMBatch, key_BTD: Tensor) -> Iterator[Passage]:

@@ -13,10 +13,11 @@ import threading
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.low_precision import Int8Keys, Int8Queries, low_scores
+from fairseq.memory.index.low_precision import LOW_GROUP, Int8Keys, Int8Queries, low_scores
 from fairseq.memory.threads import map_in_threads
 
 _BLOCK_SCORES = 4 << 20  # 16 MB: larger blocks leave the processor's cache between the passes over them
@@ -37,6 +38,10 @@ class Lists(Protocol):
 
     def decoded(self, number: int) -> Tensor:
         """float32 (M, D + 1): the keys of one list, each with its offset behind it."""
+        ...
+
+    def low(self, number: int, queries: Int8Queries) -> Int8Keys:
+        """The keys of one list in 8 bits, for these queries."""
         ...
 
     def products(self, query_ND: Tensor, row_H: Tensor, keys_MD: Tensor, col_H: Tensor) -> Tensor:
@@ -115,35 +120,53 @@ class _Search:
         if not len(ids_M):
             return []
         keys_MD = self._lists.decoded(number)
-        low_keys = Int8Keys(keys_MD, low) if low else None
+        low_keys = self._lists.low(number, low) if low else None
         hits = []
-        for part in torch.split(query_Q, max(1, _BLOCK_SCORES // len(ids_M))):
+        for part in torch.split(query_Q, max(1, _BLOCK_SCORES // (len(ids_M) + LOW_GROUP))):
             threshold_N = self._threshold_N[part]
             open_N = torch.isneginf(threshold_N)
             # A query without a threshold (its nearest list was short) needs true scores to get one.
             if low is None or low_keys is None or open_N.any():
-                scores_NM = self._buffer(len(part), len(ids_M))
-                torch.mm(self._query_ND[part], keys_MD.T, out=scores_NM)
-                grouped_NGC = _grouped(scores_NM, self._k)
-                best_NC = grouped_NGC.amax(1)
-                if open_N.any() and best_NC.shape[1] >= self._k:
-                    # k groups reach this value, so at least k scores do.
-                    threshold_N = best_NC.topk(self._k, dim=1, sorted=False).values.amin(1).maximum(threshold_N)
-                    if raises:
-                        self._threshold_N[part] = threshold_N
-                row, col = _reaching(scores_NM, grouped_NGC, best_NC, threshold_N)
+                row, col = self._reaching(part, keys_MD, threshold_N, open_N, raises=raises)
                 lowest_N = torch.full_like(threshold_N, -torch.inf)
             else:
-                low_NM = self._buffer(len(part), len(ids_M)).view(torch.int32)
-                low_N = low_scores(low, part, low_keys, threshold_N, low_NM)
-                grouped_NGC = _grouped(low_NM, self._k)
-                row, col = _reaching(low_NM, grouped_NGC, grouped_NGC.amax(1), low_N)
+                low_NM = self._buffer(len(part), len(low_keys.low_MD)).view(torch.int32)
+                row, col = _low_reaching(low_NM, low_scores(low, part, low_keys, threshold_N, low_NM), len(ids_M))
                 lowest_N = threshold_N
             # A matrix product rounds as its shape has it; these do not, so that a bulk of any size scores the same.
-            scores_H = self._lists.products(self._query_ND, part[row], keys_MD, col)
-            true = scores_H >= lowest_N[row]
-            hits.append(_Hits(part[row[true]], ids_M[col[true]], scores_H[true]))
+            query_H = part[row]
+            scores_H = self._lists.products(self._query_ND, query_H, keys_MD, col)
+            true = _true(scores_H >= lowest_N[row])
+            hits.append(_Hits(query_H[true], ids_M[col[true]], scores_H[true]))
         return hits
+
+    def _reaching(
+        self, part: Tensor, keys_MD: Tensor, threshold_N: Tensor, open_N: Tensor, *, raises: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Row and column of the scores that reach their query's threshold, which ``open_N`` have yet to get.
+
+        The maxima of groups of columns are compared first: a pass for the maxima is cheap, one that lists all that
+        reach a threshold is not.
+        """
+        scores_NM = self._buffer(len(part), len(keys_MD))
+        torch.mm(self._query_ND[part], keys_MD.T, out=scores_NM)
+        size = scores_NM.shape[1]
+        group = max(1, min(_MAX_GROUP, size // (4 * self._k)))
+        cols = size // group
+        grouped_NGC = scores_NM[:, : group * cols].view(len(part), group, cols)
+        best_NC = grouped_NGC.amax(1)
+        if open_N.any() and cols >= self._k:
+            # k groups reach this value, so at least k scores do.
+            threshold_N = best_NC.topk(self._k, dim=1, sorted=False).values.amin(1).maximum(threshold_N)
+            if raises:
+                self._threshold_N[part] = threshold_N
+        row, col = _places(best_NC >= threshold_N[:, None])
+        hit, step = _places(grouped_NGC.transpose(1, 2)[row, col] >= threshold_N[row, None])
+        row, at = row[hit], step * cols + col[hit]
+        if group * cols < size:
+            more_row, more_at = _places(scores_NM[:, group * cols :] >= threshold_N[:, None])
+            row, at = torch.cat([row, more_row]), torch.cat([at, more_at + group * cols])
+        return row, at
 
     def _buffer(self, rows: int, cols: int) -> Tensor:
         """A matrix in memory kept by the thread: fresh memory for each block costs more than the arithmetic in it."""
@@ -153,28 +176,30 @@ class _Search:
         return buffer[: rows * cols].view(rows, cols) if rows * cols <= len(buffer) else buffer.new_empty(rows, cols)
 
 
-def _grouped(scores_NM: Tensor, k: int) -> Tensor:
-    """Columns seen as groups (N, G, C), C groups of G columns each; leaves out up to G - 1 columns at the end."""
-    size = scores_NM.shape[1]
-    group = max(1, min(_MAX_GROUP, size // (4 * k)))
-    return scores_NM[:, : size // group * group].view(len(scores_NM), group, -1)
+def _low_reaching(low_NM: Tensor, low_N: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Row and column of the 8-bit scores that reach their row's threshold; columns from ``size`` on mean nothing.
 
-
-def _reaching(scores_NM: Tensor, grouped_NGC: Tensor, best_NC: Tensor, threshold_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the scores that reach their row's threshold.
-
-    The maxima of groups of columns (``best_NC``) are compared first: a pass for the maxima is cheap, one that lists all
-    that reach a threshold is not.
+    As in ``_reaching``, groups first; here neighbouring columns are a group, whose scores share a line of the cache.
     """
-    group, cols = grouped_NGC.shape[1:]
-    row, col = (best_NC >= threshold_N[:, None]).nonzero(as_tuple=True)
-    inside_HG = grouped_NGC.transpose(1, 2)[row, col]
-    hit, step = (inside_HG >= threshold_N[row, None]).nonzero(as_tuple=True)
-    row, at = row[hit], step * cols + col[hit]
-    if group * cols < scores_NM.shape[1]:
-        more_row, more_at = (scores_NM[:, group * cols :] >= threshold_N[:, None]).nonzero(as_tuple=True)
-        row, at = torch.cat([row, more_row]), torch.cat([at, more_at + group * cols])
-    return row, at
+    low_HG = low_NM.view(-1, LOW_GROUP)
+    row, col = _places(low_HG.amax(1).view(len(low_NM), -1) >= low_N[:, None])
+    inside_HG = low_HG.index_select(0, row * (low_NM.shape[1] // LOW_GROUP) + col)
+    hit, step = _places(inside_HG >= low_N[row, None])
+    row, at = row[hit], col[hit] * LOW_GROUP + step
+    real = _true(at < size)
+    return row[real], at[real]
+
+
+def _true(mask_H: Tensor) -> Tensor:
+    """Places where a mask is true. NumPy lists them several times faster than torch."""
+    return torch.from_numpy(np.flatnonzero(mask_H.numpy()))
+
+
+def _places(mask_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of what is true."""
+    flat = _true(mask_NC)
+    row = torch.div(flat, max(1, mask_NC.shape[1]), rounding_mode="floor")
+    return row, flat - row * mask_NC.shape[1]
 
 
 def _flat(ids_NK: Tensor, scores_NK: Tensor) -> _Hits:
@@ -193,19 +218,24 @@ def _best(hits: list[_Hits], count: int, k: int) -> tuple[Tensor, Tensor]:
     )
     # One sort by (query, score): a float's bits, with those of a negative one turned round, order as the float does.
     bits_H = scores_H.view(torch.int32).long()
-    order_H = (query_H << 32) - torch.where(bits_H < 0, bits_H ^ 0x7FFFFFFF, bits_H)
+    falling_H = 0x7FFFFFFF - torch.where(bits_H < 0, bits_H ^ 0x7FFFFFFF, bits_H)
+    # Equal scores are ordered by row, so that a bulk of any size orders them the same.
+    order_H = (falling_H << 16) | (ids_H & 0xFFFF)
 
     def put(first: int) -> None:
-        mine = ((query_H >= first) & (query_H < first + step)).nonzero()[:, 0]
-        mine = mine[order_H[mine].argsort(stable=True)]
-        query = query_H[mine]
-        counts = torch.bincount(query - first, minlength=step)
-        rank = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query - first]
-        keep = rank < k
-        ids_NK[query[keep], rank[keep]] = ids_H[mine[keep]]
-        scores_NK[query[keep], rank[keep]] = scores_H[mine[keep]]
+        mine = _true((query_H >= first) & (query_H < first + step))
+        query = query_H[mine] - first
+        # NumPy sorts integers with vector instructions, several times faster than torch.
+        order = torch.from_numpy(np.argsort(((query << 48) | order_H[mine]).numpy()))
+        mine, query = mine[order], query[order]
+        counts = torch.bincount(query, minlength=step)
+        rank = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+        keep = _true(rank < k)
+        mine, place = mine[keep], (query[keep] + first) * k + rank[keep]
+        ids_NK.view(-1).scatter_(0, place, ids_H[mine])
+        scores_NK.view(-1).scatter_(0, place, scores_H[mine])
 
-    step = -(-count // torch.get_num_threads())
+    step = min(-(-count // torch.get_num_threads()), 1 << 15)
     for _ in map_in_threads(put, range(0, count, step)):
         pass
     return ids_NK, scores_NK

@@ -15,6 +15,7 @@ from torch import Tensor
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.bulk_search import bulk_search
+from fairseq.memory.index.low_precision import Int8Keys, Int8Queries
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
 
@@ -188,6 +189,7 @@ class DecodedLists:
         self._codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
         self._first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
         self._cache: dict[int, Tensor] | None = {} if 4 * index.ntotal * (index.d + 1) <= _CACHE_BYTES else None
+        self._low_cache: dict[tuple[int, float], Int8Keys] = {}
         self.key_size = float(self._centroids.square().sum(1).amax())
 
     @staticmethod
@@ -225,6 +227,15 @@ class DecodedLists:
         if self._cache is not None:
             self._cache[number] = keys_MD
         return keys_MD
+
+    def low(self, number: int, queries: Int8Queries) -> Int8Keys:
+        """Keys of one list in 8 bits, kept where the decoded ones are."""
+        found = self._low_cache.get((number, queries.largest))
+        if found is None:
+            found = Int8Keys(self.decoded(number), queries)
+            if self._cache is not None:
+                self._low_cache[number, queries.largest] = found
+        return found
 
     def products(self, query_ND: Tensor, row_H: Tensor, keys_MD: Tensor, col_H: Tensor) -> Tensor:
         """Inner products of pairs of rows."""

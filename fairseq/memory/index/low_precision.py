@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+LOW_GROUP = 32
+"""The number of keys is filled up to a multiple of this; torch's maximum over so many neighbours is its fastest."""
 _LEVELS = 127
 _OFFSET_COLUMNS = 4  # the products run fastest over a multiple of four columns
 
@@ -21,7 +23,8 @@ class Int8Queries:
         """Take float32 queries that end in a 1 (see :class:`Int8Keys`)."""
         self.query_ND = query_ND
         core_ND = query_ND[:, :-1]
-        self.largest = float(core_ND.abs().amax().clamp_min(1e-30))
+        # A few values only, so that keys prepared for one bulk of queries (see Int8Keys) mostly serve the next as well.
+        self.largest = 2.0 ** (math.ceil(8 * math.log2(max(float(core_ND.abs().amax()), 1e-30))) / 8)
         self.step = self.largest / _LEVELS
         self.low_ND = torch.full((len(query_ND), core_ND.shape[1] + _OFFSET_COLUMNS), _LEVELS, dtype=torch.int8)
         rounded_ND = (core_ND / self.step).round_()
@@ -33,7 +36,8 @@ class Int8Queries:
 class Int8Keys:
     """Keys of a list in 8 bits, less their mean: what is left is smaller, so that its steps are finer.
 
-    The offset behind each key becomes some more columns, met by constants in the queries.
+    The offset behind each key becomes some more columns, met by constants in the queries. Rows of zeros behind the keys
+    fill up the last group.
     """
 
     def __init__(self, keys_MD: Tensor, queries: Int8Queries) -> None:
@@ -47,11 +51,12 @@ class Int8Keys:
         self.size = float(torch.linalg.vector_norm(core_MD, dim=1).amax())
         # Rounding moves each entry by half a step at most.
         self.error = 0.5 * self.step * math.sqrt(width)
-        self.low_MD = torch.empty(len(keys_MD), width + _OFFSET_COLUMNS, dtype=torch.int8)
-        self.low_MD[:, :width] = core_MD.mul_(1.0 / self.step).round_()
+        rows = -(-len(keys_MD) // LOW_GROUP) * LOW_GROUP
+        self.low_MD = torch.zeros(rows, width + _OFFSET_COLUMNS, dtype=torch.int8)
+        self.low_MD[: len(keys_MD), :width] = core_MD.mul_(1.0 / self.step).round_()
         # The columns of an offset differ by one where need be, so that their sum is off by half a step at most.
         sums_ME = (offset_M[:, None] / self.step * torch.arange(_OFFSET_COLUMNS + 1)).round_()
-        self.low_MD[:, width:] = sums_ME.diff(dim=1)
+        self.low_MD[: len(keys_MD), width:] = sums_ME.diff(dim=1)
         self.offset_error = 0.5 * self.step * queries.largest
 
 
