@@ -48,6 +48,7 @@ def make_text(folder: Path, num_tokens: int, num_types: int = 16000, seed: int =
     rng = np.random.default_rng(seed)
     for name, size in (("train", num_tokens), ("valid", max(num_tokens // 20, 20000))):
         words = np.minimum(rng.zipf(1.2, size), num_types)
+        words[:num_types] = np.arange(1, num_types + 1)  # every type, so that the dictionary is as large for any text
         with open(folder / f"{name}.txt", "w", encoding="utf-8") as file:
             start = 0
             while start < size:
