@@ -40,7 +40,7 @@ class EpochBatchIterator:
         """Iterate over ``batches`` of block numbers.
 
         Args:
-            num_workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+            num_workers: threads that prepare batches ahead; up to 1 prepares each when it is asked for.
             shuffle: another order in every epoch; otherwise the given one.
             group: this many consecutive batches stay together when shuffled, so that the ranks of a step, if their
                 number is a multiple of it, hold whole groups. A last, smaller group stays at the end of the epoch.
@@ -103,8 +103,8 @@ class EpochBatchIterator:
             yield batch
 
     def _prepared(self, wanted: Iterable[Indices | None]) -> Iterator[LMBatch]:
-        # One thread ahead is slower than none: a batch takes 0.1 ms to make, to wait for the interpreter's lock three times
-        # as long.
+        # One thread ahead is slower than none: a batch takes 0.1 ms to make, and waiting for the interpreter's lock
+        # three times as long.
         if self._num_workers <= 1:
             yield from map(self._make, wanted)
             return
