@@ -39,6 +39,14 @@ def test_rows_are_ordered_by_weight_and_sum_their_splits(folder: Path) -> None:
     assert rows[2].perplexity == {"valid": 90.5}
 
 
+def test_trimes_rows_come_last_by_their_memory(folder: Path) -> None:
+    for name in ("external", "local", "long"):
+        figures(folder, f"{name}.valid", 80.0, 100, 1.0)
+    methods = [row.method for row in REPORT["read_rows"](folder)]
+    assert methods[0] == "language model alone"
+    assert methods[3:] == ["TRIME, local memory", "TRIME, local and long-term", "TRIME, external as well"]
+
+
 def test_the_table_is_markdown_with_a_dash_for_what_is_missing(folder: Path) -> None:
     lines = REPORT["as_table"](REPORT["read_rows"](folder)).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

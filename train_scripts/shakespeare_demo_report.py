@@ -14,6 +14,13 @@ from fairseq.manifest import write_atomically
 from fairseq_cli.main import run
 
 SPLITS = ("valid", "test")
+METHODS = {
+    "plain": "language model alone",
+    "knn": "kNN-LM",
+    "local": "TRIME, local memory",
+    "long": "TRIME, local and long-term",
+    "external": "TRIME, external as well",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,7 @@ class ReportConfig:
     """Where the figures are."""
 
     folder: str = flag("folder")
-    """The demo's folder, with plain.SPLIT.json and knn-LAMBDA.SPLIT.json; results.json and results.png go there."""
+    """The demo's folder, with METHOD.SPLIT.json and knn-LAMBDA.SPLIT.json; results.json and results.png go there."""
     best_weight: bool = flag("--best-weight", default=False)
     """Print only the neighbours' share with the lowest perplexity on valid."""
 
@@ -32,7 +39,7 @@ class Row:
 
     method: str
     weight: float
-    """Share of the neighbours."""
+    """Share of the neighbours in kNN-LM, else 0."""
     perplexity: dict[str, float]
     """Per split."""
     seconds: float
@@ -41,22 +48,24 @@ class Row:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The plain model first, then by growing weight. Raises: ValueError when there is no plain figure."""
-    figures: dict[float, dict[str, dict[str, float]]] = {}
+    """In the order of METHODS, kNN-LM by growing weight. Raises: ValueError when there is no plain figure."""
+    figures: dict[tuple[str, float], dict[str, dict[str, float]]] = {}
     for path in folder.glob("*.json"):
-        found = re.fullmatch(r"(?:plain|knn-([0-9.]+))\.(valid|test)\.json", path.name)
-        if found:
-            figures.setdefault(float(found[1] or 0), {})[found[2]] = json.loads(path.read_text(encoding="utf-8"))
-    if 0 not in figures:
+        found = re.fullmatch(r"([a-z]+)(?:-([0-9.]+))?\.(valid|test)\.json", path.name)
+        if found and found[1] in METHODS:
+            which = figures.setdefault((found[1], float(found[2] or 0)), {})
+            which[found[3]] = json.loads(path.read_text(encoding="utf-8"))
+    if ("plain", 0.0) not in figures:
         raise ValueError(f"{folder} has no plain.valid.json or plain.test.json; run train_scripts/shakespeare-demo.sh")
-    return [_row(weight, figures[weight]) for weight in sorted(figures)]
+    names = list(METHODS)
+    return [_row(*key, figures[key]) for key in sorted(figures, key=lambda key: (names.index(key[0]), key[1]))]
 
 
-def _row(weight: float, by_split: dict[str, dict[str, float]]) -> Row:
+def _row(name: str, weight: float, by_split: dict[str, dict[str, float]]) -> Row:
     seconds = sum(one["seconds"] for one in by_split.values())
     tokens = sum(one["num_tokens"] for one in by_split.values())
     return Row(
-        method=f"kNN-LM, lambda {weight:g}" if weight else "language model alone",
+        method=METHODS[name] + (f", lambda {weight:g}" if weight else ""),
         weight=weight,
         perplexity={split: by_split[split]["perplexity"] for split in SPLITS if split in by_split},
         seconds=seconds,
@@ -104,7 +113,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.bar_label(bars, [f"{height:.1f}" if height else "" for height in heights], fontsize=8)
     axes.set_xticks(range(len(rows)), [row.method.replace(", ", "\n") for row in rows])
     axes.set_ylabel("perplexity (lower is better)")
-    axes.set_title("Shakespeare's plays: a small language model, alone and with a datastore")
+    axes.set_title("Shakespeare's plays: small language models, alone and with memory")
     axes.margins(y=0.12)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq.memory import scoring
-from fairseq.memory.types import Candidates
+from fairseq.memory.types import Candidates, LogSums
 
 V = 7
 
@@ -169,6 +169,71 @@ def test_temperature_must_be_positive(temperature):
     for call in (
         lambda: scoring.knn_logp(found, torch.tensor([0]), temperature),
         lambda: scoring.vocab_logp(found, V, temperature),
+        lambda: scoring.log_sums(found, torch.tensor([0]), temperature),
     ):
         with pytest.raises(ValueError, match="is not positive"):
             call()
+
+
+def plain_joint(lm: float, norm: float, hit: float, whole: float) -> float:
+    """The target's share, from the parts as they are defined; the largest exponent is taken out first."""
+    top = max(norm, whole)
+    share = math.exp(lm + norm - top) + math.exp(hit - top)
+    return math.log(share) - math.log(math.exp(norm - top) + math.exp(whole - top)) if share else -math.inf
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lm=st.floats(-20, 0) | st.just(-math.inf),
+    norm=st.floats(-30, 60),
+    whole=st.floats(-40, 80) | st.just(-math.inf),
+    share=st.floats(-30, 0) | st.just(-math.inf),
+)
+def test_joint_logp_of_sums_against_the_shares(lm, norm, whole, share):
+    parts = [torch.tensor([x], dtype=torch.float64) for x in (lm, norm, whole + share, whole)]
+    ours = scoring.joint_logp_of_sums(parts[0], parts[1], LogSums(parts[2], parts[3])).item()
+    assert ours == pytest.approx(plain_joint(lm, norm, whole + share, whole), rel=1e-9, abs=1e-9)
+    lm_logp, lm_norm, hit, all_of_it = (x.float() for x in parts)
+    ours = scoring.joint_logp_of_sums(lm_logp, lm_norm, LogSums(hit, all_of_it)).item()
+    assert ours == pytest.approx(plain_joint(*(x.float().item() for x in parts)), rel=1e-4, abs=1e-4)
+
+
+def test_joint_logp_of_sums_with_an_empty_memory_is_the_language_model_bit_for_bit():
+    lm, norm = torch.randn(1000) * 5, torch.randn(1000) * 50
+    nothing = torch.full((1000,), -torch.inf)
+    assert torch.equal(scoring.joint_logp_of_sums(lm, norm, LogSums(nothing, nothing)), lm)
+
+
+def test_gradient_of_empty_rows_is_finite_through_the_sums():
+    """Rows: both kinds of candidates, none with the target, none at all; each with and without the model's own share."""
+    scores = torch.randn(6, 3, requires_grad=True)
+    lm = torch.tensor([-1.0, -2.0, -3.0, -torch.inf, -torch.inf, -torch.inf], requires_grad=True)
+    norm = torch.randn(6, requires_grad=True)
+    keep = torch.tensor([[True] * 3, [True] * 3, [False] * 3] * 2)
+    values = torch.tensor([[1, 2, 1], [2, 2, 3], [1, 1, 1]] * 2)
+    sums = scoring.log_sums(Candidates(values, scores, keep), torch.ones(6, dtype=torch.int64), 1.25)
+    assert torch.isneginf(sums.hit_N).tolist() == [False, True, True] * 2
+    assert torch.isneginf(sums.whole_N).tolist() == [False, False, True] * 2
+    logp = scoring.joint_logp_of_sums(lm, norm, sums)
+    assert torch.isneginf(logp).tolist() == [False] * 4 + [True] * 2
+    logp.sum().backward()
+    for leaf in (scores, lm, norm):
+        assert torch.isfinite(leaf.grad).all()
+    assert not scores.grad[[2, 5]].any()
+    assert lm.grad[2] == 1
+    assert norm.grad[2] == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    m=st.integers(0, 9),
+    shared=st.booleans(),
+    temperature=st.sampled_from([0.5, 1.0, 10.0]),
+)
+def test_log_sums_are_sums_of_exp(seed, m, shared, temperature):
+    found = candidates(seed, 4, m, shared)
+    target = torch.randint(0, V, (4,), generator=torch.Generator().manual_seed(seed))
+    sums, expected = scoring.log_sums(found, target, temperature), counted(found, temperature)
+    torch.testing.assert_close(sums.hit_N, expected[torch.arange(4), target].log())
+    torch.testing.assert_close(sums.whole_N, expected.sum(1).log())

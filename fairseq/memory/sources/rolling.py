@@ -46,7 +46,9 @@ class RollingMemory:
             nothing_N0 = query_ND.new_empty(len(query_ND), 0, dtype=torch.float32)
             return Candidates(passage.value_T[None, :0], nothing_N0, nothing_N0.bool())
         scores_NM = scaled_products(query_ND, self._keys[held])
-        return Candidates(self._values[None, held], scores_NM, torch.ones_like(scores_NM, dtype=torch.bool))
+        # A copy: the next passages are written over these rows.
+        value_1M = self._values[held].clone()[None]
+        return Candidates(value_1M, scores_NM, torch.ones_like(scores_NM, dtype=torch.bool))
 
     def append(self, passage: Passage) -> None:
         """See ``TextSource``."""

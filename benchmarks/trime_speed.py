@@ -1,0 +1,89 @@
+"""TRIME's evaluation over plain evaluation, tokens/s: local and long 0.8, external with interpolation 0.35."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+
+sys.path.insert(0, str(common.ROOT))
+
+EVALUATION = (
+    "--cpu --sample-break-mode complete --max-tokens 256 --context-window 192 --softmax-batch 1024 --max-sentences 1 "
+    "--knn-keytype last_ffn_input"
+)
+LOCAL = "--use-local"
+LONG = f"{LOCAL} --use-long --mem-size 1024"
+WANTED = {"local": 0.8, "long": 0.8, "external": 0.35}
+
+
+def prepare(options: Any, folder: Path) -> tuple[str, str, str, str]:
+    """Data, checkpoint, store and index of inner products: the named ones, or made-up ones."""
+    data = options.data or str(common.make_data(folder, 420_000))
+    checkpoint = options.checkpoint or str(common.train(Path(data), folder / "ckpt"))
+    store = options.store or str(folder / "dstore")
+    if not options.store:
+        words = "--cpu --gen-subset train --max-tokens 4096 --context-window 192 --tokens-per-sample 64"
+        words += f" --knn-keytype last_ffn_input --save-knnlm-dstore --dstore-mmap {store}"
+        common.run("eval_lm.py", data, "--path", checkpoint, *words.split())
+    index = options.index or str(folder / "knn.index.ip")
+    if not options.index:
+        sizes = "--dist ip --ncentroids 64 --code_size 16 --num_keys_to_add_at_a_time 100000"
+        name = index.removesuffix(".ip")
+        common.run("build_dstore.py", "--dstore_mmap", store, "--faiss_index", name, *sizes.split())
+    return data, checkpoint, store, index
+
+
+def evaluation(data: str, checkpoint: str, more: str) -> Any:
+    """A call that evaluates once, everything opened beforehand."""
+    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.options import parse_eval_lm
+    from fairseq.perplexity import PerplexityReport
+    from fairseq_cli.eval_lm_trime import open_memories
+
+    words = [data, "--path", checkpoint, "--gen-subset", "valid", *EVALUATION.split(), *more.split()]
+    settings = parse_eval_lm(words, "eval_lm-trime.py")
+    opened = open_evaluation(settings, in_order=True)
+    scorer, memory, combine = open_memories(settings, opened)
+    report = PerplexityReport(opened.task.dictionary)
+    return functools.partial(_evaluate, evaluate, scorer, opened, report, memory, combine)
+
+
+def _evaluate(evaluate: Any, scorer: Any, opened: Any, report: Any, memory: Any, combine: Any) -> None:
+    if scorer.text_memory is not None:
+        for source in scorer.text_memory.sources:
+            source.reset()
+    evaluate(scorer, opened.iterator(), report, memory, combine)
+
+
+def main() -> None:
+    """Evaluate with each set of memories, in turn."""
+    parser = common.parser(__doc__)
+    for name in ("--data", "--checkpoint", "--store", "--index"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        data, checkpoint, store, index = prepare(options, Path(made))
+        external = f"{LONG} --use-external --dstore-filename {store} --indexfile {index} --faiss-metric-type ip "
+        external += "--no-load-keys --k 64 --probe 8 --use-interp --interp-temp 4 --lmbda 0.2"
+        calls = {"plain": "", "local": LOCAL, "long": LONG, "external": external}
+        runs = {name: evaluation(data, checkpoint, more) for name, more in calls.items()}
+        for run in runs.values():
+            run()
+        seconds = [{name: common.seconds(run) for name, run in runs.items()} for _ in range(options.repeats)]
+    ratios = {name: statistics.median(s["plain"] / s[name] for s in seconds) for name in WANTED}
+    worst = min(ratios[name] / wanted for name, wanted in WANTED.items())
+    details = {"ratios": ratios, "wanted_each": WANTED, "seconds": seconds}
+    claim = "smallest share of what is wanted of plain evaluation's speed"
+    common.tell("trime_speed", claim, worst, ">= 1", details, options.out)
+    for name, ratio in ratios.items():
+        sys.stdout.write(f"  {name}: {ratio:.2f} of plain evaluation (wanted: >= {WANTED[name]})\n")
+
+
+if __name__ == "__main__":
+    main()
