@@ -21,7 +21,9 @@ def score_as_padding(model: Any, hidden_ND: Tensor, target_N: Tensor, logp_N: Te
     if not model.has_adaptive_softmax:
         return logp_N
     softmax = model.decoder.adaptive_softmax
-    for tail, start in enumerate(softmax.ends[:-1]):
+    for tail, (start, end) in enumerate(zip(softmax.ends, softmax.ends[1:])):
+        if start + model.pad >= end:  # the type of that number belongs to the next tail
+            continue
         here = (target_N == start + model.pad).nonzero().squeeze(1)
         if len(here):
             logger.info("%d targets %d scored by their tail alone (--fix-tail-pads)", len(here), start + model.pad)

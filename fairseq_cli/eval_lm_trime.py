@@ -52,10 +52,11 @@ def check_memories(trime: TrimeEvaluationConfig, config: EvaluationConfig, knn: 
         raise ValueError(f"--lmbda {knn.weight} has no effect without --use-interp; give both or neither")
     if trime.interpolates and not knn.weight:
         logger.warning("--lmbda is 0: the external memory's own distribution is mixed in with no share")
-    if trime.use_external and knn.no_load_keys and knn.faiss_metric_type != "ip":
+    if trime.use_external and knn.similarity == "index" and knn.faiss_metric_type != "ip":
+        words = "--no-load-keys" if knn.no_load_keys else f"--knn-sim-func {knn.knn_sim_func}"
         raise ValueError(
             f"TRIME's similarity is the inner product; an index of metric {knn.faiss_metric_type!r} gives another one: "
-            "leave out --no-load-keys, or give an index built with --dist ip and --faiss-metric-type ip"
+            f"leave out {words}, or give an index built with --dist ip and --faiss-metric-type ip"
         )
     if trime.use_long and config.num_shards > 1:
         logger.warning("--num-shards: the long-term memory is empty at the start of every shard")
@@ -89,7 +90,7 @@ def open_memories(settings: Settings, evaluation: Evaluation) -> tuple[SequenceS
         return scorer, None, None
     memory = None
     if trime.use_external:
-        memory = open_datastore(settings, evaluation, "index" if knn.no_load_keys else "dot")
+        memory = open_datastore(settings, evaluation, "index" if knn.similarity == "index" else "dot")
     combine = JointNormalization(
         dim=evaluation.models[0].key_dim(tap),
         temperature=knn.temperature,

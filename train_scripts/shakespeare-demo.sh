@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # From nothing to a table, on Shakespeare's plays: a small language model, alone and with a datastore of its own training
-# text (kNN-LM, arXiv 1911.00172), and TRIME's three variants (arXiv 2205.12674) trained for the same number of updates.
-# Two CPU cores, a few minutes. Started again, it skips what is done and goes on with what was interrupted; remove
-# demo/ to start afresh.
+# text (kNN-LM, arXiv 1911.00172). Two CPU cores, a few minutes. Started again, it skips what is done and goes on with
+# what was interrupted; remove demo/ to start afresh.
 #   bash train_scripts/shakespeare-demo.sh [FOLDER]     (default: demo)
-#   UPDATES=1000 SEED=2 bash train_scripts/shakespeare-demo.sh ...
+#   UPDATES=300 SEED=2 VARIANTS="plain local" bash train_scripts/shakespeare-demo.sh ...
+# VARIANTS names further models, trained for as many updates: local, long and external, of TRIME (arXiv 2205.12674).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:-demo}
 data=data-bin/shakespeare
 [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
-export LOGLEVEL=${LOGLEVEL:-WARNING} UPDATES=${UPDATES:-350}
+export LOGLEVEL=${LOGLEVEL:-WARNING} UPDATES=${UPDATES:-1000} VARIANTS=${VARIANTS:-plain}
 mkdir -p "$out"
 source train_scripts/stages.sh
 

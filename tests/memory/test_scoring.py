@@ -205,7 +205,7 @@ def test_joint_logp_of_sums_with_an_empty_memory_is_the_language_model_bit_for_b
 
 
 def test_gradient_of_empty_rows_is_finite_through_the_sums():
-    """Rows: both kinds of candidates, none with the target, none at all; each with and without the model's own share."""
+    """Rows: some with the target, none with it, none at all; each with and without the model's own share."""
     scores = torch.randn(6, 3, requires_grad=True)
     lm = torch.tensor([-1.0, -2.0, -3.0, -torch.inf, -torch.inf, -torch.inf], requires_grad=True)
     norm = torch.randn(6, requires_grad=True)
