@@ -26,7 +26,7 @@ def score_as_padding(model: Any, hidden_ND: Tensor, target_N: Tensor, logp_N: Te
             continue
         here = (target_N == start + model.pad).nonzero().squeeze(1)
         if len(here):
-            logger.info("%d targets %d scored by their tail alone (--fix-tail-pads)", len(here), start + model.pad)
+            logger.debug("%d targets %d scored by their tail alone (--fix-tail-pads)", len(here), start + model.pad)
             entry = target_N.new_full((len(here),), softmax.ends[0] + tail)
             logp_N = logp_N.index_copy(0, here, pick(softmax.head(hidden_ND[here]), entry)[0].to(logp_N.dtype))
     return logp_N

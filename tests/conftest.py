@@ -78,9 +78,9 @@ def data_bin(corpus: Path, command: Command) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(data_bin: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a model trained for two epochs."""
+    """Folder of a model trained for four epochs."""
     folder = tmp_path_factory.mktemp("trained")
-    command("train.py", data_bin, "--save-dir", folder, "--max-epoch", "2", *TINY_MODEL)
+    command("train.py", data_bin, "--save-dir", folder, "--max-epoch", "4", *TINY_MODEL)
     return folder
 
 

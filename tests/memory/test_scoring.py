@@ -198,6 +198,13 @@ def test_joint_logp_of_sums_against_the_shares(lm, norm, whole, share):
     assert ours == pytest.approx(plain_joint(*(x.float().item() for x in parts)), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize(("norm", "whole", "expected"), [(-500.0, 500.0, -2.0), (500.0, -500.0, -1.0)])
+def test_joint_logp_of_sums_where_one_side_has_all_the_weight(norm, whole, expected):
+    parts = [torch.tensor([x]) for x in (-1.0, norm, whole - 2.0, whole)]
+    ours = scoring.joint_logp_of_sums(parts[0], parts[1], LogSums(parts[2], parts[3]))
+    assert ours.item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_joint_logp_of_sums_with_an_empty_memory_is_the_language_model_bit_for_bit():
     lm, norm = torch.randn(1000) * 5, torch.randn(1000) * 50
     nothing = torch.full((1000,), -torch.inf)
