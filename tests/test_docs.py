@@ -22,26 +22,35 @@ from fairseq.options import parse_eval_lm, parse_train
 from fairseq.user_dir import import_user_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+SCRIPTS = [ROOT / "train_scripts" / "shakespeare-demo.sh", ROOT / "examples" / "trime" / "run.sh"]
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("train_scripts/*.md")]
+)
 
 
 def blocks(path: Path, language: str) -> Iterator[str]:
     yield from re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+def shell_script(path: Path) -> str:
+    """A script's text with its arrays filled in."""
+    text = path.read_text(encoding="utf-8")
+    shared = dict(re.findall(r"^(\w+)=\((.*?)\)$", text, re.MULTILINE | re.DOTALL))
+    while re.search(r'"\$\{\w+\[@\]\}"', text):
+        text = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda found: " ".join(shared[found[1]].split()), text)
+    for variable, value in {"weight": "0.1", "seed": "1", "updates": "10"}.items():
+        text = text.replace(f'"${variable}"', value).replace(f"${variable}", value)
+    return text.replace('"$@"', "")
+
+
 def commands() -> list[tuple[str, list[str]]]:
-    """(document, words) of every `python SCRIPT.py ...` in the documents and in the demo."""
+    """(document, words) of every `python SCRIPT.py ...` in the documents, the demo and the example."""
     texts = [(path.name, text) for path in DOCUMENTS for text in blocks(path, "bash")]
-    demo = (ROOT / "train_scripts" / "shakespeare-demo.sh").read_text(encoding="utf-8")
-    shared = {name: words for name, words in re.findall(r"^(\w+)=\((.*)\)$", demo, re.MULTILINE)}
-    while re.search(r'"\$\{\w+\[@\]\}"', demo):
-        demo = re.sub(r'"\$\{(\w+)\[@\]\}"', lambda found: shared[found[1]], demo)
-    demo = demo.replace("$weight", "0.1")
-    texts.append(("shakespeare-demo.sh", demo))
+    texts += [(path.name, shell_script(path)) for path in SCRIPTS]
     found = []
     for name, text in texts:
         for line in text.replace("\\\n", " ").splitlines():
-            start = re.search(r"\bpython (?=\w+\.py )", line)
+            start = re.search(r"\bpython (?=[\w-]+\.py )", line)
             if start and not line.lstrip().startswith("#"):
                 words = shlex.split(line[start.end() :], comments=True)
                 found.append((name, [word for word in words if word != "..."]))

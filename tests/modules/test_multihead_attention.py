@@ -75,4 +75,10 @@ def test_initial_weights_treat_the_three_inputs_as_one_matrix():
     bound = math.sqrt(6 / (256 + 256)) / math.sqrt(2)
     assert attention.q_proj.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
     assert attention.out_proj.weight.abs().max().item() == pytest.approx(bound * math.sqrt(2), rel=1e-3)
-    assert not attention.k_proj.bias.any()
+    assert not attention.out_proj.bias.any()
+    for projection in (
+        attention.k_proj,
+        attention.v_proj,
+        attention.q_proj,
+    ):  # fairseq leaves these as torch draws them
+        assert projection.bias.abs().max().item() == pytest.approx(256**-0.5, rel=0.05)
