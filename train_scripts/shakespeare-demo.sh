@@ -26,7 +26,7 @@ stage knn-index "$out/plain/knn.index.l2" python build_dstore.py --dstore_mmap "
   --num_keys_to_add_at_a_time 500000
 
 evaluate=("${model[@]}" --sample-break-mode none --context-window 128 --max-tokens 2048)
-knn=(--knnlm --dstore-filename "$out/plain/dstore" --indexfile "$out/plain/knn.index.l2" --k 64 --probe 8
+knn=(--knnlm --dstore-filename "$out/plain/dstore" --indexfile "$out/plain/knn.index.l2" --k 256 --probe 8
   --softmax-temp 10)
 # The share of the neighbours is chosen on valid, and that one alone is tried on test.
 for weight in 0.1 0.2 0.3; do
