@@ -28,12 +28,18 @@ class CheckpointKeeper:
         self.validations_without_better = 0
 
     def prepare(self) -> None:
-        """Make the folder. Raises: OSError or ValueError when it cannot be written, before any training."""
+        """Make the folder. Raises: ValueError when it cannot be written, before any training."""
         if self.config.no_save:
             return
-        os.makedirs(self.config.save_dir, exist_ok=True)
-        if not os.access(self.config.save_dir, os.W_OK):
-            raise ValueError(f"--save-dir {self.config.save_dir!r} cannot be written; choose another folder")
+        folder = self.config.save_dir
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--save-dir {folder!r} cannot be made: {error.strerror}; choose another folder"
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--save-dir {folder!r} cannot be written; choose another folder")
         for aside in glob.glob(os.path.join(glob.escape(self.config.save_dir), "*.pt.tmp")):
             os.remove(aside)
 

@@ -143,7 +143,10 @@ def load_checkpoint(path: str) -> Checkpoint:
         raise ValueError(f"{path} has format version {content['version']}, this program reads {_VERSION}; update it")
     missing = [field.name for field in fields(Checkpoint) if field.name not in content]
     if missing:
-        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}; copy it again, or take an older one")
+    config = content["config"]
+    if not isinstance(config, dict) or not all(isinstance(group, dict) for group in config.values()):
+        raise ValueError(f"{path} is damaged: its settings are no groups of settings; copy it again")
     return Checkpoint(**{field.name: content[field.name] for field in fields(Checkpoint)})
 
 
@@ -158,7 +161,9 @@ def load_model(
     """
     task, arch = (checkpoint.config.get(group, {}).get(name) for group, name in (("task", "name"), ("model", "arch")))
     if task != "language_modeling" or "decoder.embed_tokens" not in " ".join(checkpoint.model):
-        raise ValueError(f"the checkpoint holds no transformer language model, but {arch!r} for task {task!r}")
+        raise ValueError(
+            f"the checkpoint holds no transformer language model, but {arch!r} for task {task!r}; give one"
+        )
     found = vocabulary_size(checkpoint.model)
     if found != dictionary_size:
         raise ValueError(
@@ -172,6 +177,16 @@ def load_model(
     _require_fit(own, weights)
     model.load_state_dict(weights)
     return model
+
+
+def require_dictionary(checkpoint: Checkpoint, digest: str) -> None:
+    """Raise ValueError when a model was trained on other words of the same number; others' checkpoints do not tell."""
+    saved = checkpoint.config.get("task", {}).get("dictionary_digest")
+    if saved not in (None, digest):
+        raise ValueError(
+            f"the checkpoint was trained with other words than the data's dict.txt holds (digest {saved[:12]}, not "
+            f"{digest[:12]}); use the data folder it was trained on, or binarise the text with its dict.txt (--srcdict)"
+        )
 
 
 def vocabulary_size(weights: Mapping[str, Tensor]) -> int:

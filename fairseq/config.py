@@ -44,27 +44,46 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class UnreadableError(argparse.ArgumentTypeError, ValueError):
+    """A flag's text that cannot be read; argparse shows the message of this one."""
+
+
 def int_list(text: str) -> tuple[int, ...]:
-    """Parse ``20000,60000``."""
-    return tuple(int(part) for part in text.split(","))
+    """Parse ``20000,60000``. Raises: UnreadableError when it is anything else."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UnreadableError(f"{text!r} is no list of whole numbers, such as 20000,60000") from None
 
 
 def float_list(text: str) -> tuple[float, ...]:
-    """Parse ``0.1,0.2`` or a literal such as ``(0.9, 0.98)``; never evaluates code."""
-    return tuple(float(part) for part in text.strip("()[] ").split(",") if part.strip())
+    """Parse ``0.1,0.2`` or a literal such as ``(0.9, 0.98)``; never evaluates code. Raises: as int_list."""
+    try:
+        return tuple(float(part) for part in text.strip("()[] ").removesuffix(",").split(","))
+    except ValueError:
+        raise UnreadableError(f"{text!r} is no list of numbers, such as 0.1,0.2") from None
+
+
+def require_at_least(limit: float, **values: float | None) -> None:
+    """Raise ValueError for a value below the limit (or NaN), named as its flag; None is no value."""
+    for name, value in values.items():
+        if value is not None and not value >= limit:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}")
 
 
 def literal_dict(text: str) -> dict[str, Any]:
     """Parse a dictionary literal such as ``{'dropout': 0.1}``; never evaluates code.
 
-    Raises: argparse.ArgumentTypeError when it is anything else.
+    Raises: UnreadableError when it is anything else.
     """
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a literal such as \"{{'dropout': 0.1}}\"") from error
+        raise UnreadableError(f"{text!r} is not a literal such as \"{{'dropout': 0.1}}\"") from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is a {type(value).__name__}, a dictionary is needed")
+        raise UnreadableError(f"{text!r} is a {type(value).__name__}, a dictionary is needed")
+    if not all(isinstance(key, str) for key in value):
+        raise UnreadableError(f"{text!r} has keys that are no names; give settings such as \"{{'dropout': 0.1}}\"")
     return value
 
 

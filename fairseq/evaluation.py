@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model
+from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model, require_dictionary
 from fairseq.data.batching import batch_by_size, filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.distributed import runs_on_gpu
 from fairseq.evaluation_config import EvaluationConfig
 from fairseq.memory.types import LogSums
+from fairseq.models.config import KEY_TAPS
+from fairseq.registry import lookup
 from fairseq.sequence_scorer import ScoredBatch, SequenceScorer
 from fairseq.tasks.configs import LanguageModelingConfig
 from fairseq.tasks.language_modeling import LanguageModelingTask
@@ -101,7 +103,7 @@ def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
     checkpoints = [load_checkpoint(path) for path in paths]
     trained = dict(checkpoints[0].config.get("task", {}))
     block_size = block_size_for(
-        settings.given.get("tokens_per_sample"), int(trained.get("tokens_per_sample", 1024)), config.context_window
+        settings.given.get("tokens_per_sample"), int(trained.get("tokens_per_sample") or 1024), config.context_window
     )
     task = LanguageModelingTask(
         settings.config(
@@ -133,6 +135,11 @@ def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
         context_window=config.context_window,
         max_len=max(block_size + config.context_window, limit),
     )
+    if not len(kept):
+        raise ValueError(
+            f"nothing to score: this part of {config.gen_subset} has {len(order)} blocks, all longer than the model's "
+            f"{limit} positions; --score-all cuts them, fewer --num-shards make larger parts"
+        )
     batches = _batches(dataset, kept, data, in_order=in_order)
     scored = int(blocks.sizes[kept].sum())
     return Evaluation(
@@ -157,6 +164,7 @@ def _prepared(settings: Settings, checkpoint: Checkpoint, path: str, task: Langu
     overrides.pop("knn_keytype", None)  # where keys are read is no part of the model: see _key_tap
     try:
         model = load_model(checkpoint, len(task.dictionary), task.dictionary.pad(), overrides)
+        require_dictionary(checkpoint, task.dictionary.digest())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if runtime.any_fp16 and device.type == "cpu":
@@ -172,6 +180,8 @@ def _key_tap(settings: Settings, model: Any) -> str:
     """Which inner state is the key: what the words say, else what the model was trained with."""
     overrides = settings.config(EvaluationConfig).model_overrides or {}
     given: str | None = settings.given.get("knn_keytype") or overrides.get("knn_keytype")
+    if given is not None:
+        lookup(dict.fromkeys(KEY_TAPS), given, "--knn-keytype")
     return given or model.config.knn_keytype or "last_ffn_input"
 
 
@@ -185,8 +195,6 @@ def _batches(
 ) -> list[np.ndarray[Any, Any]]:
     if not in_order:
         kept = kept[np.argsort(dataset.sizes[kept], kind="stable")]
-    if not len(kept):
-        return []
     return batch_by_size(kept, dataset.sizes, data.max_tokens, data.max_sentences, 1)
 
 

@@ -52,6 +52,8 @@ class EvaluationConfig:
             raise ValueError(f"--context-window must be at least 0, got {self.context_window}")
         if self.softmax_batch < 1:
             raise ValueError(f"--softmax-batch must be at least 1, got {self.softmax_batch}")
+        if self.num_shards < 1:
+            raise ValueError(f"--num-shards must be at least 1, got {self.num_shards}")
         if not 0 <= self.shard_id < self.num_shards:
             raise ValueError(f"--shard-id {self.shard_id} is not in 0..{self.num_shards - 1} (--num-shards)")
 
@@ -76,6 +78,10 @@ class MemoryEvaluationConfig:
             raise ValueError("--save-knnlm-dstore needs --dstore-mmap PREFIX: where the datastore goes")
         if self.score_while_saving and not self.save_knnlm_dstore:
             raise ValueError("--score-while-saving goes with --save-knnlm-dstore")
+        if self.dstore_mmap and not self.save_knnlm_dstore:
+            raise ValueError(
+                f"--dstore-mmap {self.dstore_mmap} is where --save-knnlm-dstore writes: give both or neither"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fairseq.disk import replacing
+
 logger = logging.getLogger(__name__)
 
 _WHOLE_FILE_LIMIT = 1 << 30
@@ -41,12 +43,10 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a small text file so that a reader sees the old one or the new one, whole."""
-    aside = f"{os.fspath(path)}.tmp"
-    with open(aside, "w", encoding="utf-8") as file:
+    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def write_manifest(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
@@ -13,8 +14,8 @@ from fairseq.criterions import CRITERIONS
 from fairseq.data.batching_config import BatchingConfig
 from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig, TrimeEvaluationConfig
 from fairseq.memory.knn_config import KnnConfig
-from fairseq.models.architectures import ARCHITECTURES
-from fairseq.models.config import TransformerLMConfig
+from fairseq.models.architectures import ARCHITECTURES, build_model_config
+from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
 from fairseq.progress import CommonConfig
 from fairseq.registry import Entry, lookup
@@ -78,6 +79,17 @@ _TABLES: Mapping[str, tuple[str, Mapping[str, Entry]]] = {
     "task": ("--task", TASKS),
 }
 
+_TRAINING = (
+    RuntimeConfig,
+    CommonConfig,
+    DatasetConfig,
+    BatchingConfig,
+    ValidationConfig,
+    DistributedConfig,
+    OptimizationConfig,
+    CheckpointConfig,
+)
+
 
 def _add_ignored(parser: FlagParser, table: Mapping[str, tuple[int, str]]) -> None:
     for name, (takes_value, _) in table.items():
@@ -103,29 +115,34 @@ def _flags_of_others(chosen: Mapping[str, str]) -> dict[str, str]:
 
 def parse_train(argv: Sequence[str]) -> Settings:
     """Read ``train.py``'s words. Exits with status 2 and one line on a mistake; plug-ins are imported first."""
-    _import_plugins(argv)
+    _import_plugins("train.py", argv)
     first = FlagParser("train.py", "Train a model.")
     first.add_config(ChoicesConfig)
     chosen = _chosen(first.peek(argv))
     parser = FlagParser("train.py", "Train a model.")
     parser.add_config(ChoicesConfig)
-    arch_class = TransformerLMConfig
-    others = (
-        RuntimeConfig,
-        CommonConfig,
-        DatasetConfig,
-        BatchingConfig,
-        ValidationConfig,
-        DistributedConfig,
-        OptimizationConfig,
-    )
-    parts = tuple(table[chosen[choice]].config for choice, (_, table) in _TABLES.items())
-    for config_class in (*parts, *others, CheckpointConfig, arch_class):
+    for config_class in (*_parts(chosen), *_TRAINING, TransformerLMConfig):
         parser.add_config(config_class)
     _add_ignored(parser, ignored_flags.TRAIN)
     given = parser.parse(argv, _flags_of_others(chosen))
     _warn_ignored(parser, given, ignored_flags.TRAIN)
     return Settings("train.py", tuple(argv), given, chosen)
+
+
+def check_train(settings: Settings) -> None:
+    """Make every config of train.py. Raises: ValueError for an impossible value, before anything is loaded."""
+    for config_class in (*_parts(settings.chosen), *_TRAINING):
+        settings.config(config_class)
+    source = settings.config(CheckpointConfig).finetune_from_model
+    if source is None:
+        build_model_config(settings.chosen["arch"], settings.given)
+    elif not os.path.isfile(source):  # otherwise it brings its own architecture
+        raise ValueError(f"--finetune-from-model: no checkpoint at {source!r}")
+
+
+def _parts(chosen: Mapping[str, str]) -> tuple[type, ...]:
+    """The configs of the parts that were chosen by name."""
+    return tuple(table[chosen[choice]].config for choice, (_, table) in _TABLES.items())
 
 
 def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
@@ -139,7 +156,7 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
 
 def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     """Read the words of ``eval_lm.py`` or ``eval_lm-trime.py``. Exits with status 2 and one line on a mistake."""
-    _import_plugins(argv)
+    _import_plugins(program, argv)
     parser = FlagParser(program, "Score text with a language model, with or without a memory.")
     parser.add_config(TaskChoiceConfig)
     task = parser.peek(argv).get("task", "language_modeling")
@@ -163,13 +180,22 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
 class _KeyTapConfig:
     """Where keys are read; overrides the checkpoint's."""
 
-    knn_keytype: str | None = flag("--knn-keytype", default=None)
+    knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
     """Which inner state is the key: last_ffn_input, model_output or separated_head."""
 
 
-def _import_plugins(argv: Sequence[str]) -> None:
-    first = FlagParser("", "")
+def _import_plugins(program: str, argv: Sequence[str]) -> None:
+    first = FlagParser(program, "")
     first.add_config(RuntimeConfig)
     user_dir = first.peek(argv).get("user_dir")
-    if user_dir:
+    if not user_dir:
+        return
+    try:
         import_user_dir(user_dir)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # the plug-in's own code, which can fail in any way
+        kind = type(error).__name__
+        raise ValueError(
+            f"--user-dir {user_dir} cannot be imported: {kind}: {error}; FAIRSEQ_TRACEBACK=1 shows where"
+        ) from error

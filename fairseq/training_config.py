@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fairseq.config import flag, float_list, int_list
+from fairseq.config import flag, float_list, int_list, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.any_fp16 and self.any_bf16:
             raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
+        require_at_least(0, seed=self.seed)
 
     @property
     def any_fp16(self) -> bool:
@@ -63,9 +66,13 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if self.max_tokens is None and self.max_sentences is None:
             raise ValueError("give --max-tokens or --max-sentences: the size of a batch is not known otherwise")
-        for name, value in (("--max-tokens", self.max_tokens), ("--max-sentences", self.max_sentences)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        require_at_least(0, num_workers=self.num_workers)
+        require_at_least(
+            1,
+            max_tokens=self.max_tokens,
+            max_sentences=self.max_sentences,
+            required_batch_size_multiple=self.required_batch_size_multiple,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +96,15 @@ class ValidationConfig:
     curriculum: int = flag("--curriculum", default=0)
     """Keep the batches of the first so many epochs in order."""
 
+    def __post_init__(self) -> None:
+        require_at_least(
+            1,
+            validate_interval=self.validate_interval,
+            max_tokens_valid=self.max_tokens_valid,
+            max_sentences_valid=self.max_sentences_valid,
+        )
+        require_at_least(0, validate_interval_updates=self.validate_interval_updates, curriculum=self.curriculum)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
@@ -98,6 +114,9 @@ class DistributedConfig:
     """Processes on this machine; by default one per GPU, or one on a processor."""
     find_unused_parameters: bool = flag("--find-unused-parameters", default=False)
     """Let every rank look for parameters that had no gradient (always on with an adaptive softmax)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, distributed_world_size=self.distributed_world_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +143,8 @@ class OptimizationConfig:
             raise ValueError(f"--update-freq must be at least 1, got {','.join(map(str, self.update_freq))}")
         if self.max_epoch <= 0 and self.max_update <= 0 and self.stop_time_hours <= 0 and self.min_lr < 0:
             raise ValueError("training would never stop; give --max-update, --max-epoch or --stop-time-hours")
+        if not all(0 <= rate < math.inf for rate in self.lr):
+            raise ValueError(f"--lr must be finite and at least 0, got {','.join(map(str, self.lr))}")
 
     def update_freq_in(self, epoch: int) -> int:
         """Batches per update in an epoch (counted from 1)."""
@@ -172,3 +193,29 @@ class CheckpointConfig:
     """The larger the better."""
     patience: int = flag("--patience", default=-1)
     """Stop after so many validations without a better figure; -1 for never."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, save_interval=self.save_interval)
+        require_at_least(0, save_interval_updates=self.save_interval_updates)
+
+
+def require_same_parts(
+    path: str, saved: Mapping[str, str | None], asked: Mapping[str, str], config: CheckpointConfig
+) -> None:
+    """Raise ValueError when a run would go on with another loss, optimizer or schedule than it was begun with.
+
+    Args:
+        saved: what the checkpoint at ``path`` was trained with; None is not known.
+    """
+    for name, flag_name, reset in (
+        ("criterion", "--reset-optimizer", config.reset_optimizer),
+        ("optimizer", "--reset-optimizer", config.reset_optimizer),
+        ("lr_scheduler", "--reset-lr-scheduler", config.reset_lr_scheduler),
+    ):
+        before, now = saved.get(name), asked[name]
+        if before not in (None, now) and not reset:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{path} was trained with {option} {before}, now it says {now}: give {before}, or {flag_name} to go on "
+                "with the weights alone, or another --save-dir"
+            )

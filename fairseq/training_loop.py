@@ -6,13 +6,14 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fairseq.checkpoint_keeper import CheckpointKeeper
-from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model, save_checkpoint
+from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model, require_dictionary, save_checkpoint
 from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.batching_config import BatchingConfig
@@ -20,6 +21,7 @@ from fairseq.data.trime_batching import ranks_together, training_order
 from fairseq.distributed import make_fabric
 from fairseq.manifest import write_manifest
 from fairseq.metrics import TrainMeters, valid_figures
+from fairseq.models.config import TransformerLMConfig, require_same_architecture
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
 from fairseq.progress import CommonConfig, Progress, copy_log_to_file
@@ -32,6 +34,7 @@ from fairseq.training_config import (
     OptimizationConfig,
     RuntimeConfig,
     ValidationConfig,
+    require_same_parts,
 )
 
 if TYPE_CHECKING:
@@ -84,9 +87,20 @@ class TrainingLoop:
     def _model(self) -> Any:
         chosen, given = self.settings.chosen, self.settings.given
         if self.checkpoints.finetune_from_model:
-            source = load_checkpoint(self.checkpoints.finetune_from_model)
-            return load_model(source, len(self.task.dictionary), self.task.dictionary.pad(), {})
+            own = {field.name for field in fields(TransformerLMConfig)}
+            asked = {name: value for name, value in given.items() if name in own}
+            return self._read_model(self.checkpoints.finetune_from_model, asked)[1]
         return self.task.build_model(chosen["arch"], given)
+
+    def _read_model(self, path: str, overrides: Mapping[str, Any]) -> tuple[Checkpoint, Any]:
+        """A checkpoint and its model. Raises: ValueError naming the file when it is not for this task's words."""
+        found, dictionary = load_checkpoint(path), self.task.dictionary
+        try:
+            model = load_model(found, len(dictionary), dictionary.pad(), overrides)
+            require_dictionary(found, dictionary.digest())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return found, model
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -147,12 +161,28 @@ class TrainingLoop:
     def run(self) -> None:
         """Train until a limit is reached, beginning where the last checkpoint of this run stands."""
         self._restore()
+        self._check_metric()
         while not self._finished():
             self._train_epoch()
         self.progress.close()
         if self.fabric.is_global_zero:
             self._leave_manifest()
         logger.info("done training in %.1f seconds", self._seconds())
+
+    def _check_metric(self) -> None:
+        """Let a batch tell whether validation gives --best-checkpoint-metric, where its name does not."""
+        if self.valid_sets and self.checkpoints.best_checkpoint_metric not in ("loss", "ppl"):
+            batches = next(iter(self.valid_sets.values()))
+            sums = self.trainer.valid_pass(itertools.islice(iter(batches), 1))
+            batches.next_epoch()
+            self._metric_in(valid_figures(sums, 0.0, self.trainer.num_updates))
+
+    def _metric_in(self, figures: Mapping[str, float]) -> float:
+        """The figure that decides. Raises: ValueError when --best-checkpoint-metric is no figure of the validation."""
+        metric = self.checkpoints.best_checkpoint_metric
+        if metric not in figures:
+            raise ValueError(f"--best-checkpoint-metric {metric}: validation gives {', '.join(figures)}; name one")
+        return float(figures[metric])
 
     def _train_epoch(self) -> None:
         epoch = self.iterator.epoch
@@ -199,30 +229,35 @@ class TrainingLoop:
         better = self.keeper.note(figure)
         names = self.keeper.names(epoch=epoch, update=update, end_of_epoch=end_of_epoch, better=better, figure=figure)
         wanted = not end_of_epoch or ends or epoch % self.checkpoints.save_interval == 0 or better
-        if wanted and self.fabric.is_global_zero:
-            self.keeper.write(names, lambda path: save_checkpoint(path, self._checkpoint()))
-        self.fabric.barrier()
+        if wanted:
+            self._save(names)
+
+    def _save(self, names: list[str]) -> None:
+        """Let the first process save. Raises: OSError in all of them when it cannot, so that none waits for it."""
+        failure = None
+        if self.fabric.is_global_zero:
+            try:
+                self.keeper.write(names, lambda path: save_checkpoint(path, self._checkpoint()))
+            except OSError as error:
+                failure = error
+        failure = self.fabric.broadcast(failure)
+        if failure is not None:
+            raise failure
 
     def _validate(self, epoch: int) -> float | None:
-        """Validate on every subset; returns the figure of the first one that decides which checkpoint is best.
-
-        Raises: ValueError when --best-checkpoint-metric is no figure of the validation.
-        """
+        """Validate on every subset; returns the figure of the first one that decides which checkpoint is best."""
         figure = None
         for subset, batches in self.valid_sets.items():
             began = time.perf_counter()
             sums = self.trainer.valid_pass(iter(batches))
             batches.next_epoch()
             figures = valid_figures(sums, time.perf_counter() - began, self.trainer.num_updates)
-            metric = self.checkpoints.best_checkpoint_metric
-            if metric not in figures:
-                raise ValueError(f"--best-checkpoint-metric {metric}: validation gives {', '.join(figures)}")
             if figure is None:
-                figure = float(figures[metric])
+                figure = self._metric_in(figures)
                 self.last_figures = dict(figures)
                 best = figure if self.keeper.is_better(figure) else self.keeper.best
                 if self.keeper.best is not None:
-                    figures[f"best_{metric}"] = best
+                    figures[f"best_{self.checkpoints.best_checkpoint_metric}"] = best
             self.progress.validated(subset, epoch, figures)
         return figure
 
@@ -231,7 +266,8 @@ class TrainingLoop:
         settings = self.settings
         return Checkpoint(
             config={
-                "task": to_dict(self.task.config) | {"name": settings.chosen["task"]},
+                "task": to_dict(self.task.config)
+                | {"name": settings.chosen["task"], "dictionary_digest": self.task.dictionary.digest()},
                 "model": to_dict(self.model.config) | {"arch": settings.chosen["arch"]},
                 "chosen": dict(settings.chosen),
                 "given": {name: _plain(value) for name, value in settings.given.items()},
@@ -254,24 +290,29 @@ class TrainingLoop:
         path = self.keeper.restore_path()
         if path is None:
             return
-        found = load_checkpoint(path)
-        loaded = load_model(found, len(self.task.dictionary), self.task.dictionary.pad(), {})
+        found, loaded = self._read_model(path, {})
+        require_same_architecture(path, loaded.config, self.model.config)
         try:
             self.model.load_state_dict(loaded.state_dict())
-        except RuntimeError as error:
+        except RuntimeError as error:  # settings that seldom matter, such as the number of learned positions
+            first = str(error).splitlines()[1].strip()
             raise ValueError(
-                f"{path} holds another architecture than the flags ask for ({str(error).splitlines()[1].strip()}); "
-                "give the flags it was trained with, or another --save-dir"
+                f"{path} holds other weights than the flags ask for ({first[:200]}); give the flags it was trained "
+                "with, or another --save-dir"
             ) from error
         options = self.checkpoints
         progress = found.progress or {}
         if found.progress is None or found.scheduler is None:
             logger.warning("%s holds weights only: the run starts at update 0 with them", path)
             return
+        require_same_parts(path, found.config.get("chosen", {}), self.settings.chosen, options)
         state = {"optimizer": found.optimizer, "scheduler": found.scheduler, "num_updates": progress["num_updates"]}
-        self.trainer.load_state_dict(
-            state, reset_optimizer=options.reset_optimizer, reset_schedule=options.reset_lr_scheduler
-        )
+        try:
+            self.trainer.load_state_dict(
+                state, reset_optimizer=options.reset_optimizer, reset_schedule=options.reset_lr_scheduler
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if not options.reset_dataloader and found.iterator is not None:
             self.iterator.load_state_dict(found.iterator)
         if not options.reset_meters:

@@ -19,6 +19,7 @@ def main(argv: Sequence[str]) -> None:
     """Evaluate, or save a datastore, as the words say."""
     settings = parse_eval_lm(argv)
     checked(settings, MemoryEvaluationConfig)
+    _check_memory_wanted(settings)
 
     from fairseq.evaluation import evaluate, open_evaluation
     from fairseq.perplexity import PerplexityReport
@@ -45,6 +46,16 @@ def main(argv: Sequence[str]) -> None:
     figures = report.figures(evaluation.num_total_tokens, seconds)
     tell(figures)
     leave_files(settings, evaluation, report, figures)
+
+
+def _check_memory_wanted(settings: Settings) -> None:
+    """Raise ValueError where a datastore is named and nothing says that it is to be used."""
+    named = [name for name in ("dstore_filename", "indexfile") if settings.given.get(name)]
+    if named and not settings.config(MemoryEvaluationConfig).knnlm:
+        flag = f"--{named[0].replace('_', '-')}"
+        raise ValueError(
+            f"{flag} {settings.given[named[0]]} is read with --knnlm only: give it too, or leave {flag} out"
+        )
 
 
 def open_memory(settings: Settings, evaluation: Evaluation) -> tuple[Any, Any]:

@@ -30,7 +30,11 @@ def checked(settings: Settings, *own: type) -> None:
     for path in str(config.path).split(":"):
         if not os.path.exists(path):
             raise ValueError(f"--path: no checkpoint at {path!r}")
+        if os.path.isdir(path):
+            raise ValueError(f"--path {path} is a folder; name one of its checkpoints, such as checkpoint_best.pt")
     for flag, name in (("--eval-file", config.eval_file), ("--scores-file", config.scores_file)):
+        if name and os.path.isdir(name):
+            raise ValueError(f"{flag} {name} is a folder; give the name of a file")
         if name:
             require_writable(os.path.dirname(os.path.abspath(name)), flag)
     if config.results_path:
@@ -64,6 +68,7 @@ def leave_files(settings: Settings, evaluation: Evaluation, report: PerplexityRe
     """Write what was asked for, and the run manifest."""
     import numpy as np
 
+    from fairseq.disk import replacing
     from fairseq.evaluation_config import EvaluationConfig
     from fairseq.manifest import write_atomically
 
@@ -80,9 +85,8 @@ def leave_files(settings: Settings, evaluation: Evaluation, report: PerplexityRe
     if scores_file:
         os.makedirs(os.path.dirname(os.path.abspath(scores_file)), exist_ok=True)
         block, token, logp = report.arrays()
-        aside = scores_file + ".tmp.npz"
-        np.savez_compressed(aside, block=block, target=token, logp=logp)
-        os.replace(aside, scores_file)
+        with replacing(scores_file) as aside, open(aside, "wb") as file:
+            np.savez_compressed(file, block=block, target=token, logp=logp)
     if config.output_word_probs and not config.quiet:
         for block, words in report.words():
             line = "\t".join(f"{word} [{logp:.2f}]" for word, logp in words)

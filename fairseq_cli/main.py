@@ -8,6 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+logger = logging.getLogger(__name__)
+
+_NO_ROOM = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than is allowed here (ulimit -f)",
+}
+
 
 def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Call ``main`` with the command's words; a ValueError or OSError becomes one line and exit status 2.
@@ -25,17 +33,34 @@ def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]
     except (ValueError, OSError) as error:
         if os.environ.get("FAIRSEQ_TRACEBACK"):
             raise
-        sys.stderr.write(f"{program}: error: {_in_one_line(error)}\n")
+        _tell(program, _in_one_line(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
         sys.exit(130)
 
 
+def _tell(program: str, message: str) -> None:
+    """Print the line. Processes that train together find the same mistake: the first prints it, the others log it."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank == "0":
+        sys.stderr.write(f"{program}: error: {message}\n")
+    else:
+        logger.error("process %s: %s", rank, message)
+
+
 def _in_one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" ({error.filename})" if error.filename else ""
-        return f"no space left on the disk{where}; free some and run the same command again: it goes on where it was"
+    message = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, OSError):
+        return message
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in _NO_ROOM:
+        return (
+            f"{_NO_ROOM[error.errno]}{where}; make room and run the same command again: training, saving a store and "
+            "building an index go on where they were"
+        )
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file: {error.filename}"
-    return " ".join(str(error).split()) or type(error).__name__
+    if error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}; check the name and who may read or write there"
+    return message

@@ -165,7 +165,9 @@ def _check_files(config: PreprocessConfig) -> None:
         with tempfile.TemporaryFile(dir=config.destdir):
             pass
     except OSError as error:
-        raise ValueError(f"--destdir {config.destdir} cannot be written: {error.strerror}") from error
+        raise ValueError(
+            f"--destdir {config.destdir} cannot be written: {error.strerror}; choose another folder"
+        ) from error
 
 
 def _dictionaries(config: PreprocessConfig) -> dict[str | None, Dictionary]:
@@ -184,6 +186,8 @@ def _dictionaries(config: PreprocessConfig) -> dict[str | None, Dictionary]:
 def _make_dictionary(config: PreprocessConfig, langs: Sequence[str | None], threshold: int, nwords: int) -> Dictionary:
     texts = [path for lang in langs for path, name in config.texts(lang) if name.startswith("train")]
     counts = count_symbols(texts, config.workers)
+    if not counts:
+        raise ValueError(f"{', '.join(texts)}: no words, so no dictionary can be made; check --trainpref")
     return Dictionary.from_counts(counts, threshold=threshold, nwords=nwords, padding_factor=config.padding_factor)
 
 

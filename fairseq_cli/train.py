@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fairseq.options import parse_train
+from fairseq.options import check_train, parse_train
 from fairseq_cli.main import run
 from fairseq_cli.output_segments import output_segments
 
@@ -14,6 +14,7 @@ def main(argv: Sequence[str]) -> None:
     settings = parse_train(argv)
     if output_segments(settings):
         return
+    check_train(settings)
 
     from fairseq.training_loop import TrainingLoop
 

@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 80
 # Imports go to the same layer or to one above in this list. A module belongs to the longest prefix that fits it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("fairseq", "fairseq.config", "fairseq.registry", "fairseq.user_dir", "fairseq.ignored_flags"),
+        *("fairseq", "fairseq.config", "fairseq.disk", "fairseq.registry", "fairseq.user_dir", "fairseq.ignored_flags"),
         *("fairseq.training_config", "fairseq.evaluation_config", "fairseq.manifest", "fairseq.metrics"),
         *("fairseq.progress", "fairseq.distributed", "fairseq.checkpoint_keeper"),
     ),

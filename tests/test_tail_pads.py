@@ -80,11 +80,11 @@ def test_a_text_without_such_types_is_untouched_and_nothing_is_told(caplog):
     model = make((10, 20))
     hidden_ND, target_N, logp_N = every_type(model)
     kept = (target_N != 11) & (target_N != 21)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         ours = score_as_padding(model, hidden_ND[kept], target_N[kept], logp_N[kept])
     assert torch.equal(ours, logp_N[kept])
     assert not caplog.records
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         score_as_padding(model, hidden_ND, target_N, logp_N)
     assert "2 targets 11 scored by their tail alone (--fix-tail-pads)" in caplog.text
     nothing = torch.empty(0)

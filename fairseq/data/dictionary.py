@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.disk import replacing
+
 _OVERWRITE = "#fairseq:overwrite"
 
 
@@ -114,7 +116,12 @@ class Dictionary:
             for number, raw in enumerate(file, start=1):
                 try:
                     dictionary._add_line(raw.decode("utf-8").rstrip())
-                except ValueError as error:  # UnicodeDecodeError is one
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{os.fspath(path)}, line {number}: no utf-8 text ({error.reason}); preprocess.py writes such "
+                        "a file, with 'symbol count' on each line"
+                    ) from error
+                except ValueError as error:
                     raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
         return dictionary
 
@@ -124,7 +131,7 @@ class Dictionary:
         if overwrite:
             symbol, space, count = symbol.rpartition(" ")
         if not (space and symbol and count.removeprefix("-").isdecimal()):
-            raise ValueError(f"expected 'symbol count', found {line[:80]!r}")
+            raise ValueError(f"expected 'symbol count', found {line[:80]!r}; preprocess.py writes such a file")
         if symbol in self.indices and not overwrite:
             raise ValueError(
                 f"{symbol!r} is there already (as number {self.indices[symbol]}); remove the line, or write "
@@ -134,10 +141,8 @@ class Dictionary:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``dict.txt``, under a temporary name first."""
-        temporary = f"{os.fspath(path)}.tmp"
-        with open(temporary, "wb") as file:
+        with replacing(path) as aside, open(aside, "wb") as file:
             file.write(self.to_bytes())
-        os.replace(temporary, path)
 
     def to_bytes(self) -> bytes:
         """The content of this dictionary's ``dict.txt``."""

@@ -7,6 +7,7 @@ and their byte offsets in ``X.bin`` (int64 each).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fairseq.disk import naming, replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -68,7 +71,7 @@ def _read_index(path: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise ValueError(
-            f"{path} is no fairseq mmap index (bad magic); binarise with preprocess.py --dataset-impl mmap"
+            f"{path} is no fairseq mmap index (bad magic): damaged, or of another kind; run preprocess.py again"
         )
     _, version, code, count = _HEADER.unpack(header)
     if version != VERSION:
@@ -77,14 +80,17 @@ def _read_index(path: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
         raise ValueError(f"{path} has number type {code}; token numbers have one of {sorted(_DTYPES)}")
     found, needed = os.path.getsize(path), _HEADER.size + 12 * count
     if found != needed:
-        raise ValueError(f"{path} has {found} bytes, {count} sentences need {needed}; the file is truncated or damaged")
+        raise ValueError(
+            f"{path} has {found} bytes, {count} sentences need {needed}; the file is truncated or damaged: "
+            "run preprocess.py again"
+        )
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     sizes = raw[_HEADER.size : _HEADER.size + 4 * count].view("<i4")
     pointers = raw[_HEADER.size + 4 * count :].view("<i8")
     dtype = np.dtype(_DTYPES[code])
     ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
     if count and (pointers[0] != 0 or sizes.min() < 0 or not np.array_equal(pointers[1:], ends[:-1])):
-        raise ValueError(f"{path}: sizes and offsets do not fit together; the file is damaged")
+        raise ValueError(f"{path}: sizes and offsets do not fit together; the file is damaged: run preprocess.py again")
     return dtype.newbyteorder("<"), np.array(sizes, dtype=np.int32)
 
 
@@ -126,7 +132,8 @@ class MMapIndexedDatasetBuilder:
         stored = given.astype(self.dtype)
         if given.dtype != self.dtype and not np.array_equal(stored, given):
             raise ValueError(f"{self.bin_path}: tokens {given.min()}..{given.max()} do not fit {self.dtype}")
-        self._file.write(stored.tobytes())
+        with naming(self.bin_path):
+            self._file.write(stored.tobytes())
         self._sizes.append(lengths)
 
     def merge_file_(self, prefix: str | os.PathLike[str]) -> None:
@@ -141,19 +148,21 @@ class MMapIndexedDatasetBuilder:
         np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
         pointers *= self.dtype.itemsize
         idx_path = os.fspath(idx_path)
-        with open(idx_path + ".tmp", "wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(sizes)))
-            file.write(sizes.tobytes())
-            file.write(pointers.tobytes())
-        self._file.close()
-        os.replace(self.bin_path + ".tmp", self.bin_path)
-        os.replace(idx_path + ".tmp", idx_path)
+        with replacing(idx_path) as aside:
+            with open(aside, "wb") as file:
+                file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(sizes)))
+                file.write(sizes.tobytes())
+                file.write(pointers.tobytes())
+            with naming(self.bin_path):
+                self._file.close()
+            os.replace(self.bin_path + ".tmp", self.bin_path)
 
     def __enter__(self) -> MMapIndexedDatasetBuilder:
         return self
 
     def __exit__(self, *error: object) -> None:
         """Remove what was written unless it was finalised."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was told when it was to be
+            self._file.close()
         if os.path.exists(self.bin_path + ".tmp"):
             os.remove(self.bin_path + ".tmp")

@@ -78,12 +78,14 @@ class Datastore:
             rows, dim, dtype, value_dtype = (about[name] for name in ("rows", "dim", "key_dtype", "value_dtype"))
             complete = about["complete"]
         except KeyError as error:
-            raise ValueError(f"{names.metadata} lacks {error}; it is damaged or not a datastore's") from None
+            raise ValueError(
+                f"{names.metadata} lacks {error}; it is damaged or not a datastore's: save it again"
+            ) from None
         if dtype not in KEY_DTYPES or value_dtype not in _VALUE_DTYPES:
             known = f"{', '.join(KEY_DTYPES)} and {', '.join(_VALUE_DTYPES)}"
             raise ValueError(f"{names.metadata}: keys of type {dtype!r}, values of {value_dtype!r}; known: {known}")
         if not (isinstance(rows, int) and isinstance(dim, int) and dim > 0):
-            raise ValueError(f"{names.metadata}: {rows!r} rows of width {dim!r}; it is damaged or not a datastore's")
+            raise ValueError(f"{names.metadata}: {rows!r} rows of width {dim!r}; it is damaged: save it again")
         if fp16 and dtype != "float16":
             raise ValueError(f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-fp16 was given; leave it out")
         if not complete:
@@ -154,7 +156,9 @@ class Datastore:
             raise ValueError(f"{name} has {len(self)} rows; --dstore-size says {size}: leave the flag out")
         saved_tap = self.metadata.get("key_tap")
         if key_tap is not None and saved_tap is not None and key_tap != saved_tap:
-            raise ValueError(f"{name} holds keys of {saved_tap}; --knn-keytype says {key_tap}")
+            raise ValueError(
+                f"{name} holds keys of {saved_tap}; --knn-keytype says {key_tap}: give {saved_tap}, or save it anew"
+            )
         if dictionary_size is not None:
             self._require_dictionary(name, dictionary_digest, dictionary_size)
         return self
@@ -222,13 +226,20 @@ def _why_not_there(prefix: str | Path) -> str:
         rows, of = state.get("rows_done", 0), state.get("signature", {}).get("rows", "?")
         return f"datastore {str(prefix)!r} is not complete ({rows} of {of} rows); resume with the same command"
     if found and not found[0].values.exists():
-        return f"datastore {str(prefix)!r} is not complete: {found[0].keys} exists, {found[0].values} does not"
+        return (
+            f"datastore {str(prefix)!r} is not complete: {found[0].keys} exists, {found[0].values} does not; copy it "
+            "too, or save the store again"
+        )
     if found:
         return (
             f"{found[0].keys} has no metadata ({prefix}.json) and its type or size is not as stated; files of the "
-            "original programs need their --dstore-size, and --dstore-fp16 if they hold float16"
+            "original programs need their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
+            "hold float16"
         )
-    return f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists"
+    return (
+        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; eval_lm.py "
+        "--save-knnlm-dstore saves one"
+    )
 
 
 def _rows_of(names: StoreFiles, dim: int, size: int | None, dtype: str) -> int:
@@ -277,6 +288,7 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> Array:
     held, needed = path.stat().st_size, int(np.prod(shape)) * np.dtype(dtype).itemsize
     if held != needed:
         raise ValueError(
-            f"{path} holds {held} bytes; {shape[0]} rows of {dtype} take {needed}: it is truncated or swapped"
+            f"{path} holds {held} bytes; {shape[0]} rows of {dtype} take {needed}: it is truncated or of another "
+            "store; copy it again, or save the store again"
         )
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)

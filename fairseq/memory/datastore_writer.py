@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
+from fairseq.disk import naming
 from fairseq.memory.files import (
     BLOCK_BYTES,
     FORMAT_VERSION,
@@ -155,14 +156,16 @@ class DatastoreWriter:
         data = rows.reshape(-1).view(np.uint8).data
         # Plain writes, not a memory map: dirty pages of a map count as this process's memory until the kernel writes
         # them, so that it would seem to grow with the store.
-        file.write(data)
+        with naming(file.name):
+            file.write(data)
         self._sums[part].update(data)
 
     def _record(self, *, finishing: bool) -> None:
         """Put the rows safely on disk, then note how many they are."""
         for file in (self._keys, self._values):
-            file.flush()
-            os.fsync(file.fileno())
+            with naming(file.name):
+                file.flush()
+                os.fsync(file.fileno())
         state: dict[str, Any] = {"signature": self._signature, "rows_done": self.rows_done, "cursor": self.cursor}
         state["checksums"] = {part: sums.state() for part, sums in self._sums.items()}
         write_json(self._names.progress, state | {"finishing": finishing})

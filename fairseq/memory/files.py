@@ -13,9 +13,13 @@ from typing import Any
 
 import numpy.typing as npt
 
+from fairseq.disk import replacing
+
 FORMAT_VERSION = 1
 KEY_DTYPES = ("float32", "float16")
 Array = npt.NDArray[Any]
+
+_WAY_OUT = "copy it again, or remove it and run the command that writes it"
 
 BLOCK_BYTES = 64 << 20
 """A checksum covers this many bytes, so that a flipped bit in a store of hundreds of GB is found near its place."""
@@ -41,13 +45,11 @@ class StoreFiles:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace a JSON file so that a reader, or we after a kill, sees the old one or the new one, whole."""
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
+    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,9 +57,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); it is damaged or not ours") from None
+        raise ValueError(f"{path} is not JSON ({error}); it is damaged or not ours: {_WAY_OUT}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object; it is damaged or not ours")
+        raise ValueError(f"{path} does not hold a JSON object; it is damaged or not ours: {_WAY_OUT}")
     return content
 
 
@@ -69,7 +71,7 @@ def may_create_in(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write in {str(folder)!r}: {error.strerror or error}") from None
+        raise OSError(f"cannot write in {str(folder)!r}: {error.strerror or error}; choose another folder") from None
 
 
 @contextmanager

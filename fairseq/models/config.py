@@ -11,6 +11,8 @@ from fairseq.config import build, flag, flag_names, int_list
 KEY_TAPS = ("last_ffn_input", "model_output", "separated_head")
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool, int), "str": (str,)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerLMConfig:
@@ -78,6 +80,7 @@ class TransformerLMConfig:
     """Which inner state is a memory's key; separated_head is a linear map of last_ffn_input that is learned with it."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name in ("adaptive_softmax_cutoff", "adaptive_input_cutoff", "decoder_layers_to_keep"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
         for name in ("decoder_output_dim", "decoder_input_dim"):  # they follow the layers' width unless they are given
@@ -85,6 +88,14 @@ class TransformerLMConfig:
         self._check_choices()
         self._check_ranges()
         self._check_adaptive()
+
+    def _check_types(self) -> None:
+        """A flag's value has its type; an override's, or that of a damaged checkpoint, can have any."""
+        for field in fields(self):
+            kind, _, optional = str(field.type).partition(" | ")
+            types, value = _TYPES.get(kind), getattr(self, field.name)
+            if types is not None and not isinstance(value, types) and not (optional and value is None):
+                raise ValueError(f"{flag_names(field)[0]} {value!r} is a {type(value).__name__}, {kind} is needed")
 
     def _check_choices(self) -> None:
         if self.character_embeddings:
@@ -163,6 +174,21 @@ def model_config_from(values: Mapping[str, Any]) -> TransformerLMConfig:
     Raises: ValueError when the values contradict each other.
     """
     return build(TransformerLMConfig, values)
+
+
+# What a run may change when it goes on: regularisation, and what else leaves the computation of an input alone.
+_MAY_CHANGE = ("drop", "max_target_positions", "decoder_layers_to_keep", "knn_keytype")
+
+
+def require_same_architecture(path: str, saved: TransformerLMConfig, asked: TransformerLMConfig) -> None:
+    """Raise ValueError for a setting in which the checkpoint at ``path`` and the flags describe different models."""
+    for field in fields(TransformerLMConfig):
+        before, now = getattr(saved, field.name), getattr(asked, field.name)
+        if before != now and not any(part in field.name for part in _MAY_CHANGE):
+            raise ValueError(
+                f"{path} is a model with {flag_names(field)[0]} {before}, the flags ask for {now}: it is another "
+                "architecture; give the flags it was trained with, or another --save-dir"
+            )
 
 
 def _spelling(name: str) -> str:

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import flag, float_list
-
-
-def _at_least_zero(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
+from fairseq.config import flag, float_list, require_at_least
 
 
 def _pair(name: str, value: tuple[float, ...]) -> None:
@@ -33,7 +27,7 @@ class AdamConfig:
         _pair("--adam-betas", self.adam_betas)
         if not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam-betas must lie in [0, 1), got {self.adam_betas}")
-        _at_least_zero(adam_eps=self.adam_eps, weight_decay=self.weight_decay)
+        require_at_least(0, adam_eps=self.adam_eps, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +40,7 @@ class NagConfig:
     """Fraction of each weight taken off at an update, times the learning rate."""
 
     def __post_init__(self) -> None:
-        _at_least_zero(momentum=self.momentum, weight_decay=self.weight_decay)
+        require_at_least(0, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +53,7 @@ class SgdConfig:
     """Fraction of each weight added to its gradient."""
 
     def __post_init__(self) -> None:
-        _at_least_zero(momentum=self.momentum, weight_decay=self.weight_decay)
+        require_at_least(0, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +87,7 @@ class AdafactorConfig:
             raise ValueError(f"--beta1 must lie in [0, 1), got {self.beta1}")
         if self.warmup_init and not self.relative_step:
             raise ValueError("--warmup-init needs --relative-step; with --lr, warm up by the schedule instead")
-        _at_least_zero(weight_decay=self.weight_decay)
+        require_at_least(0, weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +102,7 @@ class FixedConfig:
     """Raise the rate linearly over this many updates."""
 
     def __post_init__(self) -> None:
-        _at_least_zero(lr_shrink=self.lr_shrink, warmup_updates=self.warmup_updates)
+        require_at_least(0, lr_shrink=self.lr_shrink, warmup_updates=self.warmup_updates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +125,7 @@ class CosineConfig:
     def __post_init__(self) -> None:
         if self.t_mult < 1:
             raise ValueError(f"--t-mult must be at least 1, got {self.t_mult}; periods do not get shorter")
-        _at_least_zero(max_lr=self.max_lr, lr_shrink=self.lr_shrink, warmup_updates=self.warmup_updates)
+        require_at_least(0, max_lr=self.max_lr, lr_shrink=self.lr_shrink, warmup_updates=self.warmup_updates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +138,7 @@ class InverseSqrtConfig:
     """Rate at the start of the warm-up; -1 for 0, or for --lr when there is no warm-up."""
 
     def __post_init__(self) -> None:
-        _at_least_zero(warmup_updates=self.warmup_updates)
+        require_at_least(0, warmup_updates=self.warmup_updates)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +157,9 @@ class PolynomialDecayConfig:
     """Update at which the descent ends."""
 
     def __post_init__(self) -> None:
-        _at_least_zero(warmup_updates=self.warmup_updates, end_learning_rate=self.end_learning_rate, power=self.power)
+        require_at_least(
+            0, warmup_updates=self.warmup_updates, end_learning_rate=self.end_learning_rate, power=self.power
+        )
         if self.total_num_update <= self.warmup_updates:
             raise ValueError(
                 f"--total-num-update {self.total_num_update} must be larger than --warmup-updates {self.warmup_updates}"
@@ -190,4 +186,6 @@ class PlateauConfig:
     def __post_init__(self) -> None:
         if not 0 < self.lr_shrink < 1:
             raise ValueError(f"--lr-shrink must lie between 0 and 1, got {self.lr_shrink}")
-        _at_least_zero(lr_threshold=self.lr_threshold, lr_patience=self.lr_patience, warmup_updates=self.warmup_updates)
+        require_at_least(
+            0, lr_threshold=self.lr_threshold, lr_patience=self.lr_patience, warmup_updates=self.warmup_updates
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
 
@@ -25,5 +25,4 @@ class LanguageModelingConfig:
     """Longest input of the model; by default --tokens-per-sample."""
 
     def __post_init__(self) -> None:
-        if self.tokens_per_sample < 1:
-            raise ValueError(f"--tokens-per-sample must be at least 1, got {self.tokens_per_sample}")
+        require_at_least(1, tokens_per_sample=self.tokens_per_sample, max_target_positions=self.max_target_positions)

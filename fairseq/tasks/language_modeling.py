@@ -52,8 +52,12 @@ class LanguageModelingTask:
         """
         folders = self.folders
         path = os.path.join(folders[(epoch - 1) % len(folders)], split)
-        if not os.path.exists(path + ".bin") or not os.path.exists(path + ".idx"):
-            here = sorted(name[:-4] for name in os.listdir(os.path.dirname(path)) if name.endswith(".idx"))
+        missing = [path + end for end in (".bin", ".idx") if not os.path.exists(path + end)]
+        if len(missing) == 1:
+            raise ValueError(f"split {split!r} is not whole: {missing[0]} is missing; run preprocess.py again")
+        if missing:
+            folder = os.path.dirname(path)
+            here = sorted(name[:-4] for name in os.listdir(folder) if name.endswith(".idx"))
             raise ValueError(
                 f"no split {split!r} at {path}.bin/.idx; the folder holds: {', '.join(here) or 'no binarised text'}"
             )
@@ -62,13 +66,18 @@ class LanguageModelingTask:
     def blocks(self, split: str, block_size: int | None = None, epoch: int = 1) -> MonolingualDataset:
         """The blocks of a split, each with the token before it. ``block_size`` defaults to --tokens-per-sample.
 
-        Raises: ValueError when the text holds tokens the dictionary has not.
+        Raises: ValueError when there is no text, or it holds tokens the dictionary has not.
         """
         prefix = self.prefix(split, epoch)
         text = MMapIndexedDataset(prefix)
         self._require_known_tokens(text.tokens, prefix)
         size = block_size or self.config.tokens_per_sample
         cut = TokenBlockDataset(text.tokens, text.sizes, size, self.config.sample_break_mode)
+        if not len(cut):
+            raise ValueError(
+                f"split {split!r} is empty: {prefix}.bin holds {len(text.tokens)} tokens and no block; name another "
+                "split, or run preprocess.py on a text with words"
+            )
         dataset = MonolingualDataset(cut, pad=self.dictionary.pad(), eos=self.dictionary.eos(), **self._bos_setting())
         logger.info("%s: %d tokens in %d blocks of at most %d", prefix, len(text.tokens), len(cut), size)
         return dataset
@@ -119,7 +128,10 @@ class LanguageModelingTask:
                 "%d of %d blocks are longer than the model's positions and are left out", len(dropped), count
             )
         if not len(kept):
-            raise ValueError(f"no block is left to train or validate on: {count} blocks, {len(dropped)} too long")
+            raise ValueError(
+                f"all {count} blocks are longer than the model's {max_positions or self.max_positions} positions; "
+                "lower --tokens-per-sample, or raise --max-target-positions"
+            )
         return batch_by_size(kept, dataset.sizes, max_tokens, max_sentences, multiple)
 
     def iterator(

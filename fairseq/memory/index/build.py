@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.disk import naming
 from fairseq.memory.datastore import Datastore
 from fairseq.memory.files import Array, StoreFiles, locked, may_create_in, read_json, write_json
 from fairseq.memory.index.build_config import BuildConfig
@@ -204,7 +205,7 @@ def _encode(
     """Append the codes of all rows from ``done`` on to the codes file."""
     if done:
         logger.info("going on at row %d of %d", done, len(store))
-    with open(files.codes, "r+b" if done else "wb") as file:
+    with naming(files.codes), open(files.codes, "r+b" if done else "wb") as file:
         file.truncate(done * builder.code_bytes)
         file.seek(done * builder.code_bytes)
         recorded = done

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.disk import replacing
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.bulk_search import bulk_search
@@ -104,7 +105,10 @@ class FaissIndex:
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
         except RuntimeError as error:
-            raise ValueError(f"{path} is not a whole faiss index: {str(error).splitlines()[-1]}; rebuild it") from None
+            raise ValueError(
+                f"{path} is not a whole faiss index: cut short, damaged or another kind of file; rebuild it with "
+                "build_dstore.py"
+            ) from error
         return cls(index, metric, str(path))
 
     def made_of(self) -> str | None:
@@ -293,11 +297,11 @@ class FaissBuilder:
 
     def save(self, path: Path) -> None:
         """Write the index so that the name stands for a whole file or none."""
-        aside = path.with_name(path.name + ".tmp")
-        _faiss().write_index(self._index, str(aside))
-        with open(aside, "rb") as file:
+        # Through Python's file: faiss's own writer does not notice when the last bytes find no room (faiss 1.12).
+        with replacing(path) as aside, open(aside, "wb") as file:
+            _faiss().write_index(self._index, _faiss().PyCallbackIOWriter(file.write))
+            file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
 
     @property
     def code_bytes(self) -> int:
