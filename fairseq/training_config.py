@@ -216,6 +216,6 @@ def require_same_parts(
         if before not in (None, now) and not reset:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{path} was trained with {option} {before}, now it says {now}: give {before}, or {flag_name} to go on "
-                "with the weights alone, or another --save-dir"
+                f"{path} was trained with {option} {before}, now it says {now}: give {before}, or {flag_name} to start "
+                "that afresh, or another --save-dir"
             )

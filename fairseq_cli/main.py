@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 logger = logging.getLogger(__name__)
 
 _NO_ROOM = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would be larger than is allowed here (ulimit -f)",
+    errno.ENOSPC: "no space left on the disk; free some",
+    errno.EDQUOT: "the disk quota is used up; free some",
+    errno.EFBIG: "files may not grow so large here; raise the limit (ulimit -f)",
 }
 
 
@@ -53,11 +53,11 @@ def _in_one_line(error: BaseException) -> str:
     message = " ".join(str(error).split()) or type(error).__name__
     if not isinstance(error, OSError):
         return message
-    where = f" ({error.filename})" if error.filename else ""
     if error.errno in _NO_ROOM:
+        where = f"{error.filename}: " if error.filename else ""
         return (
-            f"{_NO_ROOM[error.errno]}{where}; make room and run the same command again: training, saving a store and "
-            "building an index go on where they were"
+            f"{where}{_NO_ROOM[error.errno]} and run the same command again: training, saving a store and building an "
+            "index go on where they were"
         )
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file: {error.filename}"

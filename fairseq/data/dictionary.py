@@ -123,6 +123,10 @@ class Dictionary:
                     ) from error
                 except ValueError as error:
                     raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
+        if len(dictionary) == dictionary.nspecial:
+            raise ValueError(
+                f"{os.fspath(path)} holds no symbol; preprocess.py makes a dictionary of --trainpref's text"
+            )
         return dictionary
 
     def _add_line(self, line: str) -> None:
