@@ -137,8 +137,8 @@ def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
     )
     if not len(kept):
         raise ValueError(
-            f"nothing to score: this part of {config.gen_subset} has {len(order)} blocks, all longer than the model's "
-            f"{limit} positions; --score-all cuts them, fewer --num-shards make larger parts"
+            f"nothing to score: of the {len(order)} blocks in this part of {config.gen_subset} none is within the "
+            f"model's {limit} positions; --score-all cuts them, fewer --num-shards make larger parts"
         )
     batches = _batches(dataset, kept, data, in_order=in_order)
     scored = int(blocks.sizes[kept].sum())

@@ -97,7 +97,7 @@ def _save(settings: Settings, evaluation: Evaluation, scorer: Any) -> None:
     tap = evaluation.key_tap
     dictionary = evaluation.task.dictionary
     prefix = str(memory_config.dstore_mmap)
-    writer = DatastoreWriter(
+    with DatastoreWriter(
         prefix,
         num_rows=num_rows(evaluation, knn.dstore_size),
         dim=evaluation.models[0].key_dim(tap),
@@ -113,8 +113,8 @@ def _save(settings: Settings, evaluation: Evaluation, scorer: Any) -> None:
             "batches": len(evaluation.batches),
             "with_scores": memory_config.score_while_saving,
         },
-    )
-    loss, seconds = save_datastore(evaluation, scorer, writer, with_scores=memory_config.score_while_saving)
+    ) as writer:
+        loss, seconds = save_datastore(evaluation, scorer, writer, with_scores=memory_config.score_while_saving)
     scored, total = evaluation.num_scored_tokens, evaluation.num_total_tokens
     rate = scored / seconds if seconds else 0.0
     figures: dict[str, Any] = {"rows": writer.num_rows, "num_tokens": scored, "num_total_tokens": total}
