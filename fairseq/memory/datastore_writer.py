@@ -87,8 +87,12 @@ class DatastoreWriter:
     def __enter__(self) -> DatastoreWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, failure: object, *_: object) -> None:
+        try:
+            self.close()
+        except OSError:  # closing writes what is buffered, and fails as the write before did, without the file's name
+            if failure is None:
+                raise
 
     def append(self, keys_ND: Array | Tensor, values_N: Array | Tensor) -> None:
         """Add rows at the end.

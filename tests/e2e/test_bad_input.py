@@ -5,6 +5,7 @@ The commands run in this process (importing PyTorch takes seconds), through the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -13,7 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -353,15 +354,33 @@ def test_a_full_disk(training: Told, evaluated: Told, told: Told, store: Path, t
     assert {path.name for path in tmp_path.iterdir()} == {"run", "d_keys.npy.tmp", "d_vals.npy.tmp"}
 
 
-def test_an_index_whose_last_bytes_find_no_room_is_none(told: Told, store: Path, tmp_path: Path) -> None:
-    """faiss's own writer drops what is left in its buffer and says nothing to the program."""
+@contextlib.contextmanager
+def file_sizes_up_to(size: int) -> Iterator[None]:
+    """Stands for a disk that gets full in the middle of a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(f"{store}.l2").stat().st_size - 10, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        words = ("--dstore_mmap", store, "--faiss_index", tmp_path / "i", "--index", "flat")
-        line = told("build_dstore.py", *words)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_store_goes_on_when_there_is_room_again(
+    evaluated: Told, data_bin: Path, trained: Path, store: Path, tmp_path: Path
+) -> None:
+    words = ("--gen-subset", "train", "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "d")
+    with file_sizes_up_to(40_000):
+        line = evaluated(*words)
+    assert f"{tmp_path / 'd_keys.npy.tmp'}: files may not grow so large here" in line
+    eval_lm.main([*map(str, (data_bin, "--path", trained / "checkpoint_best.pt", *EVAL, *words))])
+    assert (tmp_path / "d_keys.npy").read_bytes() == Path(f"{store}_keys.npy").read_bytes()
+
+
+def test_an_index_whose_last_bytes_find_no_room_is_none(told: Told, store: Path, tmp_path: Path) -> None:
+    """faiss's own writer drops what is left in its buffer and says nothing to the program."""
+    words = ("--dstore_mmap", store, "--faiss_index", tmp_path / "i", "--index", "flat")
+    with file_sizes_up_to(Path(f"{store}.l2").stat().st_size - 10):
+        line = told("build_dstore.py", *words)
     assert f"{tmp_path / 'i.l2'}: files may not grow so large here" in line
     assert not (tmp_path / "i.l2").exists()
     build_dstore.main([str(word) for word in words])

@@ -297,7 +297,7 @@ class FaissBuilder:
 
     def save(self, path: Path) -> None:
         """Write the index so that the name stands for a whole file or none."""
-        # Through Python's file: faiss's own writer does not notice when the last bytes find no room (faiss 1.12).
+        # Through Python's file: faiss's own writer does not notice when the last bytes find no room (faiss 1.15).
         with replacing(path) as aside, open(aside, "wb") as file:
             _faiss().write_index(self._index, _faiss().PyCallbackIOWriter(file.write))
             file.flush()
