@@ -45,7 +45,9 @@ def evaluation(data: str, checkpoint: str, more: str) -> Any:
     from fairseq.options import parse_eval_lm
     from fairseq.perplexity import PerplexityReport
     from fairseq_cli.eval_lm_trime import open_memories
+    from fairseq_cli.main import keep_freed_memory
 
+    keep_freed_memory()
     words = [data, "--path", checkpoint, "--gen-subset", "valid", *EVALUATION.split(), *more.split()]
     settings = parse_eval_lm(words, "eval_lm-trime.py")
     opened = open_evaluation(settings, in_order=True)

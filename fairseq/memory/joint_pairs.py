@@ -26,8 +26,9 @@ from fairseq.memory.joint_stream import (
     rows_and_stairs,
     scores,
 )
-from fairseq.memory.joint_weigh import LOWEST, Weigher, row_groups
+from fairseq.memory.joint_weigh import Weigher, row_groups
 from fairseq.memory.same_token import TokenPlaces
+from fairseq.memory.scoring import LOWEST
 from fairseq.memory.visibility import LOCAL, SegmentStrip, segment_strips
 
 # All rows share one exponent as shift. Within these bounds nothing that counts over- or underflows in float32.

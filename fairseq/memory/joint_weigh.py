@@ -12,10 +12,9 @@ from torch import Tensor
 
 from fairseq.memory.joint_stream import CHUNK, Positions
 from fairseq.memory.same_token import TokenPlaces
+from fairseq.memory.scoring import LOWEST
 from fairseq.memory.visibility import Rule, Strip
 
-# exp(-80) is nothing beside 1 in any precision, but where the result underflows exp takes 50 times as long.
-LOWEST = -80.0
 _MAX_PAIRS = 1 << 20
 _MAX_CHUNK_ROWS = 128
 

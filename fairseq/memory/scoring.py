@@ -13,6 +13,10 @@ from torch import Tensor
 
 from fairseq.memory.types import Candidates, LogSums
 
+# exp(-80) is nothing beside 1 in any precision, but where the result underflows exp takes 50 times as long.
+LOWEST = -80.0
+_FAR = math.exp(-50.0)  # beside this a million candidates at LOWEST do not show
+
 
 def check_temperature(temperature: float) -> None:
     """Raise ValueError unless ``temperature`` is a positive number."""
@@ -28,7 +32,40 @@ def check_weight(weight: float, name: str = "weight") -> None:
 
 def masked_logsumexp(scores_NM: Tensor, keep_NM: Tensor) -> Tensor:
     """Log of the sum of ``exp(scores)`` where ``keep``, (N,); -inf with a zero gradient for a row without any."""
-    return torch.logsumexp(scores_NM.masked_fill(~keep_NM, -torch.inf), dim=-1)
+    share_NM, top_N = _shares(scores_NM, keep_NM)
+    return _log_of_sum(share_NM.sum(1), top_N)
+
+
+def _shares(scores_NM: Tensor, keep_NM: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``exp(score - top)`` and each row's largest score, -inf where it keeps none; what is not kept is nearly 0.
+
+    All is kept where ``keep_NM`` is None.
+    """
+    if not scores_NM.shape[1]:
+        return scores_NM, scores_NM.new_full(scores_NM.shape[:1], -torch.inf)
+    if keep_NM is None:
+        seen_NM, top_N = scores_NM, scores_NM.detach().amax(1)
+    else:
+        # masked_fill takes ten times as long: it is not vectorized, nor is the conversion of booleans.
+        seen_NM = torch.minimum(scores_NM, _zero_or_one(keep_NM, scores_NM.dtype).sub_(0.5).mul_(torch.inf))
+        top_N = seen_NM.detach().amax(1)
+        if math.isnan(top_N.sum()):  # what is not kept may be nan
+            seen_NM = scores_NM.masked_fill(~keep_NM, -torch.inf)
+            top_N = seen_NM.detach().amax(1)
+    shift_N1 = top_N.clamp(min=torch.finfo(top_N.dtype).min)[:, None]
+    return torch.sub(seen_NM, shift_N1).clamp_(min=LOWEST).exp_(), top_N
+
+
+def _zero_or_one(flag_NM: Tensor, dtype: torch.dtype) -> Tensor:
+    return flag_NM.contiguous().view(torch.uint8).to(dtype)
+
+
+def _log_of_sum(share_N: Tensor, top_N: Tensor) -> Tensor:
+    """Log-sum from a sum of shares; -inf with a zero gradient where there is nothing."""
+    if not share_N.requires_grad:
+        return share_N.log_().add_(top_N)
+    nothing_N = torch.isneginf(top_N) | (share_N == 0.0)
+    return share_N.masked_fill(nothing_N, 1.0).log().add(top_N.masked_fill(nothing_N, -torch.inf))
 
 
 def log_add(a: Tensor, b: Tensor) -> Tensor:
@@ -48,9 +85,18 @@ def log_sums(found: Candidates, target_N: Tensor, temperature: float) -> LogSums
     Raises: ValueError if temperature <= 0.
     """
     check_temperature(temperature)
-    scores_NM = found.scores_NM / temperature
-    hit_N = masked_logsumexp(scores_NM, found.keep_NM & found.same_token(target_N))
-    return LogSums(hit_N, masked_logsumexp(scores_NM, found.keep_NM))
+    scores_NM = found.scores_NM if temperature == 1.0 else found.scores_NM / temperature
+    is_hit_NM = found.same_token(target_N, scores_NM.dtype)
+    keep_NM = None if found.keeps_all() else found.keep_NM
+    if keep_NM is not None:
+        is_hit_NM *= _zero_or_one(keep_NM, scores_NM.dtype)
+    share_NM, top_N = _shares(scores_NM, keep_NM)
+    hit_share_N = (share_NM * is_hit_NM).sum(1)
+    far_N = (hit_share_N > 0.0) & (hit_share_N < _FAR)
+    hit_N = _log_of_sum(hit_share_N, top_N)
+    if far_N.any():  # next to the best candidate these are nothing, but on their own they are something
+        hit_N = hit_N.masked_scatter(far_N, masked_logsumexp(scores_NM[far_N], is_hit_NM[far_N] > 0))
+    return LogSums(hit_N, _log_of_sum(share_NM.sum(1), top_N))
 
 
 def knn_logp(found: Candidates, target_N: Tensor, temperature: float) -> Tensor:

@@ -57,9 +57,15 @@ class Candidates:
         assert self.scores_NM.shape == self.keep_NM.shape, (self.scores_NM.shape, self.keep_NM.shape)
         assert self.keep_NM.dtype == torch.bool, self.keep_NM.dtype
 
-    def same_token(self, target_N: Tensor) -> Tensor:
-        """bool (N, M): whether the candidate's token is the position's target."""
-        return self.values_NM == target_N[:, None]
+    def same_token(self, target_N: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
+        """(N, M): whether the candidate's token is the position's target; as 0 and 1 in a ``dtype`` of numbers."""
+        out_NM = torch.empty(self.scores_NM.shape, dtype=dtype, device=target_N.device)
+        # In 32 bits: comparing is vectorized where the types are of one width.
+        return torch.eq(self.values_NM.int(), target_N.int()[:, None], out=out_NM)
+
+    def keeps_all(self) -> bool:
+        """Whether every position may use every candidate."""
+        return not self.keep_NM.numel() or bool(self.keep_NM.contiguous().view(torch.uint8).amin())
 
 
 @dataclass(frozen=True)
