@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.low_precision import LOW_GROUP, Int8Keys, Int8Queries, low_scores
+from fairseq.memory.index.places import places, true_places
 from fairseq.memory.threads import map_in_threads
 
 _BLOCK_SCORES = 4 << 20  # 16 MB: larger blocks leave the processor's cache between the passes over them
@@ -136,7 +137,7 @@ class _Search:
             # A matrix product rounds as its shape has it; these do not, so that a bulk of any size scores the same.
             query_H = part[row]
             scores_H = self._lists.products(self._query_ND, query_H, keys_MD, col)
-            true = _true(scores_H >= lowest_N[row])
+            true = true_places(scores_H >= lowest_N[row])
             hits.append(_Hits(query_H[true], ids_M[col[true]], scores_H[true]))
         return hits
 
@@ -160,11 +161,11 @@ class _Search:
             threshold_N = best_NC.topk(self._k, dim=1, sorted=False).values.amin(1).maximum(threshold_N)
             if raises:
                 self._threshold_N[part] = threshold_N
-        row, col = _places(best_NC >= threshold_N[:, None])
-        hit, step = _places(grouped_NGC.transpose(1, 2)[row, col] >= threshold_N[row, None])
+        row, col = places(best_NC >= threshold_N[:, None])
+        hit, step = places(grouped_NGC.transpose(1, 2)[row, col] >= threshold_N[row, None])
         row, at = row[hit], step * cols + col[hit]
         if group * cols < size:
-            more_row, more_at = _places(scores_NM[:, group * cols :] >= threshold_N[:, None])
+            more_row, more_at = places(scores_NM[:, group * cols :] >= threshold_N[:, None])
             row, at = torch.cat([row, more_row]), torch.cat([at, more_at + group * cols])
         return row, at
 
@@ -182,24 +183,12 @@ def _low_reaching(low_NM: Tensor, low_N: Tensor, size: int) -> tuple[Tensor, Ten
     As in ``_reaching``, groups first; here neighbouring columns are a group, whose scores share a line of the cache.
     """
     low_HG = low_NM.view(-1, LOW_GROUP)
-    row, col = _places(low_HG.amax(1).view(len(low_NM), -1) >= low_N[:, None])
+    row, col = places(low_HG.amax(1).view(len(low_NM), -1) >= low_N[:, None])
     inside_HG = low_HG.index_select(0, row * (low_NM.shape[1] // LOW_GROUP) + col)
-    hit, step = _places(inside_HG >= low_N[row, None])
+    hit, step = places(inside_HG >= low_N[row, None])
     row, at = row[hit], col[hit] * LOW_GROUP + step
-    real = _true(at < size)
+    real = true_places(at < size)
     return row[real], at[real]
-
-
-def _true(mask_H: Tensor) -> Tensor:
-    """Places where a mask is true. NumPy lists them several times faster than torch."""
-    return torch.from_numpy(np.flatnonzero(mask_H.numpy()))
-
-
-def _places(mask_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of what is true."""
-    flat = _true(mask_NC)
-    row = torch.div(flat, max(1, mask_NC.shape[1]), rounding_mode="floor")
-    return row, flat - row * mask_NC.shape[1]
 
 
 def _flat(ids_NK: Tensor, scores_NK: Tensor) -> _Hits:
@@ -223,14 +212,14 @@ def _best(hits: list[_Hits], count: int, k: int) -> tuple[Tensor, Tensor]:
     order_H = (falling_H << 16) | (ids_H & 0xFFFF)
 
     def put(first: int) -> None:
-        mine = _true((query_H >= first) & (query_H < first + step))
+        mine = true_places((query_H >= first) & (query_H < first + step))
         query = query_H[mine] - first
         # NumPy sorts integers with vector instructions, several times faster than torch.
         order = torch.from_numpy(np.argsort(((query << 48) | order_H[mine]).numpy()))
         mine, query = mine[order], query[order]
         counts = torch.bincount(query, minlength=step)
         rank = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
-        keep = _true(rank < k)
+        keep = true_places(rank < k)
         mine, place = mine[keep], (query[keep] + first) * k + rank[keep]
         ids_NK.view(-1).scatter_(0, place, ids_H[mine])
         scores_NK.view(-1).scatter_(0, place, scores_H[mine])
