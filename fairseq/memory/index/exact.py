@@ -144,17 +144,15 @@ class _Search:
 
 def _filter(keys: Array, metric: Metric, query_ND: Tensor) -> Filter:
     """The fastest way to pass over the keys here."""
-    with_offset = metric is Metric.L2
-    if len(query_ND) < _FEW_QUERIES:
-        return FloatFilter(query_ND, with_offset=with_offset)
-    if torch.cpu._is_amx_tile_supported():
-        return FloatFilter(query_ND, with_offset=with_offset, dtype=torch.bfloat16)
-    if not has_fast_int8():
-        return FloatFilter(query_ND, with_offset=with_offset)
     step = max(1, len(keys) // _SAMPLE_ROWS)
     sample_MD = as_tensor(np.ascontiguousarray(keys[::step][:_SAMPLE_ROWS])).float()
     sample_MD = normalized(sample_MD) if metric is Metric.COS else sample_MD
-    return Int8Filter(query_ND, sample_MD, with_offset=with_offset)
+    many, with_offset = len(query_ND) >= _FEW_QUERIES, metric is Metric.L2
+    if many and torch.cpu._is_amx_tile_supported():
+        return FloatFilter(query_ND, sample_MD, with_offset=with_offset, dtype=torch.bfloat16)
+    if many and has_fast_int8():
+        return Int8Filter(query_ND, sample_MD, with_offset=with_offset)
+    return FloatFilter(query_ND, sample_MD, with_offset=with_offset)
 
 
 class _Group:
@@ -188,7 +186,7 @@ class _Group:
         open_Q = torch.isneginf(self.threshold_Q)
         if bool(open_Q.any()) and block.num_rows >= self.k:
             best_QK = raw_QM[:, : block.num_rows].topk(self.k, dim=1, sorted=False).values
-            known_Q = best_QK.amin(1).double() * scale + shift_Q - margin_Q
+            known_Q = best_QK.amin(1).double() * scale + (shift_Q - margin_Q)
             self.threshold_Q = torch.maximum(self.threshold_Q, known_Q.float())
         row, col = _reaching(raw_QM, _raw(self.threshold_Q, scale, shift_Q, margin_Q, by.dtype), block.num_rows)
         low_H = raw_QM.view(-1).index_select(0, row * size + col).double() * scale

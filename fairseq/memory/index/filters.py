@@ -18,9 +18,9 @@ GROUP = 32
 """Blocks are filled up to a multiple of this; torch's maximum over so many neighbours is its fastest."""
 _CHUNK_ROWS = 256  # of keys rounded at a time: they stay in the cache between the passes
 _LEVELS = 127
-# With the dither the errors of a product's terms are independent and of mean zero, whatever the data: a sum beyond
-# this many steps times the other vector's length has a chance of 1e-20 (Hoeffding's inequality).
-_DITHERED = math.sqrt(0.5 * math.log(2e20))
+# Rounding x as floor(x + u) + 1/2 - u, u drawn once per column, makes errors that are uniform, independent and of mean
+# zero whatever x is. A sum of them beyond this many steps times the other vector's length has a chance of 1e-15.
+_DITHERED = math.sqrt(2 * math.log(2e15) / 12)
 # A float32 product of vectors is off by a few units in the seventh place of their lengths.
 _ROUNDING = 2e-6
 _BF16_ROUNDING = 2.0**-8 + 2.0**-16 + _ROUNDING  # of both factors
@@ -35,7 +35,7 @@ class Block:
     step: float
     """One unit of the approximate scores is this many true ones, times the queries' step."""
     shift_D: Tensor
-    """What was taken off every key: the product with it is the same for all keys."""
+    """A part of every key that the approximate scores leave out: the product with it is the same for all keys."""
     size: float
     """Length of the longest key, less the shift."""
     offset: float
@@ -77,52 +77,59 @@ class Int8Filter:
         width = query_ND.shape[1]
         self.with_offset = with_offset
         self.mean_D = sample_MD.float().mean(0)
-        # Where keys reach far and queries do not, keys are made smaller and queries larger by the same factor.
-        key_D = (sample_MD.float() - self.mean_D).abs_().amax(0).clamp_(min=1e-20)
-        query_D = query_ND.abs().amax(0).clamp_(min=1e-20)
-        self.balance_D = (query_D / key_D).sqrt_()
-        self.balance_D /= self.balance_D.log().mean().exp()
-        self.dither_D = torch.rand(width, generator=torch.Generator().manual_seed(width))
+        self.balance_D = balance(query_ND, sample_MD.float() - self.mean_D)
+        generator = torch.Generator().manual_seed(width)
+        self.key_dither_D, query_dither_D = torch.rand(2, width, generator=generator)
         balanced_ND = query_ND / self.balance_D
         self.step = max(float(balanced_ND.abs().amax()) if len(query_ND) else 0.0, 1e-30) / _LEVELS
         self.size_N = torch.linalg.vector_norm(balanced_ND, dim=1)
-        self.columns = max(4, width // 256 * 4) if with_offset else 0
+        self.columns = max(4, width // 256 * 4)
         padding = -(width + self.columns) % 4
         self.low_ND = torch.zeros(len(query_ND), width + self.columns + padding, dtype=torch.int8)
-        self.low_ND[:, :width] = balanced_ND.div_(self.step).add_(self.dither_D.flip(0)).floor_()
+        rounded_ND = balanced_ND.div_(self.step).add_(query_dither_D).floor_()
+        self.low_ND[:, :width] = rounded_ND
         self.low_ND[:, width : width + self.columns] = _LEVELS
+        self.remainder_D = 0.5 - query_dither_D
+        self.rounded_ND = rounded_ND.add_(self.remainder_D).mul_(self.step)
         self.query_ND = query_ND
 
     def block(self, keys_MD: Tensor) -> Block:
         """See ``Filter``."""
         count, width = keys_MD.shape
-        low_MD = torch.zeros(-(-count // GROUP) * GROUP, self.low_ND.shape[1], dtype=torch.int8)
         low_D, high_D = torch.aminmax(keys_MD, dim=0)
         reach_D = torch.maximum(high_D.float() - self.mean_D, self.mean_D - low_D.float())
-        largest = max(float((reach_D * self.balance_D).amax()), 1e-30)
-        offset_M = -0.5 * squared_lengths(keys_MD) if self.with_offset else keys_MD.new_zeros(1, dtype=torch.float32)
-        middle = 0.5 * float(offset_M.amin() + offset_M.amax())
-        largest_offset = float((offset_M - middle).abs().amax())
-        if self.columns:
-            largest = max(largest, largest_offset / (self.columns * self.step * _LEVELS))
-        step = largest / _LEVELS
+        offset_M = -0.5 * squared_lengths(keys_MD) if self.with_offset else torch.zeros(count)
+        offset, largest_offset = _centred(offset_M)
+        # The columns of the offset hold it as long as a key's entries need no longer steps.
+        largest = max(float((reach_D * self.balance_D).amax()), largest_offset / (self.columns * self.step * _LEVELS))
+        step = max(largest, 1e-30) / _LEVELS
+        low_MD, rest_M, size = self._rounded(keys_MD, step)
+        # What the queries' rounding leaves out of each key's products is one more offset.
+        offset_M += rest_M.mul_(step * self.step)
+        unit = step * self.step * _LEVELS
+        # The columns of an offset differ by one where need be: their sum is off by half a step at most.
+        share_E = torch.arange(self.columns + 1) / self.columns
+        parts_ME = ((offset_M / unit)[:, None] * share_E).round_().diff(dim=1)
+        low_MD[:count, width : width + self.columns] = parts_ME.clamp_(-_LEVELS - 1, _LEVELS)
+        left_out = float((offset_M - low_MD[:count, width : width + self.columns].sum(1) * unit).abs().amax())
+        return Block(low_MD, count, step, self.mean_D, size, offset, left_out)
+
+    def _rounded(self, keys_MD: Tensor, step: float) -> tuple[Tensor, Tensor, float]:
+        """Keys in 8 bits, their products with what the queries' rounding leaves out, and the longest's length."""
+        count, width = keys_MD.shape
+        low_MD = torch.zeros(-(-count // GROUP) * GROUP, self.low_ND.shape[1], dtype=torch.int8)
         # floor((key - mean) * balance / step + dither), in two passes
         factor_D = self.balance_D / step
-        add_D = self.dither_D - self.mean_D * factor_D
-        buffer = torch.empty(_CHUNK_ROWS, width)
-        size = 0.0
+        add_D = self.key_dither_D - self.mean_D * factor_D
+        buffer, rest_M, size = torch.empty(_CHUNK_ROWS, width), torch.empty(count), 0.0
         for start in range(0, count, _CHUNK_ROWS):
             part_MD = keys_MD[start : start + _CHUNK_ROWS]
             chunk_MD = torch.mul(part_MD, factor_D, out=buffer[: len(part_MD)]).add_(add_D).floor_()
-            low_MD[start : start + len(part_MD), :width] = chunk_MD.clamp_(-_LEVELS - 1, _LEVELS)
-            size = max(size, float(chunk_MD.square_().sum(1).amax()))
-        if self.columns:
-            # The columns of an offset differ by one where need be: their sum is off by half a step at most.
-            units_M = (offset_M - middle) / (step * self.step * _LEVELS)
-            share_E = torch.arange(self.columns + 1) / self.columns
-            low_MD[:count, width : width + self.columns] = (units_M[:, None] * share_E).round_().diff(dim=1)
-        offset_error = 0.5 * step * self.step * _LEVELS if self.columns else 0.0
-        return Block(low_MD, count, step, self.mean_D, math.sqrt(size) * step, middle, offset_error)
+            chunk_MD.clamp_(-_LEVELS - 1, _LEVELS)
+            low_MD[start : start + len(part_MD), :width] = chunk_MD
+            torch.mv(chunk_MD, self.remainder_D, out=rest_M[start : start + len(part_MD)])
+            size = max(size, float(torch.linalg.vecdot(chunk_MD, chunk_MD).amax()))
+        return low_MD, rest_M, (math.sqrt(size) + 0.5 * math.sqrt(width)) * step
 
     def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
         """See ``Filter``."""
@@ -130,22 +137,29 @@ class Int8Filter:
 
     def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
         """See ``Filter``."""
-        width = self.query_ND.shape[1]
-        steps = min(_DITHERED, math.sqrt(width))
+        query_ND, size_N = self.query_ND[rows], self.size_N[rows]
+        steps = min(_DITHERED, 0.5 * math.sqrt(query_ND.shape[1]))
         # |q.k - q'.k'| <= |q.(k - k')| + |(q - q').k'|, and what rounding to float32 adds
-        margin_N = self.size_N[rows] * (steps * block.step + _ROUNDING * block.size)
+        margin_N = size_N * (steps * block.step + _ROUNDING * block.size)
         margin_N += steps * self.step * block.size + block.offset_error + _ROUNDING * abs(block.offset)
-        shift_N = torch.mv(self.query_ND[rows], block.shift_D) + block.offset
+        lengths_N = torch.linalg.vector_norm(query_ND, dim=1) * torch.linalg.vector_norm(block.shift_D)
+        margin_N += _ROUNDING * lengths_N
+        shift_N = torch.mv(query_ND, block.shift_D) + block.offset
+        shift_N += torch.mv(self.rounded_ND[rows], 0.5 - self.key_dither_D) * block.step
         return self.step * block.step, shift_N, margin_N
 
 
 class FloatFilter:
     """Products in float32, or in bfloat16 where the processor multiplies those fast."""
 
-    def __init__(self, query_ND: Tensor, *, with_offset: bool, dtype: torch.dtype = torch.float32) -> None:
-        """Take float32 queries; see ``Int8Filter``."""
+    def __init__(
+        self, query_ND: Tensor, sample_MD: Tensor, *, with_offset: bool, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """See ``Int8Filter``."""
         self.with_offset, self.dtype = with_offset, dtype
-        self.size_N = torch.linalg.vector_norm(query_ND, dim=1)
+        # The factors are multiplied as they are: here the balance only makes the bound closer.
+        self.balance_D = balance(query_ND, sample_MD.float())
+        self.size_N = torch.linalg.vector_norm(query_ND / self.balance_D, dim=1)
         # An offset is the sum of three narrow numbers, met by ones.
         ones = query_ND.new_ones(len(query_ND), 3 if with_offset else 0)
         self.low_ND = torch.cat([query_ND, ones], 1).to(dtype)
@@ -156,17 +170,14 @@ class FloatFilter:
         count, width = keys_MD.shape
         low_MD = self.low_ND.new_zeros(-(-count // GROUP) * GROUP, self.low_ND.shape[1])
         low_MD[:count, :width] = keys_MD
-        size_M = squared_lengths(keys_MD)
         middle = largest = 0.0
         if self.with_offset:
-            offset_M = -0.5 * size_M
-            middle = 0.5 * float(offset_M.amin() + offset_M.amax())
-            offset_M -= middle
-            largest = float(offset_M.abs().amax())
+            offset_M = -0.5 * squared_lengths(keys_MD)
+            middle, largest = _centred(offset_M)
             for column in range(width, width + 3):
                 low_MD[:count, column] = offset_M
                 offset_M -= low_MD[:count, column].float()
-        size = math.sqrt(float(size_M.amax()))
+        size = math.sqrt(float(squared_lengths(keys_MD, self.balance_D).amax()))
         zero_D = torch.zeros(1)
         offset_error = self.rounding * largest + _ROUNDING * abs(middle)
         return Block(low_MD, count, 1.0, zero_D, size, middle, offset_error)
@@ -182,7 +193,27 @@ class FloatFilter:
         return 1.0, torch.full_like(margin_N, block.offset), margin_N
 
 
-def squared_lengths(keys_MD: Tensor) -> Tensor:
-    """Squared length of each row, (M,) float32."""
+def _centred(offset_M: Tensor) -> tuple[float, float]:
+    """Take the middle of the range off all offsets, in place; returns it, and the largest that is left."""
+    middle = 0.5 * float(offset_M.amin() + offset_M.amax())
+    return middle, float(offset_M.sub_(middle).abs().amax())
+
+
+def balance(query_ND: Tensor, key_MD: Tensor) -> Tensor:
+    """Factors for the keys' columns, whose inverse is for the queries': then both reach equally far in each column.
+
+    Products stay as they are, and bounds on them made of lengths and largest entries are smallest.
+    """
+    key_D, query_D = (
+        x.abs().amax(0).clamp_(min=1e-20) if len(x) else x.new_ones(x.shape[1]) for x in (key_MD, query_ND)
+    )
+    factor_D = (query_D / key_D).sqrt_()
+    return factor_D / factor_D.log().mean().exp()
+
+
+def squared_lengths(keys_MD: Tensor, factor_D: Tensor | None = None) -> Tensor:
+    """Squared length of each row, its columns multiplied by the factors, (M,) float32."""
     parts = [part.float() for part in torch.split(keys_MD, _CHUNK_ROWS)]
+    if factor_D is not None:
+        parts = [part * factor_D for part in parts]
     return torch.cat([torch.linalg.vecdot(part, part) for part in parts])

@@ -1,0 +1,138 @@
+"""Exact search against brute force in float64, whatever it passes over the keys by."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fairseq.memory.index import exact
+from fairseq.memory.index.exact import ExactIndex
+from fairseq.memory.index.filters import Filter, FloatFilter, Int8Filter
+from fairseq.memory.types import Metric
+
+FILTERS = {
+    "float32": lambda query_ND, keys_MD, l2: FloatFilter(query_ND, keys_MD, with_offset=l2),
+    "bfloat16": lambda query_ND, keys_MD, l2: FloatFilter(query_ND, keys_MD, with_offset=l2, dtype=torch.bfloat16),
+    "int8": lambda query_ND, keys_MD, l2: Int8Filter(query_ND, keys_MD, with_offset=l2),
+}
+SHAPES = ("even", "clustered", "outlying", "constant", "far")
+
+
+def rows(shape: str, count: int, dim: int, seed: int) -> np.ndarray:
+    """Rows as hidden states may be: alike, with a few large columns, all the same, or far from the origin."""
+    rng = np.random.default_rng(seed)
+    made = rng.standard_normal((count, dim))
+    if shape == "clustered":
+        made = 0.3 * made + 3 * np.random.default_rng(7).standard_normal((5, dim))[rng.integers(0, 5, count)]
+    if shape == "outlying":
+        made[:, :: max(1, dim // 2)] *= 10
+    if shape == "constant":
+        made[:] = np.random.default_rng(8).standard_normal(dim)
+    if shape == "far":
+        made += 50
+    return made.astype(np.float32)
+
+
+def scores(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """(N, M) similarities in float64."""
+    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
+    if metric is Metric.COS:
+        queries, keys = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, keys))
+    if metric is Metric.L2:
+        return -((queries[:, None] - keys[None]) ** 2).sum(-1)
+    return queries @ keys.T
+
+
+def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, query_ND: torch.Tensor, k: int) -> Any:
+    """Search with a filter of that name, in blocks of 64 rows and groups of a few queries."""
+
+    def made(keys: np.ndarray, metric: Metric, query_ND: torch.Tensor) -> Filter:
+        keys_MD = torch.from_numpy(keys[:100].astype(np.float32))
+        keys_MD = torch.nn.functional.normalize(keys_MD) if metric is Metric.COS else keys_MD
+        return FILTERS[name](query_ND, keys_MD, metric is Metric.L2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exact, "_filter", made)
+        patch.setattr(exact, "_BLOCK_BYTES", 64 * 4 * keys.shape[1])
+        patch.setattr(exact, "_SCORE_BYTES", 4 * 64 * 20)
+        return ExactIndex(keys, metric).search(query_ND, k)
+
+
+@pytest.mark.parametrize("name", list(FILTERS))
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    metric=st.sampled_from(list(Metric)),
+    count=st.integers(1, 700),
+    dim=st.sampled_from([1, 3, 8, 40, 130]),
+    num_queries=st.integers(1, 40),
+    half=st.booleans(),
+    data=st.data(),
+)
+def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim, num_queries, half, data):
+    k = data.draw(st.integers(1, count))
+    keys = rows(shape, count, dim, 1).astype(np.float16 if half else np.float32)
+    queries = rows(shape, num_queries, dim, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        found = search_by(patch, name, keys, metric, torch.from_numpy(queries), k)
+    truth = scores(metric, queries, keys)
+    best = np.sort(truth, axis=1)[:, ::-1][:, :k]
+    size = 1.0 if metric is Metric.COS else np.abs(truth).max() + 1
+    np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=2e-6 * size)
+    assert [len(set(row)) for row in found.ids_NK.tolist()] == [k] * num_queries
+    np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-5, atol=2e-6 * size)
+    assert (found.scores_NK.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("name", list(FILTERS))
+def test_of_equal_keys_the_lower_rows_are_found(name, monkeypatch):
+    keys = np.repeat(rows("even", 3, 8, 1), 400, axis=0)
+    found = search_by(monkeypatch, name, keys, Metric.L2, torch.from_numpy(keys[[0, 500, 900]]), 9)
+    assert found.ids_NK.tolist() == [list(range(first, first + 9)) for first in (0, 400, 800)]
+
+
+@pytest.mark.parametrize("name", list(FILTERS))
+def test_few_keys_pass(name, monkeypatch):
+    """The filter is one: of 20,000 keys a few times k = 100 are looked at again."""
+    keys, query_ND = rows("even", 20_000, 64, 1), torch.from_numpy(rows("even", 40, 64, 2))
+    asked = []
+    plain = exact.pair_products
+
+    def counted(metric: Metric, query_ND: torch.Tensor, row_H: torch.Tensor, *more: Any) -> torch.Tensor:
+        asked.append(len(row_H))
+        return plain(metric, query_ND, row_H, *more)
+
+    monkeypatch.setattr(exact, "pair_products", counted)
+    search_by(monkeypatch, name, keys, Metric.IP, query_ND, 100)
+    assert sum(asked) < 6 * 100 * len(query_ND)
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_memory_decides_the_bulks_and_nothing_else(metric):
+    keys, query_ND = rows("clustered", 3000, 16, 1), torch.from_numpy(rows("clustered", 100, 16, 2))
+    whole = ExactIndex(keys, metric).search(query_ND, 20)
+    parts = ExactIndex(keys, metric, memory_bytes=1 << 18).search(query_ND, 20)
+    assert torch.equal(whole.scores_NK, parts.scores_NK)
+    assert torch.equal(whole.ids_NK, parts.ids_NK)
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_approximate_scores_are_within_their_margin(metric, shape):
+    keys, queries = rows(shape, 300, 200, 1), rows(shape, 50, 200, 2)
+    query_ND, keys_MD = torch.from_numpy(queries), torch.from_numpy(keys)
+    if metric is Metric.COS:
+        query_ND, keys_MD = (torch.nn.functional.normalize(x) for x in (query_ND, keys_MD))
+    true = query_ND.double() @ keys_MD.double().T
+    true -= 0.5 * keys_MD.double().square().sum(1) if metric is Metric.L2 else 0
+    for make in FILTERS.values():
+        by = make(query_ND, keys_MD[:100], metric is Metric.L2)
+        block = by.block(keys_MD)
+        raw = torch.empty(30, len(block.low_MD), dtype=by.dtype)
+        by.scores(block, slice(10, 40), raw)
+        scale, shift, margin = by.bounds(block, slice(10, 40))
+        error = (raw[:, :300].double() * scale + shift.double()[:, None] - true[10:40]).abs()
+        assert (error <= margin.double()[:, None]).all()
