@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-output/trime-example}
-seed=${SEED:-1} updates=${UPDATES:-600} variants=${VARIANTS:-plain local long external}
+seed=${SEED:-1} updates=${UPDATES:-500} variants=${VARIANTS:-plain local long external}
 data=data-bin/shakespeare
 [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
 export LOGLEVEL=${LOGLEVEL:-WARNING}
@@ -24,7 +24,7 @@ model=(--arch transformer_lm_wiki103 --decoder-layers 2 --decoder-attention-head
 training=(--task language_modeling $data --cpu "${model[@]}"
   --optimizer adam --adam-betas '(0.9,0.98)' --clip-norm 0.1 --seed "$seed"
   --lr 0.004 --lr-scheduler polynomial_decay --warmup-updates 50 --total-num-update "$updates" --max-update "$updates"
-  --max-tokens 1024 --tokens-per-sample 256 --sample-break-mode none --no-epoch-checkpoints
+  --max-tokens 2048 --tokens-per-sample 64 --sample-break-mode none --no-epoch-checkpoints
   --log-format simple --log-interval 100)
 
 # train NAME WORDS...: one model.
@@ -41,7 +41,7 @@ evaluate() {
   shift 2
   for split in valid test; do
     stage "$name.$split" "$out/$name.$split.json" python "$program" $data --path "$out/$name/checkpoint_best.pt" --cpu \
-      --knn-keytype last_ffn_input --sample-break-mode none --context-window 128 --max-tokens 2048 \
+      --knn-keytype last_ffn_input --sample-break-mode none --context-window 32 --max-tokens 2048 \
       --gen-subset $split --eval-file "$out/$name.$split.json" "$@"
   done
 }
@@ -70,7 +70,7 @@ for variant in $variants; do
       --batch_file "$bm25/batches.json"
     train external --criterion trime_ext_loss --cross-sent-ratio 0.3 --predefined-batches "$bm25/batches.json"
     stage store "$out/external/dstore.run.json" python eval_lm.py $data --path "$out/external/checkpoint_best.pt" --cpu \
-      --knn-keytype last_ffn_input --gen-subset train --sample-break-mode none --max-tokens 4096 \
+      --knn-keytype last_ffn_input --gen-subset train --sample-break-mode none --context-window 16 --max-tokens 4096 \
       --save-knnlm-dstore --dstore-mmap "$out/external/dstore"
     stage index "$out/external/knn.index.ip" python build_dstore.py --dstore_mmap "$out/external/dstore" \
       --faiss_index "$out/external/knn.index" --dist ip --ncentroids 1024 --code_size 16 --train_size 40000 \

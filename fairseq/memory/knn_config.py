@@ -35,6 +35,8 @@ class KnnConfig:
     """Take the index's similarities and never touch the full keys, which may then be missing on disk."""
     probe: int = flag("--probe", default=8)
     """Lists of the index that are searched per query: more finds more and takes longer."""
+    search_memory: float = flag("--search-memory", default=2.0)
+    """GB that a search of the keys themselves (no --indexfile) may take; with less, the keys are read more often."""
     move_dstore_to_mem: bool = flag("--move-dstore-to-mem", default=False)
     """Read the datastore into memory first."""
 
@@ -43,6 +45,8 @@ class KnnConfig:
             raise ValueError(f"--k must be at least 1, got {self.num_neighbors}")
         if self.probe < 1:
             raise ValueError(f"--probe must be at least 1, got {self.probe}")
+        if not 0.0 < self.search_memory < math.inf:
+            raise ValueError(f"--search-memory {self.search_memory} is not a positive number of GB; 2 is the default")
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"--lmbda {self.weight} is not in [0, 1]; 0 means the language model alone")
         if not 0.0 < self.temperature < math.inf:

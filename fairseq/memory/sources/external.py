@@ -156,7 +156,7 @@ def _open_index(config: KnnConfig, store: Datastore) -> Index:
                 "NAME, or leave them out to search the keys themselves"
             )
         logger.info("no --indexfile: all %d keys are compared with every query", len(store))
-        return ExactIndex(store.keys, metric)
+        return ExactIndex(store.keys, metric, memory_bytes=int(config.search_memory * 1e9))
 
     index = FaissIndex.open(config.indexfile, metric)
     index.set_probe(config.probe)
