@@ -77,7 +77,7 @@ for variant in $variants; do
       --num_keys_to_add_at_a_time 500000
     evaluate external eval_lm-trime.py --use-local --use-long --mem-size 2048 --use-external \
       --dstore-filename "$out/external/dstore" --indexfile "$out/external/knn.index.ip" --faiss-metric-type ip \
-      --k 64 --probe 8 --use-interp --interp-temp 4 --lmbda 0.15
+      --k 64 --probe 8 --mode li --interp-temp 4 --lmbda 0.1
     ;;
   *)
     echo "VARIANTS: no variant '$variant'; known: plain local long external" >&2
