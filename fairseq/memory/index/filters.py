@@ -14,13 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-GROUP = 32
-"""Blocks are filled up to a multiple of this; torch's maximum over so many neighbours is its fastest."""
+from fairseq.memory.index.low_precision import LOW_GROUP, dither, most_steps
+
+GROUP = LOW_GROUP
+"""Blocks are filled up to a multiple of this."""
 _CHUNK_ROWS = 256  # of keys rounded at a time: they stay in the cache between the passes
 _LEVELS = 127
-# Rounding x as floor(x + u) + 1/2 - u, u drawn once per column, makes errors that are uniform, independent and of mean
-# zero whatever x is. A sum of them beyond this many steps times the other vector's length has a chance of 1e-15.
-_DITHERED = math.sqrt(2 * math.log(2e15) / 12)
 # A float32 product of vectors is off by a few units in the seventh place of their lengths.
 _ROUNDING = 2e-6
 _BF16_ROUNDING = 2.0**-8 + 2.0**-16 + _ROUNDING  # of both factors
@@ -78,8 +77,7 @@ class Int8Filter:
         self.with_offset = with_offset
         self.mean_D = sample_MD.float().mean(0)
         self.balance_D = balance(query_ND, sample_MD.float() - self.mean_D)
-        generator = torch.Generator().manual_seed(width)
-        self.key_dither_D, query_dither_D = torch.rand(2, width, generator=generator)
+        self.key_dither_D, query_dither_D = torch.split(dither(2 * width), width)
         balanced_ND = query_ND / self.balance_D
         self.step = max(float(balanced_ND.abs().amax()) if len(query_ND) else 0.0, 1e-30) / _LEVELS
         self.size_N = torch.linalg.vector_norm(balanced_ND, dim=1)
@@ -138,7 +136,7 @@ class Int8Filter:
     def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
         """See ``Filter``."""
         query_ND, size_N = self.query_ND[rows], self.size_N[rows]
-        steps = min(_DITHERED, 0.5 * math.sqrt(query_ND.shape[1]))
+        steps = most_steps(query_ND.shape[1])
         # |q.k - q'.k'| <= |q.(k - k')| + |(q - q').k'|, and what rounding to float32 adds
         margin_N = size_N * (steps * block.step + _ROUNDING * block.size)
         margin_N += steps * self.step * block.size + block.offset_error + _ROUNDING * abs(block.offset)
