@@ -114,8 +114,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_xticks(range(len(rows)), [row.method.replace(", ", "\n") for row in rows])
     axes.set_ylabel("perplexity (lower is better)")
     axes.set_title("Shakespeare's plays: small language models, alone and with memory")
-    axes.margins(y=0.12)
-    axes.legend()
+    axes.margins(y=0.22)  # room for the legend above the bars and their figures
+    axes.legend(loc="upper right", ncols=len(SPLITS))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
