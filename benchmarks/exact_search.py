@@ -78,16 +78,18 @@ def main() -> None:
 
 def compare(options: Any, folder: Path) -> dict[str, Any]:
     """Seconds of both and the share of neighbours found."""
-    import faiss
-
     from fairseq.memory.index.exact import ExactIndex
+    from fairseq.memory.index.faiss_index import FaissBuilder, FaissIndex
     from fairseq.memory.types import Metric
 
     keys = make_keys(folder / "keys", options.rows, options.dim, 0)
     query_ND = queries_of(options.queries, options.dim, folder)
     ours = ExactIndex(keys, Metric(options.metric))
-    flat = faiss.IndexFlatL2(options.dim) if options.metric == "l2" else faiss.IndexFlatIP(options.dim)
-    flat.add(keys)
+    builder = FaissBuilder.new("Flat", options.dim, ours.metric, seed=1)
+    builder.add_codes(builder.encode(keys))
+    builder.save(folder / f"flat.{options.metric}")
+    flat = FaissIndex.open(folder / f"flat.{options.metric}", ours.metric).inner
+    del builder
     found = ours.search(query_ND, options.k)
     scores = flat.search(query_ND.numpy(), options.k)[0]
     scores = -scores if options.metric == "l2" else scores
