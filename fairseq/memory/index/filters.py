@@ -94,7 +94,7 @@ class Int8Filter:
     def block(self, keys_MD: Tensor) -> Block:
         """See ``Filter``."""
         count, width = keys_MD.shape
-        low_D, high_D = torch.aminmax(keys_MD, dim=0)
+        low_D, high_D = keys_MD.amin(0), keys_MD.amax(0)  # torch.aminmax takes ten times as long
         reach_D = torch.maximum(high_D.float() - self.mean_D, self.mean_D - low_D.float())
         offset_M = -0.5 * squared_lengths(keys_MD) if self.with_offset else torch.zeros(count)
         offset, largest_offset = _centred(offset_M)
