@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,3 +39,21 @@ def map_in_threads(
             yield from pool.map(function, tasks)
     finally:
         torch.set_num_threads(count)  # threads that start later inherit the latest setting
+
+
+class ThreadBuffer:
+    """Memory that each thread keeps: fresh memory for every matrix costs more than the arithmetic in it."""
+
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        """Args.
+
+        size: numbers that are held; a larger matrix gets memory of its own.
+        """
+        self._size, self._dtype, self._of_thread = size, dtype, threading.local()
+
+    def __call__(self, rows: int, cols: int) -> Tensor:
+        """A matrix whose content means nothing, until the thread asks for the next one."""
+        if not hasattr(self._of_thread, "memory"):
+            self._of_thread.memory = torch.empty(self._size, dtype=self._dtype)
+        memory: Tensor = self._of_thread.memory
+        return memory[: rows * cols].view(rows, cols) if rows * cols <= self._size else memory.new_empty(rows, cols)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.memory.index import exact
+from fairseq.memory.index import candidates, exact
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.filters import Filter, FloatFilter, Int8Filter
 from fairseq.memory.types import Metric
@@ -57,7 +57,9 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
     with monkeypatch.context() as patch:
         patch.setattr(exact, "_filter", made)
         patch.setattr(exact, "_BLOCK_BYTES", 64 * 4 * keys.shape[1])
-        patch.setattr(exact, "_SCORE_BYTES", 4 * 64 * 20)
+        patch.setattr(exact, "_GROUP_SCORES", 64 * 20)
+        patch.setattr(exact, "_TILE_BYTES", 100 * 4 * keys.shape[1])
+        patch.setattr(candidates, "capacity", lambda k: k + 84)
         return ExactIndex(keys, metric).search(query_ND, k)
 
 
@@ -98,16 +100,16 @@ def test_of_equal_keys_the_lower_rows_are_found(name, monkeypatch):
 def test_few_keys_pass(name, monkeypatch):
     """The filter is one: of 20,000 keys a few times k = 100 are looked at again."""
     keys, query_ND = rows("even", 20_000, 64, 1), torch.from_numpy(rows("even", 40, 64, 2))
-    asked = []
-    plain = exact.pair_products
+    scored = []
+    plain = candidates.CandidateGroup.write_best
 
-    def counted(metric: Metric, query_ND: torch.Tensor, row_H: torch.Tensor, *more: Any) -> torch.Tensor:
-        asked.append(len(row_H))
-        return plain(metric, query_ND, row_H, *more)
+    def counted(group: Any, *out: torch.Tensor) -> None:
+        scored.append(int(np.isfinite(group._true_QC).sum()))
+        plain(group, *out)
 
-    monkeypatch.setattr(exact, "pair_products", counted)
+    monkeypatch.setattr(candidates.CandidateGroup, "write_best", counted)
     search_by(monkeypatch, name, keys, Metric.IP, query_ND, 100)
-    assert sum(asked) < 6 * 100 * len(query_ND)
+    assert 100 * len(query_ND) <= sum(scored) < 3 * 100 * len(query_ND)
 
 
 @pytest.mark.parametrize("metric", list(Metric))

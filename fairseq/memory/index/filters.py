@@ -14,10 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.low_precision import LOW_GROUP, dither, most_steps
+from fairseq.memory.index import kernels
+from fairseq.memory.index.low_precision import dither, most_steps
 
-GROUP = LOW_GROUP
-"""Blocks are filled up to a multiple of this."""
 _CHUNK_ROWS = 256  # of keys rounded at a time: they stay in the cache between the passes
 _LEVELS = 127
 # A float32 product of vectors is off by a few units in the seventh place of their lengths.
@@ -33,10 +32,8 @@ class Block:
     num_rows: int
     step: float
     """One unit of the approximate scores is this many true ones, times the queries' step."""
-    shift_D: Tensor
-    """A part of every key that the approximate scores leave out: the product with it is the same for all keys."""
     size: float
-    """Length of the longest key, less the shift."""
+    """Length of the longest key, less what the filter takes off all keys."""
     offset: float
     """The middle of the keys' offsets."""
     offset_error: float
@@ -88,15 +85,20 @@ class Int8Filter:
         self.low_ND[:, :width] = rounded_ND
         self.low_ND[:, width : width + self.columns] = _LEVELS
         self.remainder_D = 0.5 - query_dither_D
-        self.rounded_ND = rounded_ND.add_(self.remainder_D).mul_(self.step)
-        self.query_ND = query_ND
+        self.most = most_steps(width)
+        # Products of the queries with what the 8 bits of all keys leave out.
+        self.left_out_N = torch.mv(rounded_ND.add_(self.remainder_D).mul_(self.step), 0.5 - self.key_dither_D)
+        self.mean_product_N = torch.mv(query_ND, self.mean_D)
+        mean_length = float(torch.linalg.vector_norm(self.mean_D))
+        self.mean_margin_N = torch.linalg.vector_norm(query_ND, dim=1) * (_ROUNDING * mean_length)
 
     def block(self, keys_MD: Tensor) -> Block:
         """See ``Filter``."""
+        keys_MD = keys_MD.float().contiguous()
         count, width = keys_MD.shape
-        low_D, high_D = keys_MD.amin(0), keys_MD.amax(0)  # torch.aminmax takes ten times as long
-        reach_D = torch.maximum(high_D.float() - self.mean_D, self.mean_D - low_D.float())
-        offset_M = -0.5 * squared_lengths(keys_MD) if self.with_offset else torch.zeros(count)
+        reach_D, square_M = torch.empty(width), torch.empty(count)
+        kernels.reach_and_lengths(*(x.numpy() for x in (keys_MD, self.mean_D, reach_D, square_M)))
+        offset_M = square_M.mul_(-0.5 if self.with_offset else 0.0)
         offset, largest_offset = _centred(offset_M)
         # The columns of the offset hold it as long as a key's entries need no longer steps.
         largest = max(float((reach_D * self.balance_D).amax()), largest_offset / (self.columns * self.step * _LEVELS))
@@ -110,23 +112,17 @@ class Int8Filter:
         parts_ME = ((offset_M / unit)[:, None] * share_E).round_().diff(dim=1)
         low_MD[:count, width : width + self.columns] = parts_ME.clamp_(-_LEVELS - 1, _LEVELS)
         left_out = float((offset_M - low_MD[:count, width : width + self.columns].sum(1) * unit).abs().amax())
-        return Block(low_MD, count, step, self.mean_D, size, offset, left_out)
+        return Block(low_MD, count, step, size, offset, left_out)
 
     def _rounded(self, keys_MD: Tensor, step: float) -> tuple[Tensor, Tensor, float]:
         """Keys in 8 bits, their products with what the queries' rounding leaves out, and the longest's length."""
         count, width = keys_MD.shape
-        low_MD = torch.zeros(-(-count // GROUP) * GROUP, self.low_ND.shape[1], dtype=torch.int8)
-        # floor((key - mean) * balance / step + dither), in two passes
+        low_MD = torch.zeros(-(-count // kernels.GROUP) * kernels.GROUP, self.low_ND.shape[1], dtype=torch.int8)
+        # floor((key - mean) * balance / step + dither)
         factor_D = self.balance_D / step
-        add_D = self.key_dither_D - self.mean_D * factor_D
-        buffer, rest_M, size = torch.empty(_CHUNK_ROWS, width), torch.empty(count), 0.0
-        for start in range(0, count, _CHUNK_ROWS):
-            part_MD = keys_MD[start : start + _CHUNK_ROWS]
-            chunk_MD = torch.mul(part_MD, factor_D, out=buffer[: len(part_MD)]).add_(add_D).floor_()
-            chunk_MD.clamp_(-_LEVELS - 1, _LEVELS)
-            low_MD[start : start + len(part_MD), :width] = chunk_MD
-            torch.mv(chunk_MD, self.remainder_D, out=rest_M[start : start + len(part_MD)])
-            size = max(size, float(torch.linalg.vecdot(chunk_MD, chunk_MD).amax()))
+        add_D, rest_M = self.key_dither_D - self.mean_D * factor_D, torch.empty(count)
+        arrays = (keys_MD, factor_D, add_D, self.remainder_D, low_MD, rest_M)
+        size = kernels.round_rows(*(x.numpy() for x in arrays))
         return low_MD, rest_M, (math.sqrt(size) + 0.5 * math.sqrt(width)) * step
 
     def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
@@ -135,15 +131,13 @@ class Int8Filter:
 
     def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
         """See ``Filter``."""
-        query_ND, size_N = self.query_ND[rows], self.size_N[rows]
-        steps = most_steps(query_ND.shape[1])
-        # |q.k - q'.k'| <= |q.(k - k')| + |(q - q').k'|, and what rounding to float32 adds
-        margin_N = size_N * (steps * block.step + _ROUNDING * block.size)
-        margin_N += steps * self.step * block.size + block.offset_error + _ROUNDING * abs(block.offset)
-        lengths_N = torch.linalg.vector_norm(query_ND, dim=1) * torch.linalg.vector_norm(block.shift_D)
-        margin_N += _ROUNDING * lengths_N
-        shift_N = torch.mv(query_ND, block.shift_D) + block.offset
-        shift_N += torch.mv(self.rounded_ND[rows], 0.5 - self.key_dither_D) * block.step
+        size_N = self.size_N[rows]
+        # q.k - q'.k' = q.(k - k') + (q - q').k': independent errors, so that the bound on their sum is that of a sum of
+        # squares (see ``most_steps``); and what rounding to float32 adds.
+        of_keys_N, of_queries = size_N * block.step, self.step * block.size
+        margin_N = (of_keys_N.square() + of_queries**2).sqrt_() * self.most + size_N * (_ROUNDING * block.size)
+        margin_N += self.mean_margin_N[rows] + (block.offset_error + _ROUNDING * abs(block.offset))
+        shift_N = self.left_out_N[rows] * block.step + (self.mean_product_N[rows] + block.offset)
         return self.step * block.step, shift_N, margin_N
 
 
@@ -166,7 +160,7 @@ class FloatFilter:
     def block(self, keys_MD: Tensor) -> Block:
         """See ``Filter``."""
         count, width = keys_MD.shape
-        low_MD = self.low_ND.new_zeros(-(-count // GROUP) * GROUP, self.low_ND.shape[1])
+        low_MD = self.low_ND.new_zeros(-(-count // kernels.GROUP) * kernels.GROUP, self.low_ND.shape[1])
         low_MD[:count, :width] = keys_MD
         middle = largest = 0.0
         if self.with_offset:
@@ -176,9 +170,8 @@ class FloatFilter:
                 low_MD[:count, column] = offset_M
                 offset_M -= low_MD[:count, column].float()
         size = math.sqrt(float(squared_lengths(keys_MD, self.balance_D).amax()))
-        zero_D = torch.zeros(1)
         offset_error = self.rounding * largest + _ROUNDING * abs(middle)
-        return Block(low_MD, count, 1.0, zero_D, size, middle, offset_error)
+        return Block(low_MD, count, 1.0, size, middle, offset_error)
 
     def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
         """See ``Filter``."""

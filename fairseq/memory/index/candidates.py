@@ -1,0 +1,155 @@
+"""The candidates of exact search: keys that could still be among a query's k best, and how they are scored again.
+
+Shapes: N queries, Q queries of a group, M keys, C candidates a query may hold, K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.datastore import as_tensor
+from fairseq.memory.files import Array
+from fairseq.memory.index import kernels
+from fairseq.memory.similarity import normalized
+from fairseq.memory.types import Metric
+
+CANDIDATE_BYTES = 16
+"""What a candidate takes: its low bound, its row and its score."""
+# Scores computed in two ways differ by a few units in the seventh place of what they are sums of.
+_ROUNDING = 2e-6
+
+
+def capacity(k: int) -> int:
+    """Candidates a query may hold before they are sifted."""
+    return max(4 * k, 256)
+
+
+class TrueScores:
+    """The metric's scores in float32, each summed by itself: no other pair in a search changes a bit of it."""
+
+    def __init__(self, keys: Array, metric: Metric, query_ND: Tensor) -> None:
+        """Take float32 queries, for the cosine of length one."""
+        self.keys, self.metric, self.query_ND = keys, metric, query_ND
+        self.by_distance = metric is Metric.L2
+
+    def rows(self, rows: slice) -> Array:
+        """Keys as they are scored, float32."""
+        return self._prepared(np.ascontiguousarray(self.keys[rows]))
+
+    def of(self, query: int, ids_H: Array) -> Array:
+        """Scores of one query with some keys, (H,)."""
+        scores_H = np.empty(len(ids_H), np.float32)
+        row_H, at_H = np.full(len(ids_H), query), np.arange(len(ids_H))
+        keys_HD = self._prepared(self.keys[ids_H])
+        kernels.score_pairs(self.query_ND.numpy(), row_H, keys_HD, at_H, self.by_distance, scores_H)
+        return scores_H
+
+    def as_filtered(self, true_Q: Tensor, rows: slice) -> Tensor:
+        """What keys of these scores reach at least in the scores of a filter (see ``filters``), query by query."""
+        if not self.by_distance:
+            return true_Q - _ROUNDING * true_Q.abs()
+        length_Q = self.query_ND[rows].square().sum(1)
+        return 0.5 * (true_Q + length_Q) - _ROUNDING * (length_Q + true_Q.abs())
+
+    def _prepared(self, keys_MD: Array) -> Array:
+        rows_MD = as_tensor(keys_MD).float()
+        prepared: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).numpy()
+        return prepared
+
+
+class CandidateGroup:
+    """Some queries and the candidates they hold. Of each candidate a bound is known that its score is not below."""
+
+    def __init__(self, rows: slice, k: int, scores: TrueScores) -> None:
+        """Args.
+
+        rows: which of the queries.
+        scores: settles what too many candidates leave open.
+        """
+        self.rows, self._k, self._scores = rows, k, scores
+        count = rows.stop - rows.start
+        self._low_QC = np.empty((count, capacity(k)), np.float32)
+        self._ids_QC = np.empty((count, capacity(k)), np.int64)
+        self._filled_Q = np.zeros(count, np.int64)
+        self._threshold_Q = np.full(count, -np.inf, np.float32)  # k keys at least reach this
+        self._width_Q = np.zeros(count, np.float32)  # how far scores may be above their low bounds
+        self._true_QC = np.empty((0, 0), np.float32)
+        self._bound_Q = self._threshold_Q
+
+    def __len__(self) -> int:
+        return len(self._filled_Q)
+
+    def take(
+        self, raw_QM: Tensor, num_rows: int, first_row: int, scale: float, shift_Q: Tensor, margin_Q: Tensor
+    ) -> None:
+        """Take in what of a block could be among the k best; see ``Filter.bounds``.
+
+        Args:
+            num_rows: columns that mean something.
+            first_row: row of the first one.
+        """
+        integral = not raw_QM.is_floating_point()
+        raw = (raw_QM if integral else raw_QM.float()).numpy()
+        bounds = (shift_Q.double().numpy(), margin_Q.double().numpy())
+        held = (self._low_QC, self._ids_QC, self._filled_Q, self._threshold_Q, self._width_Q)
+        query = column = 0
+        while query < len(self):
+            query, column = kernels.take(
+                raw, num_rows, first_row, scale, *bounds, integral, self._k, *held, query, column
+            )
+            if query < len(self):
+                self._settle(query)
+
+    def _settle(self, query: int) -> None:
+        """Score the candidates of a query (too many are close to each other) and keep its k best."""
+        filled = self._filled_Q[query]
+        true_C = self._scores.of(self.rows.start + query, self._ids_QC[query, :filled])
+        place_K = np.sort(_best(true_C[None], self._k)[0])
+        for held_QC in (self._low_QC, self._ids_QC):
+            held_QC[query, : len(place_K)] = held_QC[query, place_K]
+        self._filled_Q[query] = len(place_K)
+        at = self.rows.start + query
+        least = self._scores.as_filtered(torch.from_numpy(true_C[place_K]).amin()[None], slice(at, at + 1))
+        self._threshold_Q[query] = max(self._threshold_Q[query], float(least))
+
+    def choose_first(self) -> None:
+        """Sift for the last time; ``score`` then scores the k of each query with the highest bounds."""
+        kernels.sift_all(self._low_QC, self._ids_QC, self._filled_Q, self._k, self._threshold_Q, self._width_Q)
+        self._true_QC = np.full((len(self), max(1, int(self._filled_Q.max()))), np.nan, np.float32)
+        self._bound_Q = np.empty(len(self), np.float32)
+        kernels.reached_by(self._low_QC, self._filled_Q, self._k, self._bound_Q)
+
+    def choose_rest(self) -> None:
+        """``score`` then scores those that could be better than the k-th of what is scored."""
+        true_Q = np.empty(len(self), np.float32)
+        kernels.reached_by(self._true_QC, self._filled_Q, self._k, true_Q)
+        self._bound_Q = self._scores.as_filtered(torch.from_numpy(true_Q), self.rows).numpy() - self._width_Q
+
+    def score(self, keys_MD: Array, first_row: int) -> None:
+        """Score what is chosen among some keys."""
+        query_QD = self._scores.query_ND[self.rows].numpy()
+        held = (self._low_QC, self._ids_QC, self._filled_Q, self._true_QC)
+        kernels.score_candidates(query_QD, keys_MD, first_row, self._scores.by_distance, self._bound_Q, *held)
+
+    def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
+        """Write the k best of what is scored, best first; of equals the lower row."""
+        place_QK = _best(self._true_QC, self._k)
+        ids_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._ids_QC, place_QK, 1))
+        scores_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._true_QC, place_QK, 1))
+
+
+def _best(score_QC: Array, k: int) -> Array:
+    """Places of the k largest entries of each row, largest first; of equals the earlier ones first, NaN last."""
+    # Score and place as one integer, which NumPy sorts with vector instructions: several times faster than floats with
+    # their places. A float's bits, with those of a negative one turned round, order as the float does.
+    bits_QC = score_QC.view(np.int32)
+    falling_QC = ~np.where(bits_QC < 0, bits_QC ^ 0x7FFFFFFF, bits_QC)
+    falling_QC[np.isnan(score_QC)] = 0x7FFFFFFF
+    packed_QC = (falling_QC.astype(np.int64) << 32) | np.arange(score_QC.shape[1])
+    if k < score_QC.shape[1]:
+        packed_QC = np.partition(packed_QC, k - 1, axis=1)[:, :k]
+    packed_QC.sort(axis=1)
+    places: Array = packed_QC & 0xFFFFFFFF
+    return places
