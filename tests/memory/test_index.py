@@ -9,9 +9,15 @@ import torch
 
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import DecodedLists, FaissIndex, find_index, pair_scores_in_place
+from fairseq.memory.index.faiss_index import (
+    DecodedLists,
+    FaissIndex,
+    find_index,
+    pair_products,
+    pair_scores_in_place,
+)
 from fairseq.memory.index.low_precision import Int8Keys, Int8Queries, low_scores
-from fairseq.memory.similarity import pair_scores
+from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 
 ROWS, DIM = 3000, 16
@@ -229,11 +235,16 @@ def test_unsorted_results_are_sorted():
     assert found.scores_NK.tolist() == [[-1.0, -3.0, -torch.inf]]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("metric", list(Metric))
-def test_pair_scores(metric):
+def test_scores_of_pairs(metric, dtype):
+    keys = KEYS.astype(dtype)
     ids = torch.randint(-1, ROWS, (len(QUERIES), 5))
-    truth = np.take_along_axis(brute_force(metric, QUERIES.numpy(), KEYS), ids.clamp_min(0).numpy(), 1)
+    truth = np.take_along_axis(brute_force(metric, QUERIES.numpy(), keys), ids.clamp_min(0).numpy(), 1)
     truth[ids.numpy() < 0] = -np.inf
-    np.testing.assert_allclose(pair_scores(metric, QUERIES, KEYS, ids), truth, rtol=1e-5, atol=1e-4)
-    if metric is not Metric.COS:
-        np.testing.assert_allclose(pair_scores_in_place(metric, QUERIES, KEYS, ids), truth, rtol=1e-5, atol=1e-4)
+    row, col = (ids >= 0).nonzero(as_tuple=True)
+    queries = normalized(QUERIES) if metric is Metric.COS else QUERIES
+    products = pair_products(metric, queries, row, keys, ids[row, col])
+    np.testing.assert_allclose(products, truth[row, col], rtol=1e-5, atol=1e-4)
+    if metric is not Metric.COS and dtype is np.float32:
+        np.testing.assert_allclose(pair_scores_in_place(metric, QUERIES, keys, ids), truth, rtol=1e-5, atol=1e-4)
