@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq.data.dictionary import Dictionary
 from fairseq.legacy_checkpoints import from_fairseq, read_pickle
 from fairseq.models.config import TransformerLMConfig, model_config_from
 from fairseq.models.legacy_names import upgrade_state_dict
@@ -179,7 +180,19 @@ def load_model(
     return model
 
 
-def require_dictionary(checkpoint: Checkpoint, digest: str) -> None:
+def load_model_for(
+    dictionary: Dictionary, checkpoint: Checkpoint, path: str, overrides: Mapping[str, Any] | None = None
+) -> TransformerLanguageModel:
+    """As load_model, for the words of a task. Raises: ValueError naming the file when it is not for these words."""
+    try:
+        model = load_model(checkpoint, len(dictionary), dictionary.pad(), overrides)
+        _require_dictionary(checkpoint, dictionary.digest())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model
+
+
+def _require_dictionary(checkpoint: Checkpoint, digest: str) -> None:
     """Raise ValueError when a model was trained on other words of the same number; others' checkpoints do not tell."""
     saved = checkpoint.config.get("task", {}).get("dictionary_digest")
     if saved not in (None, digest):
