@@ -6,6 +6,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from brute_force import similarities
 
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.exact import ExactIndex
@@ -34,17 +35,6 @@ KEYS = made(ROWS, 0)
 QUERIES = torch.from_numpy(made(400, 1))
 
 
-def brute_force(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """(N, rows) similarities in float64."""
-    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
-    if metric is Metric.L2:
-        return -((queries[:, None] - keys[None]) ** 2).sum(-1)
-    if metric is Metric.COS:
-        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-        keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    return queries @ keys.T
-
-
 @functools.cache
 def trained(metric: Metric, factory: str) -> faiss.Index:
     measure = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
@@ -68,7 +58,7 @@ def test_exact_search_is_brute_force(metric, k, dtype, monkeypatch):
     monkeypatch.setattr("fairseq.memory.index.exact._BLOCK_BYTES", 4 * 400 * 700)  # several uneven blocks
     keys = KEYS.astype(dtype)
     found = ExactIndex(keys, metric).search(QUERIES[:50], k)
-    truth = brute_force(metric, QUERIES[:50].numpy(), keys)
+    truth = similarities(metric, QUERIES[:50].numpy(), keys)
     best = np.sort(truth, axis=1)[:, ::-1][:, :k]
     np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-5, atol=1e-4)
@@ -93,7 +83,7 @@ def test_the_closest_has_the_highest_score():
     for metric in Metric:
         index = made_index(metric, "Flat")
         found = index.search(QUERIES[:20], ROWS)
-        truth = brute_force(metric, QUERIES[:20].numpy(), KEYS)
+        truth = similarities(metric, QUERIES[:20].numpy(), KEYS)
         assert found.ids_NK[:, 0].tolist() == truth.argmax(1).tolist()
         assert found.ids_NK[:, -1].tolist() == truth.argmin(1).tolist()
         assert (found.scores_NK.diff(dim=1) <= 0).all()
@@ -240,7 +230,7 @@ def test_unsorted_results_are_sorted():
 def test_scores_of_pairs(metric, dtype):
     keys = KEYS.astype(dtype)
     ids = torch.randint(-1, ROWS, (len(QUERIES), 5))
-    truth = np.take_along_axis(brute_force(metric, QUERIES.numpy(), keys), ids.clamp_min(0).numpy(), 1)
+    truth = np.take_along_axis(similarities(metric, QUERIES.numpy(), keys), ids.clamp_min(0).numpy(), 1)
     truth[ids.numpy() < 0] = -np.inf
     row, col = (ids >= 0).nonzero(as_tuple=True)
     queries = normalized(QUERIES) if metric is Metric.COS else QUERIES
