@@ -27,11 +27,21 @@ SMALL_MODEL = (
 )
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options every benchmark has."""
+INPUTS = {
+    "data": "data folder (default: made-up text)",
+    "checkpoint": "checkpoint (default: trained for three updates)",
+    "store": "datastore (default: saved of the training text)",
+    "index": "index over the store (default: built)",
+}
+
+
+def parser(description: str, *inputs: str) -> argparse.ArgumentParser:
+    """A parser with the options every benchmark has, and those that name some of INPUTS."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--out", help="JSON file for the record (default: benchmarks/results/NAME.json)")
     made.add_argument("--repeats", type=int, default=5)
+    for name in inputs:
+        made.add_argument(f"--{name}", help=INPUTS[name])
     return made
 
 
@@ -71,6 +81,26 @@ def train(data: Path, folder: Path, updates: int = 3) -> Path:
     words = f"--save-dir {folder} --cpu --max-update {updates} --disable-validation {SMALL_MODEL}".split()
     run("train.py", str(data), *words)
     return folder / "checkpoint_last.pt"
+
+
+def model_inputs(options: argparse.Namespace, folder: Path, num_tokens: int) -> tuple[Path, Path]:
+    """Data and checkpoint: the named ones, or made-up ones."""
+    data = Path(options.data) if options.data else make_data(folder, num_tokens)
+    return data, Path(options.checkpoint) if options.checkpoint else train(data, folder / "ckpt")
+
+
+def store_inputs(options: argparse.Namespace, folder: Path, metric: str) -> tuple[str, str, str, str]:
+    """Data, checkpoint, store and index: the named ones, or made-up ones of the reference store's size."""
+    data, checkpoint = map(str, model_inputs(options, folder, 420_000))
+    store, index = options.store or str(folder / "dstore"), options.index or str(folder / "knn.index")
+    if not options.store:
+        words = "--cpu --gen-subset train --max-tokens 4096 --context-window 192 --tokens-per-sample 64"
+        words += f" --knn-keytype last_ffn_input --save-knnlm-dstore --dstore-mmap {store}"
+        run("eval_lm.py", data, "--path", checkpoint, *words.split())
+    if not options.index:
+        words = f"--dist {metric} --ncentroids 64 --code_size 16 --num_keys_to_add_at_a_time 100000"
+        run("build_dstore.py", "--dstore_mmap", store, "--faiss_index", index, *words.split())
+    return data, checkpoint, store, index
 
 
 def seconds(call: Callable[[], Any]) -> float:

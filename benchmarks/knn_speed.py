@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import common
 
@@ -16,30 +15,11 @@ EVALUATION = (
 )
 
 
-def prepare(options: Any, folder: Path) -> tuple[str, str, str, str]:
-    """Data, checkpoint, store and index: the named ones, or made-up ones of the same size."""
-    data = options.data or str(common.make_data(folder, 420_000))
-    checkpoint = options.checkpoint or str(common.train(Path(data), folder / "ckpt"))
-    store = options.store or str(folder / "dstore")
-    if not options.store:
-        words = "--cpu --gen-subset train --max-tokens 256 --context-window 192 --tokens-per-sample 64"
-        words += f" --save-knnlm-dstore --dstore-mmap {store}"
-        common.run("eval_lm.py", data, "--path", checkpoint, *words.split())
-    index = options.index or str(folder / "knn.index")
-    if not options.index:
-        sizes = "--ncentroids 64 --code_size 16 --num_keys_to_add_at_a_time 100000"
-        common.run("build_dstore.py", "--dstore_mmap", store, "--faiss_index", index, *sizes.split())
-    return data, checkpoint, store, index
-
-
 def main() -> None:
     """Evaluate plainly and with neighbours, in turn."""
-    parser = common.parser(__doc__)
-    for name in ("--data", "--checkpoint", "--store", "--index"):
-        parser.add_argument(name)
-    options = parser.parse_args()
+    options = common.parser(__doc__, *common.INPUTS).parse_args()
     with tempfile.TemporaryDirectory() as made:
-        plain, knn, tokens = _timed(*prepare(options, Path(made)), options.repeats)
+        plain, knn, tokens = _timed(*common.store_inputs(options, Path(made), "l2"), options.repeats)
     ratio = common.median_ratio(plain, knn)
     details = {"plain_seconds": plain, "knn_seconds": knn, "tokens": tokens}
     common.tell("knn_speed", "kNN over plain evaluation, tokens/s", ratio, ">= 0.4", details, options.out)

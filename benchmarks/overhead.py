@@ -86,14 +86,10 @@ def training_share(data: Path, folder: Path, updates: int) -> float:
 
 def main() -> None:
     """Measure both shares several times in turn."""
-    parser = common.parser(__doc__.splitlines()[0])
-    parser.add_argument("--data", help="data folder (default: made-up text)")
-    parser.add_argument("--checkpoint", help="checkpoint for the evaluation (default: trained for three updates)")
-    options = parser.parse_args()
+    options = common.parser(__doc__.splitlines()[0], "data", "checkpoint").parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        data = Path(options.data) if options.data else common.make_data(folder, 400_000)
-        checkpoint = Path(options.checkpoint) if options.checkpoint else common.train(data, folder / "ckpt")
+        data, checkpoint = common.model_inputs(options, folder, 400_000)
         more = "--max-tokens 256 --max-sentences 1 --context-window 192 --sample-break-mode complete".split()
         shares = [
             (evaluation_share(data, checkpoint, more), training_share(data, folder / "none", 60))

@@ -13,15 +13,12 @@ sys.path.insert(0, str(common.ROOT))
 
 def main() -> None:
     """Save the same text again and again, in turn with forward passes over batches that lie ready."""
-    parser = common.parser(__doc__)
-    parser.add_argument("--data", help="data folder (default: made-up text)")
-    parser.add_argument("--checkpoint", help="checkpoint (default: trained for three updates)")
+    parser = common.parser(__doc__, "data", "checkpoint")
     parser.add_argument("--subset", default="valid")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        data = Path(options.data) if options.data else common.make_data(folder, 1_000_000)
-        checkpoint = options.checkpoint or str(common.train(data, folder / "ckpt"))
+        data, checkpoint = common.model_inputs(options, folder, 1_000_000)
         saving, bare, tokens = _timed(data, checkpoint, options.subset, folder / "dstore", options.repeats)
     ratio = common.median_ratio(bare, saving)
     details = {"saving_seconds": saving, "bare_forward_seconds": bare, "tokens": tokens}
@@ -29,7 +26,7 @@ def main() -> None:
 
 
 def _timed(
-    data: Path, checkpoint: str, subset: str, prefix: Path, repeats: int
+    data: Path, checkpoint: Path, subset: str, prefix: Path, repeats: int
 ) -> tuple[list[float], list[float], int]:
     import torch
 
@@ -41,7 +38,7 @@ def _timed(
 
     more = "--cpu --max-tokens 256 --context-window 192 --tokens-per-sample 64 --save-knnlm-dstore --dstore-mmap x"
     opened = open_evaluation(
-        parse_eval_lm([str(data), "--path", checkpoint, "--gen-subset", subset, *more.split()]), in_order=True
+        parse_eval_lm([str(data), "--path", str(checkpoint), "--gen-subset", subset, *more.split()]), in_order=True
     )
     model = opened.models[0]
     scorer = SequenceScorer(opened.models, key_tap="last_ffn_input")

@@ -22,23 +22,6 @@ LONG = f"{LOCAL} --use-long --mem-size 1024"
 WANTED = {"local": 0.8, "long": 0.8, "external": 0.35}
 
 
-def prepare(options: Any, folder: Path) -> tuple[str, str, str, str]:
-    """Data, checkpoint, store and index of inner products: the named ones, or made-up ones."""
-    data = options.data or str(common.make_data(folder, 420_000))
-    checkpoint = options.checkpoint or str(common.train(Path(data), folder / "ckpt"))
-    store = options.store or str(folder / "dstore")
-    if not options.store:
-        words = "--cpu --gen-subset train --max-tokens 4096 --context-window 192 --tokens-per-sample 64"
-        words += f" --knn-keytype last_ffn_input --save-knnlm-dstore --dstore-mmap {store}"
-        common.run("eval_lm.py", data, "--path", checkpoint, *words.split())
-    index = options.index or str(folder / "knn.index.ip")
-    if not options.index:
-        sizes = "--dist ip --ncentroids 64 --code_size 16 --num_keys_to_add_at_a_time 100000"
-        name = index.removesuffix(".ip")
-        common.run("build_dstore.py", "--dstore_mmap", store, "--faiss_index", name, *sizes.split())
-    return data, checkpoint, store, index
-
-
 def evaluation(data: str, checkpoint: str, more: str) -> Any:
     """A call that evaluates once, everything opened beforehand."""
     from fairseq.evaluation import evaluate, open_evaluation
@@ -65,12 +48,9 @@ def _evaluate(evaluate: Any, scorer: Any, opened: Any, report: Any, memory: Any,
 
 def main() -> None:
     """Evaluate with each set of memories, in turn."""
-    parser = common.parser(__doc__)
-    for name in ("--data", "--checkpoint", "--store", "--index"):
-        parser.add_argument(name)
-    options = parser.parse_args()
+    options = common.parser(__doc__, *common.INPUTS).parse_args()
     with tempfile.TemporaryDirectory() as made:
-        data, checkpoint, store, index = prepare(options, Path(made))
+        data, checkpoint, store, index = common.store_inputs(options, Path(made), "ip")
         external = f"{LONG} --use-external --dstore-filename {store} --indexfile {index} --faiss-metric-type ip "
         external += "--no-load-keys --k 64 --probe 8 --use-interp --interp-temp 4 --lmbda 0.2"
         calls = {"plain": "", "local": LOCAL, "long": LONG, "external": external}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq.data.dictionary import Dictionary
+from fairseq.disk import writing
 from fairseq.legacy_checkpoints import from_fairseq, read_pickle
 from fairseq.models.config import TransformerLMConfig, model_config_from
 from fairseq.models.legacy_names import upgrade_state_dict
@@ -59,19 +61,11 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     content: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
     for field in fields(checkpoint):
         content[field.name] = _plain(getattr(checkpoint, field.name), field.name)
-    aside = path + ".tmp"
     try:
-        with open(aside, "wb") as file:
+        with writing(path, binary=True) as file:
             _write(content, _Recorder(file))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     except OSError as error:
-        _remove(aside)
         raise OSError(error.errno, f"{os.strerror(error.errno or 0)} (the checkpoint was not saved)", path) from error
-    except BaseException:
-        _remove(aside)
-        raise
     _sync_folder(os.path.dirname(path) or ".")
 
 
@@ -102,11 +96,6 @@ def _write(content: Any, recorder: _Recorder) -> None:
         if recorder.error is not None:
             raise recorder.error from error
         raise
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.remove(path)
 
 
 def _sync_folder(path: str) -> None:
@@ -179,7 +168,19 @@ def load_model(
     return model
 
 
-def require_dictionary(checkpoint: Checkpoint, digest: str) -> None:
+def load_model_for(
+    dictionary: Dictionary, checkpoint: Checkpoint, path: str, overrides: Mapping[str, Any] | None = None
+) -> TransformerLanguageModel:
+    """As load_model, for the words of a task. Raises: ValueError naming the file when it is not for these words."""
+    try:
+        model = load_model(checkpoint, len(dictionary), dictionary.pad(), overrides)
+        _require_dictionary(checkpoint, dictionary.digest())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model
+
+
+def _require_dictionary(checkpoint: Checkpoint, digest: str) -> None:
     """Raise ValueError when a model was trained on other words of the same number; others' checkpoints do not tell."""
     saved = checkpoint.config.get("task", {}).get("dictionary_digest")
     if saved not in (None, digest):

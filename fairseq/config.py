@@ -64,11 +64,17 @@ def float_list(text: str) -> tuple[float, ...]:
         raise UnreadableError(f"{text!r} is no list of numbers, such as 0.1,0.2") from None
 
 
-def require_at_least(limit: float, **values: float | None) -> None:
-    """Raise ValueError for a value below the limit (or NaN), named as its flag; None is no value."""
+def require_at_least(limit: float, *, between: str = "-", hint: str = "", **values: float | None) -> None:
+    """Raise ValueError for a value below the limit (or NaN), named as its flag; None is no value.
+
+    Args:
+        between: what parts the words of the flags' names, ``-`` or ``_``.
+        hint: what the message ends with.
+    """
     for name, value in values.items():
         if value is not None and not value >= limit:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {limit}, got {value}")
+            spelling = "--" + name.replace("_", between)
+            raise ValueError(f"{spelling} must be at least {limit}, got {value}{'; ' if hint else ''}{hint}")
 
 
 def literal_dict(text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -16,6 +17,15 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
+    """The file of :func:`replacing`, open; its content is on the disk before it gets its name."""
+    with replacing(path) as aside, open(aside, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

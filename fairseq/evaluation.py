@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model, require_dictionary
+from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for
 from fairseq.data.batching import batch_by_size, filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.distributed import runs_on_gpu
@@ -162,11 +162,7 @@ def _prepared(settings: Settings, checkpoint: Checkpoint, path: str, task: Langu
     runtime = settings.config(RuntimeConfig)
     overrides = dict(settings.config(EvaluationConfig).model_overrides or {})
     overrides.pop("knn_keytype", None)  # where keys are read is no part of the model: see _key_tap
-    try:
-        model = load_model(checkpoint, len(task.dictionary), task.dictionary.pad(), overrides)
-        require_dictionary(checkpoint, task.dictionary.digest())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    model = load_model_for(task.dictionary, checkpoint, path, overrides)
     if runtime.any_fp16 and device.type == "cpu":
         logger.warning("--fp16 needs a GPU; the model runs in float32 (--bf16 runs on processors)")
     elif runtime.any_fp16:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("give --path CHECKPOINT: which model is evaluated is not known otherwise")
-        if self.context_window < 0:
-            raise ValueError(f"--context-window must be at least 0, got {self.context_window}")
-        if self.softmax_batch < 1:
-            raise ValueError(f"--softmax-batch must be at least 1, got {self.softmax_batch}")
-        if self.num_shards < 1:
-            raise ValueError(f"--num-shards must be at least 1, got {self.num_shards}")
+        require_at_least(0, context_window=self.context_window)
+        require_at_least(1, softmax_batch=self.softmax_batch, num_shards=self.num_shards)
         if not 0 <= self.shard_id < self.num_shards:
             raise ValueError(f"--shard-id {self.shard_id} is not in 0..{self.num_shards - 1} (--num-shards)")
 
@@ -92,8 +88,7 @@ class BulkConfig:
     """Scored positions whose neighbours are searched at once."""
 
     def __post_init__(self) -> None:
-        if self.knn_bulk < 1:
-            raise ValueError(f"--knn-bulk must be at least 1, got {self.knn_bulk}")
+        require_at_least(1, knn_bulk=self.knn_bulk)
 
 
 @dataclass(frozen=True, kw_only=True)

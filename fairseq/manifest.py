@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fairseq.disk import replacing
+from fairseq.disk import writing
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,8 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a small text file so that a reader sees the old one or the new one, whole."""
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    with writing(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_manifest(

@@ -11,22 +11,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 Figures = dict[str, float]
 
 
-class BatchSums(Protocol):
-    """What one update or one validation pass adds up to, over all processes."""
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over the batches of an update or of a validation pass, and over all ranks."""
 
     loss: float
+    """The criterion's loss, in nats."""
     sample_size: float
+    """What the mean loss divides by."""
     num_tokens: float
+    """Targets counted."""
     num_sentences: float
+    """Blocks."""
     num_batches: float
+    """Batches that held anything."""
     log: dict[str, float]
-    norm: float | None
-    clipped: bool
+    """Further sums of the criterion."""
+    norm: float | None = None
+    """Norm of the gradient before clipping."""
+    clipped: bool = False
+    """Whether clipping took effect."""
 
 
 def perplexity(bits: float) -> float:
@@ -54,7 +64,7 @@ def _ratio(sum_: float, count: float) -> float:
     return sum_ / count if count else 0.0
 
 
-def _flat(sums: BatchSums) -> dict[str, float]:
+def _flat(sums: StepSums) -> dict[str, float]:
     return {
         "loss": float(sums.loss),
         "sample_size": float(sums.sample_size),
@@ -64,7 +74,7 @@ def _flat(sums: BatchSums) -> dict[str, float]:
     } | {name: float(value) for name, value in sums.log.items()}
 
 
-def valid_figures(sums: BatchSums, seconds: float, num_updates: int) -> Figures:
+def valid_figures(sums: StepSums, seconds: float, num_updates: int) -> Figures:
     """Figures of a validation pass that took so many seconds."""
     flat = _flat(sums)
     return loss_figures(flat) | {
@@ -134,7 +144,7 @@ class TrainMeters:
         self._epoch.restart()
         self._inner.restart()
 
-    def add(self, sums: BatchSums, seconds: float) -> None:
+    def add(self, sums: StepSums, seconds: float) -> None:
         """Add an update that took so many seconds."""
         flat = _flat(sums) | {"num_updates": 1.0, "gnorm": sums.norm or 0.0, "clipped": float(sums.clipped)}
         self._epoch.add(flat)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 from fairseq.metrics import Figures, format_figure
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,7 @@ class CommonConfig:
     """Project on Weights & Biases."""
 
     def __post_init__(self) -> None:
-        if self.log_interval < 1:
-            raise ValueError(f"--log-interval must be at least 1, got {self.log_interval}")
+        require_at_least(1, log_interval=self.log_interval)
 
     @property
     def form(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq.criterions.base import Loss
 from fairseq.data.types import LMBatch
 from fairseq.distributed import sum_over_ranks
+from fairseq.metrics import StepSums
 from fairseq.optim import set_lr
 from fairseq.training_config import OptimizationConfig
 
@@ -24,28 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MICRO_BATCHES_PER_UPDATE = 1 << 16  # more than anybody accumulates; keeps seeds of different updates apart
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """Sums over the batches of an update or of a validation pass, and over all ranks."""
-
-    loss: float
-    """The criterion's loss, in nats."""
-    sample_size: float
-    """What the mean loss divides by."""
-    num_tokens: float
-    """Targets counted."""
-    num_sentences: float
-    """Blocks."""
-    num_batches: float
-    """Batches that held anything."""
-    log: dict[str, float]
-    """Further sums of the criterion."""
-    norm: float | None = None
-    """Norm of the gradient before clipping."""
-    clipped: bool = False
-    """Whether clipping took effect."""
 
 
 class LossModule(nn.Module):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairseq.checkpoint_keeper import CheckpointKeeper
-from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model, require_dictionary, save_checkpoint
+from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for, save_checkpoint
 from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.batching_config import BatchingConfig
@@ -86,21 +86,12 @@ class TrainingLoop:
 
     def _model(self) -> Any:
         chosen, given = self.settings.chosen, self.settings.given
-        if self.checkpoints.finetune_from_model:
+        path = self.checkpoints.finetune_from_model
+        if path:
             own = {field.name for field in fields(TransformerLMConfig)}
             asked = {name: value for name, value in given.items() if name in own}
-            return self._read_model(self.checkpoints.finetune_from_model, asked)[1]
+            return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked)
         return self.task.build_model(chosen["arch"], given)
-
-    def _read_model(self, path: str, overrides: Mapping[str, Any]) -> tuple[Checkpoint, Any]:
-        """A checkpoint and its model. Raises: ValueError naming the file when it is not for this task's words."""
-        found, dictionary = load_checkpoint(path), self.task.dictionary
-        try:
-            model = load_model(found, len(dictionary), dictionary.pad(), overrides)
-            require_dictionary(found, dictionary.digest())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        return found, model
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -290,7 +281,8 @@ class TrainingLoop:
         path = self.keeper.restore_path()
         if path is None:
             return
-        found, loaded = self._read_model(path, {})
+        found = load_checkpoint(path)
+        loaded = load_model_for(self.task.dictionary, found, path)
         require_same_architecture(path, loaded.config, self.model.config)
         try:
             self.model.load_state_dict(loaded.state_dict())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fairseq import ignored_flags
-from fairseq.config import FlagParser, build, flag
+from fairseq.config import FlagParser, build, flag, require_at_least
 from fairseq.data.binarizer import binarize, count_symbols
 from fairseq.data.dictionary import Dictionary
 from fairseq_cli.main import run
@@ -67,10 +67,8 @@ class PreprocessConfig:
     """Processes that share the work; the result does not depend on it."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {self.workers}")
-        if self.padding_factor < 1:
-            raise ValueError(f"--padding-factor must be at least 1 (no padding), got {self.padding_factor}")
+        require_at_least(1, workers=self.workers)
+        require_at_least(1, hint="1 is no padding", padding_factor=self.padding_factor)
         if not self.only_source:
             if not (self.source_lang and self.target_lang):
                 raise ValueError("give --source-lang and --target-lang, or --only-source for the text of one language")

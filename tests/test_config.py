@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fairseq.config import FlagParser, build, field_help, flag, float_list, literal_dict, to_dict
+from fairseq.config import FlagParser, build, field_help, flag, float_list, literal_dict, require_at_least, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,7 @@ class PartConfig:
     """Optional value."""
 
     def __post_init__(self) -> None:
-        if self.num_things < 1:
-            raise ValueError(f"--num-things must be at least 1, got {self.num_things}")
+        require_at_least(1, num_things=self.num_things)
 
 
 @pytest.fixture
@@ -61,6 +60,14 @@ def test_build_fills_defaults_and_checks(parser: FlagParser) -> None:
     assert build(PartConfig, parser.parse(["--rate", "2"])) == PartConfig(rate=2.0)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         build(PartConfig, {"num_things": 0})
+
+
+def test_a_limit_is_told_with_the_flag_as_it_is_spelt() -> None:
+    require_at_least(1, num_things=1, code_size=None)
+    with pytest.raises(ValueError, match=r"^--code-size must be at least 0\.5, got nan$"):
+        require_at_least(0.5, num_things=0.5, code_size=float("nan"))
+    with pytest.raises(ValueError, match=r"^--code_size must be at least 1, got 0; leave it out$"):
+        require_at_least(1, between="_", hint="leave it out", num_things=None, code_size=0)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,14 @@
 """Reported figures against counts and logs done by hand."""
 
+import functools
 import json
 import math
-from dataclasses import dataclass, field
 
 import pytest
 
-from fairseq.metrics import TrainMeters, format_figure, loss_figures, perplexity, valid_figures
+from fairseq.metrics import StepSums, TrainMeters, format_figure, loss_figures, perplexity, valid_figures
 
-
-@dataclass
-class Sums:
-    """Stands for what the trainer adds up."""
-
-    loss: float
-    sample_size: float
-    num_tokens: float
-    num_sentences: float
-    num_batches: float = 1.0
-    log: dict = field(default_factory=dict)
-    norm: float | None = None
-    clipped: bool = False
+step = functools.partial(StepSums, num_batches=1.0, log={})
 
 
 class Clock:
@@ -55,7 +43,7 @@ def test_further_losses_of_a_criterion_are_reported_per_token():
 
 def test_nothing_scored_is_not_a_division_by_zero():
     assert loss_figures({"loss": 0.0, "sample_size": 0, "num_tokens": 0}) == {"loss": 0.0, "ppl": 1.0}
-    assert valid_figures(Sums(0.0, 0, 0, 0, 0), 0.0, 7)["wpb"] == 0.0
+    assert valid_figures(step(0.0, 0, 0, 0, num_batches=0), 0.0, 7)["wpb"] == 0.0
 
 
 def test_a_huge_loss_has_infinite_perplexity():
@@ -64,7 +52,7 @@ def test_a_huge_loss_has_infinite_perplexity():
 
 
 def test_figures_of_validation():
-    sums = Sums(nats(2.0, 21), 21, 21, 6, num_batches=4)
+    sums = step(nats(2.0, 21), 21, 21, 6, num_batches=4)
     found = valid_figures(sums, seconds=2.0, num_updates=205)
     expected = {"loss": 2.0, "ppl": 4.0, "wps": 10.5, "wpb": 5.25, "bsz": 1.5, "num_updates": 205}
     assert found == pytest.approx(expected)
@@ -73,9 +61,9 @@ def test_figures_of_validation():
 
 def updates():
     return [
-        Sums(nats(8.0, 100), 100, 100, 4, norm=1.0, clipped=True),
-        Sums(nats(6.0, 100), 100, 100, 4, norm=0.5, clipped=False),
-        Sums(nats(4.0, 200), 200, 200, 10, norm=0.3, clipped=True),
+        step(nats(8.0, 100), 100, 100, 4, norm=1.0, clipped=True),
+        step(nats(6.0, 100), 100, 100, 4, norm=0.5, clipped=False),
+        step(nats(4.0, 200), 200, 200, 10, norm=0.3, clipped=True),
     ]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fairseq.config import require_at_least
+
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -35,9 +37,7 @@ def batch_by_size(
     """
     if max_tokens is None and max_sentences is None:
         raise ValueError("give --max-tokens or --max-sentences: nothing else limits a batch")
-    for name, limit in (("--max-tokens", max_tokens), ("--max-sentences", max_sentences)):
-        if limit is not None and limit < 1:
-            raise ValueError(f"{name} must be at least 1, got {limit}")
+    require_at_least(1, max_tokens=max_tokens, max_sentences=max_sentences)
     order = np.asarray(indices, dtype=np.int64)
     lengths = np.asarray(sizes)[order]
     if max_tokens is not None and len(lengths) and lengths.max() > max_tokens:

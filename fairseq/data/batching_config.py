@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,9 @@ class BatchingConfig:
     def __post_init__(self) -> None:
         if self.keep_order and self.predefined_batches:
             raise ValueError("--keep-order and --predefined-batches exclude each other; give one of them")
-        if self.train_mem_size is not None:
-            if self.train_mem_size < 1:
-                raise ValueError(f"--train-mem-size must be at least 1, got {self.train_mem_size}")
-            if not self.keep_order and not self.predefined_batches:
-                raise ValueError(
-                    "--train-mem-size lets related blocks share a memory; give --keep-order (consecutive blocks) or "
-                    "--predefined-batches as well"
-                )
+        require_at_least(1, train_mem_size=self.train_mem_size)
+        if self.train_mem_size is not None and not self.keep_order and not self.predefined_batches:
+            raise ValueError(
+                "--train-mem-size lets related blocks share a memory; give --keep-order (consecutive blocks) or "
+                "--predefined-batches as well"
+            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import IO
 import numpy as np
 
 from fairseq.data.download import fetch
+from fairseq.disk import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +98,8 @@ def split_paths(folder: Path, pattern: str) -> dict[str, Path]:
 def write_lines(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file under a temporary name and rename it, so that an interrupted run leaves no half corpus."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as aside, open(aside, "wb") as file:
         file.writelines(pieces)
-    os.replace(temporary, path)
 
 
 def unpack_wikitext_103(archive: Path, paths: dict[str, Path]) -> None:

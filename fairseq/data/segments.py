@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fairseq.data.dictionary import Dictionary
+from fairseq.disk import writing
 
 _CHUNK_CHARS = 1 << 22
 _BETWEEN = re.compile(r"[\s,]*")
@@ -28,18 +29,14 @@ def write_segments(
 
     Nothing else is left in the folder: pyserini reads every file there.
     """
-    aside = f"{os.fspath(path)}.tmp"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     count = 0
-    with open(aside, "w", encoding="utf-8") as file:
+    with writing(path) as file:
         file.write("[")
         for count, block in enumerate(blocks, start=1):
             segment = {"id": str(count - 1), "contents": dictionary.string(block)}
             file.write(("\n" if count == 1 else ",\n") + json.dumps(segment, ensure_ascii=False))
         file.write("\n]\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return count
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 
 BACKENDS = ("bm25s", "pyserini")
 
@@ -30,9 +30,7 @@ class SearchConfig:
     and bm25s for anything else."""
 
     def __post_init__(self) -> None:
-        for name in ("num_shards", "num_neighbors"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        require_at_least(1, between="_", num_shards=self.num_shards, num_neighbors=self.num_neighbors)
         if not 0 <= self.shard_id < self.num_shards:
             raise ValueError(
                 f"--shard_id {self.shard_id} is not one of --num_shards {self.num_shards}: they are counted from 0 to "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fairseq.disk import writing
 from fairseq.memory.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -59,15 +59,11 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Turn what was added into the shard's file."""
-        aside = self.path.with_name(self.path.name + ".tmp")
-        with open(aside, "w", encoding="utf-8") as file:
+        with writing(self.path) as file:
             file.write("{")
             for count, line in enumerate(_lines(self._partial)):
                 file.write(("\n" if count == 0 else ",\n") + line)
             file.write("\n}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)
         self._partial.unlink(missing_ok=True)
         self.complete = True
 

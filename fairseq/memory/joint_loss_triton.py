@@ -14,22 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairseq.memory.joint_loss import Computed, Wants, apply, stream
+from fairseq.memory.joint_loss import Computed, Wants, stream
 from fairseq.memory.joint_stream import Gradients, InBatchMemory, Positions, begin, end, one_way
 from fairseq.memory.visibility import Strip
 
 _BLOCK = 1024
-
-
-def joint_loss(
-    key_ND: Tensor,
-    lm_logp_N: Tensor,
-    lm_norm_N: Tensor,
-    memory: InBatchMemory,
-    other_key_MD: Tensor | None = None,
-) -> Tensor:
-    """See ``fairseq.memory.joint_loss.joint_loss``, which calls this for CUDA tensors."""
-    return apply(stream_on_gpu, key_ND, lm_logp_N, lm_norm_N, memory, other_key_MD)
 
 
 def stream_on_gpu(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +41,14 @@ class KnnConfig:
     """Read the datastore into memory first."""
 
     def __post_init__(self) -> None:
-        if self.num_neighbors < 1:
-            raise ValueError(f"--k must be at least 1, got {self.num_neighbors}")
-        if self.probe < 1:
-            raise ValueError(f"--probe must be at least 1, got {self.probe}")
+        require_at_least(1, k=self.num_neighbors, probe=self.probe)
         if not 0.0 < self.search_memory < math.inf:
             raise ValueError(f"--search-memory {self.search_memory} is not a positive number of GB; 2 is the default")
         if not 0.0 <= self.weight <= 1.0:
             raise ValueError(f"--lmbda {self.weight} is not in [0, 1]; 0 means the language model alone")
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"--softmax-temp {self.temperature} is not positive; 1 changes nothing")
-        if self.dstore_size is not None and self.dstore_size < 1:
-            raise ValueError(f"--dstore-size must be at least 1, got {self.dstore_size}; our own stores need none")
+        require_at_least(1, hint="our own stores need none", dstore_size=self.dstore_size)
         if self.no_load_keys and self.knn_sim_func == "dot":
             raise ValueError("--knn-sim-func dot needs the full keys, --no-load-keys forbids them; leave one out")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fairseq.config import build, flag, flag_names, int_list
+from fairseq.config import build, flag, flag_names, int_list, require_at_least
 
 KEY_TAPS = ("last_ffn_input", "model_output", "separated_head")
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
@@ -110,13 +110,16 @@ class TransformerLMConfig:
         for name in shares:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{_spelling(name)} {getattr(self, name)} is not in [0, 1)")
-        for name in ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "input_dim", "output_dim"):
-            if getattr(self, f"decoder_{name}") < 1:
-                raise ValueError(
-                    f"{_spelling(f'decoder_{name}')} must be at least 1, got {getattr(self, f'decoder_{name}')}"
-                )
-        if self.max_target_positions < 1:
-            raise ValueError(f"--max-target-positions must be at least 1, got {self.max_target_positions}")
+        require_at_least(
+            1,
+            decoder_embed_dim=self.decoder_embed_dim,
+            decoder_ffn_embed_dim=self.decoder_ffn_embed_dim,
+            decoder_layers=self.decoder_layers,
+            decoder_attention_heads=self.decoder_attention_heads,
+            decoder_input_dim=self.decoder_input_dim,
+            decoder_output_dim=self.decoder_output_dim,
+            max_target_positions=self.max_target_positions,
+        )
         if self.decoder_embed_dim % self.decoder_attention_heads:
             raise ValueError(
                 f"--decoder-embed-dim {self.decoder_embed_dim} is not divisible by "

@@ -123,8 +123,7 @@ class CosineConfig:
     """Factor on the highest and the lowest rate at each new period."""
 
     def __post_init__(self) -> None:
-        if self.t_mult < 1:
-            raise ValueError(f"--t-mult must be at least 1, got {self.t_mult}; periods do not get shorter")
+        require_at_least(1, hint="periods do not get shorter", t_mult=self.t_mult)
         require_at_least(0, max_lr=self.max_lr, lr_shrink=self.lr_shrink, warmup_updates=self.warmup_updates)
 
 

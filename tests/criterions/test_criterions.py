@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import small_models
 import torch
 from torch import nn
 
@@ -10,7 +11,7 @@ from fairseq.criterions import CRITERIONS
 from fairseq.criterions.base import build_criterion, scored
 from fairseq.data.types import LMBatch
 
-PAD, VOCAB, WIDTH = 1, 12, 8
+VOCAB, WIDTH = 12, 8
 GIVEN = {"label_smoothed_cross_entropy": {"label_smoothing": 0.1}}
 
 
@@ -61,17 +62,8 @@ MODELS = {
 }
 
 
-def make_batch(lengths=(5, 3, 4), context=0, width=None, seed=3):
-    """Rows of random tokens, padded on the right; the first ``context`` positions of each are not scored."""
-    draw = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.full((len(lengths), width or max(lengths, default=0)), PAD)
-    target_BT = tokens_BT.clone()
-    scored_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        words = torch.randint(4, VOCAB, (length + 1,), generator=draw)
-        tokens_BT[row, :length], target_BT[row, :length] = words[:-1], words[1:]
-        scored_BT[row, context:length] = True
-    return LMBatch(ids_B=torch.arange(len(lengths)), tokens_BT=tokens_BT, target_BT=target_BT, scored_BT=scored_BT)
+def make_batch(lengths=(5, 3, 4), **more):
+    return small_models.make_batch(lengths, seed=3, vocab=VOCAB, **more)
 
 
 def row_of(batch, row):

@@ -2,54 +2,23 @@
 
 import pytest
 import torch
+from small_models import ADAPTIVE, PAD, PLAIN, VOCAB, make_batch, make_model
 from torch import nn
 
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
-from fairseq.models.architectures import build_model_config
-from fairseq.models.transformer_lm import TransformerLanguageModel
 
-PAD, VOCAB = 1, 40
-SIZE = {
-    "decoder_layers": 2,
-    "decoder_embed_dim": 16,
-    "decoder_input_dim": 16,
-    "decoder_output_dim": 16,
-    "decoder_ffn_embed_dim": 32,
-    "decoder_attention_heads": 2,
-    "dropout": 0.0,
-    "max_target_positions": 16,
-}
-ADAPTIVE = {
-    "adaptive_input": True,
-    "adaptive_input_cutoff": (10, 20),
-    "adaptive_softmax_cutoff": (10, 20),
-    "tie_adaptive_weights": True,
-    "adaptive_softmax_factor": 2.0,
-    "adaptive_input_factor": 2.0,
-}
 CASES = {
     "adaptive_loss": (ADAPTIVE, {}),
-    "cross_entropy": ({"share_decoder_input_output_embed": True}, {}),
+    "cross_entropy": (PLAIN, {}),
     "label_smoothed_cross_entropy": ({}, {"label_smoothing": 0.1}),
 }
 
 
 def make(name):
-    torch.manual_seed(0)
     model_given, criterion_given = CASES[name]
-    model = TransformerLanguageModel.build(build_model_config("transformer_lm", SIZE | model_given), VOCAB, PAD)
+    model = make_model(**model_given).float()
     return model, build_criterion(name, criterion_given, model)
-
-
-def make_batch(lengths=(7, 4, 6), width=None):
-    draw = torch.Generator().manual_seed(1)
-    tokens_BT = torch.full((len(lengths), width or max(lengths)), PAD)
-    target_BT = tokens_BT.clone()
-    for row, length in enumerate(lengths):
-        words = torch.randint(4, VOCAB, (length + 1,), generator=draw)
-        tokens_BT[row, :length], target_BT[row, :length] = words[:-1], words[1:]
-    return LMBatch(torch.arange(len(lengths)), tokens_BT, target_BT, target_BT != PAD)
 
 
 def loss_and_gradients(name, batches):

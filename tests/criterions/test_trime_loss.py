@@ -7,54 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import ADAPTIVE, PAD, PLAIN, make_batch, make_model
 from torch import nn
 
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
 from fairseq.memory.scoring import joint_nll
-from fairseq.models.architectures import build_model_config
-from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.modules.adaptive_input import AdaptiveInput
 from fairseq.modules.adaptive_softmax import AdaptiveSoftmax
 
-PAD, VOCAB = 1, 30
 NAMES = ["trime_ext_loss", "trime_long_loss", "trime_long_loss_same_device", "trime_loss"]
-PLAIN = {"share_decoder_input_output_embed": True}
-ADAPTIVE = {
-    "adaptive_input": True,
-    "adaptive_input_cutoff": (10, 20),
-    "adaptive_softmax_cutoff": (10, 20),
-    "tie_adaptive_weights": True,
-    "adaptive_softmax_factor": 2.0,
-    "adaptive_input_factor": 2.0,
-}
-SIZE = {
-    "decoder_layers": 2,
-    "decoder_embed_dim": 16,
-    "decoder_input_dim": 16,
-    "decoder_output_dim": 16,
-    "decoder_ffn_embed_dim": 32,
-    "decoder_attention_heads": 2,
-    "dropout": 0.0,
-    "max_target_positions": 16,
-}
-
-
-def make_model(**given):
-    torch.manual_seed(0)
-    model = TransformerLanguageModel.build(build_model_config("transformer_lm", SIZE | given), VOCAB, PAD)
-    return model.double()
-
-
-def make_batch(lengths=(7, 4, 6), context=0, width=None, seed=1):
-    draw = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.full((len(lengths), width or max(lengths)), PAD)
-    target_BT, scored_BT = tokens_BT.clone(), torch.zeros_like(tokens_BT, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        words = torch.randint(4, VOCAB, (length + 1,), generator=draw)
-        tokens_BT[row, :length], target_BT[row, :length] = words[:-1], words[1:]
-        scored_BT[row, context:length] = True
-    return LMBatch(torch.arange(len(lengths)), tokens_BT, target_BT, scored_BT)
 
 
 def sees(name, batch, cross=False):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_trime_loss import ADAPTIVE, make_batch, make_model
+from small_models import ADAPTIVE, make_batch, make_model
 from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,15 +29,20 @@ from fairseq.memory.datastore import DatastoreWriter
 from fairseq_cli import build_dstore, eval_lm, preprocess, train
 from fairseq_cli.main import run
 
-pytestmark = [
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.slow
 
 MAINS = {"train.py": train, "eval_lm.py": eval_lm, "build_dstore.py": build_dstore, "preprocess.py": preprocess}
 EVAL = ("--cpu", "--gen-subset", "valid", "--max-tokens", "64", "--context-window", "16")
 KNN = ("--knnlm", "--lmbda", "0.3", "--k", "32")
+FILE = shlex.quote(__file__)
 
 Told = Callable[..., str]
+
+
+def mistakes(messages: dict[str, str]) -> pytest.MarkDecorator:
+    """A case for each text of words -> what is told about them."""
+    cases = [pytest.param(shlex.split(text), message, id=text) for text, message in messages.items()]
+    return pytest.mark.parametrize(("words", "message"), cases)
 
 
 @pytest.fixture
@@ -226,26 +232,25 @@ def test_overrides(evaluated: Told, overrides: str, message: str) -> None:
     assert message in evaluated("--model-overrides", overrides)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--k", "0"), "--k must be at least 1, got 0"),
-        (("--k", "5000"), "--k 5000 is larger than the datastore, which has"),
-        (("--lmbda", "1.2"), "--lmbda 1.2 is not in [0, 1]"),
-        (("--lmbda", "-0.1"), "--lmbda -0.1 is not in [0, 1]"),
-        (("--softmax-temp", "0"), "--softmax-temp 0.0 is not positive"),
-        (("--probe", "0"), "--probe must be at least 1, got 0"),
-        (("--save-knnlm-dstore", "--dstore-mmap", "x"), "--knnlm and --save-knnlm-dstore exclude each other"),
-        (("--dstore-size", "7"), "--dstore-size says 7"),
-        (("--dstore-fp16",), "holds float32 keys and --dstore-fp16 was given"),
-        (("--knn-keytype", "model_output"), "holds keys of last_ffn_input; --knn-keytype says model_output: give"),
-        (("--knn-keytype", "nope"), "argument --knn-keytype: invalid choice: 'nope'"),
-        (("--indexfile", "nowhere"), "no index at 'nowhere'"),
-        (("--indexfile", "{store}", "--faiss-metric-type", "ip"), "d.l2 is there: give --faiss-metric-type l2"),
-        (("--dstore-filename", "nowhere"), "no datastore at 'nowhere'"),
-    ],
+@mistakes(
+    {
+        "--k 0": "--k must be at least 1, got 0",
+        "--k 5000": "--k 5000 is larger than the datastore, which has",
+        "--lmbda 1.2": "--lmbda 1.2 is not in [0, 1]",
+        "--lmbda -0.1": "--lmbda -0.1 is not in [0, 1]",
+        "--softmax-temp 0": "--softmax-temp 0.0 is not positive",
+        "--probe 0": "--probe must be at least 1, got 0",
+        "--save-knnlm-dstore --dstore-mmap x": "--knnlm and --save-knnlm-dstore exclude each other",
+        "--dstore-size 7": "--dstore-size says 7",
+        "--dstore-fp16": "holds float32 keys and --dstore-fp16 was given",
+        "--knn-keytype model_output": "holds keys of last_ffn_input; --knn-keytype says model_output: give",
+        "--knn-keytype nope": "argument --knn-keytype: invalid choice: 'nope'",
+        "--indexfile nowhere": "no index at 'nowhere'",
+        "--indexfile {store} --faiss-metric-type ip": "d.l2 is there: give --faiss-metric-type l2",
+        "--dstore-filename nowhere": "no datastore at 'nowhere'",
+    }
 )
-def test_neighbours(evaluated: Told, store: Path, words: tuple[str, ...], message: str) -> None:
+def test_neighbours(evaluated: Told, store: Path, words: list[str], message: str) -> None:
     given = [word.format(store=store) for word in words]
     assert message in evaluated(*KNN, "--dstore-filename", store, *given)
 
@@ -269,48 +274,46 @@ def test_damaged_stores_and_indexes(evaluated: Told, told: Told, store: Path, tm
     assert "these are float32 keys: leave out --dstore-fp16" in evaluated(*words, 50, "--dstore-fp16")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--dstore-filename", "d"), "--dstore-filename d is read with --knnlm only"),
-        (("--dstore-mmap", "d"), "--dstore-mmap d is where --save-knnlm-dstore writes"),
-        (("--num-shards", "0"), "--num-shards must be at least 1, got 0"),
-        (("--num-workers", "-1"), "--num-workers must be at least 0, got -1"),
-        (("--max-target-positions", "0"), "--max-target-positions must be at least 1, got 0"),
-        (("--num-shards", "999", "--shard-id", "0"), "nothing to score: of the 0 blocks in this part of valid none"),
-        (("--eval-file", "/"), "--eval-file / is a folder"),
-        (("--eval-file", f"{__file__}/x"), "takes no new files"),
-    ],
+@mistakes(
+    {
+        "--dstore-filename d": "--dstore-filename d is read with --knnlm only",
+        "--dstore-mmap d": "--dstore-mmap d is where --save-knnlm-dstore writes",
+        "--num-shards 0": "--num-shards must be at least 1, got 0",
+        "--num-workers -1": "--num-workers must be at least 0, got -1",
+        "--max-target-positions 0": "--max-target-positions must be at least 1, got 0",
+        "--num-shards 999 --shard-id 0": "nothing to score: of the 0 blocks in this part of valid none",
+        "--eval-file /": "--eval-file / is a folder",
+        f"--eval-file {FILE}/x": "takes no new files",
+    }
 )
-def test_evaluation_flags(evaluated: Told, words: tuple[str, ...], message: str) -> None:
+def test_evaluation_flags(evaluated: Told, words: list[str], message: str) -> None:
     assert message in evaluated(*words)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--arch", "transformer_lm_wiki130"), "did you mean 'transformer_lm_wiki103'?"),
-        (("--max-token", "9"), "unknown flag --max-token (did you mean '--max-tokens'?)"),
-        (("--label-smoothing", "0.1"), "belongs to --criterion label_smoothed_cross_entropy, not to adaptive_loss"),
-        (("--max-tokens", "abc"), "argument --max-tokens: invalid int value: 'abc'"),
-        (("--seed", "x"), "argument --seed: invalid int value: 'x'"),
-        (("--seed", "-1"), "--seed must be at least 0, got -1"),
-        (("--lr", ""), "'' is no list of numbers"),
-        (("--lr", "-1"), "--lr must be finite and at least 0, got -1.0"),
-        (("--adam-betas", "nonsense"), "'nonsense' is no list of numbers"),
-        (("--adam-betas", "(0.9,)"), "--adam-betas needs two numbers"),
-        (("--update-freq", "0"), "--update-freq must be at least 1, got 0"),
-        (("--tokens-per-sample", "0"), "--tokens-per-sample must be at least 1, got 0"),
-        (("--max-tokens", "16"), "has 32 tokens, more than --max-tokens 16"),
-        (("--validate-interval", "0"), "--validate-interval must be at least 1, got 0"),
-        (("--save-interval", "0"), "--save-interval must be at least 1, got 0"),
-        (("--distributed-world-size", "0"), "--distributed-world-size must be at least 1, got 0"),
-        (("--best-checkpoint-metric", "bleu"), "--best-checkpoint-metric bleu: validation gives loss, ppl"),
-        (("--finetune-from-model", "nowhere"), "--finetune-from-model: no checkpoint at 'nowhere'"),
-        (("--save-dir", f"{__file__}/x"), "cannot be made: Not a directory; choose another folder"),
-    ],
+@mistakes(
+    {
+        "--arch transformer_lm_wiki130": "did you mean 'transformer_lm_wiki103'?",
+        "--max-token 9": "unknown flag --max-token (did you mean '--max-tokens'?)",
+        "--label-smoothing 0.1": "belongs to --criterion label_smoothed_cross_entropy, not to adaptive_loss",
+        "--max-tokens abc": "argument --max-tokens: invalid int value: 'abc'",
+        "--seed x": "argument --seed: invalid int value: 'x'",
+        "--seed -1": "--seed must be at least 0, got -1",
+        "--lr ''": "'' is no list of numbers",
+        "--lr -1": "--lr must be finite and at least 0, got -1.0",
+        "--adam-betas nonsense": "'nonsense' is no list of numbers",
+        "--adam-betas (0.9,)": "--adam-betas needs two numbers",
+        "--update-freq 0": "--update-freq must be at least 1, got 0",
+        "--tokens-per-sample 0": "--tokens-per-sample must be at least 1, got 0",
+        "--max-tokens 16": "has 32 tokens, more than --max-tokens 16",
+        "--validate-interval 0": "--validate-interval must be at least 1, got 0",
+        "--save-interval 0": "--save-interval must be at least 1, got 0",
+        "--distributed-world-size 0": "--distributed-world-size must be at least 1, got 0",
+        "--best-checkpoint-metric bleu": "--best-checkpoint-metric bleu: validation gives loss, ppl",
+        "--finetune-from-model nowhere": "--finetune-from-model: no checkpoint at 'nowhere'",
+        f"--save-dir {FILE}/x": "cannot be made: Not a directory; choose another folder",
+    }
 )
-def test_training_flags(training: Told, words: tuple[str, ...], message: str) -> None:
+def test_training_flags(training: Told, words: list[str], message: str) -> None:
     assert message in training(*words)
 
 
@@ -320,18 +323,17 @@ def test_a_plug_in_that_fails(training: Told, tmp_path: Path) -> None:
     assert "cannot be imported: ZeroDivisionError: division by zero; FAIRSEQ_TRACEBACK=1 shows where" in line
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--decoder-layers", "3"), "is a model with --decoder-layers 2, the flags ask for 3"),
-        (("--decoder-attention-heads", "4"), "is a model with --decoder-attention-heads 2, the flags ask for 4"),
-        (("--knn-keytype", "separated_head"), "holds other weights than the flags ask for"),
-        (("--optimizer", "nag"), "was trained with --optimizer adam, now it says nag: give adam, or --reset-optimizer"),
-        (("--lr-scheduler", "fixed"), "was trained with --lr-scheduler inverse_sqrt, now it says fixed"),
-        (("--criterion", "trime_loss"), "was trained with --criterion adaptive_loss, now it says trime_loss"),
-    ],
+@mistakes(
+    {
+        "--decoder-layers 3": "is a model with --decoder-layers 2, the flags ask for 3",
+        "--decoder-attention-heads 4": "is a model with --decoder-attention-heads 2, the flags ask for 4",
+        "--knn-keytype separated_head": "holds other weights than the flags ask for",
+        "--optimizer nag": "was trained with --optimizer adam, now it says nag: give adam, or --reset-optimizer",
+        "--lr-scheduler fixed": "was trained with --lr-scheduler inverse_sqrt, now it says fixed",
+        "--criterion trime_loss": "was trained with --criterion adaptive_loss, now it says trime_loss",
+    }
 )
-def test_going_on_with_another_run(training: Told, trained: Path, words: tuple[str, ...], message: str) -> None:
+def test_going_on_with_another_run(training: Told, trained: Path, words: list[str], message: str) -> None:
     assert message in training("--restore-file", trained / "checkpoint_last.pt", *words)
 
 
@@ -397,16 +399,15 @@ def test_free_disk_is_looked_at_first(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--trainpref", "nowhere.txt"), "no such text file: nowhere.txt"),
-        (("--trainpref", __file__, "--srcdict", __file__), "line 1: expected 'symbol count'"),
-        (("--trainpref", __file__, "--workers", "0"), "--workers must be at least 1, got 0"),
-        (("--trainpref", __file__, "--destdir", f"{__file__}/x"), "cannot be written: Not a directory; choose another"),
-    ],
+@mistakes(
+    {
+        "--trainpref nowhere.txt": "no such text file: nowhere.txt",
+        f"--trainpref {FILE} --srcdict {FILE}": "line 1: expected 'symbol count'",
+        f"--trainpref {FILE} --workers 0": "--workers must be at least 1, got 0",
+        f"--trainpref {FILE} --destdir {FILE}/x": "cannot be written: Not a directory; choose another",
+    }
 )
-def test_preprocessing(told: Told, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+def test_preprocessing(told: Told, tmp_path: Path, words: list[str], message: str) -> None:
     assert message in told("preprocess.py", "--only-source", "--destdir", tmp_path / "out", *words)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from brute_force import similarities
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,16 +35,6 @@ def rows(shape: str, count: int, dim: int, seed: int) -> np.ndarray:
     if shape == "far":
         made += 50
     return made.astype(np.float32)
-
-
-def scores(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """(N, M) similarities in float64."""
-    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
-    if metric is Metric.COS:
-        queries, keys = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, keys))
-    if metric is Metric.L2:
-        return -((queries[:, None] - keys[None]) ** 2).sum(-1)
-    return queries @ keys.T
 
 
 def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, query_ND: torch.Tensor, k: int) -> Any:
@@ -80,7 +71,7 @@ def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim
     queries = rows(shape, num_queries, dim, 2)
     with pytest.MonkeyPatch.context() as patch:
         found = search_by(patch, name, keys, metric, torch.from_numpy(queries), k)
-    truth = scores(metric, queries, keys)
+    truth = similarities(metric, queries, keys)
     best = np.sort(truth, axis=1)[:, ::-1][:, :k]
     size = 1.0 if metric is Metric.COS else np.abs(truth).max() + 1
     np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=2e-6 * size)

@@ -7,6 +7,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from brute_force import similarities
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
 from fairseq.memory.index.build import build_index
@@ -47,16 +48,6 @@ def config(prefix: Path, **more) -> KnnConfig:
 QUERIES = torch.from_numpy(np.random.default_rng(1).standard_normal((30, DIM), dtype=np.float32))
 
 
-def truth(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
-    if metric is Metric.L2:
-        return -((queries[:, None] - keys[None]) ** 2).sum(-1)
-    if metric is Metric.COS:
-        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-        keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    return queries @ keys.T
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("k", [1, 7, ROWS])
 @pytest.mark.parametrize("score", ["recompute", "index", "dot"])
@@ -66,8 +57,8 @@ def test_candidates_are_the_nearest_rows(metric, score, k, dtype, monkeypatch):
     keys = rows()[0].astype(dtype)
     store = Datastore("store", keys, np.arange(ROWS), {})  # each row's value is its number
     found = ExternalMemory(store, ExactIndex(keys, metric), k, score).lookup(QUERIES)
-    similarity = truth(metric, QUERIES.numpy(), keys)
-    shown = truth(Metric.IP, QUERIES.numpy(), keys) if score == "dot" else similarity
+    similarity = similarities(metric, QUERIES.numpy(), keys)
+    shown = similarities(Metric.IP, QUERIES.numpy(), keys) if score == "dot" else similarity
     best = np.sort(similarity, axis=1)[:, ::-1][:, :k]
     ids = found.values_NM.numpy()
     np.testing.assert_allclose(np.take_along_axis(similarity, ids, 1), best, rtol=1e-5, atol=1e-4)

@@ -6,12 +6,19 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from brute_force import similarities
 
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import DecodedLists, FaissIndex, find_index, pair_scores_in_place
+from fairseq.memory.index.faiss_index import (
+    DecodedLists,
+    FaissIndex,
+    find_index,
+    pair_products,
+    pair_scores_in_place,
+)
 from fairseq.memory.index.low_precision import Int8Keys, Int8Queries, low_scores
-from fairseq.memory.similarity import pair_scores
+from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 
 ROWS, DIM = 3000, 16
@@ -26,17 +33,6 @@ def made(rows: int, seed: int) -> np.ndarray:
 
 KEYS = made(ROWS, 0)
 QUERIES = torch.from_numpy(made(400, 1))
-
-
-def brute_force(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """(N, rows) similarities in float64."""
-    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
-    if metric is Metric.L2:
-        return -((queries[:, None] - keys[None]) ** 2).sum(-1)
-    if metric is Metric.COS:
-        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-        keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    return queries @ keys.T
 
 
 @functools.cache
@@ -62,7 +58,7 @@ def test_exact_search_is_brute_force(metric, k, dtype, monkeypatch):
     monkeypatch.setattr("fairseq.memory.index.exact._BLOCK_BYTES", 4 * 400 * 700)  # several uneven blocks
     keys = KEYS.astype(dtype)
     found = ExactIndex(keys, metric).search(QUERIES[:50], k)
-    truth = brute_force(metric, QUERIES[:50].numpy(), keys)
+    truth = similarities(metric, QUERIES[:50].numpy(), keys)
     best = np.sort(truth, axis=1)[:, ::-1][:, :k]
     np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-5, atol=1e-4)
@@ -87,7 +83,7 @@ def test_the_closest_has_the_highest_score():
     for metric in Metric:
         index = made_index(metric, "Flat")
         found = index.search(QUERIES[:20], ROWS)
-        truth = brute_force(metric, QUERIES[:20].numpy(), KEYS)
+        truth = similarities(metric, QUERIES[:20].numpy(), KEYS)
         assert found.ids_NK[:, 0].tolist() == truth.argmax(1).tolist()
         assert found.ids_NK[:, -1].tolist() == truth.argmin(1).tolist()
         assert (found.scores_NK.diff(dim=1) <= 0).all()
@@ -229,11 +225,16 @@ def test_unsorted_results_are_sorted():
     assert found.scores_NK.tolist() == [[-1.0, -3.0, -torch.inf]]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("metric", list(Metric))
-def test_pair_scores(metric):
+def test_scores_of_pairs(metric, dtype):
+    keys = KEYS.astype(dtype)
     ids = torch.randint(-1, ROWS, (len(QUERIES), 5))
-    truth = np.take_along_axis(brute_force(metric, QUERIES.numpy(), KEYS), ids.clamp_min(0).numpy(), 1)
+    truth = np.take_along_axis(similarities(metric, QUERIES.numpy(), keys), ids.clamp_min(0).numpy(), 1)
     truth[ids.numpy() < 0] = -np.inf
-    np.testing.assert_allclose(pair_scores(metric, QUERIES, KEYS, ids), truth, rtol=1e-5, atol=1e-4)
-    if metric is not Metric.COS:
-        np.testing.assert_allclose(pair_scores_in_place(metric, QUERIES, KEYS, ids), truth, rtol=1e-5, atol=1e-4)
+    row, col = (ids >= 0).nonzero(as_tuple=True)
+    queries = normalized(QUERIES) if metric is Metric.COS else QUERIES
+    products = pair_products(metric, queries, row, keys, ids[row, col])
+    np.testing.assert_allclose(products, truth[row, col], rtol=1e-5, atol=1e-4)
+    if metric is not Metric.COS and dtype is np.float32:
+        np.testing.assert_allclose(pair_scores_in_place(metric, QUERIES, keys, ids), truth, rtol=1e-5, atol=1e-4)

@@ -19,10 +19,14 @@ from unittest import mock
 sys.path.insert(0, "tests/memory")
 from test_joint_loss import EXTREMES, RULES, Case, sizes
 from fairseq.memory import joint_loss_triton as fused
+from fairseq.memory.joint_loss import apply
+
+def loss_of(case):
+    return apply(fused.stream_on_gpu, case.key, case.logp, case.norm, case.memory, case.other)
 
 def check(case, loose=1e-4):
     inputs = case.inputs
-    ours = fused.joint_loss(case.key, case.logp, case.norm, case.memory, case.other)
+    ours = loss_of(case)
     theirs = case.plain()
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
     for mine, true in zip(*(torch.autograd.grad(loss, inputs) for loss in (ours, theirs))):
@@ -36,7 +40,7 @@ with sizes(6, 4), mock.patch.object(fused, "_BLOCK", 8):
         case = Case.draw([5, 4], RULES["external"], dtype=torch.float32)
         extreme(case)
         with torch.no_grad():
-            ours = fused.joint_loss(case.key, case.logp, case.norm, case.memory)
+            ours = loss_of(case)
         torch.testing.assert_close(ours.double(), case.plain(), rtol=1e-5, atol=1e-4)
     # On a GPU half-precision keys are multiplied as they are, with sums in float32; processors have no such product.
     mm = torch.mm
@@ -48,7 +52,7 @@ with sizes(6, 4), mock.patch.object(fused, "_BLOCK", 8):
             case.other = case.other.detach().to(dtype).requires_grad_()
             check(case, loose=2e-2)
     empty = Case.draw([4], RULES["elsewhere"], dtype=torch.float32)
-    assert fused.joint_loss(empty.key, empty.logp, empty.norm, empty.memory) == (-empty.logp).sum()
+    assert loss_of(empty) == (-empty.logp).sum()
 print("right")
 """
 

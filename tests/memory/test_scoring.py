@@ -20,6 +20,17 @@ def candidates(seed: int, n: int, m: int, shared: bool = False, keep: float = 0.
     return Candidates(values, scores, torch.rand(n, m, generator=g) < keep)
 
 
+def any_candidates(test):
+    """Few or none, the same for all rows or not, at several temperatures."""
+    drawn = given(
+        seed=st.integers(0, 10_000),
+        m=st.integers(0, 9),
+        shared=st.booleans(),
+        temperature=st.sampled_from([0.5, 1.0, 10.0]),
+    )
+    return settings(max_examples=30, deadline=None)(drawn(test))
+
+
 def counted(found: Candidates, temperature: float) -> torch.Tensor:
     """(N, V) sums of exp(score / temperature), one candidate at a time."""
     sums = torch.zeros(found.scores_NM.shape[0], V, dtype=torch.float64)
@@ -31,13 +42,7 @@ def counted(found: Candidates, temperature: float) -> torch.Tensor:
     return sums
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    m=st.integers(0, 9),
-    shared=st.booleans(),
-    temperature=st.sampled_from([0.5, 1.0, 10.0]),
-)
+@any_candidates
 def test_knn_logp_is_the_share_of_the_neighbours_that_hold_the_target(seed, m, shared, temperature):
     found = candidates(seed, 4, m, shared)
     target = torch.randint(0, V, (4,), generator=torch.Generator().manual_seed(seed))
@@ -46,13 +51,7 @@ def test_knn_logp_is_the_share_of_the_neighbours_that_hold_the_target(seed, m, s
     torch.testing.assert_close(scoring.knn_logp(found, target, temperature), expected)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    m=st.integers(0, 9),
-    shared=st.booleans(),
-    temperature=st.sampled_from([0.5, 1.0, 10.0]),
-)
+@any_candidates
 def test_vocabulary_view_agrees_with_the_target_view(seed, m, shared, temperature):
     found = candidates(seed, 3, m, shared)
     whole = scoring.vocab_logp(found, V, temperature)
@@ -231,13 +230,7 @@ def test_gradient_of_empty_rows_is_finite_through_the_sums():
     assert norm.grad[2] == 0
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    m=st.integers(0, 9),
-    shared=st.booleans(),
-    temperature=st.sampled_from([0.5, 1.0, 10.0]),
-)
+@any_candidates
 def test_log_sums_are_sums_of_exp(seed, m, shared, temperature):
     found = candidates(seed, 4, m, shared)
     target = torch.randint(0, V, (4,), generator=torch.Generator().manual_seed(seed))

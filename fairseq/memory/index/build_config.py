@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 from fairseq.memory.index import INDEXES
 from fairseq.registry import lookup
 
@@ -45,15 +45,11 @@ class BuildConfig:
 
     def __post_init__(self) -> None:
         lookup(INDEXES, self.index, "--index")
-        for name in ("ncentroids", "code_size", "probe", "train_size", "num_keys_to_add_at_a_time"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.starting_point < 0:
-            raise ValueError(f"--starting_point must be at least 0, got {self.starting_point}")
-        for name in ("dstore_size", "dimension"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}; our own stores need none")
+        counts = ("ncentroids", "code_size", "probe", "train_size", "num_keys_to_add_at_a_time")
+        require_at_least(1, between="_", **{name: getattr(self, name) for name in counts})
+        require_at_least(0, between="_", starting_point=self.starting_point)
+        own = "our own stores need none"
+        require_at_least(1, between="_", hint=own, dstore_size=self.dstore_size, dimension=self.dimension)
 
     @property
     def factory(self) -> str:
