@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fairseq.memory.datastore_writer import DatastoreWriter
 from fairseq.memory.files import FORMAT_VERSION, KEY_DTYPES, Array, StoreFiles, file_checksums, read_json
+from fairseq.memory.rows import Rows, as_tensor
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Datastore", "DatastoreWriter", "as_tensor"]
+__all__ = ["Datastore", "DatastoreWriter", "Rows", "as_tensor"]
 
 _VALUE_DTYPES = ("int64", "int32", "int16")
 
@@ -34,9 +32,9 @@ class Datastore:
     """An opened store. Its arrays stay on disk and are read as they are used, unless ``in_memory`` was called."""
 
     prefix: str
-    keys: Array
+    keys: Rows
     """float32 or float16, (rows, dim)."""
-    values: Array
+    values: Rows
     """int64, int32 or int16, (rows,)."""
     metadata: Mapping[str, Any]
     """What ``<prefix>.json`` says; empty for headerless files."""
@@ -49,7 +47,7 @@ class Datastore:
     @property
     def dim(self) -> int:
         """Width of the keys."""
-        return int(self.keys.shape[1])
+        return self.keys.shape[1]
 
     @property
     def digest(self) -> str | None:
@@ -93,7 +91,7 @@ class Datastore:
         names = StoreFiles.of(prefix, dtype)
         values = _mapped(names.values, (rows,), value_dtype)
         keys = _mapped(names.keys, (rows, dim), dtype) if with_keys else _no_keys(rows, dim, dtype)
-        return cls(str(prefix), keys, values, about, with_keys)
+        return cls(str(prefix), Rows.of(keys), Rows.of(values), about, with_keys)
 
     @classmethod
     def open_headerless(
@@ -114,7 +112,7 @@ class Datastore:
             if not names.values.exists() or size is None:
                 raise ValueError(_why_not_there(prefix))
             values = _mapped(names.values, (size,), _value_dtype(names.values, size))
-            return cls(str(prefix), _no_keys(size, dim, dtype), values, {}, False)
+            return cls(str(prefix), Rows.of(_no_keys(size, dim, dtype)), Rows.of(values), {}, False)
         if fp16 and not names.keys.exists():
             names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
         for path in (names.keys, names.values):
@@ -122,16 +120,14 @@ class Datastore:
                 raise ValueError(_why_not_there(prefix))
         rows = _rows_of(names, dim, size, dtype)
         value_dtype = _value_dtype(names.values, rows)
-        store = cls(
-            str(prefix), _mapped(names.keys, (rows, dim), dtype), _mapped(names.values, (rows,), value_dtype), {}
-        )
-        if not store.keys[-1].any():
+        keys = _mapped(names.keys, (rows, dim), dtype)
+        if not keys[-1].any():
             logger.warning(
                 "the last key of %s is all zeros: the program that wrote it may have stopped early, or --dstore-size "
                 "was larger than the split; verify before you trust figures",
                 names.keys,
             )
-        return store
+        return cls(str(prefix), Rows.of(keys), Rows.of(_mapped(names.values, (rows,), value_dtype)), {})
 
     def require(
         self,
@@ -170,13 +166,13 @@ class Datastore:
                 f"{name} was saved with another dictionary ({saved_size} types, digest {saved_digest[:12]}) than the "
                 f"data's ({size} types, digest {digest[:12]}); binarise with the store's dictionary or save anew"
             )
-        if self.values.dtype == np.int16 and size > np.iinfo(np.int16).max:
+        if self.values.dtype == "int16" and size > np.iinfo(np.int16).max:
             raise ValueError(
                 f"{name} keeps its values as int16, which wraps above {np.iinfo(np.int16).max}, and the dictionary has "
                 f"{size} types: its tokens are not what was read; save the store again"
             )
         if not self.metadata:
-            low, high = int(self.values.min()), int(self.values.max())
+            low, high = min(p.min() for p in self.values.parts), max(p.max() for p in self.values.parts)
             if low < 0 or high >= size:
                 raise ValueError(
                     f"{name} holds tokens {low} to {high}, the dictionary has {size} types: it is of another "
@@ -185,21 +181,16 @@ class Datastore:
 
     def take_keys(self, ids_N: Array) -> Array:
         """Keys of some rows as float32, (N, dim), read in the order of the file and each row once."""
-        if len(ids_N) > 1 and not (np.diff(ids_N) > 0).all():
-            unique, inverse = np.unique(ids_N, return_inverse=True)
-            return np.asarray(self.take_keys(unique)[inverse])
-        # torch gathers with all threads and numpy with one.
-        rows = as_tensor(self.keys).index_select(0, torch.from_numpy(np.ascontiguousarray(ids_N)))
-        return np.asarray(rows.float().numpy())
+        return np.asarray(self.keys.take(ids_N).numpy())
 
     def in_memory(self) -> Datastore:
         """The same store with its arrays read into memory."""
-        keys = np.array(self.keys) if self.has_keys else self.keys
-        return Datastore(self.prefix, keys, np.array(self.values), self.metadata, self.has_keys)
+        keys = self.keys.in_memory() if self.has_keys else self.keys
+        return Datastore(self.prefix, keys, self.values.in_memory(), self.metadata, self.has_keys)
 
     def verify(self) -> None:
         """Compare every block with its checksum. Raises: ValueError naming the file and the bytes that differ."""
-        names = StoreFiles.of(self.prefix, str(self.keys.dtype))
+        names = StoreFiles.of(self.prefix, self.keys.dtype)
         for part, path in (("keys", names.keys), ("values", names.values)):
             saved = self.metadata.get("checksums", {}).get(part)
             if saved is None:
@@ -208,13 +199,6 @@ class Datastore:
                 if before != now:
                     first = number * self.metadata["block_bytes"]
                     raise ValueError(f"{path}: the block from byte {first} on differs from what was saved")
-
-
-def as_tensor(array: Array) -> Tensor:
-    """A tensor over the same memory; read-only maps are fine as long as nobody writes into it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def _why_not_there(prefix: str | Path) -> str:

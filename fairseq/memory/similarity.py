@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore import as_tensor
 from fairseq.memory.files import Array
+from fairseq.memory.rows import as_tensor
 from fairseq.memory.types import Metric
 
 _CHUNK_BYTES = 2 << 20  # of gathered keys: small enough to stay in the processor's cache between the passes

@@ -14,6 +14,7 @@ from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.knn_config import KnnConfig
+from fairseq.memory.rows import Rows
 from fairseq.memory.scoring import knn_logp
 from fairseq.memory.sources.external import ExternalMemory, open_external
 from fairseq.memory.types import Metric, Neighbors
@@ -33,6 +34,10 @@ def prefix(tmp_path) -> Path:
         writer.append(*rows())
         writer.finish()
     return tmp_path / "dstore"
+
+
+def made_store(keys: np.ndarray, values: np.ndarray) -> Datastore:
+    return Datastore("store", Rows.of(keys), Rows.of(values), {})
 
 
 def flat_index(prefix: Path) -> None:
@@ -64,7 +69,7 @@ def truth(metric: Metric, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def test_candidates_are_the_nearest_rows(metric, score, k, dtype, monkeypatch):
     monkeypatch.setattr("fairseq.memory.sources.external._CHUNK_BYTES", 4 * DIM * k * 9)  # several uneven chunks
     keys = rows()[0].astype(dtype)
-    store = Datastore("store", keys, np.arange(ROWS), {})  # each row's value is its number
+    store = made_store(keys, np.arange(ROWS))  # each row's value is its number
     found = ExternalMemory(store, ExactIndex(keys, metric), k, score).lookup(QUERIES)
     similarity = truth(metric, QUERIES.numpy(), keys)
     shown = truth(Metric.IP, QUERIES.numpy(), keys) if score == "dot" else similarity
@@ -99,7 +104,7 @@ class GappyIndex:
 def test_missing_neighbours_are_masked_everywhere(score, dtype):
     """The originals read id -1 as the last row of the store."""
     keys, values = rows()
-    store = Datastore("store", keys.astype(dtype), values, {})
+    store = made_store(keys.astype(dtype), values)
     found = ExternalMemory(store, GappyIndex(), 4, score).lookup(QUERIES)
     assert not found.keep_NM[:, 1:].any()
     assert torch.isneginf(found.scores_NM[:, 1:]).all()
@@ -113,7 +118,7 @@ def test_missing_neighbours_are_masked_everywhere(score, dtype):
 
 def test_dot_puts_the_most_similar_first():
     keys, values = rows()
-    store = Datastore("store", keys, values, {})
+    store = made_store(keys, values)
     found = ExternalMemory(store, ExactIndex(keys, Metric.IP), ROWS, "dot").lookup(QUERIES)
     assert (found.scores_NM.diff(dim=1) <= 1e-5).all()
     assert (found.scores_NM[:, 0] > 0).all()
@@ -121,7 +126,7 @@ def test_dot_puts_the_most_similar_first():
 
 def test_half_precision_queries():
     keys, values = rows()
-    memory = ExternalMemory(Datastore("store", keys, values, {}), ExactIndex(keys), 3)
+    memory = ExternalMemory(made_store(keys, values), ExactIndex(keys), 3)
     found = memory.lookup(QUERIES.half())
     assert torch.equal(found.values_NM, memory.lookup(QUERIES.half().float()).values_NM)
 
@@ -136,7 +141,7 @@ def test_what_open_external_opens(prefix, caplog):
             dictionary_digest="d" * 64,
             dictionary_size=VOCAB,
         )
-    assert type(memory.store.keys) is np.ndarray
+    assert type(memory.store.keys.whole) is np.ndarray
     assert "600 rows of width 8" in caplog.text
     keys, values = rows()
     assert memory.lookup(torch.from_numpy(keys[:5])).values_NM[:, 0].tolist() == values[:5].tolist()

@@ -141,9 +141,9 @@ def build_index(config: BuildConfig) -> BuiltIndex:
 def _signature(config: BuildConfig, store: Datastore) -> dict[str, Any]:
     """What decides the content of the index: builds of equal signature go on from one another."""
     about = {"factory": config.factory, "metric": config.dist, "seed": config.seed, "train_size": config.train_size}
-    kept = {"rows": len(store), "dim": store.dim, "key_dtype": str(store.keys.dtype), "digest": store.digest}
-    if kept["digest"] is None and isinstance(store.keys, np.memmap):
-        kept["modified"] = os.stat(str(store.keys.filename)).st_mtime
+    kept = {"rows": len(store), "dim": store.dim, "key_dtype": store.keys.dtype, "digest": store.digest}
+    if kept["digest"] is None:
+        kept["modified"] = [os.stat(path).st_mtime for path in store.keys.files]
     return about | {"store": kept}
 
 
@@ -210,7 +210,7 @@ def _encode(
         file.seek(done * builder.code_bytes)
         recorded = done
         for start in range(done, len(store), _BLOCK_ROWS):
-            block: Array = np.asarray(store.keys[start : start + _BLOCK_ROWS], dtype=np.float32)
+            block: Array = store.keys.block(start, start + _BLOCK_ROWS).float().numpy()
             file.write(builder.encode(block).data)
             done = start + len(block)
             if done - recorded >= config.num_keys_to_add_at_a_time or done == len(store):

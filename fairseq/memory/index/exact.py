@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore import as_tensor
 from fairseq.memory.files import Array
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.faiss_index import has_fast_int8, pair_products
 from fairseq.memory.index.filters import GROUP, Block, Filter, FloatFilter, Int8Filter
 from fairseq.memory.index.places import places, true_places
+from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import map_in_threads
 from fairseq.memory.types import Metric, Neighbors
@@ -36,20 +36,20 @@ _SAMPLE_ROWS = 4096
 class ExactIndex:
     """Compares every key with every query, by passes over blocks of the (memory-mapped) keys."""
 
-    def __init__(self, keys: Array, metric: Metric = Metric.L2, *, memory_bytes: int = DEFAULT_MEMORY) -> None:
+    def __init__(self, keys: Rows | Array, metric: Metric = Metric.L2, *, memory_bytes: int = DEFAULT_MEMORY) -> None:
         """Args.
 
         keys: (rows, dim), any floating type; read as they are needed.
         memory_bytes: what a search may take, beside its results; queries are searched in as many bulks as need be.
         """
-        self.keys = keys
+        self.keys = Rows.of(keys)
         self.metric = metric
         self.memory_bytes = memory_bytes
 
     @property
     def dim(self) -> int:
         """Width of the keys."""
-        return int(self.keys.shape[1])
+        return self.keys.shape[1]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -81,7 +81,7 @@ def _bytes_per_candidate() -> int:
 class _Search:
     """One bulk of queries against all keys."""
 
-    def __init__(self, keys: Array, metric: Metric, query_ND: Tensor, k: int) -> None:
+    def __init__(self, keys: Rows, metric: Metric, query_ND: Tensor, k: int) -> None:
         self.keys, self.metric, self.query_ND, self.k = keys, metric, query_ND, k
         rows = max(GROUP, _BLOCK_BYTES // (4 * max(1, keys.shape[1])) // GROUP * GROUP)
         self.blocks = [slice(start, min(start + rows, len(keys))) for start in range(0, len(keys), rows)]
@@ -107,7 +107,7 @@ class _Search:
         self._finish(ids_NK, scores_NK)
 
     def _block(self, rows: slice) -> Block:
-        keys_MD = as_tensor(np.ascontiguousarray(self.keys[rows]))
+        keys_MD = self.keys.block(rows.start, rows.stop)
         return self.filter.block(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
 
     def _scan(self, blocks: list[tuple[slice, Block]], group: _Group) -> None:
@@ -142,10 +142,10 @@ class _Search:
             pass
 
 
-def _filter(keys: Array, metric: Metric, query_ND: Tensor) -> Filter:
+def _filter(keys: Rows, metric: Metric, query_ND: Tensor) -> Filter:
     """The fastest way to pass over the keys here."""
     step = max(1, len(keys) // _SAMPLE_ROWS)
-    sample_MD = as_tensor(np.ascontiguousarray(keys[::step][:_SAMPLE_ROWS])).float()
+    sample_MD = keys.take(torch.arange(0, len(keys), step)[:_SAMPLE_ROWS])
     sample_MD = normalized(sample_MD) if metric is Metric.COS else sample_MD
     many, with_offset = len(query_ND) >= _FEW_QUERIES, metric is Metric.L2
     if many and torch.cpu._is_amx_tile_supported():

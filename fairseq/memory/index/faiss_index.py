@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fairseq.disk import replacing
-from fairseq.memory.datastore import as_tensor
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.low_precision import Int8Keys, Int8Queries
+from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
 
@@ -53,17 +53,19 @@ def pair_scores_in_place(metric: Metric, query_ND: Tensor, keys: Array, ids_NK: 
     return scores_NK.neg_() if metric is Metric.L2 else scores_NK.masked_fill_(ids_NK < 0, -torch.inf)
 
 
-def pair_products(metric: Metric, query_ND: Tensor, row_H: Tensor, keys: Array, ids_H: Tensor) -> Tensor:
+def pair_products(metric: Metric, query_ND: Tensor, row_H: Tensor, keys: Rows, ids_H: Tensor) -> Tensor:
     """Similarity of H pairs of a query and a key, (H,) float32, each pair summed by itself in float32.
 
-    Float32 keys are read where they are; others and those of the cosine, whose queries are of length one, are gathered.
+    Float32 keys of one array are read where they are; others and those of the cosine, whose queries are of length one,
+    are gathered.
     """
-    if metric is Metric.COS or keys.dtype != np.float32:
+    array = keys.whole
+    if metric is Metric.COS or array is None:
         unique, ids_H = torch.unique(ids_H, return_inverse=True)
-        block_MD = as_tensor(keys).index_select(0, unique).float()
-        keys = (normalized(block_MD) if metric is Metric.COS else block_MD).numpy()
+        block_MD = keys.take(unique)
+        array = (normalized(block_MD) if metric is Metric.COS else block_MD).numpy()
     function = "pairwise_indexed_L2sqr" if metric is Metric.L2 else "pairwise_indexed_inner_product"
-    scores_H = _pairwise(function, query_ND, row_H, keys, ids_H)
+    scores_H = _pairwise(function, query_ND, row_H, array, ids_H)
     return scores_H.neg_() if metric is Metric.L2 else scores_H
 
 
