@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
+from fairseq.memory.files import KEY_DTYPES, Array
 
 
 class Rows:
@@ -36,7 +36,7 @@ class Rows:
             if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
                 raise ValueError(f"rows of {_kind(first)} and of {_kind(part)} cannot be put behind each other")
         self.dtype = dtype or str(first.dtype)
-        self._tensors = [_typed(part, self.dtype) for part in self.parts]
+        self._tensors = [typed(part, self.dtype) for part in self.parts]
         self._edges = [0, *accumulate(len(part) for part in self.parts)]
 
     @classmethod
@@ -121,7 +121,25 @@ def as_tensor(array: Array) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _typed(array: Array, dtype: str) -> Tensor:
+def on_disk(rows: Tensor | Array, dtype: str) -> Array:
+    """Rows in a type of keys, as they are written."""
+    tensor = rows.detach().cpu() if isinstance(rows, Tensor) else as_tensor(np.ascontiguousarray(rows))
+    tensor = tensor.to(getattr(torch, dtype)).contiguous()
+    array: Array = (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy()
+    assert array.dtype == KEY_DTYPES[dtype]
+    return array
+
+
+def nonfinite(rows_ND: Tensor) -> Tensor:
+    """Numbers of the rows that hold NaN or infinity, int64."""
+    # One pass that makes nothing tells almost always that there is none.
+    if bool(rows_ND.sum(dtype=torch.float32).isfinite()):
+        return torch.empty(0, dtype=torch.int64)
+    return (~rows_ND.isfinite()).any(dim=1).nonzero()[:, 0]
+
+
+def typed(array: Array, dtype: str) -> Tensor:
+    """A tensor of the named type over the same memory."""
     tensor = as_tensor(array)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
