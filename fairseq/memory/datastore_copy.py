@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore import Datastore
-from fairseq.memory.datastore_parts import all_deleted, part_prefix
+from fairseq.memory.datastore_parts import all_deleted, is_there, part_prefix
 from fairseq.memory.datastore_writer import DatastoreWriter, NonFiniteError, finish_interrupted
 from fairseq.memory.documents import Documents
-from fairseq.memory.files import Array, StoreFiles, read_json
+from fairseq.memory.files import Array, StoreFiles
 from fairseq.memory.rows import Rows, nonfinite
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,10 @@ def _copy(
     if documents is not None and not source.has_documents:
         about |= {"document_unit": "row", "num_documents": 1}
     about |= dict(metadata) | {"copied_from": _fingerprint(source)}
-    if not in_place and _is_there(prefix, about | {"rows": count, "key_dtype": dtype}):
+    metadata_file = StoreFiles.of(prefix, dtype).metadata
+    if not in_place and metadata_file.exists():
+        if not is_there(prefix, about | {"rows": count, "key_dtype": dtype}):
+            raise ValueError(f"{metadata_file} is that of another datastore; choose another name, or remove it first")
         logger.info("%s is complete already; remove it to make it anew", prefix)
         return count
     with DatastoreWriter(prefix, count, source.dim, dtype, about, documents=documents) as writer:
@@ -192,17 +195,6 @@ def _fingerprint(source: Datastore) -> str:
     files = [*source.keys.files, *source.values.files]
     content = source.digest or [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(content).encode() + source.deleted.tobytes()).hexdigest()
-
-
-def _is_there(prefix: str | Path, about: Mapping[str, Any]) -> bool:
-    """Whether this very copy is there. Raises: ValueError when another store has its name."""
-    path = StoreFiles.of(prefix, "float32").metadata
-    if not path.exists():
-        return False
-    there = read_json(path)
-    if any(there.get(name) != value for name, value in about.items()):
-        raise ValueError(f"{path} is that of another datastore; choose another name, or remove it first")
-    return True
 
 
 def _remove_shards(source: Datastore) -> None:

@@ -92,6 +92,13 @@ def read_about(prefix: str | Path) -> dict[str, Any]:
     return about
 
 
+def is_there(prefix: str | Path, about: Mapping[str, Any]) -> bool:
+    """Whether a complete store is there of which all this is true."""
+    path = StoreFiles.of(prefix, "float32").metadata
+    there = read_json(path) if path.exists() else {}
+    return bool(there.get("complete")) and all(there.get(name) == value for name, value in about.items())
+
+
 def parts_of(prefix: str | Path, about: Mapping[str, Any]) -> tuple[Part, ...]:
     """The parts of a store, itself when it has none. Raises: ValueError when one is missing or has changed."""
     if "parts" not in about:
@@ -130,9 +137,10 @@ def require_alike(one: Part, other: Part, names: Sequence[str]) -> None:
     for name in names:
         a, b = one.about.get(name), other.about.get(name)
         if a is not None and b is not None and a != b:
+            way_out = "fairseq-datastore convert --dtype makes them alike" if name == "key_dtype" else "save one anew"
             raise ValueError(
                 f"{one.prefix!r} and {other.prefix!r} cannot be one datastore: {name} is {_short(a)} in the first and "
-                f"{_short(b)} in the second"
+                f"{_short(b)} in the second; {way_out}"
             )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from fairseq.disk import naming
 from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import Array, StoreFiles, locked, may_create_in, read_json, write_json
+from fairseq.memory.files import Array, locked, may_create_in, read_json, write_json
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.faiss_index import FaissBuilder
 from fairseq.memory.types import Metric
@@ -62,12 +62,13 @@ class _Files:
 
 def open_store(config: BuildConfig) -> Datastore:
     """Open the datastore. Raises: ValueError when it is missing or of another size than stated."""
-    if StoreFiles.of(config.dstore_mmap, "float32").metadata.exists() or config.dimension is None:
-        store = Datastore.open(config.dstore_mmap, fp16=config.dstore_fp16)
-    else:
-        store = Datastore.open_headerless(
-            config.dstore_mmap, dim=config.dimension, size=config.dstore_size, fp16=config.dstore_fp16
-        )
+    store = Datastore.open_any(
+        config.dstore_mmap,
+        dim=config.dimension,
+        size=config.dstore_size,
+        fp16=config.dstore_fp16,
+        bf16=config.dstore_bf16,
+    )
     if config.dimension is not None and config.dimension != store.dim:
         raise ValueError(
             f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: "

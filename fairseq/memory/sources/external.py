@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import StoreFiles
 from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
@@ -106,12 +105,14 @@ def open_store(config: KnnConfig, *, dim: int) -> Datastore:
     if not prefix:
         raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     with_keys = config.similarity != "index"
-    if StoreFiles.of(prefix, "float32").metadata.exists() or config.dstore_size is None:
-        store = Datastore.open(prefix, fp16=config.dstore_fp16, with_keys=with_keys)
-    else:
-        store = Datastore.open_headerless(
-            prefix, dim=dim, size=config.dstore_size, fp16=config.dstore_fp16, with_keys=with_keys
-        )
+    store = Datastore.open_any(
+        prefix,
+        dim=dim if config.dstore_size is not None else None,
+        size=config.dstore_size,
+        fp16=config.dstore_fp16,
+        bf16=config.dstore_bf16,
+        with_keys=with_keys,
+    )
     return store.in_memory() if config.move_dstore_to_mem else store
 
 
