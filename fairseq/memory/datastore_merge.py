@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.memory.datastore import Datastore
 from fairseq.memory.datastore_deletion import write_deleted
 from fairseq.memory.datastore_parts import (
     Part,
-    all_deleted,
     content_digest,
     part_prefix,
-    parts_of,
     read_about,
     read_deleted,
     require_alike,
@@ -82,14 +81,13 @@ def merge(prefix: str | Path, stores: Sequence[str | Path] = ()) -> dict[str, An
         deleted = [np.empty(0, np.int64)]
         rows = documents = 0
         for store in stores:
-            about = read_about(store)
-            own = parts_of(store, about)
-            deleted.append(all_deleted(store, about, own) + rows)
-            for part in own:
+            opened = Datastore.open(store, with_keys=False)
+            deleted.append(opened.deleted + rows)
+            for part in opened.parts:
                 moved = (part.first_row + rows, part.first_document + documents)
                 parts.append(dataclasses.replace(part, first_row=moved[0], first_document=moved[1]))
                 require_alike(parts[0], part, _MUST_AGREE)
-            rows, documents = rows + about["rows"], documents + int(about.get("num_documents", 1))
+            rows, documents = rows + len(opened), documents + int(opened.metadata.get("num_documents", 1))
         return _write_whole(prefix, parts, documents, np.concatenate(deleted))
 
 

@@ -32,11 +32,15 @@ def save(prefix: Path, n: int = 100, dtype: str = "float32", step: int = 7, **mo
     return keys, values
 
 
-@pytest.mark.parametrize(("dtype", "ending"), [("float32", "_keys.npy"), ("float16", "-fp16_keys.npy")])
+TYPES = [("float32", "_keys.npy"), ("float16", "-fp16_keys.npy"), ("bfloat16", "-bf16_keys.npy")]
+
+
+@pytest.mark.parametrize(("dtype", "ending"), TYPES)
 def test_what_is_written_is_headerless_row_major_and_describes_itself(tmp_path, dtype, ending):
     prefix = tmp_path / "dstore"
     keys, values = save(prefix, dtype=dtype)
-    assert Path(f"{prefix}{ending}").read_bytes() == keys.astype(dtype).tobytes()
+    typed = torch.from_numpy(keys).to(getattr(torch, dtype))
+    assert Path(f"{prefix}{ending}").read_bytes() == typed.view(torch.uint8).numpy().tobytes()
     assert Path(f"{prefix}_vals.npy").read_bytes() == values.astype(np.int64).tobytes()
     store = Datastore.open(prefix)
     assert (len(store), store.dim, store.keys.dtype) == (100, DIM, dtype)

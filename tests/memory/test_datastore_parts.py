@@ -174,7 +174,7 @@ def test_a_flipped_byte_of_any_part_is_named(tmp_path, monkeypatch, array):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_deleted_rows_are_listed_and_compacted_away(tmp_path_factory, data):
     prefix = tmp_path_factory.mktemp("delete") / "d"
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore_merge import merge
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.exact import ExactIndex
@@ -79,6 +80,27 @@ def test_candidates_are_the_nearest_rows(metric, score, k, dtype, monkeypatch):
     np.testing.assert_allclose(found.scores_NM, np.take_along_axis(shown, ids, 1), rtol=1e-5, atol=1e-4)
     assert all(len(set(row)) == k for row in ids.tolist())
     assert found.keep_NM.all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_store_in_parts_is_one_store(tmp_path, indexed, dtype):
+    keys, values = rows()
+    for name, part in (("a", slice(0, 250)), ("b", slice(250, ROWS))):
+        with DatastoreWriter(tmp_path / name, len(keys[part]), DIM, dtype, META) as writer:
+            writer.append(keys[part], values[part])
+            writer.finish()
+    merge(tmp_path / "dstore", [tmp_path / "a", tmp_path / "b"])
+    if indexed:
+        flat_index(tmp_path / "dstore")
+    settings = config(tmp_path / "dstore", **({} if indexed else {"indexfile": None}))
+    memory = open_external(settings, dim=DIM, key_tap="last_ffn_input", dictionary_size=VOCAB)
+    found = memory.lookup(QUERIES)
+    rounded = torch.from_numpy(keys).to(getattr(torch, dtype)).float().numpy()
+    truth_N = truth(Metric.L2, QUERIES.numpy(), rounded)
+    best_NK = np.argsort(-truth_N, axis=1)[:, :10]
+    np.testing.assert_allclose(found.scores_NM, np.take_along_axis(truth_N, best_NK, 1), rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(found.values_NM, values[best_NK])
 
 
 class GappyIndex:
