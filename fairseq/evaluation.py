@@ -163,7 +163,7 @@ def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
     dataset = LMContextWindowDataset(
         blocks, kept, context_window=config.context_window, max_len=max(block_size + config.context_window, limit)
     )
-    part = (_part_in_order if in_order else _part)(kept, blocks.sizes, config, data)
+    part = (part_in_order if in_order else part_by_length)(kept, blocks.sizes, config, data)
     if not part.batches:
         raise ValueError(
             f"nothing to score: of the {part.num_blocks} blocks in this part of {config.gen_subset} none is within the "
@@ -210,7 +210,7 @@ def _key_tap(settings: Settings, model: Any) -> str:
     return given or model.config.knn_keytype or "last_ffn_input"
 
 
-def _part(kept: Blocks, sizes: Blocks, config: EvaluationConfig, data: DatasetConfig) -> SplitPart:
+def part_by_length(kept: Blocks, sizes: Blocks, config: EvaluationConfig, data: DatasetConfig) -> SplitPart:
     """A shard of contiguous blocks, of which those of like length share a batch."""
     first, after = (len(sizes) * shard // config.num_shards for shard in (config.shard_id, config.shard_id + 1))
     kept = kept[(kept >= first) & (kept < after)]
@@ -223,7 +223,7 @@ def _digest(*arrays: Blocks) -> str:
     return hashlib.sha256(b"".join(array.astype(np.int64).tobytes() for array in arrays)).hexdigest()
 
 
-def _part_in_order(kept: Blocks, sizes: Blocks, config: EvaluationConfig, data: DatasetConfig) -> SplitPart:
+def part_in_order(kept: Blocks, sizes: Blocks, config: EvaluationConfig, data: DatasetConfig) -> SplitPart:
     """A shard of contiguous batches of the whole split, in the order of the text.
 
     The batches are those of a run without shards: a matrix product may round differently in a batch of another size,

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # What may differ between the shards of one store, and what describes files and not rows.
 _OF_ONE = frozenset(
     "format_version complete rows keys_file values_file documents_file block_bytes checksums deleted parts shard_id "
-    "first_row num_documents with_scores".split()
+    "num_shards first_row total_rows num_documents with_scores".split()
 )
 _MUST_AGREE = ("dim", "key_dtype", "value_dtype", "key_tap", "dictionary_digest", "dictionary_size", "model_digest")
 
