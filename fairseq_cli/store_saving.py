@@ -83,7 +83,7 @@ def _about_rows(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
         "num_documents": len(blocks.document_starts()),
         "batches_digest": evaluation.part.digest,
         "model_dtype": str(next(evaluation.models[0].parameters()).dtype).removeprefix("torch."),
-        "model_overrides": config.model_overrides or {},
+        "model_overrides": repr(sorted((config.model_overrides or {}).items())),
         "with_scores": settings.config(MemoryEvaluationConfig).score_while_saving,
     }
 

@@ -281,7 +281,7 @@ def _why_not_there(prefix: str | Path) -> str:
         return (
             f"{names} has no metadata ({prefix}.json) and its type or size is not as stated; files of the "
             "original programs need their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
-            "hold float16"
+            "hold float16; fairseq-datastore convert makes them a store that needs none"
         )
     return (
         f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; eval_lm.py "

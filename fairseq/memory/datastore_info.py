@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fairseq.memory.datastore import Datastore
 from fairseq.memory.datastore_parts import Part, content_digest
-from fairseq.memory.rows import Rows
+from fairseq.memory.rows import Rows, nonfinite
 
 _BLOCK_BYTES = 32 << 20
 
@@ -43,10 +41,10 @@ class KeyCounts:
 
 def count_keys(keys: Rows) -> KeyCounts:
     """Read all keys and count."""
-    nonfinite = zero = 0
+    infinite = zero = 0
     step = max(1, _BLOCK_BYTES // (4 * keys.shape[1]))
     for start in range(0, len(keys), step):
-        largest = keys.block(start, start + step).abs().amax(dim=1)  # of a row with NaN it is NaN
-        nonfinite += int((~torch.isfinite(largest)).sum())
-        zero += int((largest == 0).sum())
-    return KeyCounts(nonfinite, zero)
+        block_ND = keys.block(start, start + step)
+        infinite += len(nonfinite(block_ND))
+        zero += int((~block_ND[block_ND[:, 0] == 0].any(dim=1)).sum())
+    return KeyCounts(infinite, zero)

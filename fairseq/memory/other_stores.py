@@ -38,11 +38,11 @@ class OtherFiles:
     @classmethod
     def find(cls, prefix: str | Path, dtype: str) -> OtherFiles:
         """The files a user's PREFIX (or folder) means. Raises: ValueError when a folder holds several stores."""
-        if Path(prefix).is_dir():
-            return cls._in_folder(Path(prefix))
         names = StoreFiles.of(prefix, dtype)
         if dtype == "float16" and not names.keys.exists():
             names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
+        if not names.keys.exists() and Path(prefix).is_dir():
+            return cls._in_folder(Path(prefix))
         told = _SIZES_IN_NAME.fullmatch(Path(prefix).name)
         return cls(names.keys, names.values, *(map(int, told.groups()) if told else ()))
 

@@ -132,10 +132,12 @@ def on_disk(rows: Tensor | Array, dtype: str) -> Array:
 
 def nonfinite(rows_ND: Tensor) -> Tensor:
     """Numbers of the rows that hold NaN or infinity, int64."""
-    # One pass that makes nothing tells almost always that there is none.
-    if bool(rows_ND.sum(dtype=torch.float32).isfinite()):
+    if not rows_ND.numel():
         return torch.empty(0, dtype=torch.int64)
-    return (~rows_ND.isfinite()).any(dim=1).nonzero()[:, 0]
+    # One pass that writes nothing, several times as fast as the others, tells almost always that there is none.
+    if all(bool(bound.isfinite()) for bound in rows_ND.aminmax()):
+        return torch.empty(0, dtype=torch.int64)
+    return (~(rows_ND.amin(dim=1).isfinite() & rows_ND.amax(dim=1).isfinite())).nonzero()[:, 0]
 
 
 def typed(array: Array, dtype: str) -> Tensor:
