@@ -30,7 +30,7 @@ def _timed(
 ) -> tuple[list[float], list[float], int]:
     import torch
 
-    from fairseq.datastore_saving import num_rows, save_datastore
+    from fairseq.datastore_saving import save_datastore, store_rows
     from fairseq.evaluation import open_evaluation
     from fairseq.memory.datastore_writer import DatastoreWriter
     from fairseq.options import parse_eval_lm
@@ -42,7 +42,7 @@ def _timed(
     )
     model = opened.models[0]
     scorer = SequenceScorer(opened.models, key_tap="last_ffn_input")
-    rows, dim = num_rows(opened, None), model.key_dim("last_ffn_input")
+    rows, dim = store_rows(opened, None).count, model.key_dim("last_ffn_input")
 
     def save() -> None:
         with DatastoreWriter(prefix, num_rows=rows, dim=dim, resume=False) as writer:

@@ -194,7 +194,9 @@ class FlagParser(argparse.ArgumentParser):
             settings["choices"] = list(field.metadata["choices"])
         if not names[0].startswith("-"):
             optional = field.default is not dataclasses.MISSING
-            group.add_argument(names[0], type=_value_parser(annotation), nargs="?" if optional else None, **settings)
+            several = annotation == tuple[str, ...]
+            kind = str if several else _value_parser(annotation)
+            group.add_argument(names[0], type=kind, nargs="*" if several else "?" if optional else None, **settings)
             self._spellings[names[0]] = names[0]
             return
         for name in names:

@@ -8,10 +8,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fairseq.memory.datastore import DatastoreWriter
+from fairseq.memory.documents import Documents
 
 if TYPE_CHECKING:
     from fairseq.evaluation import Evaluation
+    from fairseq.memory.files import Array
     from fairseq.sequence_scorer import SequenceScorer
 
 logger = logging.getLogger(__name__)
@@ -35,23 +39,46 @@ class SavingProgress:
         return {"batch": self.batch, "seen": self.seen, "logp_sum": self.logp_sum}
 
 
-def num_rows(evaluation: Evaluation, stated: int | None) -> int:
-    """Rows the store will hold: scored tokens less the first context window, which has no full context.
+@dataclass(frozen=True)
+class StoreRows:
+    """Which rows of the whole split's store this process writes."""
+
+    first: int
+    """Number of its first row."""
+    count: int
+    """Its rows."""
+    skip: int
+    """Scored positions at its beginning that make no row: the model reads them without full context."""
+    total: int
+    """Rows of the whole store."""
+
+
+def store_rows(evaluation: Evaluation, stated: int | None) -> StoreRows:
+    """The rows of the store: scored tokens less the first context window of the split, which has no full context.
 
     Raises: ValueError when the user stated another size, or when nothing is left.
     """
-    rows = evaluation.num_scored_tokens - evaluation.context_window
-    if rows < 1:
+    part, context = evaluation.part, evaluation.context_window
+    total = part.num_all_scored_tokens - context
+    if total < 1:
         raise ValueError(
-            f"the split has {evaluation.num_scored_tokens} tokens to score and --context-window is "
-            f"{evaluation.context_window}: no row would be saved; give a smaller context or a larger split"
+            f"the split has {part.num_all_scored_tokens} tokens to score and --context-window is {context}: no row "
+            "would be saved; give a smaller context or a larger split"
         )
-    if stated is not None and stated != rows:
+    if stated is not None and stated != total:
         raise ValueError(
-            f"--dstore-size {stated} does not fit: {evaluation.num_scored_tokens} scored tokens less the context "
-            f"window of {evaluation.context_window} make {rows} rows; give {rows} or leave the flag out"
+            f"--dstore-size {stated} does not fit: {part.num_all_scored_tokens} scored tokens less the context "
+            f"window of {context} make {total} rows; give {total} or leave the flag out"
         )
-    return rows
+    skip = max(0, context - part.num_tokens_before)
+    return StoreRows(max(0, part.num_tokens_before - context), part.num_scored_tokens - skip, skip, total)
+
+
+def documents_of(evaluation: Evaluation, rows: StoreRows) -> Array:
+    """Where the rows stand in the text (see ``Documents``)."""
+    blocks = evaluation.dataset.dataset.blocks
+    order = np.concatenate(evaluation.batches)
+    return Documents.of_blocks(blocks.starts[order], blocks.sizes[order], blocks.document_starts(), rows.skip).runs_R3
 
 
 def save_datastore(
@@ -71,9 +98,10 @@ def save_datastore(
     if at.batch:
         logger.info("going on at row %d of %d", writer.rows_done, writer.num_rows)
     run = scorer.score if with_scores else scorer.keys
+    skip = store_rows(evaluation, None).skip
     for batch in evaluation.iterator(at.batch):
         scored = run(batch)
-        without_context = max(0, evaluation.context_window - at.seen)
+        without_context = max(0, skip - at.seen)
         writer.append(_rows(scored.key_ND, without_context), _rows(scored.target_N, without_context))
         at.batch += 1
         at.seen += len(scored.target_N)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Blocks = np.ndarray[Any, Any]
+
 
 class Memory(Protocol):
     """Anything that offers candidates for keys of scored positions."""
@@ -45,6 +48,25 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
+class SplitPart:
+    """The part of a split that one process scores: all of it, or a shard."""
+
+    batches: list[np.ndarray[Any, Any]]
+    num_blocks: int
+    """Its blocks, those that are left out as too long included."""
+    num_total_tokens: int
+    """Their tokens."""
+    num_scored_tokens: int
+    """Tokens of the batches."""
+    num_tokens_before: int = 0
+    """Tokens that the shards before this one score, where the order of the text is kept."""
+    num_all_scored_tokens: int = 0
+    """Tokens of all shards together, likewise."""
+    digest: str = ""
+    """What tells the batches of all shards together from others, likewise."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything an evaluation needs, opened and checked."""
 
@@ -52,16 +74,27 @@ class Evaluation:
     models: list[Any]
     checkpoint: Checkpoint
     dataset: LMContextWindowDataset
-    batches: list[np.ndarray[Any, Any]]
-    num_total_tokens: int
-    """Tokens of this part of the split, those in blocks that are left out included."""
-    num_scored_tokens: int
-    """Tokens that will be scored."""
+    part: SplitPart
     context_window: int
     key_tap: str
     """Which inner state of the first model is the memory key."""
     device: torch.device
     num_workers: int
+
+    @property
+    def batches(self) -> list[np.ndarray[Any, Any]]:
+        """The blocks of each batch."""
+        return self.part.batches
+
+    @property
+    def num_total_tokens(self) -> int:
+        """Tokens of this part of the split, those in blocks that are left out included."""
+        return self.part.num_total_tokens
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens that will be scored."""
+        return self.part.num_scored_tokens
 
     def iterator(self, first: int = 0) -> EpochBatchIterator:
         """The batches from number ``first`` on, in order."""
@@ -126,30 +159,22 @@ def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
         blocks = blocks.with_long_blocks_split(limit)
     elif block_size + config.context_window > limit:
         logger.info("inputs of up to %d tokens, the model was made for %d", block_size + config.context_window, limit)
-    order = np.arange(len(blocks.sizes))[_shard(len(blocks.sizes), config.num_shards, config.shard_id)]
-    total = int(blocks.sizes[order].sum())
-    kept, _ = filter_by_size(order, blocks.sizes, max(limit, block_size))
+    kept, _ = filter_by_size(np.arange(len(blocks.sizes)), blocks.sizes, max(limit, block_size))
     dataset = LMContextWindowDataset(
-        blocks,
-        filter_by_size(np.arange(len(blocks.sizes)), blocks.sizes, max(limit, block_size))[0],
-        context_window=config.context_window,
-        max_len=max(block_size + config.context_window, limit),
+        blocks, kept, context_window=config.context_window, max_len=max(block_size + config.context_window, limit)
     )
-    if not len(kept):
+    part = (part_in_order if in_order else part_by_length)(kept, blocks.sizes, config, data)
+    if not part.batches:
         raise ValueError(
-            f"nothing to score: of the {len(order)} blocks in this part of {config.gen_subset} none is within the "
+            f"nothing to score: of the {part.num_blocks} blocks in this part of {config.gen_subset} none is within the "
             f"model's {limit} positions; --score-all cuts them, fewer --num-shards make larger parts"
         )
-    batches = _batches(dataset, kept, data, in_order=in_order)
-    scored = int(blocks.sizes[kept].sum())
     return Evaluation(
         task=task,
         models=models,
         checkpoint=checkpoints[0],
         dataset=dataset,
-        batches=batches,
-        num_total_tokens=total,
-        num_scored_tokens=scored,
+        part=part,
         context_window=config.context_window,
         key_tap=_key_tap(settings, models[0]),
         device=device,
@@ -181,17 +206,51 @@ def _key_tap(settings: Settings, model: Any) -> str:
     return given or model.config.knn_keytype or "last_ffn_input"
 
 
-def _shard(count: int, num_shards: int, shard_id: int) -> slice:
-    """A contiguous part, so that the context of all blocks but the first few is read in the same part."""
-    return slice(count * shard_id // num_shards, count * (shard_id + 1) // num_shards)
+def part_by_length(kept: Blocks, sizes: Blocks, config: EvaluationConfig, data: DatasetConfig) -> SplitPart:
+    """A shard of contiguous blocks, of which those of like length share a batch."""
+    first, after = (len(sizes) * shard // config.num_shards for shard in (config.shard_id, config.shard_id + 1))
+    kept = kept[(kept >= first) & (kept < after)]
+    order = kept[np.argsort(sizes[kept], kind="stable")]
+    batches = batch_by_size(order, sizes, data.max_tokens, data.max_sentences, 1) if len(kept) else []
+    return SplitPart(batches, after - first, int(sizes[first:after].sum()), int(sizes[kept].sum()))
 
 
-def _batches(
-    dataset: LMContextWindowDataset, kept: np.ndarray[Any, Any], data: DatasetConfig, *, in_order: bool
-) -> list[np.ndarray[Any, Any]]:
-    if not in_order:
-        kept = kept[np.argsort(dataset.sizes[kept], kind="stable")]
-    return batch_by_size(kept, dataset.sizes, data.max_tokens, data.max_sentences, 1)
+def _digest(*arrays: Blocks) -> str:
+    return hashlib.sha256(b"".join(array.astype(np.int64).tobytes() for array in arrays)).hexdigest()
+
+
+def part_in_order(kept: Blocks, sizes: Blocks, config: EvaluationConfig, data: DatasetConfig) -> SplitPart:
+    """A shard of contiguous batches of the whole split, in the order of the text.
+
+    The batches are those of a run without shards: a matrix product may round differently in a batch of another size,
+    and so every key is the same, to the last bit, however many shards there are.
+    Raises: ValueError when there are more shards than batches.
+    """
+    batches = batch_by_size(kept, sizes, data.max_tokens, data.max_sentences, 1) if len(kept) else []
+    count = len(batches)
+    scored = np.cumsum([0, *(int(sizes[batch].sum()) for batch in batches)])
+    # Batches whose tokens all lack full context make no row of a datastore; they go to the first shard.
+    early = min(int((scored[1:] <= config.context_window).sum()), max(0, count - 1))
+    if config.num_shards > count - early and count:
+        raise ValueError(
+            f"--num-shards {config.num_shards} is too many: {config.gen_subset} makes {count - early} batches to "
+            f"share; give at most {count - early}, or make smaller batches (--max-tokens, --max-sentences)"
+        )
+    low, high = (
+        early + (count - early) * shard // config.num_shards if shard else 0
+        for shard in (config.shard_id, config.shard_id + 1)
+    )
+    first = int(batches[low][0]) if low else 0
+    after = int(batches[high][0]) if high < count else len(sizes)
+    return SplitPart(
+        batches=batches[low:high],
+        num_blocks=after - first,
+        num_total_tokens=int(sizes[first:after].sum()),
+        num_scored_tokens=int(scored[high] - scored[low]),
+        num_tokens_before=int(scored[low]),
+        num_all_scored_tokens=int(scored[-1]),
+        digest=_digest(kept, sizes[kept], np.array([len(batch) for batch in batches])),
+    )
 
 
 def evaluate(

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
             "train_seconds": built.train_seconds,
             "add_seconds": built.add_seconds,
         },
-        inputs=[str(store.keys.filename)],  # type: ignore[attr-defined]
+        inputs=store.keys.files,
         seed=config.seed,
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig
 from fairseq.options import Settings, parse_eval_lm
-from fairseq_cli.evaluation_report import checked, leave_files, leave_manifest, set_determinism, tell
+from fairseq_cli.evaluation_report import checked, leave_files, set_determinism, tell
 from fairseq_cli.main import run
+from fairseq_cli.store_saving import as_shard_of_torchrun, save
 
 if TYPE_CHECKING:
     from fairseq.evaluation import Evaluation
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """Evaluate, or save a datastore, as the words say."""
     settings = parse_eval_lm(argv)
+    if settings.config(MemoryEvaluationConfig).save_knnlm_dstore:
+        settings = as_shard_of_torchrun(settings)
     checked(settings, MemoryEvaluationConfig)
     _check_memory_wanted(settings)
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         device=evaluation.device,
     )
     if memory_config.save_knnlm_dstore:
-        _save(settings, evaluation, scorer)
+        save(settings, evaluation, scorer)
         return
     memory = combine = None
     if memory_config.knnlm:
@@ -82,49 +84,6 @@ def open_datastore(settings: Settings, evaluation: Evaluation, score: str) -> An
         dictionary_digest=dictionary.digest(),
         dictionary_size=len(dictionary),
     )
-
-
-def _save(settings: Settings, evaluation: Evaluation, scorer: Any) -> None:
-    """Write the datastore and print how it went."""
-    from fairseq.datastore_saving import num_rows, save_datastore
-    from fairseq.manifest import file_digest
-    from fairseq.memory.datastore import DatastoreWriter
-    from fairseq.memory.knn_config import KnnConfig
-
-    memory_config = settings.config(MemoryEvaluationConfig)
-    knn = settings.config(KnnConfig)
-    config = settings.config(EvaluationConfig)
-    tap = evaluation.key_tap
-    dictionary = evaluation.task.dictionary
-    prefix = str(memory_config.dstore_mmap)
-    with DatastoreWriter(
-        prefix,
-        num_rows=num_rows(evaluation, knn.dstore_size),
-        dim=evaluation.models[0].key_dim(tap),
-        dtype="float16" if knn.dstore_fp16 else "float32",
-        metadata={
-            "key_tap": tap,
-            "context_window": evaluation.context_window,
-            "subset": config.gen_subset,
-            "model_digest": file_digest(str(config.path)),
-            "dictionary_digest": dictionary.digest(),
-            "dictionary_size": len(dictionary),
-            "text_digest": file_digest(evaluation.task.prefix(config.gen_subset) + ".bin"),
-            "batches": len(evaluation.batches),
-            "with_scores": memory_config.score_while_saving,
-        },
-    ) as writer:
-        loss, seconds = save_datastore(evaluation, scorer, writer, with_scores=memory_config.score_while_saving)
-    scored, total = evaluation.num_scored_tokens, evaluation.num_total_tokens
-    rate = scored / seconds if seconds else 0.0
-    figures: dict[str, Any] = {"rows": writer.num_rows, "num_tokens": scored, "num_total_tokens": total}
-    figures |= {"seconds": seconds, "tokens_per_second": rate}
-    sys.stdout.write(f"Evaluated {scored} tokens in {seconds:.1f}s ({rate:.2f} tokens/s)\n")
-    if loss is not None:
-        figures |= {"loss_base2": loss, "perplexity": 2.0**loss}
-        sys.stdout.write(f"Loss (base 2): {loss:.4f}, Perplexity: {2.0**loss:.2f}\n")
-    sys.stdout.write(f"saved {writer.num_rows} keys of width {writer.dim} to {prefix}\n")
-    leave_manifest(settings, evaluation, f"{prefix}.run.json", figures)
 
 
 def cli_main() -> None:

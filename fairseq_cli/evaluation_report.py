@@ -124,7 +124,9 @@ def leave_manifest(settings: Settings, evaluation: Evaluation, path: str | None,
     knn = settings.config(KnnConfig)
     prefix = evaluation.task.prefix(config.gen_subset)
     named = [*str(config.path).split(":"), prefix + ".bin", prefix + ".idx", knn.dstore_filename, knn.indexfile]
-    named += [f"{knn.dstore_filename}{end}" for end in ("_keys.npy", "-fp16_keys.npy", "_vals.npy", ".json")]
+    named += [
+        f"{knn.dstore_filename}{end}" for end in ("_keys.npy", "-fp16_keys.npy", "-bf16_keys.npy", "_vals.npy", ".json")
+    ]
     write_manifest(
         path,
         program=settings.program,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq.config import FlagParser, build
 from fairseq.criterions import CRITERIONS
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
@@ -20,6 +21,7 @@ from fairseq.models.architectures import build_model_config
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.options import parse_eval_lm, parse_train
 from fairseq.user_dir import import_user_dir
+from fairseq_cli.datastore import COMMANDS as DATASTORE_COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [ROOT / "train_scripts" / "shakespeare-demo.sh", ROOT / "examples" / "trime" / "run.sh"]
@@ -60,6 +62,13 @@ def commands() -> list[tuple[str, list[str]]]:
 COMMANDS = commands()
 
 
+def datastore_commands() -> list[list[str]]:
+    """The words of every `fairseq-datastore ...` in the documents."""
+    texts = [text.replace("\\\n", " ") for path in DOCUMENTS for text in blocks(path, "bash")]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith("fairseq-datastore ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
 @cache
 def help_text(script: str) -> str:
     told = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -82,6 +91,14 @@ def test_the_flags_of_a_documented_command_exist(words: list[str], tmp_path: Pat
         return
     known = set(re.findall(r"--[\w-]+", help_text(script)))
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
+
+
+@pytest.mark.parametrize("words", datastore_commands(), ids=" ".join)
+def test_a_documented_command_of_fairseq_datastore_parses(words: list[str]) -> None:
+    config = DATASTORE_COMMANDS[words[0]].config
+    parser = FlagParser("fairseq-datastore", "")
+    parser.add_config(config)
+    assert build(config, parser.parse(words[1:])).prefix
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

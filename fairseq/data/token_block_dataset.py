@@ -36,6 +36,7 @@ class TokenBlockDataset:
             raise ValueError(f"sentences of {total} tokens in a stream of {len(tokens)}")
         self.tokens = tokens
         self.starts, self.sizes = cut(sizes, block_size, break_mode)
+        self._break_mode, self._uncut = break_mode, (self.starts, self.sizes)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -50,6 +51,23 @@ class TokenBlockDataset:
     def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def document_unit(self) -> str:
+        """What counts as a document: the whole ``text``, a ``document`` between separators, or a ``block``."""
+        return {"none": "text", "complete_doc": "document"}.get(self._break_mode, "block")
+
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """Where in the stream each document begins."""
+        starts, sizes = self._uncut
+        if self.document_unit == "text":
+            return np.zeros(1, dtype=np.int64)
+        if self.document_unit == "block":
+            return starts
+        # A separator is in no block: where one ends before the next begins, a document ends.
+        first = np.ones(len(starts), dtype=np.bool_)
+        first[1:] = starts[1:] != starts[:-1] + sizes[:-1]
+        return starts[np.flatnonzero(first)]
+
     def split(self, longest: int) -> TokenBlockDataset:
         """The same text with every block of more than ``longest`` tokens cut into pieces of that size."""
         pieces = -(-self.sizes // longest)
@@ -57,6 +75,7 @@ class TokenBlockDataset:
         offset = (np.arange(len(block)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * longest
         result = object.__new__(TokenBlockDataset)
         result.tokens = self.tokens
+        result._break_mode, result._uncut = self._break_mode, self._uncut
         result.starts = self.starts[block] + offset
         result.sizes = np.minimum(self.sizes[block] - offset, longest)
         return result

@@ -1,17 +1,17 @@
 """A datastore on disk: one key and one value (the token that came next) per position, and a JSON file that says what.
 
-The arrays are headerless and row-major, as kNN-LM and TRIME write them: ``<prefix>_keys.npy`` (float32) or
-``<prefix>-fp16_keys.npy`` (float16), and ``<prefix>_vals.npy`` (int64). ``<prefix>.json`` holds the rows, the width,
-the types, where the keys come from and a checksum per block. ``datastore_writer.py`` writes them.
+The arrays are headerless and row-major, as kNN-LM and TRIME write them: ``<prefix>_keys.npy`` (float32),
+``<prefix>-fp16_keys.npy`` or ``<prefix>-bf16_keys.npy``, and ``<prefix>_vals.npy`` (int64). ``<prefix>.json`` holds the
+rows, the width, the types, where the keys come from and a checksum per block, or names the parts whose rows, one behind
+the other, are the store. ``datastore_writer.py`` writes them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.datastore_parts import (
+    Part,
+    all_deleted,
+    content_digest,
+    documents_of,
+    keys_of,
+    parts_of,
+    read_about,
+    shards_of,
+    values_of,
+)
+from fairseq.memory.datastore_verify import damage
 from fairseq.memory.datastore_writer import DatastoreWriter
-from fairseq.memory.files import FORMAT_VERSION, KEY_DTYPES, Array, StoreFiles, file_checksums, read_json
+from fairseq.memory.documents import Documents
+from fairseq.memory.files import KEY_DTYPES, Array, StoreFiles, read_json
+from fairseq.memory.other_stores import OtherFiles, map_keys, map_values
+from fairseq.memory.rows import Rows, as_tensor
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Datastore", "DatastoreWriter", "as_tensor"]
+__all__ = ["Datastore", "DatastoreWriter", "Rows", "as_tensor"]
 
-_VALUE_DTYPES = ("int64", "int32", "int16")
+_NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -34,104 +49,117 @@ class Datastore:
     """An opened store. Its arrays stay on disk and are read as they are used, unless ``in_memory`` was called."""
 
     prefix: str
-    keys: Array
-    """float32 or float16, (rows, dim)."""
-    values: Array
+    keys: Rows
+    """float32, float16 or bfloat16, (rows, dim)."""
+    values: Rows
     """int64, int32 or int16, (rows,)."""
     metadata: Mapping[str, Any]
     """What ``<prefix>.json`` says; empty for headerless files."""
     has_keys: bool = True
     """Whether the keys can be read; a store whose scores come from the index does without, on disk too."""
+    deleted: Array = field(default_factory=lambda: _NONE)
+    """int64, rising: rows that must not be found any more."""
+    parts: tuple[Part, ...] = ()
+    """The files it is made of; empty for headerless files."""
 
     def __len__(self) -> int:
         return len(self.values)
 
     @property
+    def num_alive(self) -> int:
+        """Rows that are not deleted."""
+        return len(self) - len(self.deleted)
+
+    @property
     def dim(self) -> int:
         """Width of the keys."""
-        return int(self.keys.shape[1])
+        return self.keys.shape[1]
 
     @property
     def digest(self) -> str | None:
-        """What tells this content from another's: a digest of the checksums; None for headerless files."""
-        sums = self.metadata.get("checksums")
-        return hashlib.sha256(repr(sums).encode()).hexdigest() if sums else None
+        """What tells this content from another's, whatever is deleted; None for headerless files."""
+        return content_digest(self.metadata)
 
     @classmethod
-    def open(cls, prefix: str | Path, *, fp16: bool = False, with_keys: bool = True) -> Datastore:
+    def open(cls, prefix: str | Path, *, fp16: bool = False, bf16: bool = False, with_keys: bool = True) -> Datastore:
         """Open a store that describes itself.
 
         Args:
             fp16: the caller expects float16 keys; without it the metadata decide.
+            bf16: likewise bfloat16 keys.
             with_keys: False never touches the keys, which may then be missing.
         Raises: ValueError when the store is missing, incomplete, empty, damaged or of the other key type.
         """
-        names = StoreFiles.of(prefix, "float32")
-        if not names.metadata.exists():
+        if not StoreFiles.of(prefix, "float32").metadata.exists():
             raise ValueError(_why_not_there(prefix))
-        about = read_json(names.metadata)
-        if about.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{names.metadata}: format version {about.get('format_version')!r}; this release reads {FORMAT_VERSION}"
-            )
-        try:
-            rows, dim, dtype, value_dtype = (about[name] for name in ("rows", "dim", "key_dtype", "value_dtype"))
-            complete = about["complete"]
-        except KeyError as error:
-            raise ValueError(
-                f"{names.metadata} lacks {error}; it is damaged or not a datastore's: save it again"
-            ) from None
-        if dtype not in KEY_DTYPES or value_dtype not in _VALUE_DTYPES:
-            known = f"{', '.join(KEY_DTYPES)} and {', '.join(_VALUE_DTYPES)}"
-            raise ValueError(f"{names.metadata}: keys of type {dtype!r}, values of {value_dtype!r}; known: {known}")
-        if not (isinstance(rows, int) and isinstance(dim, int) and dim > 0):
-            raise ValueError(f"{names.metadata}: {rows!r} rows of width {dim!r}; it is damaged: save it again")
-        if fp16 and dtype != "float16":
-            raise ValueError(f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-fp16 was given; leave it out")
-        if not complete:
-            raise ValueError(f"datastore {str(prefix)!r} is not complete; resume with the command that saves it")
-        names = StoreFiles.of(prefix, dtype)
-        values = _mapped(names.values, (rows,), value_dtype)
-        keys = _mapped(names.keys, (rows, dim), dtype) if with_keys else _no_keys(rows, dim, dtype)
-        return cls(str(prefix), keys, values, about, with_keys)
+        about = read_about(prefix)
+        dtype = about["key_dtype"]
+        for flag, expected, wanted in (("fp16", "float16", fp16), ("bf16", "bfloat16", bf16)):
+            if wanted and dtype != expected:
+                raise ValueError(
+                    f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-{flag} was given; leave it out"
+                )
+        parts = parts_of(prefix, about)
+        values = values_of(parts)
+        keys = keys_of(parts) if with_keys else _no_keys(about["rows"], about["dim"], dtype)
+        return cls(str(prefix), keys, values, about, with_keys, all_deleted(prefix, about, parts), parts)
 
     @classmethod
     def open_headerless(
-        cls, prefix: str | Path, *, dim: int, size: int | None = None, fp16: bool = False, with_keys: bool = True
+        cls,
+        prefix: str | Path,
+        *,
+        dim: int | None = None,
+        size: int | None = None,
+        fp16: bool = False,
+        bf16: bool = False,
+        with_keys: bool = True,
     ) -> Datastore:
-        """Open files of the original programs, which do not say what they hold; byte counts are checked first.
+        """Open files of other programs (see ``other_stores``), most of which do not say what they hold.
 
         Args:
-            dim: width of the keys.
+            prefix: what their names begin with, or their folder.
+            dim: width of the keys, unless the files tell.
             size: rows; by default what the byte counts make.
             fp16: the keys are float16: TRIME's names and int64 values, or kNN-LM's names and int16 values.
+            bf16: the keys are bfloat16.
             with_keys: False never touches the keys, which may then be missing; ``size`` must be given.
         Raises: ValueError when the files are missing or the byte counts do not fit.
         """
-        dtype = "float16" if fp16 else "float32"
-        names = StoreFiles.of(prefix, dtype)
+        dtype = "float16" if fp16 else "bfloat16" if bf16 else "float32"
+        files = OtherFiles.find(prefix, dtype)
         if not with_keys:
-            if not names.values.exists() or size is None:
+            if not files.values.exists() or size is None or dim is None:
                 raise ValueError(_why_not_there(prefix))
-            values = _mapped(names.values, (size,), _value_dtype(names.values, size))
-            return cls(str(prefix), _no_keys(size, dim, dtype), values, {}, False)
-        if fp16 and not names.keys.exists():
-            names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
-        for path in (names.keys, names.values):
-            if not path.exists():
-                raise ValueError(_why_not_there(prefix))
-        rows = _rows_of(names, dim, size, dtype)
-        value_dtype = _value_dtype(names.values, rows)
-        store = cls(
-            str(prefix), _mapped(names.keys, (rows, dim), dtype), _mapped(names.values, (rows,), value_dtype), {}
-        )
-        if not store.keys[-1].any():
+            return cls(str(prefix), _no_keys(size, dim, dtype), Rows.of(map_values(files.values, size)), {}, False)
+        if not files.present():
+            raise ValueError(_why_not_there(prefix))
+        keys, dtype = map_keys(files, dim, size, dtype)
+        if not keys[-1].any():
             logger.warning(
                 "the last key of %s is all zeros: the program that wrote it may have stopped early, or --dstore-size "
                 "was larger than the split; verify before you trust figures",
-                names.keys,
+                files.keys,
             )
-        return store
+        return cls(str(prefix), Rows([keys], dtype), Rows.of(map_values(files.values, len(keys))), {})
+
+    @classmethod
+    def open_any(
+        cls,
+        prefix: str | Path,
+        *,
+        dim: int | None = None,
+        size: int | None = None,
+        fp16: bool = False,
+        bf16: bool = False,
+        with_keys: bool = True,
+    ) -> Datastore:
+        """Open a store of ours, or of another program whose sizes are stated or told by its files. Raises: as both."""
+        if not StoreFiles.of(prefix, "float32").metadata.exists():
+            told = OtherFiles.find(prefix, "float16" if fp16 else "float32").tell_their_sizes
+            if told or dim is not None:
+                return cls.open_headerless(prefix, dim=dim, size=size, fp16=fp16, bf16=bf16, with_keys=with_keys)
+        return cls.open(prefix, fp16=fp16, bf16=bf16, with_keys=with_keys)
 
     def require(
         self,
@@ -170,56 +198,74 @@ class Datastore:
                 f"{name} was saved with another dictionary ({saved_size} types, digest {saved_digest[:12]}) than the "
                 f"data's ({size} types, digest {digest[:12]}); binarise with the store's dictionary or save anew"
             )
-        if self.values.dtype == np.int16 and size > np.iinfo(np.int16).max:
+        if self.values.dtype == "int16" and size > np.iinfo(np.int16).max:
             raise ValueError(
                 f"{name} keeps its values as int16, which wraps above {np.iinfo(np.int16).max}, and the dictionary has "
                 f"{size} types: its tokens are not what was read; save the store again"
             )
         if not self.metadata:
-            low, high = int(self.values.min()), int(self.values.max())
+            low, high = min(p.min() for p in self.values.parts), max(p.max() for p in self.values.parts)
             if low < 0 or high >= size:
                 raise ValueError(
                     f"{name} holds tokens {low} to {high}, the dictionary has {size} types: it is of another "
                     "dictionary, or --dstore-size, --dstore-fp16 or the width is wrong"
                 )
 
+    @property
+    def has_documents(self) -> bool:
+        """Whether the files tell which document each row is of."""
+        return any(part.about.get("documents_file") for part in self.parts)
+
     def take_keys(self, ids_N: Array) -> Array:
         """Keys of some rows as float32, (N, dim), read in the order of the file and each row once."""
-        if len(ids_N) > 1 and not (np.diff(ids_N) > 0).all():
-            unique, inverse = np.unique(ids_N, return_inverse=True)
-            return np.asarray(self.take_keys(unique)[inverse])
-        # torch gathers with all threads and numpy with one.
-        rows = as_tensor(self.keys).index_select(0, torch.from_numpy(np.ascontiguousarray(ids_N)))
-        return np.asarray(rows.float().numpy())
+        return np.asarray(self.keys.take(ids_N).numpy())
 
-    def in_memory(self) -> Datastore:
-        """The same store with its arrays read into memory."""
-        keys = np.array(self.keys) if self.has_keys else self.keys
-        return Datastore(self.prefix, keys, np.array(self.values), self.metadata, self.has_keys)
+    @cached_property
+    def documents(self) -> Documents:
+        """Where the rows stand in their text. Raises: ValueError when the table is damaged."""
+        return documents_of(self.parts) if self.parts else Documents.unknown()
+
+    def where(self, ids_N: Tensor | Array) -> tuple[Array, Array]:
+        """Document of some rows and place of their values in it, int64; -1 for the id -1."""
+        return self.documents.where(np.asarray(ids_N))
+
+    def context(self, ids_N: Tensor | Array, *, before: int, after: int) -> Tensor:
+        """The text around some rows: int64 (N, before + 1 + after), each row's value in column ``before``.
+
+        -1 where the store has no token: beyond the document, before the first row, of a deleted row, or for the id -1.
+        """
+        ids_N = np.asarray(ids_N)
+        steps_C = np.arange(-before, after + 1)
+        row_NC = ids_N[:, None] + steps_C
+        in_store_NC = (ids_N[:, None] >= 0) & (row_NC >= 0) & (row_NC < len(self))
+        document_N, offset_N = self.where(ids_N)
+        document_NC, offset_NC = self.where(np.where(in_store_NC, row_NC, -1))
+        keep_NC = in_store_NC & (document_NC == document_N[:, None]) & (offset_NC == offset_N[:, None] + steps_C)
+        keep_NC &= ~np.isin(row_NC, self.deleted)
+        token_NC = torch.full(row_NC.shape, -1)
+        token_NC[torch.from_numpy(keep_NC)] = self.values.take(row_NC[keep_NC])
+        return token_NC
 
     def verify(self) -> None:
         """Compare every block with its checksum. Raises: ValueError naming the file and the bytes that differ."""
-        names = StoreFiles.of(self.prefix, str(self.keys.dtype))
-        for part, path in (("keys", names.keys), ("values", names.values)):
-            saved = self.metadata.get("checksums", {}).get(part)
-            if saved is None:
-                raise ValueError(f"datastore {self.prefix!r} has no checksums; headerless files cannot be verified")
-            for number, (before, now) in enumerate(zip(saved, file_checksums(path))):
-                if before != now:
-                    first = number * self.metadata["block_bytes"]
-                    raise ValueError(f"{path}: the block from byte {first} on differs from what was saved")
+        if not self.parts:
+            raise ValueError(f"datastore {self.prefix!r} has no checksums; headerless files cannot be verified")
+        for line in damage(self.parts):
+            raise ValueError(line)
 
-
-def as_tensor(array: Array) -> Tensor:
-    """A tensor over the same memory; read-only maps are fine as long as nobody writes into it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
+    def in_memory(self) -> Datastore:
+        """The same store with its arrays read into memory."""
+        keys = self.keys.in_memory() if self.has_keys else self.keys
+        values = self.values.in_memory()
+        return Datastore(self.prefix, keys, values, self.metadata, self.has_keys, self.deleted, self.parts)
 
 
 def _why_not_there(prefix: str | Path) -> str:
     """What to tell about a store that cannot be opened by its metadata."""
     found = [names for names in (StoreFiles.of(prefix, dtype) for dtype in KEY_DTYPES) if names.keys.exists()]
+    saved = shards_of(prefix)
+    if saved and not found:
+        return _why_not_joined(str(prefix), saved)
     progress = StoreFiles.of(prefix, "float32").progress
     if progress.exists():
         state = read_json(progress)
@@ -230,11 +276,12 @@ def _why_not_there(prefix: str | Path) -> str:
             f"datastore {str(prefix)!r} is not complete: {found[0].keys} exists, {found[0].values} does not; copy it "
             "too, or save the store again"
         )
-    if found:
+    if found or OtherFiles.find(prefix, "float32").present():
+        names = str(found[0].keys if found else OtherFiles.find(prefix, "float32").keys)
         return (
-            f"{found[0].keys} has no metadata ({prefix}.json) and its type or size is not as stated; files of the "
+            f"{names} has no metadata ({prefix}.json) and its type or size is not as stated; files of the "
             "original programs need their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
-            "hold float16"
+            "hold float16; fairseq-datastore convert makes them a store that needs none"
         )
     return (
         f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; eval_lm.py "
@@ -242,53 +289,18 @@ def _why_not_there(prefix: str | Path) -> str:
     )
 
 
-def _rows_of(names: StoreFiles, dim: int, size: int | None, dtype: str) -> int:
-    """Rows of headerless keys. Raises: ValueError with both byte counts."""
-    row_bytes = dim * np.dtype(dtype).itemsize
-    held = names.keys.stat().st_size
-    rows = held // row_bytes if size is None else size
-    if rows < 1:
-        raise ValueError(f"{names.keys} holds {held} bytes: no row of {dim} {dtype} values; the store is empty")
-    if held == rows * row_bytes:
-        return rows
-    hint = "check the size and the width"
-    if held == rows * dim * 2 and dtype == "float32":
-        hint = "these are float16 keys: add --dstore-fp16"
-    elif held == rows * dim * 4:
-        hint = "these are float32 keys: leave out --dstore-fp16"
-    elif held % row_bytes == 0:
-        hint = f"at this width it holds {held // row_bytes} rows"
-    raise ValueError(
-        f"{names.keys} holds {held} bytes; {rows} rows of {dim} {dtype} values take {rows * row_bytes}: {hint}"
+def _why_not_joined(prefix: str, saved: Mapping[int, set[int]]) -> str:
+    """What to tell about a store of which parts are there."""
+    count = max(saved, key=lambda count: len(saved[count]))
+    missing = sorted(set(range(count)) - saved[count])
+    if not missing:
+        return f"datastore {prefix!r} lies in {count} parts: join them with fairseq-datastore merge {prefix}"
+    return (
+        f"datastore {prefix!r} is not complete: of its {count} parts {', '.join(map(str, missing))} are not saved; the "
+        "same command with the --shard-id of each saves them"
     )
 
 
-def _value_dtype(path: Path, rows: int) -> str:
-    """The integer type of headerless values, by their byte count."""
-    held = path.stat().st_size
-    for dtype in _VALUE_DTYPES:
-        if held == rows * np.dtype(dtype).itemsize:
-            return dtype
-    raise ValueError(
-        f"{path} holds {held} bytes; {rows} values take {rows * 8} as int64, {rows * 4} as int32 or {rows * 2} as int16"
-    )
-
-
-def _no_keys(rows: int, dim: int, dtype: str) -> Array:
+def _no_keys(rows: int, dim: int, dtype: str) -> Rows:
     """Stands for keys that must not be read; takes no memory."""
-    return np.broadcast_to(np.zeros(dim, dtype), (rows, dim))
-
-
-def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> Array:
-    """Map a headerless array. Raises: ValueError when the file is missing, empty or of another size."""
-    if shape[0] < 1:
-        raise ValueError(f"{path}: the datastore has no rows; save one with at least one scored token")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist, though the metadata beside it name it; save the store again")
-    held, needed = path.stat().st_size, int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if held != needed:
-        raise ValueError(
-            f"{path} holds {held} bytes; {shape[0]} rows of {dtype} take {needed}: it is truncated or of another "
-            "store; copy it again, or save the store again"
-        )
-    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+    return Rows([np.broadcast_to(np.zeros(dim, KEY_DTYPES[dtype]), (rows, dim))], dtype)

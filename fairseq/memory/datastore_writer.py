@@ -25,13 +25,21 @@ from fairseq.memory.files import (
     Array,
     BlockChecksums,
     StoreFiles,
+    file_checksums,
     locked,
     may_create_in,
     read_json,
     write_json,
 )
+from fairseq.memory.rows import nonfinite, on_disk, typed
 
 logger = logging.getLogger(__name__)
+
+ARRAYS = ("keys", "values")
+
+
+class NonFiniteError(ValueError):
+    """A key holds NaN or infinity in the type it is to be written in."""
 
 
 class DatastoreWriter:
@@ -48,6 +56,7 @@ class DatastoreWriter:
         dtype: str = "float32",
         metadata: Mapping[str, Any] | None = None,
         resume: bool = True,
+        documents: Array | None = None,
     ) -> None:
         """Start, or go on where an interrupted writer with the same arguments stood (``rows_done``, ``cursor``).
 
@@ -56,13 +65,16 @@ class DatastoreWriter:
             metadata: plain values that say where the rows come from, kept in the JSON file. The names a reader checks
                 are key_tap, dictionary_digest and dictionary_size. Equal metadata must mean equal rows.
             resume: False throws away what an interrupted writer left.
+            documents: the runs of ``Documents``: where the rows stand in their text.
         Raises: ValueError for impossible arguments; OSError when the disk is too small or another writer is at work.
         """
         if num_rows < 1 or dim < 1:
             raise ValueError(f"a datastore needs at least one row and one column, got {num_rows} x {dim}")
         if dtype not in KEY_DTYPES:
             raise ValueError(f"keys of type {dtype!r}; known: {', '.join(KEY_DTYPES)}")
-        self.prefix, self.num_rows, self.dim, self.dtype = str(prefix), num_rows, dim, np.dtype(dtype)
+        self.prefix, self.num_rows, self.dim, self.dtype = str(prefix), num_rows, dim, dtype
+        self._key_bytes = dim * KEY_DTYPES[dtype].itemsize
+        self._documents = documents
         self._names = StoreFiles.of(prefix, dtype)
         self._signature: dict[str, Any] = {"rows": num_rows, "dim": dim, "key_dtype": dtype, "value_dtype": "int64"}
         self._signature["metadata"] = dict(metadata or {})
@@ -76,11 +88,11 @@ class DatastoreWriter:
                 self._remove_unfinished()
             self.rows_done = int(state["rows_done"]) if state else 0
             self.cursor: dict[str, Any] | None = state["cursor"] if state else None
-            self._sums = {part: BlockChecksums(state and state["checksums"][part]) for part in ("keys", "values")}
+            self._sums = {part: BlockChecksums(state and state["checksums"][part]) for part in ARRAYS}
             self._finished = bool(state and state["finishing"])
             if not self._finished:
                 self._check_free_space()
-                self._keys = self._open_at(self._names.keys, self.rows_done * dim * self.dtype.itemsize)
+                self._keys = self._open_at(self._names.keys, self.rows_done * self._key_bytes)
                 self._values = self._open_at(self._names.values, self.rows_done * 8)
             until_ready.pop_all()
 
@@ -101,25 +113,25 @@ class DatastoreWriter:
         """
         if self._finished:
             return  # an interrupted writer had written all rows; only its renames were left, and they are done
-        keys, values = _as_array(keys_ND), _as_array(values_N)
-        if keys.shape != (len(values), self.dim) or values.ndim != 1:
-            raise ValueError(f"keys {keys.shape} and values {values.shape} do not make rows of width {self.dim}")
-        if self.rows_done + len(values) > self.num_rows:
+        count = len(values_N)
+        if tuple(keys_ND.shape) != (count, self.dim) or values_N.ndim != 1:
+            shapes = f"keys {tuple(keys_ND.shape)} and values {tuple(values_N.shape)}"
+            raise ValueError(f"{shapes} do not make rows of width {self.dim}")
+        if self.rows_done + count > self.num_rows:
             raise ValueError(
                 f"datastore {self.prefix!r} was announced with {self.num_rows} rows; {self.rows_done} are there and "
-                f"{len(values)} more came"
+                f"{count} more came"
             )
-        with np.errstate(over="ignore"):
-            keys = np.ascontiguousarray(keys, dtype=self.dtype)
-        if not np.isfinite(keys).all():
-            hint = (
-                "too large for float16? save without --dstore-fp16" if self.dtype == np.float16 else "check the model"
-            )
-            bad = int((~np.isfinite(keys)).any(axis=1).sum())
-            raise ValueError(f"{bad} of the keys of rows {self.rows_done} on hold NaN or infinity: {hint}")
+        keys = on_disk(keys_ND, self.dtype)
+        bad = len(nonfinite(typed(keys, self.dtype)))
+        if bad:
+            half = self.dtype == "float16"
+            hint = "too large for float16? --dstore-bf16 or float32 hold more" if half else "check the model"
+            raise NonFiniteError(f"{bad} of the keys of rows {self.rows_done} on hold NaN or infinity: {hint}")
         self._write("keys", self._keys, keys)
+        values = values_N.cpu().numpy() if isinstance(values_N, Tensor) else values_N
         self._write("values", self._values, np.ascontiguousarray(values, dtype=np.int64))
-        self.rows_done += len(values)
+        self.rows_done += count
 
     def checkpoint(self, cursor: Mapping[str, Any] | None = None) -> None:
         """Make all rows so far survive a kill.
@@ -148,7 +160,7 @@ class DatastoreWriter:
         self._record(finishing=True)
         self._keys.close()
         self._values.close()
-        self._install(read_json(self._names.progress))
+        install(self.prefix, read_json(self._names.progress))
         self._finished = True
         self.close()
 
@@ -171,8 +183,19 @@ class DatastoreWriter:
                 file.flush()
                 os.fsync(file.fileno())
         state: dict[str, Any] = {"signature": self._signature, "rows_done": self.rows_done, "cursor": self.cursor}
-        state["checksums"] = {part: sums.state() for part, sums in self._sums.items()}
+        state |= {"checksums": {part: sums.state() for part, sums in self._sums.items()}, "block_bytes": BLOCK_BYTES}
+        if finishing and self._documents is not None:
+            state["documents"] = self._write_documents(self._documents)
         write_json(self._names.progress, state | {"finishing": finishing})
+
+    def _write_documents(self, documents: Array) -> list[str]:
+        """Write the table of documents beside the rows; returns its checksums."""
+        path = _aside(self._names.documents)
+        with naming(path), open(path, "wb") as file:
+            np.save(file, documents)
+            file.flush()
+            os.fsync(file.fileno())
+        return list(file_checksums(path, BLOCK_BYTES))
 
     def _left_over(self) -> dict[str, Any] | None:
         """The progress of an interrupted writer with the same arguments, if its rows are there."""
@@ -181,14 +204,17 @@ class DatastoreWriter:
         state = read_json(self._names.progress)
         if state["finishing"]:
             # All its rows were written: complete it first, whatever command it came from.
-            self._install(state)
+            install(self.prefix, state)
             return state if state["signature"] == self._signature else None
         if state["signature"] != self._signature:
             logger.warning(
                 "%s: another command left %d rows unfinished; they are thrown away", self.prefix, state["rows_done"]
             )
             return None
-        sizes = {self._names.keys: self.dim * self.dtype.itemsize, self._names.values: 8}
+        if state["block_bytes"] != BLOCK_BYTES:
+            logger.warning("%s was left by another release; starting anew", self._names.progress)
+            return None
+        sizes = {self._names.keys: self._key_bytes, self._names.values: 8}
         for path, row_bytes in sizes.items():
             if not _aside(path).exists() or _aside(path).stat().st_size < state["rows_done"] * row_bytes:
                 logger.warning("%s is shorter than its progress file says; starting anew", _aside(path))
@@ -198,38 +224,18 @@ class DatastoreWriter:
     def _remove_unfinished(self) -> None:
         for dtype in KEY_DTYPES:
             names = StoreFiles.of(self.prefix, dtype)
-            for path in (_aside(names.keys), _aside(names.values), names.progress):
+            for path in (_aside(names.keys), _aside(names.values), _aside(names.documents), names.progress):
                 path.unlink(missing_ok=True)
-
-    def _install(self, state: Mapping[str, Any]) -> None:
-        """Rename the finished files; may be repeated after a kill in the middle of it."""
-        about: dict[str, Any] = dict(state["signature"])
-        names = StoreFiles.of(self.prefix, about["key_dtype"])
-        # The metadata of a store that was there go first: half of it is about to be replaced.
-        if any(_aside(path).exists() for path in (names.keys, names.values)):
-            names.metadata.unlink(missing_ok=True)
-        for path in (names.keys, names.values):
-            if _aside(path).exists():
-                os.replace(_aside(path), path)
-        more = about.pop("metadata")
-        about = {"format_version": FORMAT_VERSION, "complete": True} | about
-        about |= {"keys_file": names.keys.name, "values_file": names.values.name, "block_bytes": BLOCK_BYTES}
-        about["checksums"] = {part: BlockChecksums(sums).digests() for part, sums in state["checksums"].items()}
-        write_json(names.metadata, more | about)
-        names.progress.unlink()
-        for other in {StoreFiles.of(self.prefix, dtype).keys for dtype in KEY_DTYPES} - {names.keys}:
-            if other.exists():
-                logger.warning("%s is not part of the store any more; remove it if you do not need it", other)
 
     def _check_free_space(self) -> None:
         """Raise OSError with both numbers when the rest of the store does not fit on the disk."""
-        rest = (self.num_rows - self.rows_done) * (self.dim * self.dtype.itemsize + 8)
+        rest = (self.num_rows - self.rows_done) * (self._key_bytes + 8)
         folder = self._names.keys.parent
         free = shutil.disk_usage(folder).free
         if rest > free:
             raise OSError(
                 f"datastore {self.prefix!r} needs {rest} more bytes, {str(folder.resolve())!r} has {free} free; free "
-                "some, choose another disk, or halve it with --dstore-fp16"
+                "some, choose another disk, or halve it with --dstore-fp16 or --dstore-bf16"
             )
 
     def _open_at(self, path: Path, size: int) -> IO[bytes]:
@@ -245,9 +251,40 @@ def _aside(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def _as_array(rows: Array | Tensor) -> Array:
-    if isinstance(rows, Tensor):
-        rows = rows.detach()
-        # numpy knows no bfloat16; float32 holds it exactly.
-        return np.asarray((rows.float() if rows.dtype.is_floating_point else rows).cpu().numpy())
-    return rows
+def finish_interrupted(prefix: str | Path) -> None:
+    """Give the files of a writer that had written all rows their names. Raises: OSError when one is at work."""
+    names = StoreFiles.of(prefix, "float32")
+    if names.progress.exists():
+        with locked(names.lock, f"datastore {str(prefix)!r}"):
+            state = read_json(names.progress) if names.progress.exists() else {}
+            if state.get("finishing"):
+                install(prefix, state)
+
+
+def install(prefix: str | Path, state: Mapping[str, Any]) -> None:
+    """Rename the files of a writer that has ended; may be repeated after a kill in the middle of it."""
+    about: dict[str, Any] = dict(state["signature"])
+    names = StoreFiles.of(prefix, about["key_dtype"])
+    arrays = [names.keys, names.values, *([names.documents] if state.get("documents") else [])]
+    waiting = [path for path in arrays if _aside(path).exists()]
+    if not waiting and names.metadata.exists():
+        names.progress.unlink()  # killed after the last step but this
+        return
+    # The metadata of a store that was there go first: half of it is about to be replaced.
+    names.metadata.unlink(missing_ok=True)
+    for path in waiting:
+        os.replace(_aside(path), path)
+    for path in {names.documents, names.deleted} - set(arrays):  # those of the store that was there
+        path.unlink(missing_ok=True)
+    more = about.pop("metadata")
+    about = {"format_version": FORMAT_VERSION, "complete": True} | about
+    about |= {"keys_file": names.keys.name, "values_file": names.values.name, "block_bytes": state["block_bytes"]}
+    about["checksums"] = {part: BlockChecksums(sums).digests() for part, sums in state["checksums"].items()}
+    if state.get("documents"):
+        about["documents_file"] = names.documents.name
+        about["checksums"]["documents"] = state["documents"]
+    write_json(names.metadata, more | about)
+    names.progress.unlink()
+    for other in {StoreFiles.of(prefix, dtype).keys for dtype in KEY_DTYPES} - {names.keys}:
+        if other.exists():
+            logger.warning("%s is not part of the store any more; remove it if you do not need it", other)

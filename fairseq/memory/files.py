@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from fairseq.disk import replacing
+from fairseq.manifest import may_write_in
 
 FORMAT_VERSION = 1
-KEY_DTYPES = ("float32", "float16")
 Array = npt.NDArray[Any]
+KEY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype("float32"),
+    "float16": np.dtype("float16"),
+    "bfloat16": np.dtype("uint16"),
+}
+"""Types of keys, and what they are for numpy, which knows no bfloat16: its 16 bits."""
 
 _WAY_OUT = "copy it again, or remove it and run the command that writes it"
 
-BLOCK_BYTES = 64 << 20
-"""A checksum covers this many bytes, so that a flipped bit in a store of hundreds of GB is found near its place."""
+BLOCK_BYTES = 4 << 20
+"""A checksum covers this many bytes: a flipped bit in a store of hundreds of GB is found near its place, and the
+metadata stay within a few MB."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class StoreFiles:
 
     keys: Path
     values: Path
+    documents: Path
+    deleted: Path
     metadata: Path
     progress: Path
     lock: Path
@@ -38,8 +49,9 @@ class StoreFiles:
     @classmethod
     def of(cls, prefix: str | Path, dtype: str) -> StoreFiles:
         """The names for a prefix and a key type."""
-        names = {"keys": "-fp16_keys.npy" if dtype == "float16" else "_keys.npy", "values": "_vals.npy"}
-        names |= {"metadata": ".json", "progress": ".progress.json", "lock": ".lock"}
+        mark = {"float16": "-fp16", "bfloat16": "-bf16"}.get(dtype, "")
+        names = {"keys": f"{mark}_keys.npy", "values": "_vals.npy", "documents": "_docs.npy"}
+        names |= {"deleted": ".deleted.npy", "metadata": ".json", "progress": ".progress.json", "lock": ".lock"}
         return cls(**{part: Path(f"{prefix}{ending}") for part, ending in names.items()})
 
 
@@ -67,6 +79,8 @@ def may_create_in(folder: Path) -> None:
     """Make the folder if need be and check that a file can be made there. Raises: OSError with the folder's name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not may_write_in(folder):
+            raise PermissionError("it is read-only")
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
@@ -75,19 +89,25 @@ def may_create_in(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
     """Hold a lock file while the block runs. The system lifts the lock of a killed process.
 
+    Args:
+        seconds: how long to wait for another process that holds it.
     Raises: OSError when another process holds it.
     """
     import fcntl  # not there on Windows, where this module must still import
 
+    deadline = time.monotonic() + seconds
     while True:
         file = open(path, "ab")  # noqa: SIM115 - closed below, after the name is gone
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
+            if time.monotonic() < deadline:
+                time.sleep(0.05)
+                continue
             raise OSError(f"another process is writing {what} (lock {str(path)!r}); wait for it or stop it") from None
         # Whoever held the lock before may have removed the name: only the file that carries it now counts.
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
@@ -133,10 +153,8 @@ class BlockChecksums:
         return [f"{crc:08x}" for crc in crcs]
 
 
-def file_checksums(path: Path) -> list[str]:
-    """The checksums of a file on disk."""
-    sums = BlockChecksums()
+def file_checksums(path: Path, block_bytes: int) -> Iterator[str]:
+    """The checksums of a file on disk, block by block."""
     with open(path, "rb") as file:
-        while chunk := file.read(8 << 20):
-            sums.update(memoryview(chunk))
-    return sums.digests()
+        while block := file.read(block_bytes):
+            yield f"{zlib.crc32(block):08x}"

@@ -24,6 +24,8 @@ class KnnConfig:
     """Rows of the datastore; known for stores of ours, checked against the files of others."""
     dstore_fp16: bool = flag("--dstore-fp16", default=False)
     """The datastore's keys are float16."""
+    dstore_bf16: bool = flag("--dstore-bf16", default=False)
+    """The datastore's keys are bfloat16."""
     indexfile: str | None = flag("--indexfile", default=None)
     """The faiss index over the datastore; the ending .l2, .ip or .cos may be left out."""
     faiss_metric_type: str = flag("--faiss-metric-type", default="l2", choices=("l2", "ip", "cos"))
@@ -49,8 +51,15 @@ class KnnConfig:
         if not 0.0 < self.temperature < math.inf:
             raise ValueError(f"--softmax-temp {self.temperature} is not positive; 1 changes nothing")
         require_at_least(1, hint="our own stores need none", dstore_size=self.dstore_size)
+        if self.dstore_fp16 and self.dstore_bf16:
+            raise ValueError("--dstore-fp16 and --dstore-bf16 exclude each other; leave one out")
         if self.no_load_keys and self.knn_sim_func == "dot":
             raise ValueError("--knn-sim-func dot needs the full keys, --no-load-keys forbids them; leave one out")
+
+    @property
+    def key_dtype(self) -> str:
+        """Type of the keys of a store that is written."""
+        return "float16" if self.dstore_fp16 else "bfloat16" if self.dstore_bf16 else "float32"
 
     @property
     def similarity(self) -> str:

@@ -65,6 +65,15 @@ def test_split_cuts_long_blocks_and_keeps_the_text(sizes, block_size, longest, m
     assert [block.tolist() for block in blocks.split(longest)] == expected
 
 
+@given(SIZES, st.integers(1, 9), st.integers(1, 9), st.sampled_from(BREAK_MODES))
+def test_documents_begin_where_the_mode_says(sizes, block_size, longest, mode):
+    unbroken = {"complete_doc": sum(sizes) + 1, "none": sum(sizes) + 1}.get(mode, block_size)
+    expected = [document[0] for document in packed_one_by_one(sizes, unbroken, mode)] or [0] * (mode == "none")
+    blocks = dataset(sizes, block_size, mode)
+    assert blocks.document_starts().tolist() == expected
+    assert blocks.split(longest).document_starts().tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("block_size", "mode", "message"),
     [

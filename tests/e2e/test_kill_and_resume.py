@@ -19,6 +19,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, Command
 
+from fairseq.memory.datastore import Datastore
+
 KILLS = int(os.environ.get("FAIRSEQ_KILLS", "1"))
 
 pytestmark = pytest.mark.slow
@@ -69,6 +71,37 @@ def test_saving_goes_on_with_the_same_bytes(trained: Path, data_bin: Path, comma
     for end in ("_keys.npy", "_vals.npy"):
         assert (tmp_path / f"whole{end}").read_bytes() == (tmp_path / f"killed{end}").read_bytes()
     assert json.loads((tmp_path / "killed.json").read_text())["complete"]
+
+
+def test_saving_in_shards_goes_on_with_the_same_bytes(
+    trained: Path, data_bin: Path, command: Command, tmp_path: Path
+) -> None:
+    base = [data_bin, "--path", trained / "checkpoint_best.pt", "--cpu", "--gen-subset", "train", "--max-sentences", 1]
+    base += ["--context-window", 24, "--tokens-per-sample", 8, "--save-knnlm-dstore", "--dstore-mmap"]
+    command("eval_lm.py", *base, tmp_path / "whole")
+    for shard in (1, 0):
+        at_work = lambda: any(tmp_path.glob(f"killed.part{shard}*tmp*"))  # noqa: B023, E731
+        words = [*base, tmp_path / "killed", "--num-shards", 2, "--shard-id", shard]
+        run_with_kills("eval_lm.py", words, at_work, 1.0, seed=4 + shard)
+    for end in ("_keys.npy", "_vals.npy"):
+        parts = [(tmp_path / f"killed.part{shard}-of-2{end}").read_bytes() for shard in range(2)]
+        assert b"".join(parts) == (tmp_path / f"whole{end}").read_bytes()
+    store = Datastore.open(tmp_path / "killed")
+    store.verify()
+    assert len(store) == len(Datastore.open(tmp_path / "whole"))
+
+
+def test_torchrun_saves_a_shard_per_process(trained: Path, data_bin: Path, tmp_path: Path) -> None:
+    words = [data_bin, "--path", trained / "checkpoint_best.pt", "--cpu", "--gen-subset", "valid", "--max-sentences", 2]
+    words += ["--context-window", 24, "--tokens-per-sample", 8, "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "d"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line += [str(ROOT / "eval_lm.py"), *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{tmp_path / 'd'}: " in done.stdout
+    store = Datastore.open(tmp_path / "d")
+    assert [Path(part.prefix).name for part in store.parts] == ["d.part0-of-2", "d.part1-of-2"]
+    store.verify()
 
 
 def test_indexing_goes_on_with_the_same_ids(trained: Path, data_bin: Path, command: Command, tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import torch
 from brute_force import similarities
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore_merge import merge
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.knn_config import KnnConfig
+from fairseq.memory.rows import Rows
 from fairseq.memory.scoring import knn_logp
 from fairseq.memory.sources.external import ExternalMemory, open_external
 from fairseq.memory.types import Metric, Neighbors
@@ -36,6 +38,10 @@ def prefix(tmp_path) -> Path:
     return tmp_path / "dstore"
 
 
+def made_store(keys: np.ndarray, values: np.ndarray) -> Datastore:
+    return Datastore("store", Rows.of(keys), Rows.of(values), {})
+
+
 def flat_index(prefix: Path) -> None:
     build_index(BuildConfig(dstore_mmap=str(prefix), faiss_index=f"{prefix}.index", index="flat"))
 
@@ -55,7 +61,7 @@ QUERIES = torch.from_numpy(np.random.default_rng(1).standard_normal((30, DIM), d
 def test_candidates_are_the_nearest_rows(metric, score, k, dtype, monkeypatch):
     monkeypatch.setattr("fairseq.memory.sources.external._CHUNK_BYTES", 4 * DIM * k * 9)  # several uneven chunks
     keys = rows()[0].astype(dtype)
-    store = Datastore("store", keys, np.arange(ROWS), {})  # each row's value is its number
+    store = made_store(keys, np.arange(ROWS))  # each row's value is its number
     found = ExternalMemory(store, ExactIndex(keys, metric), k, score).lookup(QUERIES)
     similarity = similarities(metric, QUERIES.numpy(), keys)
     shown = similarities(Metric.IP, QUERIES.numpy(), keys) if score == "dot" else similarity
@@ -65,6 +71,27 @@ def test_candidates_are_the_nearest_rows(metric, score, k, dtype, monkeypatch):
     np.testing.assert_allclose(found.scores_NM, np.take_along_axis(shown, ids, 1), rtol=1e-5, atol=1e-4)
     assert all(len(set(row)) == k for row in ids.tolist())
     assert found.keep_NM.all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_store_in_parts_is_one_store(tmp_path, indexed, dtype):
+    keys, values = rows()
+    for name, part in (("a", slice(0, 250)), ("b", slice(250, ROWS))):
+        with DatastoreWriter(tmp_path / name, len(keys[part]), DIM, dtype, META) as writer:
+            writer.append(keys[part], values[part])
+            writer.finish()
+    merge(tmp_path / "dstore", [tmp_path / "a", tmp_path / "b"])
+    if indexed:
+        flat_index(tmp_path / "dstore")
+    settings = config(tmp_path / "dstore", **({} if indexed else {"indexfile": None}))
+    memory = open_external(settings, dim=DIM, key_tap="last_ffn_input", dictionary_size=VOCAB)
+    found = memory.lookup(QUERIES)
+    rounded = torch.from_numpy(keys).to(getattr(torch, dtype)).float().numpy()
+    truth_N = similarities(Metric.L2, QUERIES.numpy(), rounded)
+    best_NK = np.argsort(-truth_N, axis=1)[:, :10]
+    np.testing.assert_allclose(found.scores_NM, np.take_along_axis(truth_N, best_NK, 1), rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(found.values_NM, values[best_NK])
 
 
 class GappyIndex:
@@ -90,7 +117,7 @@ class GappyIndex:
 def test_missing_neighbours_are_masked_everywhere(score, dtype):
     """The originals read id -1 as the last row of the store."""
     keys, values = rows()
-    store = Datastore("store", keys.astype(dtype), values, {})
+    store = made_store(keys.astype(dtype), values)
     found = ExternalMemory(store, GappyIndex(), 4, score).lookup(QUERIES)
     assert not found.keep_NM[:, 1:].any()
     assert torch.isneginf(found.scores_NM[:, 1:]).all()
@@ -104,7 +131,7 @@ def test_missing_neighbours_are_masked_everywhere(score, dtype):
 
 def test_dot_puts_the_most_similar_first():
     keys, values = rows()
-    store = Datastore("store", keys, values, {})
+    store = made_store(keys, values)
     found = ExternalMemory(store, ExactIndex(keys, Metric.IP), ROWS, "dot").lookup(QUERIES)
     assert (found.scores_NM.diff(dim=1) <= 1e-5).all()
     assert (found.scores_NM[:, 0] > 0).all()
@@ -112,7 +139,7 @@ def test_dot_puts_the_most_similar_first():
 
 def test_half_precision_queries():
     keys, values = rows()
-    memory = ExternalMemory(Datastore("store", keys, values, {}), ExactIndex(keys), 3)
+    memory = ExternalMemory(made_store(keys, values), ExactIndex(keys), 3)
     found = memory.lookup(QUERIES.half())
     assert torch.equal(found.values_NM, memory.lookup(QUERIES.half().float()).values_NM)
 
@@ -127,7 +154,7 @@ def test_what_open_external_opens(prefix, caplog):
             dictionary_digest="d" * 64,
             dictionary_size=VOCAB,
         )
-    assert type(memory.store.keys) is np.ndarray
+    assert type(memory.store.keys.whole) is np.ndarray
     assert "600 rows of width 8" in caplog.text
     keys, values = rows()
     assert memory.lookup(torch.from_numpy(keys[:5])).values_NM[:, 0].tolist() == values[:5].tolist()

@@ -9,15 +9,16 @@ import torch
 from brute_force import similarities
 
 from fairseq.memory.index.bulk_search import bulk_search
+from fairseq.memory.index.candidates import TrueScores
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import (
     DecodedLists,
     FaissIndex,
     find_index,
-    pair_products,
     pair_scores_in_place,
 )
 from fairseq.memory.index.low_precision import Int8Keys, Int8Queries, low_scores
+from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 
@@ -232,9 +233,8 @@ def test_scores_of_pairs(metric, dtype):
     ids = torch.randint(-1, ROWS, (len(QUERIES), 5))
     truth = np.take_along_axis(similarities(metric, QUERIES.numpy(), keys), ids.clamp_min(0).numpy(), 1)
     truth[ids.numpy() < 0] = -np.inf
-    row, col = (ids >= 0).nonzero(as_tuple=True)
-    queries = normalized(QUERIES) if metric is Metric.COS else QUERIES
-    products = pair_products(metric, queries, row, keys, ids[row, col])
-    np.testing.assert_allclose(products, truth[row, col], rtol=1e-5, atol=1e-4)
+    scores = TrueScores(Rows.of(keys), metric, normalized(QUERIES) if metric is Metric.COS else QUERIES)
+    for query, row in enumerate(ids.numpy()):
+        np.testing.assert_allclose(scores.of(query, row[row >= 0]), truth[query, row >= 0], rtol=1e-5, atol=1e-4)
     if metric is not Metric.COS and dtype is np.float32:
         np.testing.assert_allclose(pair_scores_in_place(metric, QUERIES, keys, ids), truth, rtol=1e-5, atol=1e-4)

@@ -19,7 +19,7 @@ import numpy as np
 
 from fairseq.disk import naming
 from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import Array, StoreFiles, locked, may_create_in, read_json, write_json
+from fairseq.memory.files import Array, locked, may_create_in, read_json, write_json
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.faiss_index import FaissBuilder
 from fairseq.memory.types import Metric
@@ -62,12 +62,13 @@ class _Files:
 
 def open_store(config: BuildConfig) -> Datastore:
     """Open the datastore. Raises: ValueError when it is missing or of another size than stated."""
-    if StoreFiles.of(config.dstore_mmap, "float32").metadata.exists() or config.dimension is None:
-        store = Datastore.open(config.dstore_mmap, fp16=config.dstore_fp16)
-    else:
-        store = Datastore.open_headerless(
-            config.dstore_mmap, dim=config.dimension, size=config.dstore_size, fp16=config.dstore_fp16
-        )
+    store = Datastore.open_any(
+        config.dstore_mmap,
+        dim=config.dimension,
+        size=config.dstore_size,
+        fp16=config.dstore_fp16,
+        bf16=config.dstore_bf16,
+    )
     if config.dimension is not None and config.dimension != store.dim:
         raise ValueError(
             f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: "
@@ -141,9 +142,9 @@ def build_index(config: BuildConfig) -> BuiltIndex:
 def _signature(config: BuildConfig, store: Datastore) -> dict[str, Any]:
     """What decides the content of the index: builds of equal signature go on from one another."""
     about = {"factory": config.factory, "metric": config.dist, "seed": config.seed, "train_size": config.train_size}
-    kept = {"rows": len(store), "dim": store.dim, "key_dtype": str(store.keys.dtype), "digest": store.digest}
-    if kept["digest"] is None and isinstance(store.keys, np.memmap):
-        kept["modified"] = os.stat(str(store.keys.filename)).st_mtime
+    kept = {"rows": len(store), "dim": store.dim, "key_dtype": store.keys.dtype, "digest": store.digest}
+    if kept["digest"] is None:
+        kept["modified"] = [os.stat(path).st_mtime for path in store.keys.files]
     return about | {"store": kept}
 
 
@@ -210,7 +211,7 @@ def _encode(
         file.seek(done * builder.code_bytes)
         recorded = done
         for start in range(done, len(store), _BLOCK_ROWS):
-            block: Array = np.asarray(store.keys[start : start + _BLOCK_ROWS], dtype=np.float32)
+            block: Array = store.keys.block(start, start + _BLOCK_ROWS).float().numpy()
             file.write(builder.encode(block).data)
             done = start + len(block)
             if done - recorded >= config.num_keys_to_add_at_a_time or done == len(store):

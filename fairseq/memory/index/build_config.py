@@ -42,6 +42,8 @@ class BuildConfig:
     """Width of the keys; needed for files of the original programs only, checked otherwise."""
     dstore_fp16: bool = flag("--dstore_fp16", default=False)
     """The datastore's keys are float16."""
+    dstore_bf16: bool = flag("--dstore_bf16", default=False)
+    """The datastore's keys are bfloat16."""
 
     def __post_init__(self) -> None:
         lookup(INDEXES, self.index, "--index")

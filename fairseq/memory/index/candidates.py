@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore import as_tensor
 from fairseq.memory.files import Array
 from fairseq.memory.index import kernels
+from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 
@@ -29,20 +29,20 @@ def capacity(k: int) -> int:
 class TrueScores:
     """The metric's scores in float32, each summed by itself: no other pair in a search changes a bit of it."""
 
-    def __init__(self, keys: Array, metric: Metric, query_ND: Tensor) -> None:
+    def __init__(self, keys: Rows, metric: Metric, query_ND: Tensor) -> None:
         """Take float32 queries, for the cosine of length one."""
         self.keys, self.metric, self.query_ND = keys, metric, query_ND
         self.by_distance = metric is Metric.L2
 
     def rows(self, rows: slice) -> Array:
         """Keys as they are scored, float32."""
-        return self._prepared(np.ascontiguousarray(self.keys[rows]))
+        return self._prepared(self.keys.block(rows.start, rows.stop))
 
     def of(self, query: int, ids_H: Array) -> Array:
         """Scores of one query with some keys, (H,)."""
         scores_H = np.empty(len(ids_H), np.float32)
         row_H, at_H = np.full(len(ids_H), query), np.arange(len(ids_H))
-        keys_HD = self._prepared(self.keys[ids_H])
+        keys_HD = self._prepared(self.keys.take(ids_H))
         kernels.score_pairs(self.query_ND.numpy(), row_H, keys_HD, at_H, self.by_distance, scores_H)
         return scores_H
 
@@ -53,8 +53,8 @@ class TrueScores:
         length_Q = self.query_ND[rows].square().sum(1)
         return 0.5 * (true_Q + length_Q) - _ROUNDING * (length_Q + true_Q.abs())
 
-    def _prepared(self, keys_MD: Array) -> Array:
-        rows_MD = as_tensor(keys_MD).float()
+    def _prepared(self, keys_MD: Tensor) -> Array:
+        rows_MD = keys_MD.float()
         prepared: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).numpy()
         return prepared
 

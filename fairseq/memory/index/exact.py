@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore import as_tensor
 from fairseq.memory.files import Array
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
 from fairseq.memory.index.faiss_index import has_fast_int8
 from fairseq.memory.index.filters import Block, Filter, FloatFilter, Int8Filter
 from fairseq.memory.index.kernels import GROUP
+from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import ThreadBuffer, map_in_threads
 from fairseq.memory.types import Metric, Neighbors
@@ -43,7 +43,7 @@ class ExactIndex:
 
     def __init__(
         self,
-        keys: Array,
+        keys: Rows | Array,
         metric: Metric = Metric.L2,
         *,
         memory_bytes: int = DEFAULT_MEMORY,
@@ -55,7 +55,7 @@ class ExactIndex:
         memory_bytes: what a search may take, beside its results; queries are searched in as many bulks as need be.
         deleted: rows that are never found, in rising order; None for none.
         """
-        self.keys = keys
+        self.keys = Rows.of(keys)
         self.metric = metric
         self.memory_bytes = memory_bytes
         self.deleted = np.empty(0, np.int64) if deleted is None else deleted
@@ -63,7 +63,7 @@ class ExactIndex:
     @property
     def dim(self) -> int:
         """Width of the keys."""
-        return int(self.keys.shape[1])
+        return self.keys.shape[1]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -111,7 +111,7 @@ class _Search:
         _each(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
 
     def _block(self, rows: slice) -> Block:
-        keys_MD = as_tensor(np.ascontiguousarray(self.keys[rows]))
+        keys_MD = self.keys.block(rows.start, rows.stop)
         return self.filter.block(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
 
     def _scan(self, blocks: list[tuple[slice, Block]], group: CandidateGroup) -> None:
@@ -130,10 +130,10 @@ class _Search:
             group.score(keys_MD, rows.start)
 
 
-def _filter(keys: Array, metric: Metric, query_ND: Tensor) -> Filter:
+def _filter(keys: Rows, metric: Metric, query_ND: Tensor) -> Filter:
     """The fastest way to pass over the keys here."""
     step = max(1, len(keys) // _SAMPLE_ROWS)
-    sample_MD = as_tensor(np.ascontiguousarray(keys[::step][:_SAMPLE_ROWS])).float()
+    sample_MD = keys.take(torch.arange(0, len(keys), step)[:_SAMPLE_ROWS])
     sample_MD = normalized(sample_MD) if metric is Metric.COS else sample_MD
     many, with_offset = len(query_ND) >= _FEW_QUERIES, metric is Metric.L2
     if many and has_fast_int8():

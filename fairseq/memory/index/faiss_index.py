@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fairseq.disk import replacing
-from fairseq.memory.datastore import as_tensor
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.bulk_search import bulk_search
@@ -51,20 +50,6 @@ def pair_scores_in_place(metric: Metric, query_ND: Tensor, keys: Array, ids_NK: 
     if count and k and len(keys):
         function(*pointers, query_ND.shape[1], count, k)
     return scores_NK.neg_() if metric is Metric.L2 else scores_NK.masked_fill_(ids_NK < 0, -torch.inf)
-
-
-def pair_products(metric: Metric, query_ND: Tensor, row_H: Tensor, keys: Array, ids_H: Tensor) -> Tensor:
-    """Similarity of H pairs of a query and a key, (H,) float32, each pair summed by itself in float32.
-
-    Float32 keys are read where they are; others and those of the cosine, whose queries are of length one, are gathered.
-    """
-    if metric is Metric.COS or keys.dtype != np.float32:
-        unique, ids_H = torch.unique(ids_H, return_inverse=True)
-        block_MD = as_tensor(keys).index_select(0, unique).float()
-        keys = (normalized(block_MD) if metric is Metric.COS else block_MD).numpy()
-    function = "pairwise_indexed_L2sqr" if metric is Metric.L2 else "pairwise_indexed_inner_product"
-    scores_H = _pairwise(function, query_ND, row_H, keys, ids_H)
-    return scores_H.neg_() if metric is Metric.L2 else scores_H
 
 
 def find_index(name: str | Path, metric: Metric) -> Path:

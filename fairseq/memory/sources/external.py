@@ -7,12 +7,10 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore import Datastore, as_tensor
-from fairseq.memory.files import StoreFiles
+from fairseq.memory.datastore import Datastore
 from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
@@ -67,7 +65,7 @@ class ExternalMemory:
         # An id of -1 (the visited lists held fewer than k rows) must never be read as the last row.
         keep_NK = found.ids_NK >= 0
         ids = found.ids_NK.clamp_min(0).reshape(-1)
-        values_NK = as_tensor(self.store.values).index_select(0, ids).long().view_as(found.ids_NK)
+        values_NK = self.store.values.take(ids).view_as(found.ids_NK)
         values_NK.masked_fill_(~keep_NK, -1)
         ended = time.perf_counter()
         logger.info("%d lookups: %.2fs search, %.2fs store", len(query_ND), searched - started, ended - searched)
@@ -76,9 +74,9 @@ class ExternalMemory:
     def _full_scores(self, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
         """Similarities from the full keys; -inf where the id is -1."""
         metric = Metric.IP if self.score == "dot" else self.index.metric
-        keys = self.store.keys
-        if metric is not Metric.COS and keys.dtype == np.float32 and keys.nbytes <= _memory_bytes() // 2:
-            return pair_scores_in_place(metric, query_ND, keys, ids_NK)
+        whole = self.store.keys.whole
+        if metric is not Metric.COS and whole is not None and whole.nbytes <= _memory_bytes() // 2:
+            return pair_scores_in_place(metric, query_ND, whole, ids_NK)
         # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
         query_ND = normalized(query_ND) if metric is Metric.COS else query_ND
         rows = max(1, _CHUNK_BYTES // (4 * self.store.dim * self.k))
@@ -86,11 +84,11 @@ class ExternalMemory:
         for queries, ids in zip(torch.split(query_ND, rows), torch.split(ids_NK, rows)):
             unique, inverse = torch.unique(ids, return_inverse=True)
             first = int(unique[0] < 0)  # the id -1 comes first, and inverse - 1 is -1 for it
-            block = self.store.take_keys(unique[first:].numpy()) if len(unique) > first else keys[:0]
+            block_MD = self.store.keys.take(unique[first:])
             if metric is Metric.COS:
-                block = normalized(torch.from_numpy(block)).numpy()
+                block_MD = normalized(block_MD)
             measure = Metric.IP if metric is Metric.COS else metric
-            parts.append(pair_scores_in_place(measure, queries, block, inverse - first))
+            parts.append(pair_scores_in_place(measure, queries, block_MD.numpy(), inverse - first))
         return torch.cat(parts) if parts else torch.empty(ids_NK.shape)
 
 
@@ -107,12 +105,14 @@ def open_store(config: KnnConfig, *, dim: int) -> Datastore:
     if not prefix:
         raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     with_keys = config.similarity != "index"
-    if StoreFiles.of(prefix, "float32").metadata.exists() or config.dstore_size is None:
-        store = Datastore.open(prefix, fp16=config.dstore_fp16, with_keys=with_keys)
-    else:
-        store = Datastore.open_headerless(
-            prefix, dim=dim, size=config.dstore_size, fp16=config.dstore_fp16, with_keys=with_keys
-        )
+    store = Datastore.open_any(
+        prefix,
+        dim=dim if config.dstore_size is not None else None,
+        size=config.dstore_size,
+        fp16=config.dstore_fp16,
+        bf16=config.dstore_bf16,
+        with_keys=with_keys,
+    )
     return store.in_memory() if config.move_dstore_to_mem else store
 
 

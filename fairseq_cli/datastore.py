@@ -1,0 +1,188 @@
+"""Look after datastores: fairseq-datastore COMMAND PREFIX ..."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fairseq.config import FlagParser, build, to_dict
+from fairseq.memory.datastore_config import (
+    ConvertConfig,
+    DeleteConfig,
+    InfoConfig,
+    MergeConfig,
+    SampleConfig,
+    StoreConfig,
+    VerifyConfig,
+)
+from fairseq.registry import Entry, lookup
+from fairseq_cli.main import run
+
+if TYPE_CHECKING:
+    from fairseq.memory.datastore import Datastore
+
+PROGRAM = "fairseq-datastore"
+
+
+def _open(config: StoreConfig) -> Datastore:
+    from fairseq.memory.datastore import Datastore
+
+    store = Datastore.open_any(
+        config.prefix,
+        dim=config.dimension,
+        size=config.dstore_size,
+        fp16=config.dstore_fp16,
+        bf16=config.dstore_bf16,
+    )
+    return store.require(size=config.dstore_size)
+
+
+def info(config: InfoConfig, argv: Sequence[str]) -> None:
+    """Print what the store holds."""
+    from fairseq.memory.datastore_info import describe
+
+    told = describe(_open(config))
+    if config.json:
+        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        return
+    parts = told.pop("parts")
+    for name, value in told.items():
+        sys.stdout.write(f"{name}: {value}\n")
+    for part in parts if len(parts) > 1 else ():
+        sys.stdout.write(f"part: {part['prefix']} ({part['rows']} rows)\n")
+
+
+def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
+    """Print what is damaged, or that nothing is."""
+    from fairseq.memory.datastore_info import count_keys
+    from fairseq.memory.datastore_verify import damage
+
+    store = _open(config)
+    found = list(damage(store.parts))
+    for line in found:
+        sys.stdout.write(line + "\n")
+    counts = count_keys(store.keys)
+    checked = "every block is as it was saved" if store.parts else "without checksums (files of another program)"
+    if found:
+        checked = f"{len(found)} damaged blocks"
+    sys.stdout.write(
+        f"{len(store)} rows in {max(1, len(store.parts))} parts, {store.keys.nbytes + store.values.nbytes} bytes: "
+        f"{checked}; {counts.nonfinite} keys hold NaN or infinity, {counts.zero} are all zeros\n"
+    )
+    if found:
+        raise ValueError(f"{found[0]}; copy the file again, or remove the store's JSON file and save it again")
+    if counts.nonfinite:
+        raise ValueError(
+            f"{counts.nonfinite} keys of datastore {config.prefix!r} hold NaN or infinity; {PROGRAM} convert "
+            "--drop-nonfinite leaves them out"
+        )
+
+
+def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
+    """Write the store anew and print how many rows it has."""
+    from fairseq.data.dictionary import Dictionary
+    from fairseq.memory.datastore_copy import convert as write
+
+    store = _open(config)
+    metadata: dict[str, Any] = {"key_tap": config.knn_keytype} if config.knn_keytype else {}
+    if config.dictionary:
+        dictionary = Dictionary.load(config.dictionary)
+        metadata |= {"dictionary_digest": dictionary.digest(), "dictionary_size": len(dictionary)}
+        store.require(dictionary_digest=dictionary.digest(), dictionary_size=len(dictionary))
+    store.require(key_tap=config.knn_keytype)
+    done = write(store, config.out, config.dtype or store.keys.dtype, metadata, drop=config.drop_nonfinite)
+    sys.stdout.write(
+        f"wrote {done.rows} rows to {config.out}; left out {done.left_out}, of which {done.nonfinite} held NaN or "
+        "infinity\n"
+    )
+    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.left_out})
+
+
+def sample(config: SampleConfig, argv: Sequence[str]) -> None:
+    """Write the sample and print how many rows it has."""
+    from fairseq.memory.datastore_copy import sample as write
+
+    done = write(_open(config), config.out, config.rows, config.seed)
+    sys.stdout.write(f"wrote {done.rows} of {done.rows + done.left_out} rows to {config.out}\n")
+    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.left_out})
+
+
+def merge(config: MergeConfig, argv: Sequence[str]) -> None:
+    """Make the whole and print how many rows it has."""
+    from fairseq.memory.datastore_merge import merge as join
+
+    about = join(config.prefix, config.stores)
+    sys.stdout.write(f"{config.prefix}: {about['rows']} rows in {len(about['parts'])} parts\n")
+    _leave_manifest(config.prefix, config, argv, {"rows": about["rows"], "parts": len(about["parts"])})
+
+
+def delete(config: DeleteConfig, argv: Sequence[str]) -> None:
+    """Delete, rewrite if asked to, and print how many rows are left."""
+    import numpy as np
+
+    from fairseq.memory.datastore_copy import compact
+    from fairseq.memory.datastore_deletion import delete as mark
+
+    rows = [np.arange(first, last + 1) for first, last in config.rows]
+    if config.rows_file:
+        rows.append(_rows_in(config.rows_file))
+    if rows or config.documents:
+        done = mark(config.prefix, np.concatenate(rows) if rows else None, config.documents)
+        sys.stdout.write(
+            f"deleted {done.new} rows of {config.prefix}; {done.total} of its {done.rows} rows are deleted now\n"
+        )
+    if config.compact:
+        left = compact(config.prefix)
+        sys.stdout.write(f"rewrote {config.prefix}: {left.rows} rows; {left.left_out} deleted ones are gone\n")
+
+
+def _rows_in(path: str) -> Any:
+    import numpy as np
+
+    with open(path, encoding="utf-8") as file:
+        words = file.read().split()
+    wrong = next((word for word in words if not word.isdecimal()), None)
+    if wrong is not None:
+        raise ValueError(f"--rows-file {path}: {wrong!r} is no row; give whole numbers separated by white space")
+    return np.array(words, dtype=np.int64)
+
+
+def _leave_manifest(prefix: str, config: Any, argv: Sequence[str], figures: dict[str, Any]) -> None:
+    from fairseq.manifest import write_manifest
+
+    write_manifest(f"{prefix}.run.json", program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())
+
+
+# A command: what can be set, whose docstring is its help, and what is called with that and the command's words.
+COMMANDS = {
+    "info": Entry(InfoConfig, info),
+    "verify": Entry(VerifyConfig, verify),
+    "convert": Entry(ConvertConfig, convert),
+    "merge": Entry(MergeConfig, merge),
+    "delete": Entry(DeleteConfig, delete),
+    "sample": Entry(SampleConfig, sample),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command that the first word names."""
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:8} {command.config.__doc__}" for name, command in COMMANDS.items()]
+        sys.stdout.write("\n".join([f"usage: {PROGRAM} COMMAND PREFIX ... (COMMAND --help tells more)", *lines, ""]))
+        return
+    name, *words = argv
+    command = lookup(COMMANDS, name, "command")
+    parser = FlagParser(f"{PROGRAM} {name}", command.config.__doc__ or "")
+    parser.add_config(command.config)
+    command.load()(build(command.config, parser.parse(words)), argv)
+
+
+def cli_main() -> None:
+    """Entry point of fairseq-datastore."""
+    run(PROGRAM, main)
+
+
+if __name__ == "__main__":
+    cli_main()

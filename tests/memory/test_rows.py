@@ -1,0 +1,85 @@
+"""Rows of several arrays against numpy's concatenation of them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairseq.memory.rows import Rows
+
+DIM = 3
+
+
+def arrays(sizes: list[int], dtype: str) -> list[np.ndarray]:
+    """As they are on disk."""
+    rng = np.random.default_rng(sum(sizes))
+    parts = [torch.from_numpy(rng.standard_normal((size, DIM), dtype=np.float32)) for size in sizes]
+    typed = [part.to(getattr(torch, dtype)) for part in parts]
+    return [part.view(torch.uint16).numpy() if dtype == "bfloat16" else part.numpy() for part in typed]
+
+
+def as_float(parts: list[np.ndarray], dtype: str) -> np.ndarray:
+    """The oracle: a bfloat16 is the upper half of a float32."""
+    whole = np.concatenate(parts)
+    return (whole.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else whole.astype(np.float32)
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.data(),
+)
+def test_blocks_and_rows_are_those_of_the_parts_put_together(sizes, dtype, data):
+    parts = arrays(sizes, dtype)
+    truth = as_float(parts, dtype)
+    rows = Rows(parts, dtype)
+    assert (len(rows), rows.shape, rows.dtype) == (len(truth), truth.shape, dtype)
+    assert rows.nbytes == truth.size * (4 if dtype == "float32" else 2)
+    np.testing.assert_array_equal(rows, truth)
+    start = data.draw(st.integers(0, len(truth)))
+    stop = data.draw(st.integers(start, len(truth) + 3))
+    block = rows.block(start, stop)
+    assert block.dtype is getattr(torch, dtype)
+    np.testing.assert_array_equal(block.float(), truth[start:stop])
+    ids = data.draw(st.lists(st.integers(0, len(truth) - 1), max_size=12)) if len(truth) else []
+    for given_as in (np.array(ids, dtype=np.int64), torch.tensor(ids, dtype=torch.int64)):
+        taken = rows.take(given_as)
+        assert taken.dtype is torch.float32
+        np.testing.assert_array_equal(taken, truth[ids])
+    np.testing.assert_array_equal(rows.in_memory(), truth)
+
+
+def test_a_block_within_one_part_is_a_view():
+    parts = arrays([4, 6], "float32")
+    rows = Rows(parts)
+    assert rows.block(4, 10).data_ptr() == parts[1].ctypes.data
+    assert rows.block(5, 7).data_ptr() == parts[1][1:].ctypes.data
+    assert rows.whole is None
+    assert Rows.of(parts[0]).whole is parts[0]
+    assert Rows.of(rows) is rows
+    assert Rows(arrays([4], "float16")).whole is None
+
+
+def test_integers_are_taken_as_int64():
+    rows = Rows([np.array([5, -1], np.int16), np.array([7], np.int16)])
+    assert rows.shape == (3,)
+    taken = rows.take(np.array([2, 0, 2]))
+    assert taken.dtype is torch.int64
+    assert taken.tolist() == [7, 5, 7]
+
+
+def test_mapped_files_are_named(tmp_path):
+    for name in "ab":
+        np.ones((2, DIM), np.float32).tofile(tmp_path / name)
+    mapped = [np.memmap(tmp_path / name, np.float32, "r", shape=(2, DIM)) for name in "ab"]
+    assert Rows(mapped).files == [tmp_path / "a", tmp_path / "b"]
+    assert Rows(mapped).in_memory().files == []
+
+
+def test_parts_of_different_kinds_are_refused():
+    one = np.ones((2, DIM), np.float32)
+    with pytest.raises(ValueError, match="type float32 and width 3 and of type float16 and width 3"):
+        Rows([one, one.astype(np.float16)])
+    with pytest.raises(ValueError, match="type float32 and width 3 and of type float32 and width 4"):
+        Rows([one, np.ones((2, 4), np.float32)])
