@@ -9,7 +9,7 @@ from brute_force import similarities
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.memory.index import candidates, exact
+from fairseq.memory.index import candidates, exact, list_search
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.filters import Filter, FloatFilter, Int8Filter
 from fairseq.memory.rows import Rows
@@ -20,6 +20,7 @@ FILTERS = {
     "bfloat16": lambda query_ND, keys_MD, l2: FloatFilter(query_ND, keys_MD, with_offset=l2, dtype=torch.bfloat16),
     "int8": lambda query_ND, keys_MD, l2: Int8Filter(query_ND, keys_MD, with_offset=l2),
 }
+LISTS = ("lists of int8", "lists of float32")
 SHAPES = ("even", "clustered", "outlying", "constant", "far")
 
 
@@ -39,15 +40,22 @@ def rows(shape: str, count: int, dim: int, seed: int) -> np.ndarray:
 
 
 def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, query_ND: torch.Tensor, k: int) -> Any:
-    """Search with a filter of that name, in blocks of 64 rows and groups of a few queries."""
+    """Search with a filter of that name, or in blocks taken for lists: of 64 rows and with groups of a few queries."""
 
     def made(keys: Rows, metric: Metric, query_ND: torch.Tensor) -> Filter:
         keys_MD = keys.block(0, 100).float()
         keys_MD = torch.nn.functional.normalize(keys_MD) if metric is Metric.COS else keys_MD
         return FILTERS[name](query_ND, keys_MD, metric is Metric.L2)
 
+    def as_lists(index: ExactIndex, num_queries: int, k: int) -> Any:
+        return exact._Blocks(index, index._rotation) if name in LISTS else None
+
     with monkeypatch.context() as patch:
         patch.setattr(exact, "_filter", made)
+        patch.setattr(exact, "has_fast_int8", lambda: name == LISTS[0])
+        patch.setattr(ExactIndex, "_as_lists", as_lists)
+        patch.setattr(list_search, "_TILE_SCORES", 64 * 20)
+        patch.setattr(list_search, "capacity", lambda k: k + 84)
         patch.setattr(exact, "_BLOCK_BYTES", 64 * 4 * keys.shape[1])
         patch.setattr(exact, "_GROUP_SCORES", 64 * 20)
         patch.setattr(exact, "_TILE_BYTES", 100 * 4 * keys.shape[1])
@@ -55,7 +63,7 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
         return ExactIndex(keys, metric).search(query_ND, k)
 
 
-@pytest.mark.parametrize("name", list(FILTERS))
+@pytest.mark.parametrize("name", [*FILTERS, *LISTS])
 @settings(max_examples=40, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
@@ -81,7 +89,7 @@ def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim
     assert (found.scores_NK.diff(dim=1) <= 0).all()
 
 
-@pytest.mark.parametrize("name", list(FILTERS))
+@pytest.mark.parametrize("name", [*FILTERS, *LISTS])
 def test_of_equal_keys_the_lower_rows_are_found(name, monkeypatch):
     keys = np.repeat(rows("even", 3, 8, 1), 400, axis=0)
     found = search_by(monkeypatch, name, keys, Metric.L2, torch.from_numpy(keys[[0, 500, 900]]), 9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from brute_force import similarities
 
-from fairseq.memory.index.bulk_search import bulk_search
+from fairseq.memory.index import scan_kernels
 from fairseq.memory.index.candidates import TrueScores
 from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.exact import ExactIndex
@@ -17,7 +17,7 @@ from fairseq.memory.index.faiss_index import (
     find_index,
     pair_scores_in_place,
 )
-from fairseq.memory.index.low_precision import Int8Keys, Int8Queries, low_scores
+from fairseq.memory.index.list_search import KeyList, Rotation, search_lists
 from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
@@ -107,30 +107,77 @@ def test_bulk_search_finds_what_faiss_finds(metric, k, low_precision, monkeypatc
 
 
 @pytest.mark.parametrize("low_precision", [False, True])
-def test_bulk_search_drops_hits_beyond_its_memory_without_loss(low_precision, monkeypatch):
-    index = made_index(Metric.L2)
-    lists = DecodedLists(index.inner)
-    whole = bulk_search(lists, QUERIES, 5, low_precision=low_precision)
-    monkeypatch.setattr("fairseq.memory.index.bulk_search._MAX_PENDING", -2 * len(QUERIES) * 5)
-    monkeypatch.setattr("fairseq.memory.index.bulk_search._BLOCK_SCORES", 1000)
-    parts = bulk_search(lists, QUERIES, 5, low_precision=low_precision)
-    assert torch.equal(whole[0], parts[0])
-    assert torch.equal(whole[1], parts[1])
+def test_ties_are_settled_as_faiss_settles_them(low_precision, monkeypatch):
+    """Few different codes, so that dozens of keys are equally far: the last places are contested in every search."""
+    monkeypatch.setattr("fairseq.memory.index.faiss_index.has_fast_int8", lambda: low_precision)
+    keys = np.repeat(KEYS[:150], 12, axis=0)[np.random.default_rng(5).permutation(1800)]
+    for metric in (Metric.L2, Metric.IP):
+        inner = faiss.index_factory(
+            DIM, "IVF8,PQ2np", faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
+        )
+        inner.train(keys)
+        inner.add(keys)
+        index = FaissIndex(inner, metric)
+        index.set_probe(3)
+        for k in (1, 5, 40):
+            found = index.search(QUERIES, k)
+            truth = np.sort(inner.search(QUERIES.numpy(), k)[1], axis=1)
+            assert (np.sort(found.ids_NK.numpy(), axis=1) == truth).all()
 
 
-def test_bulk_search_gives_the_same_bits_on_one_thread_and_on_several():
-    lists = DecodedLists(made_index(Metric.L2).inner)
+def test_more_ties_than_there_is_room_for_are_left_to_faiss_or_taken_in_order(monkeypatch):
+    keys = np.repeat(KEYS[:4], 500, axis=0)
+    found = ExactIndex(keys).search(QUERIES, 30)
+    nearest = similarities(Metric.L2, QUERIES.numpy(), KEYS[:4]).argmax(1)
+    assert found.ids_NK.tolist() == [list(range(500 * at, 500 * at + 30)) for at in nearest]
+    inner = faiss.index_factory(DIM, "IVF2,PQ2np")
+    inner.train(KEYS)
+    inner.add(keys)
+    index = FaissIndex(inner, Metric.L2)
+    index.set_probe(2)
+    truth = np.sort(inner.search(QUERIES.numpy(), 30)[1], axis=1)
+    assert (np.sort(index.search(QUERIES, 30).ids_NK.numpy(), axis=1) == truth).all()
+
+
+def test_lists_give_the_same_bits_on_one_thread_and_on_several():
+    lists = DecodedLists(made_index(Metric.L2).inner, fast_int8=True)
     before = torch.get_num_threads()
     results = []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(bulk_search(lists, QUERIES, 5, low_precision=True))
+            results.append(search_lists(lists, QUERIES, 5))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[0].ids_NK, results[1].ids_NK)
+    assert torch.equal(results[0].scores_NK, results[1].scores_NK)
+
+
+def narrow(rows: int, seed: int) -> np.ndarray:
+    """Rows whose length lies mostly in few directions, as that of hidden states does."""
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(np.random.default_rng(98).standard_normal((64, 64)))[0]
+    return ((rng.standard_normal((rows, 64)) * 0.9 ** np.arange(64)) @ turn + 2.0).astype(np.float32)
+
+
+@pytest.mark.parametrize("fast_int8", [False, True])
+@pytest.mark.parametrize("metric", list(Metric))
+def test_search_in_turned_blocks_is_brute_force(metric, fast_int8, monkeypatch):
+    monkeypatch.setattr("fairseq.memory.index.exact.has_fast_int8", lambda: fast_int8)
+    monkeypatch.setattr("fairseq.memory.index.exact._BLOCK_BYTES", 4 * 64 * 700)
+    keys, queries = narrow(5000, 0), torch.from_numpy(narrow(90, 1))
+    deleted = np.arange(0, 5000, 7)
+    index = ExactIndex(keys, metric, deleted=deleted)
+    assert index._rotation.basis_DD is not None
+    assert index._rotation.width < 64
+    for k in (1, 20, 1000):
+        found = index.search(queries, k)
+        truth = similarities(metric, queries.numpy(), keys)
+        truth[:, deleted] = -np.inf
+        best = np.sort(truth, axis=1)[:, ::-1][:, :k]
+        np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-5, atol=1e-4)
 
 
 def test_short_lists_leave_ids_of_minus_one(monkeypatch):
@@ -146,23 +193,29 @@ def test_short_lists_leave_ids_of_minus_one(monkeypatch):
         assert torch.isfinite(found.scores_NK[~missing]).all()
 
 
-def test_8_bit_scores_never_drop_a_key_that_reaches_the_threshold():
-    for offset_scale in (0.0, 1.0, 300.0):
-        rng = torch.Generator().manual_seed(3)
-        keys = torch.cat([torch.from_numpy(KEYS[:500]), offset_scale * torch.rand(500, 1, generator=rng)], 1)
-        queries = torch.cat([QUERIES, torch.ones(len(QUERIES), 1)], 1)
-        low_queries = Int8Queries(queries)
-        part = torch.arange(100, 300)
-        true = (queries[part].double() @ keys.double().T).float()
-        for quantile in (0.5, 0.95, 0.999):
-            threshold = true.quantile(quantile, dim=1)
-            low_keys = Int8Keys(keys, low_queries)
-            out = torch.empty(200, len(low_keys.low_MD), dtype=torch.int32)
-            low_threshold = low_scores(low_queries, part, low_keys, threshold, out)
-            reached = (out >= low_threshold[:, None])[:, :500]
-            assert reached[true >= threshold[:, None]].all()
-            if quantile == 0.999 and offset_scale <= 1.0:
-                assert reached.float().mean() < 0.05  # and it does filter
+@pytest.mark.parametrize("by_distance", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+@pytest.mark.parametrize("turned", [False, True])
+def test_no_key_scores_above_its_bound(by_distance, dtype, turned):
+    keys, queries = torch.from_numpy(narrow(500, 3)), torch.from_numpy(narrow(40, 4))
+    rotation = Rotation.fit(keys - keys.mean(0), 0.05) if turned else Rotation(None, 64)
+    assert (rotation.basis_DD is not None) == turned
+    listed = KeyList.of(
+        np.arange(500), keys, keys.mean(0), rotation, by_distance=by_distance, dtype=dtype, dead_M=np.array([3])
+    )
+    low, bound = torch.zeros(40, listed.low_ME.shape[1], dtype=dtype), np.empty((40, 3), np.float32)
+    scan_kernels.bound_queries(
+        rotation(queries).numpy(), np.arange(40), listed.centre_D, by_distance, listed.width, listed.largest,
+        dtype is torch.int8, low.numpy(), bound,
+    )  # fmt: skip
+    raw = (low.double() @ listed.low_ME.double().T).numpy()[:, :500] * listed.step
+    scale, rest, shift = bound.astype(np.float64).T[:, :, None]
+    above = raw * scale + rest * listed.rest_GP.reshape(-1)[:500] + listed.bias_GP.reshape(-1)[:500] + shift
+    true = similarities(Metric.L2 if by_distance else Metric.IP, queries.numpy(), keys.numpy())
+    assert (above >= true)[:, np.arange(500) != 3].all()
+    assert np.isneginf(above[:, 3]).all()
+    within = np.abs(true - true.mean(1, keepdims=True)).mean()
+    assert np.median(above[:, 4:] - true[:, 4:]) < within  # and the bounds tell something
 
 
 def test_k_larger_than_the_store():

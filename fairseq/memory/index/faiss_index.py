@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
-from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.list_search import search_lists
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
 
@@ -144,18 +144,14 @@ class FaissIndex:
     def _search_in_bulk(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
         if self._lists is None:
-            self._lists = DecodedLists(self.inner)
-        found = bulk_search(self._lists, query_ND, k + 1, low_precision=has_fast_int8())
-        ids_NK, scores_NK = found[0][:, :k].contiguous(), found[1][:, :k].contiguous()
-        query_size_N = query_ND.square().sum(1)
-        doubt_N = _ROUNDING * (query_size_N + self._lists.key_size)
-        close = ((found[1][:, k - 1] - found[1][:, k]) < doubt_N).nonzero()[:, 0]
-        if self.metric is Metric.L2:
-            scores_NK = (2.0 * scores_NK - query_size_N[:, None]).clamp_(max=0.0)
-        if len(close):
-            ids_NK[close], scores_NK[close] = self._search(query_ND[close], k)
-        logger.debug("%d of %d queries searched by faiss itself", len(close), len(query_ND))
-        return ids_NK, scores_NK
+            self._lists = DecodedLists(self.inner, fast_int8=has_fast_int8())
+        rounding = 2 * _ROUNDING if self.metric is Metric.L2 else _ROUNDING
+        doubt_N = rounding * (query_ND.square().sum(1) + self._lists.key_size)
+        found = search_lists(self._lists, query_ND, k, doubt_N)
+        if len(found.open_N):
+            found.ids_NK[found.open_N], found.scores_NK[found.open_N] = self._search(query_ND[found.open_N], k)
+        logger.debug("%d of %d queries searched by faiss itself", len(found.open_N), len(query_ND))
+        return found.ids_NK, found.scores_NK
 
     def _checked(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
         """Missing rows masked, best first. Raises: ValueError for rows that do not exist."""

@@ -23,10 +23,10 @@ _PART = 16
 _HALVINGS = 10
 
 # float32 sums may be taken in any order: that is what lets the processor add 8 or 16 numbers at once.
-_ANY_ORDER = {"reassoc", "contract", "nsz"}
+ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
-def _compiled(**options: Any) -> Callable[[Kernel], Kernel]:
+def compiled(**options: Any) -> Callable[[Kernel], Kernel]:
     """numba.njit, its result kept on disk where a folder for it can be written."""
 
     def compile_kernel(function: Kernel) -> Kernel:
@@ -40,7 +40,7 @@ def _compiled(**options: Any) -> Callable[[Kernel], Kernel]:
     return compile_kernel
 
 
-@_compiled()
+@compiled()
 def _raw_threshold(threshold: float, scale: float, shift: float, margin: float, integral: bool) -> Any:
     """The approximate score that every key at the threshold reaches."""
     raw = (threshold - margin - shift) / scale
@@ -51,7 +51,7 @@ def _raw_threshold(threshold: float, scale: float, shift: float, margin: float, 
     return raw
 
 
-@_compiled()
+@compiled()
 def _any_reaches(scores_G: Any, size: int, threshold: Any) -> Any:
     count = np.int32(0)
     for i in range(size):
@@ -59,7 +59,7 @@ def _any_reaches(scores_G: Any, size: int, threshold: Any) -> Any:
     return count > 0
 
 
-@_compiled(fastmath=_ANY_ORDER | {"nnan"})
+@compiled(fastmath=ANY_ORDER | {"nnan"})
 def _range(low_C: Any) -> Any:
     least = most = low_C[0]
     for i in range(len(low_C)):
@@ -67,8 +67,8 @@ def _range(low_C: Any) -> Any:
     return least, most
 
 
-@_compiled()
-def _reached_by(low_C: Any, k: int) -> Any:
+@compiled()
+def reached_by_entries(low_C: Any, k: int) -> Any:
     """A number that at least k entries reach, and few more; -inf where there are fewer entries."""
     if len(low_C) < k:
         return np.float32(-np.inf)
@@ -85,10 +85,10 @@ def _reached_by(low_C: Any, k: int) -> Any:
     return least
 
 
-@_compiled()
+@compiled()
 def sift(low_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
-    threshold = max(threshold, _reached_by(low_C[:filled], k))
+    threshold = max(threshold, reached_by_entries(low_C[:filled], k))
     lowest = threshold - width
     kept = 0
     for i in range(filled):
@@ -97,7 +97,7 @@ def sift(low_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: f
     return kept, threshold
 
 
-@_compiled()
+@compiled()
 def take(
     raw_QM: Any,
     num_rows: int,
@@ -159,7 +159,7 @@ def take(
     return query, column
 
 
-@_compiled()
+@compiled()
 def sift_all(low_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, width_Q: Any) -> None:
     """:func:`sift` for every query."""
     for q in range(len(filled_Q)):
@@ -167,16 +167,17 @@ def sift_all(low_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, 
         filled_Q[q], threshold_Q[q] = filled, threshold
 
 
-@_compiled(fastmath=_ANY_ORDER)
-def _product(a_D: Any, b_D: Any) -> Any:
+@compiled(fastmath=ANY_ORDER)
+def product(a_D: Any, b_D: Any) -> Any:
+    """The inner product."""
     total = np.float32(0.0)
     for i in range(len(a_D)):
         total += a_D[i] * b_D[i]
     return total
 
 
-@_compiled(fastmath=_ANY_ORDER)
-def _nearness(a_D: Any, b_D: Any) -> Any:
+@compiled(fastmath=ANY_ORDER)
+def nearness(a_D: Any, b_D: Any) -> Any:
     """Minus the squared distance."""
     total = np.float32(0.0)
     for i in range(len(a_D)):
@@ -185,15 +186,15 @@ def _nearness(a_D: Any, b_D: Any) -> Any:
     return -total
 
 
-@_compiled()
+@compiled()
 def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance: bool, out_H: Any) -> None:
     """Inner product, or minus the squared distance, of H pairs of a query and a key."""
     for i in range(len(row_H)):
         query_D, key_D = query_ND[row_H[i]], keys_MD[col_H[i]]
-        out_H[i] = _nearness(query_D, key_D) if by_distance else _product(query_D, key_D)
+        out_H[i] = nearness(query_D, key_D) if by_distance else product(query_D, key_D)
 
 
-@_compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def _four_products(query_D: Any, a_D: Any, b_D: Any, c_D: Any, d_D: Any) -> Any:
     a = b = c = d = np.float32(0.0)
     for i in range(len(query_D)):
@@ -205,7 +206,7 @@ def _four_products(query_D: Any, a_D: Any, b_D: Any, c_D: Any, d_D: Any) -> Any:
     return a, b, c, d
 
 
-@_compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def _four_nearnesses(query_D: Any, a_D: Any, b_D: Any, c_D: Any, d_D: Any) -> Any:
     a = b = c = d = np.float32(0.0)
     for i in range(len(query_D)):
@@ -217,7 +218,7 @@ def _four_nearnesses(query_D: Any, a_D: Any, b_D: Any, c_D: Any, d_D: Any) -> An
     return -a, -b, -c, -d
 
 
-@_compiled()
+@compiled()
 def score_candidates(
     query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, bound_Q: Any, low_QC: Any, ids_QC: Any,
     filled_Q: Any, true_QC: Any,
@@ -256,15 +257,15 @@ def score_candidates(
                 waiting = 0
 
 
-@_compiled()
+@compiled()
 def reached_by(low_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
     """A number that at least k of each row's first ``filled`` entries reach, and few more; NaN reaches nothing."""
     for q in range(len(filled_Q)):
         row_C = low_QC[q, : filled_Q[q]]
-        out_Q[q] = _reached_by(row_C[~np.isnan(row_C)], k)
+        out_Q[q] = reached_by_entries(row_C[~np.isnan(row_C)], k)
 
 
-@_compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def reach_and_lengths(keys_MD: Any, mean_D: Any, reach_D: Any, square_M: Any) -> None:
     """The largest distance of each column from its mean, and the squared length of each row."""
     reach_D[:] = 0.0
@@ -276,7 +277,7 @@ def reach_and_lengths(keys_MD: Any, mean_D: Any, reach_D: Any, square_M: Any) ->
         square_M[m] = square
 
 
-@_compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def round_rows(keys_MD: Any, factor_D: Any, add_D: Any, weight_D: Any, low_ME: Any, weighted_M: Any) -> Any:
     """Write ``floor(key * factor + add)``, within 8 bits, into the first D columns of ``low_ME``.
 

@@ -9,28 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import _ANY_ORDER, _compiled
+from fairseq.memory.index.kernels import ANY_ORDER, compiled, nearness, product
 
 _PART = 64
 
 
-@_compiled(fastmath=_ANY_ORDER)
-def _product(a_D: Any, b_D: Any) -> Any:
-    total = np.float32(0.0)
-    for d in range(len(a_D)):
-        total += a_D[d] * b_D[d]
-    return total
-
-
-@_compiled(fastmath=_ANY_ORDER)
-def _nearness(a_D: Any, b_D: Any) -> Any:
-    total = np.float32(0.0)
-    for d in range(len(a_D)):
-        total += (a_D[d] - b_D[d]) * (a_D[d] - b_D[d])
-    return -total
-
-
-@_compiled(fastmath={"reassoc", "nsz", "nnan"})
+@compiled(fastmath={"reassoc", "nsz", "nnan"})
 def _largest(raw_C: Any) -> Any:
     largest = raw_C[0]
     for c in range(len(raw_C)):
@@ -38,7 +22,7 @@ def _largest(raw_C: Any) -> Any:
     return largest
 
 
-@_compiled()
+@compiled()
 def _count(raw_C: Any, reach: Any) -> Any:
     count = np.int32(0)
     for c in range(len(raw_C)):
@@ -46,7 +30,7 @@ def _count(raw_C: Any, reach: Any) -> Any:
     return count
 
 
-@_compiled()
+@compiled()
 def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: Any, by_distance: bool) -> None:
     """Write the number of each key's nearest centroid.
 
@@ -69,13 +53,13 @@ def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: 
                     near = start + c
                     break
                 key_D, centroid_D = keys_QD[q], centroids_CD[start + c]
-                score = _nearness(key_D, centroid_D) if by_distance else _product(key_D, centroid_D)
+                score = nearness(key_D, centroid_D) if by_distance else product(key_D, centroid_D)
                 if score > best:
                     best, near = score, start + c
         near_Q[q] = near
 
 
-@_compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def means(keys_ND: Any, order_N: Any, edges: Any, means_CD: Any) -> None:
     """Mean of the keys ``order[edges[c]:edges[c + 1]]`` for each c; zeros for none."""
     for c in range(len(means_CD)):

@@ -1,0 +1,320 @@
+"""Searches lists of keys for many queries at once, with matrix products of rounded vectors.
+
+Each key is split at the centre of its list; the rest is turned so that few columns hold most of its length. Products of
+those columns, rounded, and lengths of all else bound every score from above (see ``scan_kernels.bound_queries``); only
+keys whose bound reaches the threshold of a query, which rises as keys go by, are scored in float32. The neighbours are
+those of comparing every key.
+
+An index of compressed keys is searched several times faster so than by its own tables, and exact search takes the
+blocks of a store for lists.
+
+Shapes: N queries, Q queries of a tile, P lists a query visits, M keys of a list, E columns of the products,
+C candidates, G groups of P keys, F candidates of the query that has most, K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.files import Array
+from fairseq.memory.index import scan_kernels as kernels
+from fairseq.memory.index.kernels import GROUP
+from fairseq.memory.threads import ThreadBuffer, map_in_threads
+
+CANDIDATE_BYTES = 20
+"""What a candidate takes: its score, its row and when it was visited."""
+_TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the scan
+_LISTS_AT_A_TIME = 64
+
+
+def capacity(k: int) -> int:
+    """Candidates a query may hold before they are sifted."""
+    return max(4 * k, 256) + GROUP
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Turns vectors so that their first columns hold most of their length."""
+
+    basis_DD: Tensor | None
+    """Orthogonal; None leaves the vectors as they are."""
+    width: int
+    """Columns that are multiplied."""
+
+    @classmethod
+    def fit(cls, rest_MD: Tensor, left_out: float) -> Rotation:
+        """Learn it from a sample of keys less the centres of their lists.
+
+        Args:
+            left_out: share of their squared lengths that may lie outside of the columns that are multiplied.
+        """
+        dim = rest_MD.shape[1]
+        if not 0.0 < float(rest_MD.square().sum()) < torch.inf:
+            return cls(None, dim)
+        values_D, basis_DD = torch.linalg.eigh((rest_MD.T @ rest_MD).double())
+        share_D = values_D.clamp_min(0.0).cumsum(0) / values_D.clamp_min(0.0).sum()
+        width = -(-(dim - int((share_D < left_out).sum())) // 16) * 16
+        if width > 0.75 * dim:
+            return cls(None, dim)
+        return cls(basis_DD.flip(1).float().contiguous(), width)
+
+    def __call__(self, rows_MD: Tensor) -> Tensor:
+        """Turn some rows."""
+        return rows_MD if self.basis_DD is None else rows_MD @ self.basis_DD
+
+
+@dataclass(frozen=True)
+class KeyList:
+    """A list of keys, ready to be scanned."""
+
+    ids_M: Array
+    keys_MD: Array
+    """float32, as they are scored."""
+    centre_D: Array
+    """Rotated."""
+    low_ME: Tensor
+    """The columns that are multiplied; rows of zeros behind them fill up the last group."""
+    width: int
+    """Columns of them that mean something."""
+    step: float
+    rest_GP: Array
+    """Length of what is not multiplied; keys are in groups of P neighbours."""
+    bias_GP: Array
+    """For L2 minus the squared length of key less centre, otherwise its product with the centre; minus infinity for
+    keys that must not be found."""
+    largest: Array
+    """See ``scan_kernels.bound_queries``."""
+
+    @classmethod
+    def of(
+        cls,
+        ids_M: Array,
+        keys_MD: Tensor,
+        centre_D: Tensor,
+        rotation: Rotation,
+        *,
+        by_distance: bool,
+        dtype: torch.dtype,
+        dead_M: Array | None = None,
+    ) -> KeyList:
+        """Prepare float32 keys; ``dead_M`` are the numbers of those that must not be found."""
+        count, padded = len(keys_MD), -(-max(1, len(keys_MD)) // GROUP) * GROUP
+        turned_MD = rotation(keys_MD - centre_D)
+        head_MD, width = turned_MD[:, : rotation.width], rotation.width
+        square_M = turned_MD.square().sum(1)
+        rest_M, bias_M = torch.zeros(padded), torch.full((padded,), -torch.inf)
+        rest_M[:count] = torch.linalg.vector_norm(turned_MD[:, width:], dim=1)
+        bias_M[:count] = -square_M if by_distance else torch.mv(keys_MD - centre_D, centre_D)
+        largest_bias = float(bias_M[:count].abs().amax()) if count else 0.0
+        if dead_M is not None:
+            bias_M[torch.from_numpy(dead_M)] = -torch.inf
+        step, low_ME = 1.0, torch.zeros(padded, -(-width // 4) * 4, dtype=dtype)
+        if dtype is torch.int8:
+            step = max(float(head_MD.abs().amax()) if count else 0.0, 1e-30) / 127
+            rounded_MD = (head_MD / step).round_()
+            low_ME[:count, :width] = rounded_MD
+            rounded_MD *= step
+        else:
+            low_ME[:count, :width] = head_MD
+            rounded_MD = low_ME[:count, :width].float()
+        longest = [
+            float(torch.linalg.vector_norm(rounded_MD, dim=1).amax()) if count else 0.0,
+            float(square_M.amax().sqrt()) if count else 0.0,
+            float(torch.linalg.vector_norm(head_MD - rounded_MD, dim=1).amax()) if count else 0.0,
+            largest_bias,
+        ]
+        centre = np.ascontiguousarray(rotation(centre_D[None])[0].numpy())
+        groups = (rest_M.view(-1, GROUP).numpy(), bias_M.view(-1, GROUP).numpy())
+        arrays = (*groups, np.array(longest, np.float32))
+        return cls(ids_M, np.ascontiguousarray(keys_MD.numpy()), centre, low_ME, width, step, *arrays)
+
+
+class Lists(Protocol):
+    """Lists that can be searched; higher scores are closer."""
+
+    by_distance: bool
+    """Whether scores are minus squared distances, otherwise inner products."""
+    ties_by_id: bool
+    """Whether of equally close keys those with the lowest ids are wanted; otherwise those that faiss would take."""
+    dtype: torch.dtype
+    """Of the columns that are multiplied: int8 or float32."""
+
+    def visited(self, query_ND: Tensor) -> Tensor | None:
+        """int64 (N, P): the lists each query visits, nearest first; -1 for none. None: all queries visit all lists."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def prepared(self, number: int) -> KeyList:
+        """One list. Called in several threads."""
+        ...
+
+    def rotated(self, query_ND: Tensor) -> Tensor:
+        """Queries turned as the keys are."""
+        ...
+
+    def use_one_thread(self) -> None:
+        """Called in each thread: whatever is computed there must start no more threads."""
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search in lists found."""
+
+    ids_NK: Tensor
+    """int64, -1 where there were fewer."""
+    scores_NK: Tensor
+    """float32, minus infinity there."""
+    open_N: Tensor
+    """int64: queries whose neighbours must be found in another way, since too many keys are equally close."""
+
+
+def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> Found:
+    """The k best keys of the visited lists, best first, of equals the lower id.
+
+    Args:
+        query_ND: float32.
+        doubt_N: where ties are settled as faiss does, keys whose scores differ by no more may be in another order
+            there: queries with such keys around place k are left open, unless the scores are equal to the last bit.
+    """
+    count = len(query_ND)
+    doubt_N = torch.zeros(count) if doubt_N is None else doubt_N
+    visited = lists.visited(query_ND)
+    visited_NP = visited.numpy() if visited is not None else None
+    threads = torch.get_num_threads()
+    size = max(1, -(-count // threads))
+    starts = range(0, count, size)
+    groups = [_Group(lists, query_ND, visited_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
+    # The nearest list holds most of the neighbours: after it few keys of the others reach a query's threshold.
+    for ranks in (slice(0, 1), slice(1, None)) if visited_NP is not None else (slice(0, None),):
+        numbers = range(len(lists)) if visited_NP is None else _numbers(visited_NP[:, ranks])
+        for first in range(0, len(numbers), _LISTS_AT_A_TIME):
+            chosen = numbers[first : first + _LISTS_AT_A_TIME]
+            ready = dict(zip(chosen, map_in_threads(lists.prepared, chosen, lists.use_one_thread)))
+            for _ in map_in_threads(functools.partial(_Group.scan, ready=ready, ranks=ranks), groups):
+                pass
+    ids_NK = torch.full((count, k), -1, dtype=torch.int64)
+    scores_NK = torch.full((count, k), -torch.inf)
+    open_parts = list(map_in_threads(lambda group: group.write_best(ids_NK, scores_NK), groups))
+    return Found(ids_NK, scores_NK, torch.from_numpy(np.concatenate([np.empty(0, np.int64), *open_parts])))
+
+
+def _numbers(visited_NP: Array) -> list[int]:
+    numbers: list[int] = np.unique(visited_NP[visited_NP >= 0]).tolist()
+    return numbers
+
+
+class _Group:
+    """Some queries and the candidates they hold. Scanned by one thread at a time."""
+
+    def __init__(
+        self, lists: Lists, query_ND: Tensor, visited_NP: Array | None, rows: slice, k: int, doubt_N: Tensor
+    ) -> None:
+        self._lists, self._k, self._first = lists, k, rows.start
+        self._query_ND = np.ascontiguousarray(query_ND[rows].numpy())
+        self._turned_ND = np.ascontiguousarray(lists.rotated(query_ND[rows]).numpy())
+        self._visited_NP = visited_NP[rows] if visited_NP is not None else None
+        count, room = len(self._query_ND), capacity(k)
+        self._score_NC = np.empty((count, room), np.float32)
+        self._ids_NC = np.empty((count, room), np.int64)
+        self._order_NC = np.empty((count, room), np.int64)
+        self._filled_N = np.zeros(count, np.int64)
+        self._threshold_N = np.full(count, kernels.LOWEST, np.float32)
+        self._doubt_N = doubt_N.numpy()
+        self._is_open_N = np.zeros(count, np.bool_)
+        self._buffer = ThreadBuffer(_TILE_SCORES, torch.int32 if lists.dtype is torch.int8 else torch.float32)
+        self._visitors: dict[tuple[int, int | None], dict[int, tuple[Array, Array]]] = {}
+
+    def scan(self, ready: dict[int, KeyList], ranks: slice) -> None:
+        """Scan some lists for the queries that visit them at these ranks."""
+        visitors = self._visitors_at(ranks) if self._visited_NP is not None else None
+        all_N = np.arange(len(self._query_ND))
+        for number, keys in ready.items():
+            if not len(keys.ids_M) or (visitors is not None and number not in visitors):
+                continue
+            row_N, order_N = visitors[number] if visitors is not None else (all_N, np.zeros_like(all_N))
+            tile = max(1, _TILE_SCORES // len(keys.low_ME))
+            bound_F = np.empty(len(keys.low_ME), np.float32)
+            for start in range(0, len(row_N), tile):
+                self._scan_tile(keys, row_N[start : start + tile], order_N[start : start + tile], bound_F)
+
+    def _visitors_at(self, ranks: slice) -> dict[int, tuple[Array, Array]]:
+        """Of each list the queries that visit it, and when."""
+        assert self._visited_NP is not None, "all queries visit all lists"
+        key = (ranks.start, ranks.stop)
+        if key not in self._visitors:
+            flat = self._visited_NP[:, ranks].reshape(-1)
+            order = np.argsort(flat, kind="stable")
+            numbers, starts = np.unique(flat[order], return_index=True)
+            width = max(1, self._visited_NP[:, ranks].shape[1])
+            parts = np.split(order, starts[1:]) if len(starts) else []
+            self._visitors[key] = {
+                int(number): (part // width, (part % width + ranks.start) << 32) for number, part in zip(numbers, parts)
+            }
+        return self._visitors[key]
+
+    def _scan_tile(self, keys: KeyList, row_Q: Array, order_Q: Array, bound_F: Array) -> None:
+        by_distance, is_integral = self._lists.by_distance, self._lists.dtype is torch.int8
+        low_QE = torch.zeros(len(row_Q), keys.low_ME.shape[1], dtype=self._lists.dtype)
+        bound_Q3 = np.empty((len(row_Q), 3), np.float32)
+        kernels.bound_queries(
+            self._turned_ND, row_Q, keys.centre_D, by_distance, keys.width, keys.largest, is_integral,
+            low_QE.numpy(), bound_Q3,
+        )  # fmt: skip
+        raw_QM = self._buffer(len(row_Q), len(keys.low_ME))
+        (torch._int_mm if is_integral else torch.mm)(low_QE, keys.low_ME.T, out=raw_QM)
+        held = (self._score_NC, self._ids_NC, self._order_NC, self._filled_N, self._threshold_N, self._doubt_N)
+        kernels.scan(
+            raw_QM.view(len(row_Q), -1, GROUP).numpy(), len(keys.ids_M), np.float32(keys.step), bound_Q3,
+            row_Q, order_Q, keys.rest_GP, keys.bias_GP, keys.ids_M, keys.keys_MD, self._query_ND, by_distance,
+            self._k, self._lists.ties_by_id, *held, self._is_open_N, bound_F,
+        )  # fmt: skip
+
+    def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> Array:
+        """Write the k best candidates, best first. Returns: queries that are left open."""
+        k, held = self._k, (self._score_NC, self._ids_NC, self._order_NC)
+        kernels.sift_group(*held, self._filled_N, self._threshold_N, self._doubt_N, k)
+        most = max(1, int(self._filled_N.max(initial=0)))
+        self._score_NC[:, :most][np.arange(most) >= self._filled_N[:, None]] = -np.inf
+        place_NF = falling_order(self._score_NC[:, :most])
+        score_NF, ids_NF, order_NF = (np.take_along_axis(x[:, :most], place_NF, 1) for x in held)
+        kernels.order_equals(score_NF, ids_NF, order_NF, self._filled_N)
+        if not self._lists.ties_by_id and most > k:
+            self._settle(score_NF, ids_NF, order_NF)
+        ids_NF[np.arange(most) >= self._filled_N[:, None]] = -1
+        rows, taken = slice(self._first, self._first + len(score_NF)), min(k, most)
+        ids_NK[rows, :taken] = torch.from_numpy(ids_NF[:, :taken])
+        scores_NK[rows, :taken] = torch.from_numpy(score_NF[:, :taken])
+        open_N: Array = np.flatnonzero(self._is_open_N) + self._first
+        return open_N
+
+    def _settle(self, score_NF: Array, ids_NF: Array, order_NF: Array) -> None:
+        """Ties around place k as faiss would have them; what is close but not equal is left open."""
+        k, edge_N1 = self._k, score_NF[:, self._k - 1 : self._k]
+        with np.errstate(invalid="ignore"):
+            close_NF = np.abs(score_NF - edge_N1) <= self._doubt_N[:, None]
+        is_close_N = close_NF[:, k:].any(1)
+        is_equal_N = ~(close_NF & (score_NF != edge_N1)).any(1)
+        tied_H = np.flatnonzero(is_close_N & is_equal_N)
+        kernels.settle_ties(score_NF, ids_NF, order_NF, self._filled_N, k, tied_H, self._lists.by_distance)
+        self._is_open_N |= is_close_N & ~is_equal_N
+
+
+def falling_order(score_NC: Array) -> Array:
+    """Places of each row's entries, largest first; of equals the earlier ones first, NaN last."""
+    # Score and place as one integer, which NumPy sorts with vector instructions: several times faster than floats with
+    # their places. A float's bits, with those of a negative one turned round, order as the float does.
+    bits_NC = np.ascontiguousarray(score_NC).view(np.int32)
+    falling_NC = ~np.where(bits_NC < 0, bits_NC ^ 0x7FFFFFFF, bits_NC)
+    falling_NC[np.isnan(score_NC)] = 0x7FFFFFFF
+    packed_NC = (falling_NC.astype(np.int64) << 32) | np.arange(score_NC.shape[1])
+    packed_NC.sort(axis=1)
+    places: Array = packed_NC & 0xFFFFFFFF
+    return places

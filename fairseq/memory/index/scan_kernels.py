@@ -1,0 +1,303 @@
+"""Compiled loops of searches in lists (``list_search.py``): rounding queries, scanning scores, settling ties.
+
+Shapes: Q queries of a tile, N queries of a group, M keys of a list, E columns of the products, C candidates a query may
+hold, D width. Scores are *higher is closer*.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fairseq.memory.index.kernels import ANY_ORDER, GROUP, compiled, nearness, product, reached_by_entries
+
+LOWEST = np.float32(-3.0e38)
+"""A threshold that every key reaches, deleted ones (minus infinity) excepted."""
+_LEVELS = np.float32(127.0)
+# Float32 sums that are computed in two ways differ by a few units in the seventh place of what they are sums of.
+_ROUNDING = np.float32(4e-6)
+
+
+@compiled(fastmath=ANY_ORDER)
+def bound_queries(
+    query_ND: Any, row_Q: Any, centre_D: Any, by_distance: bool, width: int, largest: Any, integral: bool,
+    low_QE: Any, bound_Q3: Any,
+) -> None:  # fmt: skip
+    """Turn queries into what bounds their scores with the keys of one list.
+
+    With ``k = centre + r`` and ``q = centre + p`` scores are made of ``p.r`` and of what depends on one of them alone:
+    ``-|q - k|^2 = 2 p.r - |r|^2 - |p|^2`` and ``q.k = p.r + centre.r + q.centre``. In ``p.r`` the columns up to
+    ``width`` are multiplied as rounded numbers and the others bounded by lengths (Cauchy and Schwarz), so that every
+    score is at most ``raw * scale + rest * |r_rest| + (bias of the key) + shift``.
+
+    Args:
+        query_ND: rotated queries; ``row_Q`` of them are wanted.
+        centre_D: rotated centre of the list.
+        largest: of the list's keys: lengths of the longest ``r`` as rounded, of the longest ``r``, of the largest
+            rounding error, the largest size of a bias.
+        integral: queries are rounded to 8-bit integers.
+        low_QE: gets them, or the queries as they are.
+        bound_Q3: gets scale, rest and shift.
+    """
+    factor = np.float32(2.0) if by_distance else np.float32(1.0)
+    longest_low, longest, longest_error, largest_bias = largest[0], largest[1], largest[2], largest[3]
+    for i in range(len(row_Q)):
+        query_D = query_ND[row_Q[i]]
+        most, whole, head, along = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for d in range(width):
+            x = query_D[d] - centre_D[d]
+            along += query_D[d] * centre_D[d]
+            most = max(most, abs(x))
+            head += x * x
+        for d in range(width, len(query_D)):
+            x = query_D[d] - centre_D[d]
+            along += query_D[d] * centre_D[d]
+            whole += x * x
+        rest = np.sqrt(whole)
+        whole += head
+        head = np.sqrt(head)
+        step, error = np.float32(1.0), np.float32(0.0)
+        if integral:
+            step = max(most, np.float32(1e-30)) / _LEVELS
+            for d in range(width):
+                x = query_D[d] - centre_D[d]
+                rounded = np.rint(x / step)
+                low_QE[i, d] = rounded
+                error += (x - rounded * step) * (x - rounded * step)
+            error = np.sqrt(error)
+        else:
+            for d in range(width):
+                low_QE[i, d] = query_D[d] - centre_D[d]
+        shift = -whole if by_distance else along
+        size = np.sqrt(whole)
+        slack = factor * (head * longest_error + error * longest_low)
+        slack += _ROUNDING * (factor * size * longest + largest_bias + abs(shift))
+        bound_Q3[i, 0], bound_Q3[i, 1], bound_Q3[i, 2] = factor * step, factor * rest, shift + slack
+
+
+# Groups are rows of a matrix: a slice would be counted in and out of use, which takes longer than passing over it.
+@compiled(fastmath={"contract"})
+def _flag_groups(raw_GP: Any, rest_GP: Any, bias_GP: Any, scale: Any, rest: Any, reach: Any, flag_G: Any) -> int:
+    """List the groups with bounds that reach ``reach``. Returns: how many there are."""
+    count = 0
+    for group in range(len(raw_GP)):
+        reached = np.int32(0)
+        for i in range(GROUP):
+            bound = np.float32(raw_GP[group, i]) * scale + (rest_GP[group, i] * rest + bias_GP[group, i])
+            reached += np.int32(bound >= reach)
+        flag_G[count] = group
+        count += reached > 0
+    return count
+
+
+@compiled(fastmath={"contract"})
+def _list_bounds(
+    raw_GP: Any, rest_GP: Any, bias_GP: Any, group: int, scale: Any, rest: Any, reach: Any, below: Any, hit_P: Any
+) -> int:
+    """Places in a group of the bounds that reach ``reach`` and not ``below``; without a branch for each."""
+    count = 0
+    for i in range(GROUP):
+        bound = np.float32(raw_GP[group, i]) * scale + (rest_GP[group, i] * rest + bias_GP[group, i])
+        hit_P[count] = i
+        count += (bound >= reach) & (bound < below)
+    return count
+
+
+@compiled()
+def _score(query_D: Any, key_D: Any, by_distance: bool) -> Any:
+    return nearness(query_D, key_D) if by_distance else product(query_D, key_D)
+
+
+@compiled(fastmath={"contract"})
+def _fill_bounds(
+    raw_GP: Any, rest_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_groups: int, every: int, bound_F: Any
+) -> None:
+    """Write the bounds of every so manieth group."""
+    for at in range(num_groups // every):
+        group = at * every
+        for i in range(GROUP):
+            bound = np.float32(raw_GP[group, i]) * scale + (rest_GP[group, i] * rest + bias_GP[group, i])
+            bound_F[at * GROUP + i] = bound
+
+
+@compiled()
+def _promising(
+    raw_GP: Any, rest_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_rows: int, wanted: int, bound_F: Any
+) -> Any:
+    """A number that the bounds of at least so many keys reach (nearly always), and of few more; or all."""
+    if num_rows <= wanted:
+        return LOWEST
+    every = 4 if wanted >= 32 and num_rows >= 16 * wanted else 1  # a sample tells it well enough
+    num_groups = num_rows // GROUP if every > 1 else len(raw_GP)
+    _fill_bounds(raw_GP, rest_GP, bias_GP, scale, rest, num_groups, every, bound_F)
+    if every > 1:
+        return reached_by_entries(bound_F[: num_groups // every * GROUP], wanted // every + wanted // 8)
+    return max(LOWEST, reached_by_entries(bound_F[:num_rows], wanted))
+
+
+@compiled()
+def _sift(score_C: Any, ids_C: Any, order_C: Any, filled: int, lowest: Any) -> int:
+    kept = 0
+    for i in range(filled):
+        score_C[kept], ids_C[kept], order_C[kept] = score_C[i], ids_C[i], order_C[i]
+        kept += score_C[i] >= lowest
+    return kept
+
+
+@compiled()
+def _keep_first(score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int) -> int:
+    """Keep the k best candidates; of equals those with the lowest ids."""
+    edge = np.partition(score_C[:filled], filled - k)[filled - k]
+    missing = k
+    for i in range(filled):
+        missing -= score_C[i] > edge
+    ties = np.sort(ids_C[:filled][score_C[:filled] == edge])
+    last, kept = ties[missing - 1], 0
+    for i in range(filled):
+        score_C[kept], ids_C[kept], order_C[kept] = score_C[i], ids_C[i], order_C[i]
+        kept += score_C[i] > edge or (score_C[i] == edge and ids_C[i] <= last)
+    return kept
+
+
+@compiled()
+def _room_for_more(
+    score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int, threshold: Any, doubt: Any, ties_by_id: bool
+) -> tuple[int, Any]:
+    """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
+    if filled >= k:
+        threshold = max(threshold, reached_by_entries(score_C[:filled], k))
+    filled = _sift(score_C, ids_C, order_C, filled, threshold - doubt)
+    if ties_by_id and filled > len(score_C) - GROUP:
+        filled = _keep_first(score_C, ids_C, order_C, filled, k)
+    return filled, threshold
+
+
+@compiled()
+def scan(
+    raw_QGP: Any, num_rows: int, step: Any, bound_Q3: Any, row_Q: Any, order_Q: Any,
+    rest_GP: Any, bias_GP: Any, ids_M: Any, keys_MD: Any, query_ND: Any, by_distance: bool, k: int, ties_by_id: bool,
+    score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any, is_open_N: Any,
+    bound_F: Any,
+) -> None:  # fmt: skip
+    """Put every key of a list that could be among the k best of a query behind its candidates, with its true score.
+
+    Args:
+        raw_QGP: products of the rounded vectors, a unit of which is ``step`` times the query's scale; keys are in
+            groups of P = GROUP neighbours, those from ``num_rows`` on mean nothing.
+        bound_Q3: see ``bound_queries``.
+        row_Q: which queries of the group; ``order_Q`` plus its number says when a key is visited.
+        rest_GP, bias_GP: of each key; minus infinity is the bias of a deleted key.
+        ties_by_id: of equal candidates the lowest ids are kept; otherwise queries of which more tie than there is room
+            for are marked in ``is_open_N`` and left to others.
+        score_NC, ids_NC, order_NC: candidates, ``filled_N`` of them. ``threshold_N``: k keys at least reach it; rises.
+        doubt_N: candidates so close below the threshold are kept as well.
+        bound_F: room for the bounds of one query.
+    """
+    room = score_NC.shape[1]
+    hit_P, flag_G = np.empty(GROUP, np.int64), np.empty(len(rest_GP), np.int64)
+    for q in range(len(row_Q)):
+        n = row_Q[q]
+        if is_open_N[n]:
+            continue
+        raw_GP, scale, rest, shift = raw_QGP[q], bound_Q3[q, 0] * step, bound_Q3[q, 1], bound_Q3[q, 2]
+        score_C, ids_C, order_C, query_D = score_NC[n], ids_NC[n], order_NC[n], query_ND[n]
+        filled, threshold, doubt = filled_N[n], threshold_N[n], doubt_N[n]
+        reach, scored = threshold - doubt - shift, np.float32(np.inf)  # keys whose bounds reach this have been scored
+        is_first = threshold <= LOWEST and filled < k
+        if is_first:
+            # Those that promise most give the query its threshold.
+            reach = _promising(raw_GP, rest_GP, bias_GP, scale, rest, num_rows, k - filled, bound_F)
+        flagged, at = _flag_groups(raw_GP, rest_GP, bias_GP, scale, rest, reach, flag_G), 0
+        while at < flagged:
+            group = flag_G[at]
+            if filled > room - GROUP:
+                filled, threshold = _room_for_more(score_C, ids_C, order_C, filled, k, threshold, doubt, ties_by_id)
+                if filled > room - GROUP:
+                    is_open_N[n] = True
+                    break
+                if not is_first:
+                    reach = threshold - doubt - shift
+            hits = _list_bounds(raw_GP, rest_GP, bias_GP, group, scale, rest, reach, scored, hit_P)
+            for hit in range(hits):
+                i = group * GROUP + hit_P[hit]
+                score_C[filled] = _score(query_D, keys_MD[i], by_distance)
+                ids_C[filled], order_C[filled] = ids_M[i], order_Q[q] + i
+                filled += score_C[filled] >= threshold - doubt
+            at += 1
+            if is_first and at == flagged:
+                if filled >= k:
+                    threshold = max(threshold, reached_by_entries(score_C[:filled], k))
+                if reach > LOWEST:  # once more, for those that promised less
+                    is_first, scored, reach = False, reach, threshold - doubt - shift
+                    flagged, at = _flag_groups(raw_GP, rest_GP, bias_GP, scale, rest, reach, flag_G), 0
+        filled_N[n], threshold_N[n] = filled, threshold
+
+
+@compiled()
+def sift_group(
+    score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any, k: int
+) -> None:
+    """Drop the candidates of every query that cannot be among its k best."""
+    for n in range(len(filled_N)):
+        filled_N[n], threshold_N[n] = _room_for_more(
+            score_NC[n], ids_NC[n], order_NC[n], filled_N[n], k, threshold_N[n], doubt_N[n], False
+        )
+
+
+@compiled()
+def order_equals(score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any) -> None:
+    """Bring candidates of equal scores into the order of their ids; the scores are falling already."""
+    for n in range(len(filled_N)):
+        score_C, ids_C, order_C = score_NC[n], ids_NC[n], order_NC[n]
+        first = 0
+        while first < filled_N[n]:
+            after = first + 1
+            while after < filled_N[n] and score_C[after] == score_C[first]:
+                after += 1
+            if after - first > 1:
+                by_id = np.argsort(ids_C[first:after])
+                ids_C[first:after] = ids_C[first:after][by_id]
+                order_C[first:after] = order_C[first:after][by_id]
+            first = after
+
+
+@compiled()
+def settle_ties(
+    score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, k: int, row_H: Any, by_distance: bool
+) -> None:
+    """Of candidates that tie for the last places take those that faiss would have kept.
+
+    faiss visits keys one after the other and keeps k of them; one that is as far as the farthest kept is passed over,
+    and a closer one takes the place of the farthest: of several it is the one with the highest id where distances are
+    compared, with the lowest where products are.
+
+    Args:
+        score_NC: candidates of each query, best first, of equals the lowest id first; ``order_NC`` says when faiss
+            visits each.
+        row_H: queries whose candidates at places k - 1 and k are equal. Those places get the right ids.
+    """
+    for h in range(len(row_H)):
+        score_C, order_C, ids_C = score_NC[row_H[h]], order_NC[row_H[h]], ids_NC[row_H[h]]
+        first, after = k - 1, k
+        while first > 0 and score_C[first - 1] == score_C[k - 1]:
+            first -= 1
+        while after < filled_N[row_H[h]] and score_C[after] == score_C[k - 1]:
+            after += 1
+        tied = np.empty(after - first, np.int64)  # places of those kept; the lower place has the lower id
+        kept = better = 0
+        for at in np.argsort(order_C[:after]):
+            if at < first:
+                better += 1
+                if kept + better > k:
+                    last = 0
+                    for j in range(kept):
+                        if (tied[j] > tied[last]) == by_distance:
+                            last = j
+                    tied[last] = tied[kept - 1]
+                    kept -= 1
+            elif kept + better < k:
+                tied[kept] = at
+                kept += 1
+        chosen = np.sort(tied[:kept])
+        ids_C[first : first + kept] = ids_C[chosen].copy()
