@@ -69,7 +69,7 @@ class ExternalMemory:
         values_NK.masked_fill_(~keep_NK, -1)
         ended = time.perf_counter()
         logger.info("%d lookups: %.2fs search, %.2fs store", len(query_ND), searched - started, ended - searched)
-        return Candidates(values_NK.to(device), scores_NK.to(device), keep_NK.to(device))
+        return Candidates(values_NK.to(device), scores_NK.to(device), keep_NK.to(device), found.ids_NK)
 
     def _full_scores(self, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
         """Similarities from the full keys; -inf where the id is -1."""
