@@ -15,7 +15,7 @@ from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
 from fairseq.memory.similarity import normalized
-from fairseq.memory.types import Candidates, Metric
+from fairseq.memory.types import Candidates, Metric, Neighbors
 from fairseq.registry import lookup
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ExternalMemory:
         started = time.perf_counter()
         device = query_ND.device
         query_ND = query_ND.detach().float().cpu().contiguous()
-        found = self.index.search(query_ND, self.k)
+        found = by_row_where_equal(self.index.search(query_ND, self.k))
         searched = time.perf_counter()
         scores_NK = found.scores_NK if self.score == "index" else self._full_scores(query_ND, found.ids_NK)
         # An id of -1 (the visited lists held fewer than k rows) must never be read as the last row.
@@ -90,6 +90,24 @@ class ExternalMemory:
             measure = Metric.IP if metric is Metric.COS else metric
             parts.append(pair_scores_in_place(measure, queries, block_MD.numpy(), inverse - first))
         return torch.cat(parts) if parts else torch.empty(ids_NK.shape)
+
+
+def by_row_where_equal(found: Neighbors) -> Neighbors:
+    """The same neighbours, equally close ones by row.
+
+    Compressed keys are often equal, and a search for fewer neighbours keeps those of the lower rows: in this order the
+    first k of many are the ones that a search for k finds.
+    """
+    same_NK = (found.scores_NK[:, 1:] == found.scores_NK[:, :-1]) & (found.ids_NK[:, 1:] >= 0)
+    rows_Q = same_NK.any(1).nonzero()[:, 0]
+    if not len(rows_Q):
+        return found
+    ids_QK, scores_QK = found.ids_NK[rows_Q], found.scores_NK[rows_Q]
+    by_row_QK = ids_QK.argsort(1)
+    order_QK = by_row_QK.gather(1, scores_QK.gather(1, by_row_QK).argsort(dim=1, descending=True, stable=True))
+    ids_NK, scores_NK = found.ids_NK.clone(), found.scores_NK.clone()
+    ids_NK[rows_Q], scores_NK[rows_Q] = ids_QK.gather(1, order_QK), scores_QK.gather(1, order_QK)
+    return Neighbors(ids_NK, scores_NK)
 
 
 def _memory_bytes() -> int:
