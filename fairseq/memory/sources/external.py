@@ -75,7 +75,7 @@ class ExternalMemory:
         """Similarities from the full keys; -inf where the id is -1."""
         metric = Metric.IP if self.score == "dot" else self.index.metric
         whole = self.store.keys.whole
-        if metric is not Metric.COS and whole is not None and whole.nbytes <= _memory_bytes() // 2:
+        if metric is not Metric.COS and whole is not None and whole.nbytes <= memory_bytes() // 2:
             return pair_scores_in_place(metric, query_ND, whole, ids_NK)
         # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
         query_ND = normalized(query_ND) if metric is Metric.COS else query_ND
@@ -110,7 +110,8 @@ def by_row_where_equal(found: Neighbors) -> Neighbors:
     return Neighbors(ids_NK, scores_NK)
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """The machine's memory; 0 where the system does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
