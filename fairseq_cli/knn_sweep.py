@@ -50,11 +50,11 @@ def main(argv: Sequence[str]) -> None:
         f"{grid.size} settings on {subset} ({alone.num_tokens} tokens of {', '.join(config.retrievals)})\n"
     )
     sys.stdout.write(f"language model alone on {subset}: perplexity {alone.perplexity:.2f}\n")
-    sys.stdout.write(f"best, tuned on {subset}: {best.setting.flags()}\n")
-    _tell(final or best)
+    sys.stdout.write(f"best, tuned on {subset}: {best.setting.flags()} (perplexity {best.sums.perplexity:.2f})\n")
     told: dict[str, Any] = {"tuned_on": subset, "files": list(config.retrievals), "best": best.to_dict()}
     told |= {"language_model_alone": {"loss_base2": alone.loss_base2, "perplexity": alone.perplexity}}
     told |= _reported(tuned, reported, final)
+    _tell(final or best)
     if texts:
         told |= _explained(reported or tuned, best, config.explain, *texts)
     leave(out, results, best, told, argv, [*config.retrievals, *config.report])
