@@ -17,9 +17,9 @@ memory; searching an index holds it whole. Exact search holds ``--search-memory`
 queries.
 
 Seconds: a key or a query meets c centroids in c d / A (A: products per second of faiss's flat search). Training is 10
-passes of k-means over t keys, 10 t c d / A, and the compression's own time per key, of at most 65,536 keys. Adding is
-n (c d / A + e). A query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y), or longer where
-reading does. e, s, r, x, y are measured on a small made-up store (``plan_rates.py``). Reading and writing files comes
+passes of k-means over t keys, 10 t c d / A, and the compression's own u + v min(t, 65536). Adding is n (c d / A + e). A
+query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y), or longer where reading does. u, v, e,
+s, r, x, y are measured on a small made-up store (``plan_rates.py``). Reading and writing files comes
 on top of building and searching an index.
 """
 
@@ -68,8 +68,10 @@ SIZES: Mapping[str, Callable[[PlanConfig], IndexSize]] = {
 class IndexRates:
     """Measured seconds of one kind of index."""
 
+    train: float
+    """Learning the compression, whatever the number of keys."""
     train_key: float
-    """Learning the compression, per training key."""
+    """Learning it, per training key."""
     add_key: float
     """Compressing and adding a key, without finding its list."""
     scan_key: float
@@ -172,7 +174,8 @@ def _index(config: PlanConfig, rates: Rates, kind: str, store: int) -> Choice:
     if measured is not None:
         lists = 0 if kind == "flat" else config.ncentroids
         centroids = lists * config.dim / rates.assign
-        training = KMEANS_PASSES * trained * centroids + min(trained, _MOST_CODE_TRAINING) * measured.train_key
+        training = measured.train + min(trained, _MOST_CODE_TRAINING) * measured.train_key
+        training += KMEANS_PASSES * trained * centroids
         adding = config.keys * (centroids + measured.add_key)
         # The keys are read once; the codes are written twice, and once read.
         moving = store / rates.read_bytes + 2 * disk / rates.write_bytes + disk / rates.read_bytes

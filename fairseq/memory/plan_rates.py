@@ -28,7 +28,7 @@ from fairseq.memory.types import Metric
 logger = logging.getLogger(__name__)
 
 _LISTS = 16
-_FEW = 1024  # training keys: at least 39 per list, and 256 for a code
+_FEW = 10_240  # training keys: faiss wants 39 for each of the 256 values of a code
 _DISK_BYTES = 256 << 20
 _KEY_BYTES = 64 << 20
 _CENTERS = 64
@@ -40,7 +40,7 @@ def measure(config: PlanConfig) -> Rates:
     Raises: OSError when nothing can be written there.
     """
     rng = np.random.default_rng(1)
-    rows = int(np.clip(_KEY_BYTES // (4 * config.dim), 4096, 32_768))
+    rows = int(np.clip(_KEY_BYTES // (4 * config.dim), 2 * _FEW, 32_768))
     keys = made_up(rng, 2 * rows, config.dim)
     query_ND = torch.from_numpy(made_up(rng, 1024, config.dim))
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=config.folder) as made:
@@ -133,25 +133,25 @@ def _flat(folder: Path, config: PlanConfig, query_ND: Tensor, rows: int) -> Inde
     small, large = (_build(folder, store, "flat", config, rows)[1] for store in ("small", "large"))
     times = [_search(folder, store, "flat", query_ND, config.k, 1) for store in ("small", "large")]
     scan, query = _line(times, (rows, 2 * rows), len(query_ND))
-    return IndexRates(0.0, max(0.0, (large - small) / rows), scan, query)
+    return IndexRates(0.0, 0.0, max(0.0, (large - small) / rows), scan, query)
 
 
 def _with_lists(folder: Path, kind: str, config: PlanConfig, query_ND: Tensor, rows: int, assign: float) -> IndexRates:
-    # Two sizes, so that what does not grow with the keys (files, locks) is not taken for their share. The second learns
-    # from few keys: that has been measured.
+    # Two sizes, so that what does not grow with the keys (files, locks, waking threads) is not taken for their share.
     training, small = _build(folder, "small", kind, config, rows)
-    _, large = _build(folder, "large", kind, config, _FEW)
+    less_training, large = _build(folder, "large", kind, config, _FEW)
     centroids = _LISTS * config.dim / assign
     times = [_search(folder, "large", kind, query_ND, config.k, probe) for probe in (1, _LISTS)]
     scan, query = _line(times, (2 * rows / _LISTS, 2 * rows), len(query_ND))
-    train_key = max(0.0, training / rows - KMEANS_PASSES * centroids)
+    own = [t - n * KMEANS_PASSES * centroids for t, n in ((less_training, _FEW), (training, rows))]
+    train_key, train = _line(own, (_FEW, rows), 1)
     add_key = max(0.0, (large - small) / rows - centroids)
-    return IndexRates(train_key, add_key, scan, max(0.0, query - centroids))
+    return IndexRates(train, train_key, add_key, scan, max(0.0, query - centroids))
 
 
-def _line(seconds: Sequence[float], visited: Sequence[float], queries: int) -> tuple[float, float]:
+def _line(seconds: Sequence[float], keys: Sequence[float], queries: int) -> tuple[float, float]:
     """Seconds per query and key, and per query, from two measurements."""
-    (short, long), (less, more) = seconds, visited
+    (short, long), (less, more) = seconds, keys
     per_key = max(0.0, (long - short) / queries / (more - less))
     return per_key, max(0.0, short / queries - per_key * less)
 

@@ -228,7 +228,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 
 
 def test_plan(said, told, tmp_path, monkeypatch):
-    one = IndexRates(train_key=1e-3, add_key=1e-4, scan_key=1e-7, query=1e-5)
+    one = IndexRates(train=2.0, train_key=1e-3, add_key=1e-4, scan_key=1e-7, query=1e-5)
     rates = Rates(2e9, 1e9, 1e11, 1e10, 1e-10, 1e-4, {"flat": one, "ivfpq": one})
     monkeypatch.setattr("fairseq.memory.plan_rates.measure", lambda _: rates)
     words = ("plan", "--keys", "103e6", "--dim", 1024, "--folder", tmp_path)

@@ -23,7 +23,7 @@ FACTORIES = {
     "ivfpq-fastscan": "IVF{c},PQ{m2}x4fsr",
     "ivfrabitq": "RR{d},IVF{c},RaBitQ",
 }
-ONES = IndexRates(train_key=1e-3, add_key=1e-4, scan_key=1e-7, query=1e-5)
+ONES = IndexRates(train=2.0, train_key=1e-3, add_key=1e-4, scan_key=1e-7, query=1e-5)
 RATES = Rates(2e9, 1e9, 1e11, 1e10, 1e-10, 1e-4, {"flat": ONES, "ivfpq": ONES})
 
 
@@ -71,7 +71,7 @@ def test_seconds_by_hand():
     assert training_keys(wanted, "ivfpq") == 70_000
     disk = choices["ivfpq"].disk
     moving = made.store_bytes / 2e9 + 2 * disk / 1e9 + disk / 2e9
-    building = 10 * 70_000 * lists + 65_536 * 1e-3 + 1e6 * (lists + 1e-4) + moving
+    building = 10 * 70_000 * lists + 2.0 + 65_536 * 1e-3 + 1e6 * (lists + 1e-4) + moving
     assert choices["ivfpq"].build_seconds == pytest.approx(building)
     assert choices["ivfpq"].search_seconds == pytest.approx(5000 * (lists + 1e-7 * 8000 + 1e-5) + disk / 2e9)
     assert choices["flat"].search_seconds == pytest.approx(5000 * (1e-7 * 1e6 + 1e-5) + 128e6 / 2e9)
