@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fairseq.config import FlagParser, build
+from fairseq.config import FlagParser, build, to_dict
 from fairseq.memory.sweep_config import SweepConfig
 from fairseq_cli.main import run
 
@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> None:
     _tell(final or best)
     if texts:
         told |= _explained(reported or tuned, best, config.explain, *texts)
-    leave(out, results, best, told, argv, [*config.retrievals, *config.report])
+    inputs = [*config.retrievals, *config.report]
+    leave(out, results, best, told, argv=argv, config=to_dict(config), inputs=inputs)
 
 
 def _tell(result: Result) -> None:

@@ -20,7 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def leave(
-    out: str, results: Sequence[Result], best: Result, told: dict[str, Any], argv: Sequence[str], inputs: Sequence[str]
+    out: str,
+    results: Sequence[Result],
+    best: Result,
+    told: dict[str, Any],
+    *,
+    argv: Sequence[str],
+    config: dict[str, Any],
+    inputs: Sequence[str],
 ) -> None:
     """Write ``out`` with .json, .csv, .png (where matplotlib is installed) and the run manifest."""
     rows = [{name: _finite(value) for name, value in result.to_dict().items()} for result in results]
@@ -31,7 +38,7 @@ def leave(
     table.writerows(rows)
     write_atomically(f"{out}.csv", text.getvalue())
     drawn = _heat_map(f"{out}.png", results, best, str(told["tuned_on"]))
-    manifest = {"program": "fairseq-knn-sweep", "argv": argv, "config": {}, "figures": told}
+    manifest = {"program": "fairseq-knn-sweep", "argv": argv, "config": config, "figures": told}
     write_manifest(f"{out}.run.json", **manifest, inputs=inputs)
     logger.info("%s.json, .csv%s: %d settings", out, ", .png" if drawn else "", len(rows))
 

@@ -182,6 +182,20 @@ def test_the_best_setting_is_reported_on_another_split(swept, evaluated, kept, t
     assert "--report names the text that the setting was chosen on (valid)" in caplog.text
 
 
+def test_shards_of_an_evaluation_are_swept_together(evaluated, swept, told, kept, tmp_path):
+    for shard in range(2):
+        more = ("--num-shards", 2, "--shard-id", shard, "--save-retrieval", tmp_path / f"r{shard}")
+        evaluated(*KNN, "--k", 16, *more)
+    grid = ("--lmbda", "0.3", "--k", "4", "--out", tmp_path / "s")
+    best = []
+    for files in ((tmp_path / "r0", tmp_path / "r1"), (kept / "valid.retrieval",)):
+        swept(*files, *grid)
+        best.append(json.loads((tmp_path / "s.json").read_text())["best"])
+    assert best[0] == pytest.approx(best[1], abs=1e-5)
+    line = told("fairseq-knn-sweep", tmp_path / "r1", *grid)
+    assert "the files hold the shards 1 of 2" in line
+
+
 def test_explained_tokens(swept, kept, tmp_path):
     out = swept(kept / "valid.retrieval", "--lmbda", "0.5", "--explain", 3, "--out", tmp_path / "s")
     told = json.loads((tmp_path / "s.json").read_text())
