@@ -48,6 +48,19 @@ class Memory(Protocol):
 
 
 @dataclass(frozen=True)
+class Retrieved:
+    """Some scored positions with what a memory offers to them, before the two are combined."""
+
+    block_N: Tensor
+    target_N: Tensor
+    lm_logp_N: Tensor
+    lm_norm_N: Tensor
+    near: LogSums | None
+    """What the memories of the text add."""
+    found: Candidates
+
+
+@dataclass(frozen=True)
 class SplitPart:
     """The part of a split that one process scores: all of it, or a shard."""
 
@@ -260,11 +273,13 @@ def evaluate(
     memory: Memory | None = None,
     combine: Callable[..., Tensor] | None = None,
     bulk: int = 65536,
+    keep: Callable[[Retrieved], None] | None = None,
 ) -> float:
     """Score all batches into the report; returns the seconds it took.
 
     With an external memory, positions are collected and their neighbours searched ``bulk`` at a time: an index answers
-    many queries at once much faster than a few. Memories of the text are the scorer's.
+    many queries at once much faster than a few. Memories of the text are the scorer's. ``keep`` is given what was
+    found for each bulk before it is combined.
     """
     started = time.perf_counter()
     if combine is None:
@@ -278,15 +293,18 @@ def evaluate(
         pending.append(scorer.score(batch))
         waiting += len(pending[-1].target_N)
         if memory is None or waiting >= bulk:
-            report.add(*_combined(pending, memory, combine))
+            report.add(*_combined(pending, memory, combine, keep))
             pending, waiting = [], 0
     if pending:
-        report.add(*_combined(pending, memory, combine))
+        report.add(*_combined(pending, memory, combine, keep))
     return time.perf_counter() - started
 
 
 def _combined(
-    pending: Sequence[ScoredBatch], memory: Memory | None, combine: Callable[..., Tensor]
+    pending: Sequence[ScoredBatch],
+    memory: Memory | None,
+    combine: Callable[..., Tensor],
+    keep: Callable[[Retrieved], None] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block, target and log-probability of some scored positions, memory included."""
     block_N, target_N, logp_N, norm_N = (
@@ -295,6 +313,9 @@ def _combined(
     near = [scored.near for scored in pending if scored.near is not None]
     text = LogSums(*(torch.cat([getattr(s, x) for s in near]) for x in ("hit_N", "whole_N"))) if near else None
     found = memory.lookup(torch.cat(_keys(pending))) if memory is not None else None
+    if keep is not None:
+        assert found is not None, "nothing is retrieved that could be kept"
+        keep(Retrieved(block_N, target_N, logp_N, norm_N, text, found))
     return block_N, target_N, combine(logp_N, norm_N, found, target_N, text)
 
 

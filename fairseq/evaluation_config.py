@@ -82,10 +82,13 @@ class MemoryEvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BulkConfig:
-    """How a datastore is asked."""
+    """How a datastore is asked, and where the answers are kept."""
 
     knn_bulk: int = flag("--knn-bulk", default=65536)
     """Scored positions whose neighbours are searched at once."""
+    save_retrieval: str | None = flag("--save-retrieval", default=None)
+    """File for the neighbours of every scored token, from which fairseq-knn-sweep evaluates any --lmbda, temperature
+    and smaller --k without searching again."""
 
     def __post_init__(self) -> None:
         require_at_least(1, knn_bulk=self.knn_bulk)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fairseq.word_loss import joined, loss_sums
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -100,21 +102,14 @@ class PerplexityReport:
                 f"nothing was scored: all {num_total_tokens} tokens are in blocks longer than the model's positions "
                 "or the part of the text is empty; --score-all splits long blocks"
             )
-        impossible = np.isneginf(logp)
-        if impossible.any():
-            logger.warning("%d tokens have probability 0 and are left out of the perplexity", impossible.sum())
-            block, token, logp = block[~impossible], token[~impossible], logp[~impossible]
-        counted = len(token) - int(self._joined(block, token).sum())
-        loss = -logp.sum() / counted / math.log(2) if counted else float("inf")
-        buckets = self._buckets(token, logp)
-        return Figures(loss, 2.0**loss, len(impossible), counted, num_total_tokens, seconds, buckets)
-
-    def _joined(self, block: np.ndarray[Any, Any], token: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """True for pieces whose score goes to the next piece; a block's last token keeps its own."""
-        joined = self.continues[token].copy()
-        last = np.ones(len(block), dtype=bool)
-        last[:-1] = block[1:] != block[:-1]
-        return joined & ~last
+        sums = loss_sums(block, self.continues[token], logp)
+        if sums.num_impossible:
+            logger.warning("%d tokens have probability 0 and are left out of the perplexity", sums.num_impossible)
+        possible = ~np.isneginf(logp)
+        buckets = self._buckets(token[possible], logp[possible])
+        return Figures(
+            sums.loss_base2, sums.perplexity, len(token), sums.num_counted, num_total_tokens, seconds, buckets
+        )
 
     def _buckets(self, token: np.ndarray[Any, Any], logp: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
         # Special symbols have no training count of their own (</s> stands once in every line, <unk> for many types).
@@ -134,15 +129,15 @@ class PerplexityReport:
     def words(self) -> Iterator[tuple[int, list[tuple[str, float]]]]:
         """Per block: its number and its words with their ln p, pieces joined."""
         block, token, logp = self.arrays()
-        joined = self._joined(block, token)
+        is_joined = joined(block, self.continues[token])
         starts = np.flatnonzero(np.r_[True, block[1:] != block[:-1]]) if len(block) else []
         for start, end in zip(starts, [*starts[1:], len(block)]):
             line: list[tuple[str, float]] = []
             text, score = "", 0.0
             for i in range(start, end):
                 piece = self.dictionary[int(token[i])]
-                text, score = text + (piece.removesuffix(self.mark) if joined[i] else piece), score + float(logp[i])
-                if not joined[i]:
+                text, score = text + (piece.removesuffix(self.mark) if is_joined[i] else piece), score + float(logp[i])
+                if not is_joined[i]:
                     line.append((text, score))
                     text, score = "", 0.0
             yield int(block[start]), line

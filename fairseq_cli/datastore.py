@@ -13,6 +13,7 @@ from fairseq.memory.datastore_config import (
     DeleteConfig,
     InfoConfig,
     MergeConfig,
+    PlanConfig,
     SampleConfig,
     StoreConfig,
     VerifyConfig,
@@ -138,6 +139,27 @@ def delete(config: DeleteConfig, argv: Sequence[str]) -> None:
         sys.stdout.write(f"rewrote {config.prefix}: {left.rows} rows; {left.left_out} deleted ones are gone\n")
 
 
+def plan(config: PlanConfig, argv: Sequence[str]) -> None:
+    """Measure this machine and print what everything would take."""
+    from fairseq.manifest import require_writable
+    from fairseq_cli.plan_table import table
+
+    require_writable(config.folder, "--folder")
+
+    from fairseq.memory.plan import plan as make
+    from fairseq.memory.plan_rates import measure
+    from fairseq.memory.sources.external import memory_bytes
+
+    rates = measure(config)
+    made = make(config, rates, memory_bytes())
+    if config.json:
+        told = {"config": to_dict(config), "rates": to_dict(rates), "store_bytes": made.store_bytes}
+        told |= {"store_write_seconds": made.write_seconds, "choices": [c.to_dict() for c in made.choices]}
+        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        return
+    sys.stdout.write(table(config, rates, made, memory_bytes()))
+
+
 def _rows_in(path: str) -> Any:
     import numpy as np
 
@@ -163,6 +185,7 @@ COMMANDS = {
     "merge": Entry(MergeConfig, merge),
     "delete": Entry(DeleteConfig, delete),
     "sample": Entry(SampleConfig, sample),
+    "plan": Entry(PlanConfig, plan),
 }
 
 

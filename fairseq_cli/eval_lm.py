@@ -9,6 +9,7 @@ from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvalua
 from fairseq.options import Settings, parse_eval_lm
 from fairseq_cli.evaluation_report import checked, leave_files, set_determinism, tell
 from fairseq_cli.main import run
+from fairseq_cli.retrieval_saving import saving_retrieval
 from fairseq_cli.store_saving import as_shard_of_torchrun, save
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def main(argv: Sequence[str]) -> None:
     if memory_config.knnlm:
         memory, combine = open_memory(settings, evaluation)
     report = PerplexityReport(evaluation.task.dictionary, config.remove_bpe)
-    seconds = evaluate(scorer, evaluation.iterator(), report, memory, combine, settings.config(BulkConfig).knn_bulk)
+    bulk = settings.config(BulkConfig).knn_bulk
+    with saving_retrieval(settings, evaluation, memory, combine, report) as (batches, keep):
+        seconds = evaluate(scorer, batches, report, memory, combine, bulk, keep)
     figures = report.figures(evaluation.num_total_tokens, seconds)
     tell(figures)
     leave_files(settings, evaluation, report, figures)
@@ -58,6 +61,8 @@ def _check_memory_wanted(settings: Settings) -> None:
         raise ValueError(
             f"{flag} {settings.given[named[0]]} is read with --knnlm only: give it too, or leave {flag} out"
         )
+    if settings.config(BulkConfig).save_retrieval and not settings.config(MemoryEvaluationConfig).knnlm:
+        raise ValueError("--save-retrieval keeps the neighbours that --knnlm finds: give it too")
 
 
 def open_memory(settings: Settings, evaluation: Evaluation) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from fairseq.options import Settings, parse_eval_lm
 from fairseq_cli.eval_lm import open_datastore
 from fairseq_cli.evaluation_report import checked, leave_files, set_determinism, tell
 from fairseq_cli.main import run
+from fairseq_cli.retrieval_saving import saving_retrieval
 
 if TYPE_CHECKING:
     from fairseq.evaluation import Evaluation
@@ -26,6 +27,8 @@ def main(argv: Sequence[str]) -> None:
     checked(settings, TrimeEvaluationConfig)
     trime, config = settings.config(TrimeEvaluationConfig), settings.config(EvaluationConfig)
     check_memories(trime, config, settings.config(KnnConfig))
+    if settings.config(BulkConfig).save_retrieval and not trime.use_external:
+        raise ValueError("--save-retrieval keeps the neighbours of the external memory: give --use-external too")
 
     from fairseq.evaluation import evaluate, open_evaluation
     from fairseq.perplexity import PerplexityReport
@@ -35,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     scorer, memory, combine = open_memories(settings, evaluation)
     report = PerplexityReport(evaluation.task.dictionary, config.remove_bpe)
     bulk = settings.config(BulkConfig).knn_bulk
-    seconds = evaluate(scorer, evaluation.iterator(), report, memory, combine, bulk)
+    with saving_retrieval(settings, evaluation, memory, combine, report) as (batches, keep):
+        seconds = evaluate(scorer, batches, report, memory, combine, bulk, keep)
     figures = report.figures(evaluation.num_total_tokens, seconds)
     tell(figures, buckets=True)
     leave_files(settings, evaluation, report, figures)

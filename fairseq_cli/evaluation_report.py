@@ -32,7 +32,8 @@ def checked(settings: Settings, *own: type) -> None:
             raise ValueError(f"--path: no checkpoint at {path!r}")
         if os.path.isdir(path):
             raise ValueError(f"--path {path} is a folder; name one of its checkpoints, such as checkpoint_best.pt")
-    for flag, name in (("--eval-file", config.eval_file), ("--scores-file", config.scores_file)):
+    files = (("--eval-file", config.eval_file), ("--scores-file", config.scores_file))
+    for flag, name in (*files, ("--save-retrieval", settings.config(BulkConfig).save_retrieval)):
         if name and os.path.isdir(name):
             raise ValueError(f"{flag} {name} is a folder; give the name of a file")
         if name:

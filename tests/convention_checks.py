@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("fairseq", "fairseq.config", "fairseq.disk", "fairseq.registry", "fairseq.user_dir", "fairseq.ignored_flags"),
         *("fairseq.training_config", "fairseq.evaluation_config", "fairseq.manifest", "fairseq.metrics"),
-        *("fairseq.progress", "fairseq.distributed", "fairseq.checkpoint_keeper"),
+        *("fairseq.progress", "fairseq.distributed", "fairseq.checkpoint_keeper", "fairseq.word_loss"),
     ),
     ("fairseq.memory.types", "fairseq.memory.scoring", "fairseq.memory.visibility", "fairseq.memory.knn_config"),
     ("fairseq.data",),

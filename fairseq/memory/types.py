@@ -47,11 +47,13 @@ class Candidates:
     """What a memory offers to N positions: M tokens each (or one shared row of M), with a score and a permission."""
 
     values_NM: Tensor
-    """int64 token of each candidate; (N, M), or (1, M) when all positions share the candidates."""
+    """int64 or int32 token of each candidate; (N, M), or (1, M) when all positions share the candidates."""
     scores_NM: Tensor
     """float32 similarity before any temperature, higher is closer; (N, M)."""
     keep_NM: Tensor
     """bool, True where position n may use candidate m; (N, M)."""
+    rows_NM: Tensor | None = None
+    """int64 row of the datastore that each candidate is, -1 where none was found; None without a datastore."""
 
     def __post_init__(self) -> None:
         assert self.scores_NM.shape == self.keep_NM.shape, (self.scores_NM.shape, self.keep_NM.shape)

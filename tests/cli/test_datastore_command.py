@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
+from fairseq.memory.plan import IndexRates, Rates
 from fairseq_cli import datastore
 from fairseq_cli.main import run
 
@@ -224,3 +225,25 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in datastore.COMMANDS)
     assert "none joins" in " ".join(done.stdout.split())
+
+
+def test_plan(said, told, tmp_path, monkeypatch):
+    one = IndexRates(train=2.0, train_key=1e-3, add_key=1e-4, scan_key=1e-7, query=1e-5)
+    rates = Rates(2e9, 1e9, 1e11, 1e10, 1e-10, 1e-4, {"flat": one, "ivfpq": one})
+    monkeypatch.setattr("fairseq.memory.plan_rates.measure", lambda _: rates)
+    words = ("plan", "--keys", "103e6", "--dim", 1024, "--folder", tmp_path)
+    lines = said(*words).splitlines()
+    assert lines[0].startswith("store: 103000000 keys of 1024 float32: 423 GB, written in 7.05 min")
+    table = {line.split()[0]: line for line in lines[4:]}
+    assert "422 GB!" in table["flat"]
+    assert " 7.43 GB " in table["ivfpq"]
+    assert table["ivfrabitq"].split()[-3:] == ["-", "-", "-"]
+    as_json = json.loads(said(*words, "--json", "--dtype", "float16"))
+    assert as_json["store_bytes"] == 103_000_000 * 2056
+    assert as_json["config"]["keys"] == 103_000_000
+    assert as_json["rates"]["indexes"]["flat"]["scan_key"] == 1e-7
+    assert [choice["kind"] for choice in as_json["choices"]][:3] == ["exact", "flat", "ivfpq"]
+    assert "'many' is no whole number" in told("plan", "--keys", "many", "--dim", 4)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    assert "--folder: " in told(*words[:-1], locked)

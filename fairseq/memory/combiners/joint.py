@@ -49,14 +49,23 @@ class JointNormalization:
             found: what the external memory offers, scored by inner product; None without one.
             near: what the memories of the text add, at the joint temperature; None without any.
         """
+        logp_N = self.joint(lm_logp_N, norm_N, found, target_N, near)
+        if found is None or self.weight == 0.0:
+            return logp_N
+        memory_logp_N = knn_logp(found, target_N, self.interpolation_temperature)
+        return mixed_where_found(logp_N, memory_logp_N, found.keep_NM.any(1), self.weight)
+
+    def joint(
+        self, lm_logp_N: Tensor, norm_N: Tensor, found: Candidates | None, target_N: Tensor, near: LogSums | None
+    ) -> Tensor:
+        """The joint normalisation alone, (N,); arguments as in a call."""
         sums = near
         if found is not None and self.with_external:
             # The root of the width goes with the temperature: the scores stay as they are for the interpolation.
             sums = log_sums(found, target_N, self.temperature * self.dim**0.5).plus(near)
-        logp_N = lm_logp_N if sums is None else joint_logp_of_sums(lm_logp_N, norm_N, sums)
-        if found is None or self.weight == 0.0:
-            return logp_N
-        memory_logp_N = knn_logp(found, target_N, self.interpolation_temperature)
-        # Where the index found nothing there is no distribution to mix in.
-        mixed_N = interpolate(logp_N, memory_logp_N, self.weight)
-        return torch.where(found.keep_NM.any(1), mixed_N, logp_N)
+        return lm_logp_N if sums is None else joint_logp_of_sums(lm_logp_N, norm_N, sums)
+
+
+def mixed_where_found(logp_N: Tensor, memory_logp_N: Tensor, found_N: Tensor, weight: float) -> Tensor:
+    """A memory's own distribution mixed in, (N,), but where it found nothing: there is no distribution then."""
+    return torch.where(found_N, interpolate(logp_N, memory_logp_N, weight), logp_N)

@@ -15,7 +15,7 @@ from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
 from fairseq.memory.similarity import normalized
-from fairseq.memory.types import Candidates, Metric
+from fairseq.memory.types import Candidates, Metric, Neighbors
 from fairseq.registry import lookup
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class ExternalMemory:
         started = time.perf_counter()
         device = query_ND.device
         query_ND = query_ND.detach().float().cpu().contiguous()
-        found = self.index.search(query_ND, self.k)
+        found = by_row_where_equal(self.index.search(query_ND, self.k))
         searched = time.perf_counter()
         scores_NK = found.scores_NK if self.score == "index" else self._full_scores(query_ND, found.ids_NK)
         # An id of -1 (the visited lists held fewer than k rows) must never be read as the last row.
@@ -69,13 +69,13 @@ class ExternalMemory:
         values_NK.masked_fill_(~keep_NK, -1)
         ended = time.perf_counter()
         logger.info("%d lookups: %.2fs search, %.2fs store", len(query_ND), searched - started, ended - searched)
-        return Candidates(values_NK.to(device), scores_NK.to(device), keep_NK.to(device))
+        return Candidates(values_NK.to(device), scores_NK.to(device), keep_NK.to(device), found.ids_NK)
 
     def _full_scores(self, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
         """Similarities from the full keys; -inf where the id is -1."""
         metric = Metric.IP if self.score == "dot" else self.index.metric
         whole = self.store.keys.whole
-        if metric is not Metric.COS and whole is not None and whole.nbytes <= _memory_bytes() // 2:
+        if metric is not Metric.COS and whole is not None and whole.nbytes <= memory_bytes() // 2:
             return pair_scores_in_place(metric, query_ND, whole, ids_NK)
         # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
         query_ND = normalized(query_ND) if metric is Metric.COS else query_ND
@@ -92,7 +92,26 @@ class ExternalMemory:
         return torch.cat(parts) if parts else torch.empty(ids_NK.shape)
 
 
-def _memory_bytes() -> int:
+def by_row_where_equal(found: Neighbors) -> Neighbors:
+    """The same neighbours, equally close ones by row.
+
+    Compressed keys are often equal, and a search for fewer neighbours keeps those of the lower rows: in this order the
+    first k of many are the ones that a search for k finds.
+    """
+    same_NK = (found.scores_NK[:, 1:] == found.scores_NK[:, :-1]) & (found.ids_NK[:, 1:] >= 0)
+    rows_Q = same_NK.any(1).nonzero()[:, 0]
+    if not len(rows_Q):
+        return found
+    ids_QK, scores_QK = found.ids_NK[rows_Q], found.scores_NK[rows_Q]
+    by_row_QK = ids_QK.argsort(1)
+    order_QK = by_row_QK.gather(1, scores_QK.gather(1, by_row_QK).argsort(dim=1, descending=True, stable=True))
+    ids_NK, scores_NK = found.ids_NK.clone(), found.scores_NK.clone()
+    ids_NK[rows_Q], scores_NK[rows_Q] = ids_QK.gather(1, order_QK), scores_QK.gather(1, order_QK)
+    return Neighbors(ids_NK, scores_NK)
+
+
+def memory_bytes() -> int:
+    """The machine's memory; 0 where the system does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
