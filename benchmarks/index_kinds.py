@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -39,16 +40,14 @@ def main() -> None:
         if not options.store:
             make_store(folder / "dstore", options.rows, options.dim)
         store = Datastore.open(prefix)
-        common.run(
-            "-c", "from fairseq.memory.index import kmeans as k; import torch; k.kmeans(torch.rand(99, 8), 9, seed=1)"
-        )
+        compiled = "from fairseq.memory.index.kmeans import kmeans; import torch; kmeans(torch.rand(99, 8), 9, seed=1)"
+        common.run("-c", compiled)  # once per installation
         lines = [compare(kind, prefix, store, folder, options) for kind in options.kinds]
     worst = max(line["ratio"] for line in lines)
     lost = max(line["recall_lost"] for line in lines)
     what = f"building over plain faiss's time, the slowest kind; recall@{options.k} at most {lost:.4f} lower"
-    sizes = {"rows": len(store), "dim": store.dim} | {
-        n: getattr(options, n) for n in ("ncentroids", "code_size", "dist")
-    }
+    sizes = {name: getattr(options, name) for name in ("ncentroids", "code_size", "dist", "k", "queries")}
+    sizes |= {"rows": len(store), "dim": store.dim}
     common.tell("index_kinds", what, worst, "<= 1, at most 0.01", sizes | {"kinds": lines}, options.out)
 
 
@@ -117,6 +116,8 @@ def build_plainly(config: Any, store: Any, path: Path) -> None:
         block = store.keys.block(start, start + config.num_keys_to_add_at_a_time).float().numpy()
         index.add(prepared(block))
     faiss.write_index(index, str(path))
+    with open(path, "rb+") as file:  # as ours is: on the disk for sure
+        os.fsync(file.fileno())
 
 
 def measure(path: Path, config: Any, store: Any, options: Any) -> list[dict[str, Any]]:

@@ -149,7 +149,9 @@ def build_index(config: BuildConfig) -> BuiltIndex:
         if not config.merge:
             job.check_starting_point()
             job.train()
-            if job.builder.by_codes:
+            if job.copies:
+                pass  # a copy is sooner made again than kept twice
+            elif job.builder.by_codes:
                 job.encode()
             else:
                 job.fill()
@@ -226,6 +228,11 @@ class _Build:
         blocks = -(-len(self.store) // _BLOCK_ROWS)
         first, past = (blocks * at // self.config.num_shards * _BLOCK_ROWS for at in (shard, shard + 1))
         return range(first, min(past, len(self.store)))
+
+    @property
+    def copies(self) -> bool:
+        """Whether the keys go into the index as they are."""
+        return self.config.num_shards == 1 and self.builder.copies
 
     def check_starting_point(self) -> None:
         """Raise ValueError when rows would be left out."""
@@ -330,7 +337,9 @@ class _Build:
 
     def missing_parts(self) -> tuple[int, ...]:
         """Parts whose rows are not all encoded."""
-        found = []
+        found: list[int] = []
+        if self.config.num_shards == 1:
+            return ()
         for shard in range(self.config.num_shards):
             if rows_done(BuildFiles.of(self.config, shard), self.signature) < len(self._rows_of(shard)):
                 found.append(shard)
@@ -344,7 +353,10 @@ class _Build:
         self.files.about.unlink(missing_ok=True)  # what it says of an older index ends with that index
         endings = ["", ".ivfdata"] if self.config.on_disk else [""]
         parts = [BuildFiles.of(self.config, shard) for shard in range(self.config.num_shards)]
-        if self.builder.by_codes:
+        if self.copies:
+            for start in range(0, len(self.store), _BLOCK_ROWS):
+                self.builder.add(self._block(start))
+        elif self.builder.by_codes:
             codes = [self._codes(part.codes) for part in parts]
             self.builder.set_probe(self.config.probe)
             if self.config.on_disk:

@@ -102,6 +102,11 @@ class FaissBuilder:
         return type(self._base).__name__ in _CODED
 
     @property
+    def copies(self) -> bool:
+        """Whether a key's code is the key itself, so that encoding apart saves nothing."""
+        return not self._chain and type(self._base).__name__.startswith("IndexFlat")
+
+    @property
     def code_bytes(self) -> int:
         """Bytes of one encoded row."""
         return int(self._base.sa_code_size())
