@@ -67,10 +67,13 @@ def make_store(prefix: Path, rows: int, dim: int) -> None:
 
 def compare(kind: str, prefix: str, store: Any, folder: Path, options: Any) -> dict[str, Any]:
     """One kind: seconds of both, what both find, and what ours takes."""
+    import torch
+
     from fairseq.memory.index.build import build_index
     from fairseq.memory.index.build_config import BuildConfig
 
     sizes = {"ncentroids": options.ncentroids, "code_size": options.code_size, "dist": options.dist}
+    sizes["graph_threads"] = torch.get_num_threads()  # as many as plain faiss takes
     config = BuildConfig(dstore_mmap=prefix, faiss_index=str(folder / "ours"), index=kind, use_faiss_cpu=True, **sizes)
     ours, plain, found = [], [], {}
     for _ in range(options.repeats):

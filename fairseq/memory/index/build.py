@@ -386,6 +386,12 @@ class _Build:
         return codes
 
 
+def rows_seen(config: BuildConfig, store: Datastore) -> Array:
+    """Rows the index was trained on, rising; none of a kind that learns nothing."""
+    builder = _new_builder(config, store.dim)
+    return training_rows(config, store, builder.num_lists) if builder.learns else np.empty(0, np.int64)
+
+
 def training_rows(config: BuildConfig, store: Datastore, num_lists: int) -> Array:
     """Rows the index is trained on, rising."""
     # faiss would draw 256 per list (and 65536 for the compression) from more: reading more is of no use.

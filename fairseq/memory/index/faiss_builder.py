@@ -79,6 +79,8 @@ class FaissBuilder:
         for part in (made._base, getattr(made._base, "pq", made._base)):
             if hasattr(part, "cp"):
                 part.cp.seed = seed
+        if hasattr(made._base, "do_polysemous_training"):  # as "np" says it; see INDEXES
+            made._base.do_polysemous_training = False
         if fast:
             made._base.by_residual = bool(fast[2])
         return made

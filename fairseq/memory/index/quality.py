@@ -20,7 +20,7 @@ from torch import Tensor
 from fairseq.memory.datastore import Datastore
 from fairseq.memory.files import Array, write_json
 from fairseq.memory.index.base import Index
-from fairseq.memory.index.build import BuiltIndex, training_rows
+from fairseq.memory.index.build import BuiltIndex, rows_seen
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.build_files import BuildFiles
 from fairseq.memory.index.exact import ExactIndex
@@ -47,8 +47,7 @@ def report(config: BuildConfig, store: Datastore, built: BuiltIndex) -> dict[str
     index = FaissIndex.open(files.index, metric, mapped=config.on_disk, deleted=store.deleted)
     if not config.use_faiss_cpu:
         index.use_gpus()
-    seen = training_rows(config, store, int(getattr(lists_of(index.inner), "nlist", 0)))
-    rows, held_back = _query_rows(config, store, index.deleted, seen)
+    rows, held_back = _query_rows(config, store, index.deleted, rows_seen(config, store))
     k = min(config.report_k, index.num_alive - 1)
     figures: dict[str, Any] = {"asked": asked, "k": k, "queries": len(rows), "held_back": held_back}
     figures |= {"bytes_per_key": built.bytes / built.rows, "build_seconds": built.train_seconds + built.add_seconds}
