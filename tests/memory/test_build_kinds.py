@@ -166,6 +166,39 @@ def test_parts_are_merged_when_they_are_told_to(store, tmp_path):
         build_index(config(store, tmp_path / "1", num_shards=2, merge=True))
 
 
+def test_parts_of_different_builds_are_not_mixed_and_not_lost(store, tmp_path):
+    build_index(config(store, tmp_path, num_shards=2, shard_id=0))
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for more, message in (
+        ({"seed": 2}, "is of parts with seed 1, this one has 2: give the same flags to all parts"),
+        ({"code_size": 8}, "is of parts with factory 'IVF8,PQ4np', this one has 'IVF8,PQ8np'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_index(config(store, tmp_path, num_shards=2, shard_id=1, **more))
+    with DatastoreWriter(tmp_path / "d", ROWS, DIM, "float32", {}) as writer:
+        writer.append(keys() + 1, np.arange(ROWS))
+        writer.finish()
+    with pytest.raises(ValueError, match="is of parts over other keys"):
+        build_index(config(tmp_path / "d", tmp_path, num_shards=2, shard_id=1))
+    for name, content in kept.items():
+        assert (tmp_path / name).read_bytes() == content
+    assert build_index(config(store, tmp_path, num_shards=2, shard_id=1)).path.read_bytes() == whole("ivfpq", store)
+
+
+@pytest.mark.parametrize("kind", ["HNSW8", "ivfpq"])
+def test_what_a_killed_build_left_may_be_damaged(store, tmp_path, monkeypatch, kind, caplog):
+    settings = config(store, tmp_path, index=kind)
+    with monkeypatch.context() as patch:
+        patch.setattr(build._Build, "assemble", lambda *_: (_ for _ in ()).throw(Died))
+        with pytest.raises(Died):
+            build_index(settings)
+    for name in ("trained", "codes.tmp"):
+        path = tmp_path / f"knn.index.l2.{name}"
+        path.write_bytes(path.read_bytes()[:100])
+    assert build_index(settings).path.read_bytes() == whole(kind, store)
+    assert "anew" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["ivfpq", "ivfsq8", "PCA8,IVF8,SQ8"])
 def test_lists_on_disk_are_found_wherever_the_files_lie(store, tmp_path, kind):
     built = build_index(config(store, tmp_path / "a", index=kind, on_disk=True, num_shards=2, shard_id=0))

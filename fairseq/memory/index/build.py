@@ -31,6 +31,8 @@ from fairseq.memory.index.build_files import (
     is_complete,
     is_trained,
     record,
+    remove_leftovers_of_another,
+    require_one_build,
     rows_done,
     seconds_spent,
     signature_of,
@@ -220,6 +222,9 @@ class _Build:
     ) -> None:
         self.config, self.store, self.files, self.signature, self.left_out = config, store, files, signature, left_out
         self.rows = self._rows_of(config.shard_id)
+        if config.num_shards > 1:
+            require_one_build(files, signature)
+        remove_leftovers_of_another(files, signature)
         self.done = rows_done(files, signature)
         self.trained, self.added = seconds_spent(files.trained_about), seconds_spent(files.progress)
 
@@ -271,7 +276,11 @@ class _Build:
         if not is_trained(self.files, self.signature):
             return False
         words = (self.config.factory(self.store.dim), Metric.parse(self.config.dist), self.config.seed)
-        self.builder = FaissBuilder.load(self.files.trained, *words, _device(self.config))
+        try:
+            self.builder = FaissBuilder.load(self.files.trained, *words, _device(self.config))
+        except ValueError as error:
+            logger.warning("%s; training anew", error)
+            return False
         self.trained = seconds_spent(self.files.trained_about)
         return True
 
@@ -317,7 +326,10 @@ class _Build:
         began = time.perf_counter() - self.added
         if self.done:
             words = (self.config.factory(self.store.dim), Metric.parse(self.config.dist), self.config.seed)
-            self.builder = FaissBuilder.load(self.files.codes, *words)
+            try:
+                self.builder = FaissBuilder.load(self.files.codes, *words)
+            except ValueError as error:
+                logger.warning("%s; adding all rows anew", error)
             logger.info("going on at row %d of %d", self.builder.num_rows, len(self.rows))
         self.done = self.builder.num_rows  # of what was saved before it was recorded nothing is lost
         recorded, saved_at, saving = self.done, time.perf_counter(), 0.0

@@ -74,13 +74,11 @@ def is_complete(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
 
 
 def rows_done(files: BuildFiles, signature: Mapping[str, Any]) -> int:
-    """Rows of a part that an interrupted build of the same index has done; leftovers of another are thrown away."""
+    """Rows of a part that an interrupted build of the same index has done."""
     if not files.progress.exists():
         return 0
     state = read_json(files.progress)
     if state.get("signature") != signature:
-        logger.warning("%s: another command left an unfinished build; it is thrown away", files.index)
-        files.remove_unfinished()
         return 0
     if not files.codes.exists():
         return 0
@@ -88,6 +86,29 @@ def rows_done(files: BuildFiles, signature: Mapping[str, Any]) -> int:
         logger.warning("%s is shorter than its progress file says; encoding anew", files.codes)
         return 0
     return int(state["rows_done"])
+
+
+def remove_leftovers_of_another(files: BuildFiles, signature: Mapping[str, Any]) -> None:
+    """Throw away what an interrupted build of another index left under the same names."""
+    if files.progress.exists() and read_json(files.progress).get("signature") != signature:
+        logger.warning("%s: another command left an unfinished build; it is thrown away", files.index)
+        files.remove_unfinished()
+
+
+def require_one_build(files: BuildFiles, signature: Mapping[str, Any]) -> None:
+    """Raise ValueError with both values where the parts beside this one are of another build."""
+    other = read_json(files.trained_about).get("signature", {}) if files.trained_about.exists() else signature
+    for name in (other.keys() | signature.keys()) - {"store"}:
+        if other.get(name) != signature.get(name):
+            raise ValueError(
+                f"{files.trained} is of parts with {name} {other.get(name)!r}, this one has {signature.get(name)!r}: "
+                "give the same flags to all parts, or remove the others' files"
+            )
+    if other != signature:
+        raise ValueError(
+            f"{files.trained} is of parts over other keys: the datastore was saved anew since, or it is another one; "
+            "remove their files and build all parts again"
+        )
 
 
 def is_trained(files: BuildFiles, signature: Mapping[str, Any]) -> bool:

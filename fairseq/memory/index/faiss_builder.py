@@ -87,8 +87,11 @@ class FaissBuilder:
 
     @classmethod
     def load(cls, path: Path, factory: str, metric: Metric, seed: int, device: str = "cpu") -> FaissBuilder:
-        """Read what ``save`` wrote of an index that is not finished."""
-        return cls(faiss_library().read_index(str(path)), factory, metric, seed, device)
+        """Read what ``save`` wrote of an index that is not finished. Raises: ValueError when it is damaged."""
+        try:
+            return cls(faiss_library().read_index(str(path)), factory, metric, seed, device)
+        except RuntimeError:
+            raise ValueError(f"{path} is damaged") from None
 
     def save(self, path: Path) -> None:
         """Write the index as it is, so that the name stands for a whole file or none."""
