@@ -20,7 +20,15 @@ class FakeGpuIndex:
     """Searches rightly, then does to the result what GPU libraries were seen to do."""
 
     def __init__(self, inner, fault):
-        self.inner, self.fault = inner, fault
+        self.inner, self.fault = faiss.clone_index(inner), fault  # a GPU has a copy
+
+    @property
+    def nprobe(self):
+        return self.inner.nprobe
+
+    @nprobe.setter
+    def nprobe(self, probe):
+        self.inner.nprobe = probe
 
     @property
     def ntotal(self):
@@ -104,6 +112,24 @@ def test_a_query_is_in_doubt_when_a_part_may_have_told_too_little():
     ids, scores, doubt = merged([left], [2], 4)
     assert ids[0].tolist() == [0, 1, -1, -1]
     assert scores[0, 2:].tolist() == [-torch.inf, -torch.inf]
+
+
+def test_where_the_gpu_cannot_the_processor_goes_on(monkeypatch, caplog):
+    index = index_on("IVF8,Flat", Metric.L2, "none", monkeypatch)
+    index.set_probe(3)
+    before = index.search(QUERIES, 5).ids_NK
+    index.set_probe(8)
+    truth = FaissIndex(index.inner, Metric.L2).search(QUERIES, 5).ids_NK
+    assert not torch.equal(before, truth)
+    assert torch.equal(index.search(QUERIES, 5).ids_NK, truth)  # the probe counts for parts that were there before
+
+    def fails(self, query, k):
+        raise RuntimeError("Error in virtual void somewhere: Error: 'codes' failed: not supported")
+
+    monkeypatch.setattr(FakeGpuIndex, "search", fails)
+    for _ in range(2):
+        assert torch.equal(index.search(QUERIES, 5).ids_NK, truth)
+    assert caplog.text.count("is searched on the processor from now on") == 1
 
 
 def test_without_a_gpu_one_line_says_so(caplog):

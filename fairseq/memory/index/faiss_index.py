@@ -169,7 +169,12 @@ class FaissIndex:
         query_ND = query_ND.detach().float().cpu()
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
         if self._by_gpu is not None:
-            return self._checked(*self._search_on_gpus(self._by_gpu, query_ND, k))
+            try:
+                return self._checked(*self._search_on_gpus(self._by_gpu, query_ND, k))
+            except RuntimeError as error:  # codes of a size that GPUs lack, or no memory left
+                why = str(error).rpartition("Error: ")[2]
+                logger.warning("%s is searched on the processor from now on: the GPU cannot (%s)", self.name, why)
+                self._by_gpu = None
         if DecodedLists.pays_for(self.inner, len(query_ND)):
             return self._checked(*self._search_in_bulk(query_ND, k))
         return self._checked(*self._search(query_ND, k))

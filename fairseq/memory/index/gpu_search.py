@@ -72,6 +72,8 @@ class GpuSearch:
         for number in range(needed):
             part = self._part(number, keep=fits <= len(self._devices))
             sizes.append(int(part.ntotal))
+            if hasattr(part, "nprobe"):
+                part.nprobe = index.nprobe  # it may have been set since the part was made
             distances_NL, ids_NL = part.search(query, min(k, MOST_NEIGHBORS, max(1, sizes[-1])))
             scores_NL = torch.from_numpy(distances_NL)
             ids = torch.from_numpy(self._renumbered(ids_NL, number))
