@@ -1,8 +1,11 @@
 """Every kind of index: what plain faiss makes, however it was interrupted, in parts, or with its lists on disk."""
 
+import errno
 import functools
 import json
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -220,6 +223,33 @@ def test_lists_on_disk_are_found_wherever_the_files_lie(store, tmp_path, kind):
     (tmp_path / "b" / "knn.index.l2.ivfdata").unlink()
     with pytest.raises(ValueError, match=r"ivfdata is missing: it holds the lists of"):
         FaissIndex.open(tmp_path / "b" / "knn.index", Metric.L2)
+
+
+def test_a_disk_that_gets_full_is_told_and_the_build_goes_on(store, tmp_path, monkeypatch):
+    settings = config(store, tmp_path, on_disk=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(build.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+        patch.setattr(on_disk, "_write_slice", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", "slice")))
+        with pytest.raises(OSError, match="full"):
+            build_index(settings)
+    free = iter([1 << 40, 100])
+    with monkeypatch.context() as patch:
+        patch.setattr(build.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+        with pytest.raises(OSError, match=r"No space left.*ivfdata"):
+            build_index(settings)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12 * ROWS - 500, limits[1]))  # 4 bytes of code and 8 of a row's number
+    try:
+        with pytest.raises(OSError, match="ivfdata cannot be written"):
+            build_index(settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        f"knn.index.l2.{end}" for end in ("trained", "trained.json", "codes.tmp", "progress.json")
+    }
+    monkeypatch.setattr(FaissBuilder, "encode", lambda *_: pytest.fail("encoded again"))
+    assert build_index(settings).rows == ROWS
+    assert {path.name for path in tmp_path.iterdir()} == {f"knn.index.l2{end}" for end in ("", ".json", ".ivfdata")}
 
 
 @pytest.mark.parametrize("kind", ["ivfpq", "ivfpq-fastscan", "ivfrabitq", "flat", "HNSW8"])

@@ -117,7 +117,7 @@ def check(config: BuildConfig, store: Datastore) -> None:
         )
     folder = Path(f"{config.faiss_index}.{config.dist}").parent
     may_create_in(folder)
-    needed, free = 2 * rows * builder.row_bytes, shutil.disk_usage(folder).free
+    needed, free = (3 if config.on_disk else 2) * rows * builder.row_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"building needs about {needed} bytes, {str(folder.resolve())!r} has {free} free; free some or choose "

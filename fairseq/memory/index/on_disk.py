@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,13 +42,18 @@ def assemble_on_disk(builder: FaissBuilder, parts: Sequence[Array], index: Path,
                 opened.append(faiss.read_index(str(slices[-1]), faiss.IO_FLAG_MMAP))
                 rows += len(part)
         base = _lists_of(builder.inner)
+        # Its file is mapped: a disk that gets full then would end the process without a word.
+        if shutil.disk_usage(lists.parent).free < rows * (base.code_size + 8):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(lists))
         with replacing(lists) as aside:
             on_disk = faiss.OnDiskInvertedLists(base.nlist, base.code_size, aside)
             vector = faiss.InvertedListsPtrVector()
             for each in opened:
                 vector.push_back(_lists_of(each).invlists)
-            if opened:
+            try:
                 on_disk.merge_from_multiple(vector.data(), vector.size())
+            except RuntimeError as error:
+                raise OSError(f"{lists} cannot be written: {str(error).rpartition('Error: ')[2]}") from None
             base.replace_invlists(on_disk, False)
             base.ntotal = builder.inner.ntotal = rows
             on_disk.filename = str(lists)
