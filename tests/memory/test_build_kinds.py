@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.index import INDEXES, build, on_disk
+from fairseq.memory.index import INDEXES, build, faiss_builder, on_disk
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.exact import ExactIndex
@@ -76,6 +76,19 @@ def test_recall_is_that_of_plain_faiss(store, tmp_path, kind, dist):
     assert len(FaissIndex.open(built.path, metric)) == ROWS
     assert found[0] >= found[1] - 0.08  # few lists, few queries: where the lists begin is chance
     assert {path.name for path in tmp_path.iterdir()} == {f"knn.index.{dist}", f"knn.index.{dist}.json"}
+
+
+@pytest.mark.parametrize("kind", ["ivfpq", "ivfpq-fastscan", "PCA8,IVF8,SQ8"])
+def test_without_fast_integers_faiss_makes_the_lists(store, tmp_path, kind, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(faiss_builder, "has_fast_int8", lambda: False)
+    monkeypatch.setattr(faiss_builder, "kmeans", lambda *_, **__: pytest.fail("is slower"))
+    first = build_index(config(store, tmp_path / "a", index=kind))
+    assert build_index(config(store, tmp_path / "b", index=kind)).path.read_bytes() == first.path.read_bytes()
+    assert "faiss makes the lists" in caplog.text
+    index, truth = FaissIndex.open(first.path, Metric.L2), ExactIndex(keys()).search(QUERIES, 20).ids_NK
+    index.set_probe(8)
+    assert recall(index.search(QUERIES, 20).ids_NK, truth) > 0.4
 
 
 def test_fast_scans_codes_are_those_of_adding_keys_directly(store, tmp_path):
