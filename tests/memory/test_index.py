@@ -95,7 +95,6 @@ def test_the_closest_has_the_highest_score():
 @pytest.mark.parametrize("metric", list(Metric))
 def test_bulk_search_finds_what_faiss_finds(metric, k, low_precision, monkeypatch):
     monkeypatch.setattr("fairseq.memory.index.faiss_index.has_fast_int8", lambda: low_precision)
-    monkeypatch.setattr("fairseq.memory.index.faiss_index._KEYS_PER_NEIGHBOR", 0)
     index = made_index(metric)
     assert DecodedLists.pays_for(index.inner, len(QUERIES))
     found = index.search(QUERIES, k)
@@ -137,7 +136,6 @@ def test_bulk_search_gives_the_same_bits_on_one_thread_and_on_several():
 def test_short_lists_leave_ids_of_minus_one(monkeypatch):
     index = made_index(Metric.L2)
     index.set_probe(1)
-    monkeypatch.setattr("fairseq.memory.index.faiss_index._KEYS_PER_NEIGHBOR", 0)
     for pays in (True, False):
         monkeypatch.setattr(DecodedLists, "pays_for", lambda *_, pays=pays: pays)
         found = index.search(QUERIES, 1500)

@@ -24,9 +24,6 @@ from fairseq.memory.types import Metric, Neighbors
 
 logger = logging.getLogger(__name__)
 
-# Matrix products over whole lists save time where few of their keys come into question (measured with 131,072 keys: 2.4
-# times faiss's queries/s where a list holds eight times the neighbours, a quarter where it holds as many).
-_KEYS_PER_NEIGHBOR = 4
 _LEAST_IN_VIEW = 16  # faiss's own default for graphs
 _NONE = np.empty(0, np.int64)
 # Kinds without lists that pass over rows when they are told to (tested); others ignore it or refuse.
@@ -178,13 +175,9 @@ class FaissIndex:
                 why = str(error).rpartition("Error: ")[2]
                 logger.warning("%s is searched on the processor from now on: the GPU cannot (%s)", self.name, why)
                 self._by_gpu = None
-        if DecodedLists.pays_for(self.inner, len(query_ND)) and self._lists_are_long_for(k):
+        if DecodedLists.pays_for(self.inner, len(query_ND)):
             return self._checked(*self._search_in_bulk(query_ND, k))
         return self._checked(*self._search(query_ND, k))
-
-    def _lists_are_long_for(self, k: int) -> bool:
-        """Whether the nearest list of a query tells which keys of the others need not be looked at."""
-        return len(self) >= _KEYS_PER_NEIGHBOR * k * int(lists_of(self.inner).nlist)
 
     def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""
