@@ -29,13 +29,21 @@ pytestmark = pytest.mark.slow
 
 def run_with_kills(script: str, words: list[object], started: Callable[[], bool], seconds: float, seed: int) -> None:
     """Kill a script KILLS times at a random moment after ``started`` says it is at work; then let it end."""
+    killed = kill_and_end(script, words, started, seconds, seed, KILLS)
+    assert killed, "every run had ended before it could be killed: the test tests nothing"
+
+
+def kill_and_end(
+    script: str, words: list[object], started: Callable[[], bool], seconds: float, seed: int, kills: int
+) -> int:
+    """Start a script ``kills`` times and kill it if it has not ended by itself; then let it end. Returns: the kills."""
     draw = random.Random(seed)
     line = [sys.executable, str(ROOT / script), *map(str, words)]
     killed = 0
-    for attempt in range(KILLS + 1):
+    for attempt in range(kills + 1):
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.time() + 120
-        if attempt < KILLS:
+        if attempt < kills:
             while not started() and process.poll() is None and time.time() < deadline:
                 time.sleep(0.02)
             time.sleep(draw.random() * seconds)
@@ -46,7 +54,7 @@ def run_with_kills(script: str, words: list[object], started: Callable[[], bool]
         if process.returncode not in (0, -signal.SIGKILL):
             raise AssertionError(f"exit {process.returncode}\n{errors[-2000:]}")
     assert process.returncode == 0
-    assert killed, "every run had ended before it could be killed: the test tests nothing"
+    return killed
 
 
 def test_training_goes_on_bit_for_bit(data_bin: Path, command: Command, tmp_path: Path) -> None:
@@ -115,13 +123,21 @@ def test_indexing_goes_on_with_the_same_bytes(command: Command, tmp_path: Path, 
         writer.finish()
     base = ["--dstore_mmap", tmp_path / "dstore", "--index", kind, "--ncentroids", 64, "--code_size", 8]
     base += ["--num_keys_to_add_at_a_time", 16384, "--report_k", 64, "--faiss_index"]
+    began = time.time()
     command("build_dstore.py", *base, tmp_path / "whole", "--no-report")
-    for shard in reversed(range(shards)):
-        parts = ["--num_shards", shards, "--shard_id", shard] if shards > 1 else []
-        at_work = lambda: any(tmp_path.glob("killed*"))  # noqa: E731
-        run_with_kills("build_dstore.py", [*base, tmp_path / "killed", *parts], at_work, 2.5, seed=3 + shard)
-    for end in ("", ".json", ".run.json"):
-        assert (tmp_path / f"killed.l2{end}").exists()
-    assert (tmp_path / "whole.l2").read_bytes() == (tmp_path / "killed.l2").read_bytes()
-    left = {path.name for path in tmp_path.glob("killed*")}
-    assert left == {"killed.l2", "killed.l2.json", "killed.l2.run.json"}
+    seconds = 0.6 * (time.time() - began)  # the rest is spent on starting
+    killed = 0
+    for point in range(KILLS):
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        for shard in reversed(range(shards)):
+            parts = ["--num_shards", shards, "--shard_id", shard] if shards > 1 else []
+            at_work = lambda: any(folder.glob("killed*.lock"))  # noqa: B023, E731
+            words = [*base, folder / "killed", *parts]
+            killed += kill_and_end("build_dstore.py", words, at_work, seconds, seed=10 * point + shard, kills=1)
+            for path in folder.glob("*.lock"):  # which a kill leaves, and the next process would seem to have begun
+                path.unlink()
+        assert (tmp_path / "whole.l2").read_bytes() == (folder / "killed.l2").read_bytes()
+        assert {path.name for path in folder.iterdir()} == {f"killed.l2{end}" for end in ("", ".json", ".run.json")}
+    print(f"{killed} of {KILLS * shards} runs were killed at work")
+    assert killed, "every run had ended before it could be killed: the test tests nothing"
