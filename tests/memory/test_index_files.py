@@ -9,6 +9,7 @@ import torch
 from fairseq.memory.datastore import Datastore, DatastoreWriter
 from fairseq.memory.datastore_deletion import delete
 from fairseq.memory.files import locked
+from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.faiss_index import FaissIndex
@@ -105,6 +106,30 @@ def test_rows_deleted_after_the_build_are_not_looked_up(tmp_path, more):
     assert not np.isin(found.values_NM.numpy(), np.arange(300, 600)).any()  # a row's value is its number
     with pytest.raises(ValueError, match="--k 601 is larger than the datastore, which has 600 rows"):
         open_external(KnnConfig(**(words | {"num_neighbors": 601} | more)), dim=DIM)
+
+
+@pytest.mark.parametrize("kind", [*INDEXES, "HNSW8", "PCA4,IVF4,Flat"])
+def test_a_document_deleted_after_the_build_is_gone_for_every_kind(tmp_path, kind):
+    keys = np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)
+    runs = np.array([[30 * number, number, 0] for number in range(30)])
+    with DatastoreWriter(tmp_path / "d", ROWS, DIM, "float32", {}, documents=runs) as writer:
+        writer.append(keys, np.arange(ROWS))
+        writer.finish()
+    build(tmp_path / "d", index=kind, code_size=4)
+    before = opened(tmp_path / "d", probe=4).lookup(torch.from_numpy(keys[90:120]))
+    gone = np.concatenate([np.arange(90, 120), np.arange(600, 630)])
+    assert np.isin(before.values_NM.numpy(), gone).any()
+    delete(tmp_path / "d", documents=[3, 20])
+    after = opened(tmp_path / "d", probe=4).lookup(torch.from_numpy(keys[90:120]))
+    assert not np.isin(after.values_NM.numpy(), gone).any()
+    assert after.keep_NM.any(1).all()
+
+
+def test_a_folder_without_room_for_files_is_told_first(tmp_path):
+    save(tmp_path / "d")
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with pytest.raises(OSError, match=r"cannot write in .*closed.*: it is read-only; choose another folder"):
+        build(tmp_path / "d", name="closed/knn")
 
 
 def test_two_builders_of_one_index_are_kept_apart_and_parts_are_not(tmp_path):
