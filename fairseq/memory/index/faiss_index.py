@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.bulk_search import bulk_search
+from fairseq.memory.index.coded_rows import row_scorer
 from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.faiss_library import faiss_library
 from fairseq.memory.similarity import normalized
@@ -77,6 +78,7 @@ class FaissIndex:
             raise ValueError(f"{name} measures by {has}, --faiss-metric-type says {metric.value}; give {has}")
         self.inner, self.metric, self.name = index, metric, name
         self._lists: DecodedLists | None = None
+        self._rows: Any = None
 
     @classmethod
     def open(cls, name: str | Path, metric: Metric, *, mapped: bool = False) -> FaissIndex:
@@ -134,6 +136,18 @@ class FaissIndex:
         if DecodedLists.pays_for(self.inner, len(query_ND)):
             return self._checked(*self._search_in_bulk(query_ND, k))
         return self._checked(*self._search(query_ND, k))
+
+    def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """Score of each query with some rows by their compressed keys, (N, M), as a search gives it; -inf for -1.
+
+        Raises: ValueError when this kind of index does not give its keys back.
+        """
+        check_queries(query_ND, self.dim)
+        query_ND = query_ND.detach().float().cpu()
+        if self._rows is None:
+            self._rows = row_scorer(self.inner, by_distance=self.metric is Metric.L2)
+        scores_NM: Tensor = self._rows(normalized(query_ND) if self.metric is Metric.COS else query_ND, ids_NM)
+        return scores_NM
 
     def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""
