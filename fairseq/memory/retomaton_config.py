@@ -36,8 +36,3 @@ class RetomatonConfig:
             raise ValueError(
                 f"--no-pointer follows nothing that --clusters {self.clusters} could extend; leave one out"
             )
-        if self.retomaton:
-            return
-        for name in ("no_pointer", "clusters", "retomaton_carry"):
-            if getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} belongs to --retomaton: give it too, or leave it out")

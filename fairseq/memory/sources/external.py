@@ -99,7 +99,7 @@ class ExternalMemory:
         parts = []
         for queries, ids in zip(torch.split(query_ND, rows), torch.split(ids_NK, rows)):
             unique, inverse = torch.unique(ids, return_inverse=True)
-            first = int(unique[0] < 0)  # the id -1 comes first, and inverse - 1 is -1 for it
+            first = int((unique[:1] < 0).sum())  # the id -1 comes first, and inverse - 1 is -1 for it
             block_MD = self.store.keys.take(unique[first:])
             if metric is Metric.COS:
                 block_MD = normalized(block_MD)

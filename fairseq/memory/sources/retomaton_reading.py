@@ -5,14 +5,21 @@ Shapes: B sequences, N positions of all of them, D key width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fairseq.memory.index.exact import ExactIndex
+from fairseq.memory.members_files import open_clusters
+from fairseq.memory.retomaton_config import RetomatonConfig
+from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.sources.retomaton import Retomaton, RetomatonState
 from fairseq.memory.types import Candidates, Neighbors
+
+logger = logging.getLogger(__name__)
 
 _MAX_SEQUENCES = 512  # that are read side by side: what a step holds is bounded by this
 _AHEAD_BYTES = 1 << 30  # of neighbours that were searched before their turn
@@ -114,3 +121,74 @@ def _read_group(memory: Retomaton, places: _Places, use: Use, state: RetomatonSt
         num_searched += int(step.searched_B.sum())
         state = memory.follow(step, places.token_N[place_B.to(places.token_N.device)])
     return ReadText(RetomatonState.joined([state, *ended[::-1]]), num_searched)
+
+
+class BlockReader:
+    """Scores the blocks of a text with RetoMaton, each as a sequence of its own, and counts the searches."""
+
+    def __init__(self, memory: Retomaton, *, ahead: bool = False, carry: bool = False) -> None:
+        """Args.
+
+        ahead: as in ``read_text``.
+        carry: a block goes on where the one before it in the text ended; blocks must then come in its order.
+        """
+        self.memory, self.ahead, self.carry = memory, ahead, carry
+        self.num_positions = self.num_searched = 0
+        self._last_block: int | None = None
+        self._state = memory.start(1)
+
+    def logp(
+        self,
+        block_N: Tensor,
+        target_N: Tensor,
+        logp_N: Tensor,
+        norm_N: Tensor,
+        key_ND: Tensor,
+        combine: Callable[[Tensor, Tensor, Candidates, Tensor], Tensor],
+    ) -> Tensor:
+        """Log-probability of the targets with the memory mixed in, (N,).
+
+        Args:
+            block_N: block of each position; all scored positions of a block, in their order, behind each other.
+            logp_N, norm_N, key_ND: what the language model says of the positions, as in ``ScoredBatch``.
+            combine: a combiner.
+        """
+        out_N = torch.empty_like(logp_N)
+
+        def use(place_B: Tensor, found: Candidates) -> None:
+            at_B = place_B.to(logp_N.device)
+            out_N[at_B] = combine(logp_N[at_B], norm_N[at_B], found, target_N[at_B]).to(out_N.dtype)
+
+        block_B, lengths_B = torch.unique_consecutive(block_N.cpu(), return_counts=True)
+        state = self.memory.start(len(block_B))
+        if self.carry and len(block_B):
+            follows_B = block_B.diff() == 1
+            texts_B = torch.cat([torch.zeros(1, dtype=torch.int64), (~follows_B).cumsum(0)])
+            lengths_B = torch.bincount(texts_B, weights=lengths_B.double()).long()
+            first = self._state if self._last_block == int(block_B[0]) - 1 else self.memory.start(1)
+            state = RetomatonState.joined([first, self.memory.start(len(lengths_B) - 1)])
+            self._last_block = int(block_B[-1])
+        done = read_text(self.memory, key_ND, target_N, lengths_B, use, state, ahead=self.ahead)
+        if self.carry and len(lengths_B):
+            self._state = done.state.select(torch.tensor([len(lengths_B) - 1]))
+        self.num_positions += len(block_N)
+        self.num_searched += done.num_searched
+        return out_N
+
+
+def open_reader(config: RetomatonConfig, external: ExternalMemory) -> BlockReader:
+    """What a config describes, over an opened store. Raises: ValueError when the clusters are not of the store."""
+    clusters = open_clusters(config.clusters, external.store) if config.clusters else None
+    memory = Retomaton(
+        external,
+        min_knns=config.min_knns,
+        max_knns=config.max_knns,
+        no_pointer=config.no_pointer,
+        clusters=clusters,
+    )
+    ahead = config.retomaton_search == "ahead"
+    if config.retomaton_search == "auto":  # the keys stream by once, for however many queries
+        ahead = isinstance(external.index, ExactIndex)
+    if clusters is not None:
+        logger.info("%d clusters: %s", len(clusters), config.clusters)
+    return BlockReader(memory, ahead=ahead, carry=config.retomaton_carry)
