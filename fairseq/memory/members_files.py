@@ -44,7 +44,7 @@ def _admitted() -> dict[tuple[str, str], Any]:
             module, _, function = name.partition(".")
             found[f"{core}.{module}", function] = maker
     for builtins in ("builtins", "__builtin__"):
-        for kind in (set, frozenset, list, tuple, dict, bytearray):
+        for kind in (set, frozenset, list, tuple, dict, bytes, bytearray):
             found[builtins, kind.__name__] = kind
     found["_codecs", "encode"] = _latin_bytes
     return found
