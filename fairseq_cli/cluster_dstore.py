@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
-from fairseq.config import FlagParser, build, to_dict
+from fairseq.config import flag_names, to_dict
 from fairseq.memory.cluster_config import ClusterConfig
-
-HINT = "With --cluster_dstore: clusters of them, for RetoMaton; add --help to that for its flags."
-OWN_FLAGS = {name: "belongs to --cluster_dstore: give it too" for name in ("--num_clusters", "--sample_size")}
+from fairseq.memory.index.build_config import BuildConfig
 
 
-def is_wanted(argv: Sequence[str]) -> bool:
-    """Whether the words ask for clusters instead of an index."""
-    first = FlagParser("", "")
-    first.add_config(ClusterConfig)
-    return bool(first.peek(argv).get("cluster_dstore"))
+def is_wanted(given: Mapping[str, Any]) -> bool:
+    """Whether clusters are asked for instead of an index. Raises: ValueError for a flag of the other."""
+    wanted = bool(given.get("cluster_dstore"))
+    own, other = (ClusterConfig, BuildConfig) if wanted else (BuildConfig, ClusterConfig)
+    strange = given.keys() - {field.name for field in fields(own)}
+    for field in fields(other):
+        if field.name in strange:
+            way_out = "leave one of them out" if wanted else "give it too"
+            raise ValueError(
+                f"{flag_names(field)[0]} {'does not go with' if wanted else 'belongs to'} --cluster_dstore: {way_out}"
+            )
+    return wanted
 
 
-def cluster(argv: Sequence[str], program: str) -> None:
-    """Make the clusters the words describe, print one line and leave a run manifest beside them."""
-    parser = FlagParser(program, "Make clusters of the keys of a datastore (--cluster_dstore), for RetoMaton.")
-    parser.add_config(ClusterConfig)
-    config = build(ClusterConfig, parser.parse(argv))
-
+def cluster(config: ClusterConfig, argv: Sequence[str], program: str) -> None:
+    """Make the clusters a config describes, print one line and leave a run manifest beside them."""
     from fairseq.manifest import write_manifest
     from fairseq.memory.cluster_building import build_clusters, open_clustered_store
 

@@ -211,10 +211,10 @@ def test_the_command_makes_clusters(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "(7 clusters of a sample of 99)" in out
     assert len(Clusters.open(tmp_path / "dstore.clusters.npz", Datastore.open(tmp_path / "dstore"))) == 7
     assert (tmp_path / "dstore.clusters.npz.run.json").exists()
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError, match="--num_clusters belongs to --cluster_dstore: give it too"):
         main([word for word in words if word != "--cluster_dstore"])
-    assert stopped.value.code == 2
-    assert "belongs to --cluster_dstore" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--ncentroids does not go with --cluster_dstore"):
+        main([*words, "--ncentroids", "8"])
 
 
 def object_array(parts: list[np.ndarray]) -> np.ndarray:
