@@ -25,7 +25,6 @@ COMMON: dict[str, tuple[int, str]] = {
     "--tokenizer": (1, "text is binarised by preprocess.py as it stands"),
     "--bpe": (1, "text is binarised by preprocess.py as it stands"),
     "--lm-eval": (0, "eval_lm.py always evaluates a language model"),
-    "--use-faiss-cpu": (0, "indexes are searched on the processor"),
 }
 
 TRAIN: dict[str, tuple[int, str]] = COMMON | {
@@ -56,6 +55,7 @@ TRAIN: dict[str, tuple[int, str]] = COMMON | {
     "--dstore-filename": (1, "training searches no datastore"),
     "--indexfile": (1, "training searches no datastore"),
     "--faiss-metric-type": (1, "training searches no datastore"),
+    "--use-faiss-cpu": (0, "training searches no datastore"),
     "--knn-sim-func": (1, "training searches no datastore"),
     "--dstore-fp16": (0, "training searches no datastore"),
     "--no-load-keys": (0, "training searches no datastore"),

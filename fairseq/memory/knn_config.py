@@ -37,6 +37,10 @@ class KnnConfig:
     """Take the index's similarities and never touch the full keys, which may then be missing on disk."""
     probe: int = flag("--probe", default=8)
     """Lists of the index that are searched per query: more finds more and takes longer."""
+    index_mmap: bool = flag("--index-mmap", default=False)
+    """Leave the lists of the index on disk and read them as they are visited, for an index larger than the memory."""
+    use_faiss_cpu: bool = flag("--use-faiss-cpu", default=False)
+    """Search the index on the processor even where faiss could on a GPU."""
     search_memory: float = flag("--search-memory", default=2.0)
     """GB that a search of the keys themselves (no --indexfile) may take; with less, the keys are read more often."""
     move_dstore_to_mem: bool = flag("--move-dstore-to-mem", default=False)

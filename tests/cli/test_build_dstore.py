@@ -1,6 +1,7 @@
 """build_dstore.py with the words of the published commands."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairseq_cli import build_dstore
+from fairseq_cli import build_dstore, eval_lm
 
 ROWS, DIM = 1500, 16
 
@@ -36,13 +37,50 @@ def test_published_command(prefix, capsys, more):
     build_dstore.main(words(prefix, more))
     out = capsys.readouterr().out
     assert out.startswith(f"indexed {ROWS} keys in ")
-    assert out.count("\n") == 1
+    assert "recall@1024" in out
+    assert "bytes per key; 512 keys (training saw all of them) as queries" in out
     path = prefix.parent / "knn.index.ip"
     assert path.exists()
     record = json.loads(Path(f"{path}.run.json").read_text())
     assert record["figures"]["rows"] == ROWS
     assert record["config"]["dist"] == "ip"
     assert [name for name in record["inputs"] if name.endswith("_keys.npy")]
+
+
+def test_the_perplexity_gap_is_that_of_two_evaluations(trained, data_bin, tmp_path, capsys):
+    base = f"{data_bin} --path {trained / 'checkpoint_best.pt'} --cpu --max-tokens 256"
+    store = tmp_path / "dstore"
+    eval_lm.main(f"{base} --gen-subset train --save-knnlm-dstore --dstore-mmap {store}".split())
+    evaluation = f"{base} --gen-subset valid --k 8 --lmbda 0.5"
+    build = f"--dstore_mmap {store} --faiss_index {store}.index --ncentroids 16 --code_size 2 --probe 1"
+    with pytest.raises(ValueError, match="--report_evaluation: --lmbda is 0, so that neighbours do not count"):
+        build_dstore.main([*build.split(), "--report_evaluation", base])
+    assert not Path(f"{store}.index.l2").exists()  # told before the build
+    capsys.readouterr()
+    build_dstore.main([*build.split(), "--report_evaluation", evaluation])
+    told = re.search(r"perplexity: exact ([\d.]+), index ([\d.]+), gap (-?[\d.]+)", capsys.readouterr().out)
+    exact, index, gap = map(float, told.groups())
+    assert gap == pytest.approx(index - exact, abs=2e-4)
+    assert exact != index
+    for figure, more in ((exact, ""), (index, f"--indexfile {store}.index --probe 1")):
+        eval_lm.main(f"{evaluation} --knnlm --dstore-filename {store} {more}".split())
+        assert f"Perplexity: {figure:.2f}" in capsys.readouterr().out
+    record = json.loads(Path(f"{store}.index.l2.run.json").read_text())
+    assert record["figures"]["evaluation"]["gap"] == pytest.approx(gap, abs=1e-4)
+    assert record["figures"]["report"]["probes"]
+
+
+def test_parts_and_reports_as_the_words_say(prefix, capsys, monkeypatch):
+    monkeypatch.setattr("fairseq.memory.index.build._BLOCK_ROWS", 500)
+    build_dstore.main(words(prefix, "--num_shards 2 --shard_id 1"))
+    assert capsys.readouterr().out.endswith("to be encoded yet: 0\n")
+    build_dstore.main(words(prefix, "--num-shards 2 --shard-id 0 --no-report"))
+    assert capsys.readouterr().out.count("\n") == 1
+    build_dstore.main(words(prefix, "--num-shards 2 --merge --report-k 5 --report-queries 40 --report-probes 2,4"))
+    out = capsys.readouterr().out
+    assert "probe 2: recall@5 " in out
+    assert "probe 4: recall@5 " in out
+    assert "probe 1:" not in out
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, Command
 
-from fairseq.memory.datastore import Datastore
+from fairseq.memory.datastore import Datastore, DatastoreWriter
 
 KILLS = int(os.environ.get("FAIRSEQ_KILLS", "1"))
 
@@ -28,13 +29,21 @@ pytestmark = pytest.mark.slow
 
 def run_with_kills(script: str, words: list[object], started: Callable[[], bool], seconds: float, seed: int) -> None:
     """Kill a script KILLS times at a random moment after ``started`` says it is at work; then let it end."""
+    killed = kill_and_end(script, words, started, seconds, seed, KILLS)
+    assert killed, "every run had ended before it could be killed: the test tests nothing"
+
+
+def kill_and_end(
+    script: str, words: list[object], started: Callable[[], bool], seconds: float, seed: int, kills: int
+) -> int:
+    """Start a script ``kills`` times and kill it if it has not ended by itself; then let it end. Returns: the kills."""
     draw = random.Random(seed)
     line = [sys.executable, str(ROOT / script), *map(str, words)]
     killed = 0
-    for attempt in range(KILLS + 1):
+    for attempt in range(kills + 1):
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.time() + 120
-        if attempt < KILLS:
+        if attempt < kills:
             while not started() and process.poll() is None and time.time() < deadline:
                 time.sleep(0.02)
             time.sleep(draw.random() * seconds)
@@ -45,7 +54,7 @@ def run_with_kills(script: str, words: list[object], started: Callable[[], bool]
         if process.returncode not in (0, -signal.SIGKILL):
             raise AssertionError(f"exit {process.returncode}\n{errors[-2000:]}")
     assert process.returncode == 0
-    assert killed, "every run had ended before it could be killed: the test tests nothing"
+    return killed
 
 
 def test_training_goes_on_bit_for_bit(data_bin: Path, command: Command, tmp_path: Path) -> None:
@@ -104,19 +113,31 @@ def test_torchrun_saves_a_shard_per_process(trained: Path, data_bin: Path, tmp_p
     store.verify()
 
 
-def test_indexing_goes_on_with_the_same_ids(trained: Path, data_bin: Path, command: Command, tmp_path: Path) -> None:
-    import faiss
-    import numpy as np
-
-    words = [data_bin, "--path", trained / "checkpoint_best.pt", "--cpu", "--gen-subset", "train", "--max-tokens", 128]
-    command("eval_lm.py", *words, "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "dstore")
-    base = ["--dstore_mmap", tmp_path / "dstore", "--ncentroids", 16, "--code_size", 8]
-    base += ["--num_keys_to_add_at_a_time", 50, "--faiss_index"]
-    command("build_dstore.py", *base, tmp_path / "whole")
-    at_work = lambda: any(tmp_path.glob("killed*"))  # noqa: E731
-    run_with_kills("build_dstore.py", [*base, tmp_path / "killed"], at_work, 0.5, seed=3)
-    one, two = (faiss.read_index(str(tmp_path / f"{name}.l2")) for name in ("whole", "killed"))
-    assert one.ntotal == two.ntotal
-    keys = np.fromfile(tmp_path / "dstore_keys.npy", dtype=np.float32).reshape(one.ntotal, -1)[:200]
-    one.nprobe = two.nprobe = 16
-    np.testing.assert_array_equal(one.search(keys, 10)[1], two.search(keys, 10)[1])
+@pytest.mark.parametrize(("kind", "shards"), [("ivfpq", 2), ("HNSW8", 1)])
+def test_indexing_goes_on_with_the_same_bytes(command: Command, tmp_path: Path, kind: str, shards: int) -> None:
+    """The report is made at the end: a kill during it loses nothing either."""
+    rows, dim = (120_000, 16) if shards > 1 else (50_000, 16)
+    keys = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+    with DatastoreWriter(tmp_path / "dstore", rows, dim, "float32", {}) as writer:
+        writer.append(keys, np.arange(rows))
+        writer.finish()
+    base = ["--dstore_mmap", tmp_path / "dstore", "--index", kind, "--ncentroids", 64, "--code_size", 8]
+    base += ["--num_keys_to_add_at_a_time", 16384, "--report_k", 64, "--faiss_index"]
+    began = time.time()
+    command("build_dstore.py", *base, tmp_path / "whole", "--no-report")
+    seconds = 0.6 * (time.time() - began)  # the rest is spent on starting
+    killed = 0
+    for point in range(KILLS):
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        for shard in reversed(range(shards)):
+            parts = ["--num_shards", shards, "--shard_id", shard] if shards > 1 else []
+            at_work = lambda: any(folder.glob("killed*.lock"))  # noqa: B023, E731
+            words = [*base, folder / "killed", *parts]
+            killed += kill_and_end("build_dstore.py", words, at_work, seconds, seed=10 * point + shard, kills=1)
+            for path in folder.glob("*.lock"):  # which a kill leaves, and the next process would seem to have begun
+                path.unlink()
+        assert (tmp_path / "whole.l2").read_bytes() == (folder / "killed.l2").read_bytes()
+        assert {path.name for path in folder.iterdir()} == {f"killed.l2{end}" for end in ("", ".json", ".run.json")}
+    print(f"{killed} of {KILLS * shards} runs were killed at work")
+    assert killed, "every run had ended before it could be killed: the test tests nothing"

@@ -1,7 +1,9 @@
 """Builds an index over a datastore in three steps, each of which survives a kill: train, encode, assemble.
 
 Training learns from a random sample. Encoding turns every key into a few bytes that are appended to a file, so that a
-checkpoint costs nothing and rows can neither be lost nor added twice. Assembling puts the codes into the index.
+checkpoint costs nothing and rows can neither be lost nor added twice; parts of the rows can be encoded by different
+commands. Assembling puts the codes into the index. Kinds that have no codes (graphs) are filled directly, and kept
+whole from time to time.
 """
 
 from __future__ import annotations
@@ -16,20 +18,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fairseq.disk import naming
 from fairseq.memory.datastore import Datastore
 from fairseq.memory.files import Array, locked, may_create_in, read_json, write_json
+from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.build_files import (
+    BuildFiles,
+    file_mark,
+    is_complete,
+    is_trained,
+    record,
+    remove_leftovers_of_another,
+    require_one_build,
+    rows_done,
+    seconds_spent,
+    signature_of,
+)
 from fairseq.memory.index.faiss_builder import FaissBuilder
+from fairseq.memory.index.kmeans import sample_size
+from fairseq.memory.index.on_disk import assemble_on_disk
+from fairseq.memory.rows import nonfinite
 from fairseq.memory.types import Metric
 
 logger = logging.getLogger(__name__)
 
-# Keys are encoded in blocks that start at multiples of this, whatever the checkpoints: a matrix product may round
-# differently in blocks of another size, and a key between two lists would then land in the other one.
+# Keys are encoded in blocks that start at multiples of this, whatever the checkpoints and parts: a matrix product may
+# round differently in blocks of another size, and a key between two lists would then land in the other one.
 _BLOCK_ROWS = 16_384
 _MIN_PQ_ROWS = 256  # a code byte tells 256 patterns apart
+_SAVING_SHARE = 0.05  # of the time of filling a graph, at most
+_SECONDS_TO_TRAIN = 7 * 86400.0  # another part's command may be at it
+_SECONDS_TO_JOIN = 3600.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +63,8 @@ class BuiltIndex:
     bytes: int
     train_seconds: float
     add_seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Files:
-    """The names a build uses; all but the first two are gone when it has ended."""
-
-    index: Path
-    about: Path
-    trained: Path
-    codes: Path
-    progress: Path
-    lock: Path
-
-    @classmethod
-    def of(cls, config: BuildConfig) -> _Files:
-        name = f"{config.faiss_index}.{config.dist}"
-        return cls(*(Path(name + end) for end in ("", ".json", ".trained", ".codes.tmp", ".progress.json", ".lock")))
+    missing: tuple[int, ...] = ()
+    """Parts that other commands have still to encode: without them there is no index yet."""
 
 
 def open_store(config: BuildConfig) -> Datastore:
@@ -80,25 +87,37 @@ def open_store(config: BuildConfig) -> Datastore:
 def check(config: BuildConfig, store: Datastore) -> None:
     """Raise ValueError or OSError for what cannot work, before anything is computed."""
     rows, dim = len(store), store.dim
-    if config.index == "ivfpq":
-        if dim % config.code_size:
-            divisors = [d for d in range(1, dim + 1) if dim % d == 0]
-            nearest = min(divisors, key=lambda d: abs(d - config.code_size))
-            raise ValueError(f"--code_size {config.code_size} does not divide the width {dim}; give {nearest}, say")
-        if config.ncentroids > rows:
+    per_code = {"ivfpq": 1, "ivfpq-fastscan": 2}.get(config.index)
+    if per_code and dim % (per_code * config.code_size):
+        divisors = [d for d in range(1, dim + 1) if dim % (per_code * d) == 0]
+        if not divisors:
+            raise ValueError(f"the width {dim} is odd, {config.index} takes columns in pairs; use --index ivfpq")
+        nearest = min(divisors, key=lambda d: abs(d - config.code_size))
+        raise ValueError(f"--code_size {config.code_size} does not divide the width {dim}; give {nearest}, say")
+    builder = _new_builder(config, dim)
+    if builder.num_lists > rows:
+        name = f"--ncentroids {config.ncentroids}" if config.index in INDEXES else f"--index {config.index}: IVF"
+        raise ValueError(f"{name} is more than the datastore's {rows} rows; give about {max(1, rows // 100)}")
+    if builder.learns and "PQ" in config.factory(dim) and rows < _MIN_PQ_ROWS:
+        raise ValueError(
+            f"the datastore has {rows} rows, compression learns from at least {_MIN_PQ_ROWS}; use --index flat"
+        )
+    if builder.num_lists > config.train_size:
+        raise ValueError(f"--train_size {config.train_size} is less than --ncentroids {builder.num_lists}; raise it")
+    for flag, given in (("--num_shards", config.num_shards > 1), ("--on_disk", config.on_disk)):
+        if given and not builder.by_codes:
             raise ValueError(
-                f"--ncentroids {config.ncentroids} is more than the datastore's {rows} rows; give about "
-                f"{max(1, rows // 100)}"
+                f"--index {config.index} is no sum of its parts, as {flag} needs it; leave {flag} out, or choose ivfpq"
             )
-        if rows < _MIN_PQ_ROWS:
-            raise ValueError(
-                f"the datastore has {rows} rows, compression learns from at least {_MIN_PQ_ROWS}; use --index flat"
-            )
-    if config.ncentroids > config.train_size:
-        raise ValueError(f"--train_size {config.train_size} is less than --ncentroids {config.ncentroids}; raise it")
+    if config.on_disk and (not builder.has_lists or "fs" in config.factory(dim)):
+        raise ValueError(f"--index {config.index} has no lists that --on_disk can keep; leave it out, or choose ivfpq")
+    if config.num_shards > -(-rows // _BLOCK_ROWS):
+        raise ValueError(
+            f"--num_shards {config.num_shards} is too many for {rows} rows; give at most {-(-rows // _BLOCK_ROWS)}"
+        )
     folder = Path(f"{config.faiss_index}.{config.dist}").parent
     may_create_in(folder)
-    needed, free = 2 * rows * (_code_bytes(config, dim) + 8), shutil.disk_usage(folder).free
+    needed, free = (3 if config.on_disk else 2) * rows * builder.row_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"building needs about {needed} bytes, {str(folder.resolve())!r} has {free} free; free some or choose "
@@ -106,135 +125,289 @@ def check(config: BuildConfig, store: Datastore) -> None:
         )
 
 
-def _code_bytes(config: BuildConfig, dim: int) -> int:
-    return 4 * dim if config.index == "flat" else config.code_size
+def _new_builder(config: BuildConfig, dim: int) -> FaissBuilder:
+    return FaissBuilder.new(config.factory(dim), dim, Metric.parse(config.dist), config.seed, _device(config))
+
+
+def _device(config: BuildConfig) -> str:
+    return "cuda" if torch.cuda.is_available() and not config.use_faiss_cpu else "cpu"
 
 
 def build_index(config: BuildConfig) -> BuiltIndex:
-    """Build the index a config describes, going on where an interrupted build of the same stood.
+    """Build the index a config describes, or its part, going on where an interrupted build of the same stood.
 
     Raises: ValueError or OSError when something cannot work, before any long work.
     """
     store = open_store(config)
     check(config, store)
-    files = _Files.of(config)
-    signature = _signature(config, store)
+    files = BuildFiles.of(config)
+    signature = signature_of(config, store)
     with locked(files.lock, f"index {str(files.index)!r}"):
-        if _complete(files, signature):
+        if is_complete(files, signature):
             logger.info("%s is complete already; remove it to build it anew", files.index)
-            _remove_unfinished(files)
-            return BuiltIndex(files.index, len(store), files.index.stat().st_size, 0.0, 0.0)
-        done = _rows_done(files, signature)
-        if config.starting_point > done:
+            _clean(config)
+            return _built(files, store)
+        job = _Build(config, store, files, signature, _left_out(config, store))
+        if not config.merge:
+            job.check_starting_point()
+            job.train()
+            if job.copies:
+                pass  # a copy is sooner made again than kept twice
+            elif job.builder.by_codes:
+                job.encode()
+            else:
+                job.fill()
+    with locked(files.joining_lock, f"index {str(files.index)!r}", _SECONDS_TO_JOIN):
+        if is_complete(files, signature):  # by the command of another part
+            return _built(files, store)
+        missing = job.missing_parts()
+        if missing and config.merge:
             raise ValueError(
-                f"--starting_point {config.starting_point} would leave out rows {done} to {config.starting_point - 1}: "
-                f"{done} rows are encoded so far. An interrupted build goes on by itself; leave the flag at 0"
+                f"{files.index} lacks the parts {', '.join(map(str, missing))} of {config.num_shards}; the same "
+                "command with the --shard_id of each makes them"
             )
+        if missing:
+            return BuiltIndex(files.codes, len(job.rows), files.codes.stat().st_size, job.trained, job.added, missing)
+        job.assemble()
+        return _built(files, store)
+
+
+def _built(files: BuildFiles, store: Datastore) -> BuiltIndex:
+    about = read_json(files.about)
+    size = sum(mark["bytes"] for mark in about.get("files", {}).values()) or files.index.stat().st_size
+    trained, added = (float(about.get(name, 0.0)) for name in ("train_seconds", "add_seconds"))
+    return BuiltIndex(files.index, len(store), size, trained, added)
+
+
+def _clean(config: BuildConfig) -> None:
+    """Throw away what a complete index needs no more."""
+    for shard in range(config.num_shards):
+        BuildFiles.of(config, shard).remove_unfinished()
+    BuildFiles.of(config).remove_trained()
+
+
+def _left_out(config: BuildConfig, store: Datastore) -> Array:
+    """Rows whose keys are not finite. Raises: ValueError when there are any and they are not to be dropped."""
+    none = np.empty(0, np.int64)
+    if store.parts and not config.drop_nonfinite:
+        return none  # our writer lets none in; encoding looks again
+    found = [
+        nonfinite(store.keys.block(start, start + _BLOCK_ROWS)).numpy() + start
+        for start in range(0, len(store), _BLOCK_ROWS)
+    ]
+    rows = np.concatenate(found) if found else none
+    if len(rows) and not config.drop_nonfinite:
+        raise _not_finite(store, len(rows), int(rows[0]))
+    if len(rows):
+        logger.warning("%d keys hold NaN or infinity and are left out", len(rows))
+    if len(rows) == len(store):
+        raise ValueError(f"all {len(rows)} keys of datastore {store.prefix!r} hold NaN or infinity; save it again")
+    return rows
+
+
+def _not_finite(store: Datastore, count: int, first: int) -> ValueError:
+    return ValueError(
+        f"{count} keys of datastore {store.prefix!r} hold NaN or infinity, the first in row {first}; --drop_nonfinite "
+        "leaves them out, fairseq-datastore convert --drop-nonfinite writes a store without them"
+    )
+
+
+class _Build:
+    """One command's share of a build."""
+
+    builder: FaissBuilder
+
+    def __init__(
+        self, config: BuildConfig, store: Datastore, files: BuildFiles, signature: Mapping[str, Any], left_out: Array
+    ) -> None:
+        self.config, self.store, self.files, self.signature, self.left_out = config, store, files, signature, left_out
+        self.rows = self._rows_of(config.shard_id)
+        if config.num_shards > 1:
+            require_one_build(files, signature)
+        remove_leftovers_of_another(files, signature)
+        self.done = rows_done(files, signature)
+        self.trained, self.added = seconds_spent(files.trained_about), seconds_spent(files.progress)
+
+    def _rows_of(self, shard: int) -> range:
+        """Rows of a part: whole blocks, so that every code is what a build in one piece makes."""
+        blocks = -(-len(self.store) // _BLOCK_ROWS)
+        first, past = (blocks * at // self.config.num_shards * _BLOCK_ROWS for at in (shard, shard + 1))
+        return range(first, min(past, len(self.store)))
+
+    @property
+    def copies(self) -> bool:
+        """Whether the keys go into the index as they are."""
+        return self.config.num_shards == 1 and self.builder.copies
+
+    def check_starting_point(self) -> None:
+        """Raise ValueError when rows would be left out."""
+        if self.config.starting_point > self.rows.start + self.done:
+            raise ValueError(
+                f"--starting_point {self.config.starting_point} would leave out rows {self.rows.start + self.done} to "
+                f"{self.config.starting_point - 1}: {self.done} rows are encoded so far. An interrupted build goes on "
+                "by itself; leave the flag at 0"
+            )
+
+    def train(self) -> None:
+        """Make the trained, empty index, or take the one that is there."""
         started = time.perf_counter()
-        builder = _trained(config, store, files, signature)
-        trained = time.perf_counter()
-        _encode(config, store, files, signature, builder, done)
-        _assemble(config, store, files, signature, builder)
-    size = files.index.stat().st_size
-    return BuiltIndex(files.index, len(store), size, trained - started, time.perf_counter() - trained)
+        with locked(self.files.trained.with_name(self.files.trained.name + ".lock"), "it", _SECONDS_TO_TRAIN):
+            if self._load():
+                return
+            self.done = 0
+            self.builder = _new_builder(self.config, self.store.dim)
+            if self.builder.learns:
+                sample = training_rows(self.config, self.store, self.builder.num_lists)
+                sample = sample[~np.isin(sample, self.left_out)]
+                logger.info(
+                    "training %s on %d of %d keys", self.config.factory(self.store.dim), len(sample), len(self.store)
+                )
+                keys_ND = self.store.take_keys(sample)
+                bad = nonfinite(torch.from_numpy(keys_ND))
+                if len(bad):
+                    raise _not_finite(self.store, len(bad), int(sample[bad[0]]))
+                self.builder.train(keys_ND)
+            self.builder.save(self.files.trained)
+            self.trained = time.perf_counter() - started
+            write_json(self.files.trained_about, {"signature": self.signature, "seconds": self.trained})
+
+    def _load(self) -> bool:
+        """Read the trained index, if it is there."""
+        if not is_trained(self.files, self.signature):
+            return False
+        words = (self.config.factory(self.store.dim), Metric.parse(self.config.dist), self.config.seed)
+        try:
+            self.builder = FaissBuilder.load(self.files.trained, *words, _device(self.config))
+        except ValueError as error:
+            logger.warning("%s; training anew", error)
+            return False
+        self.trained = seconds_spent(self.files.trained_about)
+        return True
+
+    def _block(self, start: int) -> Array:
+        """A block of keys as float32; zeros where keys are left out."""
+        block_ND = self.store.keys.block(start, min(start + _BLOCK_ROWS, self.rows.stop)).float()
+        low, high = np.searchsorted(self.left_out, (start, start + len(block_ND)))
+        if high > low:
+            block_ND = block_ND.clone()
+            block_ND[torch.from_numpy(self.left_out[low:high] - start)] = 0.0
+        bad = nonfinite(block_ND)
+        if len(bad):
+            raise _not_finite(self.store, len(bad), start + int(bad[0]))
+        array: Array = block_ND.numpy()
+        return array
+
+    def encode(self) -> None:
+        """Append the codes of all rows that are not done to the codes file."""
+        code_bytes, began = self.builder.code_bytes, time.perf_counter() - self.added
+        if self.done:
+            logger.info("going on at row %d of %d", self.done, len(self.rows))
+        with naming(self.files.codes), open(self.files.codes, "r+b" if self.done else "wb") as file:
+            file.truncate(self.done * code_bytes)
+            file.seek(self.done * code_bytes)
+            recorded = self.done
+            for start in range(self.rows.start + self.done, self.rows.stop, _BLOCK_ROWS):
+                block = self._block(start)
+                file.write(self.builder.encode(block).data)
+                done = start + len(block) - self.rows.start
+                if done - recorded >= self.config.num_keys_to_add_at_a_time or done == len(self.rows):
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self.added = time.perf_counter() - began
+                    self._record(done, code_bytes)
+                    recorded = done
+                    logger.info("encoded %d of %d keys", done, len(self.rows))
+
+    def _record(self, done: int, code_bytes: int) -> None:
+        record(self.files, self.signature, rows_done=done, code_bytes=code_bytes, seconds=self.added)
+
+    def fill(self) -> None:
+        """Add the rows to an index that has no codes, and keep it whole now and then."""
+        began = time.perf_counter() - self.added
+        if self.done:
+            words = (self.config.factory(self.store.dim), Metric.parse(self.config.dist), self.config.seed)
+            try:
+                self.builder = FaissBuilder.load(self.files.codes, *words)
+            except ValueError as error:
+                logger.warning("%s; adding all rows anew", error)
+            logger.info("going on at row %d of %d", self.builder.num_rows, len(self.rows))
+        self.done = self.builder.num_rows  # of what was saved before it was recorded nothing is lost
+        recorded, saved_at, saving = self.done, time.perf_counter(), 0.0
+        for start in range(self.done, len(self.rows), _BLOCK_ROWS):
+            block = self._block(start)
+            self.builder.add(block, self.config.graph_threads)
+            done, now = start + len(block), time.perf_counter()
+            due = done - recorded >= self.config.num_keys_to_add_at_a_time and saving <= _SAVING_SHARE * (
+                now - saved_at
+            )
+            if due or done == len(self.rows):
+                self.builder.save(self.files.codes)
+                saved_at = time.perf_counter()
+                saving, self.added, recorded = saved_at - now, saved_at - began, done
+                self._record(done, 0)
+                logger.info("added %d of %d keys", done, len(self.rows))
+
+    def missing_parts(self) -> tuple[int, ...]:
+        """Parts whose rows are not all encoded."""
+        found: list[int] = []
+        if self.config.num_shards == 1:
+            return ()
+        for shard in range(self.config.num_shards):
+            if rows_done(BuildFiles.of(self.config, shard), self.signature) < len(self._rows_of(shard)):
+                found.append(shard)
+        return tuple(found)
+
+    def assemble(self) -> None:
+        """Put all codes into the index and give it its name. Raises: ValueError when rows are missing."""
+        began = time.perf_counter()
+        if not hasattr(self, "builder") and not self._load():
+            raise ValueError(f"{self.files.trained} is missing or of another build; copy it beside the parts")
+        self.files.about.unlink(missing_ok=True)  # what it says of an older index ends with that index
+        endings = ["", ".ivfdata"] if self.config.on_disk else [""]
+        parts = [BuildFiles.of(self.config, shard) for shard in range(self.config.num_shards)]
+        if self.copies:
+            for start in range(0, len(self.store), _BLOCK_ROWS):
+                self.builder.add(self._block(start))
+        elif self.builder.by_codes:
+            codes = [self._codes(part.codes) for part in parts]
+            self.builder.set_probe(self.config.probe)
+            if self.config.on_disk:
+                assemble_on_disk(self.builder, codes, self.files.index, self.files.lists)
+            else:
+                for part in codes:
+                    for start in range(0, len(part), 1 << 20):
+                        self.builder.add_codes(np.array(part[start : start + (1 << 20)]))
+        if self.builder.num_rows != len(self.store):
+            raise ValueError(
+                f"{self.files.index} holds {self.builder.num_rows} rows, the datastore {len(self.store)}; build it anew"
+            )
+        if not self.config.on_disk:
+            self.builder.set_probe(self.config.probe)
+            self.builder.save_finished(self.files.index)
+        spent = [seconds_spent(part.progress) for part in parts]
+        about = {"rows": len(self.store), "dim": self.store.dim, "metric": self.config.dist}
+        about |= {"files": {end: file_mark(Path(f"{self.files.index}{end}")) for end in endings}}
+        about |= {"train_seconds": self.trained, "add_seconds": sum(spent) + time.perf_counter() - began}
+        if len(self.left_out):
+            about["left_out"] = self.left_out.tolist()
+        write_json(self.files.about, about | {"signature": self.signature})
+        _clean(self.config)
+
+    def _codes(self, path: Path) -> Array:
+        codes: Array = np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, self.builder.code_bytes)
+        return codes
 
 
-def _signature(config: BuildConfig, store: Datastore) -> dict[str, Any]:
-    """What decides the content of the index: builds of equal signature go on from one another."""
-    about = {"factory": config.factory, "metric": config.dist, "seed": config.seed, "train_size": config.train_size}
-    kept = {"rows": len(store), "dim": store.dim, "key_dtype": store.keys.dtype, "digest": store.digest}
-    if kept["digest"] is None:
-        kept["modified"] = [os.stat(path).st_mtime for path in store.keys.files]
-    return about | {"store": kept}
+def rows_seen(config: BuildConfig, store: Datastore) -> Array:
+    """Rows the index was trained on, rising; none of a kind that learns nothing."""
+    builder = _new_builder(config, store.dim)
+    return training_rows(config, store, builder.num_lists) if builder.learns else np.empty(0, np.int64)
 
 
-def _complete(files: _Files, signature: Mapping[str, Any]) -> bool:
-    return files.index.exists() and files.about.exists() and read_json(files.about).get("signature") == signature
-
-
-def _rows_done(files: _Files, signature: Mapping[str, Any]) -> int:
-    """Rows an interrupted build of the same index has encoded; leftovers of another are thrown away."""
-    if not files.progress.exists():
-        return 0
-    state = read_json(files.progress)
-    if state["signature"] != signature:
-        logger.warning("%s: another command left an unfinished build; it is thrown away", files.index)
-        _remove_unfinished(files)
-        return 0
-    if not files.trained.exists() or not files.codes.exists():
-        return 0
-    if files.codes.stat().st_size < state["rows_done"] * state["code_bytes"]:
-        logger.warning("%s is shorter than its progress file says; encoding anew", files.codes)
-        return 0
-    return int(state["rows_done"])
-
-
-def _remove_unfinished(files: _Files) -> None:
-    for path in (files.trained, files.codes, files.progress):
-        path.unlink(missing_ok=True)
-
-
-def _trained(config: BuildConfig, store: Datastore, files: _Files, signature: Mapping[str, Any]) -> FaissBuilder:
-    """The trained, empty index: the one on disk, or a new one that is put there."""
-    if files.trained.exists() and files.progress.exists():
-        return FaissBuilder.load(files.trained, config.dist == "cos")
-    builder = FaissBuilder.new(config.factory, store.dim, Metric.parse(config.dist), config.seed)
+def training_rows(config: BuildConfig, store: Datastore, num_lists: int) -> Array:
+    """Rows the index is trained on, rising."""
     # faiss would draw 256 per list (and 65536 for the compression) from more: reading more is of no use.
-    count = min(len(store), config.train_size, max(256 * config.ncentroids, 256 * _MIN_PQ_ROWS))
-    sampled = np.random.default_rng(config.seed).choice(len(store), count, replace=False)
+    count = sample_size(len(store), max(num_lists, _MIN_PQ_ROWS), config.train_size)
+    sampled: Array = np.random.default_rng(config.seed).choice(len(store), count, replace=False)
     sampled.sort()
-    logger.info("training %s on %d of %d keys", config.factory, count, len(store))
-    builder.train(store.take_keys(sampled))
-    builder.save(files.trained)
-    _record(files, signature, builder, 0)
-    return builder
-
-
-def _record(files: _Files, signature: Mapping[str, Any], builder: FaissBuilder, rows_done: int) -> None:
-    state = {"signature": signature, "rows_done": rows_done, "code_bytes": builder.code_bytes}
-    write_json(files.progress, state)
-
-
-def _encode(
-    config: BuildConfig,
-    store: Datastore,
-    files: _Files,
-    signature: Mapping[str, Any],
-    builder: FaissBuilder,
-    done: int,
-) -> None:
-    """Append the codes of all rows from ``done`` on to the codes file."""
-    if done:
-        logger.info("going on at row %d of %d", done, len(store))
-    with naming(files.codes), open(files.codes, "r+b" if done else "wb") as file:
-        file.truncate(done * builder.code_bytes)
-        file.seek(done * builder.code_bytes)
-        recorded = done
-        for start in range(done, len(store), _BLOCK_ROWS):
-            block: Array = store.keys.block(start, start + _BLOCK_ROWS).float().numpy()
-            file.write(builder.encode(block).data)
-            done = start + len(block)
-            if done - recorded >= config.num_keys_to_add_at_a_time or done == len(store):
-                file.flush()
-                os.fsync(file.fileno())
-                _record(files, signature, builder, done)
-                recorded = done
-                logger.info("encoded %d of %d keys", done, len(store))
-
-
-def _assemble(
-    config: BuildConfig, store: Datastore, files: _Files, signature: Mapping[str, Any], builder: FaissBuilder
-) -> None:
-    """Put all codes into the index and give it its name. Raises: ValueError when rows are missing."""
-    codes = np.memmap(files.codes, dtype=np.uint8, mode="r").reshape(-1, builder.code_bytes)
-    if len(codes) != len(store):
-        raise ValueError(f"{files.codes} holds {len(codes)} rows, the datastore {len(store)}; remove it and build anew")
-    for start in range(0, len(codes), 1 << 20):
-        builder.add_codes(np.array(codes[start : start + (1 << 20)]))
-    if builder.num_rows != len(store):
-        raise ValueError(f"{files.index} holds {builder.num_rows} rows, the datastore {len(store)}; build it anew")
-    builder.set_probe(config.probe)
-    files.about.unlink(missing_ok=True)  # what it says of an older index ends with that index
-    builder.save(files.index)
-    write_json(files.about, {"rows": len(store), "dim": store.dim, "metric": config.dist, "signature": signature})
-    _remove_unfinished(files)
+    return sampled

@@ -19,9 +19,10 @@ _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the ne
 class DecodedLists:
     """The lists of an index of product-quantized keys, decoded on demand (see ``bulk_search``)."""
 
-    def __init__(self, index: Any) -> None:
-        """Take a faiss IndexIVFPQ."""
+    def __init__(self, index: Any, deleted: Array | None = None) -> None:
+        """Take a faiss IndexIVFPQ, and rows that are left out of the lists."""
         faiss = faiss_library()
+        self._deleted = np.empty(0, np.int64) if deleted is None else deleted
         self._index, self._is_l2 = index, index.metric_type == faiss.METRIC_L2
         self._centroids = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
         pq = index.pq
@@ -47,7 +48,11 @@ class DecodedLists:
         size = lists.list_size(number)
         if not size:
             return torch.empty(0, dtype=torch.int64)
-        return torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_ids(number), size))
+        ids = torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_ids(number), size))
+        return ids[self._alive(ids)] if len(self._deleted) else ids
+
+    def _alive(self, ids: Tensor) -> Tensor:
+        return torch.from_numpy(~np.isin(ids.numpy(), self._deleted))
 
     def decoded(self, number: int) -> Tensor:
         """Keys of one list, for L2 with minus half their squared length behind them."""
@@ -56,7 +61,11 @@ class DecodedLists:
         lists, width = self._index.invlists, self._index.d
         size = lists.list_size(number)
         codes = torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size))
-        chosen = codes.view(size, -1).to(torch.int32) + self._first_of_part
+        codes = codes.view(size, -1)
+        if len(self._deleted):
+            codes = codes[self._alive(torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_ids(number), size)))]
+            size = len(codes)
+        chosen = codes.to(torch.int32) + self._first_of_part
         keys_MD = torch.zeros(size, width + 1)
         keys_MD[:, :width] = self._codewords.index_select(0, chosen.view(-1)).view(size, width)
         if self._index.by_residual:

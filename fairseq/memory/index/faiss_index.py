@@ -13,15 +13,22 @@ from torch import Tensor
 
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
+from fairseq.memory.index.build_files import check_marks
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.coded_rows import row_scorer
 from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.gpu_search import GpuSearch
+from fairseq.memory.index.merging import alive_of
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
 
 logger = logging.getLogger(__name__)
 
+_LEAST_IN_VIEW = 16  # faiss's own default for graphs
+_NONE = np.empty(0, np.int64)
+# Kinds without lists that pass over rows when they are told to (tested); others ignore it or refuse.
+_SELECTING = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexRaBitQ"}
 # A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
 _ROUNDING = 5e-7
 
@@ -66,9 +73,11 @@ def find_index(name: str | Path, metric: Metric) -> Path:
 class FaissIndex:
     """A faiss index whose scores are turned to *higher is closer* and whose results are checked."""
 
-    def __init__(self, index: Any, metric: Metric, name: str = "index") -> None:
+    def __init__(self, index: Any, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
         """Wrap an index that faiss made.
 
+        Args:
+            deleted: rows that are never found; None for none.
         Raises: ValueError when it measures by another metric than ``metric``.
         """
         faiss = faiss_library()
@@ -77,42 +86,60 @@ class FaissIndex:
             has = "l2" if index.metric_type == faiss.METRIC_L2 else "ip"
             raise ValueError(f"{name} measures by {has}, --faiss-metric-type says {metric.value}; give {has}")
         self.inner, self.metric, self.name = index, metric, name
+        self.deleted: Array = np.unique(np.asarray([] if deleted is None else deleted, dtype=np.int64))
+        self._alive: Array | None = None
+        self._by_gpu: GpuSearch | None = None
         self._lists: DecodedLists | None = None
         self._rows: Any = None
 
     @classmethod
-    def open(cls, name: str | Path, metric: Metric, *, mapped: bool = False) -> FaissIndex:
+    def open(
+        cls, name: str | Path, metric: Metric, *, mapped: bool = False, deleted: Array | None = None
+    ) -> FaissIndex:
         """Read an index file.
 
         Args:
             mapped: leave the lists on disk and read them as they are visited.
-        Raises: ValueError when it is missing, damaged or of another metric.
+            deleted: rows of the store that must not be found any more.
+        Raises: ValueError when it is missing, damaged or of another metric, or its files are not of one another.
         """
         faiss = faiss_library()
         path = find_index(name, metric)
         ending = path.suffix[1:]
         if ending in [each.value for each in Metric] and ending != metric.value:
             raise ValueError(f"{path} is of metric {ending}, --faiss-metric-type says {metric.value}; give {ending}")
+        about = about_index(path)
+        if about.get("metric", metric.value) != metric.value:
+            has = about["metric"]
+            raise ValueError(f"{path} is of metric {has}, --faiss-metric-type says {metric.value}; give {has}")
+        check_marks(path, about)
+        flags = faiss.IO_FLAG_ONDISK_SAME_DIR | (faiss.IO_FLAG_MMAP if mapped else 0)
         try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if mapped else 0)
+            index = faiss.read_index(str(path), flags)
         except RuntimeError as error:
             raise ValueError(
                 f"{path} is not a whole faiss index: cut short, damaged or another kind of file; rebuild it with "
                 "build_dstore.py"
             ) from error
-        return cls(index, metric, str(path))
+        gone = np.union1d(_NONE if deleted is None else deleted, np.asarray(about.get("left_out", _NONE), np.int64))
+        if len(gone) and gone.max() >= index.ntotal:
+            gone = gone[gone < index.ntotal]  # of rows it does not hold: whoever compares sizes will tell
+        return cls(index, metric, str(path), deleted=gone)
 
     def made_of(self) -> str | None:
         """Digest of the store the index was built over, where the file beside it tells."""
-        about = Path(self.name + ".json")
-        signature = read_json(about).get("signature", {}) if about.is_file() else {}
-        digest: str | None = signature.get("store", {}).get("digest")
+        digest: str | None = about_index(Path(self.name)).get("signature", {}).get("store", {}).get("digest")
         return digest
 
     @property
     def dim(self) -> int:
         """Width of the keys."""
         return int(self.inner.d)
+
+    @property
+    def num_alive(self) -> int:
+        """Rows that can be found."""
+        return len(self) - len(self.deleted)
 
     def __len__(self) -> int:
         return int(self.inner.ntotal)
@@ -121,18 +148,35 @@ class FaissIndex:
         return f"{self.name}: {len(self)} rows of width {self.dim}, {self.metric.value}"
 
     def set_probe(self, probe: int) -> None:
-        """How many lists a search visits; more than there are means all. An index without lists has nothing to set."""
+        """How many lists a search visits; more than there are means all.
+
+        A graph keeps as many rows in view, at least 16. An index of another kind has nothing to set.
+        """
         if probe < 1:
             raise ValueError(f"--probe must be at least 1, got {probe}")
-        if hasattr(self.inner, "nprobe"):
-            self.inner.nprobe = min(probe, self.inner.nlist)
+        lists = lists_of(self.inner)
+        if lists is not None:
+            lists.nprobe = min(probe, lists.nlist)
+        elif hasattr(self.inner, "hnsw"):
+            self.inner.hnsw.efSearch = max(_LEAST_IN_VIEW, probe)
+
+    def use_gpus(self) -> None:
+        """Search on the GPUs that faiss sees from now on; without any, or for a kind they lack, it says so once."""
+        self._by_gpu = GpuSearch.of(self.inner, self.name)
 
     def search(self, query_ND: Tensor, k: int) -> Neighbors:
         """The k closest keys of each query, best first; ids of -1 where the visited lists held fewer."""
-        check_k(k, len(self))
+        check_k(k, self.num_alive)
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu()
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
+        if self._by_gpu is not None:
+            try:
+                return self._checked(*self._search_on_gpus(self._by_gpu, query_ND, k))
+            except RuntimeError as error:  # codes of a size that GPUs lack, or no memory left
+                why = str(error).rpartition("Error: ")[2]
+                logger.warning("%s is searched on the processor from now on: the GPU cannot (%s)", self.name, why)
+                self._by_gpu = None
         if DecodedLists.pays_for(self.inner, len(query_ND)):
             return self._checked(*self._search_in_bulk(query_ND, k))
         return self._checked(*self._search(query_ND, k))
@@ -151,14 +195,52 @@ class FaissIndex:
 
     def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""
-        distances_NK, ids_NK = self.inner.search(np.ascontiguousarray(query_ND.numpy()), k)
+        query = np.ascontiguousarray(query_ND.numpy())
+        parameters = self._parameters(k)
+        if parameters is not None or not len(self.deleted):
+            return self._as_scores(*self.inner.search(query, k, params=parameters))
+        # A kind that cannot pass over rows: more are asked for until enough of them are alive.
+        return alive_of(lambda more: self._as_scores(*self.inner.search(query, more)), self.deleted, k, len(self))
+
+    def _as_scores(self, distances_NK: Array, ids_NK: Array) -> tuple[Tensor, Tensor]:
         scores_NK = torch.from_numpy(distances_NK)
         return torch.from_numpy(ids_NK), scores_NK.neg_() if self.metric is Metric.L2 else scores_NK
+
+    def _parameters(self, k: int) -> Any:
+        """What makes faiss pass over deleted rows and keep k in view; None where nothing need be said, or can be."""
+        faiss = faiss_library()
+        kind = type(self.inner).__name__
+        more: dict[str, Any] = {}
+        if len(self.deleted):
+            if self._alive is None:
+                alive = np.ones(-(-len(self) // 8) * 8, bool)
+                alive[self.deleted] = False
+                self._alive = np.packbits(alive, bitorder="little")
+            more["sel"] = faiss.IDSelectorBitmap(self._alive)
+        lists = lists_of(self.inner)
+        if lists is not None:
+            if not more or not _takes_selector(self.inner):
+                return None
+            return faiss.SearchParametersIVF(nprobe=lists.nprobe, **more)
+        if hasattr(self.inner, "hnsw"):
+            return faiss.SearchParametersHNSW(efSearch=max(k, self.inner.hnsw.efSearch), **more)
+        return faiss.SearchParameters(**more) if more and kind in _SELECTING else None
+
+    def _search_on_gpus(self, gpus: GpuSearch, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        def find(more: int) -> tuple[Tensor, Tensor]:
+            scores_NK, ids_NK, doubt_N = gpus.search(query_ND, more)
+            if len(doubt_N):
+                ids_NK[doubt_N], scores_NK[doubt_N] = self._as_scores(
+                    *self.inner.search(np.ascontiguousarray(query_ND[doubt_N].numpy()), more)
+                )
+            return ids_NK, scores_NK
+
+        return alive_of(find, self.deleted, k, len(self))
 
     def _search_in_bulk(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
         if self._lists is None:
-            self._lists = DecodedLists(self.inner)
+            self._lists = DecodedLists(self.inner, self.deleted)
         found = bulk_search(self._lists, query_ND, k + 1, low_precision=has_fast_int8())
         ids_NK, scores_NK = found[0][:, :k].contiguous(), found[1][:, :k].contiguous()
         query_size_N = query_ND.square().sum(1)
@@ -172,16 +254,36 @@ class FaissIndex:
         return ids_NK, scores_NK
 
     def _checked(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
-        """Missing rows masked, best first. Raises: ValueError for rows that do not exist."""
+        """Missing rows masked, best first. Raises: ValueError for rows that do not exist or come twice."""
         if ids_NK.numel() and int(ids_NK.max()) >= len(self):
             raise ValueError(f"{self.name} returned row {int(ids_NK.max())} of {len(self)}; it is damaged: rebuild it")
-        missing_NK = ids_NK < 0
+        missing_NK = (ids_NK < 0) | scores_NK.isnan()
         ids_NK = ids_NK.masked_fill(missing_NK, -1)
         scores_NK = scores_NK.masked_fill(missing_NK, -torch.inf)
         if (scores_NK[:, 1:] > scores_NK[:, :-1]).any():  # seen with GPU indexes at large k
             order_NK = scores_NK.argsort(dim=1, descending=True, stable=True)
             ids_NK, scores_NK = ids_NK.gather(1, order_NK), scores_NK.gather(1, order_NK)
         return Neighbors(ids_NK, scores_NK)
+
+
+def about_index(path: Path) -> dict[str, Any]:
+    """What the file beside an index says of it; nothing where there is none."""
+    about = Path(f"{path}.json")
+    return read_json(about) if about.is_file() else {}
+
+
+def lists_of(index: Any) -> Any:
+    """The part of a faiss index that has lists; None for one without."""
+    faiss = faiss_library()
+    found = faiss.try_extract_index_ivf(index)
+    return None if found is None else faiss.downcast_index(found)
+
+
+def _takes_selector(index: Any) -> bool:
+    """Whether an index with lists can pass over rows; those that look again at what another one found cannot."""
+    faiss = faiss_library()
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    return isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFPQR)
 
 
 @functools.cache

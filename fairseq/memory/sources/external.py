@@ -46,12 +46,12 @@ class ExternalMemory:
             )
         if len(index) != len(store):
             raise ValueError(
-                f"the index holds {len(index)} rows, datastore {store.prefix!r} {len(store)}: the store was saved anew "
-                "or the build did not end; rebuild it with build_dstore.py"
+                f"the index holds {len(index)} rows, datastore {store.prefix!r} {len(store)}: the store grew or was "
+                "saved anew, or the build did not end; rebuild it with build_dstore.py"
             )
         if score != "index" and not store.has_keys:
             raise ValueError(f"datastore {store.prefix!r} was opened without its keys, {score!r} scores need them")
-        check_k(k, len(store))
+        check_k(k, store.num_alive)
         self.store, self.index, self.k, self.score = store, index, k, score
 
     def lookup(self, query_ND: Tensor) -> Candidates:
@@ -172,13 +172,15 @@ def _open_index(config: KnnConfig, store: Datastore) -> Index:
                 "NAME, or leave them out to search the keys themselves"
             )
         logger.info("no --indexfile: all %d keys are compared with every query", len(store))
-        return ExactIndex(store.keys, metric, memory_bytes=int(config.search_memory * 1e9))
+        return ExactIndex(store.keys, metric, memory_bytes=int(config.search_memory * 1e9), deleted=store.deleted)
 
-    index = FaissIndex.open(config.indexfile, metric)
+    index = FaissIndex.open(config.indexfile, metric, mapped=config.index_mmap, deleted=store.deleted)
     index.set_probe(config.probe)
     if None not in (store.digest, index.made_of()) and store.digest != index.made_of():
         raise ValueError(
             f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
             "build_dstore.py"
         )
+    if not config.use_faiss_cpu:
+        index.use_gpus()
     return index

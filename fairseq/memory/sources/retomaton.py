@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.clusters import Clusters
-from fairseq.memory.datastore import Datastore
 from fairseq.memory.files import Array
+from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Candidates, Neighbors
 
@@ -113,7 +113,7 @@ class Retomaton:
         self.no_pointer, self.compat = no_pointer, compat
         parts = external.store.values.parts
         self._values: Array = np.asarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
-        self._role_R = row_roles(external.store, ignore_documents=compat)
+        self._role_R = row_roles(external, ignore_documents=compat)
         held = None if clusters is None or no_pointer else clusters
         self._clusters = (_NONE, _NONE, _NONE) if held is None else (held.cluster_R, held.first_C, held.member_R)
 
@@ -163,14 +163,17 @@ class Retomaton:
         return RetomatonState(torch.from_numpy(out_BP[:, : count_B.max(initial=0)].copy()))
 
 
-def row_roles(store: Datastore, *, ignore_documents: bool = False) -> Array:
+def row_roles(external: ExternalMemory, *, ignore_documents: bool = False) -> Array:
     """uint8: what each row of a store is to a pointer (see ``retomaton_kernels``)."""
+    store, index = external.store, external.index
     from fairseq.memory.sources import retomaton_kernels as kernels
 
     role_R = np.full(len(store), kernels.FOLLOWS, np.uint8)
     if not ignore_documents:
         role_R[store.documents.runs_R3[:, 0]] = kernels.FIRST
     role_R[store.deleted] = kernels.DELETED
+    if isinstance(index, FaissIndex):
+        role_R[index.deleted] = kernels.DELETED  # rows that were left out of the index are none of the store's deleted
     return role_R
 
 

@@ -1,0 +1,154 @@
+"""The files of an index in the making, and what they say about how far it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fairseq.memory.datastore import Datastore
+from fairseq.memory.files import read_json, write_json
+from fairseq.memory.index.build_config import BuildConfig
+
+logger = logging.getLogger(__name__)
+
+_END_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildFiles:
+    """The names a build uses; all but the first three are gone when it has ended."""
+
+    index: Path
+    about: Path
+    lists: Path
+    """The lists of an index whose lists are kept on disk."""
+    trained: Path
+    trained_about: Path
+    codes: Path
+    """Codes of one part's rows; of a kind without codes the index so far."""
+    progress: Path
+    lock: Path
+    """Of one part."""
+    joining_lock: Path
+
+    @classmethod
+    def of(cls, config: BuildConfig, shard_id: int | None = None) -> BuildFiles:
+        """The names for a config, of its part or another."""
+        name = f"{config.faiss_index}.{config.dist}"
+        shard_id = config.shard_id if shard_id is None else shard_id
+        part = f".part{shard_id}-of-{config.num_shards}" if config.num_shards > 1 else ""
+        ends = ["", ".json", ".ivfdata", ".trained", ".trained.json"]
+        ends += [f"{part}.codes.tmp", f"{part}.progress.json", f"{part}.lock", ".joining.lock"]
+        return cls(*(Path(name + end) for end in ends))
+
+    def remove_unfinished(self) -> None:
+        """Throw away what is not the finished index."""
+        for path in (self.codes, self.progress):
+            path.unlink(missing_ok=True)
+
+    def remove_trained(self) -> None:
+        """Throw away the trained, empty index."""
+        for path in (self.trained_about, self.trained):
+            path.unlink(missing_ok=True)
+
+
+def signature_of(config: BuildConfig, store: Datastore) -> dict[str, Any]:
+    """What decides the content of the index: builds of equal signature go on from one another."""
+    about: dict[str, Any] = {"factory": config.factory(store.dim), "metric": config.dist, "seed": config.seed}
+    about["train_size"] = config.train_size
+    about |= {name: True for name in ("drop_nonfinite", "on_disk") if getattr(config, name)}
+    kept = {"rows": len(store), "dim": store.dim, "key_dtype": store.keys.dtype, "digest": store.digest}
+    if kept["digest"] is None:
+        kept["modified"] = [os.stat(path).st_mtime for path in store.keys.files]
+    return about | {"store": kept}
+
+
+def is_complete(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
+    """Whether the index is there."""
+    return files.index.exists() and files.about.exists() and read_json(files.about).get("signature") == signature
+
+
+def rows_done(files: BuildFiles, signature: Mapping[str, Any]) -> int:
+    """Rows of a part that an interrupted build of the same index has done."""
+    if not files.progress.exists():
+        return 0
+    state = read_json(files.progress)
+    if state.get("signature") != signature:
+        return 0
+    if not files.codes.exists():
+        return 0
+    if files.codes.stat().st_size < state["rows_done"] * state["code_bytes"]:
+        logger.warning("%s is shorter than its progress file says; encoding anew", files.codes)
+        return 0
+    return int(state["rows_done"])
+
+
+def remove_leftovers_of_another(files: BuildFiles, signature: Mapping[str, Any]) -> None:
+    """Throw away what an interrupted build of another index left under the same names."""
+    if files.progress.exists() and read_json(files.progress).get("signature") != signature:
+        logger.warning("%s: another command left an unfinished build; it is thrown away", files.index)
+        files.remove_unfinished()
+
+
+def require_one_build(files: BuildFiles, signature: Mapping[str, Any]) -> None:
+    """Raise ValueError with both values where the parts beside this one are of another build."""
+    other = read_json(files.trained_about).get("signature", {}) if files.trained_about.exists() else signature
+    for name in (other.keys() | signature.keys()) - {"store"}:
+        if other.get(name) != signature.get(name):
+            raise ValueError(
+                f"{files.trained} is of parts with {name} {other.get(name)!r}, this one has {signature.get(name)!r}: "
+                "give the same flags to all parts, or remove the others' files"
+            )
+    if other != signature:
+        raise ValueError(
+            f"{files.trained} is of parts over other keys: the datastore was saved anew since, or it is another one; "
+            "remove their files and build all parts again"
+        )
+
+
+def is_trained(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
+    """Whether the trained, empty index of this build is there."""
+    return (
+        files.trained.exists()
+        and files.trained_about.exists()
+        and read_json(files.trained_about).get("signature") == signature
+    )
+
+
+def record(files: BuildFiles, signature: Mapping[str, Any], **more: Any) -> None:
+    """Write how far a part is."""
+    write_json(files.progress, {"signature": signature, **more})
+
+
+def seconds_spent(path: Path) -> float:
+    """Seconds that earlier commands spent on the same step, by its file."""
+    return float(read_json(path).get("seconds", 0.0)) if path.exists() else 0.0
+
+
+def file_mark(path: Path) -> dict[str, Any]:
+    """What tells a file from another: its size and a checksum of its ends, whatever its size."""
+    size, crc = path.stat().st_size, 0
+    with open(path, "rb") as file:
+        for start in (0, max(0, size - _END_BYTES)):
+            file.seek(start)
+            crc = zlib.crc32(file.read(_END_BYTES), crc)
+    return {"bytes": size, "ends": f"{crc:08x}"}
+
+
+def check_marks(index: Path, about: Mapping[str, Any]) -> None:
+    """Raise ValueError when a file is not the one that was described."""
+    for ending, mark in about.get("files", {}).items():
+        path = Path(f"{index}{ending}")
+        if not path.exists():
+            raise ValueError(f"{path} is missing: it holds the lists of {index}; copy it too, or rebuild the index")
+        found = file_mark(path)
+        if found != mark:
+            raise ValueError(
+                f"{path} is not the file that {index}.json describes ({found['bytes']} bytes, {mark['bytes']} then): "
+                "it is cut short, damaged or another index's; copy both again, or rebuild it with build_dstore.py"
+            )
