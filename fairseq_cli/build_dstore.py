@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from fairseq.config import FlagParser, build, to_dict
+from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.index.build_config import BuildConfig
+from fairseq_cli import cluster_dstore
 from fairseq_cli.main import run
 
 PROGRAM = "build_dstore.py"
@@ -16,9 +18,14 @@ PROGRAM = "build_dstore.py"
 
 def main(argv: Sequence[str]) -> None:
     """Build the index the words describe, print what it is worth and leave a run manifest beside the index."""
-    parser = FlagParser(PROGRAM, "Build an index over the keys of a datastore.")
+    parser = FlagParser(PROGRAM, "Build an index over the keys of a datastore, or clusters of them.")
     parser.add_config(BuildConfig)
-    config = build(BuildConfig, parser.parse(argv))
+    parser.add_config(ClusterConfig)
+    given = parser.parse(argv)
+    if cluster_dstore.is_wanted(given):
+        cluster_dstore.cluster(build(ClusterConfig, given), argv, PROGRAM)
+        return
+    config = build(BuildConfig, given)
 
     from fairseq.manifest import write_manifest
     from fairseq.memory.index.build import build_index, open_store

@@ -14,6 +14,7 @@ from torch import Tensor
 from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.build_files import check_marks
+from fairseq.memory.index.coded_rows import row_scorer
 from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.faiss_library import faiss_library
 from fairseq.memory.index.gpu_search import GpuSearch
@@ -89,6 +90,7 @@ class FaissIndex:
         self._alive: Array | None = None
         self._by_gpu: GpuSearch | None = None
         self._lists: DecodedLists | None = None
+        self._rows: Any = None
 
     @classmethod
     def open(
@@ -178,6 +180,18 @@ class FaissIndex:
         if DecodedLists.pays_for(self.inner, len(query_ND)):
             return self._checked(*self._search_in_bulk(query_ND, k))
         return self._checked(*self._search(query_ND, k))
+
+    def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """Score of each query with some rows by their compressed keys, (N, M), as a search gives it; -inf for -1.
+
+        Raises: ValueError when this kind of index does not give its keys back.
+        """
+        check_queries(query_ND, self.dim)
+        query_ND = query_ND.detach().float().cpu()
+        if self._rows is None:
+            self._rows = row_scorer(self.inner, by_distance=self.metric is Metric.L2)
+        scores_NM: Tensor = self._rows(normalized(query_ND) if self.metric is Metric.COS else query_ND, ids_NM)
+        return scores_NM
 
     def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""
