@@ -17,6 +17,7 @@ from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.low_precision import Int8Keys, Int8Queries
+from fairseq.memory.index.wide_search import is_wide, wide_search
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
 
@@ -156,7 +157,10 @@ class FaissIndex:
         """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
         if self._lists is None:
             self._lists = DecodedLists(self.inner)
-        found = bulk_search(self._lists, query_ND, k + 1, low_precision=has_fast_int8())
+        if is_wide(k, len(self), self.inner.nlist):
+            found = wide_search(self._lists, query_ND, k + 1)
+        else:
+            found = bulk_search(self._lists, query_ND, k + 1, low_precision=has_fast_int8())
         ids_NK, scores_NK = found[0][:, :k].contiguous(), found[1][:, :k].contiguous()
         query_size_N = query_ND.square().sum(1)
         doubt_N = _ROUNDING * (query_size_N + self._lists.key_size)
