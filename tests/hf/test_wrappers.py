@@ -79,9 +79,9 @@ def test_generation_does_not_depend_on_the_batch(name, wrapper, tmp_path):
     prompts = [tokens(length, seed=length) for length in (3, 6, 5)]
     settings = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False, "return_dict_in_generate": True}
     with wrapper(dstore_dir=tmp_path, k=K, lmbda=0.5)(model):
-        together = model.generate(**left_padded(prompts), output_scores=True, **settings)
-        alone = [model.generate(**left_padded([prompt]), output_scores=True, **settings) for prompt in prompts]
-    plain = model.generate(**left_padded(prompts), **settings)
+        together = model.generate(**padded(prompts, name), output_scores=True, **settings)
+        alone = [model.generate(**padded([prompt], name), output_scores=True, **settings) for prompt in prompts]
+    plain = model.generate(**padded(prompts, name), **settings)
     for n, one in enumerate(alone):
         ours = together.sequences[n][together.sequences[n] != 0]
         assert torch.equal(ours, one.sequences[0][one.sequences[0] != 0])
@@ -89,9 +89,11 @@ def test_generation_does_not_depend_on_the_batch(name, wrapper, tmp_path):
     assert not torch.equal(plain.sequences, together.sequences)
 
 
-def left_padded(prompts):
-    size = max(map(len, prompts))
-    ids = torch.stack([torch.nn.functional.pad(prompt, (size - len(prompt), 0)) for prompt in prompts])
+def padded(prompts, name="gpt2"):
+    """Prompts side by side; an encoder with learned positions wants its padding on the right."""
+    ids = torch.nn.utils.rnn.pad_sequence(
+        prompts, batch_first=True, padding_side="right" if name in SEQ2SEQ else "left"
+    )
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
 
@@ -123,7 +125,7 @@ def test_evaluation_in_bulk_equals_call_by_call(name, tmp_path):
 def test_generation_with_the_cache_equals_that_without(name, sampling, tmp_path):
     model = make(name)
     saved(model, tmp_path)
-    prompt = left_padded([tokens(4), tokens(7)])
+    prompt = padded([tokens(4), tokens(7)])
     with KNNWrapper(dstore_dir=tmp_path, k=K, lmbda=0.5)(model):
         out = []
         for use_cache in (True, False):
@@ -138,12 +140,12 @@ def test_padding_changes_nothing(side, tmp_path):
     saved(model, tmp_path)
     ids = tokens(1, 7)
     pad = (3, 0) if side == "left" else (0, 3)
-    padded = torch.nn.functional.pad(ids, pad)
+    with_pad = torch.nn.functional.pad(ids, pad)
     mask = torch.nn.functional.pad(torch.ones_like(ids), pad)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     with KNNWrapper(dstore_dir=tmp_path, k=K)(model):
         alone = model(input_ids=ids).logits
-        found = model(input_ids=padded, attention_mask=mask, position_ids=position).logits
+        found = model(input_ids=with_pad, attention_mask=mask, position_ids=position).logits
     torch.testing.assert_close(found[mask.bool()], alone[0], atol=1e-4, rtol=1e-4)
     assert found.logsumexp(-1).abs().max() < 1e-4  # at padding too
 
