@@ -36,8 +36,8 @@ def main() -> None:
                 lambda: evaluate(model, windows), lambda: evaluate(model, windows, wrapper), options.repeats
             )
     details = {"plain_seconds": plain, "memory_seconds": memory, "tokens": sum(len(w.ids_T) for w in windows)}
-    common.tell(name, "evaluation with memory over plain, tokens/s", common.median_ratio(plain, memory), wanted, details,
-                options.out)  # fmt: skip
+    ratio = common.median_ratio(plain, memory)
+    common.tell(name, "evaluation with memory over plain, tokens/s", ratio, wanted, details, options.out)
 
 
 if __name__ == "__main__":

@@ -221,6 +221,18 @@ def test_saving_leaves_out_padding_and_labels_that_do_not_count(tmp_path):
     assert store.metadata["dictionary_size"] == VOCABULARY
 
 
+def interrupted(model, windows, saver, **more):
+    """Save some windows and then be interrupted."""
+
+    def run():
+        with saver(model):
+            save_datastore(model, windows, saver, **more)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
 def test_an_interrupted_save_goes_on_and_gives_the_same_store(tmp_path):
     model = make("gpt2")
     windows = windows_of(tokens(300, seed=2), 16)
@@ -228,9 +240,7 @@ def test_an_interrupted_save_goes_on_and_gives_the_same_store(tmp_path):
     with whole(model):
         save_datastore(model, windows, whole, batch_size=2)
     cut = KNNSaver(dstore_dir=tmp_path, name="cut")
-    with pytest.raises(KeyboardInterrupt), cut(model):
-        save_datastore(model, windows[:7], cut, batch_size=2)
-        raise KeyboardInterrupt
+    interrupted(model, windows[:7], cut, batch_size=2)
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     again = KNNSaver(dstore_dir=tmp_path, name="cut")
@@ -241,9 +251,7 @@ def test_an_interrupted_save_goes_on_and_gives_the_same_store(tmp_path):
     stores = [Datastore.open(tmp_path / name) for name in ("whole", "cut")]
     assert stores[0].digest == stores[1].digest
     other = KNNSaver(dstore_dir=tmp_path, name="cut2")
-    with pytest.raises(KeyboardInterrupt), other(model):
-        save_datastore(model, windows[:6], other)
-        raise KeyboardInterrupt
+    interrupted(model, windows[:6], other)
     other = KNNSaver(dstore_dir=tmp_path, name="cut2")
     with pytest.raises(ValueError, match="of another text or order"), other(model):
         save_datastore(model, windows_of(tokens(300, seed=9), 16), other)
