@@ -63,7 +63,7 @@ class DecodedLists:
         """See ``Lists``."""
         if self._cache is not None and number in self._cache:
             return self._cache[number]
-        ids_M = self._ids(number)
+        ids_M = self.ids(number)
         dead_M = np.flatnonzero(np.isin(ids_M, self._deleted)) if len(self._deleted) else None
         keys = KeyList.of(
             ids_M,
@@ -82,7 +82,7 @@ class DecodedLists:
         """Keep faiss to the calling thread, in that thread only."""
         faiss_library().omp_set_num_threads(1)
 
-    def _ids(self, number: int) -> Array:
+    def ids(self, number: int) -> Array:
         """Rows of the store in one list."""
         lists = self._index.invlists
         size = lists.list_size(number)

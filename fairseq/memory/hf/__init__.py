@@ -1,0 +1,1 @@
+"""Models of the transformers library with this project's memories; see docs/huggingface.md."""
