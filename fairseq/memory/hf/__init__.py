@@ -1,0 +1,1 @@
+"""The memories for Hugging Face models; only here and in examples/ is transformers imported."""
