@@ -269,7 +269,7 @@ def _why_not_there(prefix: str | Path) -> str:
     progress = StoreFiles.of(prefix, "float32").progress
     if progress.exists():
         state = read_json(progress)
-        rows, of = state.get("rows_done", 0), state.get("signature", {}).get("rows", "?")
+        rows, of = state.get("rows_done", 0), state.get("signature", {}).get("rows") or "?"
         return f"datastore {str(prefix)!r} is not complete ({rows} of {of} rows); resume with the same command"
     if found and not found[0].values.exists():
         return (

@@ -51,7 +51,7 @@ class DatastoreWriter:
     def __init__(
         self,
         prefix: str | Path,
-        num_rows: int,
+        num_rows: int | None,
         dim: int,
         dtype: str = "float32",
         metadata: Mapping[str, Any] | None = None,
@@ -61,14 +61,14 @@ class DatastoreWriter:
         """Start, or go on where an interrupted writer with the same arguments stood (``rows_done``, ``cursor``).
 
         Args:
-            num_rows: rows the store will hold.
+            num_rows: rows the store will hold; None for as many as come.
             metadata: plain values that say where the rows come from, kept in the JSON file. The names a reader checks
                 are key_tap, dictionary_digest and dictionary_size. Equal metadata must mean equal rows.
             resume: False throws away what an interrupted writer left.
             documents: the runs of ``Documents``: where the rows stand in their text.
         Raises: ValueError for impossible arguments; OSError when the disk is too small or another writer is at work.
         """
-        if num_rows < 1 or dim < 1:
+        if (num_rows is not None and num_rows < 1) or dim < 1:
             raise ValueError(f"a datastore needs at least one row and one column, got {num_rows} x {dim}")
         if dtype not in KEY_DTYPES:
             raise ValueError(f"keys of type {dtype!r}; known: {', '.join(KEY_DTYPES)}")
@@ -117,7 +117,7 @@ class DatastoreWriter:
         if tuple(keys_ND.shape) != (count, self.dim) or values_N.ndim != 1:
             shapes = f"keys {tuple(keys_ND.shape)} and values {tuple(values_N.shape)}"
             raise ValueError(f"{shapes} do not make rows of width {self.dim}")
-        if self.rows_done + count > self.num_rows:
+        if self.num_rows is not None and self.rows_done + count > self.num_rows:
             raise ValueError(
                 f"datastore {self.prefix!r} was announced with {self.num_rows} rows; {self.rows_done} are there and "
                 f"{count} more came"
@@ -144,15 +144,28 @@ class DatastoreWriter:
         self.cursor = dict(cursor) if cursor is not None else None
         self._record(finishing=False)
 
-    def finish(self) -> None:
+    def written_values(self, start: int, stop: int) -> Array:
+        """Values of rows that are done, int64: by them a caller without a cursor knows its place in the text again."""
+        names = StoreFiles.of(self.prefix, self.dtype)
+        if not self._finished:
+            self._values.flush()
+        path = names.values if self._finished else _aside(names.values)
+        return np.array(np.memmap(path, np.int64, "r", shape=(self.rows_done,))[start:stop])
+
+    def finish(self, documents: Array | None = None) -> None:
         """Complete the store under its own names, replacing one that was there.
 
+        Args:
+            documents: as announced; for callers that only now know.
         Raises: ValueError when rows are missing; what is there is kept.
         """
         if self._finished:
             self.close()
             return
-        if self.rows_done != self.num_rows:
+        self._documents = self._documents if documents is None else documents
+        if not self.rows_done:
+            raise ValueError(f"datastore {self.prefix!r} got no rows: no label counts; it is not written")
+        if self.num_rows is not None and self.rows_done != self.num_rows:
             raise ValueError(
                 f"datastore {self.prefix!r} has {self.rows_done} of the {self.num_rows} announced rows; they are kept: "
                 "the same command goes on from its last checkpoint"
@@ -182,7 +195,8 @@ class DatastoreWriter:
             with naming(file.name):
                 file.flush()
                 os.fsync(file.fileno())
-        state: dict[str, Any] = {"signature": self._signature, "rows_done": self.rows_done, "cursor": self.cursor}
+        signature = self._signature | ({"rows": self.rows_done} if finishing else {})
+        state: dict[str, Any] = {"signature": signature, "rows_done": self.rows_done, "cursor": self.cursor}
         state |= {"checksums": {part: sums.state() for part, sums in self._sums.items()}, "block_bytes": BLOCK_BYTES}
         if finishing and self._documents is not None:
             state["documents"] = self._write_documents(self._documents)
@@ -205,7 +219,8 @@ class DatastoreWriter:
         if state["finishing"]:
             # All its rows were written: complete it first, whatever command it came from.
             install(self.prefix, state)
-            return state if state["signature"] == self._signature else None
+            came = {"rows": state["rows_done"]} if self.num_rows is None else {}
+            return state if state["signature"] == self._signature | came else None
         if state["signature"] != self._signature:
             logger.warning(
                 "%s: another command left %d rows unfinished; they are thrown away", self.prefix, state["rows_done"]
@@ -229,7 +244,7 @@ class DatastoreWriter:
 
     def _check_free_space(self) -> None:
         """Raise OSError with both numbers when the rest of the store does not fit on the disk."""
-        rest = (self.num_rows - self.rows_done) * (self._key_bytes + 8)
+        rest = ((self.num_rows or 0) - self.rows_done) * (self._key_bytes + 8)
         folder = self._names.keys.parent
         free = shutil.disk_usage(folder).free
         if rest > free:

@@ -1,1 +1,1 @@
-"""The memories for Hugging Face models; only here and in examples/ is transformers imported."""
+"""Models of the transformers library with this project's memories; see docs/huggingface.md."""
