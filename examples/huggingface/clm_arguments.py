@@ -29,7 +29,10 @@ _RENAMED = {
 }
 # Flags that set nothing here -> whether they take a value, and why.
 _IGNORED = {
-    "--overwrite_output_dir": (False, "results replace those of an earlier run, and training goes on from a checkpoint"),
+    "--overwrite_output_dir": (
+        False,
+        "new results replace old ones, and training goes on from a checkpoint",
+    ),
     "--overwrite_cache": (False, "nothing is cached between runs"),
     "--use_fast_tokenizer": (True, "transformers has no other tokenizers any more"),
     "--preprocessing_num_workers": (True, "the tokenizer uses all cores by itself"),
@@ -72,7 +75,7 @@ class DataArguments:
     test_file: str | None = text(None, "Text of the subset test.")
     dataset_name: str | None = text(
         None,
-        "Folder with a text file per subset (train.txt, validation.txt, wiki.test.tokens, ...), or a data set on the hub.",
+        "Folder with a text file per subset (train.txt, validation.txt, wiki.test.tokens, ...), or a name on the hub.",
     )
     dataset_config_name: str | None = text(None, "Configuration of the data set; a folder within --dataset_name.")
     eval_subset: str = text("validation", "What is evaluated or saved: train, validation, test, or the data set's own.")
@@ -81,8 +84,8 @@ class DataArguments:
     block_size: int | None = text(None, "Tokens of a window; by default what the model reads, at most 1024.")
     stride: int | None = text(
         None,
-        "Tokens from one window to the next; a token is scored once, in the first window that has it. By default half of "
-        "--block_size, so that at least as many tokens are read before each; --block_size while saving a datastore.",
+        "Tokens from one window to the next; a token is scored once, in the first window that has it. By default half "
+        "of --block_size, so that at least as many tokens are read before each; --block_size while saving a datastore.",
     )
     lines_per_group: int = text(1000, "Lines that are one text: no window reaches over a group's end.")
     drop_group_tails: bool = text(False, "Leave out the end of a group that fills no window, as knn-transformers does.")
@@ -125,7 +128,9 @@ class KnnArguments:
     k: int = text(1024, "Neighbours per token.")
     lmbda: float = text(0.25, "Share of the neighbours in the probability, 0 to 1.")
     knn_temp: float = text(1.0, "Divides the similarities before they become probabilities.")
-    knn_keytype: str | None = text(None, "Where a key comes from: last_ffn_input (default), last_ffn_output, final_hidden.")
+    knn_keytype: str | None = text(
+        None, "Where keys come from: last_ffn_input (default), last_ffn_output, final_hidden."
+    )
     knn_sim_func: str | None = text(None, "Similarity: l2 (default), or dot for the inner product with the full keys.")
     knn_gpu: bool = text(True, "Mix the neighbours in on the model's device.")
     move_dstore_to_mem: bool = text(False, "Read the datastore into memory first.")
@@ -140,7 +145,7 @@ class KnnArguments:
     num_clusters: int | None = text(None, "Clusters; by default one for 100 rows.")
     sample_size: int = text(20_000_000, "Keys that the clusters are learned from, at most.")
     ncentroids: int | None = text(None, "Lists of the index; by default 4096, or one for 100 rows if that is fewer.")
-    code_size: int | None = text(None, "Bytes of a key in the index; by default 64, or the nearest divisor of the width.")
+    code_size: int | None = text(None, "Bytes of a key in the index; by default 64, or the next divisor of the width.")
     num_keys_to_add_at_a_time: int = text(1_000_000, "Keys between two points where a killed build can go on.")
 
     def __post_init__(self) -> None:

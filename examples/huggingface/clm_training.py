@@ -25,7 +25,9 @@ class Blocks(torch.utils.data.Dataset):
         pieces = (piece for ids in groups for piece in torch.split(ids, size) if len(piece) > 1)
         self.pieces = list(itertools.islice((p for p in pieces if tails or len(p) == size), most))
         if not self.pieces:
-            raise ValueError(f"the text to train on is shorter than a window of {size} tokens; give a smaller --block_size")
+            raise ValueError(
+                f"the text to train on is shorter than a window of {size} tokens; give a smaller --block_size"
+            )
 
     def __len__(self) -> int:
         return len(self.pieces)

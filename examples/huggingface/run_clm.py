@@ -8,7 +8,6 @@ README.md beside this file goes through the steps: train, save a datastore, buil
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ import clm_memory
 import numpy as np
 import torch
 import transformers
-from clm_arguments import DataArguments, KnnArguments, ModelArguments, parse
+from clm_arguments import DataArguments, ModelArguments, parse
 from clm_training import Blocks, train
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
@@ -42,7 +41,9 @@ def main(argv: Sequence[str]) -> None:
     """Do what the flags ask for, in the order train, save, index, cluster, evaluate."""
     chosen, data, knn, training = parse(argv)
     if not (training.do_train or training.do_eval or knn.makes_memory):
-        raise ValueError("nothing to do: give --do_train, --do_eval, --save_knnlm_dstore, --build_index or --cluster_dstore")
+        raise ValueError(
+            "nothing to do: give --do_train, --do_eval, --save_knnlm_dstore, --build_index or --cluster_dstore"
+        )
     if data.save_scores:
         require_writable(os.path.dirname(os.path.abspath(data.save_scores)), "--save_scores")
     require_writable(str(training.output_dir), "--output_dir")
@@ -149,11 +150,9 @@ def evaluating(model: Any, training: TrainingArguments) -> Iterator[None]:
         yield
 
 
-def report(
-    scores: TokenScores, num_tokens: int, memory: Any, data: DataArguments, training: TrainingArguments
-) -> None:
+def report(scores: TokenScores, num_tokens: int, memory: Any, data: DataArguments, training: TrainingArguments) -> None:
     """Print the figures and leave them in the output folder."""
-    logp = scores.logp_N.double().numpy()
+    logp = scores.logp.double().numpy()
     impossible = np.isneginf(logp)
     if impossible.any():
         logger.warning("%d tokens have probability 0 and are left out of the perplexity", impossible.sum())
@@ -168,7 +167,7 @@ def report(
     if data.save_scores:
         Path(data.save_scores).parent.mkdir(parents=True, exist_ok=True)
         with writing(data.save_scores, binary=True) as file:
-            np.savez(file, logprob=logp.astype(np.float32), target=scores.target_N.numpy().astype(np.int32))
+            np.savez(file, logprob=logp.astype(np.float32), target=scores.targets.numpy().astype(np.int32))
     everything = folder / "all_results.json"
     write_json(folder / "eval_results.json", told)
     write_json(everything, (read_json(everything) if everything.exists() else {}) | told)

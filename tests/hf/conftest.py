@@ -60,7 +60,15 @@ def clm(examples: Path, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureF
     import run_clm
 
     def run(*words: object) -> str:
-        where = ["--model_name_or_path", tiny_gpt2, "--output_dir", tmp_path / "out", "--use_cpu", "--disable_tqdm", "1"]
+        where = [
+            "--model_name_or_path",
+            tiny_gpt2,
+            "--output_dir",
+            tmp_path / "out",
+            "--use_cpu",
+            "--disable_tqdm",
+            "1",
+        ]
         given = [str(word) for word in words]
         run_clm.main([*(str(word) for word in where if "--config_name" not in given), *given])
         return capsys.readouterr().out
