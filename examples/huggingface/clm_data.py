@@ -77,7 +77,7 @@ def _file_in(folder: Path, subset: str) -> Path:
     if len(found) != 1:
         what = ", ".join(path.name for path in found or files) or "nothing"
         raise ValueError(
-            f"{folder} should have one text file of the subset {subset!r} ({subset}.txt, say); it has: {what}"
+            f"{folder} should have one text file of the subset {subset!r}, {subset}.txt say; it has: {what}"
         )
     return found[0]
 
@@ -111,9 +111,7 @@ def _from_hub(data: DataArguments, subset: str) -> Iterable[str]:
     except (OSError, ValueError, RuntimeError) as error:  # no network, or no such data set
         raise ValueError(f"--dataset_name {name} is no local folder and cannot be had ({error}); {instead}") from error
     if subset not in found:
-        raise ValueError(
-            f"unknown --eval_subset {subset!r}{did_you_mean(subset, found)}; {name} has: {', '.join(found)}"
-        )
+        raise ValueError(f"unknown --eval_subset {subset!r}{did_you_mean(subset, found)}; it has: {', '.join(found)}")
     table = found[subset]
     column = "text" if "text" in table.column_names else table.column_names[0]
     return (row[column] for row in table)
@@ -138,9 +136,7 @@ def window_size(block_size: int | None, config: Any, tokenizer: Any) -> int:
     if block_size is None:
         return int(min(most, _LARGEST_BLOCK))
     if block_size > most:
-        raise ValueError(
-            f"--block_size {block_size} is more than the {most} positions of the model; give {most} or less"
-        )
+        raise ValueError(f"--block_size {block_size} is more than the model's {most} positions; give {most} or less")
     return block_size
 
 
@@ -148,9 +144,7 @@ def window_stride(data: DataArguments, size: int, *, saving: bool) -> int:
     """Tokens from one window's start to the next. Raises: ValueError when tokens would be left out."""
     stride = data.stride or (size if saving else max(1, size // 2))
     if stride > size:
-        raise ValueError(
-            f"--stride {stride} is more than the window's {size} tokens: those between would never be read"
-        )
+        raise ValueError(f"--stride {stride} is more than the window's {size} tokens: some would never be read")
     return stride
 
 

@@ -25,9 +25,7 @@ class Blocks(torch.utils.data.Dataset):
         pieces = (piece for ids in groups for piece in torch.split(ids, size) if len(piece) > 1)
         self.pieces = list(itertools.islice((p for p in pieces if tails or len(p) == size), most))
         if not self.pieces:
-            raise ValueError(
-                f"the text to train on is shorter than a window of {size} tokens; give a smaller --block_size"
-            )
+            raise ValueError(f"the text to train on is shorter than a window of {size} tokens; give a smaller one")
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -43,6 +41,7 @@ class Padding:
         self.pad_id = pad_id
 
     def __call__(self, pieces: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The batch, by the names of the model's parameters."""
         ids = [piece["input_ids"] for piece in pieces]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_id)
         is_text = torch.arange(padded.shape[1]) < torch.tensor([len(each) for each in ids])[:, None]

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     chosen, data, knn, training = parse(argv)
     if not (training.do_train or training.do_eval or knn.makes_memory):
         raise ValueError(
-            "nothing to do: give --do_train, --do_eval, --save_knnlm_dstore, --build_index or --cluster_dstore"
+            "nothing to do: give --do_train, --do_eval, --save_knnlm_dstore, --build_index, --cluster_dstore"
         )
     if data.save_scores:
         require_writable(os.path.dirname(os.path.abspath(data.save_scores)), "--save_scores")

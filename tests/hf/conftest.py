@@ -51,11 +51,8 @@ def tiny_gpt2(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Clm = Callable[..., dict[str, float]]
-
-
 @pytest.fixture
-def clm(examples: Path, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Clm:
+def clm(examples: Path, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run run_clm.py in this process, into ``tmp_path/out``; returns what it printed."""
     import run_clm
 
