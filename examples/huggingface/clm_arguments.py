@@ -100,13 +100,16 @@ class DataArguments:
         require_at_least(1, between="_", max_eval_samples=self.max_eval_samples)
         if not 1 <= self.validation_split_percentage <= 99:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage} is not in 1 to 99")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("--dataset_config_name belongs to a --dataset_name, which is missing")
+
+    def check_files(self) -> None:
+        """Raise ValueError when there is no text, or not where it should be."""
         if self.dataset_name is None and not any(self.files().values()):
             raise ValueError("no text: give --train_file, --validation_file or --test_file, or --dataset_name")
         for name, path in self.files().items():
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"--{name}_file: no such file: {path}")
-        if self.dataset_config_name is not None and self.dataset_name is None:
-            raise ValueError("--dataset_config_name belongs to a --dataset_name, which is missing")
 
     def files(self) -> dict[str, str | None]:
         """Subset -> its file."""

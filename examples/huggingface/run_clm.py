@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import resource
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             "nothing to do: give --do_train, --do_eval, --save_knnlm_dstore, --build_index, --cluster_dstore"
         )
+    data.check_files()
     if data.save_scores:
         require_writable(os.path.dirname(os.path.abspath(data.save_scores)), "--save_scores")
     require_writable(str(training.output_dir), "--output_dir")
@@ -162,6 +164,7 @@ def report(scores: TokenScores, num_tokens: int, memory: Any, data: DataArgument
     tell(figures)
     told = {name: value for name, value in figures.to_dict().items() if name != "buckets"}
     told |= {"subset": data.eval_subset, "eval_loss": loss}
+    told |= {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     folder = Path(training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if data.save_scores:

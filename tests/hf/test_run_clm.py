@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -186,7 +187,7 @@ def test_every_layout_of_a_text_gives_the_same_lines(examples: Path, tmp_path: P
         (["--validation_file", "TEXT"], "nothing to do: give --do_train"),
         (["--do_eval", "--validation_file", "TEXT", "--eval_subset", "vaild"], "unknown --eval_subset 'vaild'"),
         (["--do_eval", "--validation_file", "TEXT", "--eval_subset", "train"], "the subset train needs --train_file"),
-        (["--do_eval", "--validation_file", "TEXT", "--block_size", "33"], "--block_size 33 is more than the 32"),
+        (["--do_eval", "--validation_file", "TEXT", "--block_size", "33"], "--block_size 33 is more than the model's 32"),
         (["--do_eval", "--validation_file", "TEXT", "--stride", "33"], "--stride 33 is more than the window's 32"),
         (["--do_eval", "--validation_file", "TEXT", "--knn"], "--knn needs --dstore_dir"),
         (["--do_eval", "--validation_file", "TEXT", "--knn", "--dstore_dir", "none"], "no datastore at 'none'"),
@@ -265,6 +266,19 @@ def test_every_argument_is_read(examples: Path) -> None:
         }
     kinds = (clm_arguments.ModelArguments, clm_arguments.DataArguments, clm_arguments.KnnArguments)
     assert {field.name for kind in kinds for field in dataclasses.fields(kind)} - read == set()
+
+
+def test_the_commands_of_the_readme_are_understood(examples: Path) -> None:
+    from clm_arguments import parse
+
+    text = (examples / "README.md").read_text().replace("\\\n", " ").replace("${MODEL}", "models/smollm2")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python -u")]
+    words = [rest for _, _, script, *rest in commands if script.endswith("/run_clm.py")]
+    assert len(words) == 6
+    for each in words:
+        chosen, data, _, training = parse(each)
+        assert (chosen.model_name_or_path, data.dataset_name) == ("models/smollm2", "wikitext")
+        assert training.output_dir
 
 
 def test_as_a_command_a_mistake_is_one_line_and_status_2(examples: Path, tiny_gpt2: Path, corpus: Path) -> None:
