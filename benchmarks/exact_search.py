@@ -79,7 +79,8 @@ def main() -> None:
 def compare(options: Any, folder: Path) -> dict[str, Any]:
     """Seconds of both and the share of neighbours found."""
     from fairseq.memory.index.exact import ExactIndex
-    from fairseq.memory.index.faiss_index import FaissBuilder, FaissIndex
+    from fairseq.memory.index.faiss_builder import FaissBuilder
+    from fairseq.memory.index.faiss_index import FaissIndex
     from fairseq.memory.types import Metric
 
     keys = make_keys(folder / "keys", options.rows, options.dim, 0)

@@ -16,6 +16,7 @@ from fairseq.data.batching import batch_by_size, filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.distributed import runs_on_gpu
 from fairseq.evaluation_config import EvaluationConfig
+from fairseq.memory.sources.retomaton_reading import BlockReader
 from fairseq.memory.types import LogSums
 from fairseq.models.config import KEY_TAPS
 from fairseq.registry import lookup
@@ -257,7 +258,7 @@ def evaluate(
     scorer: SequenceScorer,
     batches: Iterable[Any],
     report: PerplexityReport,
-    memory: Memory | None = None,
+    memory: Memory | BlockReader | None = None,
     combine: Callable[..., Tensor] | None = None,
     bulk: int = 65536,
 ) -> float:
@@ -286,12 +287,15 @@ def evaluate(
 
 
 def _combined(
-    pending: Sequence[ScoredBatch], memory: Memory | None, combine: Callable[..., Tensor]
+    pending: Sequence[ScoredBatch], memory: Memory | BlockReader | None, combine: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Block, target and log-probability of some scored positions, memory included."""
     block_N, target_N, logp_N, norm_N = (
         torch.cat([getattr(scored, name) for scored in pending]) for name in ("block_N", "target_N", "logp_N", "norm_N")
     )
+    if isinstance(memory, BlockReader):
+        key_ND = torch.cat(_keys(pending))
+        return block_N, target_N, memory.logp(block_N, target_N, logp_N, norm_N, key_ND, combine)
     near = [scored.near for scored in pending if scored.near is not None]
     text = LogSums(*(torch.cat([getattr(s, x) for s in near]) for x in ("hit_N", "whole_N"))) if near else None
     found = memory.lookup(torch.cat(_keys(pending))) if memory is not None else None

@@ -14,6 +14,7 @@ from fairseq.criterions import CRITERIONS
 from fairseq.data.batching_config import BatchingConfig
 from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig, TrimeEvaluationConfig
 from fairseq.memory.knn_config import KnnConfig
+from fairseq.memory.retomaton_config import RetomatonConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
@@ -161,15 +162,15 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     parser.add_config(TaskChoiceConfig)
     task = parser.peek(argv).get("task", "language_modeling")
     trime = program == "eval_lm-trime.py"
-    own, other = (TrimeEvaluationConfig, MemoryEvaluationConfig)[:: 1 if trime else -1]
-    for config_class in (lookup(TASKS, task, "--task").config, EvaluationConfig, own, BulkConfig, KnnConfig):
+    ours, others = ((TrimeEvaluationConfig,), (MemoryEvaluationConfig, RetomatonConfig))[:: 1 if trime else -1]
+    for config_class in (lookup(TASKS, task, "--task").config, EvaluationConfig, *ours, BulkConfig, KnnConfig):
         parser.add_config(config_class)
     for config_class in (RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config_class)
     parser.add_config(_KeyTapConfig)
     _add_ignored(parser, ignored_flags.EVALUATE)
     elsewhere = f"belongs to {'eval_lm.py' if trime else 'eval_lm-trime.py'}, not to {program}"
-    given = parser.parse(argv, {name: elsewhere for field in fields(other) for name in flag_names(field)})
+    given = parser.parse(argv, {name: elsewhere for c in others for field in fields(c) for name in flag_names(field)})
     _warn_ignored(parser, given, ignored_flags.EVALUATE)
     if not {"max_tokens", "max_sentences"} & given.keys():
         given["max_tokens"] = 12000  # fairseq's batch where nothing was asked for

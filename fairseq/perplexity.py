@@ -39,6 +39,8 @@ class Figures:
     """Time of scoring, without loading."""
     buckets: list[dict[str, Any]] = field(default_factory=list)
     """Loss by how often the target occurred in training."""
+    num_searched: int | None = None
+    """Tokens whose neighbours RetoMaton had to search; None without it."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,7 +49,8 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types, for JSON."""
-        return {
+        searched = {} if self.num_searched is None else {"num_searched": self.num_searched}
+        return searched | {
             "loss_base2": self.loss_base2,
             "perplexity": self.perplexity,
             "num_tokens": self.num_tokens,

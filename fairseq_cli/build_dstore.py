@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fairseq.config import FlagParser, build, to_dict
 from fairseq.memory.index.build_config import BuildConfig
+from fairseq_cli import cluster_dstore
 from fairseq_cli.main import run
 
 PROGRAM = "build_dstore.py"
@@ -14,9 +15,12 @@ PROGRAM = "build_dstore.py"
 
 def main(argv: Sequence[str]) -> None:
     """Build the index the words describe, print one line and leave a run manifest beside the index."""
-    parser = FlagParser(PROGRAM, "Build an index over the keys of a datastore.")
+    if cluster_dstore.is_wanted(argv):
+        cluster_dstore.cluster(argv, PROGRAM)
+        return
+    parser = FlagParser(PROGRAM, f"Build an index over the keys of a datastore. {cluster_dstore.HINT}")
     parser.add_config(BuildConfig)
-    config = build(BuildConfig, parser.parse(argv))
+    config = build(BuildConfig, parser.parse(argv, cluster_dstore.OWN_FLAGS))
 
     from fairseq.manifest import write_manifest
     from fairseq.memory.index.build import build_index, open_store

@@ -1,11 +1,15 @@
-"""Score text with a language model: plain, with a datastore (kNN-LM), or to save a datastore."""
+"""Score text with a language model: plain, with a datastore (kNN-LM, RetoMaton), or to save a datastore."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fairseq.config import flag_names
 from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig
+from fairseq.memory.retomaton_config import RetomatonConfig
 from fairseq.options import Settings, parse_eval_lm
 from fairseq_cli.evaluation_report import checked, leave_files, set_determinism, tell
 from fairseq_cli.main import run
@@ -20,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     settings = parse_eval_lm(argv)
     if settings.config(MemoryEvaluationConfig).save_knnlm_dstore:
         settings = as_shard_of_torchrun(settings)
-    checked(settings, MemoryEvaluationConfig)
+    checked(settings, MemoryEvaluationConfig, RetomatonConfig)
     _check_memory_wanted(settings)
 
     from fairseq.evaluation import evaluate, open_evaluation
@@ -29,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
 
     set_determinism(settings)
     config, memory_config = settings.config(EvaluationConfig), settings.config(MemoryEvaluationConfig)
-    evaluation = open_evaluation(settings, in_order=memory_config.save_knnlm_dstore)
+    carries = settings.config(RetomatonConfig).retomaton_carry
+    evaluation = open_evaluation(settings, in_order=memory_config.save_knnlm_dstore or carries)
     uses_keys = memory_config.knnlm or memory_config.save_knnlm_dstore
     scorer = SequenceScorer(
         evaluation.models,
@@ -46,12 +51,24 @@ def main(argv: Sequence[str]) -> None:
     report = PerplexityReport(evaluation.task.dictionary, config.remove_bpe)
     seconds = evaluate(scorer, evaluation.iterator(), report, memory, combine, settings.config(BulkConfig).knn_bulk)
     figures = report.figures(evaluation.num_total_tokens, seconds)
+    if settings.config(RetomatonConfig).retomaton:
+        figures = dataclasses.replace(figures, num_searched=memory.num_searched)
     tell(figures)
     leave_files(settings, evaluation, report, figures)
 
 
 def _check_memory_wanted(settings: Settings) -> None:
-    """Raise ValueError where a datastore is named and nothing says that it is to be used."""
+    """Raise ValueError where what is given of a memory is not to be used, or lacks what it needs."""
+    retomaton = settings.config(RetomatonConfig)
+    own = [field for field in dataclasses.fields(RetomatonConfig) if field.name in settings.given]
+    if own and not retomaton.retomaton:
+        raise ValueError(f"{flag_names(own[0])[0]} belongs to --retomaton: give it too, or leave it out")
+    if retomaton.retomaton and not settings.config(MemoryEvaluationConfig).knnlm:
+        raise ValueError("--retomaton is a way to find the neighbours of --knnlm: give it and its datastore too")
+    if retomaton.clusters and not os.path.isfile(retomaton.clusters):
+        raise ValueError(
+            f"--clusters: no file at {retomaton.clusters!r}; build_dstore.py --cluster_dstore makes clusters"
+        )
     named = [name for name in ("dstore_filename", "indexfile") if settings.given.get(name)]
     if named and not settings.config(MemoryEvaluationConfig).knnlm:
         flag = f"--{named[0].replace('_', '-')}"
@@ -65,8 +82,13 @@ def open_memory(settings: Settings, evaluation: Evaluation) -> tuple[Any, Any]:
     from fairseq.memory.combiners.fixed import Interpolation
     from fairseq.memory.knn_config import KnnConfig
 
-    knn = settings.config(KnnConfig)
-    return open_datastore(settings, evaluation, knn.similarity), Interpolation(knn.weight, knn.temperature)
+    knn, retomaton = settings.config(KnnConfig), settings.config(RetomatonConfig)
+    memory = open_datastore(settings, evaluation, knn.similarity)
+    if retomaton.retomaton:
+        from fairseq.memory.sources.retomaton_reading import open_reader
+
+        memory = open_reader(retomaton, memory)
+    return memory, Interpolation(knn.weight, knn.temperature)
 
 
 def open_datastore(settings: Settings, evaluation: Evaluation, score: str) -> Any:

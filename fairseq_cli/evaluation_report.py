@@ -58,6 +58,9 @@ def tell(figures: Figures, *, buckets: bool = False) -> None:
         f"Loss (base 2): {figures.loss_base2:.4f}, Perplexity: {figures.perplexity:.2f}\n"
         f"scored {figures.num_tokens} of {figures.num_total_tokens} tokens ({share:.2f}%)\n"
     )
+    if figures.num_searched is not None:
+        saved = 100.0 * (1.0 - figures.num_searched / figures.num_tokens)
+        sys.stdout.write(f"searched {figures.num_searched} of {figures.num_tokens} tokens (saved {saved:.2f}%)\n")
     for row in figures.buckets if buckets else ():
         upper = f"to {row['count_below'] - 1}" if row["count_below"] else "or more"
         seen = "special symbols" if row["special"] else f"seen {row['count_from']} {upper} times in training"
@@ -124,6 +127,7 @@ def leave_manifest(settings: Settings, evaluation: Evaluation, path: str | None,
     knn = settings.config(KnnConfig)
     prefix = evaluation.task.prefix(config.gen_subset)
     named = [*str(config.path).split(":"), prefix + ".bin", prefix + ".idx", knn.dstore_filename, knn.indexfile]
+    named.append(settings.given.get("clusters"))
     named += [
         f"{knn.dstore_filename}{end}" for end in ("_keys.npy", "-fp16_keys.npy", "-bf16_keys.npy", "_vals.npy", ".json")
     ]

@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # package -> the only places that may import it
 ONLY_IN = {
     "argparse": ("fairseq/config.py", "benchmarks/"),
-    "faiss": ("fairseq/memory/index/faiss_index.py",),
+    "faiss": ("fairseq/memory/index/faiss_library.py",),
     "transformers": ("fairseq/memory/hf/", "examples/"),
 }
 

@@ -101,7 +101,7 @@ def test_every_check_has_a_bad_example() -> None:
         ("no_print_in_library", {"fairseq_cli/a.py": "print(1)\n"}),
         ("no_parameter_called_args", {"fairseq/config.py": "def f(args): pass\n"}),
         ("layer_order", {"fairseq/models/a.py": "from fairseq.memory.datastore import Datastore\nimport torch\n"}),
-        ("imports_stay_where_they_belong", {"fairseq/memory/index/faiss_index.py": "import faiss\n"}),
+        ("imports_stay_where_they_belong", {"fairseq/memory/index/faiss_library.py": "import faiss\n"}),
         ("nothing_is_evaluated", {"fairseq/a.py": "model.eval()\nx = torch.load(p, weights_only=True)\n"}),
         ("every_config_field_is_read", {"fairseq/a.py": CONFIG, "fairseq/b.py": "def f(knn): return knn.k\n"}),
         ("every_config_field_is_read", {"fairseq/a.py": CONFIG + "    def double(self): return 2 * self.k\n"}),

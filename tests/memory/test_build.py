@@ -16,7 +16,8 @@ from fairseq.memory.index import INDEXES, build
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import FaissBuilder, FaissIndex
+from fairseq.memory.index.faiss_builder import FaissBuilder
+from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.types import Metric
 
 ROWS, DIM = 1500, 8

@@ -10,9 +10,9 @@ from brute_force import similarities
 
 from fairseq.memory.index.bulk_search import bulk_search
 from fairseq.memory.index.candidates import TrueScores
+from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import (
-    DecodedLists,
     FaissIndex,
     find_index,
     pair_scores_in_place,

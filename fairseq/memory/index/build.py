@@ -21,7 +21,7 @@ from fairseq.disk import naming
 from fairseq.memory.datastore import Datastore
 from fairseq.memory.files import Array, locked, may_create_in, read_json, write_json
 from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.faiss_index import FaissBuilder
+from fairseq.memory.index.faiss_builder import FaissBuilder
 from fairseq.memory.types import Metric
 
 logger = logging.getLogger(__name__)

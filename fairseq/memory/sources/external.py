@@ -15,7 +15,7 @@ from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
 from fairseq.memory.similarity import normalized
-from fairseq.memory.types import Candidates, Metric
+from fairseq.memory.types import Candidates, Metric, Neighbors
 from fairseq.registry import lookup
 
 if TYPE_CHECKING:
@@ -58,18 +58,34 @@ class ExternalMemory:
         """The neighbours of each query as candidates on the query's device."""
         started = time.perf_counter()
         device = query_ND.device
+        found = self.neighbors(query_ND)
+        searched = time.perf_counter()
+        candidates = self.candidates(found, device)
+        ended = time.perf_counter()
+        logger.info("%d lookups: %.2fs search, %.2fs values", len(query_ND), searched - started, ended - searched)
+        return candidates
+
+    def neighbors(self, query_ND: Tensor) -> Neighbors:
+        """The k nearest rows of each query with their scores, on the host; a row that was not found is -1."""
         query_ND = query_ND.detach().float().cpu().contiguous()
         found = self.index.search(query_ND, self.k)
-        searched = time.perf_counter()
-        scores_NK = found.scores_NK if self.score == "index" else self._full_scores(query_ND, found.ids_NK)
+        return found if self.score == "index" else Neighbors(found.ids_NK, self._full_scores(query_ND, found.ids_NK))
+
+    def candidates(self, found: Neighbors, device: torch.device | str = "cpu") -> Candidates:
+        """The tokens of some rows with their scores."""
         # An id of -1 (the visited lists held fewer than k rows) must never be read as the last row.
         keep_NK = found.ids_NK >= 0
         ids = found.ids_NK.clamp_min(0).reshape(-1)
         values_NK = self.store.values.take(ids).view_as(found.ids_NK)
         values_NK.masked_fill_(~keep_NK, -1)
-        ended = time.perf_counter()
-        logger.info("%d lookups: %.2fs search, %.2fs store", len(query_ND), searched - started, ended - searched)
-        return Candidates(values_NK.to(device), scores_NK.to(device), keep_NK.to(device))
+        return Candidates(values_NK.to(device), found.scores_NK.to(device), keep_NK.to(device))
+
+    def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """Scores of some rows for each query, as a search gives them, (N, M); -inf where the id is -1."""
+        query_ND = query_ND.detach().float().cpu().contiguous()
+        if self.score == "index" and isinstance(self.index, FaissIndex):
+            return self.index.pair_scores(query_ND, ids_NM)
+        return self._full_scores(query_ND, ids_NM)
 
     def _full_scores(self, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
         """Similarities from the full keys; -inf where the id is -1."""
@@ -79,11 +95,11 @@ class ExternalMemory:
             return pair_scores_in_place(metric, query_ND, whole, ids_NK)
         # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
         query_ND = normalized(query_ND) if metric is Metric.COS else query_ND
-        rows = max(1, _CHUNK_BYTES // (4 * self.store.dim * self.k))
+        rows = max(1, _CHUNK_BYTES // (4 * self.store.dim * max(1, ids_NK.shape[1])))
         parts = []
         for queries, ids in zip(torch.split(query_ND, rows), torch.split(ids_NK, rows)):
             unique, inverse = torch.unique(ids, return_inverse=True)
-            first = int(unique[0] < 0)  # the id -1 comes first, and inverse - 1 is -1 for it
+            first = int((unique[:1] < 0).sum())  # the id -1 comes first, and inverse - 1 is -1 for it
             block_MD = self.store.keys.take(unique[first:])
             if metric is Metric.COS:
                 block_MD = normalized(block_MD)

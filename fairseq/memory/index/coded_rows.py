@@ -1,0 +1,104 @@
+"""Scores of rows that are named, not searched, from the compressed keys of a faiss index.
+
+Shapes: N queries, M rows for each, R rows of the index, L lists, S bytes of a code, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.threads import map_in_threads
+
+_MOST_BYTES = 8 << 30  # of a copy of the codes in the order of the rows
+_PAIRS_PER_TASK = 4096
+_CHUNK_FLOATS = 64 << 20  # of decoded keys
+
+
+def row_scorer(index: Any, *, by_distance: bool) -> Any:
+    """What scores rows of a faiss index: the fast one for product-quantized keys, faiss itself for all others."""
+    is_ivfpq = type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8
+    if is_ivfpq and index.ntotal * (index.code_size + 4) <= _MOST_BYTES:
+        return CodedRows(index, by_distance=by_distance)
+    return ReconstructedRows(index, by_distance=by_distance)
+
+
+class CodedRows:
+    """The codes of an IndexIVFPQ in the order of the rows: a key is decoded where its score is computed."""
+
+    def __init__(self, index: Any, *, by_distance: bool) -> None:
+        """Copy the codes, which takes as much memory as they do."""
+        faiss = faiss_library()
+        pq, lists = index.pq, index.invlists
+        self._by_distance = by_distance
+        self._code_RS = np.zeros((index.ntotal, pq.M), np.uint8)
+        self._list_R = np.full(index.ntotal, -1, np.int32)
+        for number in range(index.nlist):
+            size = lists.list_size(number)
+            if size:
+                ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+                codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
+                self._code_RS[ids], self._list_R[ids] = codes.reshape(size, -1), number
+        self._words = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+        self._middle_LD = index.quantizer.reconstruct_n(0, index.nlist)
+        if not index.by_residual:
+            self._middle_LD = np.zeros_like(self._middle_LD)
+
+    def __call__(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """Score of each query with each of its rows, (N, M); -inf where the id is -1."""
+        from fairseq.memory.index.coded_rows_kernels import score_codes
+
+        scores_NM = torch.empty(ids_NM.shape)
+        query, ids, out = query_ND.contiguous().numpy(), ids_NM.contiguous().numpy(), scores_NM.numpy()
+        coded = (self._code_RS, self._list_R, self._middle_LD, self._words)
+        step = max(1, _PAIRS_PER_TASK // max(1, ids_NM.shape[1]))
+        parts = [slice(at, at + step) for at in range(0, len(ids_NM), step)]
+
+        def score(part: slice) -> None:
+            score_codes(coded, self._by_distance, query[part], ids[part], out[part])
+
+        for _ in map_in_threads(score, parts):
+            pass
+        return scores_NM
+
+
+class ReconstructedRows:
+    """Keys as faiss gives them back, for every kind of index that can."""
+
+    def __init__(self, index: Any, *, by_distance: bool) -> None:
+        """Have the index remember where its rows are. Raises: ValueError when it cannot give keys back."""
+        lists = faiss_library().try_extract_index_ivf(index)
+        if lists is not None:
+            lists.make_direct_map()
+        try:
+            index.reconstruct(0)
+        except RuntimeError as error:
+            kind = type(index).__name__
+            raise ValueError(
+                f"an index of the kind {kind} does not give its keys back, which pointers need ({error}); have them "
+                "scored by the full keys, or use an index of the kind ivfpq or flat"
+            ) from None
+        self._index, self._by_distance = index, by_distance
+
+    def __call__(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """Score of each query with each of its rows, (N, M); -inf where the id is -1. A row is decoded once a chunk."""
+        step = max(1, _CHUNK_FLOATS // max(1, ids_NM.shape[1] * query_ND.shape[1]))
+        parts = [self._scores(*part) for part in zip(torch.split(query_ND, step), torch.split(ids_NM, step))]
+        return torch.cat(parts) if parts else torch.empty(ids_NM.shape)
+
+    def _scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        unique_U, inverse_NM = torch.unique(ids_NM, return_inverse=True)
+        keys_UD = torch.zeros(len(unique_U), query_ND.shape[1])
+        real_U = unique_U >= 0
+        if bool(real_U.any()):
+            keys_UD[real_U] = torch.from_numpy(self._index.reconstruct_batch(unique_U[real_U].numpy()))
+        keys_NMD = keys_UD[inverse_NM]
+        if self._by_distance:
+            scores_NM = (keys_NMD - query_ND[:, None]).square_().sum(2).neg_()
+        else:
+            scores_NM = torch.einsum("nmd,nd->nm", keys_NMD, query_ND)
+        return scores_NM.masked_fill_(ids_NM < 0, -torch.inf)

@@ -1,0 +1,201 @@
+"""k-means, and the nearest of some centroids: what the lists of an index and RetoMaton's clusters are made by.
+
+Nearly all of its time goes into products of keys and centroids. Where the processor multiplies 8-bit integers fast,
+they are taken of rounded keys, whose error is bounded (see ``filters``); centroids that may still be the nearest are
+compared again in float32, so that the answer is that of full precision.
+
+Shapes: N keys, C centroids, D width, Q keys of a group.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.files import Array
+from fairseq.memory.index.faiss_index import has_fast_int8
+from fairseq.memory.index.filters import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.similarity import normalized
+from fairseq.memory.threads import ThreadBuffer, map_in_threads
+from fairseq.memory.types import Metric
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_CENTROID = 256
+"""More keys than this for each centroid make the centroids no better."""
+_BLOCK_ROWS = 16_384
+_GROUP_SCORES = 512 << 10  # of a group of keys with all centroids: 2 MB, which stay in the processor's cache
+_GPU_SCORES = 64 << 20
+_CLUSTERS_PER_TASK = 64
+
+
+class Assigner:
+    """Finds the nearest of some centroids for any keys: by L2, or by inner product for the other metrics.
+
+    Of centroids that are equally near, to the last bit of float32, it is the first.
+    """
+
+    def __init__(self, centroids_CD: Tensor, metric: Metric = Metric.L2, device: str | torch.device = "cpu") -> None:
+        """Args.
+
+        device: where the products are computed; keys are given and answers come in the processor's memory.
+        Raises: ValueError without a centroid.
+        """
+        if centroids_CD.ndim != 2 or not len(centroids_CD):
+            raise ValueError(f"centroids of shape {tuple(centroids_CD.shape)}; give at least one row")
+        self.centroids_CD = centroids_CD.detach().float().cpu().contiguous()
+        self.by_distance = metric is Metric.L2
+        self._device = torch.device(device)
+
+    def __call__(self, keys_ND: Tensor) -> Tensor:
+        """Number of each key's centroid, (N,) int64."""
+        near_N = torch.empty(len(keys_ND), dtype=torch.int64)
+        for start in range(0, len(keys_ND), _BLOCK_ROWS):
+            block_ND = keys_ND[start : start + _BLOCK_ROWS].float().contiguous()
+            rows = slice(start, start + len(block_ND))
+            if self._device.type == "cpu":
+                self.assign_block(block_ND, self.filter(block_ND), near_N[rows])
+            else:
+                near_N[rows] = self._on_device(block_ND)
+        return near_N
+
+    def filter(self, block_ND: Tensor) -> Filter:
+        """What passes over the products of a block of keys; it holds them, and serves for other centroids as well."""
+        kind = Int8Filter if has_fast_int8() else FloatFilter
+        return kind(block_ND, self.centroids_CD, with_offset=self.by_distance)
+
+    def assign_block(self, block_ND: Tensor, keys: Filter, near_N: Tensor) -> None:
+        """Write the numbers of the centroids nearest to the keys that the filter was made of."""
+        block = keys.block(self.centroids_CD)
+        count, columns = len(block_ND), len(block.low_MD)
+        size = max(1, min(_GROUP_SCORES // columns, -(-count // torch.get_num_threads())))
+        buffer = ThreadBuffer(size * columns, keys.dtype)
+        scan = functools.partial(self._scan, block_ND, keys, block, buffer, near_N)
+        run([functools.partial(scan, slice(at, min(at + size, count))) for at in range(0, count, size)])
+
+    def _scan(
+        self, block_ND: Tensor, keys: Filter, block: Block, buffer: ThreadBuffer, near_N: Tensor, rows: slice
+    ) -> None:
+        from fairseq.memory.index import kmeans_kernels
+
+        raw_QM = buffer(rows.stop - rows.start, len(block.low_MD))
+        keys.scores(block, rows, raw_QM)
+        scale, _, margin_Q = keys.bounds(block, rows)
+        # Two scores are both off by up to the margin. One unit more for the integers.
+        width_Q = 2.02 * margin_Q / scale + (0.0 if raw_QM.is_floating_point() else 1.0)
+        raw, width, keys_QD, centroids_CD, near_Q = (
+            x.numpy() for x in (raw_QM, width_Q, block_ND[rows], self.centroids_CD, near_N[rows])
+        )
+        kmeans_kernels.nearest(raw, width, keys_QD, centroids_CD, near_Q, self.by_distance)
+
+    def _on_device(self, block_ND: Tensor) -> Tensor:
+        centroids_CD = self.centroids_CD.to(self._device)
+        offset_C = -0.5 * centroids_CD.square().sum(1) if self.by_distance else centroids_CD.new_zeros(())
+        parts = torch.split(block_ND, max(1, _GPU_SCORES // len(centroids_CD)))
+        near = [torch.addmm(offset_C, part.to(self._device), centroids_CD.T).argmax(1).cpu() for part in parts]
+        return torch.cat(near) if near else torch.empty(0, dtype=torch.int64)
+
+
+def assign(keys_ND: Tensor, centroids_CD: Tensor, metric: Metric = Metric.L2) -> Tensor:
+    """Number of the centroid nearest to each key, (N,) int64; see :class:`Assigner`."""
+    return Assigner(centroids_CD, metric)(keys_ND)
+
+
+def sample_size(num_rows: int, num_clusters: int, limit: int) -> int:
+    """How many of so many keys k-means should see: enough for the centroids and no more."""
+    return min(num_rows, limit, ROWS_PER_CENTROID * num_clusters)
+
+
+def kmeans(
+    keys_ND: Tensor | Array,
+    num_clusters: int,
+    *,
+    seed: int,
+    iterations: int = 10,
+    metric: Metric = Metric.L2,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """Centroids of clusters of keys, (C, D) float32 (Lloyd's algorithm, started at keys drawn by chance).
+
+    The result is the same for the same seed, whatever the number of threads. With a metric other than L2 a key belongs
+    to the centroid of largest inner product, and centroids have length one.
+
+    Args:
+        keys_ND: of any floating type, finite; a sample of :func:`sample_size` rows is enough.
+        iterations: at most; it ends when no key changes its cluster.
+        device: where distances are computed.
+    Raises: ValueError when there are fewer keys than clusters.
+    """
+    keys_ND = torch.as_tensor(keys_ND).detach().cpu().float().contiguous()
+    if not 1 <= num_clusters <= len(keys_ND):
+        raise ValueError(f"{num_clusters} clusters of {len(keys_ND)} keys; give 1 to {len(keys_ND)}")
+    draw = np.random.default_rng(seed)
+    centroids_CD = keys_ND[torch.from_numpy(np.sort(draw.choice(len(keys_ND), num_clusters, replace=False)))]
+    if metric is not Metric.L2:
+        centroids_CD = normalized(centroids_CD)
+    on_cpu = torch.device(device).type == "cpu"
+    starts = range(0, len(keys_ND), _BLOCK_ROWS)
+    blocks = [keys_ND[start : start + _BLOCK_ROWS] for start in starts]
+    # The rounded keys are made once and serve every iteration.
+    filters = [Assigner(centroids_CD, metric).filter(block) for block in blocks] if on_cpu else []
+    before_N = torch.full((len(keys_ND),), -1)
+    for done in range(iterations):
+        assigner = Assigner(centroids_CD, metric, device)
+        near_N = torch.empty_like(before_N)
+        if on_cpu:
+            for block, keys, out in zip(blocks, filters, torch.split(near_N, _BLOCK_ROWS)):
+                assigner.assign_block(block, keys, out)
+        else:
+            near_N = assigner(keys_ND)
+        changed = int((near_N != before_N).sum())
+        logger.debug("k-means iteration %d: %d of %d keys changed their cluster", done + 1, changed, len(keys_ND))
+        if not changed:
+            break
+        before_N = near_N
+        centroids_CD = _means(keys_ND, near_N, num_clusters, draw)
+        if metric is not Metric.L2:
+            centroids_CD = normalized(centroids_CD)
+    return centroids_CD
+
+
+def inertia(keys_ND: Tensor, centroids_CD: Tensor, near_N: Tensor) -> float:
+    """Mean squared distance of the keys from their centroids."""
+    total = 0.0
+    for keys, near in zip(torch.split(keys_ND, _BLOCK_ROWS), torch.split(near_N, _BLOCK_ROWS)):
+        total += float((keys.float() - centroids_CD[near]).square().sum(1).double().sum())
+    return total / max(1, len(keys_ND))
+
+
+def _means(keys_ND: Tensor, near_N: Tensor, num_clusters: int, draw: np.random.Generator) -> Tensor:
+    """Mean of each cluster. An empty one is put on a key of one of the largest, which it then shares."""
+    from fairseq.memory.index import kmeans_kernels
+
+    order_N = near_N.argsort(stable=True)
+    counts_C = torch.bincount(near_N, minlength=num_clusters)
+    edges = torch.cat([counts_C.new_zeros(1), counts_C.cumsum(0)])
+    means_CD = torch.empty(num_clusters, keys_ND.shape[1])
+
+    def sum_up(first: int) -> None:
+        past = min(first + _CLUSTERS_PER_TASK, num_clusters)
+        arrays = (keys_ND, order_N, edges[first : past + 1], means_CD[first:past])
+        kmeans_kernels.means(*(x.numpy() for x in arrays))
+
+    run([functools.partial(sum_up, first) for first in range(0, num_clusters, _CLUSTERS_PER_TASK)])
+    empty = (counts_C == 0).nonzero()[:, 0].tolist()
+    largest = counts_C.argsort(descending=True, stable=True)[: int((counts_C > 1).sum())].tolist()
+    for number, donor in zip(empty, itertools.cycle(largest)):
+        low, high = int(edges[donor]), int(edges[donor + 1])
+        means_CD[number] = keys_ND[order_N[int(draw.integers(low, high))]]
+    return means_CD
+
+
+def run(tasks: list[Callable[[], None]]) -> None:
+    """Do the tasks, as many at once as torch may use threads."""
+    for _ in map_in_threads(lambda task: task(), tasks):
+        pass

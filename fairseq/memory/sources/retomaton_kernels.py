@@ -1,0 +1,135 @@
+"""The loops of RetoMaton, compiled by numba. Import this module where it is used: numba takes half a second to load.
+
+Shapes: B sequences, M candidates, P pointers, S searches, K neighbours, R rows of the store, C clusters, H slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fairseq.memory.index.kernels import _compiled
+
+# What a row is to a pointer.
+DELETED = 0
+FIRST = 1  # of a document: it follows no row
+FOLLOWS = 2
+
+
+@_compiled()
+def _slots(most: int) -> Any:
+    """A hash table for so many numbers."""
+    size = 4
+    while size < 2 * most:
+        size *= 2
+    return np.empty(size, np.int64)
+
+
+@_compiled()
+def _is_new(slots_H: Any, number: int) -> bool:
+    """Put a number into a hash table of a power of two slots, -1 where empty; False where it was there already."""
+    mask = len(slots_H) - 1
+    at = ((number * np.int64(-7046029254386353131)) >> 29) & mask
+    while slots_H[at] != -1:
+        if slots_H[at] == number:
+            return False
+        at = (at + 1) & mask
+    slots_H[at] = number
+    return True
+
+
+@_compiled()
+def _pointers(
+    rows_M: Any, values_M: Any, scores_M: Any, token: int, role_R: Any, distinct: bool, slots_H: Any, out_P: Any
+) -> int:
+    """Write the successors of the candidates that hold the token, those of the nearest first; returns their number."""
+    held = np.flatnonzero((values_M == token) & (rows_M >= 0))
+    order = np.argsort(-scores_M[held], kind="mergesort")
+    count = 0
+    for place in held[order]:
+        row = rows_M[place] + 1
+        if count == len(out_P):
+            break
+        if row < len(role_R) and role_R[row] == FOLLOWS and (not distinct or _is_new(slots_H, row)):
+            out_P[count] = row
+            count += 1
+    return count
+
+
+@_compiled()
+def _extended(
+    cluster_R: Any, first_C: Any, member_R: Any, role_R: Any, distinct: bool, slots_H: Any, seen_H: Any, out_P: Any,
+    count: int,
+) -> int:  # fmt: skip
+    """Write the other members of the pointers' clusters behind the pointers; returns the number of all."""
+    seen_H[:] = -1
+    for i in range(count):
+        cluster = cluster_R[out_P[i]]
+        if not _is_new(seen_H, cluster):
+            continue
+        for j in range(first_C[cluster], first_C[cluster + 1]):
+            if count == len(out_P):
+                return count
+            row = member_R[j]
+            if role_R[row] != DELETED and (not distinct or _is_new(slots_H, row)):
+                out_P[count] = row
+                count += 1
+    return count
+
+
+@_compiled()
+def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, out_BP: Any, count_B: Any) -> None:
+    """Where each sequence may go on after its token: successors of the candidates that hold it, and their clusters.
+
+    Args:
+        step: (rows_BM, values_BM, scores_BM, token_B): the candidates, of which a row of -1 is none, and the tokens.
+        role_R: what each row is to a pointer, see above.
+        distinct: no row comes twice.
+        clusters: (cluster_R, first_C, member_R) as ``Clusters`` has them; empty arrays for none.
+        out_BP, count_B: rows, and how many, at most P.
+    """
+    rows_BM, values_BM, scores_BM, token_B = step
+    cluster_R, first_C, member_R = clusters
+    slots_H, seen_H = _slots(out_BP.shape[1]), _slots(out_BP.shape[1])
+    for b in range(len(rows_BM)):
+        slots_H[:] = -1
+        out_P = out_BP[b]
+        count = _pointers(rows_BM[b], values_BM[b], scores_BM[b], token_B[b], role_R, distinct, slots_H, out_P)
+        if len(member_R):
+            count = _extended(cluster_R, first_C, member_R, role_R, distinct, slots_H, seen_H, out_P, count)
+        count_B[b] = count
+        out_P[count:] = -1
+
+
+@_compiled()
+def join(found: Any, at_hand: Any, distinct: bool, joined: Any) -> None:
+    """The candidates of each sequence: what its search found, if it was searched, and its pointers.
+
+    Args:
+        found: (found_at_B, ids_SK, scores_SK): which search is the sequence's, -1 for none, and what searches found.
+        at_hand: (rows_BP, scores_BP): the pointers, -1 for none.
+        distinct: a pointer that the search found too is left out.
+        joined: (rows_BM, scores_BM, count_B): rows, -1 for none, and how many; M is at least K + P.
+    """
+    found_at_B, ids_SK, near_SK = found
+    rows_BP, scores_BP = at_hand
+    out_BM, out_scores_BM, count_B = joined
+    slots_H = _slots(out_BM.shape[1])
+    for b in range(len(rows_BP)):
+        count, at = 0, found_at_B[b]
+        if at >= 0:
+            slots_H[:] = -1
+            for i in range(ids_SK.shape[1]):
+                if ids_SK[at, i] >= 0:
+                    out_BM[b, count], out_scores_BM[b, count] = ids_SK[at, i], near_SK[at, i]
+                    count += 1
+                    _is_new(slots_H, ids_SK[at, i])
+        for i in range(rows_BP.shape[1]):
+            row = rows_BP[b, i]
+            if row >= 0 and (at < 0 or not distinct or _is_new(slots_H, row)):
+                out_BM[b, count], out_scores_BM[b, count] = row, scores_BP[b, i]
+                count += 1
+        count_B[b] = count
+        out_BM[b, count:] = -1
+        out_scores_BM[b, count:] = -np.inf
