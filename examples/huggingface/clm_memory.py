@@ -6,7 +6,10 @@ import logging
 from typing import Any
 
 from clm_arguments import KnnArguments
+from fairseq.memory.hf.retomaton import RetomatonWrapper
 
+from fairseq.memory.cluster_building import BuiltClusters, build_clusters
+from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.datastore import Datastore
 from fairseq.memory.hf.evaluation import save_datastore
 from fairseq.memory.hf.knn import KNNWrapper
@@ -73,6 +76,22 @@ def index(config: Any, knn: KnnArguments) -> BuiltIndex:
     )
 
 
+def cluster(config: Any, knn: KnnArguments) -> BuiltClusters:
+    """Cluster the keys of the store that is in the folder; a run that was killed goes on."""
+    place, store = find_store(config, knn)
+    return build_clusters(
+        ClusterConfig(
+            dstore_mmap=place.prefix,
+            clusters=knn.members,
+            num_clusters=knn.num_clusters,
+            sample_size=knn.sample_size,
+            dstore_size=place.rows,
+            dimension=place.dim,
+            dstore_fp16=place.rows is not None,
+        )
+    )
+
+
 def wrapper(knn: KnnArguments, tokenizer: Any) -> KNNWrapper | None:
     """What the evaluation breaks into the model; None for the model alone."""
     if not knn.uses_memory:
@@ -93,4 +112,13 @@ def wrapper(knn: KnnArguments, tokenizer: Any) -> KNNWrapper | None:
         "probe": knn.probe,
         "tokenizer": tokenizer,
     }
-    return KNNWrapper(**shared)
+    if knn.knn:
+        return KNNWrapper(**shared)
+    return RetomatonWrapper(
+        no_pointer=knn.no_pointer,
+        min_knns=knn.min_knns,
+        max_knns=knn.max_knns,
+        members=knn.members,
+        compat=knn.retomaton_compat,
+        **shared,
+    )

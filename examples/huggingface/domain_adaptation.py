@@ -1,4 +1,4 @@
-"""A language model in a domain it was not made for: alone, with a datastore (kNN-LM), and with its automaton (RetoMaton).
+"""A language model in a domain it was not made for: alone, with a datastore (kNN-LM), with an automaton (RetoMaton).
 
     python examples/huggingface/domain_adaptation.py --out output/domain-shakespeare
 
@@ -23,6 +23,7 @@ import clm_data
 import torch
 import transformers
 from domain_report import Row, write_report
+from fairseq.memory.hf.retomaton import RetomatonWrapper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +35,6 @@ from fairseq.memory.datastore import Datastore
 from fairseq.memory.files import StoreFiles
 from fairseq.memory.hf.evaluation import Window, evaluate, save_datastore, windows_of
 from fairseq.memory.hf.knn import KNNWrapper
-from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.memory.hf.saver import KNNSaver
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq_cli import get_data
@@ -44,7 +44,7 @@ logger = logging.getLogger("domain_adaptation")
 
 _PROGRAM = "domain_adaptation.py"
 _WEIGHTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
-_TEMPERATURES = (3.0, 10.0, 30.0, 100.0, 300.0)
+_TEMPERATURES = (0.3, 1.0, 3.0, 10.0, 30.0)
 _ALWAYS = 9_999_999  # searches at every token, as in knn-transformers' README
 _MIN_KNNS = (1, 8, 32, 128, 512, 1024, _ALWAYS)
 _STORE_NAME = "store"
@@ -114,7 +114,9 @@ class Grid(KNNWrapper):
         super().__init__(**settings)
         self.sums = {(weight, heat): 0.0 for weight in _WEIGHTS for heat in _TEMPERATURES}
 
-    def target_logp(self, key_ND: Tensor, lm_logp_N: Tensor, target_N: Tensor) -> Tensor:
+    def target_logp(
+        self, key_ND: Tensor, lm_logp_N: Tensor, target_N: Tensor, lengths_B: Tensor | None = None
+    ) -> Tensor:
         """Add up the grid's log-probabilities; returns the model's own."""
         for keys, lm_logp, target in zip(*(torch.split(each.cpu(), 1024) for each in (key_ND, lm_logp_N, target_N))):
             found = self.memory.lookup(keys)

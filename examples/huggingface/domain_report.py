@@ -46,8 +46,8 @@ def as_table(rows: Sequence[Row]) -> str:
 def write_report(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     """Write results.json, results.md and saved_searches.png; returns the text of results.md."""
     told = (
-        f"{about['model']} ({about['dtype']}), a datastore of {about['datastore_rows']} keys, lambda {about['lmbda']:g}, "
-        f"temperature {about['knn_temp']:g}, both chosen on the validation text; {rows[0].num_tokens} tokens of the "
+        f"{about['model']} ({about['dtype']}), a datastore of {about['datastore_rows']} keys, "
+        f"lambda {about['lmbda']:g}, temperature {about['knn_temp']:g}, both chosen on the validation text; {rows[0].num_tokens} tokens of the "
         f"test text, {about['threads']} threads; {about['seconds']:.0f} s in all."
     )
     text = f"{told}\n\n{as_table(rows)}\n"

@@ -24,6 +24,7 @@ import torch
 import transformers
 from clm_arguments import DataArguments, ModelArguments, parse
 from clm_training import Blocks, train
+from fairseq.memory.hf.retomaton import RetomatonWrapper
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
@@ -73,7 +74,8 @@ def main(argv: Sequence[str]) -> None:
         built = clm_memory.index(config, knn)
         sys.stdout.write(f"built {built.path} over {built.rows} keys\n")
     if knn.cluster_dstore:
-        sys.stdout.write(f"{clm_memory.cluster(config, knn)}\n")
+        made = clm_memory.cluster(config, knn)
+        sys.stdout.write(f"made {made.num_clusters} clusters of {made.rows} keys: {made.path}\n")
     if training.do_eval and not knn.save_knnlm_dstore:
         memory = clm_memory.wrapper(knn, tokenizer)
         with evaluating(model, training), memory(model) if memory else contextlib.nullcontext():
@@ -164,6 +166,9 @@ def report(scores: TokenScores, num_tokens: int, memory: Any, data: DataArgument
     tell(figures)
     told = {name: value for name, value in figures.to_dict().items() if name != "buckets"}
     told |= {"subset": data.eval_subset, "eval_loss": loss}
+    if isinstance(memory, RetomatonWrapper):
+        told |= {"saved_share": memory.saved_share, "num_searched": memory.num_searched}
+        sys.stdout.write(f"saved {100 * memory.saved_share:.2f}% of the searches\n")
     told |= {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     folder = Path(training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

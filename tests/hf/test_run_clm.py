@@ -34,6 +34,12 @@ def perplexity(told: str) -> float:
     return float(found[2])
 
 
+def saved_share(told: str) -> float:
+    found = re.search(r"^saved ([0-9.]+)% of the searches$", told, re.MULTILINE)
+    assert found, told
+    return float(found[1])
+
+
 def scored_by_hand(folder: Path, lines: list[str], group: int, size: int, stride: int) -> tuple[list[int], list[float]]:
     """Each token in the first window that has it, one window at a time, without any code of the project."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -111,6 +117,22 @@ def test_a_datastore_is_saved_indexed_clustered_and_used(clm: Clm, corpus: Path,
     assert found == pytest.approx(exact, rel=0.05)
     assert perplexity(clm(*texts, *words, "--knn", "--no-load-keys")) < 0.9 * plain
     assert perplexity(clm(*texts, *words, "--knn", "--lmbda", "0")) == plain
+    searched = clm(*texts, *words, "--retomaton", "--min-knns", "9999999", "--probe", "8", "--recompute_dists")
+    assert perplexity(searched) == pytest.approx(found, rel=0.05)  # rows that pointers lead to come on top
+    assert saved_share(searched) == 0.0
+    words = (*words, "--retomaton", "--probe", "8")
+    pointers = clm(*texts, *words)
+    assert 5.0 < saved_share(pointers) < 95.0
+    assert perplexity(pointers) < 0.9 * plain
+    told = clm(*texts, "--cluster_dstore", "--num_clusters", "20", "--sample-size", "1000")
+    assert f"made 20 clusters of {rows} keys" in told
+    clustered = clm(*texts, *words)
+    assert saved_share(clustered) > saved_share(pointers)
+    assert saved_share(clm(*texts, *words, "--min-knns", "900")) < saved_share(clustered)
+    assert saved_share(clm(*texts, *words, "--no_pointer")) == 0.0
+    assert perplexity(clm(*texts, *words, "--retomaton_compat")) < plain
+    kept = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert 0.0 < kept["saved_share"] < 1.0
 
 
 def test_two_steps_of_training_change_the_model_and_are_kept(clm: Clm, corpus: Path, tmp_path: Path) -> None:
@@ -187,7 +209,10 @@ def test_every_layout_of_a_text_gives_the_same_lines(examples: Path, tmp_path: P
         (["--validation_file", "TEXT"], "nothing to do: give --do_train"),
         (["--do_eval", "--validation_file", "TEXT", "--eval_subset", "vaild"], "unknown --eval_subset 'vaild'"),
         (["--do_eval", "--validation_file", "TEXT", "--eval_subset", "train"], "the subset train needs --train_file"),
-        (["--do_eval", "--validation_file", "TEXT", "--block_size", "33"], "--block_size 33 is more than the model's 32"),
+        (
+            ["--do_eval", "--validation_file", "TEXT", "--block_size", "33"],
+            "--block_size 33 is more than the",
+        ),
         (["--do_eval", "--validation_file", "TEXT", "--stride", "33"], "--stride 33 is more than the window's 32"),
         (["--do_eval", "--validation_file", "TEXT", "--knn"], "--knn needs --dstore_dir"),
         (["--do_eval", "--validation_file", "TEXT", "--knn", "--dstore_dir", "none"], "no datastore at 'none'"),
