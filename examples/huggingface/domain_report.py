@@ -47,8 +47,8 @@ def write_report(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) ->
     """Write results.json, results.md and saved_searches.png; returns the text of results.md."""
     told = (
         f"{about['model']} ({about['dtype']}), a datastore of {about['datastore_rows']} keys, "
-        f"lambda {about['lmbda']:g}, temperature {about['knn_temp']:g}, both chosen on the validation text; {rows[0].num_tokens} tokens of the "
-        f"test text, {about['threads']} threads; {about['seconds']:.0f} s in all."
+        f"lambda {about['lmbda']:g}, temperature {about['knn_temp']:g}, both chosen on the validation text; "
+        f"{rows[0].num_tokens} tokens of the test text, {about['threads']} threads; {about['seconds']:.0f} s in all."
     )
     text = f"{told}\n\n{as_table(rows)}\n"
     record = dict(about) | {"rows": [row.to_dict() for row in rows]}

@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from fairseq.disk import writing
-from fairseq.manifest import require_writable
+from fairseq.manifest import require_writable, write_manifest
 from fairseq.memory.files import read_json, write_json
 from fairseq.memory.hf.evaluation import TokenScores, evaluate
 from fairseq.perplexity import Figures
@@ -80,7 +81,16 @@ def main(argv: Sequence[str]) -> None:
         memory = clm_memory.wrapper(knn, tokenizer)
         with evaluating(model, training), memory(model) if memory else contextlib.nullcontext():
             scores = evaluate(model, windows, memory, batch_size=training.per_device_eval_batch_size)
-        report(scores, sum(map(len, groups["subset"])), memory, data, training)
+        told = report(scores, sum(map(len, groups["subset"])), memory, data, training)
+        write_manifest(
+            Path(str(training.output_dir)) / "eval.run.json",
+            program="run_clm.py",
+            argv=argv,
+            config={"model": asdict(chosen), "data": asdict(data), "memory": asdict(knn)},
+            figures=told,
+            inputs=[path for path in data.files().values() if path],
+            seed=training.seed,
+        )
 
 
 def load_config(chosen: ModelArguments) -> Any:
@@ -124,6 +134,8 @@ def naming_model(name: str | None) -> Iterator[None]:
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{name} is no folder of a model, and it cannot be had from the hub: {reason}") from error
+    except ValueError as error:  # an encoder, say; the lines that follow name all models there are
+        raise ValueError(f"{name} is no causal language model: {str(error).strip().splitlines()[0]}") from error
 
 
 def texts(
@@ -154,8 +166,10 @@ def evaluating(model: Any, training: TrainingArguments) -> Iterator[None]:
         yield
 
 
-def report(scores: TokenScores, num_tokens: int, memory: Any, data: DataArguments, training: TrainingArguments) -> None:
-    """Print the figures and leave them in the output folder."""
+def report(
+    scores: TokenScores, num_tokens: int, memory: Any, data: DataArguments, training: TrainingArguments
+) -> dict[str, Any]:
+    """Print the figures and leave them in the output folder; returns them."""
     logp = scores.logp.double().numpy()
     impossible = np.isneginf(logp)
     if impossible.any():
@@ -179,6 +193,7 @@ def report(scores: TokenScores, num_tokens: int, memory: Any, data: DataArgument
     everything = folder / "all_results.json"
     write_json(folder / "eval_results.json", told)
     write_json(everything, (read_json(everything) if everything.exists() else {}) | told)
+    return told
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ def test_each_token_is_scored_once_and_group_tails_are_kept(
     assert perplexity(told) == pytest.approx(math.exp(-np.mean(logp)), rel=1e-3)
     kept = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert kept["num_tokens"] == len(targets) == sum(len(line.split()) + 1 for line in lines) - 3
+    manifest = json.loads((tmp_path / "out" / "eval.run.json").read_text())
+    assert manifest["figures"] == kept
+    assert manifest["inputs"][str(text)]["bytes"] == text.stat().st_size
     assert kept["eval_loss"] == pytest.approx(-np.mean(logp), rel=1e-5)
     assert perplexity(clm(*words)) != perplexity(told)  # windows of 32 and half of that
 
@@ -242,6 +245,13 @@ def test_a_mistake_is_told_before_any_work(
     with pytest.raises(ValueError, match=re.escape(message)):
         clm(*[replaced.get(word, word) for word in words])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_is_no_causal_model(clm: Clm, corpus: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
+    transformers.T5Config(d_model=8, num_layers=1).save_pretrained(tmp_path)
+    words = ("--model_name_or_path", tmp_path, "--tokenizer_name", tiny_gpt2, "--validation_file", corpus / "valid.txt")
+    with pytest.raises(ValueError, match=r"is no causal language model: Unrecognized configuration class [^\n]*$"):
+        clm(*words, "--do_eval")
 
 
 def test_a_store_of_another_size_or_width_is_refused(clm: Clm, corpus: Path, tmp_path: Path) -> None:
