@@ -64,15 +64,15 @@ class DomainConfig:
     """Text on which lambda and temperature are chosen."""
     test_file: str | None = flag("--test_file", default=None)
     """Text that the results are of."""
-    train_tokens: int = flag("--train_tokens", default=200_000)
+    train_tokens: int = flag("--train_tokens", default=100_000)
     """Tokens of the datastore's text, at most."""
-    valid_tokens: int = flag("--valid_tokens", default=6_000)
+    valid_tokens: int = flag("--valid_tokens", default=4_000)
     """Tokens of the validation text, at most."""
-    test_tokens: int = flag("--test_tokens", default=12_000)
+    test_tokens: int = flag("--test_tokens", default=8_000)
     """Tokens of the test text, at most."""
-    block_size: int = flag("--block_size", default=512)
+    block_size: int = flag("--block_size", default=256)
     """Tokens of a window; each is read from half a window before on."""
-    batch_size: int = flag("--batch_size", default=2)
+    batch_size: int = flag("--batch_size", default=4)
     """Windows that are read at once."""
     k: int = flag("--k", default=1024)
     """Neighbours per token."""

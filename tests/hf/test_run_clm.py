@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,36 @@ def test_a_datastore_is_saved_indexed_clustered_and_used(clm: Clm, corpus: Path,
     assert perplexity(clm(*texts, *words, "--retomaton_compat")) < plain
     kept = json.loads((tmp_path / "out" / "eval_results.json").read_text())
     assert 0.0 < kept["saved_share"] < 1.0
+
+
+def test_the_commands_of_knn_transformers_run_as_they_are_printed(
+    examples: Path, corpus: Path, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import run_clm
+
+    monkeypatch.chdir(tmp_path)
+    model = "neulab/gpt2-finetuned-wikitext103"
+    shutil.copytree(tiny_gpt2, tmp_path / model)
+    texts = tmp_path / "wikitext" / "wikitext-103-raw-v1"
+    texts.mkdir(parents=True)
+    for ours, theirs in (("train", "train"), ("valid", "validation"), ("test", "test")):
+        shutil.copy(corpus / f"{ours}.txt", texts / f"{theirs}.txt")
+    shared = f"--model_name_or_path {model} --dataset_name wikitext --dataset_config_name wikitext-103-raw-v1"
+    figures = {}
+    for name, words in {
+        "base": "--do_eval --eval_subset validation",
+        "save": f"--do_eval --eval_subset train --dstore_dir checkpoints/{model} --save_knnlm_dstore",
+        "index": f"--dstore_dir checkpoints/{model} --build_index",
+        "clusters": f"--dstore_dir checkpoints/{model}/ --cluster_dstore --num_clusters 30 --sample_size 20000000",
+        "knn": f"--do_eval --eval_subset validation --dstore_dir checkpoints/{model} --knn",
+        "retomaton": f"--do_eval --eval_subset validation --dstore_dir checkpoints/{model} --retomaton",
+    }.items():
+        run_clm.main(f"{shared} --output_dir checkpoints/{model} {words}".split())
+        if "validation" in words:
+            figures[name] = json.loads((tmp_path / "checkpoints" / model / "eval_results.json").read_text())
+    assert figures["knn"]["perplexity"] < figures["base"]["perplexity"]
+    assert figures["retomaton"]["perplexity"] < figures["base"]["perplexity"]
+    assert figures["retomaton"]["saved_share"] > 0.5
 
 
 def test_two_steps_of_training_change_the_model_and_are_kept(clm: Clm, corpus: Path, tmp_path: Path) -> None:
