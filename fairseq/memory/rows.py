@@ -87,11 +87,13 @@ class Rows:
     def take(self, ids_N: Tensor | Array) -> Tensor:
         """Some rows in the order asked for, as float32 (integers as int64). Each is read once, in the files' order."""
         ids_N = ids_N if isinstance(ids_N, Tensor) else torch.from_numpy(np.ascontiguousarray(ids_N))
+        if len(self.parts) == 1 and not isinstance(self.parts[0], np.memmap):  # nothing is read from a disk
+            return self._tensors[0].index_select(0, ids_N).to(self._taken_as)
         if len(ids_N) > 1 and not bool((ids_N[1:] > ids_N[:-1]).all()):
             unique_M, inverse_N = torch.unique(ids_N, return_inverse=True)
             return self.take(unique_M).index_select(0, inverse_N)
         assert not len(ids_N) or (int(ids_N[0]) >= 0 and int(ids_N[-1]) < len(self)), (ids_N, len(self))
-        dtype = torch.float32 if self._tensors[0].is_floating_point() else torch.int64
+        dtype = self._taken_as
         # torch gathers with all threads and numpy with one.
         if len(self.parts) == 1:
             return self._tensors[0].index_select(0, ids_N).to(dtype)
@@ -105,7 +107,11 @@ class Rows:
 
     def in_memory(self) -> Rows:
         """The same rows read into one array."""
-        return Rows([np.concatenate(self.parts)], self.dtype)
+        return Rows([np.concatenate([np.asarray(part) for part in self.parts])], self.dtype)
+
+    @property
+    def _taken_as(self) -> torch.dtype:
+        return torch.float32 if self._tensors[0].is_floating_point() else torch.int64
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         """All rows for numpy; bfloat16 as float32."""

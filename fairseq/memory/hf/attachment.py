@@ -37,6 +37,12 @@ class ForwardCall:
         given: Tensor | None = self.named.get("labels")
         return given
 
+    @property
+    def input_ids(self) -> Tensor | None:
+        """What the decoder reads, (B, T), unless it is given embeddings."""
+        ids: Tensor | None = self.named.get("decoder_input_ids" if self.is_seq2seq else "input_ids")
+        return ids
+
     def target(self) -> Tensor | None:
         """The token to predict at each position, (B, T), ``IGNORED`` where none counts; None without labels.
 

@@ -23,8 +23,12 @@ from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.names import KeyType
 from fairseq.memory.hf.saver import KNNSaver
 
-_BULK = 8192
-"""Positions whose keys are collected before they are looked up."""
+_BULK = 32768
+_BULK_BYTES = 256 << 20
+"""Positions whose keys are collected before they are looked up, and what these keys may take."""
+_SEQUENCE = 512
+"""Positions of windows that continue each other that a RetoMaton reads as one: more of them leave fewer to read side by
+side, and a sequence begins with a search."""
 _ROWS = 256
 """Positions whose scores are cast to float32 at a time."""
 
@@ -103,7 +107,6 @@ def evaluate(
     memory: KNNWrapper | None = None,
     *,
     batch_size: int = 8,
-    bulk: int = _BULK,
 ) -> TokenScores:
     """Score the tokens of windows with a model, and a memory that is in it, if any.
 
@@ -111,7 +114,6 @@ def evaluate(
         model: in evaluation mode; a decoder without an encoder.
         memory: a wrapper that was broken into the model.
         batch_size: windows the model reads at once; shorter ones are padded on the right.
-        bulk: positions that are looked up together.
     Raises: ValueError when the memory is in another model.
     """
     if memory is not None and memory.model is not model:
@@ -126,7 +128,7 @@ def evaluate(
             scores.target_parts.append(batch.targets)
     else:
         with memory.paused(), capture_key(memory.tap) as capture:
-            _collect(model, windows, memory, capture, batch_size, bulk, scores)
+            _collect(model, windows, memory, capture, batch_size, scores)
     scores.seconds = time.perf_counter() - started
     return scores
 
@@ -137,29 +139,51 @@ def _collect(
     memory: KNNWrapper,
     capture: Capture,
     batch_size: int,
-    bulk: int,
     scores: TokenScores,
 ) -> None:
-    keys: list[Tensor] = []
-    lm_logp: list[Tensor] = []
-    targets: list[Tensor] = []
+    held = _Held()
 
     def look_up() -> None:
-        if targets:
-            scores.logp_parts.append(memory.target_logp(torch.cat(keys), torch.cat(lm_logp), torch.cat(targets)))
-            scores.target_parts.append(torch.cat(targets))
-            for held in (keys, lm_logp, targets):
-                held.clear()
+        if len(held):
+            key_ND, lm_logp_N, target_N = (torch.cat(each) for each in (held.keys, held.lm_logp, held.targets))
+            lengths_B = torch.tensor([len(key_ND)] if memory.flattens_batches else held.lengths)
+            scores.logp_parts.append(memory.target_logp(key_ND, lm_logp_N, target_N, lengths_B))
+            scores.target_parts.append(target_N)
 
     for batch in _batches(windows, batch_size):
         with torch.inference_mode():
             logits_BTV = model(**batch.inputs(model)).logits
-            lm_logp.append(batch.target_logp(logits_BTV).cpu())
-            keys.append(batch.scored(capture.take(len(logits_BTV))).float().cpu())
-        targets.append(batch.targets)
-        if sum(map(len, targets)) >= bulk:
+            lm_logp_N = batch.target_logp(logits_BTV).cpu()
+            key_ND = batch.scored(capture.take(len(logits_BTV))).float().cpu()
+        held.add(key_ND, lm_logp_N, batch)
+        if memory.flattens_batches or len(held) >= min(_BULK, _BULK_BYTES // (4 * key_ND.shape[1])):
             look_up()
+            held = _Held()
     look_up()
+
+
+class _Held:
+    """Positions whose keys wait for their lookup."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.lm_logp: list[Tensor] = []
+        self.targets: list[Tensor] = []
+        self.lengths: list[int] = []
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def add(self, key_ND: Tensor, lm_logp_N: Tensor, batch: _Batch) -> None:
+        """Add the scored positions of a batch. Windows that continue each other are one sequence, up to a length."""
+        self.keys.append(key_ND)
+        self.lm_logp.append(lm_logp_N)
+        self.targets.append(batch.targets)
+        for count, continues in zip(batch.is_scored_BT.sum(1).tolist(), batch.continues):
+            if continues and self.lengths and self.lengths[-1] + count <= _SEQUENCE:
+                self.lengths[-1] += count
+            else:
+                self.lengths.append(count)
 
 
 def save_datastore(model: nn.Module, windows: Iterable[Window], saver: KNNSaver, *, batch_size: int = 8) -> int:
@@ -186,6 +210,8 @@ class _Batch:
     is_text_BT: Tensor
     is_scored_BT: Tensor
     """Whether the token at a place is to be predicted, from the place before."""
+    continues: list[bool]
+    """Whether a window's scored tokens follow those of the window before it."""
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> _Batch:
@@ -194,7 +220,8 @@ class _Batch:
         place_1T = torch.arange(int(length_B1.max()))[None]
         ids_BT = torch.nn.utils.rnn.pad_sequence([window.ids_T for window in windows], batch_first=True)
         is_text_BT = place_1T < length_B1
-        return cls(ids_BT, is_text_BT, is_text_BT & (place_1T >= context_B1))
+        continues = [window.num_context > 0 for window in windows]
+        return cls(ids_BT, is_text_BT, is_text_BT & (place_1T >= context_B1), continues)
 
     @property
     def labels(self) -> Tensor:

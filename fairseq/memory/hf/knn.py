@@ -38,6 +38,9 @@ class KNNWrapper(Attachment):
     mixture. Outputs carry no gradient. With ``lmbda`` 0 they are the model's own, to the last bit.
     """
 
+    flattens_batches = False
+    """Whether what a batch is made of changes the figures, as it does in an original program."""
+
     def __init__(
         self,
         dstore_size: int | None = None,
@@ -102,7 +105,9 @@ class KNNWrapper(Attachment):
         assert self._memory is not None, "not in a model"
         return self._memory
 
-    def target_logp(self, key_ND: Tensor, lm_logp_N: Tensor, target_N: Tensor) -> Tensor:
+    def target_logp(
+        self, key_ND: Tensor, lm_logp_N: Tensor, target_N: Tensor, lengths_B: Tensor | None = None
+    ) -> Tensor:
         """Log-probability of tokens by model and neighbours, (N,), float32 on the CPU.
 
         A bulk of positions is searched much faster than one at a time: collect the keys of many calls.
@@ -110,6 +115,7 @@ class KNNWrapper(Attachment):
         Args:
             key_ND: keys of the positions.
             lm_logp_N: the model's own log-probability of the tokens.
+            lengths_B: how many of the positions follow each other in a text; it means nothing here.
         """
         parts = []
         chunks = (torch.split(each, _QUERIES_AT_ONCE) for each in (key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()))
@@ -151,7 +157,7 @@ class KNNWrapper(Attachment):
     def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
         logits_BLV = output.logits.detach()
         logits_BLV = logits_BLV if logits_BLV.is_contiguous() else logits_BLV.contiguous()
-        logp_N = self._mix(call, key_BTD, logits_BLV)
+        logp_N = self._mix(call, key_BTD, logits_BLV, output)
         if logp_N is None:
             output.logits = logits_BLV
             return output
@@ -159,17 +165,12 @@ class KNNWrapper(Attachment):
         loss = -logp_N.sum() / (len(logp_N) if count is None else torch.as_tensor(count, device=logp_N.device))
         return type(output)(**(dict(output) | {"loss": loss, "logits": logits_BLV}))
 
-    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor) -> Tensor | None:
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: Any) -> Tensor | None:
         """Turn logits into log-probabilities, in place. Returns those of the labels that count, (N,), if there are any.
 
         Positions are looked up in groups, so that there are never more than so many candidates.
         """
-        scores_RV = logits_BLV.view(-1, logits_BLV.shape[-1])
-        num_scores = logits_BLV.shape[1]
-        target_BT = call.target()
-        target_R = None if target_BT is None else call.kept(target_BT, num_scores).reshape(-1).to(scores_RV.device)
-        rows_N = self._rows(call, key_BTD, target_R, num_scores)
-        key_RD = call.kept(key_BTD, num_scores).reshape(len(scores_RV), -1)
+        scores_RV, key_RD, rows_N, target_R = self._flat(call, key_BTD, logits_BLV)
         logp: list[Tensor] = []
         for part in _split(rows_N, len(scores_RV)):
             whole, some = (scores_RV[part], None) if isinstance(part, slice) else (scores_RV, part)
@@ -177,9 +178,24 @@ class KNNWrapper(Attachment):
             mixed = self._mixer.mix_(whole, some, self.memory.lookup(key_RD[part]), target_N)
             logp += [] if mixed is None else [mixed]
         if rows_N is not None:
-            rest_R = torch.ones(len(scores_RV), dtype=torch.bool, device=scores_RV.device).index_fill_(0, rows_N, False)
-            self._mixer.normalize_(scores_RV, rest_R.nonzero()[:, 0])
+            self._normalize_rest(scores_RV, rows_N)
         return None if target_R is None else torch.cat(logp)
+
+    def _flat(
+        self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Scores (R, V), keys (R, D), the rows that are looked up (None: all) and targets (R,), one position a row."""
+        scores_RV = logits_BLV.view(-1, logits_BLV.shape[-1])
+        num_scores = logits_BLV.shape[1]
+        target_BT = call.target()
+        target_R = None if target_BT is None else call.kept(target_BT, num_scores).reshape(-1).to(scores_RV.device)
+        key_RD = call.kept(key_BTD, num_scores).reshape(len(scores_RV), -1)
+        return scores_RV, key_RD, self._rows(call, key_BTD, target_R, num_scores), target_R
+
+    def _normalize_rest(self, scores_RV: Tensor, rows_N: Tensor) -> None:
+        """Turn the other rows into the model's own log-probabilities."""
+        rest_R = torch.ones(len(scores_RV), dtype=torch.bool, device=scores_RV.device).index_fill_(0, rows_N, False)
+        self._mixer.normalize_(scores_RV, rest_R.nonzero()[:, 0])
 
     def _rows(self, call: ForwardCall, key_BTD: Tensor, target_R: Tensor | None, num_scores: int) -> Tensor | None:
         """The rows of the flat logits that are looked up; None for all."""

@@ -38,7 +38,7 @@ def _guess(scores_S: Any, sample: Any, wanted: int) -> float:
     place = int(expected + 3.0 * np.sqrt(expected) + 3.0)
     if place >= count:
         return -np.inf
-    return np.partition(sample[:count], count - 1 - place)[count - 1 - place]
+    return float(np.partition(sample[:count], count - 1 - place)[count - 1 - place])
 
 
 @_compiled()
