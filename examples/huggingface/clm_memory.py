@@ -6,13 +6,13 @@ import logging
 from typing import Any
 
 from clm_arguments import KnnArguments
-from fairseq.memory.hf.retomaton import RetomatonWrapper
 
 from fairseq.memory.cluster_building import BuiltClusters, build_clusters
 from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.datastore import Datastore
 from fairseq.memory.hf.evaluation import save_datastore
 from fairseq.memory.hf.knn import KNNWrapper
+from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.memory.hf.saver import KNNSaver
 from fairseq.memory.hf.stores import StorePlace, index_name, open_store
 from fairseq.memory.index.build import BuiltIndex, build_index

@@ -23,7 +23,6 @@ import clm_data
 import torch
 import transformers
 from domain_report import Row, write_report
-from fairseq.memory.hf.retomaton import RetomatonWrapper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,6 +34,7 @@ from fairseq.memory.datastore import Datastore
 from fairseq.memory.files import StoreFiles
 from fairseq.memory.hf.evaluation import Window, evaluate, save_datastore, windows_of
 from fairseq.memory.hf.knn import KNNWrapper
+from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.memory.hf.saver import KNNSaver
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq_cli import get_data
@@ -74,8 +74,8 @@ class DomainConfig:
     """Tokens of a window; each is read from half a window before on."""
     batch_size: int = flag("--batch_size", default=4)
     """Windows that are read at once."""
-    k: int = flag("--k", default=1024)
-    """Neighbours per token."""
+    k: int = flag("--k", default=256)
+    """Neighbours per token: of some 100,000 keys, farther ones weigh next to nothing."""
     num_clusters: int | None = flag("--num_clusters", default=None)
     """Clusters of the datastore; by default one for 100 rows."""
     dtype: str = flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))

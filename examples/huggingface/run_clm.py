@@ -25,7 +25,6 @@ import torch
 import transformers
 from clm_arguments import DataArguments, ModelArguments, parse
 from clm_training import Blocks, train
-from fairseq.memory.hf.retomaton import RetomatonWrapper
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
@@ -33,6 +32,7 @@ from fairseq.disk import writing
 from fairseq.manifest import require_writable, write_manifest
 from fairseq.memory.files import read_json, write_json
 from fairseq.memory.hf.evaluation import TokenScores, evaluate
+from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.perplexity import Figures
 from fairseq_cli.evaluation_report import tell
 from fairseq_cli.main import run
