@@ -67,6 +67,9 @@ class VocabularyMixer:
         return torch.cat(logp) if logp else scores_RV.new_empty(0, dtype=torch.float32)
 
     def _mix_chunk_(self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor) -> None:
+        if not scores_CM.shape[1]:
+            logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
+            return
         scores_CM = (scores_CM / self.temperature).masked_fill(~keep_CM, -torch.inf)
         values_CM = values_CM.masked_fill(~keep_CM, 0)
         best_C1 = scores_CM.amax(1, keepdim=True)

@@ -36,7 +36,7 @@ def last_layer_inputs(model: torch.nn.Module, call: dict[str, torch.Tensor]) -> 
     return seen
 
 
-# The norm and the block of the last decoder layer, written down by hand: module path of what makes the key, of the block.
+# The last decoder layer, written down by hand: the module that makes the key, and the block (or its last map).
 BY_HAND = {
     "gpt2": ("transformer.h.1.ln_2", "transformer.h.1.mlp"),
     "gpt_neo": ("transformer.h.1.ln_2", "transformer.h.1.mlp"),

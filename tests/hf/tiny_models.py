@@ -19,7 +19,7 @@ _DECODER = {
 }
 _BART = {
     "d_model": 16,
-    "encoder_layers": 1,
+    "encoder_layers": 2,
     "decoder_layers": 2,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
@@ -51,7 +51,7 @@ _T5 = {
     "d_model": 16,
     "d_kv": 8,
     "d_ff": 24,
-    "num_layers": 1,
+    "num_layers": 2,
     "num_decoder_layers": 2,
     "num_heads": 2,
     "decoder_start_token_id": 0,

@@ -40,9 +40,8 @@ class Capture:
         return held.view(batch_size, -1, held.shape[-1]) if held.ndim != 3 else held
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was; what was captured may still be taken."""
         self._handle.remove()
-        self._held = None
 
     def _see_input(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         value = inputs[0] if inputs else next(iter(named.values()))

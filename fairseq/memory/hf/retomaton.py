@@ -193,6 +193,8 @@ class RetomatonWrapper(KNNWrapper):
     def _pays_ahead(self, num_positions: int) -> bool:
         """Whether to search all positions at once, before it is known which need it: in bulk a search costs less."""
         index = self.memory.index
+        if self.flattens_batches:  # the original's figures hang on how its searches round
+            return False
         if isinstance(index, FaissIndex):
             return DecodedLists.pays_for(index.inner, min(num_positions, _AHEAD))
         return num_positions > 1

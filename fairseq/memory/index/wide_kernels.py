@@ -64,7 +64,7 @@ def select(scores: Any, edges_Q: Any, wanted: int, order_QC: Any, sample: Any) -
                     bit = np.int64(bits[s])
                     if bit < 0:
                         bit ^= 0x7FFFFFFF  # the bits of a negative float, turned round, order as the float does
-                    order_QC[q, at] = ((np.int64(0x7FFFFFFF) - bit) << 32) | (s - start)
+                    order_QC[q, at] = ((np.int64(-1) - bit) << 32) | (s - start)
                     at += 1
             if at == count:
                 break

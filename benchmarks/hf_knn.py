@@ -1,0 +1,44 @@
+"""kNN evaluation of a Hugging Face model (k 1024, 520,000 keys) reaches at least 0.6 of plain evaluation's tokens/s."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+import hf_inputs
+
+sys.path.insert(0, str(common.ROOT))
+
+
+def main() -> None:
+    """Evaluate plainly and with neighbours, in turn."""
+    made = hf_inputs.parser(common.parser(__doc__))
+    made.add_argument("--retomaton", action="store_true", help="measure RetoMaton instead, wanted: >= 0.5")
+    made.add_argument("--members", help="clusters for RetoMaton, wanted with them: >= 0.33")
+    options = made.parse_args()
+    from fairseq.memory.hf.evaluation import evaluate, windows_of
+    from fairseq.memory.hf.knn import KNNWrapper
+    from fairseq.memory.hf.retomaton import RetomatonWrapper
+
+    model, ids = hf_inputs.model_and_ids(options)
+    windows = windows_of(ids, 256, 128, tail=False)
+    with tempfile.TemporaryDirectory() as folder:
+        where = hf_inputs.store(options, model, Path(folder))
+        wrapper = KNNWrapper(dstore_dir=where, k=1024, probe=32)
+        name, wanted = "hf_knn", ">= 0.6"
+        if options.retomaton:
+            wrapper = RetomatonWrapper(dstore_dir=where, k=1024, probe=32, members=options.members)
+            name, wanted = ("hf_clusters", ">= 0.33") if options.members else ("hf_retomaton", ">= 0.5")
+        with wrapper(model):
+            plain, memory = common.in_turn(
+                lambda: evaluate(model, windows), lambda: evaluate(model, windows, wrapper), options.repeats
+            )
+    details = {"plain_seconds": plain, "memory_seconds": memory, "tokens": sum(len(w.ids_T) for w in windows)}
+    ratio = common.median_ratio(plain, memory)
+    common.tell(name, "evaluation with memory over plain, tokens/s", ratio, wanted, details, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Mixing in place equals the formulas of fairseq.memory.scoring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fairseq.memory.scoring import interpolate, vocab_logp
+from fairseq.memory.types import Candidates
+from fairseq.memory.vocab_mixing import VocabularyMixer
+
+
+def candidates(rows, count, vocabulary, seed=0):
+    made = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, vocabulary, (rows, count), generator=made)
+    scores = -40.0 * torch.rand(rows, count, generator=made)
+    keep = torch.rand(rows, count, generator=made) < 0.8
+    return Candidates(values.masked_fill(~keep, -1), scores.masked_fill(~keep, -torch.inf), keep)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+@pytest.mark.parametrize("vocabulary", [7, 1 << 19])
+def test_equals_the_formula(weight, vocabulary):
+    scores = 3.0 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1))
+    found = candidates(5, 30, vocabulary)
+    expected = interpolate(torch.log_softmax(scores, 1), vocab_logp(found, vocabulary, 2.0), weight)
+    mixer = VocabularyMixer(weight, 2.0)
+    target = torch.arange(5)
+    for _ in range(2):  # what it keeps between calls changes nothing
+        mixed = scores.clone()
+        logp = mixer.mix_(mixed, None, found, target)
+        torch.testing.assert_close(mixed, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logp, expected[target, target], atol=2e-5, rtol=1e-5)
+
+
+def test_other_rows_stay_and_are_normalised_apart():
+    scores = torch.randn(6, 9)
+    mixed, rows = scores.clone(), torch.tensor([1, 4])
+    mixer = VocabularyMixer(0.5)
+    mixer.mix_(mixed, rows, candidates(2, 5, 9))
+    rest = torch.tensor([0, 2, 3, 5])
+    assert torch.equal(mixed[rest], scores[rest])
+    mixer.normalize_(mixed, rest)
+    torch.testing.assert_close(mixed.logsumexp(1), torch.zeros(6), atol=1e-6, rtol=0)
+
+
+def test_a_row_without_candidates_is_the_models_alone():
+    scores = torch.randn(2, 9)
+    found = candidates(2, 5, 9)
+    found.keep_NM[0] = False
+    mixed = scores.clone()
+    VocabularyMixer(0.5).mix_(mixed, None, found)
+    torch.testing.assert_close(mixed[0], torch.log_softmax(scores[0], 0))
+    none = Candidates(torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0), torch.empty(2, 0, dtype=torch.bool))
+    mixed = scores.clone()
+    VocabularyMixer(0.5).mix_(mixed, None, none)
+    torch.testing.assert_close(mixed, torch.log_softmax(scores, 1))
