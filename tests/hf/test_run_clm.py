@@ -189,8 +189,8 @@ def test_two_steps_of_training_change_the_model_and_are_kept(clm: Clm, corpus: P
 def test_a_fresh_model_learns_from_its_config(clm: Clm, corpus: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
     told = clm(
         *("--config_name", tiny_gpt2, "--tokenizer_name", tiny_gpt2, "--train_file", corpus / "train.txt"),
-        *("--do_train", "--do_eval", "--max_steps", "1", "--eval_strategy", "steps", "--use_cpu"),
-        *("--output_dir", tmp_path / "fresh", "--disable_tqdm", "1"),
+        *("--do_train", "--do_eval", "--max_steps", "1", "--eval_strategy", "steps"),
+        *("--output_dir", tmp_path / "fresh"),
     )
     assert "eval_loss" in told
     fresh = json.loads((tmp_path / "fresh" / "eval_results.json").read_text())
