@@ -204,8 +204,13 @@ def make_store(config: DomainConfig, model: Any, tokenizer: Any, windows: list[W
         with KNNSaver(dstore_dir=config.out, name=_STORE_NAME, tokenizer=tokenizer)(model) as saver:
             rows = save_datastore(model, windows, saver, batch_size=config.batch_size)
         logger.info("saved %d keys in %.0f s", rows, time.perf_counter() - started)
+    store, rows = Datastore.open(prefix), sum(len(window.ids_T) - 1 for window in windows)
+    if len(store) != rows:
+        raise ValueError(
+            f"{prefix} has {len(store)} rows of another command, the text makes {rows}; give another --out or remove it"
+        )
     build_clusters(ClusterConfig(dstore_mmap=prefix, num_clusters=config.num_clusters))
-    return Datastore.open(prefix)
+    return store
 
 
 def shared(config: DomainConfig, tokenizer: Any) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def test_a_datastore_of_the_domain_helps_and_a_report_is_left(
     store = (tmp_path / "out" / "store-fp16_keys.npy").stat().st_mtime_ns
     domain_adaptation.main([*(str(word) for word in words), "--test_tokens", "200"])  # the store is not made again
     assert (tmp_path / "out" / "store-fp16_keys.npy").stat().st_mtime_ns == store
+    with pytest.raises(ValueError, match=r"rows of another command, the text makes 96; give another --out"):
+        domain_adaptation.main([*(str(word) for word in words), "--train_tokens", "100"])
 
 
 @pytest.mark.parametrize(
