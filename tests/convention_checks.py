@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.memory.types", "fairseq.memory.scoring", "fairseq.memory.visibility", "fairseq.memory.knn_config"),
     ("fairseq.data",),
     ("fairseq.modules",),
-    ("fairseq.memory",),
+    ("fairseq.memory", "fairseq.memory.hf.gguf"),
     ("fairseq.models", "fairseq.legacy_checkpoints", "fairseq.checkpoint_utils"),
     ("fairseq.criterions", "fairseq.optim"),
     ("fairseq.tasks",),

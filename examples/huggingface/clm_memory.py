@@ -1,0 +1,124 @@
+"""The datastore of a command: saved, indexed, clustered, opened."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from clm_arguments import KnnArguments
+
+from fairseq.memory.cluster_building import BuiltClusters, build_clusters
+from fairseq.memory.cluster_config import ClusterConfig
+from fairseq.memory.datastore import Datastore
+from fairseq.memory.hf.evaluation import save_datastore
+from fairseq.memory.hf.knn import KNNWrapper
+from fairseq.memory.hf.retomaton import RetomatonWrapper
+from fairseq.memory.hf.saver import KNNSaver
+from fairseq.memory.hf.stores import StorePlace, index_name, open_store
+from fairseq.memory.index.build import BuiltIndex, build_index
+from fairseq.memory.index.build_config import BuildConfig
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_LIST = 100
+_MOST_LISTS = 4096
+_CODE_BYTES = 64
+_LEAST_COMPRESSED = 256  # compression tells 256 patterns apart and learns them from as many keys
+
+
+def check_store(config: Any, knn: KnnArguments) -> None:
+    """Raise ValueError when a store that is to be used is not there or not as stated; before a model is loaded."""
+    if knn.makes_memory and not knn.save_knnlm_dstore or knn.uses_memory:
+        find_store(config, knn)
+
+
+def find_store(config: Any, knn: KnnArguments) -> tuple[StorePlace, Datastore]:
+    """The store and where it is. Raises: ValueError when it is missing or of other sizes than stated."""
+    place = StorePlace.find(str(knn.dstore_dir), config.model_type, knn.dstore_size, knn.dimension)
+    store = open_store(place, with_keys=not knn.no_load_keys)
+    if knn.dimension is not None and knn.dimension != store.dim:
+        raise ValueError(f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {knn.dimension}")
+    return place, store.require(size=knn.dstore_size)
+
+
+def save(model: Any, tokenizer: Any, windows: Any, knn: KnnArguments, batch_size: int) -> tuple[str, int]:
+    """Save the keys of windows. Returns the store's prefix and rows; a run that was killed goes on."""
+    saver = KNNSaver(
+        dstore_size=knn.dstore_size,
+        dstore_dir=str(knn.dstore_dir),
+        dimension=knn.dimension,
+        knn_keytype=knn.knn_keytype,
+        tokenizer=tokenizer,
+    )
+    with saver(model):
+        rows = save_datastore(model, windows, saver, batch_size=batch_size)
+    assert saver.prefix is not None
+    return saver.prefix, rows
+
+
+def index(config: Any, knn: KnnArguments) -> BuiltIndex:
+    """Build the index over the store that is in the folder; what the user leaves open follows from the store's size."""
+    place, store = find_store(config, knn)
+    code_size = knn.code_size or max(size for size in range(1, _CODE_BYTES + 1) if store.dim % size == 0)
+    return build_index(
+        BuildConfig(
+            dstore_mmap=place.prefix,
+            faiss_index=index_name(place.prefix),
+            index="ivfpq" if len(store) >= _LEAST_COMPRESSED or knn.ncentroids or knn.code_size else "flat",
+            ncentroids=knn.ncentroids or min(_MOST_LISTS, max(1, len(store) // _ROWS_PER_LIST)),
+            code_size=code_size,
+            probe=knn.probe,
+            num_keys_to_add_at_a_time=knn.num_keys_to_add_at_a_time,
+            dstore_size=place.rows,
+            dimension=place.dim,
+            dstore_fp16=place.rows is not None,
+        )
+    )
+
+
+def cluster(config: Any, knn: KnnArguments) -> BuiltClusters:
+    """Cluster the keys of the store that is in the folder; a run that was killed goes on."""
+    place, store = find_store(config, knn)
+    return build_clusters(
+        ClusterConfig(
+            dstore_mmap=place.prefix,
+            clusters=knn.members,
+            num_clusters=knn.num_clusters,
+            sample_size=knn.sample_size,
+            dstore_size=place.rows,
+            dimension=place.dim,
+            dstore_fp16=place.rows is not None,
+        )
+    )
+
+
+def wrapper(knn: KnnArguments, tokenizer: Any) -> KNNWrapper | None:
+    """What the evaluation breaks into the model; None for the model alone."""
+    if not knn.uses_memory:
+        return None
+    shared: dict[str, Any] = {
+        "dstore_size": knn.dstore_size,
+        "dstore_dir": str(knn.dstore_dir),
+        "dimension": knn.dimension,
+        "knn_sim_func": knn.knn_sim_func,
+        "knn_keytype": knn.knn_keytype,
+        "no_load_keys": knn.no_load_keys,
+        "move_dstore_to_mem": knn.move_dstore_to_mem,
+        "knn_gpu": knn.knn_gpu,
+        "recompute_dists": knn.recompute_dists,
+        "k": knn.k,
+        "lmbda": knn.lmbda,
+        "knn_temp": knn.knn_temp,
+        "probe": knn.probe,
+        "tokenizer": tokenizer,
+    }
+    if knn.knn:
+        return KNNWrapper(**shared)
+    return RetomatonWrapper(
+        no_pointer=knn.no_pointer,
+        min_knns=knn.min_knns,
+        max_knns=knn.max_knns,
+        members=knn.members,
+        compat=knn.retomaton_compat,
+        **shared,
+    )
