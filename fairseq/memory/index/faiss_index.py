@@ -327,6 +327,10 @@ class FaissBuilder:
         """Append rows given their codes."""
         self._index.add_sa_codes(codes)
 
+    def index(self, metric: Metric, name: str) -> FaissIndex:
+        """What has been added so far, to be searched."""
+        return FaissIndex(self._index, metric, name)
+
     def set_probe(self, probe: int) -> None:
         """Lists a search visits by default."""
         if hasattr(self._index, "nprobe"):

@@ -1,0 +1,1 @@
+"""Memory for Hugging Face models; the only part of the library that imports transformers."""
