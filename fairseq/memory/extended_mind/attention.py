@@ -66,7 +66,7 @@ def plain_local(query_BHTD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, rule: 
     step = max(1, _PLAIN_SCORES // max(1, length * heads * len(query_BHTD)))
     outs, norms = [], []
     # Heads that share keys become more queries of theirs: keys are not repeated.
-    grouped_BGETD = query_BHTD.unflatten(1, (kv_heads, heads // kv_heads))
+    grouped_BGETD = query_BHTD.reshape(len(query_BHTD), kv_heads, -1, *query_BHTD.shape[2:])
     for start in range(0, query_BHTD.shape[2], step):
         part_BGETD = grouped_BGETD[:, :, :, start : start + step]
         score_BGETL = torch.einsum("bgetd,bgld->bgetl", part_BGETD, key_BGLD).float() * rule.scale
@@ -74,7 +74,7 @@ def plain_local(query_BHTD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, rule: 
         score_BHTL = _masked(score_BHTL, rule, start)
         norm_BHT = torch.logsumexp(score_BHTL, -1)
         weight_BHTL = (score_BHTL - norm_BHT[..., None]).exp().nan_to_num(0.0).to(value_BGLD.dtype)
-        weight_BGETL = weight_BHTL.unflatten(1, (kv_heads, -1))
+        weight_BGETL = weight_BHTL.reshape(score_BGETL.shape)
         outs.append(torch.einsum("bgetl,bgld->bgetd", weight_BGETL, value_BGLD).flatten(1, 2))
         norms.append(norm_BHT)
     return Partial(torch.cat(outs, 2), torch.cat(norms, 2))
@@ -159,9 +159,11 @@ def gathered(layer: LayerMemory, ids_BHTK: Tensor) -> tuple[Tensor, Tensor]:
     head_H = torch.arange(ids_BHTK.shape[1], device=ids_BHTK.device) // heads_each
     row_BHTK = ids_BHTK.clamp(min=0) + (head_H * len(layer))[:, None, None]
     rows = row_BHTK.reshape(-1)
-    both = (x.flatten(0, 1).index_select(0, rows).unflatten(0, row_BHTK.shape) for x in (layer.key_GSD, layer.value_GSD))
-    key_BHTKD, value_BHTKD = both
-    return key_BHTKD, value_BHTKD
+
+    def taken(x_GSD: Tensor) -> Tensor:
+        return x_GSD.flatten(0, 1).index_select(0, rows).reshape(*row_BHTK.shape, -1)
+
+    return taken(layer.key_GSD), taken(layer.value_GSD)
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -32,9 +32,8 @@ class Chosen:
     norm_BHT: Tensor
     """float32, log of the sum of exp(score) over memories and local keys."""
 
-    @property
-    def weight_BHTK(self) -> Tensor:
-        """Share of the attention that each got."""
+    def weights(self) -> Tensor:
+        """Share of the attention that each got, (B, H, T, K)."""
         return (self.score_BHTK - self.norm_BHT[..., None]).exp()
 
 
@@ -134,7 +133,7 @@ class LayerLookup:
         def attend(part: slice) -> None:
             arrays = (x[:, part].numpy() for x in (query_HND, ids_HNK))
             results = (x[:, part].numpy() for x in (score_HNK, out_HND, norm_HN))
-            attend_to_chosen(*arrays, *memories, scale, *results)
+            attend_to_chosen(*arrays, *memories, scale, *results)  # type: ignore[call-arg, arg-type]
 
         count = rows * queries
         step = count if count * heads < _MANY_QUERIES else -(-count // torch.get_num_threads())
@@ -142,6 +141,6 @@ class LayerLookup:
             pass
 
         def by_row(x: Tensor) -> Tensor:
-            return x.unflatten(1, (rows, queries)).transpose(0, 1)
+            return x.reshape(heads, rows, queries, *x.shape[2:]).transpose(0, 1)
 
         return by_row(score_HNK), Partial(by_row(out_HND), by_row(norm_HN))

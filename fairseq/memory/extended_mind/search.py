@@ -142,7 +142,7 @@ class _LowKeys:
         # A product is off by at most the lengths' product, and by half a step in each dimension; and by rounding sums.
         margin_N = (weight_ND.abs().sum(1) * 0.5).clamp_(max=self.error) + 1e-6
         arrays = (x.numpy() for x in (query_ND, weight_ND, margin_N))
-        best_of_low(*arrays, self.low, *(x.numpy() for x in (key_SD, inverse_S, ids_NK, best_NK)))
+        best_of_low(*arrays, self.low, *(x.numpy() for x in (key_SD, inverse_S, ids_NK, best_NK)))  # type: ignore[call-arg]
 
 
 class _PerHead:

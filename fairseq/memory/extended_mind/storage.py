@@ -51,7 +51,7 @@ def load_memory(path: str | Path) -> Memory:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no memory of this program (format {metadata.get('format')!r}, not {FORMAT!r})")
+                raise ValueError(f"{path} is no memory: its format is {metadata.get('format')!r}, not {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         about: dict[str, Any] = json.loads(metadata["memory"])
     except (SafetensorError, KeyError) as error:

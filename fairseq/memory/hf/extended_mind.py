@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class ExtendedMind:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         memory: Any = None,
         *,
         tokenizer: Any = None,
@@ -84,7 +85,11 @@ class ExtendedMind:
         special_ids(model, tokenizer, self.settings)
         self.retrieved: list[dict[int, Chosen]] = []
         """What the last call that asked for it chose: by step and layer."""
+        self.source: Any = None
+        """What the memories are of: what was given last to be read."""
         self._memories: tuple[Memory, ...] = ()
+        self._waiting = False
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lookups: dict[tuple[int, int], LayerLookup] = {}
         self._generating = 0
         self._undo: contextlib.ExitStack | None = None
@@ -106,8 +111,16 @@ class ExtendedMind:
         for each in memories:
             self._check(each)
         device = device_of(self.settings, self.model)
-        self._memories = tuple(each.to(device) for each in memories)
+        memories = [each.to(device) for each in memories]
+        if self.settings.memory_device == "disk":
+            memories = self._on_disk(memories)
+        self._memories, self.source, self._waiting = tuple(memories), memory, False
         self._lookups.clear()
+
+    def set_memory_later(self, source: Any) -> None:
+        """Use other memories, which are built at the next call of the model; None for none."""
+        self.clear_memories()
+        self.source, self._waiting = source, source is not None
 
     def add_memory(self, source: Any, **building: Any) -> None:
         """Put more documents behind the memory all rows share."""
@@ -121,7 +134,7 @@ class ExtendedMind:
         documents = token_documents(source, self.tokenizer)
         total, limit = len(old.token_N) + sum(map(len, documents)), self.settings.limit
         if limit is not None and total > limit:
-            raise ValueError(f"a memory of {total} tokens is longer than the limit of {limit}; shorten it or raise limit=")
+            raise ValueError(f"a memory of {total} tokens is longer than the limit of {limit}; raise limit=")
         if old.positions == "relative":
             # All of them move when text comes behind them.
             starts = [*old.document_starts, len(old.token_N)]
@@ -133,7 +146,7 @@ class ExtendedMind:
     def clear_memories(self) -> None:
         """Forget everything."""
         self._must_not_generate()
-        self._memories = ()
+        self._memories, self.source, self._waiting = (), None, False
         self._lookups.clear()
 
     def save_memory(self, path: str) -> None:
@@ -155,18 +168,33 @@ class ExtendedMind:
         with self._detached():
             return [build_memory(self.model, memory, **building)]
 
+    def _on_disk(self, memories: Sequence[Memory]) -> list[Memory]:
+        """The memories in files of a temporary folder, mapped."""
+        folder = tempfile.TemporaryDirectory(prefix="extended-mind-")
+        paths = [f"{folder.name}/{number}.safetensors" for number in range(len(memories))]
+        for memory, path in zip(memories, paths):
+            save_memory(memory, path)
+        self._folder = folder  # the one before goes with its last reference
+        return [load_memory(path) for path in paths]
+
+    def _build_what_waits(self) -> None:
+        if self._waiting:
+            self.set_memory(self.source)
+
     def _check(self, memory: Memory) -> None:
         mine = model_digest(self.model)
         if memory.model_digest != mine:
             raise ValueError(f"this memory is of model {memory.model_digest}, not of {mine}; build it with this model")
         if memory.positions != self.settings.positions:
             raise ValueError(
-                f"this memory has positions {memory.positions!r}, the settings say {self.settings.positions!r}; build it "
-                "anew or set the same"
+                f"this memory has positions {memory.positions!r}, the settings say {self.settings.positions!r}; "
+                "build it anew or set the same"
             )
         limit = self.settings.limit
         if limit is not None and len(memory.token_N) > limit:
-            raise ValueError(f"a memory of {len(memory.token_N)} tokens is longer than the limit of {limit}; raise limit=")
+            raise ValueError(
+                f"a memory of {len(memory.token_N)} tokens is longer than the limit of {limit}; raise limit="
+            )
 
     def _must_not_generate(self) -> None:
         if self._generating:
@@ -229,7 +257,7 @@ class ExtendedMind:
         if call is None or not call.settings.use_external_mind or not call.settings.topk or not self._memories:
             return None
         first = next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
-        sizes = [min(len(memory.token_N), memory.reach) for memory in self._of_rows(len(first))]
+        sizes = [min(len(memory.token_N), memory.reach) + 1 for memory in self._of_rows(len(first))]
         shift_B1 = torch.tensor(sizes, device=first.device)[:, None]
         return with_positions(module, inputs, named, lambda position_ids: position_ids + shift_B1)
 
@@ -239,6 +267,8 @@ class ExtendedMind:
         self, own: Callable[..., Any], *inputs: Any, output_retrieved_memory_idx: bool = False, **named: Any
     ) -> Any:
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
+        if self._current.get() is None:
+            self._build_what_waits()
         outer = self._current.get()
         settings = (outer.settings if outer else self.settings).with_changes(**changes)
         call = _Call(settings, output_retrieved_memory_idx or bool(outer and outer.wants_chosen))
@@ -267,6 +297,7 @@ class ExtendedMind:
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
         if output_retrieved_memory_idx and self.model.config._attn_implementation != "extended_mind_eager":
             named.pop("output_attentions", None)  # there are none to tell, and asking for them is an error
+        self._build_what_waits()
         call = _Call(self.settings.with_changes(**changes), output_retrieved_memory_idx, generating=True)
         token = self._current.set(call)
         self._generating += 1
@@ -332,7 +363,7 @@ class ExtendedMind:
             lookup = self._lookup(memories[run[0]], call.layer)
             own = ScoreRule(rule.scale, rule.softcap, rule.slope_H, None if before_B is None else before_B[rows])
             looked = lookup.look(call.query_BHTD[rows], own, settings)
-            parts.append(Looked(looked.partial, lookup.tokens(looked.token_BHTK), looked.similarity_BHTK, looked.score_BHTK))
+            parts.append(replace(looked, token_BHTK=lookup.tokens(looked.token_BHTK)))
         return parts[0] if len(parts) == 1 else _stacked(parts)
 
     def _lookup(self, memory: Memory, layer: int) -> LayerLookup:
@@ -354,7 +385,7 @@ class ExtendedMind:
 
 
 @contextlib.contextmanager
-def extended_mind(model: nn.Module, memory: Any = None, **settings: Any) -> Iterator[ExtendedMind]:
+def extended_mind(model: Any, memory: Any = None, **settings: Any) -> Iterator[ExtendedMind]:
     """While the block runs, ``model`` uses ``memory``; the arguments are those of ``ExtendedMind``."""
     with ExtendedMind(model, memory, **settings) as mind:
         yield mind
@@ -365,7 +396,7 @@ def _wrapped(own: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[.
     return functools.wraps(own)(functools.partial(wrapper, own))
 
 
-def _set_for_a_while(model: nn.Module, name: str, value: Any) -> Callable[[], None]:
+def _set_for_a_while(model: Any, name: str, value: Any) -> Callable[[], None]:
     had, before = name in model.__dict__, model.__dict__.get(name)
     setattr(model, name, value)
 

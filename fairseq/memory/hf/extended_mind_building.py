@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.hf.extended_mind_sites import AttentionCall, Sites, evaluating, find_sites, taken_over
 
+logger = logging.getLogger(__name__)
+
 _BATCH_TOKENS = 4096
 _SAMPLES = 16
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
@@ -29,7 +32,7 @@ _NO_LIMIT = 1 << 62
 
 
 def build_memory(
-    model: nn.Module,
+    model: Any,
     source: Any,
     *,
     tokenizer: Any = None,
@@ -48,7 +51,7 @@ def build_memory(
     Raises: ValueError for a text that is empty or longer than allowed, and for tokens outside the vocabulary.
     """
     settings, sites = settings or MindSettings(), sites or find_sites(model)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().num_embeddings
     documents = [_checked(ids, vocabulary) for ids in token_documents(source, tokenizer)]
     special = special_ids(model, tokenizer, settings) if settings.remove_special_ids else ()
     documents = _within(documents, settings.limit, keep)
@@ -77,7 +80,7 @@ def build_memory(
     )
     memory = memory.without_tokens(special)
     if not len(memory):
-        raise ValueError(f"all {len(token_N)} tokens of the memory are special ones; give text, or remove_special_ids=False")
+        raise ValueError(f"all {len(token_N)} tokens of the memory are special; give text, or remove_special_ids=False")
     return memory
 
 
@@ -89,7 +92,7 @@ def token_documents(source: Any, tokenizer: Any = None) -> list[Tensor]:
         return [torch.tensor(tokenizer(source)["input_ids"], dtype=torch.int64)]
     if isinstance(source, Tensor):
         if source.ndim == 2 and len(source) > 1:
-            raise ValueError(f"a memory of shape {tuple(source.shape)} is several texts; give a list of them, or (1, N)")
+            raise ValueError(f"a memory of shape {tuple(source.shape)} is several texts; give a list, or (1, N)")
         return [source.reshape(-1).to("cpu", torch.int64)]
     items = list(source)
     if items and all(isinstance(item, int) for item in items):
@@ -101,13 +104,12 @@ def _checked(ids_N: Tensor, vocabulary: int) -> Tensor:
     if not len(ids_N):
         raise ValueError("a memory of no tokens remembers nothing; give a text that is not empty")
     if int(ids_N.min()) < 0 or int(ids_N.max()) >= vocabulary:
-        raise ValueError(f"memory holds token {int(ids_N.max())} (lowest {int(ids_N.min())}); the vocabulary is 0 to {vocabulary - 1}")
+        low, high = int(ids_N.min()), int(ids_N.max())
+        raise ValueError(f"memory holds tokens from {low} to {high}; the vocabulary is 0 to {vocabulary - 1}")
     return ids_N
 
 
 def _within(documents: list[Tensor], limit: int | None, keep: str) -> list[Tensor]:
-    import logging
-
     total = sum(len(ids) for ids in documents)
     if not documents:
         raise ValueError("a memory of no documents remembers nothing; give at least one")
@@ -118,7 +120,7 @@ def _within(documents: list[Tensor], limit: int | None, keep: str) -> list[Tenso
             f"a memory of {total} tokens is longer than the limit of {limit}; shorten it, raise limit=, or give "
             'keep="newest" to leave out the oldest'
         )
-    logging.getLogger(__name__).warning("memory of %d tokens: the oldest %d are left out (limit)", total, total - limit)
+    logger.warning("memory of %d tokens: the oldest %d are left out (limit)", total, total - limit)
     kept = torch.cat(documents)[total - limit :]
     sizes = [len(ids) for ids in documents]
     first = 0
@@ -130,9 +132,9 @@ def _within(documents: list[Tensor], limit: int | None, keep: str) -> list[Tenso
     return [part for part in torch.split(kept, sizes) if len(part)]
 
 
-def special_ids(model: nn.Module, tokenizer: Any, settings: MindSettings) -> tuple[int, ...]:
+def special_ids(model: Any, tokenizer: Any, settings: MindSettings) -> tuple[int, ...]:
     """Tokens whose memories are removed. Raises: ValueError for one outside the vocabulary."""
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocabulary = model.get_input_embeddings().num_embeddings
     given = settings.tokenizer_all_special_ids
     if given is not None:
         wrong = [number for number in given if not 0 <= number < vocabulary]
@@ -146,7 +148,7 @@ def special_ids(model: nn.Module, tokenizer: Any, settings: MindSettings) -> tup
     return tuple(number for number in flat if number is not None and 0 <= number < vocabulary)
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(model: Any) -> int | None:
     """Tokens the model can read at once, as its config tells; None where it does not."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -155,13 +157,13 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
-def device_of(settings: MindSettings, model: nn.Module) -> str:
+def device_of(settings: MindSettings, model: Any) -> str:
     """Where memories are kept."""
     wanted = settings.memory_device
     return str(next(model.parameters()).device) if wanted == "model" else "cpu" if wanted == "disk" else wanted
 
 
-def model_digest(model: nn.Module) -> str:
+def model_digest(model: Any) -> str:
     """A word that tells one model's weights from another's, whatever type they are loaded in; by samples of each."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -186,7 +188,12 @@ def _windows(first: int, size: int, stride: int, window: int) -> Iterator[tuple[
 
 
 def _read(
-    model: nn.Module, token_N: Tensor, windows: Sequence[tuple[int, int, int]], recorder: _Recorder, total: int, reach: int
+    model: Any,
+    token_N: Tensor,
+    windows: Sequence[tuple[int, int, int]],
+    recorder: _Recorder,
+    total: int,
+    reach: int,
 ) -> None:
     device = next(model.parameters()).device
     longest = max(stop - start for start, stop, _ in windows)
@@ -198,7 +205,8 @@ def _read(
         ids_BT[row, : stop - start] = token_N[start:stop]
         kept_BT[row, stop - start - new : stop - start] = True
         if reach:
-            place_BT[row, : stop - start] = (torch.arange(start, stop) - total + min(total, reach)).clamp_(min=0)
+            # From 1 on, where no first window has them: so a model whose keys do not move is noticed.
+            place_BT[row, : stop - start] = (torch.arange(start, stop) - total + min(total, reach)).clamp_(min=0) + 1
     recorder.begin(kept_BT.to(device), place_BT.to(device))
     more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     model(input_ids=ids_BT.to(device), use_cache=False, **more)
@@ -240,7 +248,7 @@ class _Recorder:
         }
 
     @contextlib.contextmanager
-    def listening(self, model: nn.Module) -> Iterator[None]:
+    def listening(self, model: Any) -> Iterator[None]:
         """While the block runs, inputs of attentions and position embeddings are noted."""
         hooks = [m.register_forward_pre_hook(self._note_inputs, with_kwargs=True) for m in self._sites.modules.values()]
         hooks += [m.register_forward_hook(self._note_rotary, with_kwargs=True) for m in rotary_modules(model)]
@@ -297,7 +305,7 @@ class _Recorder:
         return value
 
 
-def rotary_modules(model: nn.Module) -> list[nn.Module]:
+def rotary_modules(model: Any) -> list[nn.Module]:
     """Modules that make the position embeddings of rotary attention."""
     return [module for module in model.modules() if "Rotary" in type(module).__name__]
 

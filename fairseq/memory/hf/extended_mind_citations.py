@@ -31,12 +31,16 @@ class Citation:
 def cite(
     steps: Iterable[Mapping[int, Chosen]], memory: Memory, *, top: int, row: int = 0, tokenizer: Any = None
 ) -> list[Citation]:
-    """The ``top`` tokens of a memory with most attention, neighbours joined into runs; the heaviest run first."""
+    """The ``top`` tokens of a memory with most attention, neighbours joined into runs; the heaviest run first.
+
+    The first token of a document is left out: attention rests there when it looks for nothing (arXiv 2309.17453).
+    """
     weight_N = torch.zeros(len(memory.token_N))
     for step in steps:
         for chosen in step.values():
-            token, weight = chosen.token_BHTK[row].reshape(-1).cpu(), chosen.weight_BHTK[row].reshape(-1).cpu()
+            token, weight = chosen.token_BHTK[row].reshape(-1).cpu(), chosen.weights()[row].reshape(-1).cpu()
             weight_N.index_add_(0, token[token >= 0], weight[token >= 0].float())
+    weight_N[list(memory.document_starts)] = 0.0
     whole = float(weight_N.sum()) or 1.0
     best = [token for token in weight_N.topk(min(top, len(weight_N))).indices.tolist() if weight_N[token] > 0]
     runs: list[list[int]] = []
@@ -49,6 +53,6 @@ def cite(
     for start, stop in runs:
         document, place = memory.where(start)
         text = tokenizer.decode(memory.token_N[start:stop].tolist()) if tokenizer is not None else None
-        weight = float(weight_N[start:stop].sum()) / whole
-        citations.append(Citation(document, place, place + stop - start, weight, text))
+        share = float(weight_N[start:stop].sum()) / whole
+        citations.append(Citation(document, place, place + stop - start, share, text))
     return sorted(citations, key=lambda citation: -citation.weight)

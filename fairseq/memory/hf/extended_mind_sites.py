@@ -67,13 +67,13 @@ _HANDLERS: WeakKeyDictionary[nn.Module, Handler] = WeakKeyDictionary()
 
 def _own_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
     if implementation == "eager":
-        eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
         return eager
     found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
     return found
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _dispatch(
     implementation: str,
     module: nn.Module,
@@ -88,7 +88,8 @@ def _dispatch(
     plain = functools.partial(own, module, query, key, value, attention_mask, **kwargs)
     handler, layer = _HANDLERS.get(module), getattr(module, "layer_idx", None)
     if handler is None or layer is None or not handler.wants(layer):
-        return plain()
+        own_result: tuple[Tensor, Tensor | None] = plain()
+        return own_result
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a bias of its own to scores; it cannot take memories")
     if kwargs.get("dropout"):
@@ -145,7 +146,7 @@ def _base(implementation: str | None) -> str:
         return str(implementation)
     if implementation is None:
         return "eager"
-    logger.warning("attention %r does not tell its normaliser: sdpa is used while memories are attached", implementation)
+    logger.warning("attention %r cannot be joined with memories: sdpa is used instead", implementation)
     return "sdpa"
 
 
@@ -190,7 +191,7 @@ class Sites:
 
 
 @torch.no_grad()
-def find_sites(model: nn.Module) -> Sites:
+def find_sites(model: Any) -> Sites:
     """Run one token through the model to see where it attends.
 
     Raises: ValueError when the model is no decoder, or attends where nothing can be put between.
@@ -239,7 +240,9 @@ def _mpt_forward(
     if handler is None or not handler.wants(module.layer_idx):
         return own_forward(hidden_states, position_bias, cache=cache, attention_mask=attention_mask, **kwargs)  # type: ignore[no-any-return]
     if module.training and module.attn_dropout_p:
-        raise ValueError(f"attention dropout of {module.attn_dropout_p} and memories do not go together; call model.eval()")
+        raise ValueError(
+            f"attention dropout of {module.attn_dropout_p} and memories exclude each other; call model.eval()"
+        )
     joint = module.Wqkv(hidden_states)
     joint = joint.clamp(-module.clip_qkv, module.clip_qkv) if module.clip_qkv else joint
     query, key, value = (x.unflatten(-1, (module.n_heads, -1)).transpose(1, 2) for x in joint.chunk(3, dim=-1))
@@ -247,14 +250,18 @@ def _mpt_forward(
         key, value = cache.update(key, value, module.layer_idx)
     length = key.shape[2]
     if length > position_bias.shape[-1]:
-        raise ValueError(f"{length} tokens are more than the model's max_seq_len, {position_bias.shape[-1]}; shorten them")
+        raise ValueError(
+            f"{length} tokens are more than the model's max_seq_len {position_bias.shape[-1]}; shorten them"
+        )
     bias_BHTL = position_bias[None, :, :, -length:]
     first_B = torch.zeros(len(query), dtype=torch.int64, device=query.device)
     if attention_mask is not None:  # true where a query must not look
         bias_BHTL = bias_BHTL.float().masked_fill(attention_mask[..., :length], -torch.inf)
         first_B = (~attention_mask[:, 0, -1, :length]).int().argmax(-1).expand(len(query))
     elif query.shape[2] > 1:
-        late_TL = torch.ones(query.shape[2], length, dtype=torch.bool, device=query.device).triu(length - query.shape[2] + 1)
+        late_TL = torch.ones(query.shape[2], length, dtype=torch.bool, device=query.device).triu(
+            length - query.shape[2] + 1
+        )
         bias_BHTL = bias_BHTL.float().masked_fill(late_TL, -torch.inf)
     scale, slope_H = float(module.softmax_scale), position_bias[:, 0, -1] - position_bias[:, 0, -2]
     rule = LocalRule(bias_BHTL.to(query.dtype), scale)
