@@ -77,7 +77,7 @@ class LayerLookup:
         kv_heads = len(self.layer.key_GSD)
         here_BHTD = query_BHTD.to(self.device)
         query_GND = here_BHTD.transpose(0, 1).reshape(kv_heads, -1, query_BHTD.shape[-1])
-        found = self.search.search(query_GND, settings.topk).to(self.device)
+        found = self.search.search(query_GND.detach(), settings.topk).to(self.device)
 
         def by_head(x_GNK: Tensor) -> Tensor:
             return x_GNK.reshape(heads, rows, queries, -1).transpose(0, 1)

@@ -25,7 +25,7 @@ MODELS = {
     "phi": SMALL | {"partial_rotary_factor": 0.5},
     "phi3": GROUPED,
     "gemma": GROUPED,
-    "gemma2": GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 12, "attn_implementation": "eager"},
+    "gemma2": GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 12, "tie_word_embeddings": False, "attn_implementation": "eager"},
     "gemma3_text": GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 12},
     "cohere": GROUPED,
     "gpt_neox": SMALL | {"rotary_pct": 0.5},
@@ -34,15 +34,16 @@ MODELS = {
     ),
     "opt": SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 48},
     "gpt2": OLD,
+    "mpt": dict(vocab_size=61, d_model=48, n_layers=3, n_heads=4, max_seq_len=96),
 }
-ROTARY = [name for name in MODELS if name not in ("opt", "gpt2")]
+ROTARY = [name for name in MODELS if name not in ("opt", "gpt2", "mpt")]
 
 
 def tiny(name: str, seed: int = 0, **changes):
     """A random model of an architecture; weights are large enough for attention to matter."""
     torch.manual_seed(seed)
     settings = MODELS[name] | changes
-    implementation = settings.pop("attn_implementation", "sdpa")
+    implementation = settings.pop("attn_implementation", "eager" if name == "mpt" else "sdpa")
     config = CONFIG_MAPPING[name](**settings)
     config.initializer_range = 0.25
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()

@@ -12,7 +12,7 @@ from fairseq.memory.hf.extended_mind import extended_mind
 MEMORY, PROMPT = ids(30, seed=2), ids(9, seed=3)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"mpt"}))  # see test_extended_mind_reference.py
 def test_logits_are_those_of_dense_attention(name):
     model = tiny(name)
     memories = plain_memories(model, MEMORY)
