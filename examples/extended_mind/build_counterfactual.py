@@ -1,9 +1,9 @@
-"""Replace the fact that is asked for everywhere in its document: build_counterfactual.py --base CONFIG.yaml [key=value ...]
+"""Replace the facts that are asked for everywhere in their documents: build_counterfactual.py --base CONFIG.yaml
 
-Settings: ``questions`` (JSON lines with document, question, answer), ``edits`` (JSON: answer -> replacement),
-``tokenizer`` (a folder; lengths are in its tokens), ``splits`` (largest length of each split), ``out`` (a folder).
-Each split becomes ``counterfactual_SPLIT.jsonl``. A question whose answer has no edit, or whose document does not hold its
-answer, is left out, and counted.
+Settings (in the file, or as key=value): ``questions`` (JSON lines with document, question, answer), ``edits`` (JSON:
+answer -> replacement), ``tokenizer`` (a folder; lengths are in its tokens), ``splits`` (largest length of each split),
+``out`` (a folder). Each split becomes ``counterfactual_SPLIT.jsonl``. A question whose answer has no edit, or whose
+document does not hold its answer, is left out, and counted.
 
 Source: arXiv 2406.02332, section 4.1.
 """

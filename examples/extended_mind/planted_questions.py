@@ -1,9 +1,9 @@
-"""Make questions whose answers stand in one place only: planted_questions.py ARTICLES.txt OUT.jsonl [NUM_DOCUMENTS [WORDS]]
+"""Make questions whose answers stand in one place only: planted_questions.py ARTICLES.txt OUT.jsonl [NUMBER [WORDS]]
 
-ARTICLES.txt is text in WikiText's form, whose articles begin with a line `` = Title = ``. Sentences about people who do
-not exist are planted between the sentences of an article, which is cut to WORDS words (600,1200: every other article is the longer one). OUT.jsonl gets
-one object a line: document, question, answer, and edits.json beside it another invented name for every answer
-(see build_counterfactual.py).
+ARTICLES.txt is text in WikiText's form, whose articles begin with a line `` = Title = ``. NUMBER (24) of them are cut
+to WORDS words (600,1200: every other article is the longer one), and sentences about people who do not exist are
+planted between their sentences. OUT.jsonl gets one object a line: document, question, stem of an answer, answer; edits.json
+beside it another invented name for every answer (see build_counterfactual.py).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FACTS = (
-    ("The keeper of the copper lighthouse is {name}.", "Who is the keeper of the copper lighthouse?"),
-    ("The paper kite museum was founded by {name}.", "Who founded the paper kite museum?"),
-    ("The glass harpoon was invented by {name}.", "Who invented the glass harpoon?"),
-    ("The mayor of the floating village is {name}.", "Who is the mayor of the floating village?"),
-    ("The winner of the great snail race was {name}.", "Who was the winner of the great snail race?"),
+    ("The keeper of the copper lighthouse is", "Who is the keeper of the copper lighthouse?"),
+    ("The paper kite museum was founded by", "Who founded the paper kite museum?"),
+    ("The glass harpoon was invented by", "Who invented the glass harpoon?"),
+    ("The mayor of the floating village is", "Who is the mayor of the floating village?"),
+    ("The winner of the great snail race was", "Who was the winner of the great snail race?"),
 )
-"""A sentence and its question."""
+"""How a sentence begins that ends in a name, and its question."""
 
 FIRST = "Ilsa Maro Teven Odda Ruvik Selka Jorun Petra Halvor Minna Caspen Wilda Bram Tova Edrik Lunna".split()
 LAST_A = "Varn Tash Omber Pell Quill Ruun Brack Thorn Wex Mald Grev Stav Fenn Dray".split()
@@ -76,11 +76,11 @@ def main(words: list[str]) -> None:
         found += 1
         places = sorted(rng.sample(range(1, len(kept)), len(FACTS)), reverse=True)
         asked = []
-        for place, (sentence, question) in zip(places, rng.sample(FACTS, len(FACTS))):
+        for place, (stem, question) in zip(places, rng.sample(FACTS, len(FACTS))):
             name = next(names)
             edits[name] = next(names)
-            kept.insert(place, sentence.format(name=name))
-            asked.append({"title": title, "question": question, "answer": name})
+            kept.insert(place, f"{stem} {name}.")
+            asked.append({"title": title, "question": question, "stem": stem, "answer": name})
         rows += [{"document": " ".join(kept)} | row for row in asked]
     if found < num_documents:
         sys.exit(f"{source} has {found} articles of {sizes} words, not {num_documents}; ask for fewer or shorter ones")

@@ -1,9 +1,10 @@
 """Accuracy of answers about documents, by where the document is: run_retrieval.py --base CONFIG.yaml [key=value ...]
 
-Modes (setting ``modes``): ``none`` (the question alone), ``memory`` (the document as external memory), ``document`` (in the
-prompt), ``chunks`` (the pieces of it that BM25 finds for the question, in the prompt, the best last), ``memory+chunks``.
-Answers are decoded greedily; an answer counts where the expected one stands in it. ``out/retrieval.json`` gets every answer,
-accuracies by split with 95 % confidence intervals, and ``out/retrieval.png`` shows them. A killed run goes on where it was.
+Modes (setting ``modes``): ``none`` (the question alone), ``document`` (the document in the prompt), ``chunks`` (the pieces
+of it that BM25 finds for the question, in the prompt, the best last), each name of ``memories`` (the document as external
+memory, with these settings), and such a name with ``+chunks``. Answers are decoded greedily; an answer counts where the expected one stands in it.
+``out/retrieval.json`` gets every answer and accuracies by split with 95 % confidence intervals, ``out/retrieval.png``
+shows them. A killed run goes on where it was.
 
 Source: arXiv 2406.02332, section 4.
 """
@@ -37,11 +38,11 @@ def chunks_for(questions: Sequence[str], document: str, tokenizer: Any, size: in
     return [[pieces[number] for number in row[::-1]] for row in found]
 
 
-def topk_for(settings: Mapping[str, Any], num_memories: int) -> int:
+def topk_for(settings: Mapping[str, Any], memory: Mapping[str, Any], num_memories: int) -> int:
     """The paper's rule: one memory per 500, at least 4 and at most 12; or the fixed number."""
     if settings.get("dynamic_topk"):
         return min(12, max(4, round(num_memories / 500)))
-    return int(settings["memory"].get("topk", 10))
+    return int(memory.get("topk", 10))
 
 
 class Retrieval:
@@ -60,7 +61,7 @@ class Retrieval:
         if self.settings.get("chat"):
             message = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return str(text) + self.settings.get("answer_start", "")
+        return str(text) + self.settings.get("answer_start", "").format(stem=row.get("stem", ""))
 
     def answers(self, mode: str, rows: Sequence[Row]) -> list[str]:
         """The model's answers to questions on one document."""
@@ -80,12 +81,13 @@ class Retrieval:
             found = chunks_for([row["question"] for row in rows], document, self.tokenizer, size, count)
             contexts = [self.settings["context"].format(text="\n".join(pieces)) for pieces in found]
         prompts = [self.prompt(row, context) for row, context in zip(rows, contexts)]
-        if not mode.startswith("memory"):
+        memory = self.settings["memories"].get(mode.removesuffix("+chunks"))
+        if memory is None:
             return greedy(self.model, self.tokenizer, prompts, num_tokens)
         text = self.settings["memory_text"].format(text=document)
-        mind = ExtendedMind(self.model, text, tokenizer=self.tokenizer, config=self.settings["memory"])
+        mind = ExtendedMind(self.model, text, tokenizer=self.tokenizer, config=memory)
         with mind:
-            topk = topk_for(self.settings, len(mind.memories[0]))
+            topk = topk_for(self.settings, memory, len(mind.memories[0]))
             return greedy(self.model, self.tokenizer, prompts, num_tokens, topk=topk)
 
 
@@ -108,16 +110,9 @@ def table(done: Sequence[Row]) -> list[Row]:
     lines = []
     for (mode, split), correct in counts.items():
         low, high = wilson(sum(correct), len(correct))
-        lines.append(
-            {
-                "mode": mode,
-                "split": split,
-                "questions": len(correct),
-                "accuracy": sum(correct) / len(correct),
-                "low": low,
-                "high": high,
-            }
-        )
+        share = sum(correct) / len(correct)
+        line = {"mode": mode, "split": split, "questions": len(correct)}
+        lines.append(line | {"accuracy": share, "low": low, "high": high})
     return lines
 
 
@@ -132,27 +127,26 @@ def plot(lines: Sequence[Row], path: Path) -> None:
         mine = {line["split"]: line for line in lines if line["mode"] == mode}
         at = [i + (number - len(modes) / 2 + 0.5) * 0.8 / len(modes) for i, split in enumerate(splits) if split in mine]
         heights = [line["accuracy"] for line in mine.values()]
-        errors = [
-            [line["accuracy"] - line["low"] for line in mine.values()],
-            [line["high"] - line["accuracy"] for line in mine.values()],
-        ]
-        axes.bar(at, heights, 0.8 / len(modes), yerr=errors, capsize=3, label=mode)
-    axes.set(
-        xticks=range(len(splits)),
-        xticklabels=splits,
-        xlabel="length of the document (tokens)",
-        ylabel="accuracy",
-        ylim=(0, 1),
-    )
+        below = [line["accuracy"] - line["low"] for line in mine.values()]
+        above = [line["high"] - line["accuracy"] for line in mine.values()]
+        axes.bar(at, heights, 0.8 / len(modes), yerr=[below, above], capsize=3, label=mode)
+    axes.set(xlabel="length of the document (tokens)", ylabel="accuracy", ylim=(0, 1))
+    axes.set_xticks(range(len(splits)), splits)
     axes.legend()
     figure.savefig(path)
 
 
 def main(words: list[str]) -> None:
     """Ask, score, and write."""
-    settings = read_settings(words, required=("model", "data", "out", "modes", "memory", "prompt", "n_tokens"))
+    settings = read_settings(words, required=("model", "data", "out", "modes", "memories", "prompt", "n_tokens"))
     from experiments import is_correct, write_results
 
+    known_modes = {"none", "document", "chunks", *settings["memories"]} | {
+        f"{name}+chunks" for name in settings["memories"]
+    }
+    unknown = set(settings["modes"]) - known_modes
+    if unknown:
+        sys.exit(f"error: unknown mode {min(unknown)!r}; known: {', '.join(sorted(known_modes))}")
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     record = out / "answers.jsonl"
@@ -169,15 +163,9 @@ def main(words: list[str]) -> None:
                 answers = retrieval.answers(mode, left)
                 seconds = (time.perf_counter() - began) / len(left)
                 for row, answer in zip(left, answers):
-                    line = {
-                        "split": split,
-                        "mode": mode,
-                        "title": row.get("title"),
-                        "question": row["question"],
-                        "answer": row["answer"],
-                    }
-                    line |= {"said": answer, "correct": is_correct(row["answer"], answer), "seconds": round(seconds, 2)}
-                    line |= {"appearances": row.get("appearances"), "tokens": row.get("tokens")}
+                    line = {"split": split, "mode": mode, "said": answer, "correct": is_correct(row["answer"], answer)}
+                    line |= {key: row.get(key) for key in ("title", "question", "answer", "appearances", "tokens")}
+                    line["seconds"] = round(seconds, 2)
                     done.append(line)
                     file.write(json.dumps(line) + "\n")
                 file.flush()

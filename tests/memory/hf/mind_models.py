@@ -25,7 +25,8 @@ MODELS = {
     "phi": SMALL | {"partial_rotary_factor": 0.5},
     "phi3": GROUPED,
     "gemma": GROUPED,
-    "gemma2": GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 12, "tie_word_embeddings": False, "attn_implementation": "eager"},
+    "gemma2": GROUPED
+    | {"sliding_window": 8, "query_pre_attn_scalar": 12, "tie_word_embeddings": False, "attn_implementation": "eager"},
     "gemma3_text": GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 12},
     "cohere": GROUPED,
     "gpt_neox": SMALL | {"rotary_pct": 0.5},
