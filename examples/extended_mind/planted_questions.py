@@ -2,8 +2,8 @@
 
 ARTICLES.txt is text in WikiText's form, whose articles begin with a line `` = Title = ``. NUMBER (24) of them are cut
 to WORDS words (600,1200: every other article is the longer one), and sentences about people who do not exist are
-planted between their sentences. OUT.jsonl gets one object a line: document, question, stem of an answer, answer; edits.json
-beside it another invented name for every answer (see build_counterfactual.py).
+planted between their sentences. OUT.jsonl gets one object a line: document, question, stem of an answer, and answer;
+edits.json beside it gets another invented name for every answer (see build_counterfactual.py).
 """
 
 from __future__ import annotations

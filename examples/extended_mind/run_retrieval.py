@@ -1,10 +1,10 @@
 """Accuracy of answers about documents, by where the document is: run_retrieval.py --base CONFIG.yaml [key=value ...]
 
-Modes (setting ``modes``): ``none`` (the question alone), ``document`` (the document in the prompt), ``chunks`` (the pieces
-of it that BM25 finds for the question, in the prompt, the best last), each name of ``memories`` (the document as external
-memory, with these settings), and such a name with ``+chunks``. Answers are decoded greedily; an answer counts where the expected one stands in it.
-``out/retrieval.json`` gets every answer and accuracies by split with 95 % confidence intervals, ``out/retrieval.png``
-shows them. A killed run goes on where it was.
+Modes (setting ``modes``): ``none`` (the question alone), ``document`` (the document in the prompt), ``chunks`` (the
+pieces of it that BM25 finds for the question, in the prompt, the best last), each name of ``memories`` (the document as
+external memory, with these settings), and such a name with ``+chunks``. Answers are decoded greedily; an answer counts
+where the expected one stands in it. ``out/retrieval.json`` gets every answer and accuracies by split with 95 %
+confidence intervals, ``out/retrieval.png`` shows them. A killed run goes on where it was.
 
 Source: arXiv 2406.02332, section 4.
 """

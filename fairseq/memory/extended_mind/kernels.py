@@ -16,6 +16,9 @@ from fairseq.memory.index.kernels import _compiled as compiled
 CHUNK = 64
 """Memories whose scores are passed over at once; the layout of 8-bit keys is by so many."""
 
+LOWEST = -(1 << 30)
+"""Below every product of vectors in 8 bits."""
+
 _ANY_ORDER = {"reassoc", "contract", "nsz", "nnan", "ninf"}  # queries and keys are finite here
 _DOWN = 8  # dimensions that are added up before the sums are stored
 
@@ -67,8 +70,47 @@ def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: 
         for c in range(chunks):
             if largest_C[c] >= bound and largest_C[c] > best_K[-1]:
                 for i in range(c * CHUNK, min((c + 1) * CHUNK, columns)):
-                    if score_M[i] > best_K[-1]:
+                    if score_M[i] >= bound and score_M[i] > best_K[-1]:
                         _insert(best_K, ids_K, score_M[i], first + i)
+
+
+@compiled()
+def best_of_low_rows(
+    raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, raw_NK: Any,
+    ids_NK: Any, best_NK: Any,
+) -> None:  # fmt: skip
+    """:func:`best_of_rows` of products in 8 bits: those that may be among the best are multiplied again as they are.
+
+    Args:
+        raw_NM: int32 products of rounded vectors.
+        reach_N: int32, how far such a product may be above or below the true one, twice, up to a constant of each query.
+        raw_NK: int32, the largest products of the blocks so far.
+    """
+    chunks = (columns + CHUNK - 1) // CHUNK
+    k, width = best_NK.shape[1], key_MD.shape[1]
+    largest_C, low_K, unused_K = np.empty(chunks, np.int32), np.empty(k, np.int32), np.empty(k, np.int64)
+    for n in range(len(best_NK)):
+        raw_M, raw_K, best_K, ids_K = raw_NM[n], raw_NK[n], best_NK[n], ids_NK[n]
+        low_K[:] = LOWEST
+        for c in range(chunks):
+            largest_C[c] = _largest(raw_M, c * CHUNK, min((c + 1) * CHUNK, columns))
+            if largest_C[c] > low_K[-1]:
+                _insert(low_K, unused_K, largest_C[c], c)
+        bound = low_K[-1]
+        for c in range(chunks):
+            if largest_C[c] >= bound and largest_C[c] > raw_K[-1]:
+                for i in range(c * CHUNK, min((c + 1) * CHUNK, columns)):
+                    if raw_M[i] >= bound and raw_M[i] > raw_K[-1]:
+                        _insert(raw_K, unused_K, raw_M[i], i)
+        bound = max(raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
+        for c in range(chunks):
+            if largest_C[c] < bound:
+                continue
+            for i in range(c * CHUNK, min((c + 1) * CHUNK, columns)):
+                if raw_M[i] >= bound:
+                    score = _product(query_ND[n], key_MD[i], width) * inverse_M[i]
+                    if score > best_K[-1]:
+                        _insert(best_K, ids_K, score, first + i)
 
 
 @compiled(fastmath=_ANY_ORDER)
@@ -121,7 +163,7 @@ def best_of_low(
         for c in range(chunks):
             if largest_C[c] >= bound:
                 for i in range(c * CHUNK, min((c + 1) * CHUNK, count)):
-                    if rough_F[i] > low_K[-1]:
+                    if rough_F[i] >= bound and rough_F[i] > low_K[-1]:
                         _insert(low_K, unused_K, rough_F[i], i)
         bound = low_K[-1] - 2 * margin_N[n]
         best_K, ids_K = best_NK[n], ids_NK[n]

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.files import Array
+from fairseq.memory.index.faiss_index import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import ThreadBuffer, map_in_threads
 from fairseq.memory.types import Metric, Neighbors
 
 _FEW_QUERIES = 48  # of a head: below, 8-bit keys are scanned; above, blocks are multiplied
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
-_BLOCK_COLUMNS = 8192
+_BLOCK_COLUMNS = 4096
 _GPU_SCORES = 64 << 20
 _LEVELS = 127
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize has it
@@ -78,6 +80,7 @@ class KernelSearch:
         self.inverse_GS = 1.0 / torch.linalg.vector_norm(self.key_GSD, dim=-1).clamp_(min=_SHORTEST)
         self.low = [_LowKeys(*head) for head in zip(self.key_GSD, self.inverse_GS)]
         self._buffer = ThreadBuffer(_BLOCK_SCORES, torch.float32)
+        self._integers = ThreadBuffer(_BLOCK_SCORES, torch.int32)
 
     def search(self, query_GND: Tensor, k: int) -> Found:
         """See ``Search``."""
@@ -100,15 +103,17 @@ class KernelSearch:
     def _block(self, query_GND: Tensor, head: int, rows: slice, ids_GNK: Tensor, best_GNK: Tensor) -> None:
         from fairseq.memory.extended_mind.kernels import best_of_rows
 
-        query_ND = query_GND[head, rows]
+        query_ND, results = query_GND[head, rows], (ids_GNK[head, rows].numpy(), best_GNK[head, rows].numpy())
+        if has_fast_int8():
+            self.low[head].search_many(query_ND, self.key_GSD[head], self.inverse_GS[head], self._integers, *results)
+            return
         for first in range(0, self.key_GSD.shape[1], _BLOCK_COLUMNS):
             columns = slice(first, first + _BLOCK_COLUMNS)
             key_MD = self.key_GSD[head, columns]
             score_NM = self._buffer(len(query_ND), len(key_MD))
             torch.mm(query_ND, key_MD.T, out=score_NM)
             score_NM *= self.inverse_GS[head, columns]
-            arrays = (ids_GNK[head, rows].numpy(), best_GNK[head, rows].numpy())
-            best_of_rows(score_NM.numpy(), len(key_MD), first, *arrays)
+            best_of_rows(score_NM.numpy(), len(key_MD), first, *results)
 
 
 class _LowKeys:
@@ -120,29 +125,56 @@ class _LowKeys:
         unit_SD = key_SD * inverse_S[:, None]
         size, width = unit_SD.shape
         rows, columns = -(-size // CHUNK) * CHUNK, -(-width // 8) * 8
-        low_SD = torch.zeros(rows, columns, dtype=torch.int8)
+        self.low_SD = torch.zeros(rows, columns, dtype=torch.int8)
         self.step_D = torch.zeros(columns)
-        self.error = 0.0
+        self.error = self.longest = 0.0
         if size:
             middle_D = 0.5 * (unit_SD.amax(0) + unit_SD.amin(0))
             self.step_D[:width] = ((unit_SD - middle_D).abs().amax(0) / _LEVELS).clamp_(min=1e-30)
             rounded_SD = ((unit_SD - middle_D) / self.step_D[:width]).round_()
-            low_SD[:size, :width] = rounded_SD
+            self.low_SD[:size, :width] = rounded_SD
             left_SD = unit_SD - middle_D - rounded_SD * self.step_D[:width]
             self.error = float(torch.linalg.vector_norm(left_SD, dim=1).amax())
-        self.low = low_SD.view(-1, CHUNK, columns).transpose(1, 2).contiguous().numpy()
+            self.longest = float(torch.linalg.vector_norm(rounded_SD, dim=1).amax())
+        self.chunks = self.low_SD.view(-1, CHUNK, columns).transpose(1, 2).contiguous().numpy()
 
     def search(self, query_ND: Tensor, key_SD: Tensor, inverse_S: Tensor, ids_NK: Tensor, best_NK: Tensor) -> None:
-        """Write the nearest memories of queries of length one."""
+        """Write the nearest memories of few queries of length one."""
         from fairseq.memory.extended_mind.kernels import best_of_low
 
-        width = query_ND.shape[1]
-        weight_ND = torch.zeros(len(query_ND), len(self.step_D))
-        torch.mul(query_ND, self.step_D[:width], out=weight_ND[:, :width])
-        # A product is off by at most the lengths' product, and by half a step in each dimension; and by rounding sums.
-        margin_N = (weight_ND.abs().sum(1) * 0.5).clamp_(max=self.error) + 1e-6
+        weight_ND, margin_N = self._weights(query_ND)
         arrays = (x.numpy() for x in (query_ND, weight_ND, margin_N))
-        best_of_low(*arrays, self.low, *(x.numpy() for x in (key_SD, inverse_S, ids_NK, best_NK)))  # type: ignore[call-arg]
+        best_of_low(*arrays, self.chunks, *(x.numpy() for x in (key_SD, inverse_S, ids_NK, best_NK)))  # type: ignore[call-arg]
+
+    def search_many(
+        self, query_ND: Tensor, key_SD: Tensor, inverse_S: Tensor, buffer: ThreadBuffer, ids_NK: Array, best_NK: Array
+    ) -> None:
+        """Write the nearest memories of many queries of length one."""
+        from fairseq.memory.extended_mind.kernels import LOWEST, best_of_low_rows
+
+        weight_ND, margin_N = self._weights(query_ND)
+        step_N1 = (weight_ND.abs().amax(1, keepdim=True) / _LEVELS).clamp_(min=1e-30)
+        rounded_ND = (weight_ND / step_N1).round_()
+        # Rounding a query moves a product by at most the product of what is left and the longest key.
+        left_N = torch.linalg.vector_norm(weight_ND - rounded_ND * step_N1, dim=1) * self.longest
+        reach_N = (2 * (margin_N + left_N) / step_N1[:, 0]).ceil_().clamp_(max=-LOWEST - 1).int()
+        low_ND = rounded_ND.to(torch.int8)
+        raw_NK = torch.full(best_NK.shape, LOWEST, dtype=torch.int32).numpy()
+        queries = (reach_N.numpy(), query_ND.numpy())
+        for first in range(0, len(key_SD), _BLOCK_COLUMNS):
+            columns = slice(first, first + _BLOCK_COLUMNS)
+            low_MD, key_MD = self.low_SD[columns], key_SD[columns]
+            raw_NM = buffer(len(low_ND), len(low_MD))
+            torch._int_mm(low_ND, low_MD.T, out=raw_NM)
+            keys = (key_MD.numpy(), inverse_S[columns].numpy())
+            best_of_low_rows(raw_NM.numpy(), len(key_MD), first, *queries, *keys, raw_NK, ids_NK, best_NK)
+
+    def _weights(self, query_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """What rounded keys are multiplied with, and how far such a product may be off, up to a constant."""
+        weight_ND = torch.zeros(len(query_ND), len(self.step_D))
+        torch.mul(query_ND, self.step_D[: query_ND.shape[1]], out=weight_ND[:, : query_ND.shape[1]])
+        # By the lengths' product, or half a step in each dimension; and by the rounding of sums.
+        return weight_ND, (weight_ND.abs().sum(1) * 0.5).clamp_(max=self.error) + 1e-6
 
 
 class _PerHead:
