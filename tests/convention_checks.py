@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ONLY_IN = {
     "argparse": ("fairseq/config.py", "benchmarks/"),
     "faiss": ("fairseq/memory/index/faiss_index.py",),
-    "transformers": ("fairseq/memory/hf/", "examples/"),
+    "transformers": ("fairseq/memory/hf/", "examples/", "benchmarks/"),
 }
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

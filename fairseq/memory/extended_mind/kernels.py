@@ -75,6 +75,22 @@ def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: 
 
 
 @compiled()
+def _raise_largest(raw_M: Any, columns: int, largest_C: Any, low_K: Any, unused_K: Any, raw_K: Any) -> None:
+    """Write each chunk's largest product, and merge products into the k largest so far."""
+    low_K[:] = LOWEST
+    for c in range(len(largest_C)):
+        largest_C[c] = _largest(raw_M, c * CHUNK, min((c + 1) * CHUNK, columns))
+        if largest_C[c] > low_K[-1]:
+            _insert(low_K, unused_K, largest_C[c], c)
+    bound = low_K[-1]
+    for c in range(len(largest_C)):
+        if largest_C[c] >= bound and largest_C[c] > raw_K[-1]:
+            for i in range(c * CHUNK, min((c + 1) * CHUNK, columns)):
+                if raw_M[i] >= bound and raw_M[i] > raw_K[-1]:
+                    _insert(raw_K, unused_K, raw_M[i], i)
+
+
+@compiled()
 def best_of_low_rows(
     raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, raw_NK: Any,
     ids_NK: Any, best_NK: Any,
@@ -83,27 +99,17 @@ def best_of_low_rows(
 
     Args:
         raw_NM: int32 products of rounded vectors.
-        reach_N: int32, how far such a product may be above or below the true one, twice, up to a constant of each query.
+        reach_N: int32, twice how far such a product may be off, up to a constant of each query.
         raw_NK: int32, the largest products of the blocks so far.
     """
-    chunks = (columns + CHUNK - 1) // CHUNK
     k, width = best_NK.shape[1], key_MD.shape[1]
-    largest_C, low_K, unused_K = np.empty(chunks, np.int32), np.empty(k, np.int32), np.empty(k, np.int64)
+    largest_C = np.empty((columns + CHUNK - 1) // CHUNK, np.int32)
+    low_K, unused_K = np.empty(k, np.int32), np.empty(k, np.int64)
     for n in range(len(best_NK)):
         raw_M, raw_K, best_K, ids_K = raw_NM[n], raw_NK[n], best_NK[n], ids_NK[n]
-        low_K[:] = LOWEST
-        for c in range(chunks):
-            largest_C[c] = _largest(raw_M, c * CHUNK, min((c + 1) * CHUNK, columns))
-            if largest_C[c] > low_K[-1]:
-                _insert(low_K, unused_K, largest_C[c], c)
-        bound = low_K[-1]
-        for c in range(chunks):
-            if largest_C[c] >= bound and largest_C[c] > raw_K[-1]:
-                for i in range(c * CHUNK, min((c + 1) * CHUNK, columns)):
-                    if raw_M[i] >= bound and raw_M[i] > raw_K[-1]:
-                        _insert(raw_K, unused_K, raw_M[i], i)
+        _raise_largest(raw_M, columns, largest_C, low_K, unused_K, raw_K)
         bound = max(raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
-        for c in range(chunks):
+        for c in range(len(largest_C)):
             if largest_C[c] < bound:
                 continue
             for i in range(c * CHUNK, min((c + 1) * CHUNK, columns)):
