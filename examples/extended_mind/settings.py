@@ -12,6 +12,7 @@ def read_settings(words: Sequence[str], required: Sequence[str] = ()) -> dict[st
     """One mapping of all settings; exits with a line that says what is wrong or missing."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     files, pairs, waiting = [], [], list(words)
     while waiting:
@@ -31,8 +32,8 @@ def read_settings(words: Sequence[str], required: Sequence[str] = ()) -> dict[st
     try:
         merged = OmegaConf.merge(*(OmegaConf.load(file) for file in files), OmegaConf.from_dotlist(pairs))
         settings: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:
-        _stop(str(error).splitlines()[0])
+    except (OmegaConfBaseException, YAMLError) as error:
+        _stop(" ".join(str(error).split()))
     absent = [name for name in required if settings.get(name) in (None, "???")]
     if absent:
         _stop(f"the setting {absent[0]!r} is missing; write it into the config or give {absent[0]}=...")
