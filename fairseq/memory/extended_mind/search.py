@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +23,15 @@ from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import ThreadBuffer, map_in_threads
 from fairseq.memory.types import Metric, Neighbors
 
-_FEW_QUERIES = 48  # of a head: below, 8-bit keys are scanned; above, blocks are multiplied
+_FEW_QUERIES = 48  # of a head
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
 _BLOCK_COLUMNS = 4096
 _GPU_SCORES = 64 << 20
 _LEVELS = 127
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize has it
+
+_RowSearch = Callable[[int, slice, Array, Array], None]
+"""Writes numbers and similarities of the memories nearest to some queries of a head."""
 
 
 @dataclass(frozen=True)
@@ -72,109 +76,107 @@ class PlainSearch:
 
 
 class KernelSearch:
-    """Compiled search on a CPU: many queries by blocks of products, few by a scan of 8-bit keys and a second look."""
+    """Compiled search on a CPU: products in 8 bits where the processor is fast at them, then those that may matter."""
 
     def __init__(self, key_GSD: Tensor) -> None:
         """Round the keys. Takes a quarter of their size in float32, besides a copy if they are of another type."""
         self.key_GSD = key_GSD.float().contiguous()
         self.inverse_GS = 1.0 / torch.linalg.vector_norm(self.key_GSD, dim=-1).clamp_(min=_SHORTEST)
-        self.low = [_LowKeys(*head) for head in zip(self.key_GSD, self.inverse_GS)]
-        self._buffer = ThreadBuffer(_BLOCK_SCORES, torch.float32)
-        self._integers = ThreadBuffer(_BLOCK_SCORES, torch.int32)
+        self._low = LowKeys(self.key_GSD, self.inverse_GS) if has_fast_int8() else None
+        dtype = torch.float32 if self._low is None else torch.int32
+        self._buffer = ThreadBuffer(_BLOCK_SCORES, dtype)
 
     def search(self, query_GND: Tensor, k: int) -> Found:
         """See ``Search``."""
-        query_GND = normalized(query_GND.float().nan_to_num(0.0)).contiguous()
+        query_GND = query_GND.float().nan_to_num(0.0).contiguous()
         heads, count, k = len(self.key_GSD), query_GND.shape[1], min(k, self.key_GSD.shape[1])
         ids_GNK = torch.full((heads, count, k), -1, dtype=torch.int64)
         best_GNK = torch.full((heads, count, k), -torch.inf)
         if not k:
             return Found(ids_GNK, best_GNK)
-        if count <= _FEW_QUERIES:
-            for g in range(heads):
-                self.low[g].search(query_GND[g], self.key_GSD[g], self.inverse_GS[g], ids_GNK[g], best_GNK[g])
-            return Found(ids_GNK, best_GNK)
+        search_rows = self._plainly(query_GND) if self._low is None else self._by_low(self._low, query_GND)
         step = max(8, _BLOCK_SCORES // min(self.key_GSD.shape[1], _BLOCK_COLUMNS))
         tasks = [(g, slice(start, start + step)) for g in range(heads) for start in range(0, count, step)]
-        for _ in map_in_threads(lambda task: self._block(query_GND, *task, ids_GNK, best_GNK), tasks):
+
+        def run(task: tuple[int, slice]) -> None:
+            search_rows(*task, ids_GNK[task].numpy(), best_GNK[task].numpy())
+
+        # Threads cost more than they gain where there is little to do.
+        for _ in map(run, tasks) if count <= _FEW_QUERIES else map_in_threads(run, tasks):
             pass
         return Found(ids_GNK, best_GNK)
 
-    def _block(self, query_GND: Tensor, head: int, rows: slice, ids_GNK: Tensor, best_GNK: Tensor) -> None:
+    def _plainly(self, query_GND: Tensor) -> _RowSearch:
         from fairseq.memory.extended_mind.kernels import best_of_rows
 
-        query_ND, results = query_GND[head, rows], (ids_GNK[head, rows].numpy(), best_GNK[head, rows].numpy())
-        if has_fast_int8():
-            self.low[head].search_many(query_ND, self.key_GSD[head], self.inverse_GS[head], self._integers, *results)
-            return
-        for first in range(0, self.key_GSD.shape[1], _BLOCK_COLUMNS):
-            columns = slice(first, first + _BLOCK_COLUMNS)
-            key_MD = self.key_GSD[head, columns]
-            score_NM = self._buffer(len(query_ND), len(key_MD))
-            torch.mm(query_ND, key_MD.T, out=score_NM)
-            score_NM *= self.inverse_GS[head, columns]
-            best_of_rows(score_NM.numpy(), len(key_MD), first, *results)
+        unit_GND = normalized(query_GND)
 
+        def search_rows(head: int, rows: slice, ids_NK: Array, best_NK: Array) -> None:
+            for columns in self._columns(len(ids_NK)):
+                key_MD = self.key_GSD[head, columns]
+                score_NM = self._buffer(len(ids_NK), len(key_MD))
+                torch.mm(unit_GND[head, rows], key_MD.T, out=score_NM)
+                score_NM *= self.inverse_GS[head, columns]
+                best_of_rows(score_NM.numpy(), len(key_MD), columns.start, ids_NK, best_NK)
 
-class _LowKeys:
-    """Keys of one head, of length one, in 8 bits: each dimension less its middle, in steps of its own."""
+        return search_rows
 
-    def __init__(self, key_SD: Tensor, inverse_S: Tensor) -> None:
-        from fairseq.memory.extended_mind.kernels import CHUNK
-
-        unit_SD = key_SD * inverse_S[:, None]
-        size, width = unit_SD.shape
-        rows, columns = -(-size // CHUNK) * CHUNK, -(-width // 8) * 8
-        self.low_SD = torch.zeros(rows, columns, dtype=torch.int8)
-        self.step_D = torch.zeros(columns)
-        self.error = self.longest = 0.0
-        if size:
-            middle_D = 0.5 * (unit_SD.amax(0) + unit_SD.amin(0))
-            self.step_D[:width] = ((unit_SD - middle_D).abs().amax(0) / _LEVELS).clamp_(min=1e-30)
-            rounded_SD = ((unit_SD - middle_D) / self.step_D[:width]).round_()
-            self.low_SD[:size, :width] = rounded_SD
-            left_SD = unit_SD - middle_D - rounded_SD * self.step_D[:width]
-            self.error = float(torch.linalg.vector_norm(left_SD, dim=1).amax())
-            self.longest = float(torch.linalg.vector_norm(rounded_SD, dim=1).amax())
-        self.chunks = self.low_SD.view(-1, CHUNK, columns).transpose(1, 2).contiguous().numpy()
-
-    def search(self, query_ND: Tensor, key_SD: Tensor, inverse_S: Tensor, ids_NK: Tensor, best_NK: Tensor) -> None:
-        """Write the nearest memories of few queries of length one."""
-        from fairseq.memory.extended_mind.kernels import best_of_low
-
-        weight_ND, margin_N = self._weights(query_ND)
-        arrays = (x.numpy() for x in (query_ND, weight_ND, margin_N))
-        best_of_low(*arrays, self.chunks, *(x.numpy() for x in (key_SD, inverse_S, ids_NK, best_NK)))  # type: ignore[call-arg]
-
-    def search_many(
-        self, query_ND: Tensor, key_SD: Tensor, inverse_S: Tensor, buffer: ThreadBuffer, ids_NK: Array, best_NK: Array
-    ) -> None:
-        """Write the nearest memories of many queries of length one."""
+    def _by_low(self, keys: LowKeys, query_GND: Tensor) -> _RowSearch:
         from fairseq.memory.extended_mind.kernels import LOWEST, best_of_low_rows
 
-        weight_ND, margin_N = self._weights(query_ND)
-        step_N1 = (weight_ND.abs().amax(1, keepdim=True) / _LEVELS).clamp_(min=1e-30)
-        rounded_ND = (weight_ND / step_N1).round_()
-        # Rounding a query moves a product by at most the product of what is left and the longest key.
-        left_N = torch.linalg.vector_norm(weight_ND - rounded_ND * step_N1, dim=1) * self.longest
-        reach_N = (2 * (margin_N + left_N) / step_N1[:, 0]).ceil_().clamp_(max=-LOWEST - 1).int()
-        low_ND = rounded_ND.to(torch.int8)
-        raw_NK = torch.full(best_NK.shape, LOWEST, dtype=torch.int32).numpy()
-        queries = (reach_N.numpy(), query_ND.numpy())
-        for first in range(0, len(key_SD), _BLOCK_COLUMNS):
-            columns = slice(first, first + _BLOCK_COLUMNS)
-            low_MD, key_MD = self.low_SD[columns], key_SD[columns]
-            raw_NM = buffer(len(low_ND), len(low_MD))
-            torch._int_mm(low_ND, low_MD.T, out=raw_NM)
-            keys = (key_MD.numpy(), inverse_S[columns].numpy())
-            best_of_low_rows(raw_NM.numpy(), len(key_MD), first, *queries, *keys, raw_NK, ids_NK, best_NK)
+        unit_GND, low_GND, reach_GN = keys.queries(query_GND)
+        key_GSD, inverse_GS, units, reaches = (x.numpy() for x in (self.key_GSD, self.inverse_GS, unit_GND, reach_GN))
 
-    def _weights(self, query_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """What rounded keys are multiplied with, and how far such a product may be off, up to a constant."""
-        weight_ND = torch.zeros(len(query_ND), len(self.step_D))
-        torch.mul(query_ND, self.step_D[: query_ND.shape[1]], out=weight_ND[:, : query_ND.shape[1]])
-        # By the lengths' product, or half a step in each dimension; and by the rounding of sums.
-        return weight_ND, (weight_ND.abs().sum(1) * 0.5).clamp_(max=self.error) + 1e-6
+        def search_rows(head: int, rows: slice, ids_NK: Array, best_NK: Array) -> None:
+            raw_NK = np.full(ids_NK.shape, LOWEST, np.int32)
+            queries = (reaches[head, rows], units[head, rows])
+            for columns in self._columns(len(ids_NK)):
+                low_MD, key_MD = keys.low_GSD[head, columns], key_GSD[head, columns]
+                raw_NM = self._buffer(len(ids_NK), len(low_MD))
+                torch._int_mm(low_GND[head, rows], low_MD.T, out=raw_NM)
+                own = (key_MD, inverse_GS[head, columns])
+                best_of_low_rows(raw_NM.numpy(), len(key_MD), columns.start, *queries, *own, raw_NK, ids_NK, best_NK)
+
+        return search_rows
+
+    def _columns(self, rows: int) -> list[slice]:
+        width = max(_BLOCK_COLUMNS, _BLOCK_SCORES // max(1, rows))
+        return [slice(at, at + width) for at in range(0, self.key_GSD.shape[1], width)]
+
+
+class LowKeys:
+    """Keys of length one in 8 bits: each dimension less its middle, in steps of its own.
+
+    What a middle adds to a product is the same for all keys.
+    """
+
+    def __init__(self, key_GSD: Tensor, inverse_GS: Tensor) -> None:
+        """Round keys, given what makes their lengths one."""
+        heads, size, width = key_GSD.shape
+        columns = -(-width // 8) * 8
+        self.low_GSD = torch.zeros(heads, size, columns, dtype=torch.int8)
+        self.step_GD = torch.zeros(heads, columns)
+        self.error_G, self.longest_G = torch.zeros(heads), torch.zeros(heads)
+        for g in range(heads if size else 0):
+            unit_SD = key_GSD[g] * inverse_GS[g, :, None]
+            unit_SD -= 0.5 * (unit_SD.amax(0) + unit_SD.amin(0))
+            step_D = (unit_SD.abs().amax(0) / _LEVELS).clamp_(min=1e-30)
+            rounded_SD = (unit_SD / step_D).round_()
+            self.low_GSD[g, :, :width], self.step_GD[g, :width] = rounded_SD, step_D
+            self.longest_G[g] = torch.linalg.vector_norm(rounded_SD, dim=1).amax()
+            self.error_G[g] = torch.linalg.vector_norm(unit_SD.sub_(rounded_SD.mul_(step_D)), dim=1).amax()
+
+    def queries(self, query_GND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of length one, in 8 bits, and how far products may be off (see ``round_queries``)."""
+        from fairseq.memory.extended_mind.kernels import round_queries
+
+        heads, count, width = query_GND.shape
+        unit_GND = torch.empty(heads, count, width)
+        low_GND = torch.zeros(heads, count, self.step_GD.shape[1], dtype=torch.int8)
+        reach_GN = torch.empty(heads, count, dtype=torch.int32)
+        about = (query_GND, self.step_GD, self.error_G, self.longest_G, unit_GND, low_GND, reach_GN)
+        round_queries(*(x.numpy() for x in about))
+        return unit_GND, low_GND, reach_GN
 
 
 class _PerHead:
