@@ -167,6 +167,20 @@ def best_of_low_rows(
                         _insert(best_K, ids_K, score, first + i)
 
 
+@compiled()
+def best_of_low_heads(
+    raw_GNM: Any, reach_GN: Any, query_GND: Any, key_GMD: Any, inverse_GM: Any, ids_GNK: Any, best_GNK: Any
+) -> None:
+    """:func:`best_of_low_rows` of all heads, with all their memories: one call costs less than many."""
+    raw_NK = np.empty(ids_GNK.shape[1:], np.int32)
+    for g in range(len(raw_GNM)):
+        raw_NK[:] = LOWEST
+        best_of_low_rows(
+            raw_GNM[g], raw_GNM.shape[2], 0, reach_GN[g], query_GND[g], key_GMD[g], inverse_GM[g], raw_NK, ids_GNK[g],
+            best_GNK[g],
+        )  # fmt: skip
+
+
 @compiled(fastmath=_ANY_ORDER)
 def _add_weighted(out_D: Any, weight: Any, value_D: Any) -> None:
     for d in range(len(out_D)):

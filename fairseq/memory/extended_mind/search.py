@@ -23,7 +23,7 @@ from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import ThreadBuffer, map_in_threads
 from fairseq.memory.types import Metric, Neighbors
 
-_FEW_QUERIES = 48  # of a head
+_FEW_SCORES = 1 << 20
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
 _BLOCK_COLUMNS = 4096
 _GPU_SCORES = 64 << 20
@@ -94,6 +94,9 @@ class KernelSearch:
         best_GNK = torch.full((heads, count, k), -torch.inf)
         if not k:
             return Found(ids_GNK, best_GNK)
+        if self._low is not None and heads * count * self.key_GSD.shape[1] <= _FEW_SCORES:
+            self._at_once(self._low, query_GND, ids_GNK, best_GNK)
+            return Found(ids_GNK, best_GNK)
         search_rows = self._plainly(query_GND) if self._low is None else self._by_low(self._low, query_GND)
         step = max(8, _BLOCK_SCORES // min(self.key_GSD.shape[1], _BLOCK_COLUMNS))
         tasks = [(g, slice(start, start + step)) for g in range(heads) for start in range(0, count, step)]
@@ -101,10 +104,21 @@ class KernelSearch:
         def run(task: tuple[int, slice]) -> None:
             search_rows(*task, ids_GNK[task].numpy(), best_GNK[task].numpy())
 
-        # Threads cost more than they gain where there is little to do.
-        for _ in map(run, tasks) if count <= _FEW_QUERIES else map_in_threads(run, tasks):
+        for _ in map_in_threads(run, tasks):
             pass
         return Found(ids_GNK, best_GNK)
+
+    def _at_once(self, keys: LowKeys, query_GND: Tensor, ids_GNK: Tensor, best_GNK: Tensor) -> None:
+        """All heads on one thread: for few queries, where calls and threads would cost more than the work."""
+        from fairseq.memory.extended_mind.kernels import best_of_low_heads
+
+        unit_GND, low_GND, reach_GN = keys.queries(query_GND)
+        heads, count, size = *query_GND.shape[:2], self.key_GSD.shape[1]
+        raw_GNM = torch.empty(heads, count, size, dtype=torch.int32)
+        for raw_NM, low_ND, low_DM in zip(raw_GNM, low_GND, keys.low_GSD.mT):
+            torch._int_mm(low_ND, low_DM, out=raw_NM)
+        arrays = (raw_GNM, reach_GN, unit_GND, self.key_GSD, self.inverse_GS, ids_GNK, best_GNK)
+        best_of_low_heads(*(x.numpy() for x in arrays))
 
     def _plainly(self, query_GND: Tensor) -> _RowSearch:
         from fairseq.memory.extended_mind.kernels import best_of_rows
