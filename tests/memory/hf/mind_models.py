@@ -29,6 +29,9 @@ MODELS = {
     | {"sliding_window": 8, "query_pre_attn_scalar": 12, "tie_word_embeddings": False, "attn_implementation": "eager"},
     "gemma3_text": GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 12},
     "cohere": GROUPED,
+    "gpt_oss": GROUPED
+    | {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8, "attn_implementation": "eager"}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "gpt_neox": SMALL | {"rotary_pct": 0.5},
     "gptj": dict(
         vocab_size=61, n_embd=48, n_layer=3, n_head=4, n_positions=96, rotary_dim=4, bos_token_id=1, eos_token_id=2
@@ -95,7 +98,9 @@ def plain_memories(model, token_ids: torch.Tensor) -> dict[int, tuple[torch.Tens
 def oracle(model, memories, *, topk, threshold=None, layers=None):
     """While the block runs, the model attends densely over all memories, all but each query's best masked."""
 
-    def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, is_causal=None, **_):
+    def attention(
+        module, query, key, value, attention_mask, scaling=None, softcap=None, is_causal=None, s_aux=None, **_
+    ):
         heads_each = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(heads_each, 1), value.repeat_interleave(heads_each, 1)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -117,7 +122,11 @@ def oracle(model, memories, *, topk, threshold=None, layers=None):
             score = local
         if softcap:
             score = softcap * torch.tanh(score / softcap)
-        weight = score.masked_fill(~see, -math.inf).softmax(-1).nan_to_num(0.0)
+        score = score.masked_fill(~see, -math.inf)
+        if s_aux is not None:  # a place that every query sees and that holds nothing
+            score = torch.cat([score, s_aux[None, :, None, None].expand(*score.shape[:3], 1)], -1)
+            value = torch.nn.functional.pad(value, (0, 0, 0, 1))
+        weight = score.softmax(-1).nan_to_num(0.0)
         return (weight @ value).transpose(1, 2), None
 
     AttentionInterface.register("oracle", attention)

@@ -67,7 +67,7 @@ def test_by_layer_and_by_similarity(name):
 def test_relative_positions_are_those_of_a_longer_text(name):
     """With all memories chosen, one layer and no window between, the model reads memory and prompt as one text."""
     changes = {"n_layer": 1} if name == "gptj" else {"num_hidden_layers": 1}
-    if name.startswith("gemma") and name != "gemma" or name == "mistral":
+    if "sliding_window" in MODELS[name]:
         changes["sliding_window"] = 90
     model = tiny(name, **changes)
     with torch.no_grad():
