@@ -124,6 +124,13 @@ def test_perplexity_and_timing_run(run, text, model, tmp_path):
     assert all(0 < first < last for first, last in seconds.values())
 
 
+def test_the_demo_asks_with_and_without_memory(run, model):
+    printed = run("demo.py", model)
+    assert [line.split(":")[0] for line in printed.splitlines()[:4]] == ["topk 0", "topk 2", "topk 5", "topk 10"]
+    assert printed.count(" read '") == 3
+    assert "usage: demo.py MODEL" in run("demo.py", expect=1)
+
+
 def test_settings_are_merged_and_mistakes_told(run, tmp_path):
     script = "build_counterfactual.py"
     assert "give --base CONFIG.yaml" in run(script, expect=2)
