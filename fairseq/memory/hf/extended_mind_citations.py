@@ -23,7 +23,7 @@ class Citation:
     stop: int
     """First token behind the run."""
     weight: float
-    """Share of all the attention to memories that the run got."""
+    """Share of all that memories gave (see :func:`cite`)."""
     text: str | None
     """The run as text, where a tokenizer is at hand."""
 
@@ -31,15 +31,22 @@ class Citation:
 def cite(
     steps: Iterable[Mapping[int, Chosen]], memory: Memory, *, top: int, row: int = 0, tokenizer: Any = None
 ) -> list[Citation]:
-    """The ``top`` tokens of a memory with most attention, neighbours joined into runs; the heaviest run first.
+    """The ``top`` tokens of a memory that gave most, neighbours joined into runs; the heaviest run first.
 
-    The first token of a document is left out: attention rests there when it looks for nothing (arXiv 2309.17453).
+    What a token gives is its share of the attention times the length of its value: attention rests on places with short
+    values when it looks for nothing (arXiv 2004.10102). The first token of a document is such a place, and left out.
     """
     weight_N = torch.zeros(len(memory.token_N))
     for step in steps:
-        for chosen in step.values():
-            token, weight = chosen.token_BHTK[row].reshape(-1).cpu(), chosen.weights()[row].reshape(-1).cpu()
-            weight_N.index_add_(0, token[token >= 0], weight[token >= 0].float())
+        for layer, chosen in step.items():
+            token_HTK, value_GSD = chosen.token_BHTK[row].cpu(), memory.layers[layer].value_GSD
+            length_GS = torch.linalg.vector_norm(value_GSD.float().cpu(), dim=-1)
+            length_HS = length_GS.repeat_interleave(len(token_HTK) // len(length_GS), 0)
+            at_HTK = torch.searchsorted(memory.place_S, token_HTK.clamp(min=0)).clamp_(max=len(memory) - 1)
+            given_HTK = chosen.weights()[row].cpu() * length_HS.gather(1, at_HTK.flatten(1)).view_as(token_HTK)
+            weight_N.index_add_(
+                0, token_HTK.clamp(min=0).flatten(), given_HTK.masked_fill(token_HTK < 0, 0.0).flatten()
+            )
     weight_N[list(memory.document_starts)] = 0.0
     whole = float(weight_N.sum()) or 1.0
     best = [token for token in weight_N.topk(min(top, len(weight_N))).indices.tolist() if weight_N[token] > 0]
