@@ -36,7 +36,7 @@ def main(words: list[str]) -> None:
             right = sum(is_correct(answer, said) for (_, _, answer), said in zip(QUESTIONS, answers))
             sys.stdout.write(f"topk {topk}: {right} of {len(QUESTIONS)} right: {[said.strip() for said in answers]}\n")
         for row, (question, _, _) in enumerate(QUESTIONS):
-            read = ", ".join(f"{c.text.strip()!r} {c.weight:.0%}" for c in mind.citations(top=4, row=row) if c.text)
+            read = ", ".join(f"{c.text.strip()!r} {c.weight:.0%}" for c in mind.citations(top=2, row=row) if c.text)
             sys.stdout.write(f"{question} read {read}\n")
 
 

@@ -319,12 +319,14 @@ class ExtendedMind:
         layers = range(self.sites.num_layers)
         return tuple(chosen[layer].token_BHTK if layer in chosen else None for layer in layers)
 
-    def citations(self, top: int = 5, row: int = 0) -> list[Citation]:
-        """The user's tokens that got most attention in the last call with ``output_retrieved_memory_idx=True``."""
+    def citations(self, top: int = 3, span: int = 12, row: int = 0) -> list[Citation]:
+        """The passages that gave most to the last call with ``output_retrieved_memory_idx=True``."""
         if not self.retrieved:
             raise ValueError("nothing to cite: call the model with output_retrieved_memory_idx=True first")
         rows = len(next(iter(self.retrieved[-1].values())).token_BHTK)
-        return cite(self.retrieved, self._of_rows(rows, True)[row], top=top, row=row, tokenizer=self.tokenizer)
+        return cite(
+            self.retrieved, self._of_rows(rows, True)[row], top=top, span=span, row=row, tokenizer=self.tokenizer
+        )
 
     # The model's attention
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairseq.memory.extended_mind.cache import Memory
 from fairseq.memory.extended_mind.lookup import Chosen
@@ -14,24 +15,24 @@ from fairseq.memory.extended_mind.lookup import Chosen
 
 @dataclass(frozen=True)
 class Citation:
-    """A run of tokens of one document."""
+    """A passage of one document."""
 
     document: int
     """Number of the document."""
     start: int
     """First token, counted within the document."""
     stop: int
-    """First token behind the run."""
+    """First token behind the passage."""
     weight: float
     """Share of all that memories gave (see :func:`cite`)."""
     text: str | None
-    """The run as text, where a tokenizer is at hand."""
+    """The passage as text, where a tokenizer is at hand."""
 
 
 def cite(
-    steps: Iterable[Mapping[int, Chosen]], memory: Memory, *, top: int, row: int = 0, tokenizer: Any = None
+    steps: Iterable[Mapping[int, Chosen]], memory: Memory, *, top: int, span: int, row: int = 0, tokenizer: Any = None
 ) -> list[Citation]:
-    """The ``top`` tokens of a memory that gave most, neighbours joined into runs; the heaviest run first.
+    """The ``top`` passages of at most ``span`` tokens that gave most, none within another, the heaviest first.
 
     What a token gives is its share of the attention times the length of its value: attention rests on places with short
     values when it looks for nothing (arXiv 2004.10102). The first token of a document is such a place, and left out.
@@ -49,17 +50,21 @@ def cite(
             )
     weight_N[list(memory.document_starts)] = 0.0
     whole = float(weight_N.sum()) or 1.0
-    best = [token for token in weight_N.topk(min(top, len(weight_N))).indices.tolist() if weight_N[token] > 0]
-    runs: list[list[int]] = []
-    for token in sorted(best):
-        if runs and token == runs[-1][1] and token not in memory.document_starts:
-            runs[-1][1] = token + 1
-        else:
-            runs.append([token, token + 1])
-    citations = []
-    for start, stop in runs:
+    starts = [*memory.document_starts, len(weight_N)]
+    citations: list[Citation] = []
+    while len(citations) < top and float(weight_N.max()) > 0:
+        places = [_heaviest(weight_N, first, stop, span) for first, stop in zip(starts, starts[1:])]
+        start, stop, heaviest = max(places, key=lambda place: place[2])
         document, place = memory.where(start)
         text = tokenizer.decode(memory.token_N[start:stop].tolist()) if tokenizer is not None else None
-        share = float(weight_N[start:stop].sum()) / whole
-        citations.append(Citation(document, place, place + stop - start, share, text))
-    return sorted(citations, key=lambda citation: -citation.weight)
+        citations.append(Citation(document, place, place + stop - start, heaviest / whole, text))
+        weight_N[start:stop] = 0.0
+    return citations
+
+
+def _heaviest(weight_N: Tensor, first: int, stop: int, span: int) -> tuple[int, int, float]:
+    """(start, stop, weight) of the heaviest passage of a document."""
+    span = min(span, stop - first)
+    sums = weight_N[first:stop].unfold(0, span, 1).sum(1)
+    best = int(sums.argmax())
+    return first + best, first + best + span, float(sums[best])

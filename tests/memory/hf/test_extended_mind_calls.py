@@ -143,13 +143,16 @@ def test_documents_do_not_see_each_other_and_are_cited(llama):
     assert [memory.where(token) for token in (0, 7, 8, 18)] == [(0, 0), (0, 7), (1, 0), (1, 10)]
     with extended_mind(llama, memory, topk=19, remove_special_ids=False) as mind, torch.no_grad():
         out = llama(PROMPT, output_retrieved_memory_idx=True)
-        cited = mind.citations(top=19)
+        cited, parts = mind.citations(span=19), mind.citations(top=99, span=2)
     weights = mind.retrieved[0][2].weights()
     assert torch.equal(out.retrieved_memory_idx[2].sort(-1).values, torch.arange(19).expand(1, 4, 7, 19))
     # With every memory chosen, memories and local keys share what attention there is.
     assert ((weights.sum(-1) > 0) & (weights.sum(-1) < 1)).all()
-    assert {(c.document, c.start, c.stop) for c in cited} == {(0, 1, 8), (1, 1, 11)}
+    assert {(c.document, c.start, c.stop) for c in cited} == {(0, 0, 8), (1, 0, 11)}
     assert sum(c.weight for c in cited) == pytest.approx(1.0)
+    assert [c.weight for c in parts] == sorted((c.weight for c in parts), reverse=True)
+    assert sum(c.weight for c in parts) == pytest.approx(1.0)
+    assert all(c.stop - c.start == 2 for c in parts)
 
 
 def test_retrieved_numbers_are_the_users_tokens(llama):
