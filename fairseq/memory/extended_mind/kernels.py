@@ -1,0 +1,219 @@
+"""Compiled loops of the search for memories: best of rows of scores, exact or in 8 bits, and attention.
+
+Import where used: numba takes half a second to load. Ties go to the earlier memory.
+
+Shapes: N queries, M columns of scores (memories of a block), S memories, C groups of memories, K chosen, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fairseq.memory.index.kernels import _compiled as compiled
+
+GROUPS = 256
+"""Scores are looked at in so many groups first."""
+
+LOWEST = -(1 << 30)
+"""Below every product of vectors in 8 bits."""
+
+SHORTEST = 1e-12
+"""Shorter queries are zero, as for torch.nn.functional.normalize."""
+
+_ANY_ORDER = {"reassoc", "contract", "nsz", "nnan", "ninf"}  # queries and keys are finite here
+
+
+@compiled(fastmath=_ANY_ORDER)
+def _group_largest(score_M: Any, columns: int, largest_C: Any) -> None:
+    """The largest score of each group; column m is in group ``m % C``, so that the loop is over neighbours."""
+    groups = len(largest_C)
+    for c in range(groups):
+        largest_C[c] = score_M[c]
+    for start in range(groups, columns, groups):
+        for c in range(min(groups, columns - start)):
+            largest_C[c] = max(largest_C[c], score_M[start + c])
+
+
+@compiled()
+def _insert(best_K: Any, ids_K: Any, score: Any, number: int) -> None:
+    """Put a score that belongs among the best there; of equal ones the lower number comes first."""
+    at = len(best_K) - 1
+    while at > 0 and (score > best_K[at - 1] or (score == best_K[at - 1] and number < ids_K[at - 1])):
+        best_K[at], ids_K[at] = best_K[at - 1], ids_K[at - 1]
+        at -= 1
+    best_K[at], ids_K[at] = score, number
+
+
+@compiled()
+def _belongs(best_K: Any, ids_K: Any, score: Any, number: int) -> Any:
+    return score > best_K[-1] or (score == best_K[-1] and number < ids_K[-1])
+
+
+@compiled()
+def _kth_largest(values_C: Any, low_K: Any, unused_K: Any, lowest: Any) -> Any:
+    """The k-th largest value; ``lowest`` when there are fewer."""
+    low_K[:] = lowest
+    for c in range(len(values_C)):
+        if values_C[c] > low_K[-1]:
+            _insert(low_K, unused_K, values_C[c], c)
+    return low_K[-1]
+
+
+@compiled()
+def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: Any) -> None:
+    """Merge scores of memories ``first`` and so on into the best of each query, best first.
+
+    A group is looked into when its largest score is among the k largest groups' and reaches the k-th best so far:
+    no other group can hold one of the k best.
+    """
+    k = best_NK.shape[1]
+    largest_C = np.empty(min(columns, GROUPS), np.float32)
+    low_K, unused_K = np.empty(k, np.float32), np.empty(k, np.int64)
+    for n in range(len(best_NK)):
+        score_M, best_K, ids_K = score_NM[n], best_NK[n], ids_NK[n]
+        _group_largest(score_M, columns, largest_C)
+        bound = _kth_largest(largest_C, low_K, unused_K, np.float32(-np.inf))
+        for c in range(len(largest_C)):
+            if largest_C[c] < bound or largest_C[c] < best_K[-1]:
+                continue
+            for i in range(c, columns, len(largest_C)):
+                if score_M[i] >= bound and _belongs(best_K, ids_K, score_M[i], first + i):
+                    _insert(best_K, ids_K, score_M[i], first + i)
+
+
+@compiled(fastmath=_ANY_ORDER)
+def _product(a_D: Any, b_D: Any, width: int) -> Any:
+    total = np.float32(0.0)
+    for d in range(width):
+        total += a_D[d] * b_D[d]
+    return total
+
+
+@compiled(fastmath=_ANY_ORDER)
+def round_queries(
+    query_GND: Any, step_GD: Any, error_G: Any, longest_G: Any, unit_GND: Any, low_GND: Any, reach_GN: Any
+) -> None:
+    """Scale queries to length one, and write them in 8 bits for products with 8-bit keys.
+
+    Args:
+        query_GND: finite.
+        step_GD: steps of the keys' dimensions.
+        error_G, longest_G: length of the largest rest that rounding left of a key, and of the longest rounded key.
+        reach_GN: int32, twice how far a product may be off, in the units of the products.
+    """
+    for g in range(len(query_GND)):
+        for n in range(query_GND.shape[1]):
+            query_D, unit_D, low_D = query_GND[g, n], unit_GND[g, n], low_GND[g, n]
+            square = np.float32(0.0)
+            for d in range(len(query_D)):
+                square += query_D[d] * query_D[d]
+            scale = np.float32(1.0) / max(np.sqrt(square), np.float32(SHORTEST))
+            largest, halves = np.float32(1e-30), np.float32(0.0)
+            for d in range(len(query_D)):
+                unit_D[d] = query_D[d] * scale
+                weight = abs(unit_D[d] * step_GD[g, d])
+                largest, halves = max(largest, weight), halves + np.float32(0.5) * weight
+            step, left = largest / np.float32(127.0), np.float32(0.0)
+            for d in range(len(query_D)):
+                weight = unit_D[d] * step_GD[g, d]
+                rounded = np.rint(weight / step)
+                low_D[d] = np.int8(rounded)
+                left += (weight - rounded * step) ** 2
+            # A key is off by the length of its rest, or half a step in each dimension; a query by what is left of it.
+            margin = min(error_G[g], halves) + np.sqrt(left) * longest_G[g] + np.float32(1e-6)
+            reach_GN[g, n] = np.int32(min(np.ceil(2 * margin / step), np.float32(-LOWEST // 2)))
+
+
+@compiled()
+def _raise_largest(raw_M: Any, columns: int, largest_C: Any, low_K: Any, unused_K: Any, raw_K: Any) -> None:
+    """Write each group's largest product, and merge products into the k largest so far."""
+    _group_largest(raw_M, columns, largest_C)
+    bound = _kth_largest(largest_C, low_K, unused_K, np.int32(LOWEST))
+    for c in range(len(largest_C)):
+        if largest_C[c] >= bound and largest_C[c] > raw_K[-1]:
+            for i in range(c, columns, len(largest_C)):
+                if raw_M[i] >= bound and raw_M[i] > raw_K[-1]:
+                    _insert(raw_K, unused_K, raw_M[i], i)
+
+
+@compiled()
+def best_of_low_rows(
+    raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, raw_NK: Any,
+    ids_NK: Any, best_NK: Any,
+) -> None:  # fmt: skip
+    """:func:`best_of_rows` of products in 8 bits: those that may be among the best are multiplied again as they are.
+
+    Args:
+        raw_NM: int32 products of rounded vectors.
+        reach_N: int32, twice how far such a product may be off, up to a constant of each query.
+        raw_NK: int32, the largest products of the blocks so far.
+    """
+    k, width = best_NK.shape[1], key_MD.shape[1]
+    largest_C = np.empty(min(columns, GROUPS), np.int32)
+    low_K, unused_K = np.empty(k, np.int32), np.empty(k, np.int64)
+    for n in range(len(best_NK)):
+        raw_M, raw_K, best_K, ids_K = raw_NM[n], raw_NK[n], best_NK[n], ids_NK[n]
+        _raise_largest(raw_M, columns, largest_C, low_K, unused_K, raw_K)
+        bound = max(raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
+        for c in range(len(largest_C)):
+            if largest_C[c] < bound:
+                continue
+            for i in range(c, columns, len(largest_C)):
+                if raw_M[i] >= bound:
+                    score = _product(query_ND[n], key_MD[i], width) * inverse_M[i]
+                    if _belongs(best_K, ids_K, score, first + i):
+                        _insert(best_K, ids_K, score, first + i)
+
+
+@compiled()
+def best_of_low_heads(
+    raw_GNM: Any, reach_GN: Any, query_GND: Any, key_GMD: Any, inverse_GM: Any, ids_GNK: Any, best_GNK: Any
+) -> None:
+    """:func:`best_of_low_rows` of all heads, with all their memories: one call costs less than many."""
+    raw_NK = np.empty(ids_GNK.shape[1:], np.int32)
+    for g in range(len(raw_GNM)):
+        raw_NK[:] = LOWEST
+        best_of_low_rows(
+            raw_GNM[g], raw_GNM.shape[2], 0, reach_GN[g], query_GND[g], key_GMD[g], inverse_GM[g], raw_NK, ids_GNK[g],
+            best_GNK[g],
+        )  # fmt: skip
+
+
+@compiled(fastmath=_ANY_ORDER)
+def _add_weighted(out_D: Any, weight: Any, value_D: Any) -> None:
+    for d in range(len(out_D)):
+        out_D[d] += weight * value_D[d]
+
+
+@compiled()
+def attend_to_chosen(
+    query_NTD: Any, ids_NTK: Any, key_GSD: Any, value_GSD: Any, scale: float, score_NTK: Any, out_NTD: Any, norm_NT: Any
+) -> None:
+    """Attention over chosen memories for N heads (of any rows), head n reading from key-value head ``n * G // N``.
+
+    ``score_NTK`` holds what is added to each score, -inf where a memory is left out, and gets the scores.
+    """
+    width, heads_each = query_NTD.shape[2], len(query_NTD) // len(key_GSD)
+    for n in range(len(query_NTD)):
+        key_SD, value_SD = key_GSD[n // heads_each], value_GSD[n // heads_each]
+        for t in range(query_NTD.shape[1]):
+            score_K, ids_K, query_D = score_NTK[n, t], ids_NTK[n, t], query_NTD[n, t]
+            largest = np.float32(-np.inf)
+            for i in range(len(score_K)):
+                if score_K[i] > -np.inf:
+                    score_K[i] += _product(query_D, key_SD[ids_K[i]], width) * np.float32(scale)
+                    largest = max(largest, score_K[i])
+            total, out_D = np.float32(0.0), out_NTD[n, t]
+            out_D[:] = 0.0
+            if largest == -np.inf:
+                norm_NT[n, t] = -np.inf
+                continue
+            for i in range(len(score_K)):
+                if score_K[i] > -np.inf:
+                    weight = np.exp(score_K[i] - largest)
+                    total += weight
+                    _add_weighted(out_D, weight, value_SD[ids_K[i]])
+            out_D /= total
+            norm_NT[n, t] = largest + np.log(total)

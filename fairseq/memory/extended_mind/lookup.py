@@ -1,0 +1,146 @@
+"""One layer's look at the memories: search, score, attend, and tell which of the user's tokens were read.
+
+Shapes: B rows, H query heads, G key-value heads, T queries, K chosen, S memories, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fairseq.memory.extended_mind.attention import Partial, gathered, memory_attention, memory_scores
+from fairseq.memory.extended_mind.cache import LayerMemory, Memory
+from fairseq.memory.extended_mind.search import SEARCHES, Search
+from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.threads import map_in_threads
+
+_MANY_QUERIES = 2048  # worth more than one thread
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Memories that the queries of one layer attended to, best first."""
+
+    token_BHTK: Tensor
+    """int64, which of the user's tokens; -1 where there were fewer than K memories."""
+    similarity_BHTK: Tensor
+    """float32 cosine similarity."""
+    score_BHTK: Tensor
+    """float32 score in the softmax; -inf where it was left out for its similarity."""
+    norm_BHT: Tensor
+    """float32, log of the sum of exp(score) over memories and local keys."""
+
+    def weights(self) -> Tensor:
+        """Share of the attention that each got, (B, H, T, K)."""
+        return (self.score_BHTK - self.norm_BHT[..., None]).exp()
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What a layer took from its memories."""
+
+    partial: Partial
+    token_BHTK: Tensor
+    similarity_BHTK: Tensor
+    score_BHTK: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """How scores of memories are made of products."""
+
+    scale: float
+    softcap: float | None = None
+    slope_H: Tensor | None = None
+    """ALiBi: how much a step to the left takes off a score; None without."""
+    before_B: Tensor | None = None
+    """With ALiBi: how far the place before the local text is from its last key's, as a number <= 0."""
+
+
+class LayerLookup:
+    """The memories of one layer, ready to be searched."""
+
+    def __init__(self, memory: Memory, layer: int, settings: MindSettings) -> None:
+        """Prepare the search."""
+        self.layer: LayerMemory = memory.layers[layer]
+        self.device = self.layer.key_GSD.device
+        self.place_S, self.offset_S = memory.place_S, memory.offsets()
+        self.search: Search = SEARCHES[settings.memory_type](self.layer.key_GSD, settings)
+        # Compiled loops read float32; other types are attended to by torch.
+        self.compiled = self.device.type == "cpu" and self.layer.key_GSD.dtype is torch.float32
+
+    def look(self, query_BHTD: Tensor, rule: ScoreRule, settings: MindSettings) -> Looked:
+        """Attend to the nearest memories of each query."""
+        rows, heads, queries = query_BHTD.shape[:3]
+        kv_heads = len(self.layer.key_GSD)
+        here_BHTD = query_BHTD.to(self.device)
+        query_GND = here_BHTD.transpose(0, 1).reshape(kv_heads, -1, query_BHTD.shape[-1])
+        found = self.search.search(query_GND.detach(), settings.topk).to(self.device)
+
+        def by_head(x_GNK: Tensor) -> Tensor:
+            return x_GNK.reshape(heads, rows, queries, -1).transpose(0, 1)
+
+        ids_BHTK, similarity_BHTK = by_head(found.ids_GNK), by_head(found.similarity_GNK)
+        left_out_BHTK = ids_BHTK < 0
+        if settings.mask_by_sim:
+            left_out_BHTK = left_out_BHTK | (similarity_BHTK <= settings.sim_threshold)
+        bias_BHTK = self._bias(ids_BHTK, rule)
+        if self.compiled and rule.softcap is None and not (query_BHTD.requires_grad and torch.is_grad_enabled()):
+            score_BHTK, partial = self._attend(here_BHTD, ids_BHTK, left_out_BHTK, bias_BHTK, rule.scale)
+        else:
+            key_BHTKD, value_BHTKD = gathered(self.layer, ids_BHTK)
+            key_BHTKD, value_BHTKD = key_BHTKD.to(query_BHTD.device), value_BHTKD.to(query_BHTD.device)
+            bias_BHTK = bias_BHTK.to(query_BHTD.device) if bias_BHTK is not None else None
+            score_BHTK = memory_scores(query_BHTD, key_BHTKD, rule.scale, bias_BHTK, rule.softcap)
+            score_BHTK = score_BHTK.masked_fill(left_out_BHTK.to(score_BHTK.device), -torch.inf)
+            partial = memory_attention(score_BHTK, value_BHTKD)
+        partial = Partial(partial.out_BHTD.to(query_BHTD.device), partial.norm_BHT.to(query_BHTD.device))
+        return Looked(partial, ids_BHTK, similarity_BHTK, score_BHTK)
+
+    def tokens(self, ids_BHTK: Tensor) -> Tensor:
+        """Which of the user's tokens some memories are; -1 stays."""
+        if not len(self.place_S):
+            return ids_BHTK
+        place_BHTK = self.place_S.to(ids_BHTK.device)[ids_BHTK.clamp(min=0)]
+        return place_BHTK.masked_fill(ids_BHTK < 0, -1)
+
+    def _bias(self, ids_BHTK: Tensor, rule: ScoreRule) -> Tensor | None:
+        """ALiBi's part of a score: memories stand before the first local key."""
+        if rule.slope_H is None or rule.before_B is None:
+            return None
+        distance_BHTK = rule.before_B.to(self.device)[:, None, None, None].float()
+        if self.offset_S is not None:
+            distance_BHTK = distance_BHTK + self.offset_S.to(self.device)[ids_BHTK.clamp(min=0)]
+        return rule.slope_H.to(self.device)[:, None, None] * distance_BHTK
+
+    def _attend(
+        self, query_BHTD: Tensor, ids_BHTK: Tensor, left_out_BHTK: Tensor, bias_BHTK: Tensor | None, scale: float
+    ) -> tuple[Tensor, Partial]:
+        """By compiled loops, which copy nothing."""
+        from fairseq.memory.extended_mind.kernels import attend_to_chosen
+
+        rows, heads, queries, width = query_BHTD.shape
+        score_BHTK = torch.zeros(ids_BHTK.shape) if bias_BHTK is None else bias_BHTK.expand(ids_BHTK.shape)
+        score_HNK = score_BHTK.masked_fill(left_out_BHTK, -torch.inf).transpose(0, 1).flatten(1, 2).contiguous()
+        query_HND = query_BHTD.detach().float().transpose(0, 1).reshape(heads, -1, width).contiguous()
+        ids_HNK = ids_BHTK.transpose(0, 1).reshape(heads, rows * queries, -1).contiguous()
+        out_HND = torch.empty(heads, rows * queries, self.layer.value_GSD.shape[-1])
+        norm_HN = torch.empty(heads, rows * queries)
+        memories = (self.layer.key_GSD.numpy(), self.layer.value_GSD.numpy())
+
+        def attend(part: slice) -> None:
+            arrays = (x[:, part].numpy() for x in (query_HND, ids_HNK))
+            results = (x[:, part].numpy() for x in (score_HNK, out_HND, norm_HN))
+            attend_to_chosen(*arrays, *memories, scale, *results)  # type: ignore[call-arg, arg-type]
+
+        count = rows * queries
+        step = count if count * heads < _MANY_QUERIES else -(-count // torch.get_num_threads())
+        for _ in map_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))]):
+            pass
+
+        def by_row(x: Tensor) -> Tensor:
+            return x.reshape(heads, rows, queries, *x.shape[2:]).transpose(0, 1)
+
+        return by_row(score_HNK), Partial(by_row(out_HND), by_row(norm_HN))

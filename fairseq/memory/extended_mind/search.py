@@ -1,0 +1,248 @@
+"""Which memories are nearest to a query: by cosine similarity, per head, the k best.
+
+Every way gives the same memories, up to the rounding of sums; of equally near ones the earlier (a faiss index
+excepted). Queries that are zero are near to nothing in particular.
+
+Shapes: G key-value heads, N queries of each, S memories, K chosen, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.files import Array
+from fairseq.memory.index.faiss_index import has_fast_int8
+from fairseq.memory.similarity import normalized
+from fairseq.memory.threads import ThreadBuffer, map_in_threads
+from fairseq.memory.types import Metric, Neighbors
+
+_FEW_SCORES = 1 << 20
+_BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
+_BLOCK_COLUMNS = 4096
+_GPU_SCORES = 64 << 20
+_LEVELS = 127
+_SHORTEST = 1e-12  # as torch.nn.functional.normalize has it
+
+_RowSearch = Callable[[int, slice, Array, Array], None]
+"""Writes numbers and similarities of the memories nearest to some queries of a head."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The memories nearest to each query, best first."""
+
+    ids_GNK: Tensor
+    """int64 number of the memory; -1 where there are fewer than K."""
+    similarity_GNK: Tensor
+    """float32 cosine similarity; -inf where the id is -1."""
+
+    def to(self, device: torch.device) -> Found:
+        """The same on another device."""
+        return Found(self.ids_GNK.to(device), self.similarity_GNK.to(device))
+
+
+class Search(Protocol):
+    """A way to search the keys of one layer."""
+
+    def search(self, query_GND: Tensor, k: int) -> Found:
+        """The ``min(k, S)`` nearest memories of each query; queries may have any length and are on the keys' device."""
+        ...
+
+
+class PlainSearch:
+    """Products and ``topk`` of torch, on any device."""
+
+    def __init__(self, key_GSD: Tensor) -> None:
+        """Scale keys to length one once."""
+        self.unit_GSD = normalized(key_GSD.float())
+
+    def search(self, query_GND: Tensor, k: int) -> Found:
+        """See ``Search``."""
+        query_GND = normalized(query_GND.float())
+        size = self.unit_GSD.shape[1]
+        step = max(1, _GPU_SCORES // max(1, size * len(query_GND)))
+        parts = [
+            torch.topk(torch.bmm(part_GND, self.unit_GSD.mT), min(k, size), dim=-1)
+            for part_GND in torch.split(query_GND, step, dim=1)
+        ]
+        return Found(torch.cat([p.indices for p in parts], 1), torch.cat([p.values for p in parts], 1))
+
+
+class KernelSearch:
+    """Compiled search on a CPU: products in 8 bits where the processor is fast at them, then those that may matter."""
+
+    def __init__(self, key_GSD: Tensor) -> None:
+        """Round the keys. Takes a quarter of their size in float32, besides a copy if they are of another type."""
+        self.key_GSD = key_GSD.float().contiguous()
+        self.inverse_GS = 1.0 / torch.linalg.vector_norm(self.key_GSD, dim=-1).clamp_(min=_SHORTEST)
+        self._low = LowKeys(self.key_GSD, self.inverse_GS) if has_fast_int8() else None
+        dtype = torch.float32 if self._low is None else torch.int32
+        self._buffer = ThreadBuffer(_BLOCK_SCORES, dtype)
+
+    def search(self, query_GND: Tensor, k: int) -> Found:
+        """See ``Search``."""
+        query_GND = query_GND.float().nan_to_num(0.0).contiguous()
+        heads, count, k = len(self.key_GSD), query_GND.shape[1], min(k, self.key_GSD.shape[1])
+        ids_GNK = torch.full((heads, count, k), -1, dtype=torch.int64)
+        best_GNK = torch.full((heads, count, k), -torch.inf)
+        if not k:
+            return Found(ids_GNK, best_GNK)
+        if self._low is not None and heads * count * self.key_GSD.shape[1] <= _FEW_SCORES:
+            self._at_once(self._low, query_GND, ids_GNK, best_GNK)
+            return Found(ids_GNK, best_GNK)
+        search_rows = self._plainly(query_GND) if self._low is None else self._by_low(self._low, query_GND)
+        step = max(8, _BLOCK_SCORES // min(self.key_GSD.shape[1], _BLOCK_COLUMNS))
+        tasks = [(g, slice(start, start + step)) for g in range(heads) for start in range(0, count, step)]
+
+        def run(task: tuple[int, slice]) -> None:
+            search_rows(*task, ids_GNK[task].numpy(), best_GNK[task].numpy())
+
+        for _ in map_in_threads(run, tasks):
+            pass
+        return Found(ids_GNK, best_GNK)
+
+    def _at_once(self, keys: LowKeys, query_GND: Tensor, ids_GNK: Tensor, best_GNK: Tensor) -> None:
+        """All heads on one thread: for few queries, where calls and threads would cost more than the work."""
+        from fairseq.memory.extended_mind.kernels import best_of_low_heads
+
+        unit_GND, low_GND, reach_GN = keys.queries(query_GND)
+        heads, count, size = *query_GND.shape[:2], self.key_GSD.shape[1]
+        raw_GNM = torch.empty(heads, count, size, dtype=torch.int32)
+        for raw_NM, low_ND, low_DM in zip(raw_GNM, low_GND, keys.low_GSD.mT):
+            torch._int_mm(low_ND, low_DM, out=raw_NM)
+        arrays = (raw_GNM, reach_GN, unit_GND, self.key_GSD, self.inverse_GS, ids_GNK, best_GNK)
+        best_of_low_heads(*(x.numpy() for x in arrays))
+
+    def _plainly(self, query_GND: Tensor) -> _RowSearch:
+        from fairseq.memory.extended_mind.kernels import best_of_rows
+
+        unit_GND = normalized(query_GND)
+
+        def search_rows(head: int, rows: slice, ids_NK: Array, best_NK: Array) -> None:
+            for columns in self._columns(len(ids_NK)):
+                key_MD = self.key_GSD[head, columns]
+                score_NM = self._buffer(len(ids_NK), len(key_MD))
+                torch.mm(unit_GND[head, rows], key_MD.T, out=score_NM)
+                score_NM *= self.inverse_GS[head, columns]
+                best_of_rows(score_NM.numpy(), len(key_MD), columns.start, ids_NK, best_NK)
+
+        return search_rows
+
+    def _by_low(self, keys: LowKeys, query_GND: Tensor) -> _RowSearch:
+        from fairseq.memory.extended_mind.kernels import LOWEST, best_of_low_rows
+
+        unit_GND, low_GND, reach_GN = keys.queries(query_GND)
+        key_GSD, inverse_GS, units, reaches = (x.numpy() for x in (self.key_GSD, self.inverse_GS, unit_GND, reach_GN))
+
+        def search_rows(head: int, rows: slice, ids_NK: Array, best_NK: Array) -> None:
+            raw_NK = np.full(ids_NK.shape, LOWEST, np.int32)
+            queries = (reaches[head, rows], units[head, rows])
+            for columns in self._columns(len(ids_NK)):
+                low_MD, key_MD = keys.low_GSD[head, columns], key_GSD[head, columns]
+                raw_NM = self._buffer(len(ids_NK), len(low_MD))
+                torch._int_mm(low_GND[head, rows], low_MD.T, out=raw_NM)
+                own = (key_MD, inverse_GS[head, columns])
+                best_of_low_rows(raw_NM.numpy(), len(key_MD), columns.start, *queries, *own, raw_NK, ids_NK, best_NK)
+
+        return search_rows
+
+    def _columns(self, rows: int) -> list[slice]:
+        width = max(_BLOCK_COLUMNS, _BLOCK_SCORES // max(1, rows))
+        return [slice(at, at + width) for at in range(0, self.key_GSD.shape[1], width)]
+
+
+class LowKeys:
+    """Keys of length one in 8 bits: each dimension less its middle, in steps of its own.
+
+    What a middle adds to a product is the same for all keys.
+    """
+
+    def __init__(self, key_GSD: Tensor, inverse_GS: Tensor) -> None:
+        """Round keys, given what makes their lengths one."""
+        heads, size, width = key_GSD.shape
+        columns = -(-width // 8) * 8
+        self.low_GSD = torch.zeros(heads, size, columns, dtype=torch.int8)
+        self.step_GD = torch.zeros(heads, columns)
+        self.error_G, self.longest_G = torch.zeros(heads), torch.zeros(heads)
+        for g in range(heads if size else 0):
+            unit_SD = key_GSD[g] * inverse_GS[g, :, None]
+            unit_SD -= 0.5 * (unit_SD.amax(0) + unit_SD.amin(0))
+            step_D = (unit_SD.abs().amax(0) / _LEVELS).clamp_(min=1e-30)
+            rounded_SD = (unit_SD / step_D).round_()
+            self.low_GSD[g, :, :width], self.step_GD[g, :width] = rounded_SD, step_D
+            self.longest_G[g] = torch.linalg.vector_norm(rounded_SD, dim=1).amax()
+            self.error_G[g] = torch.linalg.vector_norm(unit_SD.sub_(rounded_SD.mul_(step_D)), dim=1).amax()
+
+    def queries(self, query_GND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of length one, in 8 bits, and how far products may be off (see ``round_queries``)."""
+        from fairseq.memory.extended_mind.kernels import round_queries
+
+        heads, count, width = query_GND.shape
+        unit_GND = torch.empty(heads, count, width)
+        low_GND = torch.zeros(heads, count, self.step_GD.shape[1], dtype=torch.int8)
+        reach_GN = torch.empty(heads, count, dtype=torch.int32)
+        about = (query_GND, self.step_GD, self.error_G, self.longest_G, unit_GND, low_GND, reach_GN)
+        round_queries(*(x.numpy() for x in about))
+        return unit_GND, low_GND, reach_GN
+
+
+class _PerHead:
+    """One index per head; queries and results go through the CPU."""
+
+    def __init__(self, search: list[Callable[[Tensor, int], Neighbors]], size: int) -> None:
+        self._search, self._size = search, size
+
+    def search(self, query_GND: Tensor, k: int) -> Found:
+        """See ``Search``."""
+        query_GND, k = query_GND.detach().float().cpu().nan_to_num(0.0).contiguous(), min(k, self._size)
+        if not k:
+            empty = query_GND.new_empty((*query_GND.shape[:2], 0))
+            return Found(empty.long(), empty)
+        found = [search(query_ND, k) for search, query_ND in zip(self._search, query_GND)]
+        return Found(torch.stack([f.ids_NK for f in found]), torch.stack([f.scores_NK for f in found]))
+
+
+def _numbers(key_SD: Tensor) -> Tensor:
+    return key_SD if key_SD.dtype in (torch.float32, torch.float16) else key_SD.float()
+
+
+def exact_search(key_GSD: Tensor, settings: MindSettings) -> Search:
+    """The streaming exact search over the keys where they are, in memory or in a mapped file; nothing is built."""
+    from fairseq.memory.index.exact import ExactIndex
+
+    indexes = [ExactIndex(_numbers(key_SD.cpu()).numpy(), Metric.COS) for key_SD in key_GSD]
+    return _PerHead([index.search for index in indexes], key_GSD.shape[1])
+
+
+def faiss_search(key_GSD: Tensor, settings: MindSettings) -> Search:
+    """A faiss index over each head's keys."""
+    from fairseq.memory.index.faiss_builder import FaissBuilder
+
+    indexes = []
+    for key_SD in key_GSD:
+        keys = key_SD.float().cpu().numpy()
+        builder = FaissBuilder.new(settings.faiss_index, keys.shape[1], Metric.COS, seed=1)
+        builder.train(keys)
+        builder.add(keys)
+        indexes.append(builder.index(Metric.COS, "the memories' index"))
+        indexes[-1].set_probe(settings.faiss_probe)
+    return _PerHead([index.search for index in indexes], key_GSD.shape[1])
+
+
+def manual_search(key_GSD: Tensor, settings: MindSettings) -> Search:
+    """Our own search over memories in memory."""
+    return KernelSearch(key_GSD) if key_GSD.device.type == "cpu" else PlainSearch(key_GSD)
+
+
+SEARCHES: Mapping[str, Callable[[Tensor, MindSettings], Search]] = {
+    "manual": manual_search,
+    "exact": exact_search,
+    "faiss": faiss_search,
+}
