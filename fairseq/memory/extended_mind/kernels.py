@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import _compiled as compiled
+from fairseq.memory.index.kernels import compiled as compiled
 
 GROUPS = 256
 """Scores are looked at in so many groups first."""
@@ -22,10 +22,10 @@ LOWEST = -(1 << 30)
 SHORTEST = 1e-12
 """Shorter queries are zero, as for torch.nn.functional.normalize."""
 
-_ANY_ORDER = {"reassoc", "contract", "nsz", "nnan", "ninf"}  # queries and keys are finite here
+ANY_ORDER = {"reassoc", "contract", "nsz", "nnan", "ninf"}  # queries and keys are finite here
 
 
-@compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def _group_largest(score_M: Any, columns: int, largest_C: Any) -> None:
     """The largest score of each group; column m is in group ``m % C``, so that the loop is over neighbours."""
     groups = len(largest_C)
@@ -83,7 +83,7 @@ def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: 
                     _insert(best_K, ids_K, score_M[i], first + i)
 
 
-@compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def _product(a_D: Any, b_D: Any, width: int) -> Any:
     total = np.float32(0.0)
     for d in range(width):
@@ -91,7 +91,7 @@ def _product(a_D: Any, b_D: Any, width: int) -> Any:
     return total
 
 
-@compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def round_queries(
     query_GND: Any, step_GD: Any, error_G: Any, longest_G: Any, unit_GND: Any, low_GND: Any, reach_GN: Any
 ) -> None:
@@ -181,7 +181,7 @@ def best_of_low_heads(
         )  # fmt: skip
 
 
-@compiled(fastmath=_ANY_ORDER)
+@compiled(fastmath=ANY_ORDER)
 def _add_weighted(out_D: Any, weight: Any, value_D: Any) -> None:
     for d in range(len(out_D)):
         out_D[d] += weight * value_D[d]
