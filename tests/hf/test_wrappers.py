@@ -308,3 +308,30 @@ def test_an_empty_evaluation_has_no_tokens(tmp_path):
     saved(model, tmp_path)
     with KNNWrapper(dstore_dir=tmp_path, k=K)(model) as knn:
         assert not len(evaluate(model, [Window(tokens(1))], knn).logp)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_retomaton_takes_its_state_along_with_the_beams(name, tmp_path):
+    """A beam's score is the sum of what the same automaton gives its tokens when they are read one by one."""
+    model = make(name)
+    saved(model, tmp_path, batches=8)
+    prompt = padded([tokens(5, seed=1), tokens(5, seed=2)])
+    settings = {"max_new_tokens": 7, "min_new_tokens": 7, "num_beams": 4, "do_sample": False, "length_penalty": 0.0}
+    with RetomatonWrapper(dstore_dir=tmp_path, k=6, lmbda=0.9)(model) as reto:
+        out = model.generate(**prompt, **settings, return_dict_in_generate=True, output_scores=True)
+        assert 0 < reto.num_searched < reto.num_positions
+        for n, sequence in enumerate(out.sequences):
+            start = 1 if name in SEQ2SEQ else prompt["input_ids"].shape[1]
+            total, cache, known = 0.0, None, {}
+            for t in range(start, len(sequence)):
+                given = sequence[None, :t] if t == start else sequence[None, t - 1 : t]
+                call = {"input_ids": given, "cache": cache, "use_cache": True}
+                if name in SEQ2SEQ:
+                    call = {"input_ids": prompt["input_ids"][n : n + 1], "decoder_input_ids": given} | known
+                    call |= {"cache": cache, "use_cache": True}
+                elif t == start:
+                    call["logits_to_keep"] = 1
+                step = model(**call)
+                cache = step.cache
+                total += float(step.logits[0, -1, sequence[t]])
+            assert float(out.sequences_scores[n]) == pytest.approx(total, abs=2e-3)
