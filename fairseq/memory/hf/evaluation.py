@@ -61,14 +61,11 @@ def windows_of(ids: Sequence[int] | Tensor, size: int, stride: int | None = None
     if not tail:
         ids_N = ids_N[: len(ids_N) // size * size]
     found: list[Window] = []
-    scored = 0
-    for start in range(0, len(ids_N), stride):
-        end = min(start + size, len(ids_N))
-        if end - max(start, scored) > 0 and end - start > 1:
-            found.append(Window(ids_N[start:end], max(0, scored - start)))
-        scored = end
-        if end == len(ids_N):
-            break
+    for first in range(0, len(ids_N), stride):  # a window ends with the tokens it scores, so the first ones are short
+        start = max(0, first + stride - size)
+        window = Window(ids_N[start : first + stride], first - start)
+        if len(window.ids_T) > max(1, window.num_context):
+            found.append(window)
     return found
 
 
