@@ -16,7 +16,7 @@ from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.memory.hf.saver import KNNSaver
 from fairseq.memory.hf.stores import StorePlace
 
-torch.set_grad_enabled(False)
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture
