@@ -47,7 +47,7 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
         keys_MD = torch.nn.functional.normalize(keys_MD) if metric is Metric.COS else keys_MD
         return FILTERS[name](query_ND, keys_MD, metric is Metric.L2)
 
-    def as_lists(index: ExactIndex, num_queries: int, k: int) -> Any:
+    def as_lists(index: ExactIndex, query_ND: torch.Tensor, k: int) -> Any:
         return exact._Blocks(index, index._rotation) if name in LISTS else None
 
     with monkeypatch.context() as patch:

@@ -43,6 +43,10 @@ _LEFT_OUT = 0.03  # see Rotation.fit
 # Scoring at once what may be near, as in lists, pays while that is little: with k 64 and a width of 128 it takes 0.86
 # of the time of scoring the best when all keys have gone by.
 _FEW_PRODUCTS = 1 << 15
+# So it does where bounds are wide beside the differences of the best scores, as those of keys with a few outlying
+# columns are: 60,000 keys of SmolLM2 (width 576, k 256) take an eighth of the time.
+_WIDE = 0.3
+_NEAREST = 64
 
 
 class ExactIndex:
@@ -85,7 +89,7 @@ class ExactIndex:
         scores_NK = torch.empty(len(query_ND), k)
         of_lists = LIST_CANDIDATE_BYTES * list_capacity(k)
         bulk = max(1, self.memory_bytes // (max(CANDIDATE_BYTES * capacity(k), of_lists) + 12 * self.dim))
-        blocks = self._as_lists(len(query_ND), k)
+        blocks = self._as_lists(query_ND, k)
         for part in _slices(len(query_ND), bulk):
             if blocks is not None:
                 found = search_lists(blocks, query_ND[part], k)
@@ -94,12 +98,29 @@ class ExactIndex:
                 _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
         return Neighbors(ids_NK, scores_NK)
 
-    def _as_lists(self, num_queries: int, k: int) -> _Blocks | None:
+    def _as_lists(self, query_ND: Tensor, k: int) -> _Blocks | None:
         """The blocks to be searched as lists, where that is faster."""
-        if num_queries < _FEW_QUERIES:
+        if len(query_ND) < _FEW_QUERIES:
             return None
-        pays = k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None
-        return _Blocks(self, self._rotation) if pays else None
+        if k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None or self._has_wide_bounds(query_ND):
+            return _Blocks(self, self._rotation)
+        return None
+
+    def _has_wide_bounds(self, query_ND: Tensor) -> bool:
+        """Whether many scores of the best are closer to each other than their bounds, in a sample."""
+        sample_MD, query_QD = _sample(self.keys, self.metric), query_ND[:_FEW_QUERIES]
+        count = min(_NEAREST, len(sample_MD) - 1)
+        if count < 1 or not has_fast_int8():
+            return False
+        filter_ = Int8Filter(query_QD, sample_MD, with_offset=self.metric is Metric.L2)
+        margin_Q = filter_.bounds(filter_.block(sample_MD), slice(0, len(query_QD)))[2]
+        scores_QM = query_QD @ sample_MD.T
+        if self.metric is Metric.L2:
+            scores_QM -= 0.5 * sample_MD.square().sum(1)
+        best_QK = scores_QM.topk(count + 1, dim=1).values
+        # The very best may be the query itself.
+        spread_Q = best_QK[:, min(16, count - 1)] - best_QK[:, -1]
+        return bool((margin_Q > _WIDE * spread_Q).float().mean() > 0.5)
 
     @functools.cached_property
     def _rotation(self) -> Rotation:
