@@ -84,7 +84,7 @@ class DataArguments:
     block_size: int | None = text(None, "Tokens of a window; by default what the model reads, at most 1024.")
     stride: int | None = text(
         None,
-        "Tokens from one window to the next; a token is scored once, in the first window that has it. By default half "
+        "Tokens from one window to the next; each window ends with the tokens it scores. By default half "
         "of --block_size, so that at least as many tokens are read before each; --block_size while saving a datastore.",
     )
     lines_per_group: int = text(1000, "Lines that are one text: no window reaches over a group's end.")

@@ -76,7 +76,7 @@ def test_saving_goes_on_with_the_same_bytes(trained: Path, data_bin: Path, comma
     base += ["--context-window", 24, "--tokens-per-sample", 8, "--save-knnlm-dstore", "--dstore-mmap"]
     command("eval_lm.py", *base, tmp_path / "whole")
     at_work = lambda: any(tmp_path.glob("killed*tmp*"))  # noqa: E731
-    run_with_kills("eval_lm.py", [*base, tmp_path / "killed"], at_work, 1.0, seed=2)
+    run_with_kills("eval_lm.py", [*base, tmp_path / "killed"], at_work, 0.2, seed=2)
     for end in ("_keys.npy", "_vals.npy"):
         assert (tmp_path / f"whole{end}").read_bytes() == (tmp_path / f"killed{end}").read_bytes()
     assert json.loads((tmp_path / "killed.json").read_text())["complete"]
@@ -91,7 +91,7 @@ def test_saving_in_shards_goes_on_with_the_same_bytes(
     for shard in (1, 0):
         at_work = lambda: any(tmp_path.glob(f"killed.part{shard}*tmp*"))  # noqa: B023, E731
         words = [*base, tmp_path / "killed", "--num-shards", 2, "--shard-id", shard]
-        run_with_kills("eval_lm.py", words, at_work, 1.0, seed=4 + shard)
+        run_with_kills("eval_lm.py", words, at_work, 0.2, seed=4 + shard)
     for end in ("_keys.npy", "_vals.npy"):
         parts = [(tmp_path / f"killed.part{shard}-of-2{end}").read_bytes() for shard in range(2)]
         assert b"".join(parts) == (tmp_path / f"whole{end}").read_bytes()
@@ -126,8 +126,9 @@ def test_indexing_goes_on_with_the_same_bytes(command: Command, tmp_path: Path, 
     began = time.time()
     command("build_dstore.py", *base, tmp_path / "whole", "--no-report")
     seconds = 0.6 * (time.time() - began)  # the rest is spent on starting
-    killed = 0
-    for point in range(KILLS):
+    killed = point = 0
+    while point < KILLS or (not killed and point < KILLS + 5):
+        point += 1
         folder = tmp_path / str(point)
         folder.mkdir()
         for shard in reversed(range(shards)):
@@ -139,5 +140,5 @@ def test_indexing_goes_on_with_the_same_bytes(command: Command, tmp_path: Path, 
                 path.unlink()
         assert (tmp_path / "whole.l2").read_bytes() == (folder / "killed.l2").read_bytes()
         assert {path.name for path in folder.iterdir()} == {f"killed.l2{end}" for end in ("", ".json", ".run.json")}
-    print(f"{killed} of {KILLS * shards} runs were killed at work")
+    print(f"{killed} of {point * shards} runs were killed at work")
     assert killed, "every run had ended before it could be killed: the test tests nothing"

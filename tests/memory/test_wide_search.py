@@ -45,7 +45,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end():
     index, query_ND = made(3000, 40, Metric.L2)
     again = np.repeat(query_ND[:1].numpy(), 4000, 0)
     index.add(again)
-    ids_NK, scores_NK = wide_search(DecodedLists(index), query_ND, 300)
+    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=False), query_ND, 300)
     assert (ids_NK[0] >= 3000).all()
     assert (ids_NK >= -1).all()
     assert (scores_NK[:, :-1] >= scores_NK[:, 1:]).all()
@@ -55,7 +55,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end():
 def test_lists_that_hold_less_than_k_leave_places_empty():
     index, query_ND = made(300, 40, Metric.L2)
     index.nprobe = 2
-    ids_NK, scores_NK = wide_search(DecodedLists(index), query_ND, 100)
+    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=False), query_ND, 100)
     theirs = index.search(query_ND.numpy(), 100)[1]
     assert ((ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(scores_NK[ids_NK < 0]).all()
@@ -63,6 +63,6 @@ def test_lists_that_hold_less_than_k_leave_places_empty():
 
 def test_a_part_of_the_queries_finds_the_same():
     index, query_ND = made(3000, 40, Metric.L2)
-    lists = DecodedLists(index)
+    lists = DecodedLists(index, fast_int8=False)
     whole, part = wide_search(lists, query_ND, 100), wide_search(lists, query_ND[30:37], 100)
     torch.testing.assert_close(whole[1][30:37], part[1])
