@@ -67,6 +67,8 @@ class Candidates:
 
     def keeps_all(self) -> bool:
         """Whether every position may use every candidate."""
+        if self.keep_NM.numel() and self.keep_NM.stride() == (0, 0):  # one permission for all of them
+            return bool(self.keep_NM[0, 0])
         return not self.keep_NM.numel() or bool(self.keep_NM.contiguous().view(torch.uint8).amin())
 
 

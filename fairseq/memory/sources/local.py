@@ -17,11 +17,22 @@ class LocalMemory:
     Source: arXiv 2205.12674, sec. 3.1.
     """
 
+    def __init__(self) -> None:
+        self._keep_NT = torch.empty(0, 0, dtype=torch.bool)
+        self._num_context = 0
+
     def lookup(self, passage: Passage) -> Candidates:
         """See ``TextSource``."""
         scores_NT = scaled_products(passage.queries, passage.key_TD)
-        keep_NT = torch.ones_like(scores_NT, dtype=torch.bool).tril_(passage.num_context - 1)
-        return Candidates(passage.value_T[None], scores_NT, keep_NT)
+        return Candidates(passage.value_T[None], scores_NT, self._past(scores_NT, passage.num_context))
+
+    def _past(self, scores_NT: torch.Tensor, num_context: int) -> torch.Tensor:
+        """Who sees whom; most passages are of one shape, so that the last mask serves again."""
+        kept = self._keep_NT
+        if kept.shape != scores_NT.shape or kept.device != scores_NT.device or self._num_context != num_context:
+            kept = torch.ones_like(scores_NT, dtype=torch.bool).tril_(num_context - 1)
+            self._keep_NT, self._num_context = kept, num_context
+        return kept
 
     def append(self, passage: Passage) -> None:
         """Nothing is remembered: the next input brings its own context."""

@@ -48,7 +48,7 @@ class RollingMemory:
         scores_NM = scaled_products(query_ND, self._keys[held])
         # A copy: the next passages are written over these rows.
         value_1M = self._values[held].clone()[None]
-        return Candidates(value_1M, scores_NM, torch.ones_like(scores_NM, dtype=torch.bool))
+        return Candidates(value_1M, scores_NM, scores_NM.new_ones(1, 1, dtype=torch.bool).expand_as(scores_NM))
 
     def append(self, passage: Passage) -> None:
         """See ``TextSource``."""
