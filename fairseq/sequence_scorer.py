@@ -117,6 +117,8 @@ class SequenceScorer:
         assert self.text_memory is not None
         assert key_BTD is not None, "memories of the text were given to a scorer that makes no keys"
         sums = [self.text_memory.sums(passage) for passage in _passages(batch, here, key_BTD)]
+        if len(sums) == 1:
+            return sums[0]
         return LogSums(torch.cat([part.hit_N for part in sums]), torch.cat([part.whole_N for part in sums]))
 
     @torch.inference_mode()

@@ -46,8 +46,8 @@ class RollingMemory:
             nothing_N0 = query_ND.new_empty(len(query_ND), 0, dtype=torch.float32)
             return Candidates(passage.value_T[None, :0], nothing_N0, nothing_N0.bool())
         scores_NM = scaled_products(query_ND, self._keys[held])
-        # A copy: the next passages are written over these rows.
-        value_1M = self._values[held].clone()[None]
+        # A copy: the next passages are written over these rows. In 32 bits, in which tokens are compared.
+        value_1M = self._values[held].to(torch.int32)[None]
         return Candidates(value_1M, scores_NM, scores_NM.new_ones(1, 1, dtype=torch.bool).expand_as(scores_NM))
 
     def append(self, passage: Passage) -> None:
