@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fairseq.memory.index import candidates, exact, list_search
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.filters import Filter, FloatFilter, Int8Filter
-from fairseq.memory.rows import Rows
 from fairseq.memory.types import Metric
 
 FILTERS = {
@@ -42,10 +41,8 @@ def rows(shape: str, count: int, dim: int, seed: int) -> np.ndarray:
 def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, query_ND: torch.Tensor, k: int) -> Any:
     """Search with a filter of that name, or in blocks taken for lists: of 64 rows and with groups of a few queries."""
 
-    def made(keys: Rows, metric: Metric, query_ND: torch.Tensor) -> Filter:
-        keys_MD = keys.block(0, 100).float()
-        keys_MD = torch.nn.functional.normalize(keys_MD) if metric is Metric.COS else keys_MD
-        return FILTERS[name](query_ND, keys_MD, metric is Metric.L2)
+    def made(sample_MD: torch.Tensor, metric: Metric, query_ND: torch.Tensor) -> Filter:
+        return FILTERS[name](query_ND, sample_MD, metric is Metric.L2)
 
     def as_lists(index: ExactIndex, query_ND: torch.Tensor, k: int) -> Any:
         return exact._Blocks(index, index._rotation) if name in LISTS else None

@@ -70,6 +70,7 @@ class ExactIndex:
         self.metric = metric
         self.memory_bytes = memory_bytes
         self.deleted = np.empty(0, np.int64) if deleted is None else deleted
+        self._bounds_are_wide: bool | None = None
 
     @property
     def dim(self) -> int:
@@ -102,13 +103,15 @@ class ExactIndex:
         """The blocks to be searched as lists, where that is faster."""
         if len(query_ND) < _FEW_QUERIES:
             return None
-        if k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None or self._has_wide_bounds(query_ND):
+        if self._bounds_are_wide is None:  # told by the first queries for all: it takes a few hundredths of a second
+            self._bounds_are_wide = self._has_wide_bounds(query_ND)
+        if k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None or self._bounds_are_wide:
             return _Blocks(self, self._rotation)
         return None
 
     def _has_wide_bounds(self, query_ND: Tensor) -> bool:
         """Whether many scores of the best are closer to each other than their bounds, in a sample."""
-        sample_MD, query_QD = _sample(self.keys, self.metric), query_ND[:_FEW_QUERIES]
+        sample_MD, query_QD = self.sample, query_ND[:_FEW_QUERIES]
         count = min(_NEAREST, len(sample_MD) - 1)
         if count < 1 or not has_fast_int8():
             return False
@@ -125,8 +128,14 @@ class ExactIndex:
     @functools.cached_property
     def _rotation(self) -> Rotation:
         """Turns keys of which a part of the columns, so turned, tells nearly all; learned from a sample."""
-        sample_MD = _sample(self.keys, self.metric)
-        return Rotation.fit(sample_MD - sample_MD.mean(0), _LEFT_OUT)
+        return Rotation.fit(self.sample - self.sample.mean(0), _LEFT_OUT)
+
+    @functools.cached_property
+    def sample(self) -> Tensor:
+        """Some keys, float32, spread over the store; for the cosine of length one."""
+        step = max(1, len(self.keys) // _SAMPLE_ROWS)
+        sample_MD = self.keys.take(torch.arange(0, len(self.keys), step)[:_SAMPLE_ROWS])
+        return normalized(sample_MD) if self.metric is Metric.COS else sample_MD
 
 
 class _Blocks:
@@ -178,7 +187,7 @@ class _Search:
         rows = _block_rows(index.dim)
         self.blocks = _slices(len(self.keys), rows)
         self.tiles = _slices(len(self.keys), max(1, _TILE_BYTES // (4 * max(1, index.dim))))
-        self.filter = _filter(self.keys, self.metric, query_ND)
+        self.filter = _filter(index.sample, self.metric, query_ND)
         size = max(1, min(_GROUP_SCORES // rows, -(-len(query_ND) // torch.get_num_threads())))
         self.scores = TrueScores(self.keys, self.metric, query_ND)
         self.groups = [CandidateGroup(part, k, self.scores) for part in _slices(len(query_ND), size)]
@@ -218,22 +227,14 @@ class _Search:
             group.score(keys_MD, rows.start)
 
 
-def _filter(keys: Rows, metric: Metric, query_ND: Tensor) -> Filter:
+def _filter(sample_MD: Tensor, metric: Metric, query_ND: Tensor) -> Filter:
     """The fastest way to pass over the keys here."""
-    sample_MD = _sample(keys, metric)
     many, with_offset = len(query_ND) >= _FEW_QUERIES, metric is Metric.L2
     if many and has_fast_int8():
         return Int8Filter(query_ND, sample_MD, with_offset=with_offset)
     if many and torch.cpu._is_avx512_bf16_supported():
         return FloatFilter(query_ND, sample_MD, with_offset=with_offset, dtype=torch.bfloat16)
     return FloatFilter(query_ND, sample_MD, with_offset=with_offset)
-
-
-def _sample(keys: Rows, metric: Metric) -> Tensor:
-    """Some keys, float32, spread over the store."""
-    step = max(1, len(keys) // _SAMPLE_ROWS)
-    sample_MD = keys.take(torch.arange(0, len(keys), step)[:_SAMPLE_ROWS])
-    return normalized(sample_MD) if metric is Metric.COS else sample_MD
 
 
 def _block_rows(dim: int) -> int:
