@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 from fairseq.disk import replacing
 from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_index import FaissIndex, has_fast_int8
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.kmeans import Assigner, kmeans
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
@@ -267,15 +265,3 @@ def write_index(index: Any, path: Path) -> None:
         faiss_library().write_index(index, faiss_library().PyCallbackIOWriter(file.write))
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextmanager
-def faiss_threads(count: int) -> Iterator[None]:
-    """Let faiss use so many threads in the block."""
-    faiss = faiss_library()
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)

@@ -16,7 +16,7 @@ from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.build_files import check_marks
 from fairseq.memory.index.coded_rows import row_scorer
 from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.gpu_search import GpuSearch
 from fairseq.memory.index.list_search import search_lists
 from fairseq.memory.index.merging import alive_of
@@ -26,6 +26,9 @@ from fairseq.memory.types import Metric, Neighbors
 
 logger = logging.getLogger(__name__)
 
+# So few are searched by one thread: faiss's threads and torch's, which wait for work in a loop, would take the
+# processors from each other at every step of a generation.
+_FEW_QUERIES = 4
 _LEAST_IN_VIEW = 16  # faiss's own default for graphs
 _NONE = np.empty(0, np.int64)
 # Kinds without lists that pass over rows when they are told to (tested); others ignore it or refuse.
@@ -196,6 +199,12 @@ class FaissIndex:
 
     def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""
+        if len(query_ND) <= _FEW_QUERIES and lists_of(self.inner) is not None:
+            with faiss_threads(1):
+                return self._search_by_faiss(query_ND, k)
+        return self._search_by_faiss(query_ND, k)
+
+    def _search_by_faiss(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         query = np.ascontiguousarray(query_ND.numpy())
         parameters = self._parameters(k)
         if parameters is not None or not len(self.deleted):

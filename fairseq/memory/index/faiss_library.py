@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -14,3 +16,15 @@ def faiss_library() -> Any:
     import faiss
 
     return faiss
+
+
+@contextmanager
+def faiss_threads(count: int) -> Iterator[None]:
+    """Let faiss use so many threads in the block."""
+    faiss = faiss_library()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
