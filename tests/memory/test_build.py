@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from dying import Died, dies_at
 
 from fairseq.memory.datastore import DatastoreWriter
 from fairseq.memory.index import INDEXES, build
@@ -104,29 +105,12 @@ def test_the_probe_becomes_the_index_default(store, tmp_path):
     assert faiss.read_index(str(path)).nprobe == 3
 
 
-class Died(BaseException):
-    """Stands for a kill."""
-
-
 @pytest.mark.parametrize("step", ["train", "encode", "add_codes", "save"])
 @pytest.mark.parametrize("call", [0, 1, 5])
 def test_a_build_goes_on_after_dying_anywhere(store, whole, tmp_path, monkeypatch, step, call):
-    calls = []
-    original = getattr(FaissBuilder, step)
-
-    def dying(self, *words):
-        calls.append(step)
-        if len(calls) > call:
-            raise Died
-        return original(self, *words)
-
     settings = config(store, tmp_path / "died", num_keys_to_add_at_a_time=300)
-    with monkeypatch.context() as patch:
-        patch.setattr(FaissBuilder, step, dying)
-        try:
-            build_index(settings)
-        except Died:
-            assert not (tmp_path / "died" / "knn.index.l2").exists()
+    with dies_at(monkeypatch, step, call, tmp_path / "died" / "knn.index.l2"):
+        build_index(settings)
     assert build_index(settings).path.read_bytes() == whole
     assert len(list((tmp_path / "died").iterdir())) == 2
 

@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from dying import Died, dies_at
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
 from fairseq.memory.index import INDEXES, build, faiss_builder, on_disk
@@ -102,10 +103,6 @@ def test_fast_scans_codes_are_those_of_adding_keys_directly(store, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-class Died(BaseException):
-    """Stands for a kill."""
-
-
 @functools.cache
 def whole(kind: str, store: Path) -> bytes:
     settings = config(store, store.parent / kind.replace(",", "-"), index=kind)
@@ -117,22 +114,9 @@ def whole(kind: str, store: Path) -> bytes:
 @pytest.mark.parametrize("kind", ["ivfpq-fastscan", "ivfrabitq", "HNSW8", "flat", "PQ4x4fs"])
 def test_a_build_goes_on_after_dying_anywhere(store, tmp_path, monkeypatch, kind, step, call):
     expected = whole(kind, store)
-    calls = []
-    original = getattr(FaissBuilder, step)
-
-    def dying(self, *words):
-        calls.append(step)
-        if len(calls) > call:
-            raise Died
-        return original(self, *words)
-
     settings = config(store, tmp_path / "died", index=kind)
-    with monkeypatch.context() as patch:
-        patch.setattr(FaissBuilder, step, dying)
-        try:
-            build_index(settings)
-        except Died:
-            assert not (tmp_path / "died" / "knn.index.l2").exists()
+    with dies_at(monkeypatch, step, call, tmp_path / "died" / "knn.index.l2"):
+        build_index(settings)
     assert build_index(settings).path.read_bytes() == expected
     assert len(list((tmp_path / "died").iterdir())) == 2
 
