@@ -122,6 +122,31 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below))
 
 
+def plain_and_knn(words: Sequence[str], repeats: int) -> tuple[list[float], list[float], int, Any]:
+    """Seconds of plain evaluation and of evaluation with the memory that eval_lm.py's words name, in turn.
+
+    Returns: both, the number of scored tokens, and the memory.
+    """
+    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.options import parse_eval_lm
+    from fairseq.perplexity import PerplexityReport
+    from fairseq.sequence_scorer import SequenceScorer
+    from fairseq_cli.eval_lm import open_memory
+
+    settings = parse_eval_lm(words)
+    opened = open_evaluation(settings, in_order=False)
+    memory, combine = open_memory(settings, opened)
+    plain_scorer = SequenceScorer(opened.models, softmax_batch=1024)
+    key_scorer = SequenceScorer(opened.models, key_tap="last_ffn_input", softmax_batch=1024)
+    report = PerplexityReport(opened.task.dictionary)
+    plain, with_memory = in_turn(
+        lambda: evaluate(plain_scorer, opened.iterator(), report),
+        lambda: evaluate(key_scorer, opened.iterator(), report, memory, combine),
+        repeats,
+    )
+    return plain, with_memory, opened.num_scored_tokens, memory
+
+
 def tell(name: str, what: str, ratio: float, wanted: str, details: dict[str, Any], out: str | None) -> None:
     """Print the ratio and write the record."""
     from fairseq.manifest import write_manifest

@@ -39,26 +39,11 @@ def main() -> None:
 
 
 def _timed(data: str, checkpoint: str, store: str, index: str, knn: str, repeats: int) -> dict[str, Any]:
-    from fairseq.evaluation import evaluate, open_evaluation
-    from fairseq.options import parse_eval_lm
-    from fairseq.perplexity import PerplexityReport
-    from fairseq.sequence_scorer import SequenceScorer
-    from fairseq_cli.eval_lm import open_memory
-
     words = [data, "--path", checkpoint, "--gen-subset", "valid", *EVALUATION.split(), *knn.split()]
-    settings = parse_eval_lm([*words, "--dstore-filename", store, "--indexfile", index, "--no-load-keys"])
-    opened = open_evaluation(settings, in_order=False)
-    reader, combine = open_memory(settings, opened)
-    plain_scorer = SequenceScorer(opened.models, softmax_batch=1024)
-    key_scorer = SequenceScorer(opened.models, key_tap="last_ffn_input", softmax_batch=1024)
-    report = PerplexityReport(opened.task.dictionary)
-    plain, automaton = common.in_turn(
-        lambda: evaluate(plain_scorer, opened.iterator(), report),
-        lambda: evaluate(key_scorer, opened.iterator(), report, reader, combine),
-        repeats,
-    )
+    words += ["--dstore-filename", store, "--indexfile", index, "--no-load-keys"]
+    plain, automaton, tokens, reader = common.plain_and_knn(words, repeats)
     saved = 1.0 - reader.num_searched / reader.num_positions
-    figures = {"plain_seconds": plain, "retomaton_seconds": automaton, "tokens": opened.num_scored_tokens}
+    figures = {"plain_seconds": plain, "retomaton_seconds": automaton, "tokens": tokens}
     return figures | {"saved_searches": saved}
 
 
