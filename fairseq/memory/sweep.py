@@ -20,7 +20,7 @@ from fairseq.memory.combiners.joint import JointNormalization, mixed_where_found
 from fairseq.memory.retrieval import Retrieval, differences
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.memory.sweep_config import SweepConfig
-from fairseq.memory.threads import map_in_threads
+from fairseq.memory.threads import each_in_threads
 from fairseq.word_loss import LossSums, loss_sums
 
 _PART_NUMBERS = 1 << 18  # neighbours held by a thread at a time, which stay in the processor's cache
@@ -156,8 +156,7 @@ def opinions(retrieval: Retrieval, grid: Grid) -> Opinions:
                     logp_Q = combine.joint(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.near)
                 made.base[k, joint_temperature][rows] = logp_Q
 
-    for _ in map_in_threads(fill, parts):
-        pass
+    each_in_threads(fill, parts)
     return made
 
 

@@ -41,6 +41,14 @@ def map_in_threads(
         torch.set_num_threads(count)  # threads that start later inherit the latest setting
 
 
+def each_in_threads(
+    function: Callable[[T], object], tasks: Sequence[T], setup: Callable[[], None] = lambda: None
+) -> None:
+    """:func:`map_in_threads` for what the function does, not for what it returns."""
+    for _ in map_in_threads(function, tasks, setup):
+        pass
+
+
 class ThreadBuffer:
     """Memory that each thread keeps: fresh memory for every matrix costs more than the arithmetic in it."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import compiled as compiled
+from fairseq.memory.index.kernels import compiled
 
 GROUPS = 256
 """Scores are looked at in so many groups first."""

@@ -14,7 +14,7 @@ from fairseq.memory.extended_mind.attention import Partial, gathered, memory_att
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.search import SEARCHES, Search
 from fairseq.memory.extended_mind.settings import MindSettings
-from fairseq.memory.threads import map_in_threads
+from fairseq.memory.threads import each_in_threads
 
 _MANY_QUERIES = 2048  # worth more than one thread
 
@@ -137,8 +137,7 @@ class LayerLookup:
 
         count = rows * queries
         step = count if count * heads < _MANY_QUERIES else -(-count // torch.get_num_threads())
-        for _ in map_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))]):
-            pass
+        each_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))])
 
         def by_row(x: Tensor) -> Tensor:
             return x.reshape(heads, rows, queries, *x.shape[2:]).transpose(0, 1)

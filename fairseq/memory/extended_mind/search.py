@@ -20,7 +20,7 @@ from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_index import has_fast_int8
 from fairseq.memory.similarity import normalized
-from fairseq.memory.threads import ThreadBuffer, map_in_threads
+from fairseq.memory.threads import ThreadBuffer, each_in_threads
 from fairseq.memory.types import Metric, Neighbors
 
 _FEW_SCORES = 1 << 20
@@ -104,8 +104,7 @@ class KernelSearch:
         def run(task: tuple[int, slice]) -> None:
             search_rows(*task, ids_GNK[task].numpy(), best_GNK[task].numpy())
 
-        for _ in map_in_threads(run, tasks):
-            pass
+        each_in_threads(run, tasks)
         return Found(ids_GNK, best_GNK)
 
     def _at_once(self, keys: LowKeys, query_GND: Tensor, ids_GNK: Tensor, best_GNK: Tensor) -> None:

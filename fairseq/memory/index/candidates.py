@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fairseq.memory.files import Array
 from fairseq.memory.index import kernels
+from fairseq.memory.index.ordering import falling_order
 from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
@@ -106,7 +107,7 @@ class CandidateGroup:
         """Score the candidates of a query (too many are close to each other) and keep its k best."""
         filled = self._filled_Q[query]
         true_C = self._scores.of(self.rows.start + query, self._ids_QC[query, :filled])
-        place_K = np.sort(_best(true_C[None], self._k)[0])
+        place_K = np.sort(falling_order(true_C[None], self._k)[0])
         for held_QC in (self._low_QC, self._ids_QC):
             held_QC[query, : len(place_K)] = held_QC[query, place_K]
         self._filled_Q[query] = len(place_K)
@@ -135,21 +136,6 @@ class CandidateGroup:
 
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best of what is scored, best first; of equals the lower row."""
-        place_QK = _best(self._true_QC, self._k)
+        place_QK = falling_order(self._true_QC, self._k)
         ids_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._ids_QC, place_QK, 1))
         scores_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._true_QC, place_QK, 1))
-
-
-def _best(score_QC: Array, k: int) -> Array:
-    """Places of the k largest entries of each row, largest first; of equals the earlier ones first, NaN last."""
-    # Score and place as one integer, which NumPy sorts with vector instructions: several times faster than floats with
-    # their places. A float's bits, with those of a negative one turned round, order as the float does.
-    bits_QC = score_QC.view(np.int32)
-    falling_QC = ~np.where(bits_QC < 0, bits_QC ^ 0x7FFFFFFF, bits_QC)
-    falling_QC[np.isnan(score_QC)] = 0x7FFFFFFF
-    packed_QC = (falling_QC.astype(np.int64) << 32) | np.arange(score_QC.shape[1])
-    if k < score_QC.shape[1]:
-        packed_QC = np.partition(packed_QC, k - 1, axis=1)[:, :k]
-    packed_QC.sort(axis=1)
-    places: Array = packed_QC & 0xFFFFFFFF
-    return places

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library
-from fairseq.memory.threads import map_in_threads
+from fairseq.memory.threads import each_in_threads
 
 _MOST_BYTES = 8 << 30  # of a copy of the codes in the order of the rows
 _PAIRS_PER_TASK = 4096
@@ -61,8 +61,7 @@ class CodedRows:
         def score(part: slice) -> None:
             score_codes(coded, self._by_distance, query[part], ids[part], out[part])
 
-        for _ in map_in_threads(score, parts):
-            pass
+        each_in_threads(score, parts)
         return scores_NM
 
 

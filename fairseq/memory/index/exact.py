@@ -10,7 +10,6 @@ Shapes: N queries, Q queries of a group, M keys of a block, K neighbours, D widt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -28,7 +27,7 @@ from fairseq.memory.index.list_search import KeyList, Rotation, search_lists
 from fairseq.memory.index.list_search import capacity as list_capacity
 from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
-from fairseq.memory.threads import ThreadBuffer, map_in_threads
+from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
 from fairseq.memory.types import Metric, Neighbors
 
 T = TypeVar("T")
@@ -103,11 +102,11 @@ class ExactIndex:
         """The blocks to be searched as lists, where that is faster."""
         if len(query_ND) < _FEW_QUERIES:
             return None
+        if k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None:
+            return _Blocks(self, self._rotation)
         if self._bounds_are_wide is None:  # told by the first queries for all: it takes a few hundredths of a second
             self._bounds_are_wide = self._has_wide_bounds(query_ND)
-        if k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None or self._bounds_are_wide:
-            return _Blocks(self, self._rotation)
-        return None
+        return _Blocks(self, self._rotation) if self._bounds_are_wide else None
 
     def _has_wide_bounds(self, query_ND: Tensor) -> bool:
         """Whether many scores of the best are closer to each other than their bounds, in a sample."""
@@ -199,13 +198,13 @@ class _Search:
         for first in range(0, len(self.blocks), ahead):
             rows = self.blocks[first : first + ahead]
             blocks = list(zip(rows, map_in_threads(self._block, rows)))
-            _each(functools.partial(self._scan, blocks), self.groups)
+            each_in_threads(functools.partial(self._scan, blocks), self.groups)
         # First the k of each query that promise most: what they truly reach spares many of the others.
-        _each(lambda group: group.choose_first(), self.groups)
-        _each(self._score, self.tiles)
-        _each(lambda group: group.choose_rest(), self.groups)
-        _each(self._score, self.tiles)
-        _each(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
+        each_in_threads(lambda group: group.choose_first(), self.groups)
+        each_in_threads(self._score, self.tiles)
+        each_in_threads(lambda group: group.choose_rest(), self.groups)
+        each_in_threads(self._score, self.tiles)
+        each_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
 
     def _block(self, rows: slice) -> Block:
         keys_MD = self.keys.block(rows.start, rows.stop)
@@ -243,8 +242,3 @@ def _block_rows(dim: int) -> int:
 
 def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _each(function: Callable[[T], None], tasks: Sequence[T]) -> None:
-    for _ in map_in_threads(function, tasks):
-        pass

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_index import has_fast_int8
 from fairseq.memory.index.filters import Block, Filter, FloatFilter, Int8Filter
 from fairseq.memory.similarity import normalized
-from fairseq.memory.threads import ThreadBuffer, map_in_threads
+from fairseq.memory.threads import ThreadBuffer, each_in_threads
 from fairseq.memory.types import Metric
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ class Assigner:
         size = max(1, min(_GROUP_SCORES // columns, -(-count // torch.get_num_threads())))
         buffer = ThreadBuffer(size * columns, keys.dtype)
         scan = functools.partial(self._scan, block_ND, keys, block, buffer, near_N)
-        run([functools.partial(scan, slice(at, min(at + size, count))) for at in range(0, count, size)])
+        each_in_threads(scan, [slice(at, min(at + size, count)) for at in range(0, count, size)])
 
     def _scan(
         self, block_ND: Tensor, keys: Filter, block: Block, buffer: ThreadBuffer, near_N: Tensor, rows: slice
@@ -186,16 +185,10 @@ def _means(keys_ND: Tensor, near_N: Tensor, num_clusters: int, draw: np.random.G
         arrays = (keys_ND, order_N, edges[first : past + 1], means_CD[first:past])
         kmeans_kernels.means(*(x.numpy() for x in arrays))
 
-    run([functools.partial(sum_up, first) for first in range(0, num_clusters, _CLUSTERS_PER_TASK)])
+    each_in_threads(sum_up, range(0, num_clusters, _CLUSTERS_PER_TASK))
     empty = (counts_C == 0).nonzero()[:, 0].tolist()
     largest = counts_C.argsort(descending=True, stable=True)[: int((counts_C > 1).sum())].tolist()
     for number, donor in zip(empty, itertools.cycle(largest)):
         low, high = int(edges[donor]), int(edges[donor + 1])
         means_CD[number] = keys_ND[order_N[int(draw.integers(low, high))]]
     return means_CD
-
-
-def run(tasks: list[Callable[[], None]]) -> None:
-    """Do the tasks, as many at once as torch may use threads."""
-    for _ in map_in_threads(lambda task: task(), tasks):
-        pass

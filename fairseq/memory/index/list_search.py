@@ -25,7 +25,8 @@ from torch import Tensor
 from fairseq.memory.files import Array
 from fairseq.memory.index import scan_kernels as kernels
 from fairseq.memory.index.kernels import GROUP
-from fairseq.memory.threads import ThreadBuffer, map_in_threads
+from fairseq.memory.index.ordering import falling_order
+from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
 
 CANDIDATE_BYTES = 20
 """What a candidate takes: its score, its row and when it was visited."""
@@ -198,8 +199,7 @@ def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None 
         for first in range(0, len(numbers), _LISTS_AT_A_TIME):
             chosen = numbers[first : first + _LISTS_AT_A_TIME]
             ready = dict(zip(chosen, map_in_threads(lists.prepared, chosen, lists.use_one_thread)))
-            for _ in map_in_threads(functools.partial(_Group.scan, ready=ready, ranks=ranks), groups):
-                pass
+            each_in_threads(functools.partial(_Group.scan, ready=ready, ranks=ranks), groups)
     ids_NK = torch.full((count, k), -1, dtype=torch.int64)
     scores_NK = torch.full((count, k), -torch.inf)
     open_parts = list(map_in_threads(lambda group: group.write_best(ids_NK, scores_NK), groups))
@@ -305,16 +305,3 @@ class _Group:
         tied_H = np.flatnonzero(is_close_N & is_equal_N)
         kernels.settle_ties(score_NF, ids_NF, order_NF, self._filled_N, k, tied_H, self._lists.by_distance)
         self._is_open_N |= is_close_N & ~is_equal_N
-
-
-def falling_order(score_NC: Array) -> Array:
-    """Places of each row's entries, largest first; of equals the earlier ones first, NaN last."""
-    # Score and place as one integer, which NumPy sorts with vector instructions: several times faster than floats with
-    # their places. A float's bits, with those of a negative one turned round, order as the float does.
-    bits_NC = np.ascontiguousarray(score_NC).view(np.int32)
-    falling_NC = ~np.where(bits_NC < 0, bits_NC ^ 0x7FFFFFFF, bits_NC)
-    falling_NC[np.isnan(score_NC)] = 0x7FFFFFFF
-    packed_NC = (falling_NC.astype(np.int64) << 32) | np.arange(score_NC.shape[1])
-    packed_NC.sort(axis=1)
-    places: Array = packed_NC & 0xFFFFFFFF
-    return places

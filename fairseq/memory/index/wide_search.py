@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq.memory.files import Array
 from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.threads import ThreadBuffer, map_in_threads
+from fairseq.memory.threads import ThreadBuffer, each_in_threads
 
 _GROUP_SCORES = 64 << 20  # 256 MB: about 4,000 queries of 16,000 scores, enough for matrix products of a fair size
 _BLOCK_SCORES = 1 << 20
@@ -76,8 +76,7 @@ class _Group:
         tasks = [(int(flat[visits[0]]), visits) for visits in np.split(order, edges[1:])]
         # The most work first, so that no thread is left alone with a long one.
         tasks.sort(key=lambda task: -len(task[1]))
-        for _ in map_in_threads(self._score_list, tasks, self._lists.use_one_thread):
-            pass
+        each_in_threads(self._score_list, tasks, self._lists.use_one_thread)
 
     def _score_list(self, task: tuple[int, Array]) -> None:
         from fairseq.memory.index.wide_kernels import put_rows
@@ -105,8 +104,7 @@ class _Group:
         """Write the k best of each query, best first."""
         step = max(1, -(-len(ids_QK) // (4 * torch.get_num_threads())))
         tasks = [(first, min(first + step, len(ids_QK))) for first in range(0, len(ids_QK), step)]
-        for _ in map_in_threads(lambda task: self._best_of(*task, ids_QK, scores_QK), tasks):
-            pass
+        each_in_threads(lambda task: self._best_of(*task, ids_QK, scores_QK), tasks)
 
     def _best_of(self, first: int, last: int, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.wide_kernels import look_up, select
