@@ -12,8 +12,10 @@ Source: arXiv 2406.02332, section 4.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -95,8 +97,24 @@ def questions(folder: Path, limit: int | None) -> Iterator[tuple[str, list[Row]]
     """(split, questions on one document), document by document."""
     for file in sorted(folder.glob("counterfactual_*.jsonl")):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][:limit]
-        groups = groupby(rows, key=lambda row: row.get("title", row["document"]))
+        groups = groupby(rows, key=lambda row: row["document"])
         yield from ((file.stem.partition("_")[2], list(group)) for _, group in groups)
+
+
+def made_of(row: Row, mode: str, settings: Mapping[str, Any]) -> str:
+    """Checksum of what an answer depends on beside its question: the document, and the settings that concern its mode."""
+    kept = {name: value for name, value in settings.items() if name not in ("data", "out", "modes", "limit", "memories")}
+    kept["memory"] = settings["memories"].get(mode.removesuffix("+chunks"))
+    return f"{zlib.crc32((row['document'] + json.dumps(kept, sort_keys=True)).encode()):08x}"
+
+
+def answers_so_far(record: Path) -> list[Row]:
+    """What an earlier run wrote; a line that it was killed in is cut off."""
+    whole = record.read_bytes() if record.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]
+    if record.exists():
+        os.truncate(record, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def table(done: Sequence[Row]) -> list[Row]:
@@ -150,13 +168,16 @@ def main(words: list[str]) -> None:
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     record = out / "answers.jsonl"
-    done = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
-    known = {(row["split"], row["mode"], row["title"], row["question"]) for row in done}
+    names = ("split", "mode", "made_of", "question")
+    known = {tuple(row.get(name) for name in names): row for row in answers_so_far(record)}
+    done = []
     retrieval = Retrieval(settings)
     with open(record, "a", encoding="utf-8") as file:
         for split, rows in questions(Path(settings["data"]), settings.get("limit")):
             for mode in settings["modes"]:
-                left = [row for row in rows if (split, mode, row.get("title"), row["question"]) not in known]
+                keys = [(split, mode, made_of(row, mode, settings), row["question"]) for row in rows]
+                done += [known[key] for key in keys if key in known]
+                left = [row for row, key in zip(rows, keys) if key not in known]
                 if not left:
                     continue
                 began = time.perf_counter()
@@ -165,7 +186,7 @@ def main(words: list[str]) -> None:
                 for row, answer in zip(left, answers):
                     line = {"split": split, "mode": mode, "said": answer, "correct": is_correct(row["answer"], answer)}
                     line |= {key: row.get(key) for key in ("title", "question", "answer", "appearances", "tokens")}
-                    line["seconds"] = round(seconds, 2)
+                    line |= {"made_of": made_of(row, mode, settings), "seconds": round(seconds, 2)}
                     done.append(line)
                     file.write(json.dumps(line) + "\n")
                 file.flush()
