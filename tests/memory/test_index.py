@@ -203,13 +203,13 @@ def test_no_key_scores_above_its_bound(by_distance, dtype, turned):
     listed = KeyList.of(
         np.arange(500), keys, keys.mean(0), rotation, by_distance=by_distance, dtype=dtype, dead_M=np.array([3])
     )
-    low, bound = torch.zeros(40, listed.low_ME.shape[1], dtype=dtype), np.empty((40, 3), np.float32)
+    low, bound = torch.zeros(40, listed.low_ME.shape[1], dtype=dtype), np.empty((40, 4), np.float32)
     scan_kernels.bound_queries(
         rotation(queries).numpy(), np.arange(40), listed.centre_D, by_distance, listed.width, listed.largest,
         dtype is torch.int8, low.numpy(), bound,
     )  # fmt: skip
     raw = (low.double() @ listed.low_ME.double().T).numpy()[:, :500] * listed.step
-    scale, rest, shift = bound.astype(np.float64).T[:, :, None]
+    scale, rest, shift, _ = bound.astype(np.float64).T[:, :, None]
     above = raw * scale + rest * listed.rest_GP.reshape(-1)[:500] + listed.bias_GP.reshape(-1)[:500] + shift
     true = similarities(Metric.L2 if by_distance else Metric.IP, queries.numpy(), keys.numpy())
     assert (above >= true)[:, np.arange(500) != 3].all()

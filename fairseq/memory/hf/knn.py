@@ -20,7 +20,7 @@ from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.vocab_mixing import VocabularyMixer
 
-_QUERIES_AT_ONCE = 4096
+_QUERIES_AT_ONCE = 8192
 """Positions that are looked up together: their candidates take 13 bytes x k each."""
 
 

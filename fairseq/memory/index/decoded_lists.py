@@ -38,6 +38,8 @@ class DecodedLists:
         pq = index.pq
         self._codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
         self._first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
+        self.room: object = None
+        """What a search keeps for the next one."""
         self._cache: dict[int, KeyList] | None = {} if 5 * index.ntotal * (index.d + 4) <= _CACHE_BYTES else None
         self.key_size = float(self._centroids.square().sum(1).amax())
         self._rotation = Rotation.fit(self._sample(), _LEFT_OUT)
@@ -81,6 +83,10 @@ class DecodedLists:
     def use_one_thread(self) -> None:
         """Keep faiss to the calling thread, in that thread only."""
         faiss_library().omp_set_num_threads(1)
+
+    def size(self, number: int) -> int:
+        """Keys of one list."""
+        return int(self._index.invlists.list_size(number))
 
     def ids(self, number: int) -> Array:
         """Rows of the store in one list."""

@@ -248,40 +248,31 @@ class FaissIndex:
         return alive_of(find, self.deleted, k, len(self))
 
     def _search_in_bulk(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
+        """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss.
+
+        Where k is large these are many, and little hangs on which of two keys that are equally near up to rounding
+        comes last: there they are not.
+        """
         if self._lists is None:
             self._lists = DecodedLists(self.inner, fast_int8=has_fast_int8(), deleted=self.deleted)
-        size_N = query_ND.square().sum(1)
-        doubt_N = _ROUNDING * (size_N + self._lists.key_size)
         if is_wide(k, len(self), self.inner.nlist):
-            ids_NK, scores_NK, open_N = self._search_widely(query_ND, k, size_N, doubt_N)
-        else:
-            found = search_lists(self._lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
-            ids_NK, scores_NK, open_N = found.ids_NK, found.scores_NK, found.open_N
+            return wide_search(self._lists, query_ND, k)
+        doubt_N = _ROUNDING * (query_ND.square().sum(1) + self._lists.key_size)
+        found = search_lists(self._lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
+        ids_NK, scores_NK, open_N = found.ids_NK, found.scores_NK, found.open_N
         if len(open_N):
             ids_NK[open_N], scores_NK[open_N] = self._search(query_ND[open_N], k)
         logger.debug("%d of %d queries searched by faiss itself", len(open_N), len(query_ND))
         return ids_NK, scores_NK
-
-    def _search_widely(
-        self, query_ND: Tensor, k: int, size_N: Tensor, doubt_N: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._lists is not None
-        more_ids_NK, more_NK = wide_search(self._lists, query_ND, k + 1)
-        open_N = ((more_NK[:, k - 1] - more_NK[:, k]) < doubt_N).nonzero()[:, 0]
-        ids_NK, scores_NK = more_ids_NK[:, :k].contiguous(), more_NK[:, :k].contiguous()
-        ids_NK.masked_fill_(torch.isneginf(scores_NK), -1)
-        if self.metric is Metric.L2:
-            scores_NK = (2.0 * scores_NK - size_N[:, None]).clamp_(max=0.0)
-        return ids_NK, scores_NK, open_N
 
     def _checked(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
         """Missing rows masked, best first. Raises: ValueError for rows that do not exist or come twice."""
         if ids_NK.numel() and int(ids_NK.max()) >= len(self):
             raise ValueError(f"{self.name} returned row {int(ids_NK.max())} of {len(self)}; it is damaged: rebuild it")
         missing_NK = (ids_NK < 0) | scores_NK.isnan()
-        ids_NK = ids_NK.masked_fill(missing_NK, -1)
-        scores_NK = scores_NK.masked_fill(missing_NK, -torch.inf)
+        if missing_NK.any():
+            ids_NK = ids_NK.masked_fill(missing_NK, -1)
+            scores_NK = scores_NK.masked_fill(missing_NK, -torch.inf)
         if (scores_NK[:, 1:] > scores_NK[:, :-1]).any():  # seen with GPU indexes at large k
             order_NK = scores_NK.argsort(dim=1, descending=True, stable=True)
             ids_NK, scores_NK = ids_NK.gather(1, order_NK), scores_NK.gather(1, order_NK)

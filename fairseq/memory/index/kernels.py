@@ -24,6 +24,8 @@ _HALVINGS = 10
 
 # float32 sums may be taken in any order: that is what lets the processor add 8 or 16 numbers at once.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
+# And so may the largest of numbers be found where none of them is NaN.
+FINITE = ANY_ORDER | {"nnan"}
 
 
 def compiled(**options: Any) -> Callable[[Kernel], Kernel]:
@@ -59,7 +61,7 @@ def _any_reaches(scores_G: Any, size: int, threshold: Any) -> Any:
     return count > 0
 
 
-@compiled(fastmath=ANY_ORDER | {"nnan"})
+@compiled(fastmath=FINITE)
 def _range(low_C: Any) -> Any:
     least = most = low_C[0]
     for i in range(len(low_C)):

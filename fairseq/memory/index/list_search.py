@@ -263,16 +263,16 @@ class _Group:
     def _scan_tile(self, keys: KeyList, row_Q: Array, order_Q: Array, bound_F: Array) -> None:
         by_distance, is_integral = self._lists.by_distance, self._lists.dtype is torch.int8
         low_QE = torch.zeros(len(row_Q), keys.low_ME.shape[1], dtype=self._lists.dtype)
-        bound_Q3 = np.empty((len(row_Q), 3), np.float32)
+        bound_Q4 = np.empty((len(row_Q), 4), np.float32)
         kernels.bound_queries(
             self._turned_ND, row_Q, keys.centre_D, by_distance, keys.width, keys.largest, is_integral,
-            low_QE.numpy(), bound_Q3,
+            low_QE.numpy(), bound_Q4,
         )  # fmt: skip
         raw_QM = self._buffer(len(row_Q), len(keys.low_ME))
         (torch._int_mm if is_integral else torch.mm)(low_QE, keys.low_ME.T, out=raw_QM)
         held = (self._score_NC, self._ids_NC, self._order_NC, self._filled_N, self._threshold_N, self._doubt_N)
         kernels.scan(
-            raw_QM.view(len(row_Q), -1, GROUP).numpy(), len(keys.ids_M), np.float32(keys.step), bound_Q3,
+            raw_QM.view(len(row_Q), -1, GROUP).numpy(), len(keys.ids_M), np.float32(keys.step), bound_Q4,
             row_Q, order_Q, keys.rest_GP, keys.bias_GP, keys.ids_M, keys.keys_MD, self._query_ND, by_distance,
             self._k, self._lists.ties_by_id, *held, self._is_open_N, bound_F,
         )  # fmt: skip

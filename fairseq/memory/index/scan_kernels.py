@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import ANY_ORDER, GROUP, compiled, nearness, product, reached_by_entries
+from fairseq.memory.index.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
 
 LOWEST = np.float32(-3.0e38)
 """A threshold that every key reaches, deleted ones (minus infinity) excepted."""
@@ -19,10 +19,10 @@ _LEVELS = np.float32(127.0)
 _ROUNDING = np.float32(4e-6)
 
 
-@compiled(fastmath=ANY_ORDER)
+@compiled(fastmath=FINITE)
 def bound_queries(
     query_ND: Any, row_Q: Any, centre_D: Any, by_distance: bool, width: int, largest: Any, integral: bool,
-    low_QE: Any, bound_Q3: Any,
+    low_QE: Any, bound_Q4: Any,
 ) -> None:  # fmt: skip
     """Turn queries into what bounds their scores with the keys of one list.
 
@@ -38,7 +38,8 @@ def bound_queries(
             rounding error, the largest size of a bias.
         integral: queries are rounded to 8-bit integers.
         low_QE: gets them, or the queries as they are.
-        bound_Q3: gets scale, rest and shift.
+        bound_Q4: gets scale, rest, shift, and the part of the shift that errors may come to: a score is below its bound
+            by twice that and twice ``rest * |r_rest|`` at most.
     """
     factor = np.float32(2.0) if by_distance else np.float32(1.0)
     longest_low, longest, longest_error, largest_bias = largest[0], largest[1], largest[2], largest[3]
@@ -73,7 +74,8 @@ def bound_queries(
         size = np.sqrt(whole)
         slack = factor * (head * longest_error + error * longest_low)
         slack += _ROUNDING * (factor * size * longest + largest_bias + abs(shift))
-        bound_Q3[i, 0], bound_Q3[i, 1], bound_Q3[i, 2] = factor * step, factor * rest, shift + slack
+        bound_Q4[i, 0], bound_Q4[i, 1], bound_Q4[i, 2] = factor * step, factor * rest, shift + slack
+        bound_Q4[i, 3] = slack
 
 
 # Groups are rows of a matrix: a slice would be counted in and out of use, which takes longer than passing over it.
@@ -175,7 +177,7 @@ def _room_for_more(
 
 @compiled()
 def scan(
-    raw_QGP: Any, num_rows: int, step: Any, bound_Q3: Any, row_Q: Any, order_Q: Any,
+    raw_QGP: Any, num_rows: int, step: Any, bound_Q4: Any, row_Q: Any, order_Q: Any,
     rest_GP: Any, bias_GP: Any, ids_M: Any, keys_MD: Any, query_ND: Any, by_distance: bool, k: int, ties_by_id: bool,
     score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any, is_open_N: Any,
     bound_F: Any,
@@ -185,7 +187,7 @@ def scan(
     Args:
         raw_QGP: products of the rounded vectors, a unit of which is ``step`` times the query's scale; keys are in
             groups of P = GROUP neighbours, those from ``num_rows`` on mean nothing.
-        bound_Q3: see ``bound_queries``.
+        bound_Q4: see ``bound_queries``.
         row_Q: which queries of the group; ``order_Q`` plus its number says when a key is visited.
         rest_GP, bias_GP: of each key; minus infinity is the bias of a deleted key.
         ties_by_id: of equal candidates the lowest ids are kept; otherwise queries of which more tie than there is room
@@ -200,7 +202,7 @@ def scan(
         n = row_Q[q]
         if is_open_N[n]:
             continue
-        raw_GP, scale, rest, shift = raw_QGP[q], bound_Q3[q, 0] * step, bound_Q3[q, 1], bound_Q3[q, 2]
+        raw_GP, scale, rest, shift = raw_QGP[q], bound_Q4[q, 0] * step, bound_Q4[q, 1], bound_Q4[q, 2]
         score_C, ids_C, order_C, query_D = score_NC[n], ids_NC[n], order_NC[n], query_ND[n]
         filled, threshold, doubt = filled_N[n], threshold_N[n], doubt_N[n]
         reach, scored = threshold - doubt - shift, np.float32(np.inf)  # keys whose bounds reach this have been scored

@@ -1,7 +1,10 @@
 """Loops of the search for many neighbours per query, compiled by numba; see ``wide_search``.
 
-Shapes: Q queries, P lists a query visits, M keys of a list, S scores of a query, C survivors a query may have, K
-neighbours.
+Bounds come in groups of GROUP neighbouring keys of a list; rows of a matrix, or one behind the other.
+
+Shapes: V visits of a list (each by one query), G groups of a list, Q queries, P lists a query visits (as the last axis
+of bounds and biases: the keys of a group), M keys of a list, S groups of all queries one behind the other, F chosen keys
+of all queries, C bounds of a query, K neighbours, D width.
 """
 
 from __future__ import annotations
@@ -10,103 +13,152 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import compiled
+from fairseq.memory.index.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
+from fairseq.memory.index.scan_kernels import LOWEST
 
-_EVERY = 16
-"""One score of so many is looked at to guess where the k best begin."""
-
-
-@compiled()
-def put_rows(block_QM: Any, offset_Q: Any, scores: Any) -> None:
-    """Copy each row of scores to its place in the flat array."""
-    size = block_QM.shape[1]
-    for q in range(block_QM.shape[0]):
-        start = offset_Q[q]
-        for m in range(size):
-            scores[start + m] = block_QM[q, m]
+NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
+"""A place without a neighbour; behind all others in the order of packed neighbours."""
+_LOW_HALF = np.int64(0xFFFFFFFF)
+_SEEN = 4  # the lists that hold so many times the wanted keys tell well enough where the best begin
 
 
-@compiled()
-def _guess(scores_S: Any, sample: Any, wanted: int) -> float:
-    """A threshold that a few more than ``wanted`` scores probably reach, by a sample."""
-    count = 0
-    for s in range(0, len(scores_S), _EVERY):
-        sample[count] = scores_S[s]
-        count += 1
-    # Of a sample of one in n, the number that belongs to the best w is off by about sqrt(w / n).
-    expected = wanted / _EVERY
-    place = int(expected + 3.0 * np.sqrt(expected) + 3.0)
-    if place >= count:
-        return -np.inf
-    return float(np.partition(sample[:count], count - 1 - place)[count - 1 - place])
+@compiled(fastmath=FINITE)
+def put_bounds(
+    raw_VGP: Any, step: Any, bound_V4: Any, most_rest: Any, bias_GP: Any, start_V: Any, bound_SP: Any, most_S: Any
+) -> None:
+    """Write what the scores of a list's keys are at most (see ``bound_queries``), and the largest of each group.
 
-
-@compiled()
-def select(scores: Any, edges_Q: Any, wanted: int, order_QC: Any, sample: Any) -> None:
-    """Write each query's survivors: at least the ``wanted`` best, if there are so many.
-
-    Each is an integer that is the smaller the better its score; its low half is the place among the query's scores.
-    What is not written is the largest integer.
+    Args:
+        start_V: number of each visit's first group.
     """
-    nothing = np.int64(0x7FFFFFFFFFFFFFFF)
-    bits = scores.view(np.int32)
-    room = order_QC.shape[1]
-    for q in range(len(order_QC)):
-        start, stop = edges_Q[q], edges_Q[q + 1]
-        threshold = np.float32(_guess(scores[start:stop], sample, wanted))
-        count = _num_reaching(scores, start, stop, threshold)
-        if count < min(wanted, stop - start) or count > room:  # the sample was unlucky, or many scores are equal
-            threshold = _kth_best(scores[start:stop], wanted)
-        at = 0
-        for strictly in (True, False):  # of equal scores at the threshold there may be more than there is room for
-            for s in range(start, stop):
-                if at < room and (scores[s] > threshold if strictly else scores[s] == threshold):
-                    bit = np.int64(bits[s])
-                    if bit < 0:
-                        bit ^= 0x7FFFFFFF  # the bits of a negative float, turned round, order as the float does
-                    order_QC[q, at] = ((np.int64(-1) - bit) << 32) | (s - start)
-                    at += 1
-            if at == count:
-                break
-        order_QC[q, at:] = nothing
+    for v in range(len(raw_VGP)):
+        start, scale = start_V[v], bound_V4[v, 0] * step
+        shift = bound_V4[v, 2] + bound_V4[v, 1] * most_rest
+        for group in range(len(bias_GP)):
+            most = np.float32(-np.inf)
+            for i in range(GROUP):
+                bound = np.float32(raw_VGP[v, group, i]) * scale + (bias_GP[group, i] + shift)
+                bound_SP[start + group, i] = bound
+                most = max(most, bound)
+            most_S[start + group] = most
+
+
+@compiled(fastmath=FINITE)
+def _least(bound_SP: Any, edge_P: Any, gap_P: Any, wanted: int, low_C: Any) -> Any:
+    """A number that the scores of so many keys reach for certain, by the first lists; or one that all reach."""
+    count, alive, p, floor = 0, np.int32(0), 0, np.float32(np.inf)
+    while p < len(gap_P) and count < _SEEN * wanted:
+        gap = gap_P[p]
+        for group in range(edge_P[p], edge_P[p + 1]):
+            for i in range(GROUP):
+                low = bound_SP[group, i] - gap
+                low_C[count + i] = low
+                is_alive = low >= LOWEST
+                alive += np.int32(is_alive)
+                floor = min(floor, low if is_alive else np.float32(np.inf))
+            count += GROUP
+        p += 1
+    if alive < wanted:
+        return LOWEST
+    for c in range(count):  # places without a key would spoil the halving of the range
+        low_C[c] = max(low_C[c], floor)
+    return reached_by_entries(low_C[:count], wanted)
 
 
 @compiled()
-def _num_reaching(scores: Any, start: int, stop: int, threshold: Any) -> int:
-    count = 0
-    for s in range(start, stop):
-        count += scores[s] >= threshold
+def _list_group(bound_SP: Any, group: int, reach: Any, place_C: Any, bound_C: Any, count: int) -> int:
+    """List the bounds of a group that reach a number; without a branch, whose outcome cannot be foreseen."""
+    for i in range(GROUP):
+        bound = bound_SP[group, i]
+        place_C[count], bound_C[count] = group * GROUP + i, bound
+        count += bound >= reach
     return count
 
 
 @compiled()
-def _kth_best(scores_S: Any, k: int) -> Any:
-    """Exact and slow; seldom needed."""
-    place = max(0, len(scores_S) - k)
-    return np.partition(scores_S, place)[place]
+def choose(
+    bound_SP: Any, most_S: Any, edge_QP: Any, gap_QP: Any, wanted: int, place_F: Any, end_QP: Any, place_C: Any,
+    bound_C: Any, low_C: Any, flag_S: Any,
+) -> None:  # fmt: skip
+    """List the keys of each query that may be among the ``wanted`` best: at least those, if there are so many.
+
+    Args:
+        edge_QP: first group of each list, and behind the last where they end: P + 1 columns.
+        gap_QP: how far scores may be below their bounds.
+        place_F: gets the places of the bounds among all, query after query.
+        end_QP: gets where the places of each list's keys end.
+        place_C, bound_C, low_C: room for the bounds of the query with most, and a group more; ``flag_S`` for its
+            groups, and one more.
+    """
+    kept = 0
+    for q in range(len(edge_QP)):
+        edge_P, gap_P = edge_QP[q], gap_QP[q]
+        reach, count = _least(bound_SP, edge_P, gap_P, wanted, low_C), 0
+        for p in range(len(gap_P)):
+            flagged, before = 0, count
+            for group in range(edge_P[p], edge_P[p + 1]):
+                flag_S[flagged] = group
+                flagged += most_S[group] >= reach
+            for at in range(flagged):
+                count = _list_group(bound_SP, flag_S[at], reach, place_C, bound_C, count)
+            for c in range(before, count):
+                low_C[c] = bound_C[c] - gap_P[p]
+            end_QP[q, p] = count
+        # So many scores reach this for certain: keys whose bounds do not are out.
+        reach, c = max(reach, reached_by_entries(low_C[:count], wanted)), 0
+        for p in range(len(gap_P)):
+            stop = end_QP[q, p]
+            while c < stop:
+                place_F[kept] = place_C[c]
+                kept += bound_C[c] >= reach
+                c += 1
+            end_QP[q, p] = kept
 
 
 @compiled()
-def look_up(
-    order_QC: Any, edges_Q: Any, start_QP: Any, from_QP: Any, ids: Any, scores: Any, ids_QK: Any, scores_QK: Any
-) -> None:
-    """Turn the first survivors, sorted, into rows of the store and scores.
+def score_chosen(
+    query_ND: Any, row_V: Any, begin_V: Any, end_V: Any, start_V: Any, keys_MD: Any, ids_M: Any, by_distance: bool,
+    place_F: Any,
+) -> None:  # fmt: skip
+    """Turn the places of a list's chosen keys into packed neighbours: smaller for a higher score, then for a lower id.
 
     Args:
-        start_QP: where the scores of each visited list begin among all scores.
-        from_QP: where that list's rows begin in ``ids``.
+        row_V: the query of each visit; its places are those from ``begin_V`` to ``end_V``.
+        start_V: place of the bound of the list's first key.
+        place_F: see ``choose``.
+        ids_M: below 2^32.
     """
-    num_lists = start_QP.shape[1]
+    one = np.empty(1, np.float32)
+    bits = one.view(np.int32)
+    for v in range(len(row_V)):
+        query_D = query_ND[row_V[v]]
+        for i in range(begin_V[v], end_V[v]):
+            m = place_F[i] - start_V[v]
+            one[0] = nearness(query_D, keys_MD[m]) if by_distance else product(query_D, keys_MD[m])
+            bit = np.int64(bits[0])
+            if bit < 0:
+                bit ^= 0x7FFFFFFF  # the bits of a negative float, turned round, order as the float does
+            place_F[i] = ((np.int64(-1) - bit) << 32) | ids_M[m]
+
+
+@compiled()
+def gather_packed(place_F: Any, begin_Q: Any, end_Q: Any, packed_QC: Any) -> None:
+    """Put the packed neighbours of each query into a row."""
+    for q in range(len(begin_Q)):
+        count = end_Q[q] - begin_Q[q]
+        packed_QC[q, :count] = place_F[begin_Q[q] : end_Q[q]]
+        packed_QC[q, count:] = NOTHING
+
+
+@compiled()
+def unpack(packed_QC: Any, ids_QK: Any, scores_QK: Any) -> None:
+    """Turn the first packed neighbours, sorted, into ids and scores; what is missing stays as it is."""
+    bits_QK = scores_QK.view(np.int32)
     for q in range(len(ids_QK)):
-        begin = edges_Q[q]
-        for k in range(min(ids_QK.shape[1], edges_Q[q + 1] - begin)):
-            place = begin + (order_QC[q, k] & 0xFFFFFFFF)
-            low, high = 0, num_lists
-            while high - low > 1:
-                middle = (low + high) // 2
-                if start_QP[q, middle] <= place:
-                    low = middle
-                else:
-                    high = middle
-            ids_QK[q, k] = ids[from_QP[q, low] + place - start_QP[q, low]]
-            scores_QK[q, k] = scores[place]
+        for k in range(min(ids_QK.shape[1], packed_QC.shape[1])):
+            packed = packed_QC[q, k]
+            if packed == NOTHING:
+                break
+            bit = np.int32(np.int64(-1) - (packed >> 32))
+            bits_QK[q, k] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
+            ids_QK[q, k] = packed & _LOW_HALF

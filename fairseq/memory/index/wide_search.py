@@ -1,12 +1,18 @@
 """Searches the lists of an inverted-file index for more neighbours than a list or two hold.
 
-Then no list alone gives a threshold that lets few scores through (see ``list_search``). So all scores of a query are
-written one behind the other, a sample of them tells about where the best k begin, and those that reach it are sorted.
+Then no list alone gives a threshold that lets few keys through (see ``list_search``). So the bounds of all scores of a
+query, by products in 8 bits, are written one behind the other; they tell what k scores reach for certain; and the keys
+whose bounds reach that are scored. The neighbours are those of comparing every key of the lists.
 
-Shapes: N queries, Q queries of a group, P lists a query visits, M keys of a list, D width, K neighbours.
+Passes go over the lists, each with all queries that visit it, or over the queries.
+
+Shapes: N queries, Q queries of a group, P lists a query visits, V visits of one list, M keys of a list, L lists,
+D width, K neighbours.
 """
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import torch
@@ -14,118 +20,183 @@ from torch import Tensor
 
 from fairseq.memory.files import Array
 from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.threads import ThreadBuffer, each_in_threads
+from fairseq.memory.index.list_search import GROUP
+from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
 
-_GROUP_SCORES = 64 << 20  # 256 MB: about 4,000 queries of 16,000 scores, enough for matrix products of a fair size
-_BLOCK_SCORES = 1 << 20
+_GROUP_SCORES = 160 << 20  # about 4,000 queries of 18,000 scores: enough for matrix products of a fair size
+_TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the bounds
 _LISTS_OF_K = 4
+_MOST_ROWS = 1 << 32  # a row and its score are one integer
 
 
 def is_wide(k: int, num_keys: int, num_lists: int) -> bool:
     """Whether k neighbours are many beside the keys of a list."""
-    return k * _LISTS_OF_K > num_keys / max(1, num_lists)
+    return k * _LISTS_OF_K > num_keys / max(1, num_lists) and num_keys < _MOST_ROWS
 
 
 def wide_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best keys of the visited lists, best first: ids (N, k), -1 where fewer were found, and scores (N, k).
+    """The k best keys of the visited lists, best first, of equals the lower id.
 
-    Scores are inner products, for L2 less half the squared length of the key; minus infinity for deleted keys.
+    Returns: ids (N, k), -1 where fewer were found, and scores (N, k), minus infinity there.
     """
     visited_NP = lists.visited(query_ND).numpy()
-    query_ND = torch.cat([query_ND, query_ND.new_ones(len(query_ND), 1)], 1)
-    numbers_L, inverse = np.unique(visited_NP, return_inverse=True)
-    ids = [lists.ids(number) if number >= 0 else np.empty(0, np.int64) for number in numbers_L.tolist()]
-    size_L = np.array([len(each) for each in ids], np.int64)
-    of_list = _Rows(numbers_L, np.concatenate([*ids, np.empty(0, np.int64)]), size_L.cumsum() - size_L)
-    place_NP = inverse.reshape(visited_NP.shape)
-    size_NP = size_L[place_NP]
+    numbers_L, place_NP = np.unique(visited_NP, return_inverse=True)
+    place_NP = place_NP.reshape(visited_NP.shape)
+    sizes = [lists.size(number) if number >= 0 else 0 for number in numbers_L.tolist()]
+    size_NP = -(-np.array(sizes, np.int64) // GROUP)[place_NP]  # in groups of keys
+    queries = (np.ascontiguousarray(query_ND.numpy()), np.ascontiguousarray(lists.rotated(query_ND).numpy()))
     ids_NK = torch.full((len(query_ND), k), -1, dtype=torch.int64)
     scores_NK = torch.full((len(query_ND), k), -torch.inf)
-    for first, last in _groups(size_NP.sum(1)):
-        part = slice(first, last)
-        group = _Group(lists, of_list, query_ND[part], place_NP[part], size_NP[part])
+    groups = _groups(size_NP.sum(1) * GROUP)
+    size = max((int(size_NP[part].sum()) for part in groups), default=0)
+    held, lists.room = lists.room, None  # a search at the same time takes memory of its own
+    room = held if isinstance(held, _Room) and len(held.most_S) >= size else _Room(size + size // 8, lists.dtype)
+    for part in groups:
+        group = _Group(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
+        group.bound()
+        group.choose(k)
         group.score()
         group.best(ids_NK[part].numpy(), scores_NK[part].numpy())
+    lists.room = room
     return ids_NK, scores_NK
 
 
-class _Rows:
-    """Rows of the store in the visited lists, one list behind the other."""
+class _Room:
+    """Memory that groups use in turn; it stays with the lists, since fresh memory costs a quarter of the search."""
 
-    def __init__(self, numbers_L: Array, ids: Array, start_L: Array) -> None:
-        self.numbers_L, self.ids, self.start_L = numbers_L, ids, start_L
+    def __init__(self, size: int, dtype: torch.dtype) -> None:
+        self.bound_SP = np.empty((size, GROUP), np.float32)
+        self.most_S = np.empty(size, np.float32)
+        self.raw = ThreadBuffer(_TILE_SCORES, torch.int32 if dtype is torch.int8 else torch.float32)
 
 
 class _Group:
-    """Queries whose scores are held at the same time."""
+    """Queries whose bounds are held at the same time."""
 
-    def __init__(self, lists: DecodedLists, rows: _Rows, query_QD: Tensor, place_QP: Array, size_QP: Array) -> None:
-        self._lists, self._rows, self._query_QD, self._place_QP = lists, rows, query_QD, place_QP
-        ends = size_QP.reshape(-1).cumsum()
-        self._start_QP = (ends - size_QP.reshape(-1)).reshape(size_QP.shape)
-        self._edges_Q = np.append(self._start_QP[:, 0], ends[-1])
-        self._most = int(np.diff(self._edges_Q).max())
-        self._scores = np.empty(int(ends[-1]), np.float32)
-        self._buffer = ThreadBuffer(_BLOCK_SCORES, torch.float32)
+    def __init__(
+        self, lists: DecodedLists, numbers_L: Array, queries: list[Array], place_QP: Array, size_QP: Array, room: _Room
+    ) -> None:
+        self._lists, self._numbers_L, self._place_QP, self._room = lists, numbers_L, place_QP, room
+        self._query_QD, self._turned_QD = queries
+        ends_QP = size_QP.reshape(-1).cumsum().reshape(size_QP.shape)
+        self._edge_QP = np.concatenate([ends_QP[:, :1] - size_QP[:, :1], ends_QP], 1)
+        self._most = int(size_QP.sum(1).max(initial=0))
+        self._gap_QP = np.zeros(size_QP.shape, np.float32)
+        self._end_QP = np.zeros(size_QP.shape, np.int64)
+        self._place_F = np.empty(0, np.int64)
+        self._tasks = self._visits()
 
-    def score(self) -> None:
-        """Write the scores of all queries with all keys of the lists they visit."""
+    def _visits(self) -> list[tuple[int, Array]]:
+        """Of each list its number and which visits of all are its own; the most work first, so that no thread is left
+        alone with a long one.
+        """
         flat = self._place_QP.reshape(-1)
         order = np.argsort(flat, kind="stable")
         edges = np.flatnonzero(np.diff(flat[order], prepend=-1))
-        tasks = [(int(flat[visits[0]]), visits) for visits in np.split(order, edges[1:])]
-        # The most work first, so that no thread is left alone with a long one.
-        tasks.sort(key=lambda task: -len(task[1]))
-        each_in_threads(self._score_list, tasks, self._lists.use_one_thread)
+        parts = np.split(order, edges[1:]) if len(order) else []
+        tasks = [(int(self._numbers_L[flat[visits[0]]]), visits) for visits in parts]
+        return sorted((task for task in tasks if task[0] >= 0), key=lambda task: -len(task[1]))
 
-    def _score_list(self, task: tuple[int, Array]) -> None:
-        from fairseq.memory.index.wide_kernels import put_rows
+    def bound(self) -> None:
+        """Write the bounds of all scores."""
+        each_in_threads(self._bound_list, self._tasks, self._lists.use_one_thread)
 
-        place, visits = task
-        number = int(self._rows.numbers_L[place])
-        if number < 0:
-            return
-        keys = self._lists.prepared(number)
+    def _bound_list(self, task: tuple[int, Array]) -> None:
+        from fairseq.memory.index.scan_kernels import bound_queries
+        from fairseq.memory.index.wide_kernels import put_bounds
+
+        number, visits = task
+        keys, is_integral = self._lists.prepared(number), self._lists.dtype is torch.int8
         if not len(keys.ids_M):
             return
-        keys_MD = torch.from_numpy(keys.keys_MD)
-        offset_M = keys_MD.square().sum(1).mul_(-0.5 if self._lists.by_distance else 0.0)
-        offset_M[torch.from_numpy(np.isneginf(keys.bias_GP.reshape(-1)[: len(keys_MD)]))] = -torch.inf
-        keys_MD = torch.cat([keys_MD, offset_M[:, None]], 1)
-        num_lists = self._place_QP.shape[1]
-        step = max(1, _BLOCK_SCORES // len(keys_MD))
-        for first in range(0, len(visits), step):
-            part = visits[first : first + step]
-            block_QM = self._buffer(len(part), len(keys_MD))
-            torch.mm(self._query_QD[torch.from_numpy(part // num_lists)], keys_MD.T, out=block_QM)
-            put_rows(block_QM.numpy(), self._start_QP.reshape(-1)[part], self._scores)
+        most_rest = keys.rest_GP.max()
+        row_V, column_V = np.divmod(visits, self._place_QP.shape[1])
+        tile = max(1, _TILE_SCORES // len(keys.low_ME))
+        for first in range(0, len(visits), tile):
+            row_T, column_T = row_V[first : first + tile], column_V[first : first + tile]
+            low_TE = torch.zeros(len(row_T), keys.low_ME.shape[1], dtype=self._lists.dtype)
+            bound_T4 = np.empty((len(row_T), 4), np.float32)
+            by_distance, about = self._lists.by_distance, (keys.width, keys.largest, is_integral)
+            bound_queries(self._turned_QD, row_T, keys.centre_D, by_distance, *about, low_TE.numpy(), bound_T4)
+            raw_TM = self._room.raw(len(row_T), len(keys.low_ME))
+            (torch._int_mm if is_integral else torch.mm)(low_TE, keys.low_ME.T, out=raw_TM)
+            own = (np.float32(keys.step), bound_T4, most_rest, keys.bias_GP, self._edge_QP[row_T, column_T])
+            put_bounds(raw_TM.view(len(row_T), -1, GROUP).numpy(), *own, self._room.bound_SP, self._room.most_S)
+            self._gap_QP[row_T, column_T] = 2.0 * (bound_T4[:, 3] + bound_T4[:, 1] * most_rest)
+
+    def choose(self, k: int) -> None:
+        """Find the keys that may be among the k best of each query."""
+        from fairseq.memory.index.wide_kernels import choose
+
+        parts = self._parts()
+        num_groups, num_bounds = self._most + 1, (self._most + 1) * GROUP
+        most_chosen = max((part.stop - part.start for part in parts), default=0) * num_bounds
+
+        def fresh() -> tuple[Array, ...]:
+            sizes = {np.int64: (most_chosen, num_bounds), np.float32: (num_bounds, num_bounds)}
+            arrays = [np.empty(size, dtype) for dtype, both in sizes.items() for size in both]
+            return (*arrays, np.empty(num_groups, np.int64))
+
+        spare: list[tuple[Array, ...]] = []
+
+        def choose_some(part: slice) -> Array:
+            room = spare.pop() if spare else fresh()
+            arrays = (self._edge_QP[part], self._gap_QP[part], k, room[0], self._end_QP[part])
+            choose(self._room.bound_SP, self._room.most_S, *arrays, *room[1:])
+            chosen: Array = room[0][: self._end_QP[part][-1, -1]].copy()
+            spare.append(room)
+            return chosen
+
+        chosen = list(map_in_threads(choose_some, parts))
+        ends = np.cumsum([0] + [len(each) for each in chosen])
+        for part, end in zip(parts, ends):
+            self._end_QP[part] += end
+        self._place_F = np.concatenate(chosen)
+
+    def score(self) -> None:
+        """Score them."""
+        each_in_threads(self._score_list, self._tasks, self._lists.use_one_thread)
+
+    def _score_list(self, task: tuple[int, Array]) -> None:
+        from fairseq.memory.index.wide_kernels import score_chosen
+
+        number, visits = task
+        keys = self._lists.prepared(number)
+        row_V, column_V = np.divmod(visits, self._place_QP.shape[1])
+        end_V = self._end_QP[row_V, column_V]
+        # The keys of a query's first list are behind those of the last list of the query before.
+        begin_V = np.where(visits > 0, self._end_QP.reshape(-1)[visits - 1], 0)
+        where = (begin_V, end_V, self._edge_QP[row_V, column_V] * GROUP)
+        own = (keys.keys_MD, keys.ids_M, self._lists.by_distance)
+        score_chosen(self._query_QD, row_V, *where, *own, self._place_F)
 
     def best(self, ids_QK: Array, scores_QK: Array) -> None:
         """Write the k best of each query, best first."""
-        step = max(1, -(-len(ids_QK) // (4 * torch.get_num_threads())))
-        tasks = [(first, min(first + step, len(ids_QK))) for first in range(0, len(ids_QK), step)]
-        each_in_threads(lambda task: self._best_of(*task, ids_QK, scores_QK), tasks)
+        each_in_threads(functools.partial(self._best_of, ids_QK=ids_QK, scores_QK=scores_QK), self._parts())
 
-    def _best_of(self, first: int, last: int, ids_QK: Array, scores_QK: Array) -> None:
-        from fairseq.memory.index.wide_kernels import look_up, select
+    def _best_of(self, part: slice, ids_QK: Array, scores_QK: Array) -> None:
+        from fairseq.memory.index.wide_kernels import gather_packed, unpack
 
-        k = ids_QK.shape[1]
-        order_QC = np.empty((last - first, 2 * k), np.int64)
-        edges_Q, start_QP = self._edges_Q[first : last + 1], self._start_QP[first:last]
-        select(self._scores, edges_Q, k, order_QC, np.empty(self._most, np.float32))
-        order_QC.sort(axis=1)  # NumPy sorts integers with vector instructions
-        from_QP = self._rows.start_L[self._place_QP[first:last]]
-        found = (order_QC, edges_Q, start_QP, from_QP, self._rows.ids, self._scores)
-        look_up(*found, ids_QK[first:last], scores_QK[first:last])
+        end_Q = self._end_QP[part, -1]
+        begin_Q = np.append(self._end_QP[part.start - 1, -1] if part.start else 0, end_Q[:-1])
+        packed_QC = np.empty((len(begin_Q), int((end_Q - begin_Q).max(initial=0))), np.int64)
+        gather_packed(self._place_F, begin_Q, end_Q, packed_QC)
+        packed_QC.sort(axis=1)  # NumPy sorts integers with vector instructions
+        unpack(packed_QC, ids_QK[part], scores_QK[part])
+
+    def _parts(self) -> list[slice]:
+        count = len(self._place_QP)
+        step = max(1, min(256, -(-count // (4 * torch.get_num_threads()))))
+        return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
-def _groups(count_N: Array) -> list[tuple[int, int]]:
+def _groups(count_N: Array) -> list[slice]:
     """Queries that follow each other, as many as have a bounded number of scores together."""
     groups = []
     first = held = 0
     for n, count in enumerate(count_N.tolist()):
         if held + count > _GROUP_SCORES and n > first:
-            groups.append((first, n))
+            groups.append(slice(first, n))
             first, held = n, 0
         held += count
-    return groups + ([(first, len(count_N))] if first < len(count_N) else [])
+    return groups + ([slice(first, len(count_N))] if first < len(count_N) else [])

@@ -114,8 +114,9 @@ def by_row_where_equal(found: Neighbors) -> Neighbors:
     Compressed keys are often equal, and a search for fewer neighbours keeps those of the lower rows: in this order the
     first k of many are the ones that a search for k finds.
     """
-    same_NK = (found.scores_NK[:, 1:] == found.scores_NK[:, :-1]) & (found.ids_NK[:, 1:] >= 0)
-    rows_Q = same_NK.any(1).nonzero()[:, 0]
+    turned_NK = (found.ids_NK[:, 1:] < found.ids_NK[:, :-1]) & (found.ids_NK[:, 1:] >= 0)
+    turned_NK &= found.scores_NK[:, 1:] == found.scores_NK[:, :-1]
+    rows_Q = turned_NK.any(1).nonzero()[:, 0]
     if not len(rows_Q):
         return found
     ids_QK, scores_QK = found.ids_NK[rows_Q], found.scores_NK[rows_Q]
