@@ -20,6 +20,7 @@ from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.gpu_search import GpuSearch
 from fairseq.memory.index.list_search import search_lists
 from fairseq.memory.index.merging import alive_of
+from fairseq.memory.index.table_search import TableSearch
 from fairseq.memory.index.wide_search import is_wide, wide_search
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric, Neighbors
@@ -94,6 +95,7 @@ class FaissIndex:
         self._alive: Array | None = None
         self._by_gpu: GpuSearch | None = None
         self._lists: DecodedLists | None = None
+        self._tables: TableSearch | None = None
         self._rows: Any = None
 
     @classmethod
@@ -183,6 +185,8 @@ class FaissIndex:
                 self._by_gpu = None
         if DecodedLists.pays_for(self.inner, len(query_ND)):
             return self._checked(*self._search_in_bulk(query_ND, k))
+        if is_wide(k, len(self), getattr(self.inner, "nlist", 0)) and TableSearch.serves(self.inner):
+            return self._checked(*self._search_by_tables(query_ND, k))
         return self._checked(*self._search(query_ND, k))
 
     def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
@@ -216,17 +220,26 @@ class FaissIndex:
         scores_NK = torch.from_numpy(distances_NK)
         return torch.from_numpy(ids_NK), scores_NK.neg_() if self.metric is Metric.L2 else scores_NK
 
+    def _search_by_tables(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if self._tables is None:
+            self._tables = TableSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
+        return self._tables.search(query_ND, k)
+
+    def _alive_bits(self) -> Array:
+        """A bit for each row, the lowest first: whether it may be found."""
+        if self._alive is None:
+            alive = np.ones(-(-len(self) // 8) * 8, bool)
+            alive[self.deleted] = False
+            self._alive = np.packbits(alive, bitorder="little")
+        return self._alive
+
     def _parameters(self, k: int) -> Any:
         """What makes faiss pass over deleted rows and keep k in view; None where nothing need be said, or can be."""
         faiss = faiss_library()
         kind = type(self.inner).__name__
         more: dict[str, Any] = {}
         if len(self.deleted):
-            if self._alive is None:
-                alive = np.ones(-(-len(self) // 8) * 8, bool)
-                alive[self.deleted] = False
-                self._alive = np.packbits(alive, bitorder="little")
-            more["sel"] = faiss.IDSelectorBitmap(self._alive)
+            more["sel"] = faiss.IDSelectorBitmap(self._alive_bits())
         lists = lists_of(self.inner)
         if lists is not None:
             if not more or not _takes_selector(self.inner):

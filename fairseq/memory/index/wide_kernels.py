@@ -3,15 +3,17 @@
 Bounds come in groups of GROUP neighbouring keys of a list; rows of a matrix, or one behind the other.
 
 Shapes: V visits of a list (each by one query), G groups of a list, Q queries, P lists a query visits (as the last axis
-of bounds and biases: the keys of a group), M keys of a list, S groups of all queries one behind the other, F chosen keys
-of all queries, C bounds of a query, K neighbours, D width.
+of bounds and biases: the keys of a group), M keys of a list, S groups of all queries one behind the other, F keys that
+were chosen for all queries, C bounds of a query, K neighbours, D width.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
+from numba.core import types
 
 from fairseq.memory.index.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
 from fairseq.memory.index.scan_kernels import LOWEST
@@ -115,12 +117,29 @@ def choose(
             end_QP[q, p] = kept
 
 
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _bits(typing_context: Any, number: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.bitcast(given[0], context.get_value_type(types.int32))
+
+    return types.int32(types.float32), generate
+
+
+@compiled()
+def pack(score: Any, row: Any) -> Any:
+    """A score and a row as one integer: smaller for a higher score, then for a lower row."""
+    bits = np.int64(_bits(score))
+    if bits < 0:
+        bits ^= 0x7FFFFFFF  # the bits of a negative float, turned round, order as the float does
+    return ((np.int64(-1) - bits) << 32) | row
+
+
 @compiled()
 def score_chosen(
     query_ND: Any, row_V: Any, begin_V: Any, end_V: Any, start_V: Any, keys_MD: Any, ids_M: Any, by_distance: bool,
     place_F: Any,
 ) -> None:  # fmt: skip
-    """Turn the places of a list's chosen keys into packed neighbours: smaller for a higher score, then for a lower id.
+    """Turn the places of a list's chosen keys into packed neighbours.
 
     Args:
         row_V: the query of each visit; its places are those from ``begin_V`` to ``end_V``.
@@ -128,17 +147,12 @@ def score_chosen(
         place_F: see ``choose``.
         ids_M: below 2^32.
     """
-    one = np.empty(1, np.float32)
-    bits = one.view(np.int32)
     for v in range(len(row_V)):
         query_D = query_ND[row_V[v]]
         for i in range(begin_V[v], end_V[v]):
             m = place_F[i] - start_V[v]
-            one[0] = nearness(query_D, keys_MD[m]) if by_distance else product(query_D, keys_MD[m])
-            bit = np.int64(bits[0])
-            if bit < 0:
-                bit ^= 0x7FFFFFFF  # the bits of a negative float, turned round, order as the float does
-            place_F[i] = ((np.int64(-1) - bit) << 32) | ids_M[m]
+            score = nearness(query_D, keys_MD[m]) if by_distance else product(query_D, keys_MD[m])
+            place_F[i] = pack(score, ids_M[m])
 
 
 @compiled()

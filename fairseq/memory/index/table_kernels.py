@@ -1,0 +1,172 @@
+"""Loops of the search by tables (``table_search.py``), compiled by numba.
+
+Shapes: M parts of a key, J codewords of a part, E numbers of a codeword, L lists, Q queries, P lists a query visits,
+S groups of scores (of GROUP neighbours each) of a query's lists one behind the other, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core import cgutils, types
+
+from fairseq.memory.index.kernels import GROUP, compiled
+from fairseq.memory.index.wide_kernels import choose, pack
+
+_KEYS = 4  # scored side by side: one would wait for each of its sums
+
+
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.inttoptr(given[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
+
+
+@compiled()
+def _table(query_D: Any, words_MEJ: Any, factor: Any, table_MJ: Any) -> None:
+    """Products of a query with the codewords of each part, times a factor."""
+    parts, width, words = words_MEJ.shape
+    for m in range(parts):
+        for j in range(words):
+            table_MJ[m, j] = 0.0
+        for e in range(width):
+            weight = query_D[m * width + e] * factor
+            for j in range(words):
+                table_MJ[m, j] += weight * words_MEJ[m, e, j]
+
+
+@compiled()
+def _score_list(table_F: Any, code_SM: Any, bias_S: Any, shift: Any, score_F: Any, first: int) -> None:
+    """Write the sums of a table's entries for the codes of each key."""
+    size, parts = code_SM.shape
+    for start in range(0, size // _KEYS * _KEYS, _KEYS):
+        a = b = c = d = np.float32(0.0)
+        for m in range(parts):
+            a += table_F[m * 256 + code_SM[start, m]]
+            b += table_F[m * 256 + code_SM[start + 1, m]]
+            c += table_F[m * 256 + code_SM[start + 2, m]]
+            d += table_F[m * 256 + code_SM[start + 3, m]]
+        at = first + start
+        score_F[at], score_F[at + 1], score_F[at + 2], score_F[at + 3] = a, b, c, d
+    for i in range(size // _KEYS * _KEYS, size):
+        a = np.float32(0.0)
+        for m in range(parts):
+            a += table_F[m * 256 + code_SM[i, m]]
+        score_F[first + i] = a
+    for i in range(size):
+        score_F[first + i] += bias_S[i] + shift
+
+
+@compiled()
+def _prepare(
+    centre_D: Any, words_MEJ: Any, code_SM: Any, id_S: Any, alive: Any, by_distance: bool, by_residual: bool,
+    table_MJ: Any, bias_S: Any,
+) -> None:  # fmt: skip
+    """Write what is added to the sums of a list's keys, for every query: minus infinity for deleted ones.
+
+    For distances, of a key that is its list's centre and a rest, this is ``-|rest|^2 - 2 centre.rest``.
+    """
+    parts, width, words = words_MEJ.shape
+    for m in range(parts):
+        for j in range(words):
+            total = np.float32(0.0)
+            for e in range(width):
+                word = words_MEJ[m, e, j]
+                total -= word * word
+                if by_residual:
+                    total -= np.float32(2.0) * word * centre_D[m * width + e]
+            table_MJ[m, j] = total
+    for i in range(len(bias_S)):
+        total = np.float32(0.0)
+        if by_distance:
+            for m in range(parts):
+                total += table_MJ[m, code_SM[i, m]]
+        if len(alive) and not alive[id_S[i] >> 3] & (1 << (id_S[i] & 7)):
+            total = np.float32(-np.inf)
+        bias_S[i] = total
+
+
+@compiled()
+def prepare_lists(
+    number_L: Any, words_MEJ: Any, centre_LD: Any, address_L2: Any, first_L: Any, alive: Any, by_distance: bool,
+    by_residual: bool, table_MJ: Any, bias: Any,
+) -> None:  # fmt: skip
+    """:func:`_prepare` for some lists; the arguments are those of :func:`search_tables`."""
+    for number in number_L:
+        size = first_L[number + 1] - first_L[number]
+        if size:
+            code_SM = numba.carray(_pointer(address_L2[number, 0]), (size, len(words_MEJ)), np.uint8)
+            id_S = numba.carray(_pointer(address_L2[number, 1]), (size,), np.int64)
+            own = bias[first_L[number] : first_L[number + 1]]
+            _prepare(centre_LD[number], words_MEJ, code_SM, id_S, alive, by_distance, by_residual, table_MJ, own)
+
+
+@compiled()
+def _shift(query_D: Any, centre_D: Any, by_distance: bool, by_residual: bool) -> Any:
+    """What all scores of a list share."""
+    total = np.float32(0.0)
+    if by_distance:
+        for d in range(len(query_D)):
+            x = query_D[d] - centre_D[d] if by_residual else query_D[d]
+            total -= x * x
+    elif by_residual:
+        for d in range(len(query_D)):
+            total += query_D[d] * centre_D[d]
+    return total
+
+
+@compiled()
+def search_tables(
+    query_QD: Any, visited_QP: Any, wanted: int, words_MEJ: Any, centre_LD: Any, address_L2: Any, first_L: Any,
+    bias: Any, by_distance: bool, by_residual: bool, table_MJ: Any, score_SP: Any, most_S: Any, edge_1P: Any,
+    end_1P: Any, place_F: Any, place_C: Any, bound_C: Any, low_C: Any, flag_S: Any, packed_QC: Any, count_Q: Any,
+) -> None:  # fmt: skip
+    """Write the ``wanted`` best keys of each query's lists, and few others, as packed neighbours in no order.
+
+    Args:
+        words_MEJ: codewords.
+        address_L2: where the codes of each list and its ids are in memory.
+        first_L: where the biases of each list begin, L + 1 numbers; those of the visited lists are written.
+        packed_QC, count_Q: get the neighbours, and how many there are.
+        others: room for the query with most keys, as ``choose`` wants it.
+    """
+    parts = words_MEJ.shape[0]
+    score_F, gap_1P = score_SP.reshape(-1), np.zeros((1, visited_QP.shape[1]), np.float32)
+    factor = np.float32(2.0) if by_distance else np.float32(1.0)
+    for q in range(len(query_QD)):
+        query_D = query_QD[q]
+        _table(query_D, words_MEJ, factor, table_MJ)
+        edge_1P[0, 0] = 0
+        for p in range(visited_QP.shape[1]):
+            number, group = visited_QP[q, p], edge_1P[0, p]
+            edge_1P[0, p + 1] = group
+            size = first_L[number + 1] - first_L[number] if number >= 0 else 0
+            if size == 0:
+                continue
+            code_SM = numba.carray(_pointer(address_L2[number, 0]), (size, parts), np.uint8)
+            bias_S = bias[first_L[number] : first_L[number + 1]]
+            shift = _shift(query_D, centre_LD[number], by_distance, by_residual)
+            _score_list(table_MJ.reshape(-1), code_SM, bias_S, shift, score_F, group * GROUP)
+            groups = -(-size // GROUP)
+            score_F[group * GROUP + size : (group + groups) * GROUP] = -np.inf
+            for at in range(group, group + groups):
+                most = np.float32(-np.inf)
+                for i in range(GROUP):
+                    most = max(most, score_SP[at, i])
+                most_S[at] = most
+            edge_1P[0, p + 1] = group + groups
+        choose(score_SP, most_S, edge_1P, gap_1P, wanted, place_F, end_1P, place_C, bound_C, low_C, flag_S)
+        first = 0
+        for p in range(visited_QP.shape[1]):
+            number = visited_QP[q, p]
+            if end_1P[0, p] > first:
+                size = first_L[number + 1] - first_L[number]
+                id_S = numba.carray(_pointer(address_L2[number, 1]), (size,), np.int64)
+                for i in range(first, end_1P[0, p]):
+                    packed_QC[q, i] = pack(score_F[place_F[i]], id_S[place_F[i] - edge_1P[0, p] * GROUP])
+            first = end_1P[0, p]
+        count_Q[q] = first

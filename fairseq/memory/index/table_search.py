@@ -1,0 +1,122 @@
+"""Searches an index of product-quantized keys for many neighbours of few queries, as generation does.
+
+A score is a sum of entries of a table: products of the query with the codewords, computed once for all lists; what
+depends on the key alone is kept with it, and the centre of a list gives all its keys the same. Tables of each list, as
+faiss makes them, take as long to make as to read; a bulk of queries is faster with matrix products (``wide_search``).
+
+Shapes: N queries, P lists a query visits, L lists, S groups of scores, K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.files import Array
+from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
+from fairseq.memory.index.list_search import GROUP
+from fairseq.memory.threads import each_in_threads
+
+_FEW = 8
+"""So many queries are searched on the calling thread: to start others takes longer."""
+
+
+class TableSearch:
+    """The codes of an index where they are, with four bytes for each key beside them."""
+
+    def __init__(self, index: Any, alive: Array | None = None) -> None:
+        """Look where the codes are.
+
+        Args:
+            index: an IndexIVFPQ of 8-bit codes, in memory; nothing may be added to it from now on.
+            alive: a bit for each row that may be found, the lowest first; None where all may.
+        """
+        faiss, lists, pq = faiss_library(), index.invlists, index.pq
+        self._index, self._by_distance = index, index.metric_type == faiss.METRIC_L2
+        self._alive = np.empty(0, np.uint8) if alive is None else alive
+        words = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+        self._words_MEJ = np.ascontiguousarray(words.transpose(0, 2, 1))
+        self._centre_LD = index.quantizer.reconstruct_n(0, index.nlist)
+        self._address_L2 = np.zeros((index.nlist, 2), np.int64)
+        sizes = np.zeros(index.nlist, np.int64)
+        for number in range(index.nlist):
+            sizes[number] = size = lists.list_size(number)
+            if size:
+                arrays = (lists.get_codes(number), size * lists.code_size), (lists.get_ids(number), size)
+                self._address_L2[number] = [faiss.rev_swig_ptr(*each).ctypes.data for each in arrays]
+        self._first_L = np.concatenate([[0], sizes.cumsum()])
+        self._bias = np.empty(self._first_L[-1], np.float32)
+        self._is_ready_L = np.zeros(index.nlist, np.bool_)
+        self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
+        self._spare: list[tuple[Array, ...]] = []
+        self._visits = 0
+
+    @staticmethod
+    def serves(index: Any) -> bool:
+        """Whether the index is of such keys, in memory."""
+        if type(index).__name__ != "IndexIVFPQ" or index.pq.nbits != 8 or not index.nlist:
+            return False
+        lists = faiss_library().downcast_InvertedLists(index.invlists)
+        return type(lists).__name__ == "ArrayInvertedLists" and lists.code_size == index.pq.M
+
+    def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best keys of the visited lists, best first, of equals the lower row; few queries on the calling thread.
+
+        Returns: ids (N, k), -1 where fewer were found, and scores (N, k), higher is closer, minus infinity there.
+        """
+        query = np.ascontiguousarray(query_ND.numpy())
+        with faiss_threads(1):
+            visited_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
+        self._prepare(visited_NP)
+        ids_NK = torch.full((len(query), k), -1, dtype=torch.int64)
+        scores_NK = torch.full((len(query), k), -torch.inf)
+        step = max(_FEW, -(-len(query) // (2 * torch.get_num_threads())))
+        parts = [slice(first, first + step) for first in range(0, len(query), step)]
+        outs = (ids_NK.numpy(), scores_NK.numpy())
+        each_in_threads(lambda part: self._search(query[part], visited_NP[part], *(x[part] for x in outs)), parts)
+        return ids_NK, scores_NK
+
+    def _search(self, query_QD: Array, visited_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
+        from fairseq.memory.index.table_kernels import search_tables
+        from fairseq.memory.index.wide_kernels import unpack
+
+        room = self._spare.pop() if self._spare else self._room_for(visited_QP.shape[1])
+        packed_QC, count_Q = np.empty((len(query_QD), room[1].size), np.int64), np.empty(len(query_QD), np.int64)
+        lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
+        how = (self._by_distance, self._index.by_residual)
+        search_tables(query_QD, visited_QP, ids_QK.shape[1], *lists, *how, *room, packed_QC, count_Q)
+        self._spare.append(room)
+        best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
+        if len(count_Q) > 1:
+            best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = np.iinfo(np.int64).max
+        best_QC.sort(axis=1)
+        unpack(best_QC, ids_QK, scores_QK)
+
+    def _prepare(self, visited_NP: Array) -> None:
+        """Write the biases of lists that are visited for the first time."""
+        if not self._is_ready_L[visited_NP].all():
+            from fairseq.memory.index.table_kernels import prepare_lists
+
+            numbers = np.unique(visited_NP[(visited_NP >= 0) & ~self._is_ready_L[visited_NP]])
+            lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._alive)
+            table_MJ = np.empty((len(self._words_MEJ), self._words_MEJ.shape[2]), np.float32)
+            prepare_lists(numbers, *lists, self._by_distance, self._index.by_residual, table_MJ, self._bias)
+            self._is_ready_L[numbers] = True
+
+    def _room_for(self, visits: int) -> tuple[Array, ...]:
+        """Memory for any query that visits so many lists, as ``search_tables`` wants it."""
+        if self._visits != visits:
+            self._visits, self._spare = visits, []
+        groups = int(self._most_L[min(visits, len(self._most_L)) - 1])
+        score_SP, most_S = np.empty((groups, GROUP), np.float32), np.empty(groups, np.float32)
+        edge_1P, end_1P = np.zeros((1, visits + 1), np.int64), np.zeros((1, visits), np.int64)
+        bounds = (groups + 1) * GROUP
+        places, numbers = ([np.empty(bounds, dtype) for _ in range(2)] for dtype in (np.int64, np.float32))
+        table_MJ, flag_S = (
+            np.empty((len(self._words_MEJ), self._words_MEJ.shape[2]), np.float32),
+            np.empty(groups + 1, np.int64),
+        )
+        return (table_MJ, score_SP, most_S, edge_1P, end_1P, *places, *numbers, flag_S)
