@@ -36,6 +36,8 @@ class Neighbors:
     """int64 row numbers in the store, -1 where fewer than K were found."""
     scores_NK: Tensor
     """float32, higher is closer; -inf where the id is -1."""
+    equals_by_row: bool = False
+    """Whether it is known that equally close ones are in the order of their rows."""
 
     def __post_init__(self) -> None:
         assert self.ids_NK.shape == self.scores_NK.shape, (self.ids_NK.shape, self.scores_NK.shape)

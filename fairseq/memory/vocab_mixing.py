@@ -52,12 +52,13 @@ class VocabularyMixer:
         Returns: the log-probabilities of ``target_N`` in float32, (N,), whatever type the scores have.
         Source: arXiv 1911.00172, eq. 3.
         """
-        logp, done = [], 0
+        logp, done, keeps_all = [], 0, found.keeps_all()
         for chosen in _chunks(scores_RV, rows_N):
             logp_CV = scores_RV[chosen].float()  # a slice of rows in float32 is worked on where it is
             part = slice(done, done + len(logp_CV))
             done = part.stop
-            self._mix_chunk_(logp_CV, found.values_NM[part], found.scores_NM[part], found.keep_NM[part])
+            keep_CM = None if keeps_all else found.keep_NM[part]
+            self._mix_chunk_(logp_CV, found.values_NM[part], found.scores_NM[part], keep_CM)
             if target_N is not None:
                 logp.append(logp_CV.gather(1, target_N[part, None])[:, 0])
             if rows_N is not None or scores_RV.dtype is not torch.float32:
@@ -66,17 +67,20 @@ class VocabularyMixer:
             return None
         return torch.cat(logp) if logp else scores_RV.new_empty(0, dtype=torch.float32)
 
-    def _mix_chunk_(self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor) -> None:
+    def _mix_chunk_(self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> None:
         if not scores_CM.shape[1]:
             logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
             return
-        scores_CM = (scores_CM / self.temperature).masked_fill(~keep_CM, -torch.inf)
-        values_CM = values_CM.masked_fill(~keep_CM, 0)
-        best_C1 = scores_CM.amax(1, keepdim=True)
-        has_any_C1 = ~torch.isneginf(best_C1)
-        share_CM = (scores_CM - best_C1.masked_fill(~has_any_C1, 0.0)).exp_()
+        log_left = math.log1p(-self.weight) if self.weight < 1.0 else -math.inf
+        scores_CM = scores_CM / self.temperature
+        left_C1: Tensor | float = log_left
+        if keep_CM is not None:
+            scores_CM.masked_fill_(~keep_CM, -torch.inf)
+            values_CM = values_CM.masked_fill(~keep_CM, 0)
+            left_C1 = torch.where(keep_CM.any(1, keepdim=True), log_left, 0.0)
+        best_C1 = scores_CM.amax(1, keepdim=True).clamp_(min=torch.finfo(scores_CM.dtype).min)
+        share_CM = scores_CM.sub_(best_C1).exp_()
         share_CM *= self.weight / share_CM.sum(1, keepdim=True).clamp_min(1e-30)
-        left_C1 = torch.where(has_any_C1, math.log1p(-self.weight) if self.weight < 1.0 else -math.inf, 0.0)
         logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True) - left_C1
         mass_CV = self._zeros(logp_CV)
         mass_CV.scatter_add_(1, values_CM, share_CM)

@@ -183,10 +183,11 @@ class FaissIndex:
                 why = str(error).rpartition("Error: ")[2]
                 logger.warning("%s is searched on the processor from now on: the GPU cannot (%s)", self.name, why)
                 self._by_gpu = None
-        if DecodedLists.pays_for(self.inner, len(query_ND)):
+        in_bulk = DecodedLists.pays_for(self.inner, len(query_ND))
+        if is_wide(k, len(self), getattr(self.inner, "nlist", 0)) and (in_bulk or TableSearch.serves(self.inner)):
+            return self._search_widely(query_ND, k, in_bulk=in_bulk)
+        if in_bulk:
             return self._checked(*self._search_in_bulk(query_ND, k))
-        if is_wide(k, len(self), getattr(self.inner, "nlist", 0)) and TableSearch.serves(self.inner):
-            return self._checked(*self._search_by_tables(query_ND, k))
         return self._checked(*self._search(query_ND, k))
 
     def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
@@ -220,10 +221,21 @@ class FaissIndex:
         scores_NK = torch.from_numpy(distances_NK)
         return torch.from_numpy(ids_NK), scores_NK.neg_() if self.metric is Metric.L2 else scores_NK
 
-    def _search_by_tables(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        if self._tables is None:
-            self._tables = TableSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
-        return self._tables.search(query_ND, k)
+    def _search_widely(self, query_ND: Tensor, k: int, *, in_bulk: bool) -> Neighbors:
+        """Many neighbours. Which of two keys that are equally near up to rounding comes last is not left to faiss."""
+        if in_bulk:
+            ids_NK, scores_NK = wide_search(self._decoded_lists(), query_ND, k)
+        else:
+            if self._tables is None:
+                self._tables = TableSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
+            ids_NK, scores_NK = self._tables.search(query_ND, k)
+        self._check_rows(ids_NK)
+        return Neighbors(ids_NK, scores_NK, equals_by_row=True)
+
+    def _decoded_lists(self) -> DecodedLists:
+        if self._lists is None:
+            self._lists = DecodedLists(self.inner, fast_int8=has_fast_int8(), deleted=self.deleted)
+        return self._lists
 
     def _alive_bits(self) -> Array:
         """A bit for each row, the lowest first: whether it may be found."""
@@ -261,27 +273,23 @@ class FaissIndex:
         return alive_of(find, self.deleted, k, len(self))
 
     def _search_in_bulk(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss.
-
-        Where k is large these are many, and little hangs on which of two keys that are equally near up to rounding
-        comes last: there they are not.
-        """
-        if self._lists is None:
-            self._lists = DecodedLists(self.inner, fast_int8=has_fast_int8(), deleted=self.deleted)
-        if is_wide(k, len(self), self.inner.nlist):
-            return wide_search(self._lists, query_ND, k)
-        doubt_N = _ROUNDING * (query_ND.square().sum(1) + self._lists.key_size)
-        found = search_lists(self._lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
+        """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
+        lists = self._decoded_lists()
+        doubt_N = _ROUNDING * (query_ND.square().sum(1) + lists.key_size)
+        found = search_lists(lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
         ids_NK, scores_NK, open_N = found.ids_NK, found.scores_NK, found.open_N
         if len(open_N):
             ids_NK[open_N], scores_NK[open_N] = self._search(query_ND[open_N], k)
         logger.debug("%d of %d queries searched by faiss itself", len(open_N), len(query_ND))
         return ids_NK, scores_NK
 
-    def _checked(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
-        """Missing rows masked, best first. Raises: ValueError for rows that do not exist or come twice."""
+    def _check_rows(self, ids_NK: Tensor) -> None:
         if ids_NK.numel() and int(ids_NK.max()) >= len(self):
             raise ValueError(f"{self.name} returned row {int(ids_NK.max())} of {len(self)}; it is damaged: rebuild it")
+
+    def _checked(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
+        """Missing rows masked, best first. Raises: ValueError for rows that do not exist or come twice."""
+        self._check_rows(ids_NK)
         missing_NK = (ids_NK < 0) | scores_NK.isnan()
         if missing_NK.any():
             ids_NK = ids_NK.masked_fill(missing_NK, -1)

@@ -71,8 +71,7 @@ class TableSearch:
         with faiss_threads(1):
             visited_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
         self._prepare(visited_NP)
-        ids_NK = torch.full((len(query), k), -1, dtype=torch.int64)
-        scores_NK = torch.full((len(query), k), -torch.inf)
+        ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
         step = max(_FEW, -(-len(query) // (2 * torch.get_num_threads())))
         parts = [slice(first, first + step) for first in range(0, len(query), step)]
         outs = (ids_NK.numpy(), scores_NK.numpy())

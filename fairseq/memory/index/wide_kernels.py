@@ -166,13 +166,16 @@ def gather_packed(place_F: Any, begin_Q: Any, end_Q: Any, packed_QC: Any) -> Non
 
 @compiled()
 def unpack(packed_QC: Any, ids_QK: Any, scores_QK: Any) -> None:
-    """Turn the first packed neighbours, sorted, into ids and scores; what is missing stays as it is."""
+    """Turn the first packed neighbours, sorted, into ids and scores; -1 and minus infinity where there are fewer."""
     bits_QK = scores_QK.view(np.int32)
+    columns = min(ids_QK.shape[1], packed_QC.shape[1])
     for q in range(len(ids_QK)):
-        for k in range(min(ids_QK.shape[1], packed_QC.shape[1])):
-            packed = packed_QC[q, k]
-            if packed == NOTHING:
-                break
+        found = 0
+        while found < columns and packed_QC[q, found] != NOTHING:
+            packed = packed_QC[q, found]
             bit = np.int32(np.int64(-1) - (packed >> 32))
-            bits_QK[q, k] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
-            ids_QK[q, k] = packed & _LOW_HALF
+            bits_QK[q, found] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
+            ids_QK[q, found] = packed & _LOW_HALF
+            found += 1
+        ids_QK[q, found:] = -1
+        scores_QK[q, found:] = -np.inf

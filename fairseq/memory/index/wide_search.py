@@ -45,8 +45,7 @@ def wide_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tensor, 
     sizes = [lists.size(number) if number >= 0 else 0 for number in numbers_L.tolist()]
     size_NP = -(-np.array(sizes, np.int64) // GROUP)[place_NP]  # in groups of keys
     queries = (np.ascontiguousarray(query_ND.numpy()), np.ascontiguousarray(lists.rotated(query_ND).numpy()))
-    ids_NK = torch.full((len(query_ND), k), -1, dtype=torch.int64)
-    scores_NK = torch.full((len(query_ND), k), -torch.inf)
+    ids_NK, scores_NK = torch.empty((len(query_ND), k), dtype=torch.int64), torch.empty((len(query_ND), k))
     groups = _groups(size_NP.sum(1) * GROUP)
     size = max((int(size_NP[part].sum()) for part in groups), default=0)
     held, lists.room = lists.room, None  # a search at the same time takes memory of its own

@@ -75,9 +75,11 @@ class ExternalMemory:
         """The tokens of some rows with their scores."""
         # An id of -1 (the visited lists held fewer than k rows) must never be read as the last row.
         keep_NK = found.ids_NK >= 0
-        ids = found.ids_NK.clamp_min(0).reshape(-1)
-        values_NK = self.store.values.take(ids).view_as(found.ids_NK)
-        values_NK.masked_fill_(~keep_NK, -1)
+        if bool(keep_NK.all()):
+            values_NK = self.store.values.take(found.ids_NK.reshape(-1)).view_as(found.ids_NK)
+        else:
+            values_NK = self.store.values.take(found.ids_NK.clamp_min(0).reshape(-1)).view_as(found.ids_NK)
+            values_NK.masked_fill_(~keep_NK, -1)
         return Candidates(values_NK.to(device), found.scores_NK.to(device), keep_NK.to(device), found.ids_NK)
 
     def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
@@ -114,6 +116,8 @@ def by_row_where_equal(found: Neighbors) -> Neighbors:
     Compressed keys are often equal, and a search for fewer neighbours keeps those of the lower rows: in this order the
     first k of many are the ones that a search for k finds.
     """
+    if found.equals_by_row:
+        return found
     turned_NK = (found.ids_NK[:, 1:] < found.ids_NK[:, :-1]) & (found.ids_NK[:, 1:] >= 0)
     turned_NK &= found.scores_NK[:, 1:] == found.scores_NK[:, :-1]
     rows_Q = turned_NK.any(1).nonzero()[:, 0]
