@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.faiss_index import FaissIndex, has_fast_int8
+from fairseq.memory.index.list_search import Rotation
+from fairseq.memory.index.table_search import TableSearch
 from fairseq.memory.index.wide_search import is_wide, wide_search
 from fairseq.memory.types import Metric
+
+INT8 = has_fast_int8()
 
 
 def made(rows, nlist, metric, dim=8, seed=0):
@@ -45,7 +49,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end():
     index, query_ND = made(3000, 40, Metric.L2)
     again = np.repeat(query_ND[:1].numpy(), 4000, 0)
     index.add(again)
-    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=False), query_ND, 300)
+    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=INT8), query_ND, 300)
     assert (ids_NK[0] >= 3000).all()
     assert (ids_NK >= -1).all()
     assert (scores_NK[:, :-1] >= scores_NK[:, 1:]).all()
@@ -55,7 +59,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end():
 def test_lists_that_hold_less_than_k_leave_places_empty():
     index, query_ND = made(300, 40, Metric.L2)
     index.nprobe = 2
-    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=False), query_ND, 100)
+    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=INT8), query_ND, 100)
     theirs = index.search(query_ND.numpy(), 100)[1]
     assert ((ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(scores_NK[ids_NK < 0]).all()
@@ -63,6 +67,76 @@ def test_lists_that_hold_less_than_k_leave_places_empty():
 
 def test_a_part_of_the_queries_finds_the_same():
     index, query_ND = made(3000, 40, Metric.L2)
-    lists = DecodedLists(index, fast_int8=False)
+    lists = DecodedLists(index, fast_int8=INT8)
     whole, part = wide_search(lists, query_ND, 100), wide_search(lists, query_ND[30:37], 100)
     torch.testing.assert_close(whole[1][30:37], part[1])
+
+
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_bounds_leave_nothing_out(metric, int8, turned):
+    index, query_ND = made(3000, 40, metric)
+    lists = DecodedLists(index, fast_int8=int8)
+    if turned:  # the last columns are not multiplied but bounded
+        lists._rotation = Rotation(torch.linalg.qr(torch.randn(8, 8))[0].contiguous(), 4)
+    ids_NK, scores_NK = wide_search(lists, query_ND, 200)
+    distances, ids = index.search(query_ND.numpy(), 200)
+    np.testing.assert_allclose(scores_NK.numpy(), -distances if metric is Metric.L2 else distances, atol=1e-4)
+    assert np.mean([len(set(a) & set(b)) / 200 for a, b in zip(ids_NK.tolist(), ids.tolist())]) > 0.999
+
+
+def decoded_scores(index, query_ND, probe_ids, deleted=()):
+    """Brute force over the decoded keys of the visited lists, best first, of equals the lower row."""
+    index.make_direct_map()
+    keys = torch.from_numpy(index.reconstruct_n(0, index.ntotal)).double()
+    lists = np.full(index.ntotal, -1)
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        if size:
+            lists[faiss.rev_swig_ptr(index.invlists.get_ids(number), size)] = number
+    scores = (
+        -(torch.cdist(query_ND.double(), keys) ** 2)
+        if index.metric_type == faiss.METRIC_L2
+        else query_ND.double() @ keys.T
+    )
+    seen = torch.from_numpy((lists[None, :, None] == probe_ids[:, None, :]).any(2))
+    seen[:, list(deleted)] = False
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("deleted", [(), (3, 17, 2999)])
+def test_few_queries_find_what_brute_force_finds(metric, residual, count, deleted):
+    index, query_ND = made(3000, 40, metric)
+    if index.by_residual != residual:
+        index.by_residual = residual
+        index.use_precomputed_table = 0
+        rng = np.random.default_rng(0)
+        index.reset()
+        index.add(rng.standard_normal((3000, 8), dtype=np.float32))
+    query_ND, k = query_ND[:count], 300
+    true_NR = decoded_scores(index, query_ND, index.quantizer.search(query_ND.numpy(), 6)[1], deleted)
+    opened = FaissIndex(index, metric, deleted=np.array(deleted, np.int64))
+    assert TableSearch.serves(index)
+    assert not DecodedLists.pays_for(index, count)
+    for _ in range(2):  # lists are prepared by the first search
+        found = opened.search(query_ND, k)
+        best = true_NR.topk(k).values
+        torch.testing.assert_close(found.scores_NK, best.float(), atol=1e-4, rtol=1e-5)
+        own = true_NR.gather(1, found.ids_NK.clamp(min=0)).masked_fill(found.ids_NK < 0, -torch.inf)
+        torch.testing.assert_close(own.float(), found.scores_NK, atol=1e-4, rtol=1e-5)
+        assert not set(deleted) & set(found.ids_NK.flatten().tolist())
+        equal = (found.scores_NK[:, 1:] == found.scores_NK[:, :-1]) & (found.ids_NK[:, 1:] >= 0)
+        assert (found.ids_NK[:, 1:] > found.ids_NK[:, :-1])[equal].all()
+
+
+def test_few_queries_and_short_lists():
+    index, query_ND = made(300, 40, Metric.L2)
+    index.nprobe = 2
+    found = FaissIndex(index, Metric.L2).search(query_ND[:3], 100)
+    theirs = index.search(query_ND[:3].numpy(), 100)[1]
+    assert ((found.ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
+    assert torch.isneginf(found.scores_NK[found.ids_NK < 0]).all()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.table_search import codewords, rest_centres
 from fairseq.memory.threads import each_in_threads
 
 _MOST_BYTES = 8 << 30  # of a copy of the codes in the order of the rows
-_PAIRS_PER_TASK = 4096
+_PAIRS_PER_TASK = 16 << 10  # to start threads takes as long as some thousands of pairs
 _CHUNK_FLOATS = 64 << 20  # of decoded keys
 
 
@@ -28,25 +29,27 @@ def row_scorer(index: Any, *, by_distance: bool) -> Any:
 
 
 class CodedRows:
-    """The codes of an IndexIVFPQ in the order of the rows: a key is decoded where its score is computed."""
+    """The codes of an IndexIVFPQ in the order of the rows: a score is a sum of a table's entries (``table_search``)."""
 
     def __init__(self, index: Any, *, by_distance: bool) -> None:
         """Copy the codes, which takes as much memory as they do."""
-        faiss = faiss_library()
-        pq, lists = index.pq, index.invlists
+        from fairseq.memory.index.table_kernels import write_biases
+
+        faiss, lists = faiss_library(), index.invlists
         self._by_distance = by_distance
-        self._code_RS = np.zeros((index.ntotal, pq.M), np.uint8)
-        self._list_R = np.full(index.ntotal, -1, np.int32)
+        self._words_SEJ, self._centre_LD = codewords(index), rest_centres(index)
+        self._code_RS = np.zeros((index.ntotal, index.pq.M), np.uint8)
+        self._bias_R, self._list_R = np.zeros(index.ntotal, np.float32), np.full(index.ntotal, -1, np.int32)
+        table_SJ, all_alive = np.empty((index.pq.M, index.pq.ksub), np.float32), np.empty(0, np.uint8)
         for number in range(index.nlist):
             size = lists.list_size(number)
             if size:
                 ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
-                codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size)
-                self._code_RS[ids], self._list_R[ids] = codes.reshape(size, -1), number
-        self._words = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
-        self._middle_LD = index.quantizer.reconstruct_n(0, index.nlist)
-        if not index.by_residual:
-            self._middle_LD = np.zeros_like(self._middle_LD)
+                codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size).reshape(size, -1)
+                bias = np.empty(size, np.float32)
+                own = (self._centre_LD[number], self._words_SEJ, codes, ids, all_alive)
+                write_biases(*own, by_distance, table_SJ, bias)
+                self._code_RS[ids], self._bias_R[ids], self._list_R[ids] = codes, bias, number
 
     def __call__(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Score of each query with each of its rows, (N, M); -inf where the id is -1."""
@@ -54,8 +57,9 @@ class CodedRows:
 
         scores_NM = torch.empty(ids_NM.shape)
         query, ids, out = query_ND.contiguous().numpy(), ids_NM.contiguous().numpy(), scores_NM.numpy()
-        coded = (self._code_RS, self._list_R, self._middle_LD, self._words)
-        step = max(1, _PAIRS_PER_TASK // max(1, ids_NM.shape[1]))
+        coded = (self._code_RS, self._bias_R, self._list_R, self._centre_LD, self._words_SEJ)
+        tasks = min(2 * torch.get_num_threads(), int((ids_NM >= 0).sum()) // _PAIRS_PER_TASK)
+        step = max(1, -(-len(ids_NM) // max(1, tasks)))
         parts = [slice(at, at + step) for at in range(0, len(ids_NM), step)]
 
         def score(part: slice) -> None:

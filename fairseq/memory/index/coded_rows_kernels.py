@@ -6,24 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import ANY_ORDER, compiled
-
-
-@compiled(fastmath=ANY_ORDER)
-def _of_decoded(code_S: Any, words: Any, middle_D: Any, query_D: Any, by_distance: bool, key_D: Any) -> Any:
-    width = words.shape[2]
-    for s in range(len(code_S)):
-        for i in range(width):
-            key_D[s * width + i] = words[s, code_S[s], i]
-    total = np.float32(0.0)
-    if by_distance:
-        for d in range(len(key_D)):
-            difference = query_D[d] - middle_D[d] - key_D[d]
-            total -= difference * difference
-    else:
-        for d in range(len(key_D)):
-            total += query_D[d] * (middle_D[d] + key_D[d])
-    return total
+from fairseq.memory.index.kernels import compiled
+from fairseq.memory.index.table_kernels import share_of_list, write_table
 
 
 @compiled()
@@ -31,16 +15,30 @@ def score_codes(coded: Any, by_distance: bool, query_ND: Any, ids_NM: Any, out_N
     """Minus the squared distance, or the inner product, of each query and each of its rows; -inf for a row of -1.
 
     Args:
-        coded: (code_RS, list_R, middle_LD, words): codes of the rows, the list of each, -1 for none, what a list adds
-            to its decoded keys, and the codewords, (S, 256, D / S).
+        coded: (code_RS, bias_R, list_R, centre_LD, words_SEJ): codes of the rows, what a row adds to the sums of its
+            codes for every query, the list of each, -1 for none, the centres of the lists, zeros where keys are not
+            less them, and the codewords.
     """
-    code_RS, list_R, middle_LD, words = coded
-    key_D = np.empty(query_ND.shape[1], np.float32)
+    code_RS, bias_R, list_R, centre_LD, words_SEJ = coded
+    parts, table_SJ = code_RS.shape[1], np.empty((words_SEJ.shape[0], words_SEJ.shape[2]), np.float32)
+    share_L, asked_L = np.empty(len(centre_LD), np.float32), np.full(len(centre_LD), -1, np.int64)
     for n in range(len(ids_NM)):
+        write_table(query_ND[n], words_SEJ, by_distance, table_SJ)
         for m in range(ids_NM.shape[1]):
             row = ids_NM[n, m]
             if row < 0 or list_R[row] < 0:
                 out_NM[n, m] = -np.inf
-            else:
-                middle_D = middle_LD[list_R[row]]
-                out_NM[n, m] = _of_decoded(code_RS[row], words, middle_D, query_ND[n], by_distance, key_D)
+                continue
+            number = list_R[row]
+            if asked_L[number] != n:
+                asked_L[number] = n
+                share_L[number] = share_of_list(query_ND[n], centre_LD[number], by_distance)
+            a = b = c = d = np.float32(0.0)  # each sum would wait for the one before it
+            for s in range(0, parts - 3, 4):
+                a += table_SJ[s, code_RS[row, s]]
+                b += table_SJ[s + 1, code_RS[row, s + 1]]
+                c += table_SJ[s + 2, code_RS[row, s + 2]]
+                d += table_SJ[s + 3, code_RS[row, s + 3]]
+            for s in range(parts // 4 * 4, parts):
+                a += table_SJ[s, code_RS[row, s]]
+            out_NM[n, m] = (a + b) + (c + d) + (bias_R[row] + share_L[number])

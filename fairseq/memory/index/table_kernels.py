@@ -12,23 +12,27 @@ import numba
 import numpy as np
 from numba.core import cgutils, types
 
-from fairseq.memory.index.kernels import GROUP, compiled
+from fairseq.memory.index.kernels import ANY_ORDER, GROUP, compiled, nearness, product
 from fairseq.memory.index.wide_kernels import choose, pack
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
 
 
-@numba.extending.intrinsic  # type: ignore[untyped-decorator]
-def _pointer(typing_context: Any, address: Any) -> Any:
+def _to_pointer(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         return builder.inttoptr(given[0], cgutils.voidptr_t)
 
     return types.voidptr(address), generate
 
 
+_pointer: Any = numba.extending.intrinsic(_to_pointer)
+_array_at: Any = getattr(numba, "carray")  # noqa: B009  # numba's types do not tell of it
+
+
 @compiled()
-def _table(query_D: Any, words_MEJ: Any, factor: Any, table_MJ: Any) -> None:
-    """Products of a query with the codewords of each part, times a factor."""
+def write_table(query_D: Any, words_MEJ: Any, by_distance: bool, table_MJ: Any) -> None:
+    """What a codeword in a key adds to its score: its product with the query, for distances twice that."""
+    factor = np.float32(2.0) if by_distance else np.float32(1.0)
     parts, width, words = words_MEJ.shape
     for m in range(parts):
         for j in range(words):
@@ -62,13 +66,14 @@ def _score_list(table_F: Any, code_SM: Any, bias_S: Any, shift: Any, score_F: An
 
 
 @compiled()
-def _prepare(
-    centre_D: Any, words_MEJ: Any, code_SM: Any, id_S: Any, alive: Any, by_distance: bool, by_residual: bool,
-    table_MJ: Any, bias_S: Any,
+def write_biases(
+    centre_D: Any, words_MEJ: Any, code_SM: Any, id_S: Any, alive: Any, by_distance: bool, table_MJ: Any,
+    bias_S: Any,
 ) -> None:  # fmt: skip
     """Write what is added to the sums of a list's keys, for every query: minus infinity for deleted ones.
 
-    For distances, of a key that is its list's centre and a rest, this is ``-|rest|^2 - 2 centre.rest``.
+    For distances it is ``-|rest|^2 - 2 centre.rest`` of a key that is a centre (zero where keys are not less them) and
+    a rest. A score is this, the query's share of the list, and the sum of the table's entries for the codes.
     """
     parts, width, words = words_MEJ.shape
     for m in range(parts):
@@ -76,9 +81,7 @@ def _prepare(
             total = np.float32(0.0)
             for e in range(width):
                 word = words_MEJ[m, e, j]
-                total -= word * word
-                if by_residual:
-                    total -= np.float32(2.0) * word * centre_D[m * width + e]
+                total -= word * (word + np.float32(2.0) * centre_D[m * width + e])
             table_MJ[m, j] = total
     for i in range(len(bias_S)):
         total = np.float32(0.0)
@@ -93,36 +96,28 @@ def _prepare(
 @compiled()
 def prepare_lists(
     number_L: Any, words_MEJ: Any, centre_LD: Any, address_L2: Any, first_L: Any, alive: Any, by_distance: bool,
-    by_residual: bool, table_MJ: Any, bias: Any,
+    table_MJ: Any, bias: Any,
 ) -> None:  # fmt: skip
-    """:func:`_prepare` for some lists; the arguments are those of :func:`search_tables`."""
+    """:func:`write_biases` for some lists; the arguments are those of :func:`search_tables`."""
     for number in number_L:
         size = first_L[number + 1] - first_L[number]
         if size:
-            code_SM = numba.carray(_pointer(address_L2[number, 0]), (size, len(words_MEJ)), np.uint8)
-            id_S = numba.carray(_pointer(address_L2[number, 1]), (size,), np.int64)
+            code_SM = _array_at(_pointer(address_L2[number, 0]), (size, len(words_MEJ)), np.uint8)
+            id_S = _array_at(_pointer(address_L2[number, 1]), (size,), np.int64)
             own = bias[first_L[number] : first_L[number + 1]]
-            _prepare(centre_LD[number], words_MEJ, code_SM, id_S, alive, by_distance, by_residual, table_MJ, own)
+            write_biases(centre_LD[number], words_MEJ, code_SM, id_S, alive, by_distance, table_MJ, own)
 
 
-@compiled()
-def _shift(query_D: Any, centre_D: Any, by_distance: bool, by_residual: bool) -> Any:
-    """What all scores of a list share."""
-    total = np.float32(0.0)
-    if by_distance:
-        for d in range(len(query_D)):
-            x = query_D[d] - centre_D[d] if by_residual else query_D[d]
-            total -= x * x
-    elif by_residual:
-        for d in range(len(query_D)):
-            total += query_D[d] * centre_D[d]
-    return total
+@compiled(fastmath=ANY_ORDER)
+def share_of_list(query_D: Any, centre_D: Any, by_distance: bool) -> Any:
+    """What all scores of a list share: minus the squared distance of its centre, or its product."""
+    return nearness(query_D, centre_D) if by_distance else product(query_D, centre_D)
 
 
 @compiled()
 def search_tables(
     query_QD: Any, visited_QP: Any, wanted: int, words_MEJ: Any, centre_LD: Any, address_L2: Any, first_L: Any,
-    bias: Any, by_distance: bool, by_residual: bool, table_MJ: Any, score_SP: Any, most_S: Any, edge_1P: Any,
+    bias: Any, by_distance: bool, table_MJ: Any, score_SP: Any, most_S: Any, edge_1P: Any,
     end_1P: Any, place_F: Any, place_C: Any, bound_C: Any, low_C: Any, flag_S: Any, packed_QC: Any, count_Q: Any,
 ) -> None:  # fmt: skip
     """Write the ``wanted`` best keys of each query's lists, and few others, as packed neighbours in no order.
@@ -136,10 +131,9 @@ def search_tables(
     """
     parts = words_MEJ.shape[0]
     score_F, gap_1P = score_SP.reshape(-1), np.zeros((1, visited_QP.shape[1]), np.float32)
-    factor = np.float32(2.0) if by_distance else np.float32(1.0)
     for q in range(len(query_QD)):
         query_D = query_QD[q]
-        _table(query_D, words_MEJ, factor, table_MJ)
+        write_table(query_D, words_MEJ, by_distance, table_MJ)
         edge_1P[0, 0] = 0
         for p in range(visited_QP.shape[1]):
             number, group = visited_QP[q, p], edge_1P[0, p]
@@ -147,9 +141,9 @@ def search_tables(
             size = first_L[number + 1] - first_L[number] if number >= 0 else 0
             if size == 0:
                 continue
-            code_SM = numba.carray(_pointer(address_L2[number, 0]), (size, parts), np.uint8)
+            code_SM = _array_at(_pointer(address_L2[number, 0]), (size, parts), np.uint8)
             bias_S = bias[first_L[number] : first_L[number + 1]]
-            shift = _shift(query_D, centre_LD[number], by_distance, by_residual)
+            shift = share_of_list(query_D, centre_LD[number], by_distance)
             _score_list(table_MJ.reshape(-1), code_SM, bias_S, shift, score_F, group * GROUP)
             groups = -(-size // GROUP)
             score_F[group * GROUP + size : (group + groups) * GROUP] = -np.inf
@@ -165,7 +159,7 @@ def search_tables(
             number = visited_QP[q, p]
             if end_1P[0, p] > first:
                 size = first_L[number + 1] - first_L[number]
-                id_S = numba.carray(_pointer(address_L2[number, 1]), (size,), np.int64)
+                id_S = _array_at(_pointer(address_L2[number, 1]), (size,), np.int64)
                 for i in range(first, end_1P[0, p]):
                     packed_QC[q, i] = pack(score_F[place_F[i]], id_S[place_F[i] - edge_1P[0, p] * GROUP])
             first = end_1P[0, p]

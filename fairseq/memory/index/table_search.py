@@ -17,11 +17,24 @@ from torch import Tensor
 
 from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
-from fairseq.memory.index.list_search import GROUP
+from fairseq.memory.index.kernels import GROUP
 from fairseq.memory.threads import each_in_threads
 
 _FEW = 8
 """So many queries are searched on the calling thread: to start others takes longer."""
+
+
+def codewords(index: Any) -> Array:
+    """Codewords of an index of product-quantized keys, float32 (parts, numbers of a codeword, codewords)."""
+    pq = index.pq
+    words = faiss_library().vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+    return np.ascontiguousarray(words.transpose(0, 2, 1))
+
+
+def rest_centres(index: Any) -> Array:
+    """What was taken off the keys of each list before they were quantized, float32 (L, D)."""
+    centre_LD: Array = index.quantizer.reconstruct_n(0, index.nlist)
+    return centre_LD if index.by_residual else np.zeros_like(centre_LD)
 
 
 class TableSearch:
@@ -34,12 +47,10 @@ class TableSearch:
             index: an IndexIVFPQ of 8-bit codes, in memory; nothing may be added to it from now on.
             alive: a bit for each row that may be found, the lowest first; None where all may.
         """
-        faiss, lists, pq = faiss_library(), index.invlists, index.pq
+        faiss, lists = faiss_library(), index.invlists
         self._index, self._by_distance = index, index.metric_type == faiss.METRIC_L2
         self._alive = np.empty(0, np.uint8) if alive is None else alive
-        words = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
-        self._words_MEJ = np.ascontiguousarray(words.transpose(0, 2, 1))
-        self._centre_LD = index.quantizer.reconstruct_n(0, index.nlist)
+        self._words_MEJ, self._centre_LD = codewords(index), rest_centres(index)
         self._address_L2 = np.zeros((index.nlist, 2), np.int64)
         sizes = np.zeros(index.nlist, np.int64)
         for number in range(index.nlist):
@@ -85,8 +96,8 @@ class TableSearch:
         room = self._spare.pop() if self._spare else self._room_for(visited_QP.shape[1])
         packed_QC, count_Q = np.empty((len(query_QD), room[1].size), np.int64), np.empty(len(query_QD), np.int64)
         lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
-        how = (self._by_distance, self._index.by_residual)
-        search_tables(query_QD, visited_QP, ids_QK.shape[1], *lists, *how, *room, packed_QC, count_Q)
+        about = (ids_QK.shape[1], *lists, self._by_distance)
+        search_tables(query_QD, visited_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
         self._spare.append(room)
         best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
         if len(count_Q) > 1:
@@ -102,7 +113,7 @@ class TableSearch:
             numbers = np.unique(visited_NP[(visited_NP >= 0) & ~self._is_ready_L[visited_NP]])
             lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._alive)
             table_MJ = np.empty((len(self._words_MEJ), self._words_MEJ.shape[2]), np.float32)
-            prepare_lists(numbers, *lists, self._by_distance, self._index.by_residual, table_MJ, self._bias)
+            prepare_lists(numbers, *lists, self._by_distance, table_MJ, self._bias)
             self._is_ready_L[numbers] = True
 
     def _room_for(self, visits: int) -> tuple[Array, ...]:

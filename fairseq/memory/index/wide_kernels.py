@@ -117,12 +117,14 @@ def choose(
             end_QP[q, p] = kept
 
 
-@numba.extending.intrinsic  # type: ignore[untyped-decorator]
-def _bits(typing_context: Any, number: Any) -> Any:
+def _to_bits(typing_context: Any, number: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         return builder.bitcast(given[0], context.get_value_type(types.int32))
 
     return types.int32(types.float32), generate
+
+
+_bits: Any = numba.extending.intrinsic(_to_bits)
 
 
 @compiled()

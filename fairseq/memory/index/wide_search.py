@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fairseq.memory.files import Array
 from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.list_search import GROUP
+from fairseq.memory.index.kernels import GROUP
 from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
 
 _GROUP_SCORES = 160 << 20  # about 4,000 queries of 18,000 scores: enough for matrix products of a fair size
