@@ -50,10 +50,10 @@ def test_plain_and_knn(model, ids):
         done = evaluate(model, windows, knn)
     assert done.perplexity == pytest.approx(192.599, abs=0.05)
     off = (done.logp - recorded("knn_full")[0]).abs()
-    # faiss adds up a distance from tables and is off by up to 6e-4; a neighbour at the edge may then be another one.
+    # faiss adds up a distance from tables and is off by up to 6e-4: the neighbour at the edge may be another one.
     assert off.quantile(0.999) < 3e-4
     assert int((off > 1e-3).sum()) <= 2
-    assert off.max() < 1e-2
+    assert off.max() < 5e-3
 
 
 @pytest.mark.parametrize(("min_knns", "perplexity", "saved"), [(1, 159.31, 59.30), (16, 173.78, 36.19)])

@@ -80,6 +80,12 @@ class DecodedLists:
             self._cache[number] = keys
         return keys
 
+    def keys(self, number: int) -> tuple[Array, Array]:
+        """Ids and float32 keys of one list, without what bounds their scores."""
+        if self._cache is not None and number in self._cache:
+            return self._cache[number].ids_M, self._cache[number].keys_MD
+        return self.ids(number), self._decoded(number).numpy()
+
     def use_one_thread(self) -> None:
         """Keep faiss to the calling thread, in that thread only."""
         faiss_library().omp_set_num_threads(1)

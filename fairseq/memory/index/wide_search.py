@@ -160,13 +160,13 @@ class _Group:
         from fairseq.memory.index.wide_kernels import score_chosen
 
         number, visits = task
-        keys = self._lists.prepared(number)
+        ids_M, keys_MD = self._lists.keys(number)
         row_V, column_V = np.divmod(visits, self._place_QP.shape[1])
         end_V = self._end_QP[row_V, column_V]
         # The keys of a query's first list are behind those of the last list of the query before.
         begin_V = np.where(visits > 0, self._end_QP.reshape(-1)[visits - 1], 0)
         where = (begin_V, end_V, self._edge_QP[row_V, column_V] * GROUP)
-        own = (keys.keys_MD, keys.ids_M, self._lists.by_distance)
+        own = (keys_MD, ids_M, self._lists.by_distance)
         score_chosen(self._query_QD, row_V, *where, *own, self._place_F)
 
     def best(self, ids_QK: Array, scores_QK: Array) -> None:
