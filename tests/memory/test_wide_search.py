@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import faiss
 import numpy as np
 import pytest
@@ -17,16 +19,21 @@ from fairseq.memory.types import Metric
 INT8 = has_fast_int8()
 
 
-def made(rows, nlist, metric, dim=8, seed=0):
-    rng = np.random.default_rng(seed)
-    keys = rng.standard_normal((rows, dim), dtype=np.float32)
+@functools.cache
+def trained(rows, nlist, metric, dim):
+    keys = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
     index = faiss.index_factory(
         dim, f"IVF{nlist},PQ4", faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
     )
-    index.train(keys)
+    index.train(keys)  # takes seconds
     index.add(keys)
+    return index
+
+
+def made(rows, nlist, metric, dim=8):
+    index = faiss.clone_index(trained(rows, nlist, metric, dim))
     index.nprobe = 6
-    return index, torch.from_numpy(rng.standard_normal((150, dim), dtype=np.float32))
+    return index, torch.from_numpy(np.random.default_rng(1).standard_normal((150, dim), dtype=np.float32))
 
 
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
