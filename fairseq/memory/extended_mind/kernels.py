@@ -217,3 +217,20 @@ def attend_to_chosen(
                     _add_weighted(out_D, weight, value_SD[ids_K[i]])
             out_D /= total
             norm_NT[n, t] = largest + np.log(total)
+
+
+@compiled()
+def look_at_few(
+    raw_GNM: Any, reach_GN: Any, unit_GND: Any, query_GND: Any, key_GSD: Any, inverse_GS: Any, value_GSD: Any,
+    scale: float, threshold: float, ids_GNK: Any, best_GNK: Any, score_GNK: Any, out_GND: Any, norm_GN: Any,
+) -> None:  # fmt: skip
+    """:func:`best_of_low_heads`, then :func:`attend_to_chosen` of those more similar than ``threshold``."""
+    ids_GNK[:] = -1
+    best_GNK[:] = -np.inf
+    best_of_low_heads(raw_GNM, reach_GN, unit_GND, key_GSD, inverse_GS, ids_GNK, best_GNK)
+    for g in range(len(ids_GNK)):
+        for n in range(ids_GNK.shape[1]):
+            for i in range(ids_GNK.shape[2]):
+                stays = ids_GNK[g, n, i] >= 0 and best_GNK[g, n, i] > threshold
+                score_GNK[g, n, i] = np.float32(0.0) if stays else np.float32(-np.inf)
+    attend_to_chosen(query_GND, ids_GNK, key_GSD, value_GSD, scale, score_GNK, out_GND, norm_GN)

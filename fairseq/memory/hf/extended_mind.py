@@ -15,7 +15,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fairseq.memory.extended_mind.attention import Partial, local_attention
 from fairseq.memory.extended_mind.cache import Memory
-from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, Looked, ScoreRule
+from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, Looked, Read, ScoreRule
 from fairseq.memory.extended_mind.settings import MindSettings, check_layers, chosen_layers
 from fairseq.memory.extended_mind.storage import load_memory, save_memory
 from fairseq.memory.hf.extended_mind_building import (
@@ -345,11 +345,13 @@ class ExtendedMind:
         memories = self._of_rows(len(call.query_BHTD), current.generating)
         looked = self._looked(call, memories, current.settings)
         if current.wants_chosen:
-            norm_BHT = torch.logaddexp(local.norm_BHT, looked.partial.norm_BHT).to(looked.score_BHTK.device)
-            current.chosen[call.layer] = Chosen(looked.token_BHTK, looked.similarity_BHTK, looked.score_BHTK, norm_BHT)
+            read = looked.read()
+            norm_BHT = torch.logaddexp(local.norm_BHT, looked.partial.norm_BHT).to(read.score_BHTK.device)
+            current.chosen[call.layer] = Chosen(read.ids_BHTK, read.similarity_BHTK, read.score_BHTK, norm_BHT)
         return local.joined(looked.partial).transpose(1, 2).contiguous(), None
 
     def _looked(self, call: AttentionCall, memories: Sequence[Memory], settings: MindSettings) -> Looked:
+        """What the rows take from their memories; ``read`` tells numbers of the user's tokens."""
         rule = ScoreRule(call.rule.scale, call.rule.softcap, call.slope_H)
         before_B = None if call.first_B is None else call.first_B - call.key_BGLD.shape[2]
         # Rows that follow each other and share a memory look together.
@@ -365,7 +367,7 @@ class ExtendedMind:
             lookup = self._lookup(memories[run[0]], call.layer)
             own = ScoreRule(rule.scale, rule.softcap, rule.slope_H, None if before_B is None else before_B[rows])
             looked = lookup.look(call.query_BHTD[rows], own, settings)
-            parts.append(replace(looked, token_BHTK=lookup.tokens(looked.token_BHTK)))
+            parts.append(Looked(looked.partial, functools.partial(lookup.in_tokens, looked.read)))
         return parts[0] if len(parts) == 1 else _stacked(parts)
 
     def _lookup(self, memory: Memory, layer: int) -> LayerLookup:
@@ -418,19 +420,19 @@ def _with_sink(local: Partial, sink_H: Tensor) -> Partial:
 
 def _stacked(parts: Sequence[Looked]) -> Looked:
     """Rows of several memories, filled up to the most memories any of them chose."""
-    most = max(part.token_BHTK.shape[-1] for part in parts)
+    outs, norms = ([getattr(part.partial, name) for part in parts] for name in ("out_BHTD", "norm_BHT"))
 
-    def filled(x_BHTK: Tensor, value: float) -> Tensor:
-        return nn.functional.pad(x_BHTK, (0, most - x_BHTK.shape[-1]), value=value)
+    def read() -> Read:
+        each = [part.read() for part in parts]
+        most = max(part.ids_BHTK.shape[-1] for part in each)
 
-    return Looked(
-        Partial(
-            torch.cat([part.partial.out_BHTD for part in parts]), torch.cat([part.partial.norm_BHT for part in parts])
-        ),
-        torch.cat([filled(part.token_BHTK, -1) for part in parts]),
-        torch.cat([filled(part.similarity_BHTK, -torch.inf) for part in parts]),
-        torch.cat([filled(part.score_BHTK, -torch.inf) for part in parts]),
-    )
+        def filled(name: str, value: float) -> Tensor:
+            tensors = [getattr(part, name) for part in each]
+            return torch.cat([nn.functional.pad(x, (0, most - x.shape[-1]), value=value) for x in tensors])
+
+        return Read(filled("ids_BHTK", -1), filled("similarity_BHTK", -torch.inf), filled("score_BHTK", -torch.inf))
+
+    return Looked(Partial(torch.cat(outs), torch.cat(norms)), read)
 
 
 def _flat(numbers: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -143,7 +143,7 @@ def test_a_look_at_memories_is_attention_over_the_nearest(queries, softcap):
     expected = torch.einsum("bhts,hsd->bhtd", score.softmax(-1).nan_to_num(0), own_value)
     torch.testing.assert_close(looked.partial.out_BHTD, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(looked.partial.norm_BHT, score.logsumexp(-1), atol=1e-5, rtol=1e-5)
-    assert torch.equal(torch.isfinite(looked.score_BHTK), looked.similarity_BHTK > 0.4)
+    assert torch.equal(torch.isfinite(looked.read().score_BHTK), looked.read().similarity_BHTK > 0.4)
 
 
 def test_compiled_and_plain_attention_agree_in_halves_too():
@@ -165,9 +165,9 @@ def test_relative_alibi_costs_a_slope_a_place():
     settings, rule = MindSettings(topk=6), ScoreRule(1.0, slope_H=torch.tensor([0.5]), before_B=torch.tensor([-3]))
     query = random(1, 1, 1, 4, seed=2)
     looked = LayerLookup(memory, 0, settings).look(query, rule, settings)
-    ids = looked.token_BHTK[0, 0, 0]
+    ids = looked.read().ids_BHTK[0, 0, 0]
     product = (memory.layers[0].key_GSD[0] @ query[0, 0, 0])[ids]
-    torch.testing.assert_close(looked.score_BHTK[0, 0, 0], product + 0.5 * (memory.offsets()[ids] - 3))
+    torch.testing.assert_close(looked.read().score_BHTK[0, 0, 0], product + 0.5 * (memory.offsets()[ids] - 3))
 
 
 def test_what_is_gathered_is_each_heads_own():
