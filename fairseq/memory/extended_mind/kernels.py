@@ -16,6 +16,11 @@ from fairseq.memory.index.kernels import compiled
 GROUPS = 256
 """Scores are looked at in so many groups first."""
 
+_LINE = 16
+"""float32 numbers that come from memory at once."""
+
+_AT_A_TIME = 64
+
 LOWEST = -(1 << 30)
 """Below every product of vectors in 8 bits."""
 
@@ -138,33 +143,59 @@ def _raise_largest(raw_M: Any, columns: int, largest_C: Any, low_K: Any, unused_
                     _insert(raw_K, unused_K, raw_M[i], i)
 
 
+@compiled(fastmath=ANY_ORDER)
+def _multiply_again(
+    which_J: Any, count: int, first: int, query_D: Any, key_MD: Any, inverse_M: Any, ids_K: Any, best_K: Any
+) -> Any:
+    """Merge the first of some memories into the best."""
+    width, fetched = key_MD.shape[1], np.float32(0.0)
+    # All are on their way from memory before the first is compared: what comes of a comparison cannot be foreseen.
+    for j in range(count):
+        for d in range(0, width, _LINE):
+            fetched += key_MD[which_J[j], d]
+    for j in range(count):
+        i = which_J[j]
+        score = _product(query_D, key_MD[i], width) * inverse_M[i]
+        if _belongs(best_K, ids_K, score, first + i):
+            _insert(best_K, ids_K, score, first + i)
+    return fetched
+
+
 @compiled()
 def best_of_low_rows(
     raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, raw_NK: Any,
     ids_NK: Any, best_NK: Any,
-) -> None:  # fmt: skip
+) -> Any:  # fmt: skip
     """:func:`best_of_rows` of products in 8 bits: those that may be among the best are multiplied again as they are.
 
     Args:
         raw_NM: int32 products of rounded vectors.
         reach_N: int32, twice how far such a product may be off, up to a constant of each query.
         raw_NK: int32, the largest products of the blocks so far.
+    Returns: a number without meaning, so that no read is left out.
     """
-    k, width = best_NK.shape[1], key_MD.shape[1]
+    k = best_NK.shape[1]
     largest_C = np.empty(min(columns, GROUPS), np.int32)
     low_K, unused_K = np.empty(k, np.int32), np.empty(k, np.int64)
+    which_J, fetched = np.empty(_AT_A_TIME, np.int64), np.float32(0.0)
     for n in range(len(best_NK)):
         raw_M, raw_K, best_K, ids_K = raw_NM[n], raw_NK[n], best_NK[n], ids_NK[n]
         _raise_largest(raw_M, columns, largest_C, low_K, unused_K, raw_K)
         bound = max(raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
+        own = (first, query_ND[n], key_MD, inverse_M, ids_K, best_K)
+        count = 0
         for c in range(len(largest_C)):
             if largest_C[c] < bound:
                 continue
             for i in range(c, columns, len(largest_C)):
                 if raw_M[i] >= bound:
-                    score = _product(query_ND[n], key_MD[i], width) * inverse_M[i]
-                    if _belongs(best_K, ids_K, score, first + i):
-                        _insert(best_K, ids_K, score, first + i)
+                    which_J[count] = i
+                    count += 1
+                    if count == _AT_A_TIME:
+                        fetched += _multiply_again(which_J, count, *own)
+                        count = 0
+        fetched += _multiply_again(which_J, count, *own)
+    return fetched
 
 
 @compiled()
