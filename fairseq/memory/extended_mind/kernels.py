@@ -34,11 +34,11 @@ ANY_ORDER = {"reassoc", "contract", "nsz", "nnan", "ninf"}  # queries and keys a
 def _group_largest(score_M: Any, columns: int, largest_C: Any) -> None:
     """The largest score of each group; column m is in group ``m % C``, so that the loop is over neighbours."""
     groups = len(largest_C)
-    for c in range(groups):
-        largest_C[c] = score_M[c]
+    largest_C[:] = score_M[:groups]
     for start in range(groups, columns, groups):
-        for c in range(min(groups, columns - start)):
-            largest_C[c] = max(largest_C[c], score_M[start + c])
+        part_C = score_M[start : min(start + groups, columns)]  # a sum as an index would not be vectorized
+        for c in range(len(part_C)):
+            largest_C[c] = max(largest_C[c], part_C[c])
 
 
 @compiled()
