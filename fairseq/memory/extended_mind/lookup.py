@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fairseq.memory.extended_mind.attention import Partial, gathered, memory_attention, memory_scores
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
-from fairseq.memory.extended_mind.search import SEARCHES, KernelSearch, Search
+from fairseq.memory.extended_mind.search import SEARCHES, KernelSearch, Search, are_worth_threads
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.files import Array
 from fairseq.memory.threads import each_in_threads
 
-_MANY_QUERIES = 2048  # worth more than one thread
+_QUERIES_OF_A_START = 16 << 10  # as much work as it takes to get threads going
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,8 @@ class LayerLookup:
             attend_to_chosen(*arrays, *memories, scale, *results)  # type: ignore[call-arg, arg-type]
 
         count = rows * queries
-        step = count if count * heads < _MANY_QUERIES else -(-count // torch.get_num_threads())
+        shared = are_worth_threads(count * heads / _QUERIES_OF_A_START)
+        step = -(-count // torch.get_num_threads()) if shared else count
         each_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))])
 
         def by_row(x: Tensor) -> Tensor:

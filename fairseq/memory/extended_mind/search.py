@@ -27,8 +27,15 @@ _FEW_SCORES = 1 << 20
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
 _BLOCK_COLUMNS = 4096
 _GPU_SCORES = 64 << 20
+_SCORES_OF_A_START = 32 << 20  # as much work as it takes to get threads going, measured with 2 of them
 _LEVELS = 127
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize has it
+
+
+def are_worth_threads(starts: float) -> bool:
+    """Whether work should be shared out, given how many times as long as starting threads it takes on one."""
+    return starts * (1 - 1 / torch.get_num_threads()) > 1
+
 
 _RowSearch = Callable[[int, slice, Array, Array], None]
 """Writes numbers and similarities of the memories nearest to some queries of a head."""
@@ -108,7 +115,11 @@ class KernelSearch:
         def run(task: tuple[int, slice]) -> None:
             search_rows(*task, ids_GNK[task].numpy(), best_GNK[task].numpy())
 
-        each_in_threads(run, tasks)
+        if are_worth_threads(heads * count * self.key_GSD.shape[1] / _SCORES_OF_A_START):
+            each_in_threads(run, tasks)
+        else:
+            for task in tasks:  # its products are on torch's own threads
+                run(task)
         return Found(ids_GNK, best_GNK)
 
     def takes_at_once(self, count: int) -> bool:
