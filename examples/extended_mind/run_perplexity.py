@@ -2,8 +2,9 @@
 
 The model reads ``seq_len_trained`` tokens at a time and is scored on the last ``stride`` of them; what stands before
 them in the article, up to ``input_length`` tokens in all, is external memory, with the settings of each of ``memories``
-in turn. Each of ``input_lengths`` is scored on the same tokens. ``out/perplexity.json`` gets the figures by article,
-``out/perplexity.png`` shows them. A killed run goes on behind the last article it scored.
+in turn; where these are null the model reads all of it itself. Each of ``input_lengths`` is scored on the same tokens.
+``out/perplexity.json`` gets the figures by article, ``out/perplexity.png`` shows them. A killed run goes on behind the
+last article and memory it scored.
 
 Source: arXiv 2406.02332, section 4.2.
 """
@@ -154,7 +155,7 @@ def main(words: list[str]) -> None:
                     known[key] = row | {"made_of": key}
                     file.write(json.dumps(known[key]) + "\n")
                     file.flush()
-                rows.append(known[key])
+                rows.append(known[key] | {"memory": name})
                 figures = ", ".join(f"{n} {math.exp(x):.3f}" for n, x in rows[-1]["nll"].items())
                 sys.stdout.write(f"{title}, {name}: {figures}\n")
                 sys.stdout.flush()

@@ -19,7 +19,7 @@ from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.files import Array
 from fairseq.memory.threads import each_in_threads
 
-_QUERIES_OF_A_START = 16 << 10  # as much work as it takes to get threads going
+_QUERIES_OF_A_START = 8 << 10  # as much work as it takes to get threads going
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ _FEW_SCORES = 1 << 20
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
 _BLOCK_COLUMNS = 4096
 _GPU_SCORES = 64 << 20
-_SCORES_OF_A_START = 32 << 20  # as much work as it takes to get threads going, measured with 2 of them
+_SCORES_OF_A_START = 12 << 20  # as much work as it takes to get threads going, measured with 2 of them
 _LEVELS = 127
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize has it
 
