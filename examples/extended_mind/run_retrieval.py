@@ -101,8 +101,10 @@ def questions(folder: Path, limit: int | None) -> Iterator[tuple[str, list[Row]]
 
 
 def made_of(row: Row, mode: str, settings: Mapping[str, Any]) -> str:
-    """Checksum of what an answer depends on beside its question: the document, and the settings that concern its mode."""
-    kept = {name: value for name, value in settings.items() if name not in ("data", "out", "modes", "limit", "memories")}
+    """Checksum of what an answer depends on beside its question: the document, and settings that concern its mode."""
+    kept = {
+        name: value for name, value in settings.items() if name not in ("data", "out", "modes", "limit", "memories")
+    }
     kept["memory"] = settings["memories"].get(mode.removesuffix("+chunks"))
     return f"{zlib.crc32((row['document'] + json.dumps(kept, sort_keys=True)).encode()):08x}"
 

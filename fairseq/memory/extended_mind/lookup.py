@@ -92,15 +92,16 @@ class LayerLookup:
         kv_heads = len(self.layer.key_GSD)
         here_BHTD = query_BHTD.to(self.device)
         query_GND = here_BHTD.transpose(0, 1).reshape(kv_heads, -1, query_BHTD.shape[-1])
+
+        def by_row(x_GN: Tensor) -> Tensor:
+            return x_GN.reshape(heads, rows, queries, *x_GN.shape[2:]).transpose(0, 1)
+
         by_loops = rule.softcap is None and not (query_BHTD.requires_grad and torch.is_grad_enabled())
-        if by_loops and rule.slope_H is None and self._few is not None and self._few.takes_at_once(query_GND.shape[1]):
-            return self._look_at_few(self._few, query_GND, (rows, heads, queries), rule, settings)
+        few = self._few if by_loops and rule.slope_H is None else None
+        if few is not None and few.takes_at_once(query_GND.shape[1]):
+            return self._look_at_few(few, query_GND, by_row, rule.scale, settings)
         found = self.search.search(query_GND.detach(), settings.topk).to(self.device)
-
-        def by_head(x_GNK: Tensor) -> Tensor:
-            return x_GNK.reshape(heads, rows, queries, -1).transpose(0, 1)
-
-        ids_BHTK, similarity_BHTK = by_head(found.ids_GNK), by_head(found.similarity_GNK)
+        ids_BHTK, similarity_BHTK = by_row(found.ids_GNK), by_row(found.similarity_GNK)
         left_out_BHTK = ids_BHTK < 0
         if settings.mask_by_sim:
             left_out_BHTK = left_out_BHTK | (similarity_BHTK <= settings.sim_threshold)
@@ -118,28 +119,26 @@ class LayerLookup:
         return Looked(partial, lambda: Read(ids_BHTK, similarity_BHTK, score_BHTK))
 
     def _look_at_few(
-        self, search: KernelSearch, query_GND: Tensor, shape: tuple[int, int, int], rule: ScoreRule, settings: MindSettings
+        self,
+        search: KernelSearch,
+        query_GND: Tensor,
+        by_row: Callable[[Tensor], Tensor],
+        scale: float,
+        settings: MindSettings,
     ) -> Looked:
-        """All of it in one compiled call: torch's calls would take longer than the work."""
+        """All of it in one compiled call: so many calls of torch would take longer than the work."""
         from fairseq.memory.extended_mind.kernels import look_at_few
 
         query_GND = query_GND.detach().float().nan_to_num(0.0).contiguous()
-        heads, count, width = len(self._value_GSD), query_GND.shape[1], self._value_GSD.shape[2]
-        found = (heads, count, min(settings.topk, len(self.layer)))
-        ids_GNK, best_GNK, score_GNK = np.empty(found, np.int64), np.empty(found, np.float32), np.empty(found, np.float32)
-        out_GND, norm_GN = np.empty((heads, count, width), np.float32), np.empty((heads, count), np.float32)
+        shape = (*query_GND.shape[:2], min(settings.topk, len(self.layer)))
+        ids_GNK = np.empty(shape, np.int64)
+        best_GNK, score_GNK = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        out_GND, norm_GN = np.empty((*shape[:2], self._value_GSD.shape[2]), np.float32), np.empty(shape[:2], np.float32)
         threshold = settings.sim_threshold if settings.mask_by_sim else -np.inf
-        products = search.low_products(query_GND)
-        memories = (query_GND.numpy(), *self._keys, self._value_GSD)
-        look_at_few(*products, *memories, rule.scale, threshold, ids_GNK, best_GNK, score_GNK, out_GND, norm_GN)
-
-        def by_row(x: Array) -> Tensor:
-            rows, heads, queries = shape
-            return torch.from_numpy(x).view(heads, rows, queries, *x.shape[2:]).transpose(0, 1)
-
-        return Looked(
-            Partial(by_row(out_GND), by_row(norm_GN)), lambda: Read(by_row(ids_GNK), by_row(best_GNK), by_row(score_GNK))
-        )
+        arrays = (*search.low_products(query_GND), query_GND.numpy(), *self._keys, self._value_GSD)
+        look_at_few(*arrays, scale, threshold, ids_GNK, best_GNK, score_GNK, out_GND, norm_GN)
+        partial = Partial(*(by_row(torch.from_numpy(x)) for x in (out_GND, norm_GN)))
+        return Looked(partial, lambda: Read(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK))))
 
     def in_tokens(self, read: Callable[[], Read]) -> Read:
         """What was read, numbered by the user's tokens; -1 stays."""

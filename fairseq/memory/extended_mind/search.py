@@ -146,7 +146,7 @@ class KernelSearch:
 
         raw_GNS, reach_GN, unit_GND = self.low_products(query_GND)
         arrays = (x.numpy() for x in (self.key_GSD, self.inverse_GS, ids_GNK, best_GNK))
-        best_of_low_heads(raw_GNS, reach_GN, unit_GND, *arrays)  # type: ignore[call-arg, arg-type]
+        best_of_low_heads(raw_GNS, reach_GN, unit_GND, *arrays)
 
     def _plainly(self, query_GND: Tensor) -> _RowSearch:
         from fairseq.memory.extended_mind.kernels import best_of_rows
@@ -221,7 +221,7 @@ class LowKeys:
         columns = self.step_GD.shape[1]
         low_GND = (torch.empty if columns == width else torch.zeros)(heads, count, columns, dtype=torch.int8)
         reach_GN = np.empty((heads, count), np.int32)
-        round_queries(query_GND.numpy(), *self._about, unit_GND, low_GND.numpy(), reach_GN)  # type: ignore[arg-type]
+        round_queries(query_GND.numpy(), *self._about, unit_GND, low_GND.numpy(), reach_GN)  # type: ignore[call-arg]
         return unit_GND, low_GND, reach_GN
 
 

@@ -58,9 +58,9 @@ def test_the_nearest_are_found(memories, width, queries, k):
         torch.testing.assert_close(found.similarity_GNK, cosine.float(), atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("queries", [2, 100])
-def test_of_equal_memories_the_earlier_comes_first(queries):
-    key = random(1, 10, 8).repeat(1, 30, 1)
+@pytest.mark.parametrize(("queries", "copies"), [(2, 30), (100, 30), (100, 1200)])
+def test_of_equal_memories_the_earlier_comes_first(queries, copies):
+    key = random(1, 10, 8).repeat(1, copies, 1)
     found = SEARCHES["manual"](key, MindSettings()).search(random(1, queries, 8, seed=1), 5)
     best = found.ids_GNK[0, :, :1] % 10
     assert torch.equal(found.ids_GNK[0], best + torch.arange(0, 50, 10))
@@ -75,6 +75,15 @@ def test_strange_queries_harm_nobody(queries, value):
     assert ((found.ids_GNK >= 0) & (found.ids_GNK < 200)).all()
     ids, _ = nearest(query[:, 1:], random(1, 200, 8, seed=1), 3)
     assert torch.equal(found.ids_GNK[:, 1:], ids)
+
+
+@pytest.mark.parametrize("queries", [1, 3000])
+def test_a_search_belongs_to_no_mode(queries):
+    """What torch makes in its inference mode cannot be written to outside."""
+    search, query = SEARCHES["manual"](random(2, 300, 8), MindSettings()), random(2, queries, 8, seed=1)
+    with torch.inference_mode():
+        inside = search.search(query, 3).ids_GNK
+    assert torch.equal(search.search(query, 3).ids_GNK, inside)
 
 
 def dense(query, key, value, see, scale):
