@@ -124,10 +124,10 @@ def test_perplexity_runs_and_goes_on(run, text, model, tmp_path):
     assert by_memory["relative"] == pytest.approx(by_memory["reading"], rel=1e-5)
     assert by_memory["reading"]["128"] != pytest.approx(by_memory["origin"]["128"], rel=1e-5)
     assert (tmp_path / "perplexity.png").stat().st_size > 1000
-    record = (tmp_path / "articles.jsonl").read_text(encoding="utf-8")
-    (tmp_path / "articles.jsonl").write_text(record[:-50], encoding="utf-8")  # killed in its last line
+    record = (tmp_path / "windows.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "windows.jsonl").write_text(record[:-50], encoding="utf-8")  # killed in its last line
     assert run("run_perplexity.py", *words) == printed
-    assert (tmp_path / "articles.jsonl").read_text(encoding="utf-8") == record
+    assert (tmp_path / "windows.jsonl").read_text(encoding="utf-8") == record
 
 
 def test_timing_runs(run, text, model, tmp_path):

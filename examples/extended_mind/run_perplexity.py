@@ -4,7 +4,7 @@ The model reads ``seq_len_trained`` tokens at a time and is scored on the last `
 them in the article, up to ``input_length`` tokens in all, is external memory, with the settings of each of ``memories``
 in turn; where these are null the model reads all of it itself. Each of ``input_lengths`` is scored on the same tokens.
 ``out/perplexity.json`` gets the figures by article, ``out/perplexity.png`` shows them. A killed run goes on behind the
-last article and memory it scored.
+last window it scored.
 
 Source: arXiv 2406.02332, section 4.2.
 """
@@ -33,42 +33,41 @@ def windows(num_tokens: int, trained: int, stride: int) -> Iterator[tuple[int, i
 
 
 class Scorer:
-    """Log-probabilities of an article's tokens, with the memory of a part of it."""
+    """Log-probabilities of parts of an article, with the memory of what stands before them."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         from experiments import load_model
 
+        self.settings = settings
         self.model, self.tokenizer = load_model(settings)
+        self._minds: dict[str, Any] = {}
 
-    def nll(
-        self, ids: Any, memory: Mapping[str, Any] | None, lengths: Sequence[int], trained: int, stride: int
-    ) -> dict[int, tuple[float, int]]:
-        """For each input length the sum of -log p in nats, and of how many tokens.
+    def sums(self, ids: Any, name: str, window: tuple[int, int, int]) -> dict[str, float]:
+        """For each input length the sum of -log p of a window's scored tokens, in nats."""
+        start, scored, stop = window
+        mind, seen = self._mind(name), {}
+        for length in self.settings["input_lengths"]:
+            # Where an article has no more to give, lengths do not differ: one reading is enough.
+            first = max(0, stop - length)
+            if first in seen:
+                pass
+            elif mind is None or first == start:
+                seen[first] = self._sum(ids[first:stop], stop - scored)
+            else:
+                # Read from its own first token on: memories know nothing that is out of reach, and their first takes
+                # the attention that is for nothing, as the first token of any text does.
+                mind.set_memory(ids[first:start])
+                with mind:
+                    seen[first] = self._sum(ids[start:stop], stop - scored)
+        return {str(length): seen[max(0, stop - length)] for length in self.settings["input_lengths"]}
 
-        Without settings of a memory (None) the model reads all tokens in reach itself.
-        """
+    def _mind(self, name: str) -> Any:
         from fairseq.memory.hf.extended_mind import ExtendedMind
 
-        mind = None if memory is None else ExtendedMind(self.model, **{"remove_special_ids": False, **memory})
-        sums = {length: (0.0, 0) for length in lengths}
-        for start, scored, stop in windows(len(ids), trained, stride):
-            seen: dict[int, float] = {}
-            for length in lengths:
-                # Where an article has no more to give, lengths do not differ: one reading is enough.
-                first = max(0, stop - length)
-                if first in seen:
-                    pass
-                elif mind is None or first == start:
-                    seen[first] = self._sum(ids[first:stop], stop - scored)
-                else:
-                    # Read from its own first token on: memories know nothing that is out of reach, and their first
-                    # takes the attention that is for nothing, as the first token of any text does.
-                    mind.set_memory(ids[first:start])
-                    with mind:
-                        seen[first] = self._sum(ids[start:stop], stop - scored)
-                total, count = sums[length]
-                sums[length] = total + seen[first], count + stop - scored
-        return sums
+        memory = self.settings["memories"][name]
+        if memory is not None and name not in self._minds:
+            self._minds[name] = ExtendedMind(self.model, **{"remove_special_ids": False, **memory})
+        return self._minds.get(name)
 
     def _sum(self, ids: Any, scored: int) -> float:
         """-log p of the last tokens, in nats."""
@@ -80,11 +79,11 @@ class Scorer:
         return float(torch.nn.functional.cross_entropy(logits, ids[-scored:], reduction="sum"))
 
 
-def made_of(title: str, ids: Any, name: str, settings: Mapping[str, Any]) -> str:
+def made_of(ids: Any, name: str, settings: Mapping[str, Any]) -> str:
     """Checksum of what an article's figures depend on: its tokens, and the settings that concern one memory."""
     names = ("model", "dtype", "input_lengths", "seq_len_trained", "stride")
     kept = {each: settings.get(each) for each in names} | {"memory": settings["memories"][name]}
-    return f"{zlib.crc32(json.dumps([title, ids.tolist(), kept], sort_keys=True).encode()):08x}"
+    return f"{zlib.crc32(json.dumps([ids.tolist(), kept], sort_keys=True).encode()):08x}"
 
 
 def chosen_articles(settings: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[str, Any]]:
@@ -100,28 +99,51 @@ def chosen_articles(settings: Mapping[str, Any], tokenizer: Any) -> Iterator[tup
             yield title, ids[: settings.get("max_tokens")]
 
 
-def table(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+def scored_articles(scorer: Scorer, record: Path) -> Iterator[Row]:
+    """Perplexities of one article with one memory after the other; each window is recorded when it is scored."""
+    from experiments import rows_so_far
+
+    settings = scorer.settings
+    known = {(row["made_of"], row["window"]): row["sums"] for row in rows_so_far(record)}
+    with open(record, "a", encoding="utf-8") as file:
+        for title, ids in chosen_articles(settings, scorer.tokenizer):
+            places = list(windows(len(ids), settings["seq_len_trained"], settings["stride"]))
+            for name in settings["memories"]:
+                key, totals = made_of(ids, name, settings), dict.fromkeys(map(str, settings["input_lengths"]), 0.0)
+                for number, window in enumerate(places):
+                    if (key, number) not in known:
+                        known[key, number] = scorer.sums(ids, name, window)
+                        row = {"made_of": key, "window": number, "sums": known[key, number]}
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                    totals = {length: total + known[key, number][length] for length, total in totals.items()}
+                count = sum(stop - scored for _, scored, stop in places)
+                nll = {length: total / count for length, total in totals.items()}
+                yield {"title": title, "memory": name, "tokens": len(ids), "scored": count, "nll": nll}
+
+
+def table(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Perplexity by memory and input length, over all tokens of all articles."""
-    found: dict[str, dict[int, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(row["memory"] for row in rows):
         mine = [row for row in rows if row["memory"] == name]
         count = sum(row["scored"] for row in mine)
         sums = {n: sum(row["nll"][n] * row["scored"] for row in mine) for n in mine[0]["nll"]}
-        found[name] = {int(n): math.exp(total / count) for n, total in sums.items()}
+        found[name] = {n: math.exp(total / count) for n, total in sums.items()}
     return found
 
 
-def plot(perplexities: Mapping[str, Mapping[int, float]], path: Path) -> None:
+def plot(perplexities: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """A line over the input lengths for each memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, by_length in perplexities.items():
-        axes.plot(list(by_length), list(by_length.values()), marker="o", label=name)
+        axes.plot([int(length) for length in by_length], list(by_length.values()), marker="o", label=name)
     lengths = list(next(iter(perplexities.values())))
     axes.set(xscale="log", xlabel="tokens in reach (local and memory)", ylabel="perplexity")
-    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.set_xticks([int(length) for length in lengths], lengths)
     axes.minorticks_off()
     axes.legend()
     figure.savefig(path)
@@ -131,7 +153,7 @@ def main(words: list[str]) -> None:
     """Score, and write."""
     needed = ("model", "text", "out", "memories", "input_lengths", "seq_len_trained", "stride")
     settings = read_settings(words, required=needed)
-    from experiments import rows_so_far, write_results
+    from experiments import write_results
 
     lengths, trained, stride = settings["input_lengths"], settings["seq_len_trained"], settings["stride"]
     if not 0 < stride < trained or min(lengths) < trained:
@@ -140,25 +162,12 @@ def main(words: list[str]) -> None:
         )
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
-    record = out / "articles.jsonl"
-    known = {row["made_of"]: row for row in rows_so_far(record)}
-    scorer = Scorer(settings)
     rows: list[Row] = []
-    with open(record, "a", encoding="utf-8") as file:
-        for title, ids in chosen_articles(settings, scorer.tokenizer):
-            for name, memory in settings["memories"].items():
-                key = made_of(title, ids, name, settings)
-                if key not in known:
-                    sums = scorer.nll(ids, memory, lengths, trained, stride)
-                    row = {"title": title, "memory": name, "tokens": len(ids), "scored": sums[lengths[0]][1]}
-                    row["nll"] = {str(n): total / count for n, (total, count) in sums.items()}
-                    known[key] = row | {"made_of": key}
-                    file.write(json.dumps(known[key]) + "\n")
-                    file.flush()
-                rows.append(known[key] | {"memory": name})
-                figures = ", ".join(f"{n} {math.exp(x):.3f}" for n, x in rows[-1]["nll"].items())
-                sys.stdout.write(f"{title}, {name}: {figures}\n")
-                sys.stdout.flush()
+    for row in scored_articles(Scorer(settings), out / "windows.jsonl"):
+        rows.append(row)
+        figures = ", ".join(f"{length} {math.exp(nll):.3f}" for length, nll in row["nll"].items())
+        sys.stdout.write(f"{row['title']}, {row['memory']}: {figures}\n")
+        sys.stdout.flush()
     if not rows:
         sys.exit(f"error: no article of {settings['text']} is long enough; lower min_tokens")
     perplexities = table(rows)

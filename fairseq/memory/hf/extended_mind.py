@@ -107,12 +107,13 @@ class ExtendedMind:
     def set_memory(self, memory: Any, **building: Any) -> None:
         """Use other memories from now on (see ``__init__``); ``building`` is for ``build_memory``."""
         self._must_not_generate()
-        memories = self._built(memory, **building)
+        given = _memories_in(memory)
+        memories = given or [self._built(memory, **building)]
         for each in memories:
             self._check(each)
         device = device_of(self.settings, self.model)
         memories = [each.to(device) for each in memories]
-        if self.settings.memory_device == "disk":
+        if given and self.settings.memory_device == "disk":
             memories = self._on_disk(memories)
         self._memories, self.source, self._waiting = tuple(memories), memory, False
         self._lookups.clear()
@@ -141,7 +142,7 @@ class ExtendedMind:
             before = [old.token_N[start:stop] for start, stop in zip(starts, starts[1:])]
             self.set_memory([*before, *documents], **building)
         else:
-            self.set_memory(old.followed_by(self._built(documents, **building)[0]))
+            self.set_memory(old.followed_by(self._built(documents, **building)))
 
     def clear_memories(self) -> None:
         """Forget everything."""
@@ -159,23 +160,24 @@ class ExtendedMind:
         """Use the memory of a file, which stays on disk as far as the memory type lets it."""
         self.set_memory(load_memory(path))
 
-    def _built(self, memory: Any, **building: Any) -> list[Memory]:
-        if isinstance(memory, Memory):
-            return [memory]
-        if isinstance(memory, (list, tuple)) and memory and all(isinstance(each, Memory) for each in memory):
-            return list(memory)
+    def _built(self, source: Any, **building: Any) -> Memory:
+        if self.settings.memory_device == "disk":
+            building = {"folder": self._new_folder()} | building
         building = {"tokenizer": self.tokenizer, "settings": self.settings, "sites": self.sites} | building
         with self._detached():
-            return [build_memory(self.model, memory, **building)]
+            return build_memory(self.model, source, **building)
 
     def _on_disk(self, memories: Sequence[Memory]) -> list[Memory]:
         """The memories in files of a temporary folder, mapped."""
-        folder = tempfile.TemporaryDirectory(prefix="extended-mind-")
-        paths = [f"{folder.name}/{number}.safetensors" for number in range(len(memories))]
+        folder = self._new_folder()
+        paths = [f"{folder}/{number}.safetensors" for number in range(len(memories))]
         for memory, path in zip(memories, paths):
             save_memory(memory, path)
-        self._folder = folder  # the one before goes with its last reference
         return [load_memory(path) for path in paths]
+
+    def _new_folder(self) -> str:
+        self._folder = tempfile.TemporaryDirectory(prefix="extended-mind-")  # the one before goes
+        return self._folder.name
 
     def _build_what_waits(self) -> None:
         if self._waiting:
@@ -393,6 +395,14 @@ def extended_mind(model: Any, memory: Any = None, **settings: Any) -> Iterator[E
     """While the block runs, ``model`` uses ``memory``; the arguments are those of ``ExtendedMind``."""
     with ExtendedMind(model, memory, **settings) as mind:
         yield mind
+
+
+def _memories_in(source: Any) -> list[Memory] | None:
+    """What is a memory already, or several; None for what has to be built."""
+    if isinstance(source, Memory):
+        return [source]
+    is_several = isinstance(source, (list, tuple)) and source and all(isinstance(each, Memory) for each in source)
+    return list(source) if is_several else None
 
 
 def _wrapped(own: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
