@@ -107,7 +107,7 @@ def test_from_articles_to_a_table_of_accuracies(run, text, model, tmp_path):
 
 
 def test_perplexity_runs_and_goes_on(run, text, model, tmp_path):
-    words = [f"model={model}", f"text={text}", f"out={tmp_path}", "memories.relative.topk=1000", "stride=16"]
+    words = [f"model={model}", f"text={text}", f"out={tmp_path}", "memories.relative.topk=1000", "stride=16", "step=48"]
     more = ["input_lengths=[32,64,128]", "seq_len_trained=32", "min_tokens=200", "num_articles=2"]
     words = ["--base", FOLDER / "configs" / "perplexity-smollm2.yaml", *words, *more]
     printed = run("run_perplexity.py", *words)
@@ -191,3 +191,4 @@ def test_every_token_after_the_first_window_is_scored_once():
     found = list(perplexity.windows(100, 32, 16))
     assert [token for _, scored, stop in found for token in range(scored, stop)] == list(range(16, 100))
     assert all(stop - start == 32 for start, _, stop in found)
+    assert list(perplexity.windows(100, 32, 16, 40)) == [(0, 16, 32), (40, 56, 72), (68, 96, 100)]

@@ -1,10 +1,10 @@
 """Perplexity of long articles by how much of them is in reach: run_perplexity.py --base CONFIG.yaml [key=value ...]
 
-The model reads ``seq_len_trained`` tokens at a time and is scored on the last ``stride`` of them; what stands before
-them in the article, up to ``input_length`` tokens in all, is external memory, with the settings of each of ``memories``
-in turn; where these are null the model reads all of it itself. Each of ``input_lengths`` is scored on the same tokens.
-``out/perplexity.json`` gets the figures by article, ``out/perplexity.png`` shows them. A killed run goes on behind the
-last window it scored.
+The model reads ``seq_len_trained`` tokens at a time and is scored on the last ``stride`` of them, every ``step`` tokens
+(all are scored by default). What stands before them in the article, up to ``input_length`` tokens in all, is external
+memory, with the settings of each of ``memories`` in turn; where these are null the model reads all of it itself. Each
+of ``input_lengths`` is scored on the same tokens. ``out/perplexity.json`` gets the figures by article,
+``out/perplexity.png`` shows them. A killed run goes on behind the last window it scored.
 
 Source: arXiv 2406.02332, section 4.2.
 """
@@ -25,9 +25,12 @@ from settings import read_settings
 Row = dict[str, Any]
 
 
-def windows(num_tokens: int, trained: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(first token read, first scored, end) of each window; every token from the first whole window on is scored."""
-    for scored in range(trained - stride, num_tokens, stride):
+def windows(num_tokens: int, trained: int, stride: int, step: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """(first token read, first scored, end) of each window, ``step`` apart.
+
+    Without a step every token is scored from the first whole window on.
+    """
+    for scored in range(trained - stride, num_tokens, step or stride):
         stop = min(scored + stride, num_tokens)
         yield max(0, stop - trained), scored, stop
 
@@ -81,7 +84,7 @@ class Scorer:
 
 def made_of(ids: Any, name: str, settings: Mapping[str, Any]) -> str:
     """Checksum of what an article's figures depend on: its tokens, and the settings that concern one memory."""
-    names = ("model", "dtype", "input_lengths", "seq_len_trained", "stride")
+    names = ("model", "dtype", "input_lengths", "seq_len_trained", "stride", "step")
     kept = {each: settings.get(each) for each in names} | {"memory": settings["memories"][name]}
     return f"{zlib.crc32(json.dumps([ids.tolist(), kept], sort_keys=True).encode()):08x}"
 
@@ -107,7 +110,8 @@ def scored_articles(scorer: Scorer, record: Path) -> Iterator[Row]:
     known = {(row["made_of"], row["window"]): row["sums"] for row in rows_so_far(record)}
     with open(record, "a", encoding="utf-8") as file:
         for title, ids in chosen_articles(settings, scorer.tokenizer):
-            places = list(windows(len(ids), settings["seq_len_trained"], settings["stride"]))
+            sizes = (settings["seq_len_trained"], settings["stride"], settings.get("step"))
+            places = list(windows(len(ids), *sizes))
             for name in settings["memories"]:
                 key, totals = made_of(ids, name, settings), dict.fromkeys(map(str, settings["input_lengths"]), 0.0)
                 for number, window in enumerate(places):
@@ -156,9 +160,11 @@ def main(words: list[str]) -> None:
     from experiments import write_results
 
     lengths, trained, stride = settings["input_lengths"], settings["seq_len_trained"], settings["stride"]
-    if not 0 < stride < trained or min(lengths) < trained:
+    step = settings.get("step") or stride
+    if not 0 < stride < trained or min(lengths) < trained or step < stride:
         sys.exit(
-            f"error: stride {stride}, seq_len_trained {trained}, input_lengths {lengths}; each at least the one before"
+            f"error: stride {stride}, seq_len_trained {trained}, input_lengths {lengths}; each at least the one before, "
+            f"and step {step} no shorter than stride"
         )
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
