@@ -163,8 +163,8 @@ def main(words: list[str]) -> None:
     step = settings.get("step") or stride
     if not 0 < stride < trained or min(lengths) < trained or step < stride:
         sys.exit(
-            f"error: stride {stride}, seq_len_trained {trained}, input_lengths {lengths}; each at least the one before, "
-            f"and step {step} no shorter than stride"
+            f"error: stride {stride}, seq_len_trained {trained}, input_lengths {lengths}; each at least the one "
+            f"before, and step {step} no shorter than stride"
         )
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
