@@ -29,9 +29,10 @@ class Partial:
 
     def joined(self, other: Partial) -> Tensor:
         """Attention over both parts, (B, H, T, D), in the type of this one."""
-        # Where neither has a key (a padding position) the difference is NaN: both are zeros there.
-        mine_BHT1 = (self.norm_BHT - other.norm_BHT).sigmoid().nan_to_num(0.0)[..., None]
-        joint_BHTD = torch.lerp(other.out_BHTD.float(), self.out_BHTD.float(), mine_BHT1)
+        # Where neither has a key (a padding position) the difference is NaN: both are zeros there, whatever the weight.
+        mine_BHT1 = (self.norm_BHT - other.norm_BHT).nan_to_num(0.0).sigmoid()[..., None]
+        wide = torch.promote_types(self.out_BHTD.dtype, torch.float32)
+        joint_BHTD = torch.lerp(other.out_BHTD.to(wide), self.out_BHTD.to(wide), mine_BHT1.to(wide))
         return joint_BHTD.to(self.out_BHTD.dtype)
 
 

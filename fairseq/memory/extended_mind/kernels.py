@@ -184,9 +184,11 @@ def best_of_low_rows(
     for n in range(len(best_NK)):
         raw_M, raw_K, best_K, ids_K = raw_NM[n], raw_NK[n], best_NK[n], ids_NK[n]
         _group_largest(raw_M, columns, largest_C)
-        # k products of this block reach the one bound. What is below the other by more than the products may be off
-        # is no nearer than the k-th best so far.
-        bound = max(_reached_by(largest_C, k), raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
+        # Of many that are wanted, several are in a group.
+        reached = _reached_by(largest_C, k) if 4 * k <= len(largest_C) else _reached_by(raw_M[:columns], k)
+        # k products of this block reach that. What is below the k-th best so far by more than products may be off is
+        # no nearer.
+        bound = max(reached, raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
         count = _reaching(raw_M, columns, largest_C, bound, group_C, which_J)
         fetched += _multiply_again(which_J[:count], query_ND[n], key_MD, inverse_M, score_J)
         for j in range(count):

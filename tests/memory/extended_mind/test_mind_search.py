@@ -44,6 +44,8 @@ def everything(key_GSD):
         (700, 20, 200, 10),
         (9000, 16, 60, 4),
         (5, 8, 60, 9),
+        (700, 20, 9, 300),
+        (9000, 16, 60, 70),
     ],
 )
 def test_the_nearest_are_found(memories, width, queries, k):
@@ -126,9 +128,15 @@ def test_attention_in_parts_is_attention_over_all_keys():
     ]
     whole = dense(query, key, value, torch.ones(3, 11, dtype=torch.bool), 0.3)[0]
     torch.testing.assert_close(parts[0].joined(parts[1]), whole.float(), atol=1e-5, rtol=1e-5)
+    double = Partial(parts[0].out_BHTD.double(), parts[0].norm_BHT).joined(parts[1])
+    assert double.dtype is torch.float64
+    torch.testing.assert_close(double, whole, atol=1e-5, rtol=1e-5)
     nothing = Partial(torch.zeros_like(query), torch.full((2, 4, 3), -torch.inf))
     torch.testing.assert_close(parts[0].joined(nothing), parts[0].out_BHTD)
     assert torch.equal(nothing.joined(nothing), torch.zeros_like(query))
+    norm = nothing.norm_BHT.clone().requires_grad_()
+    Partial(nothing.out_BHTD, norm).joined(nothing).sum().backward()
+    assert torch.equal(norm.grad, torch.zeros_like(norm))
 
 
 def memory_of(key, value, **more):
