@@ -6,6 +6,7 @@ decode steps with 16,384 memories and without. The ratio told is the one of prom
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import sys
 from typing import Any
@@ -68,8 +69,6 @@ def decode_times(model: Any, memory: Any, vocabulary: int, repeats: int) -> tupl
 
     with torch.inference_mode(), ExtendedMind(model, memory, topk=10, limit=None):
         cache = DynamicCache()
-        import inspect
-
         named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         model(ids, topk=0, **{named: cache})
         return common.in_turn(lambda: steps(10), lambda: steps(0), repeats)

@@ -106,17 +106,32 @@ def test_from_articles_to_a_table_of_accuracies(run, text, model, tmp_path):
     assert "unknown mode 'memories'" in wrong
 
 
-def test_perplexity_and_timing_run(run, text, model, tmp_path):
-    words = [f"model={model}", f"text={text}", f"out={tmp_path}"]
-    more = ["input_lengths=[32,64,128]", "seq_len_trained=32", "stride=16", "min_tokens=200", "num_articles=2"]
-    printed = run("run_perplexity.py", "--base", FOLDER / "configs" / "perplexity-smollm2.yaml", *words, *more)
-    assert printed.count("tokens in reach: perplexity") == 3
+def test_perplexity_runs_and_goes_on(run, text, model, tmp_path):
+    words = [f"model={model}", f"text={text}", f"out={tmp_path}", "memories.relative.topk=1000", "stride=16", "step=48"]
+    more = ["input_lengths=[32,64,128]", "seq_len_trained=32", "min_tokens=200", "num_articles=2"]
+    words = ["--base", FOLDER / "configs" / "perplexity-smollm2.yaml", *words, *more]
+    printed = run("run_perplexity.py", *words)
+    assert printed.count("tokens in reach: perplexity") == 3 * 3
     results = json.loads((tmp_path / "perplexity.json").read_text(encoding="utf-8"))["results"]
-    assert len(results["articles"]) == 2
+    assert [(row["title"], row["memory"]) for row in results["articles"]] == [
+        (title, name) for title in ("Place 0", "Place 1") for name in ("relative", "origin", "reading")
+    ]
     types = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     # A random model's guesses are as good as chance.
-    assert all(0.8 * types < value < 1.25 * types for value in results["perplexity"].values())
-    assert (tmp_path / "perplexity.png").exists()
+    by_memory = results["perplexity"]
+    assert all(0.8 * types < value < 1.25 * types for each in by_memory.values() for value in each.values())
+    # Who attends to all that stands before, in its place, reads it.
+    assert by_memory["relative"] == pytest.approx(by_memory["reading"], rel=1e-5)
+    assert by_memory["reading"]["128"] != pytest.approx(by_memory["origin"]["128"], rel=1e-5)
+    assert (tmp_path / "perplexity.png").stat().st_size > 1000
+    record = (tmp_path / "windows.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "windows.jsonl").write_text(record[:-50], encoding="utf-8")  # killed in its last line
+    assert run("run_perplexity.py", *words) == printed
+    assert (tmp_path / "windows.jsonl").read_text(encoding="utf-8") == record
+
+
+def test_timing_runs(run, text, model, tmp_path):
+    words = [f"model={model}", f"text={text}", f"out={tmp_path}"]
     more = ["num_tokens=100", "n_queries=2", "n_tokens=2"]
     printed = run("run_timing.py", "--base", FOLDER / "configs" / "timing-smollm2.yaml", *words, *more)
     assert printed.count("all 2") == 2
@@ -176,3 +191,4 @@ def test_every_token_after_the_first_window_is_scored_once():
     found = list(perplexity.windows(100, 32, 16))
     assert [token for _, scored, stop in found for token in range(scored, stop)] == list(range(16, 100))
     assert all(stop - start == 32 for start, _, stop in found)
+    assert list(perplexity.windows(100, 32, 16, 40)) == [(0, 16, 32), (40, 56, 72), (68, 96, 100)]

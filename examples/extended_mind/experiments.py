@@ -61,6 +61,15 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == count else centre + half)
 
 
+def rows_so_far(record: Path) -> list[dict[str, Any]]:
+    """What an earlier run wrote, a JSON object a line; a line that it was killed in is cut off."""
+    whole = record.read_bytes() if record.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]
+    if record.exists():
+        os.truncate(record, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def write_results(path: Path, results: Any) -> None:
     """Write JSON, whole or not at all, with where and when it was made."""
     about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpus": os.cpu_count()}

@@ -12,7 +12,6 @@ Source: arXiv 2406.02332, section 4.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import zlib
@@ -109,15 +108,6 @@ def made_of(row: Row, mode: str, settings: Mapping[str, Any]) -> str:
     return f"{zlib.crc32((row['document'] + json.dumps(kept, sort_keys=True)).encode()):08x}"
 
 
-def answers_so_far(record: Path) -> list[Row]:
-    """What an earlier run wrote; a line that it was killed in is cut off."""
-    whole = record.read_bytes() if record.exists() else b""
-    whole = whole[: whole.rfind(b"\n") + 1]
-    if record.exists():
-        os.truncate(record, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def table(done: Sequence[Row]) -> list[Row]:
     """Accuracy by mode and split, and by mode."""
     from experiments import wilson
@@ -158,7 +148,7 @@ def plot(lines: Sequence[Row], path: Path) -> None:
 def main(words: list[str]) -> None:
     """Ask, score, and write."""
     settings = read_settings(words, required=("model", "data", "out", "modes", "memories", "prompt", "n_tokens"))
-    from experiments import is_correct, write_results
+    from experiments import is_correct, rows_so_far, write_results
 
     known_modes = {"none", "document", "chunks", *settings["memories"]} | {
         f"{name}+chunks" for name in settings["memories"]
@@ -170,7 +160,7 @@ def main(words: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     record = out / "answers.jsonl"
     names = ("split", "mode", "made_of", "question")
-    known = {tuple(row.get(name) for name in names): row for row in answers_so_far(record)}
+    known = {tuple(row.get(name) for name in names): row for row in rows_so_far(record)}
     done = []
     retrieval = Retrieval(settings)
     with open(record, "a", encoding="utf-8") as file:

@@ -62,6 +62,7 @@ class ThreadBuffer:
     def __call__(self, rows: int, cols: int) -> Tensor:
         """A matrix whose content means nothing, until the thread asks for the next one."""
         if not hasattr(self._of_thread, "memory"):
-            self._of_thread.memory = torch.empty(self._size, dtype=self._dtype)
+            with torch.inference_mode(False):  # what is made in that mode can be written to in that mode only
+                self._of_thread.memory = torch.empty(self._size, dtype=self._dtype)
         memory: Tensor = self._of_thread.memory
         return memory[: rows * cols].view(rows, cols) if rows * cols <= self._size else memory.new_empty(rows, cols)

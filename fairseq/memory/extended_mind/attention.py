@@ -29,11 +29,11 @@ class Partial:
 
     def joined(self, other: Partial) -> Tensor:
         """Attention over both parts, (B, H, T, D), in the type of this one."""
-        norm_BHT = torch.logaddexp(self.norm_BHT, other.norm_BHT)
-        # Where neither has a key (a padding position) the difference is NaN: such a position gets zeros.
-        mine_BHT1 = (self.norm_BHT - norm_BHT).exp().nan_to_num(0.0)[..., None]
-        others_BHT1 = (other.norm_BHT - norm_BHT).exp().nan_to_num(0.0)[..., None]
-        return (self.out_BHTD * mine_BHT1 + other.out_BHTD * others_BHT1).to(self.out_BHTD.dtype)
+        # Where neither has a key (a padding position) the difference is NaN: both are zeros there, whatever the weight.
+        mine_BHT1 = (self.norm_BHT - other.norm_BHT).nan_to_num(0.0).sigmoid()[..., None]
+        wide = torch.promote_types(self.out_BHTD.dtype, torch.float32)
+        joint_BHTD = torch.lerp(other.out_BHTD.to(wide), self.out_BHTD.to(wide), mine_BHT1.to(wide))
+        return joint_BHTD.to(self.out_BHTD.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import compiled
+from fairseq.memory.index.kernels import compiled, reached_by_entries
 
 GROUPS = 256
 """Scores are looked at in so many groups first."""
+
+_LINE = 16
+"""float32 numbers that come from memory at once."""
+
+_HALVINGS = 12
 
 LOWEST = -(1 << 30)
 """Below every product of vectors in 8 bits."""
@@ -29,21 +34,22 @@ ANY_ORDER = {"reassoc", "contract", "nsz", "nnan", "ninf"}  # queries and keys a
 def _group_largest(score_M: Any, columns: int, largest_C: Any) -> None:
     """The largest score of each group; column m is in group ``m % C``, so that the loop is over neighbours."""
     groups = len(largest_C)
-    for c in range(groups):
-        largest_C[c] = score_M[c]
+    largest_C[:] = score_M[:groups]
     for start in range(groups, columns, groups):
-        for c in range(min(groups, columns - start)):
-            largest_C[c] = max(largest_C[c], score_M[start + c])
+        part_C = score_M[start : min(start + groups, columns)]  # a sum as an index would not be vectorized
+        for c in range(len(part_C)):
+            largest_C[c] = max(largest_C[c], part_C[c])
 
 
 @compiled()
-def _insert(best_K: Any, ids_K: Any, score: Any, number: int) -> None:
-    """Put a score that belongs among the best there; of equal ones the lower number comes first."""
+def _insert(best_K: Any, ids_K: Any, score: Any, number: int) -> Any:
+    """Put a score that belongs among the best there; of equal ones the lower number comes first. Returns its place."""
     at = len(best_K) - 1
     while at > 0 and (score > best_K[at - 1] or (score == best_K[at - 1] and number < ids_K[at - 1])):
         best_K[at], ids_K[at] = best_K[at - 1], ids_K[at - 1]
         at -= 1
     best_K[at], ids_K[at] = score, number
+    return at
 
 
 @compiled()
@@ -52,29 +58,18 @@ def _belongs(best_K: Any, ids_K: Any, score: Any, number: int) -> Any:
 
 
 @compiled()
-def _kth_largest(values_C: Any, low_K: Any, unused_K: Any, lowest: Any) -> Any:
-    """The k-th largest value; ``lowest`` when there are fewer."""
-    low_K[:] = lowest
-    for c in range(len(values_C)):
-        if values_C[c] > low_K[-1]:
-            _insert(low_K, unused_K, values_C[c], c)
-    return low_K[-1]
-
-
-@compiled()
 def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: Any) -> None:
     """Merge scores of memories ``first`` and so on into the best of each query, best first.
 
-    A group is looked into when its largest score is among the k largest groups' and reaches the k-th best so far:
-    no other group can hold one of the k best.
+    A group is looked into when its largest score reaches what k groups' reach, and the k-th best so far: no other
+    group can hold one of the k best.
     """
     k = best_NK.shape[1]
     largest_C = np.empty(min(columns, GROUPS), np.float32)
-    low_K, unused_K = np.empty(k, np.float32), np.empty(k, np.int64)
     for n in range(len(best_NK)):
         score_M, best_K, ids_K = score_NM[n], best_NK[n], ids_NK[n]
         _group_largest(score_M, columns, largest_C)
-        bound = _kth_largest(largest_C, low_K, unused_K, np.float32(-np.inf))
+        bound = reached_by_entries(largest_C, k)
         for c in range(len(largest_C)):
             if largest_C[c] < bound or largest_C[c] < best_K[-1]:
                 continue
@@ -127,44 +122,83 @@ def round_queries(
 
 
 @compiled()
-def _raise_largest(raw_M: Any, columns: int, largest_C: Any, low_K: Any, unused_K: Any, raw_K: Any) -> None:
-    """Write each group's largest product, and merge products into the k largest so far."""
-    _group_largest(raw_M, columns, largest_C)
-    bound = _kth_largest(largest_C, low_K, unused_K, np.int32(LOWEST))
-    for c in range(len(largest_C)):
-        if largest_C[c] >= bound and largest_C[c] > raw_K[-1]:
-            for i in range(c, columns, len(largest_C)):
-                if raw_M[i] >= bound and raw_M[i] > raw_K[-1]:
-                    _insert(raw_K, unused_K, raw_M[i], i)
+def _reached_by(values_C: Any, k: int) -> Any:
+    """A number that at least k values reach, and few more; ``LOWEST`` where there are fewer values."""
+    if len(values_C) < k:
+        return LOWEST
+    least = most = values_C[0]
+    for c in range(len(values_C)):
+        least, most = min(least, values_C[c]), max(most, values_C[c])
+    for _ in range(_HALVINGS):  # counting is vectorized; what a search with comparisons meets cannot be foreseen
+        middle = np.int32(least + (most - least) // 2)
+        count = np.int32(0)
+        for c in range(len(values_C)):
+            count += np.int32(values_C[c] >= middle)
+        least, most = (middle, most) if count >= k else (least, middle)
+    return least
+
+
+@compiled()
+def _reaching(raw_M: Any, columns: int, largest_C: Any, bound: int, group_C: Any, which_J: Any) -> Any:
+    """Write which products reach a bound, in any order; returns how many there are."""
+    groups = count = 0
+    for c in range(len(largest_C)):  # written in any case and kept or not: no branch to be foreseen
+        group_C[groups] = c
+        groups += np.int64(largest_C[c] >= bound)
+    for g in range(groups):
+        for i in range(group_C[g], columns, len(largest_C)):
+            which_J[count] = i
+            count += np.int64(raw_M[i] >= bound)
+    return count
+
+
+@compiled(fastmath=ANY_ORDER)
+def _multiply_again(which_J: Any, query_D: Any, key_MD: Any, inverse_M: Any, score_J: Any) -> Any:
+    """Write scores of some memories; returns a number without meaning."""
+    width, fetched = key_MD.shape[1], np.float32(0.0)
+    for j in range(len(which_J)):  # all are on their way from memory before the first is multiplied
+        for d in range(0, width, _LINE):
+            fetched += key_MD[which_J[j], d]
+    for j in range(len(which_J)):
+        i = which_J[j]
+        score_J[j] = _product(query_D, key_MD[i], width) * inverse_M[i]
+    return fetched
 
 
 @compiled()
 def best_of_low_rows(
     raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, raw_NK: Any,
     ids_NK: Any, best_NK: Any,
-) -> None:  # fmt: skip
+) -> Any:  # fmt: skip
     """:func:`best_of_rows` of products in 8 bits: those that may be among the best are multiplied again as they are.
 
     Args:
         raw_NM: int32 products of rounded vectors.
         reach_N: int32, twice how far such a product may be off, up to a constant of each query.
-        raw_NK: int32, the largest products of the blocks so far.
+        raw_NK: int32, such products of the best of the blocks so far.
+    Returns: a number without meaning, so that no read is left out.
     """
-    k, width = best_NK.shape[1], key_MD.shape[1]
-    largest_C = np.empty(min(columns, GROUPS), np.int32)
-    low_K, unused_K = np.empty(k, np.int32), np.empty(k, np.int64)
+    k, fetched = best_NK.shape[1], np.float32(0.0)
+    largest_C, group_C = np.empty(min(columns, GROUPS), np.int32), np.empty(GROUPS, np.int64)
+    which_J, score_J = np.empty(columns, np.int64), np.empty(columns, np.float32)
     for n in range(len(best_NK)):
         raw_M, raw_K, best_K, ids_K = raw_NM[n], raw_NK[n], best_NK[n], ids_NK[n]
-        _raise_largest(raw_M, columns, largest_C, low_K, unused_K, raw_K)
-        bound = max(raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
-        for c in range(len(largest_C)):
-            if largest_C[c] < bound:
-                continue
-            for i in range(c, columns, len(largest_C)):
-                if raw_M[i] >= bound:
-                    score = _product(query_ND[n], key_MD[i], width) * inverse_M[i]
-                    if _belongs(best_K, ids_K, score, first + i):
-                        _insert(best_K, ids_K, score, first + i)
+        _group_largest(raw_M, columns, largest_C)
+        # Of many that are wanted, several are in a group.
+        reached = _reached_by(largest_C, k) if 4 * k <= len(largest_C) else _reached_by(raw_M[:columns], k)
+        # k products of this block reach that. What is below the k-th best so far by more than products may be off is
+        # no nearer.
+        bound = max(reached, raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
+        count = _reaching(raw_M, columns, largest_C, bound, group_C, which_J)
+        fetched += _multiply_again(which_J[:count], query_ND[n], key_MD, inverse_M, score_J)
+        for j in range(count):
+            score, number = score_J[j], first + which_J[j]
+            if _belongs(best_K, ids_K, score, number):
+                at = _insert(best_K, ids_K, score, number)
+                for i in range(k - 1, at, -1):
+                    raw_K[i] = raw_K[i - 1]
+                raw_K[at] = raw_M[which_J[j]]
+    return fetched
 
 
 @compiled()
@@ -217,3 +251,20 @@ def attend_to_chosen(
                     _add_weighted(out_D, weight, value_SD[ids_K[i]])
             out_D /= total
             norm_NT[n, t] = largest + np.log(total)
+
+
+@compiled()
+def look_at_few(
+    raw_GNM: Any, reach_GN: Any, unit_GND: Any, query_GND: Any, key_GSD: Any, inverse_GS: Any, value_GSD: Any,
+    scale: float, threshold: float, ids_GNK: Any, best_GNK: Any, score_GNK: Any, out_GND: Any, norm_GN: Any,
+) -> None:  # fmt: skip
+    """:func:`best_of_low_heads`, then :func:`attend_to_chosen` of those more similar than ``threshold``."""
+    ids_GNK[:] = -1
+    best_GNK[:] = -np.inf
+    best_of_low_heads(raw_GNM, reach_GN, unit_GND, key_GSD, inverse_GS, ids_GNK, best_GNK)
+    for g in range(len(ids_GNK)):
+        for n in range(ids_GNK.shape[1]):
+            for i in range(ids_GNK.shape[2]):
+                stays = ids_GNK[g, n, i] >= 0 and best_GNK[g, n, i] > threshold
+                score_GNK[g, n, i] = np.float32(0.0) if stays else np.float32(-np.inf)
+    attend_to_chosen(query_GND, ids_GNK, key_GSD, value_GSD, scale, score_GNK, out_GND, norm_GN)

@@ -5,18 +5,21 @@ Shapes: B rows, H query heads, G key-value heads, T queries, K chosen, S memorie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq.memory.extended_mind.attention import Partial, gathered, memory_attention, memory_scores
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
-from fairseq.memory.extended_mind.search import SEARCHES, Search
+from fairseq.memory.extended_mind.search import SEARCHES, KernelSearch, Search, are_worth_threads
 from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.files import Array
 from fairseq.memory.threads import each_in_threads
 
-_MANY_QUERIES = 2048  # worth more than one thread
+_QUERIES_OF_A_START = 8 << 10  # as much work as it takes to get threads going
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,21 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class Read:
+    """Memories that a layer read: as in ``Chosen``, numbered as memories."""
+
+    ids_BHTK: Tensor
+    similarity_BHTK: Tensor
+    score_BHTK: Tensor
+
+
+@dataclass(frozen=True)
 class Looked:
     """What a layer took from its memories."""
 
     partial: Partial
-    token_BHTK: Tensor
-    similarity_BHTK: Tensor
-    score_BHTK: Tensor
+    read: Callable[[], Read]
+    """Which they were; called only where somebody asks."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,10 @@ class LayerLookup:
         self.search: Search = SEARCHES[settings.memory_type](self.layer.key_GSD, settings)
         # Compiled loops read float32; other types are attended to by torch.
         self.compiled = self.device.type == "cpu" and self.layer.key_GSD.dtype is torch.float32
+        self._few = self.search if self.compiled and isinstance(self.search, KernelSearch) else None
+        if self._few is not None:
+            self._keys = (self._few.key_GSD.numpy(), self._few.inverse_GS.numpy())
+            self._value_GSD: Array = self.layer.value_GSD.numpy()
 
     def look(self, query_BHTD: Tensor, rule: ScoreRule, settings: MindSettings) -> Looked:
         """Attend to the nearest memories of each query."""
@@ -77,17 +92,21 @@ class LayerLookup:
         kv_heads = len(self.layer.key_GSD)
         here_BHTD = query_BHTD.to(self.device)
         query_GND = here_BHTD.transpose(0, 1).reshape(kv_heads, -1, query_BHTD.shape[-1])
+
+        def by_row(x_GN: Tensor) -> Tensor:
+            return x_GN.reshape(heads, rows, queries, *x_GN.shape[2:]).transpose(0, 1)
+
+        by_loops = rule.softcap is None and not (query_BHTD.requires_grad and torch.is_grad_enabled())
+        few = self._few if by_loops and rule.slope_H is None else None
+        if few is not None and few.takes_at_once(query_GND.shape[1]):
+            return self._look_at_few(few, query_GND, by_row, rule.scale, settings)
         found = self.search.search(query_GND.detach(), settings.topk).to(self.device)
-
-        def by_head(x_GNK: Tensor) -> Tensor:
-            return x_GNK.reshape(heads, rows, queries, -1).transpose(0, 1)
-
-        ids_BHTK, similarity_BHTK = by_head(found.ids_GNK), by_head(found.similarity_GNK)
+        ids_BHTK, similarity_BHTK = by_row(found.ids_GNK), by_row(found.similarity_GNK)
         left_out_BHTK = ids_BHTK < 0
         if settings.mask_by_sim:
             left_out_BHTK = left_out_BHTK | (similarity_BHTK <= settings.sim_threshold)
         bias_BHTK = self._bias(ids_BHTK, rule)
-        if self.compiled and rule.softcap is None and not (query_BHTD.requires_grad and torch.is_grad_enabled()):
+        if self.compiled and by_loops:
             score_BHTK, partial = self._attend(here_BHTD, ids_BHTK, left_out_BHTK, bias_BHTK, rule.scale)
         else:
             key_BHTKD, value_BHTKD = gathered(self.layer, ids_BHTK)
@@ -97,14 +116,37 @@ class LayerLookup:
             score_BHTK = score_BHTK.masked_fill(left_out_BHTK.to(score_BHTK.device), -torch.inf)
             partial = memory_attention(score_BHTK, value_BHTKD)
         partial = Partial(partial.out_BHTD.to(query_BHTD.device), partial.norm_BHT.to(query_BHTD.device))
-        return Looked(partial, ids_BHTK, similarity_BHTK, score_BHTK)
+        return Looked(partial, lambda: Read(ids_BHTK, similarity_BHTK, score_BHTK))
 
-    def tokens(self, ids_BHTK: Tensor) -> Tensor:
-        """Which of the user's tokens some memories are; -1 stays."""
+    def _look_at_few(
+        self,
+        search: KernelSearch,
+        query_GND: Tensor,
+        by_row: Callable[[Tensor], Tensor],
+        scale: float,
+        settings: MindSettings,
+    ) -> Looked:
+        """All of it in one compiled call: so many calls of torch would take longer than the work."""
+        from fairseq.memory.extended_mind.kernels import look_at_few
+
+        query_GND = query_GND.detach().float().nan_to_num(0.0).contiguous()
+        shape = (*query_GND.shape[:2], min(settings.topk, len(self.layer)))
+        ids_GNK = np.empty(shape, np.int64)
+        best_GNK, score_GNK = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        out_GND, norm_GN = np.empty((*shape[:2], self._value_GSD.shape[2]), np.float32), np.empty(shape[:2], np.float32)
+        threshold = settings.sim_threshold if settings.mask_by_sim else -np.inf
+        arrays = (*search.low_products(query_GND), query_GND.numpy(), *self._keys, self._value_GSD)
+        look_at_few(*arrays, scale, threshold, ids_GNK, best_GNK, score_GNK, out_GND, norm_GN)
+        partial = Partial(*(by_row(torch.from_numpy(x)) for x in (out_GND, norm_GN)))
+        return Looked(partial, lambda: Read(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK))))
+
+    def in_tokens(self, read: Callable[[], Read]) -> Read:
+        """What was read, numbered by the user's tokens; -1 stays."""
+        found = read()
         if not len(self.place_S):
-            return ids_BHTK
-        place_BHTK = self.place_S.to(ids_BHTK.device)[ids_BHTK.clamp(min=0)]
-        return place_BHTK.masked_fill(ids_BHTK < 0, -1)
+            return found
+        place_BHTK = self.place_S.to(found.ids_BHTK.device)[found.ids_BHTK.clamp(min=0)]
+        return replace(found, ids_BHTK=place_BHTK.masked_fill(found.ids_BHTK < 0, -1))
 
     def _bias(self, ids_BHTK: Tensor, rule: ScoreRule) -> Tensor | None:
         """ALiBi's part of a score: memories stand before the first local key."""
@@ -136,7 +178,8 @@ class LayerLookup:
             attend_to_chosen(*arrays, *memories, scale, *results)  # type: ignore[call-arg, arg-type]
 
         count = rows * queries
-        step = count if count * heads < _MANY_QUERIES else -(-count // torch.get_num_threads())
+        shared = are_worth_threads(count * heads / _QUERIES_OF_A_START)
+        step = -(-count // torch.get_num_threads()) if shared else count
         each_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))])
 
         def by_row(x: Tensor) -> Tensor:

@@ -27,8 +27,15 @@ _FEW_SCORES = 1 << 20
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
 _BLOCK_COLUMNS = 4096
 _GPU_SCORES = 64 << 20
+_SCORES_OF_A_START = 12 << 20  # as much work as it takes to get threads going, measured with 2 of them
 _LEVELS = 127
 _SHORTEST = 1e-12  # as torch.nn.functional.normalize has it
+
+
+def are_worth_threads(starts: float) -> bool:
+    """Whether work should be shared out, given how many times as long as starting threads it takes on one."""
+    return starts * (1 - 1 / torch.get_num_threads()) > 1
+
 
 _RowSearch = Callable[[int, slice, Array, Array], None]
 """Writes numbers and similarities of the memories nearest to some queries of a head."""
@@ -75,6 +82,10 @@ class PlainSearch:
         return Found(torch.cat([p.indices for p in parts], 1), torch.cat([p.values for p in parts], 1))
 
 
+_few_products = ThreadBuffer(_FEW_SCORES, torch.int32)
+"""Shared by all layers, so that it stays in the core's cache."""
+
+
 class KernelSearch:
     """Compiled search on a CPU: products in 8 bits where the processor is fast at them, then those that may matter."""
 
@@ -94,8 +105,8 @@ class KernelSearch:
         best_GNK = torch.full((heads, count, k), -torch.inf)
         if not k:
             return Found(ids_GNK, best_GNK)
-        if self._low is not None and heads * count * self.key_GSD.shape[1] <= _FEW_SCORES:
-            self._at_once(self._low, query_GND, ids_GNK, best_GNK)
+        if self.takes_at_once(count):
+            self._at_once(query_GND, ids_GNK, best_GNK)
             return Found(ids_GNK, best_GNK)
         search_rows = self._plainly(query_GND) if self._low is None else self._by_low(self._low, query_GND)
         step = max(8, _BLOCK_SCORES // min(self.key_GSD.shape[1], _BLOCK_COLUMNS))
@@ -104,20 +115,38 @@ class KernelSearch:
         def run(task: tuple[int, slice]) -> None:
             search_rows(*task, ids_GNK[task].numpy(), best_GNK[task].numpy())
 
-        each_in_threads(run, tasks)
+        if are_worth_threads(heads * count * self.key_GSD.shape[1] / _SCORES_OF_A_START):
+            each_in_threads(run, tasks)
+        else:
+            for task in tasks:  # its products are on torch's own threads
+                run(task)
         return Found(ids_GNK, best_GNK)
 
-    def _at_once(self, keys: LowKeys, query_GND: Tensor, ids_GNK: Tensor, best_GNK: Tensor) -> None:
-        """All heads on one thread: for few queries, where calls and threads would cost more than the work."""
+    def takes_at_once(self, count: int) -> bool:
+        """Whether so many queries of each head are few: calls and threads would cost more than the work."""
+        heads, size = self.key_GSD.shape[:2]
+        return self._low is not None and 0 < heads * count * size <= _FEW_SCORES
+
+    def low_products(self, query_GND: Tensor) -> tuple[Array, Array, Array]:
+        """Products of few finite queries with all keys in 8 bits, until the thread asks again.
+
+        Returns: the products, int32 (G, N, S); how far they may be off (G, N); and the queries, of length one.
+        """
+        assert self._low is not None
+        unit_GND, low_GND, reach_GN = self._low.queries(query_GND)
+        heads, count = low_GND.shape[:2]
+        raw_GNS = _few_products(heads * count, self.key_GSD.shape[1]).view(heads, count, -1)
+        for raw_NS, low_ND, low_DS in zip(raw_GNS.unbind(), low_GND.unbind(), self._low.columns):
+            torch._int_mm(low_ND, low_DS, out=raw_NS)
+        return raw_GNS.numpy(), reach_GN, unit_GND
+
+    def _at_once(self, query_GND: Tensor, ids_GNK: Tensor, best_GNK: Tensor) -> None:
+        """All heads on one thread."""
         from fairseq.memory.extended_mind.kernels import best_of_low_heads
 
-        unit_GND, low_GND, reach_GN = keys.queries(query_GND)
-        heads, count, size = *query_GND.shape[:2], self.key_GSD.shape[1]
-        raw_GNM = torch.empty(heads, count, size, dtype=torch.int32)
-        for raw_NM, low_ND, low_DM in zip(raw_GNM, low_GND, keys.low_GSD.mT):
-            torch._int_mm(low_ND, low_DM, out=raw_NM)
-        arrays = (raw_GNM, reach_GN, unit_GND, self.key_GSD, self.inverse_GS, ids_GNK, best_GNK)
-        best_of_low_heads(*(x.numpy() for x in arrays))
+        raw_GNS, reach_GN, unit_GND = self.low_products(query_GND)
+        arrays = (x.numpy() for x in (self.key_GSD, self.inverse_GS, ids_GNK, best_GNK))
+        best_of_low_heads(raw_GNS, reach_GN, unit_GND, *arrays)
 
     def _plainly(self, query_GND: Tensor) -> _RowSearch:
         from fairseq.memory.extended_mind.kernels import best_of_rows
@@ -137,8 +166,8 @@ class KernelSearch:
     def _by_low(self, keys: LowKeys, query_GND: Tensor) -> _RowSearch:
         from fairseq.memory.extended_mind.kernels import LOWEST, best_of_low_rows
 
-        unit_GND, low_GND, reach_GN = keys.queries(query_GND)
-        key_GSD, inverse_GS, units, reaches = (x.numpy() for x in (self.key_GSD, self.inverse_GS, unit_GND, reach_GN))
+        units, low_GND, reaches = keys.queries(query_GND)
+        key_GSD, inverse_GS = self.key_GSD.numpy(), self.inverse_GS.numpy()
 
         def search_rows(head: int, rows: slice, ids_NK: Array, best_NK: Array) -> None:
             raw_NK = np.full(ids_NK.shape, LOWEST, np.int32)
@@ -179,16 +208,20 @@ class LowKeys:
             self.longest_G[g] = torch.linalg.vector_norm(rounded_SD, dim=1).amax()
             self.error_G[g] = torch.linalg.vector_norm(unit_SD.sub_(rounded_SD.mul_(step_D)), dim=1).amax()
 
-    def queries(self, query_GND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.columns = self.low_GSD.mT.unbind()
+        """(D, S) of each head."""
+        self._about = [x.numpy() for x in (self.step_GD, self.error_G, self.longest_G)]
+
+    def queries(self, query_GND: Tensor) -> tuple[Array, Tensor, Array]:
         """Queries of length one, in 8 bits, and how far products may be off (see ``round_queries``)."""
         from fairseq.memory.extended_mind.kernels import round_queries
 
         heads, count, width = query_GND.shape
-        unit_GND = torch.empty(heads, count, width)
-        low_GND = torch.zeros(heads, count, self.step_GD.shape[1], dtype=torch.int8)
-        reach_GN = torch.empty(heads, count, dtype=torch.int32)
-        about = (query_GND, self.step_GD, self.error_G, self.longest_G, unit_GND, low_GND, reach_GN)
-        round_queries(*(x.numpy() for x in about))
+        unit_GND = np.empty((heads, count, width), np.float32)
+        columns = self.step_GD.shape[1]
+        low_GND = (torch.empty if columns == width else torch.zeros)(heads, count, columns, dtype=torch.int8)
+        reach_GN = np.empty((heads, count), np.int32)
+        round_queries(query_GND.numpy(), *self._about, unit_GND, low_GND.numpy(), reach_GN)  # type: ignore[call-arg]
         return unit_GND, low_GND, reach_GN
 
 

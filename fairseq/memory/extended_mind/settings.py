@@ -85,7 +85,7 @@ class MindSettings:
 
     def with_changes(self, **changes: Any) -> MindSettings:
         """These settings with others for one call; a None changes nothing."""
-        changes = {name: value for name, value in changes.items() if value is not None}
+        changes = {name: x for name, x in changes.items() if x is not None and x is not getattr(self, name, None)}
         return replace(self, **changes) if changes else self
 
     def uses(self, layer: int) -> bool:

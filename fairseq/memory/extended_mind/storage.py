@@ -1,4 +1,9 @@
-"""Memories in a file: safetensors, with what the memories are in its metadata. Read, they stay on disk until used."""
+"""Memories in a file: safetensors, with what the memories are in its metadata. Read, they stay on disk until used.
+
+Also memories that are being made, in memory or in files.
+
+Shapes: G key-value heads, S memories, N of them, D width of a head.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fairseq.disk import replacing
+import torch
+from torch import Tensor
+
+from fairseq.disk import naming, replacing
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import POSITIONS
+
+_RESERVED = 8 << 20
 
 FORMAT = "fairseq-memory extended mind 1"
 
@@ -70,3 +80,40 @@ def load_memory(path: str | Path) -> Memory:
         positions=about["positions"],
         reach=about["reach"],
     )
+
+
+class LayerStore:
+    """Keys and values of a number of memories that is known, filled layer by layer from the front."""
+
+    def __init__(self, size: int, device: torch.device | str, folder: str | None = None) -> None:
+        """They are on a device, or in files of a folder, mapped: one for each tensor, of its bytes in order."""
+        self._size, self._device, self._folder = size, device, folder
+        self._tensors: dict[tuple[int, str], Tensor] = {}
+        self._filled: dict[tuple[int, str], int] = {}
+
+    def put(self, layer: int, kind: str, x_GND: Tensor) -> None:
+        """Append to a layer's ``keys`` or ``values``. Raises: OSError naming the file when the disk is full."""
+        key = (layer, kind)
+        if key not in self._tensors:
+            self._tensors[key], self._filled[key] = self._made(f"{layer}.{kind}", x_GND), 0
+        stop = self._filled[key] + x_GND.shape[1]
+        self._tensors[key][:, self._filled[key] : stop] = x_GND
+        self._filled[key] = stop
+
+    def layers(self) -> dict[int, LayerMemory]:
+        """All of them, once they are whole."""
+        assert set(self._filled.values()) == {self._size}, (self._size, self._filled)
+        numbers = sorted({layer for layer, _ in self._tensors})
+        return {n: LayerMemory(self._tensors[n, "keys"], self._tensors[n, "values"]) for n in numbers}
+
+    def _made(self, name: str, like_GND: Tensor) -> Tensor:
+        shape = (like_GND.shape[0], self._size, like_GND.shape[2])
+        if self._folder is None:
+            return torch.empty(shape, dtype=like_GND.dtype, device=self._device)
+        count = shape[0] * shape[1] * shape[2]
+        path = os.path.join(self._folder, name)
+        with naming(path), open(path, "wb") as file:
+            # Written, not only lengthened: a mapped file with holes would end the process when the disk is full.
+            for left in range(count * like_GND.element_size(), 0, -_RESERVED):
+                file.write(bytes(min(left, _RESERVED)))
+        return torch.from_file(path, shared=True, size=count, dtype=like_GND.dtype).view(shape)

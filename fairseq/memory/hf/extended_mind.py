@@ -15,7 +15,7 @@ import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fairseq.memory.extended_mind.attention import Partial, local_attention
 from fairseq.memory.extended_mind.cache import Memory
-from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, Looked, ScoreRule
+from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, Looked, Read, ScoreRule
 from fairseq.memory.extended_mind.settings import MindSettings, check_layers, chosen_layers
 from fairseq.memory.extended_mind.storage import load_memory, save_memory
 from fairseq.memory.hf.extended_mind_building import (
@@ -107,12 +107,13 @@ class ExtendedMind:
     def set_memory(self, memory: Any, **building: Any) -> None:
         """Use other memories from now on (see ``__init__``); ``building`` is for ``build_memory``."""
         self._must_not_generate()
-        memories = self._built(memory, **building)
+        given = _memories_in(memory)
+        memories = given or [self._built(memory, **building)]
         for each in memories:
             self._check(each)
         device = device_of(self.settings, self.model)
         memories = [each.to(device) for each in memories]
-        if self.settings.memory_device == "disk":
+        if given and self.settings.memory_device == "disk":
             memories = self._on_disk(memories)
         self._memories, self.source, self._waiting = tuple(memories), memory, False
         self._lookups.clear()
@@ -141,7 +142,7 @@ class ExtendedMind:
             before = [old.token_N[start:stop] for start, stop in zip(starts, starts[1:])]
             self.set_memory([*before, *documents], **building)
         else:
-            self.set_memory(old.followed_by(self._built(documents, **building)[0]))
+            self.set_memory(old.followed_by(self._built(documents, **building)))
 
     def clear_memories(self) -> None:
         """Forget everything."""
@@ -159,23 +160,24 @@ class ExtendedMind:
         """Use the memory of a file, which stays on disk as far as the memory type lets it."""
         self.set_memory(load_memory(path))
 
-    def _built(self, memory: Any, **building: Any) -> list[Memory]:
-        if isinstance(memory, Memory):
-            return [memory]
-        if isinstance(memory, (list, tuple)) and memory and all(isinstance(each, Memory) for each in memory):
-            return list(memory)
+    def _built(self, source: Any, **building: Any) -> Memory:
+        if self.settings.memory_device == "disk":
+            building = {"folder": self._new_folder()} | building
         building = {"tokenizer": self.tokenizer, "settings": self.settings, "sites": self.sites} | building
         with self._detached():
-            return [build_memory(self.model, memory, **building)]
+            return build_memory(self.model, source, **building)
 
     def _on_disk(self, memories: Sequence[Memory]) -> list[Memory]:
         """The memories in files of a temporary folder, mapped."""
-        folder = tempfile.TemporaryDirectory(prefix="extended-mind-")
-        paths = [f"{folder.name}/{number}.safetensors" for number in range(len(memories))]
+        folder = self._new_folder()
+        paths = [f"{folder}/{number}.safetensors" for number in range(len(memories))]
         for memory, path in zip(memories, paths):
             save_memory(memory, path)
-        self._folder = folder  # the one before goes with its last reference
         return [load_memory(path) for path in paths]
+
+    def _new_folder(self) -> str:
+        self._folder = tempfile.TemporaryDirectory(prefix="extended-mind-")  # the one before goes
+        return self._folder.name
 
     def _build_what_waits(self) -> None:
         if self._waiting:
@@ -345,11 +347,13 @@ class ExtendedMind:
         memories = self._of_rows(len(call.query_BHTD), current.generating)
         looked = self._looked(call, memories, current.settings)
         if current.wants_chosen:
-            norm_BHT = torch.logaddexp(local.norm_BHT, looked.partial.norm_BHT).to(looked.score_BHTK.device)
-            current.chosen[call.layer] = Chosen(looked.token_BHTK, looked.similarity_BHTK, looked.score_BHTK, norm_BHT)
+            read = looked.read()
+            norm_BHT = torch.logaddexp(local.norm_BHT, looked.partial.norm_BHT).to(read.score_BHTK.device)
+            current.chosen[call.layer] = Chosen(read.ids_BHTK, read.similarity_BHTK, read.score_BHTK, norm_BHT)
         return local.joined(looked.partial).transpose(1, 2).contiguous(), None
 
     def _looked(self, call: AttentionCall, memories: Sequence[Memory], settings: MindSettings) -> Looked:
+        """What the rows take from their memories; ``read`` tells numbers of the user's tokens."""
         rule = ScoreRule(call.rule.scale, call.rule.softcap, call.slope_H)
         before_B = None if call.first_B is None else call.first_B - call.key_BGLD.shape[2]
         # Rows that follow each other and share a memory look together.
@@ -365,7 +369,7 @@ class ExtendedMind:
             lookup = self._lookup(memories[run[0]], call.layer)
             own = ScoreRule(rule.scale, rule.softcap, rule.slope_H, None if before_B is None else before_B[rows])
             looked = lookup.look(call.query_BHTD[rows], own, settings)
-            parts.append(replace(looked, token_BHTK=lookup.tokens(looked.token_BHTK)))
+            parts.append(Looked(looked.partial, functools.partial(lookup.in_tokens, looked.read)))
         return parts[0] if len(parts) == 1 else _stacked(parts)
 
     def _lookup(self, memory: Memory, layer: int) -> LayerLookup:
@@ -393,6 +397,14 @@ def extended_mind(model: Any, memory: Any = None, **settings: Any) -> Iterator[E
         yield mind
 
 
+def _memories_in(source: Any) -> list[Memory] | None:
+    """What is a memory already, or several; None for what has to be built."""
+    if isinstance(source, Memory):
+        return [source]
+    is_several = isinstance(source, (list, tuple)) and source and all(isinstance(each, Memory) for each in source)
+    return list(source) if is_several else None
+
+
 def _wrapped(own: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
     """``wrapper(own, ...)`` with the signature of ``own``, which transformers reads."""
     return functools.wraps(own)(functools.partial(wrapper, own))
@@ -418,19 +430,19 @@ def _with_sink(local: Partial, sink_H: Tensor) -> Partial:
 
 def _stacked(parts: Sequence[Looked]) -> Looked:
     """Rows of several memories, filled up to the most memories any of them chose."""
-    most = max(part.token_BHTK.shape[-1] for part in parts)
+    outs, norms = ([getattr(part.partial, name) for part in parts] for name in ("out_BHTD", "norm_BHT"))
 
-    def filled(x_BHTK: Tensor, value: float) -> Tensor:
-        return nn.functional.pad(x_BHTK, (0, most - x_BHTK.shape[-1]), value=value)
+    def read() -> Read:
+        each = [part.read() for part in parts]
+        most = max(part.ids_BHTK.shape[-1] for part in each)
 
-    return Looked(
-        Partial(
-            torch.cat([part.partial.out_BHTD for part in parts]), torch.cat([part.partial.norm_BHT for part in parts])
-        ),
-        torch.cat([filled(part.token_BHTK, -1) for part in parts]),
-        torch.cat([filled(part.similarity_BHTK, -torch.inf) for part in parts]),
-        torch.cat([filled(part.score_BHTK, -torch.inf) for part in parts]),
-    )
+        def filled(name: str, value: float) -> Tensor:
+            tensors = [getattr(part, name) for part in each]
+            return torch.cat([nn.functional.pad(x, (0, most - x.shape[-1]), value=value) for x in tensors])
+
+        return Read(filled("ids_BHTK", -1), filled("similarity_BHTK", -torch.inf), filled("score_BHTK", -torch.inf))
+
+    return Looked(Partial(torch.cat(outs), torch.cat(norms)), read)
 
 
 def _flat(numbers: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.extended_mind.storage import LayerStore
 from fairseq.memory.hf.extended_mind_sites import AttentionCall, Sites, evaluating, find_sites, taken_over
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def build_memory(
     sites: Sites | None = None,
     batch_size: int | None = None,
     keep: str = "all",
+    folder: str | None = None,
 ) -> Memory:
     """Let the model read a text and keep what its layers remember.
 
@@ -48,6 +50,8 @@ def build_memory(
         tokenizer: needed for text.
         batch_size: windows that are read at once; by default as many as have 4096 tokens.
         keep: ``all``, or ``newest`` to read only the last ``settings.limit`` tokens of a longer text, with a warning.
+        folder: where files are made that keys and values are written to window by window, so that they are never in
+            memory together. They are the memory's as long as it lives.
     Raises: ValueError for a text that is empty or longer than allowed, and for tokens outside the vocabulary.
     """
     settings, sites = settings or MindSettings(), sites or find_sites(model)
@@ -64,24 +68,25 @@ def build_memory(
     window = min(settings.max_len, context or settings.max_len)
     stride = min(settings.stride, window)
     windows = [w for number, ids in enumerate(documents) for w in _windows(starts[number], len(ids), stride, window)]
-    recorder = _Recorder(sites, settings.positions)
+    # Special tokens are read by those behind them, and not kept.
+    kept_N = ~torch.isin(token_N, torch.tensor(special, dtype=torch.int64))
+    place_S = torch.nonzero(kept_N)[:, 0]
+    if not len(place_S):
+        raise ValueError(f"all {len(token_N)} tokens of the memory are special; give text, or remove_special_ids=False")
+    recorder = _Recorder(sites, settings.positions, LayerStore(len(place_S), device_of(settings, model), folder))
     with taken_over(model, recorder), recorder.listening(model), evaluating(model), torch.no_grad():
         step = batch_size or max(1, _BATCH_TOKENS // window)
         for start in range(0, len(windows), step):
-            _read(model, token_N, windows[start : start + step], recorder, len(token_N), reach)
-    memory = Memory(
-        layers=recorder.layers(torch.device(device_of(settings, model))),
+            _read(model, token_N, kept_N, windows[start : start + step], recorder, reach)
+    return Memory(
+        layers=recorder.layers(),
         token_N=token_N,
-        place_S=torch.arange(len(token_N)),
+        place_S=place_S,
         document_starts=tuple(starts),
         model_digest=model_digest(model),
         positions=settings.positions,
         reach=reach,
     )
-    memory = memory.without_tokens(special)
-    if not len(memory):
-        raise ValueError(f"all {len(token_N)} tokens of the memory are special; give text, or remove_special_ids=False")
-    return memory
 
 
 def token_documents(source: Any, tokenizer: Any = None) -> list[Tensor]:
@@ -190,12 +195,12 @@ def _windows(first: int, size: int, stride: int, window: int) -> Iterator[tuple[
 def _read(
     model: Any,
     token_N: Tensor,
+    kept_N: Tensor,
     windows: Sequence[tuple[int, int, int]],
     recorder: _Recorder,
-    total: int,
     reach: int,
 ) -> None:
-    device = next(model.parameters()).device
+    device, total = next(model.parameters()).device, len(token_N)
     longest = max(stop - start for start, stop, _ in windows)
     # Behind a short window come zeros, which nothing in it can see.
     ids_BT = torch.zeros(len(windows), longest, dtype=torch.int64)
@@ -203,7 +208,7 @@ def _read(
     place_BT = torch.zeros(len(windows), longest, dtype=torch.int64)
     for row, (start, stop, new) in enumerate(windows):
         ids_BT[row, : stop - start] = token_N[start:stop]
-        kept_BT[row, stop - start - new : stop - start] = True
+        kept_BT[row, stop - start - new : stop - start] = kept_N[stop - new : stop]
         if reach:
             # From 1 on, where no first window has them: so a model whose keys do not move is noticed.
             place_BT[row, : stop - start] = (torch.arange(start, stop) - total + min(total, reach)).clamp_(min=0) + 1
@@ -223,29 +228,25 @@ class _TakenError(RuntimeError):
 class _Recorder:
     """Keeps keys and values of the new tokens of each window."""
 
-    def __init__(self, sites: Sites, positions: str) -> None:
-        self._sites, self._positions = sites, positions
+    def __init__(self, sites: Sites, positions: str, store: LayerStore) -> None:
+        self._sites, self._positions, self._store = sites, positions, store
         self._inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._elsewhere: list[tuple[Tensor, Any]] = []
-        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in sites.modules}
         self._taking = self._busy = self._moved = False
 
     def begin(self, kept_BT: Tensor, place_BT: Tensor) -> None:
-        """Before each batch of windows: which tokens are new, and at which positions they are kept."""
+        """Before each batch of windows: which tokens are kept, and at which positions."""
         self.kept_BT, self.place_BT = kept_BT, place_BT
         self._elsewhere.clear()
 
-    def layers(self, device: torch.device) -> dict[int, LayerMemory]:
+    def layers(self) -> dict[int, LayerMemory]:
         """What has been kept. Raises: ValueError when positions were to be moved and there is nothing to move."""
         if self._positions == "relative" and not (self._moved or self._sites.has_alibi):
             raise ValueError(
                 "this model adds positions to its inputs, so memories have theirs for good; only "
                 'positions="origin" fits it'
             )
-        return {
-            layer: LayerMemory(*(torch.cat(parts, 1).to(device).contiguous() for parts in zip(*pieces)))
-            for layer, pieces in self._kept.items()
-        }
+        return self._store.layers()
 
     @contextlib.contextmanager
     def listening(self, model: Any) -> Iterator[None]:
@@ -277,8 +278,8 @@ class _Recorder:
         key_BGTD = call.key_BGLD if call.slope_H is not None else self._key_elsewhere(call)
         if not bool(torch.isfinite(key_BGTD).all()):
             raise ValueError(f"layer {call.layer} makes keys that are not finite numbers; memories need finite ones")
-        kept = (x.transpose(1, 2)[self.kept_BT].transpose(0, 1) for x in (key_BGTD, call.value_BGLD))
-        self._kept[call.layer].append(tuple(kept))  # type: ignore[arg-type]
+        for kind, x_BGTD in (("keys", key_BGTD), ("values", call.value_BGLD)):
+            self._store.put(call.layer, kind, x_BGTD.transpose(1, 2)[self.kept_BT].transpose(0, 1))
         return call.plain()
 
     def _key_elsewhere(self, call: AttentionCall) -> Tensor:

@@ -44,6 +44,8 @@ def everything(key_GSD):
         (700, 20, 200, 10),
         (9000, 16, 60, 4),
         (5, 8, 60, 9),
+        (700, 20, 9, 300),
+        (9000, 16, 60, 70),
     ],
 )
 def test_the_nearest_are_found(memories, width, queries, k):
@@ -58,9 +60,9 @@ def test_the_nearest_are_found(memories, width, queries, k):
         torch.testing.assert_close(found.similarity_GNK, cosine.float(), atol=3e-6, rtol=0)
 
 
-@pytest.mark.parametrize("queries", [2, 100])
-def test_of_equal_memories_the_earlier_comes_first(queries):
-    key = random(1, 10, 8).repeat(1, 30, 1)
+@pytest.mark.parametrize(("queries", "copies"), [(2, 30), (100, 30), (100, 1200)])
+def test_of_equal_memories_the_earlier_comes_first(queries, copies):
+    key = random(1, 10, 8).repeat(1, copies, 1)
     found = SEARCHES["manual"](key, MindSettings()).search(random(1, queries, 8, seed=1), 5)
     best = found.ids_GNK[0, :, :1] % 10
     assert torch.equal(found.ids_GNK[0], best + torch.arange(0, 50, 10))
@@ -75,6 +77,15 @@ def test_strange_queries_harm_nobody(queries, value):
     assert ((found.ids_GNK >= 0) & (found.ids_GNK < 200)).all()
     ids, _ = nearest(query[:, 1:], random(1, 200, 8, seed=1), 3)
     assert torch.equal(found.ids_GNK[:, 1:], ids)
+
+
+@pytest.mark.parametrize("queries", [1, 3000])
+def test_a_search_belongs_to_no_mode(queries):
+    """What torch makes in its inference mode cannot be written to outside."""
+    search, query = SEARCHES["manual"](random(2, 300, 8), MindSettings()), random(2, queries, 8, seed=1)
+    with torch.inference_mode():
+        inside = search.search(query, 3).ids_GNK
+    assert torch.equal(search.search(query, 3).ids_GNK, inside)
 
 
 def dense(query, key, value, see, scale):
@@ -117,9 +128,15 @@ def test_attention_in_parts_is_attention_over_all_keys():
     ]
     whole = dense(query, key, value, torch.ones(3, 11, dtype=torch.bool), 0.3)[0]
     torch.testing.assert_close(parts[0].joined(parts[1]), whole.float(), atol=1e-5, rtol=1e-5)
+    double = Partial(parts[0].out_BHTD.double(), parts[0].norm_BHT).joined(parts[1])
+    assert double.dtype is torch.float64
+    torch.testing.assert_close(double, whole, atol=1e-5, rtol=1e-5)
     nothing = Partial(torch.zeros_like(query), torch.full((2, 4, 3), -torch.inf))
     torch.testing.assert_close(parts[0].joined(nothing), parts[0].out_BHTD)
     assert torch.equal(nothing.joined(nothing), torch.zeros_like(query))
+    norm = nothing.norm_BHT.clone().requires_grad_()
+    Partial(nothing.out_BHTD, norm).joined(nothing).sum().backward()
+    assert torch.equal(norm.grad, torch.zeros_like(norm))
 
 
 def memory_of(key, value, **more):
@@ -143,7 +160,7 @@ def test_a_look_at_memories_is_attention_over_the_nearest(queries, softcap):
     expected = torch.einsum("bhts,hsd->bhtd", score.softmax(-1).nan_to_num(0), own_value)
     torch.testing.assert_close(looked.partial.out_BHTD, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(looked.partial.norm_BHT, score.logsumexp(-1), atol=1e-5, rtol=1e-5)
-    assert torch.equal(torch.isfinite(looked.score_BHTK), looked.similarity_BHTK > 0.4)
+    assert torch.equal(torch.isfinite(looked.read().score_BHTK), looked.read().similarity_BHTK > 0.4)
 
 
 def test_compiled_and_plain_attention_agree_in_halves_too():
@@ -165,9 +182,9 @@ def test_relative_alibi_costs_a_slope_a_place():
     settings, rule = MindSettings(topk=6), ScoreRule(1.0, slope_H=torch.tensor([0.5]), before_B=torch.tensor([-3]))
     query = random(1, 1, 1, 4, seed=2)
     looked = LayerLookup(memory, 0, settings).look(query, rule, settings)
-    ids = looked.token_BHTK[0, 0, 0]
+    ids = looked.read().ids_BHTK[0, 0, 0]
     product = (memory.layers[0].key_GSD[0] @ query[0, 0, 0])[ids]
-    torch.testing.assert_close(looked.score_BHTK[0, 0, 0], product + 0.5 * (memory.offsets()[ids] - 3))
+    torch.testing.assert_close(looked.read().score_BHTK[0, 0, 0], product + 0.5 * (memory.offsets()[ids] - 3))
 
 
 def test_what_is_gathered_is_each_heads_own():

@@ -1,12 +1,14 @@
 """Batches, padding, beams, caches, types, generation, what was retrieved, and memories that come and go."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
 from mind_models import ids, tiny
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.extended_mind.storage import load_memory, save_memory
@@ -191,7 +193,54 @@ def test_memories_are_kept_anywhere_and_in_files(llama, tmp_path, device, memory
     with torch.no_grad(), extended_mind(llama, memory_device=device, **settings) as mind:
         mind.load_memory(path)
         assert torch.equal(llama(PROMPT).logits, expected)
+        mind.set_memory(MEMORY)
+        assert torch.equal(llama(PROMPT).logits, expected)
     assert not path.with_suffix(".safetensors.tmp").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype):
+    """Keys and values of 16 kB a token: 24 MB that must not be in memory together, at no time."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=512
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().to(dtype)
+    source, settings = (
+        ids(1500 * torch.float32.itemsize // dtype.itemsize, seed=4),
+        MindSettings(max_len=256, stride=64),
+    )
+    expected = build_memory(model, source, settings=settings)
+    held = []
+    hook = model.register_forward_hook(lambda *_: held.append(anonymous_bytes()))
+    made = build_memory(model, source, settings=settings, folder=str(tmp_path), batch_size=1)
+    hook.remove()
+    assert max(held) - min(held) < expected.nbytes / 3
+    assert torch.equal(made.place_S, expected.place_S)
+    for number, layer in expected.layers.items():
+        for kind, mine, there in (
+            ("keys", made.layers[number].key_GSD, layer.key_GSD),
+            ("values", made.layers[number].value_GSD, layer.value_GSD),
+        ):
+            torch.testing.assert_close(mine, there, atol=0.05 if dtype is torch.bfloat16 else 1e-5, rtol=0)
+            stored = torch.from_file(str(tmp_path / f"{number}.{kind}"), size=mine.numel(), dtype=dtype)
+            assert torch.equal(stored.view(mine.shape), mine)
+
+
+def anonymous_bytes():
+    """Memory of this process that no file stands behind."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("only Linux tells")
+    line = next(x for x in status.read_text(encoding="utf-8").splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_a_disk_that_is_full_is_told(llama, tmp_path):
+    (tmp_path / "0.keys").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: .*0.keys"):
+        build_memory(llama, MEMORY, folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("positions", ["origin", "relative"])
