@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,23 +72,53 @@ class VocabularyMixer:
         if not scores_CM.shape[1]:
             logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
             return
+        logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
         log_left = math.log1p(-self.weight) if self.weight < 1.0 else -math.inf
+        if logp_CV.device.type == "cpu" and logp_CV.is_contiguous():
+            self._mix_on_cpu_(logp_CV, values_CM, scores_CM, keep_CM, log_left)
+        else:
+            self._mix_anywhere_(logp_CV, values_CM, scores_CM, keep_CM, log_left)
+
+    def _mix_anywhere_(
+        self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None, log_left: float
+    ) -> None:
+        """Mix candidates into log-probabilities by torch, on any device."""
         scores_CM = scores_CM / self.temperature
-        left_C1: Tensor | float = log_left
         if keep_CM is not None:
             scores_CM.masked_fill_(~keep_CM, -torch.inf)
             values_CM = values_CM.masked_fill(~keep_CM, 0)
-            left_C1 = torch.where(keep_CM.any(1, keepdim=True), log_left, 0.0)
-        best_C1 = scores_CM.amax(1, keepdim=True).clamp_(min=torch.finfo(scores_CM.dtype).min)
-        share_CM = scores_CM.sub_(best_C1).exp_()
+        best_C1 = scores_CM.amax(1, keepdim=True)
+        logp_CV += torch.where(torch.isneginf(best_C1), 0.0, log_left)
+        share_CM = scores_CM.sub_(best_C1.clamp_(min=torch.finfo(scores_CM.dtype).min)).exp_()
         share_CM *= self.weight / share_CM.sum(1, keepdim=True).clamp_min(1e-30)
-        logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True) - left_C1
         mass_CV = self._zeros(logp_CV)
         mass_CV.scatter_add_(1, values_CM, share_CM)
         # All candidates of a token read the same sum and write the same result, so that their order means nothing.
         mixed_CM = torch.logaddexp(logp_CV.gather(1, values_CM), mass_CV.gather(1, values_CM).log_())
         logp_CV.scatter_(1, values_CM, mixed_CM)
         mass_CV.scatter_(1, values_CM, 0.0)
+
+    def _mix_on_cpu_(
+        self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None, log_left: float
+    ) -> None:
+        """The same in one compiled loop: for one row, as generation has it, many operations take several times as long.
+
+        Raises: ValueError for candidates beyond the vocabulary.
+        """
+        from fairseq.memory.vocab_mixing_kernels import mix_candidates
+
+        keep = np.empty((0, 0), np.bool_) if keep_CM is None else keep_CM.contiguous().numpy()
+        values, scores = (
+            values_CM.expand(len(scores_CM), -1).contiguous().numpy(),
+            scores_CM.float().contiguous().numpy(),
+        )
+        numbers = [np.float32(number) for number in (self.temperature, self.weight, log_left)]
+        strangers = mix_candidates(values, scores, keep, *numbers, logp_CV.numpy(), self._zeros(logp_CV[0]).numpy())  # type: ignore[call-arg]
+        if strangers:
+            raise ValueError(
+                f"{strangers} neighbours hold tokens beyond the vocabulary of {logp_CV.shape[1]}; the datastore is of "
+                "another one: save it anew with this model"
+            )
 
     def _zeros(self, like_CV: Tensor) -> Tensor:
         """Zeros in the shape of a chunk; whoever uses them leaves them zero."""

@@ -18,9 +18,15 @@ def candidates(rows, count, vocabulary, seed=0):
     return Candidates(values.masked_fill(~keep, -1), scores.masked_fill(~keep, -torch.inf), keep)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def by(request, monkeypatch):
+    if request.param == "torch":  # as on a GPU
+        monkeypatch.setattr(VocabularyMixer, "_mix_on_cpu_", VocabularyMixer._mix_anywhere_)
+
+
 @pytest.mark.parametrize("weight", [0.25, 1.0])
 @pytest.mark.parametrize("vocabulary", [7, 1 << 19])
-def test_equals_the_formula(weight, vocabulary):
+def test_equals_the_formula(by, weight, vocabulary):
     scores = 3.0 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1))
     found = candidates(5, 30, vocabulary)
     expected = interpolate(torch.log_softmax(scores, 1), vocab_logp(found, vocabulary, 2.0), weight)
@@ -44,14 +50,24 @@ def test_other_rows_stay_and_are_normalised_apart():
     torch.testing.assert_close(mixed.logsumexp(1), torch.zeros(6), atol=1e-6, rtol=0)
 
 
-def test_a_row_without_candidates_is_the_models_alone():
+def test_a_row_without_candidates_is_the_models_alone(by):
     scores = torch.randn(2, 9)
     found = candidates(2, 5, 9)
     found.keep_NM[0] = False
     mixed = scores.clone()
     VocabularyMixer(0.5).mix_(mixed, None, found)
     torch.testing.assert_close(mixed[0], torch.log_softmax(scores[0], 0))
+    infinitely_far = Candidates(found.values_NM.clamp(min=0), torch.full((2, 5), -torch.inf), torch.ones(2, 5).bool())
+    mixed = scores.clone()
+    VocabularyMixer(0.5).mix_(mixed, None, infinitely_far)
+    torch.testing.assert_close(mixed, torch.log_softmax(scores, 1))
     none = Candidates(torch.empty(2, 0, dtype=torch.int64), torch.empty(2, 0), torch.empty(2, 0, dtype=torch.bool))
     mixed = scores.clone()
     VocabularyMixer(0.5).mix_(mixed, None, none)
     torch.testing.assert_close(mixed, torch.log_softmax(scores, 1))
+
+
+def test_tokens_beyond_the_vocabulary_are_an_error():
+    found = Candidates(torch.tensor([[3, 9]]), torch.zeros(1, 2), torch.ones(1, 2).bool())
+    with pytest.raises(ValueError, match="1 neighbours hold tokens beyond the vocabulary of 9"):
+        VocabularyMixer(0.5).mix_(torch.randn(1, 9), None, found)
