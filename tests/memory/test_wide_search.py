@@ -142,8 +142,11 @@ def test_few_queries_find_what_brute_force_finds(metric, residual, count, delete
 
 def test_few_queries_and_short_lists():
     index, query_ND = made(300, 40, Metric.L2)
-    index.nprobe = 2
-    found = FaissIndex(index, Metric.L2).search(query_ND[:3], 100)
+    opened = FaissIndex(index, Metric.L2)
+    opened.set_probe(1)
+    opened.search(query_ND[:3], 100)
+    opened.set_probe(2)  # what was kept for another number of lists is too small now
+    found = opened.search(query_ND[:3], 100)
     theirs = index.search(query_ND[:3].numpy(), 100)[1]
     assert ((found.ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(found.scores_NK[found.ids_NK < 0]).all()

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numba.core import cgutils, types
 
-from fairseq.memory.index.kernels import ANY_ORDER, GROUP, compiled, nearness, product
+from fairseq.memory.index.kernels import ANY_ORDER, FINITE, GROUP, compiled, nearness, product
 from fairseq.memory.index.wide_kernels import choose, pack
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
@@ -44,7 +44,7 @@ def write_table(query_D: Any, words_MEJ: Any, by_distance: bool, table_MJ: Any) 
 
 
 @compiled()
-def _score_list(table_F: Any, code_SM: Any, bias_S: Any, shift: Any, score_F: Any, first: int) -> None:
+def _sum_up(table_F: Any, code_SM: Any, score_F: Any, first: int) -> None:
     """Write the sums of a table's entries for the codes of each key."""
     size, parts = code_SM.shape
     for start in range(0, size // _KEYS * _KEYS, _KEYS):
@@ -61,8 +61,22 @@ def _score_list(table_F: Any, code_SM: Any, bias_S: Any, shift: Any, score_F: An
         for m in range(parts):
             a += table_F[m * 256 + code_SM[i, m]]
         score_F[first + i] = a
+
+
+@compiled(fastmath=FINITE)
+def _finish(score_SP: Any, group: int, bias_S: Any, share: Any, most_S: Any) -> int:
+    """Make scores of a list's sums, which begin at a group, and find the largest of each group. Returns: the next."""
+    score_F, size = score_SP.reshape(-1), len(bias_S)
+    first, after = group * GROUP, group + -(-size // GROUP)
     for i in range(size):
-        score_F[first + i] += bias_S[i] + shift
+        score_F[first + i] += bias_S[i] + share
+    score_F[first + size : after * GROUP] = -np.inf
+    for at in range(group, after):
+        most = np.float32(-np.inf)
+        for i in range(GROUP):
+            most = max(most, score_SP[at, i])
+        most_S[at] = most
+    return after
 
 
 @compiled()
@@ -143,16 +157,9 @@ def search_tables(
                 continue
             code_SM = _array_at(_pointer(address_L2[number, 0]), (size, parts), np.uint8)
             bias_S = bias[first_L[number] : first_L[number + 1]]
-            shift = share_of_list(query_D, centre_LD[number], by_distance)
-            _score_list(table_MJ.reshape(-1), code_SM, bias_S, shift, score_F, group * GROUP)
-            groups = -(-size // GROUP)
-            score_F[group * GROUP + size : (group + groups) * GROUP] = -np.inf
-            for at in range(group, group + groups):
-                most = np.float32(-np.inf)
-                for i in range(GROUP):
-                    most = max(most, score_SP[at, i])
-                most_S[at] = most
-            edge_1P[0, p + 1] = group + groups
+            share = share_of_list(query_D, centre_LD[number], by_distance)
+            _sum_up(table_MJ.reshape(-1), code_SM, score_F, group * GROUP)
+            edge_1P[0, p + 1] = _finish(score_SP, group, bias_S, share, most_S)
         choose(score_SP, most_S, edge_1P, gap_1P, wanted, place_F, end_1P, place_C, bound_C, low_C, flag_S)
         first = 0
         for p in range(visited_QP.shape[1]):

@@ -82,6 +82,8 @@ class TableSearch:
         with faiss_threads(1):
             visited_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
         self._prepare(visited_NP)
+        if self._visits != visited_NP.shape[1]:
+            self._visits, self._spare = visited_NP.shape[1], []
         ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
         step = max(_FEW, -(-len(query) // (2 * torch.get_num_threads())))
         parts = [slice(first, first + step) for first in range(0, len(query), step)]
@@ -93,12 +95,13 @@ class TableSearch:
         from fairseq.memory.index.table_kernels import search_tables
         from fairseq.memory.index.wide_kernels import unpack
 
-        room = self._spare.pop() if self._spare else self._room_for(visited_QP.shape[1])
-        packed_QC, count_Q = np.empty((len(query_QD), room[1].size), np.int64), np.empty(len(query_QD), np.int64)
+        *room, packed_1C = self._spare.pop() if self._spare else self._room_for(visited_QP.shape[1])
+        packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
+        count_Q = np.empty(len(query_QD), np.int64)
         lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
         about = (ids_QK.shape[1], *lists, self._by_distance)
         search_tables(query_QD, visited_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
-        self._spare.append(room)
+        self._spare.append((*room, packed_1C))
         best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
         if len(count_Q) > 1:
             best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = np.iinfo(np.int64).max
@@ -112,21 +115,18 @@ class TableSearch:
 
             numbers = np.unique(visited_NP[(visited_NP >= 0) & ~self._is_ready_L[visited_NP]])
             lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._alive)
-            table_MJ = np.empty((len(self._words_MEJ), self._words_MEJ.shape[2]), np.float32)
-            prepare_lists(numbers, *lists, self._by_distance, table_MJ, self._bias)
+            prepare_lists(numbers, *lists, self._by_distance, self._fresh_table(), self._bias)
             self._is_ready_L[numbers] = True
 
     def _room_for(self, visits: int) -> tuple[Array, ...]:
         """Memory for any query that visits so many lists, as ``search_tables`` wants it."""
-        if self._visits != visits:
-            self._visits, self._spare = visits, []
         groups = int(self._most_L[min(visits, len(self._most_L)) - 1])
         score_SP, most_S = np.empty((groups, GROUP), np.float32), np.empty(groups, np.float32)
         edge_1P, end_1P = np.zeros((1, visits + 1), np.int64), np.zeros((1, visits), np.int64)
         bounds = (groups + 1) * GROUP
         places, numbers = ([np.empty(bounds, dtype) for _ in range(2)] for dtype in (np.int64, np.float32))
-        table_MJ, flag_S = (
-            np.empty((len(self._words_MEJ), self._words_MEJ.shape[2]), np.float32),
-            np.empty(groups + 1, np.int64),
-        )
-        return (table_MJ, score_SP, most_S, edge_1P, end_1P, *places, *numbers, flag_S)
+        flag_S, packed_1C = np.empty(groups + 1, np.int64), np.empty((1, bounds), np.int64)
+        return (self._fresh_table(), score_SP, most_S, edge_1P, end_1P, *places, *numbers, flag_S, packed_1C)
+
+    def _fresh_table(self) -> Array:
+        return np.empty((len(self._words_MEJ), self._words_MEJ.shape[2]), np.float32)
