@@ -150,3 +150,11 @@ def test_few_queries_and_short_lists():
     theirs = index.search(query_ND[:3].numpy(), 100)[1]
     assert ((found.ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(found.scores_NK[found.ids_NK < 0]).all()
+
+
+def test_keys_that_are_added_after_a_search_are_found():
+    index, query_ND = made(3000, 40, Metric.L2)
+    opened = FaissIndex(index, Metric.L2)
+    opened.search(query_ND[:1], 100)
+    index.add(np.repeat(query_ND[:1].numpy(), 2000, 0))
+    assert (opened.search(query_ND[:1], 300).ids_NK[0, :100] >= 3000).all()

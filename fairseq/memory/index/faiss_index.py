@@ -226,7 +226,7 @@ class FaissIndex:
         if in_bulk:
             ids_NK, scores_NK = wide_search(self._decoded_lists(), query_ND, k)
         else:
-            if self._tables is None:
+            if self._tables is None or self._tables.num_keys != len(self):  # it looks where faiss keeps the codes
                 self._tables = TableSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
             ids_NK, scores_NK = self._tables.search(query_ND, k)
         self._check_rows(ids_NK)

@@ -44,7 +44,7 @@ class TableSearch:
         """Look where the codes are.
 
         Args:
-            index: an IndexIVFPQ of 8-bit codes, in memory; nothing may be added to it from now on.
+            index: an IndexIVFPQ of 8-bit codes, in memory; once something is added to it this must not be used any more.
             alive: a bit for each row that may be found, the lowest first; None where all may.
         """
         faiss, lists = faiss_library(), index.invlists
@@ -64,6 +64,11 @@ class TableSearch:
         self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
         self._spare: list[tuple[Array, ...]] = []
         self._visits = 0
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that were in the lists when they were looked at."""
+        return len(self._bias)
 
     @staticmethod
     def serves(index: Any) -> bool:
