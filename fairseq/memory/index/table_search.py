@@ -44,7 +44,7 @@ class TableSearch:
         """Look where the codes are.
 
         Args:
-            index: an IndexIVFPQ of 8-bit codes, in memory; once something is added to it this must not be used any more.
+            index: an IndexIVFPQ of 8-bit codes, in memory; once keys are added to it this must not be used any more.
             alive: a bit for each row that may be found, the lowest first; None where all may.
         """
         faiss, lists = faiss_library(), index.invlists
