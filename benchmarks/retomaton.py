@@ -1,4 +1,7 @@
-"""RetoMaton's evaluation (k 1024) reaches a share of plain evaluation's tokens/s: 0.5, and 0.33 with 2000 clusters."""
+"""What share of plain evaluation's tokens/s RetoMaton's evaluation of a fairseq model reaches (k 1024).
+
+The shares that are wanted are of a larger model: ``hf_knn.py --retomaton``. Beside a small one this tells of the search.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,11 @@ import common
 sys.path.insert(0, str(common.ROOT))
 
 EVALUATION = "--cpu --sample-break-mode none --max-tokens 2048 --tokens-per-sample 128 --context-window 128"
-WANTED = {0: ">= 0.5", 2000: ">= 0.33"}
 
 
 def main() -> None:
     """Evaluate plainly and with the automaton, in turn."""
-    parser = common.parser(__doc__, *common.INPUTS)
+    parser = common.parser(__doc__.splitlines()[0], *common.INPUTS)
     parser.add_argument("--num-clusters", type=int, default=2000, help="clusters, made anew; 0 for none")
     parser.add_argument("--min-knns", type=int, default=1)
     parser.add_argument("--probe", type=int, default=32)
@@ -34,8 +36,7 @@ def main() -> None:
     ratio = common.median_ratio(details["plain_seconds"], details["retomaton_seconds"])
     what = f"RetoMaton with {options.num_clusters} clusters over plain evaluation, tokens/s"
     name = f"retomaton_{options.num_clusters}" if options.num_clusters else "retomaton"
-    wanted = WANTED.get(options.num_clusters, "-")
-    common.tell(name, what, ratio, wanted, details | {"min_knns": options.min_knns}, options.out)
+    common.tell(name, what, ratio, "-", details | {"min_knns": options.min_knns}, options.out)
 
 
 def _timed(data: str, checkpoint: str, store: str, index: str, knn: str, repeats: int) -> dict[str, Any]:
