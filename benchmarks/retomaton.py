@@ -1,6 +1,6 @@
 """What share of plain evaluation's tokens/s RetoMaton's evaluation of a fairseq model reaches (k 1024).
 
-The shares that are wanted are of a larger model: ``hf_knn.py --retomaton``. Beside a small one this tells of the search.
+The shares that are wanted are of a larger model: ``hf_knn.py --retomaton``. Beside a small one this times the search.
 """
 
 from __future__ import annotations
