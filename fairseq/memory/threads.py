@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,28 @@ def each_in_threads(
     """:func:`map_in_threads` for what the function does, not for what it returns."""
     for _ in map_in_threads(function, tasks, setup):
         pass
+
+
+class Spare(Generic[T]):
+    """Things that tasks take and give back, made as they are needed: one for each task that runs at the same time."""
+
+    def __init__(self, fresh: Callable[[], T]) -> None:
+        """Args.
+
+        fresh: makes one.
+        """
+        self._fresh = fresh
+        self._held: list[T] = []
+
+    @contextmanager
+    def one(self) -> Iterator[T]:
+        """One that no other task has, while the block runs."""
+        try:
+            taken = self._held.pop()
+        except IndexError:  # to look first would not do: another thread may take it in between
+            taken = self._fresh()
+        yield taken
+        self._held.append(taken)
 
 
 class ThreadBuffer:

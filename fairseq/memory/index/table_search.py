@@ -18,7 +18,7 @@ from torch import Tensor
 from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.kernels import GROUP
-from fairseq.memory.threads import each_in_threads
+from fairseq.memory.threads import Spare, each_in_threads
 
 _FEW = 8
 """So many queries are searched on the calling thread: to start others takes longer."""
@@ -62,8 +62,8 @@ class TableSearch:
         self._bias = np.empty(self._first_L[-1], np.float32)
         self._is_ready_L = np.zeros(index.nlist, np.bool_)
         self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
-        self._spare: list[tuple[Array, ...]] = []
         self._visits = 0
+        self._rooms = Spare(self._fresh_room)
 
     @property
     def num_keys(self) -> int:
@@ -88,7 +88,8 @@ class TableSearch:
             visited_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
         self._prepare(visited_NP)
         if self._visits != visited_NP.shape[1]:
-            self._visits, self._spare = visited_NP.shape[1], []
+            self._visits = visited_NP.shape[1]
+            self._rooms = Spare(self._fresh_room)
         ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
         step = max(_FEW, -(-len(query) // (2 * torch.get_num_threads())))
         parts = [slice(first, first + step) for first in range(0, len(query), step)]
@@ -100,18 +101,17 @@ class TableSearch:
         from fairseq.memory.index.table_kernels import search_tables
         from fairseq.memory.index.wide_kernels import unpack
 
-        *room, packed_1C = self._spare.pop() if self._spare else self._room_for(visited_QP.shape[1])
-        packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
         count_Q = np.empty(len(query_QD), np.int64)
         lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
         about = (ids_QK.shape[1], *lists, self._by_distance)
-        search_tables(query_QD, visited_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
-        self._spare.append((*room, packed_1C))
-        best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
-        if len(count_Q) > 1:
-            best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = np.iinfo(np.int64).max
-        best_QC.sort(axis=1)
-        unpack(best_QC, ids_QK, scores_QK)
+        with self._rooms.one() as (*room, packed_1C):
+            packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
+            search_tables(query_QD, visited_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
+            best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
+            if len(count_Q) > 1:
+                best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = np.iinfo(np.int64).max
+            best_QC.sort(axis=1)
+            unpack(best_QC, ids_QK, scores_QK)
 
     def _prepare(self, visited_NP: Array) -> None:
         """Write the biases of lists that are visited for the first time."""
@@ -123,8 +123,9 @@ class TableSearch:
             prepare_lists(numbers, *lists, self._by_distance, self._fresh_table(), self._bias)
             self._is_ready_L[numbers] = True
 
-    def _room_for(self, visits: int) -> tuple[Array, ...]:
-        """Memory for any query that visits so many lists, as ``search_tables`` wants it."""
+    def _fresh_room(self) -> tuple[Array, ...]:
+        """Memory for any query, as ``search_tables`` wants it."""
+        visits = self._visits
         groups = int(self._most_L[min(visits, len(self._most_L)) - 1])
         score_SP, most_S = np.empty((groups, GROUP), np.float32), np.empty(groups, np.float32)
         edge_1P, end_1P = np.zeros((1, visits + 1), np.int64), np.zeros((1, visits), np.int64)

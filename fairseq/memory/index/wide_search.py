@@ -21,9 +21,9 @@ from torch import Tensor
 from fairseq.memory.files import Array
 from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.kernels import GROUP
-from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
+from fairseq.memory.threads import Spare, ThreadBuffer, each_in_threads, map_in_threads
 
-_GROUP_SCORES = 160 << 20  # about 4,000 queries of 18,000 scores: enough for matrix products of a fair size
+_GROUP_SCORES = 160 << 20  # 640 MB: 9,000 queries of 18,000 scores, enough for matrix products of a fair size
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the bounds
 _LISTS_OF_K = 4
 _MOST_ROWS = 1 << 32  # a row and its score are one integer
@@ -136,14 +136,13 @@ class _Group:
             arrays = [np.empty(size, dtype) for dtype, both in sizes.items() for size in both]
             return (*arrays, np.empty(num_groups, np.int64))
 
-        spare: list[tuple[Array, ...]] = []
+        rooms = Spare(fresh)
 
         def choose_some(part: slice) -> Array:
-            room = spare.pop() if spare else fresh()
-            arrays = (self._edge_QP[part], self._gap_QP[part], k, room[0], self._end_QP[part])
-            choose(self._room.bound_SP, self._room.most_S, *arrays, *room[1:])
-            chosen: Array = room[0][: self._end_QP[part][-1, -1]].copy()
-            spare.append(room)
+            with rooms.one() as (place_F, *room):
+                arrays = (self._edge_QP[part], self._gap_QP[part], k, place_F, self._end_QP[part])
+                choose(self._room.bound_SP, self._room.most_S, *arrays, *room)
+                chosen: Array = place_F[: self._end_QP[part][-1, -1]].copy()
             return chosen
 
         chosen = list(map_in_threads(choose_some, parts))

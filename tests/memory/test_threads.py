@@ -1,0 +1,32 @@
+"""What tasks take and give back is never with two of them, and is made no more often than needed."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+import torch
+
+from fairseq.memory.threads import Spare, each_in_threads
+
+
+def test_no_two_tasks_have_the_same_thing(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    numbers = itertools.count()
+    spare, taken, lock, most = Spare(lambda: next(numbers)), set(), threading.Lock(), [0]
+
+    def task(_):
+        with spare.one() as number:
+            with lock:
+                assert number not in taken
+                taken.add(number)
+                most[0] = max(most[0], len(taken))
+            time.sleep(1e-4)
+            with lock:
+                taken.remove(number)
+
+    each_in_threads(task, range(400))
+    assert 1 <= next(numbers) <= 8
+    assert most[0] <= 8
+    assert not taken
