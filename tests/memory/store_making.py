@@ -32,3 +32,11 @@ def save(
         writer.append(keys, values)
         writer.finish()
     return keys, values
+
+
+def save_keys(prefix: Path, keys: np.ndarray) -> Path:
+    """Write a store of these keys in float32, each with its number as value."""
+    with DatastoreWriter(prefix, *keys.shape, "float32", {}) as writer:
+        writer.append(keys, np.arange(len(keys)))
+        writer.finish()
+    return prefix

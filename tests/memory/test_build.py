@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dying import Died, dies_at
+from store_making import save_keys
 
 from fairseq.memory.datastore import DatastoreWriter
 from fairseq.memory.index import INDEXES, build
@@ -34,11 +35,7 @@ def keys() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    prefix = tmp_path_factory.mktemp("store") / "dstore"
-    with DatastoreWriter(prefix, ROWS, DIM, "float32", {}) as writer:
-        writer.append(keys(), np.arange(ROWS))
-        writer.finish()
-    return prefix
+    return save_keys(tmp_path_factory.mktemp("store") / "dstore", keys())
 
 
 @pytest.fixture(scope="module")

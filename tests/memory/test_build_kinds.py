@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dying import Died, dies_at
+from store_making import save_keys
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
 from fairseq.memory.index import INDEXES, build, faiss_builder, on_disk
@@ -40,11 +41,7 @@ QUERIES = torch.from_numpy(keys()[::30] + np.float32(0.01))
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    prefix = tmp_path_factory.mktemp("store") / "dstore"
-    with DatastoreWriter(prefix, ROWS, DIM, "float32", {}) as writer:
-        writer.append(keys(), np.arange(ROWS))
-        writer.finish()
-    return prefix
+    return save_keys(tmp_path_factory.mktemp("store") / "dstore", keys())
 
 
 @pytest.fixture(autouse=True)

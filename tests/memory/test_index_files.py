@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from store_making import save_keys
 
 from fairseq.memory.datastore import Datastore, DatastoreWriter
 from fairseq.memory.datastore_deletion import delete
@@ -22,9 +23,7 @@ ROWS, DIM = 900, 8
 
 def save(prefix: Path, seed: int = 0, rows: int = ROWS, dim: int = DIM) -> np.ndarray:
     keys = np.random.default_rng(seed).standard_normal((rows, dim)).astype(np.float32)
-    with DatastoreWriter(prefix, rows, dim, "float32", {}) as writer:
-        writer.append(keys, np.arange(rows))
-        writer.finish()
+    save_keys(prefix, keys)
     return keys
 
 

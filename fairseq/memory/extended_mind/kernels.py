@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import compiled, reached_by_entries
+from fairseq.memory.index.kernels import compiled, product, reached_by_entries
 
 GROUPS = 256
 """Scores are looked at in so many groups first."""
@@ -76,14 +76,6 @@ def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: 
             for i in range(c, columns, len(largest_C)):
                 if score_M[i] >= bound and _belongs(best_K, ids_K, score_M[i], first + i):
                     _insert(best_K, ids_K, score_M[i], first + i)
-
-
-@compiled(fastmath=ANY_ORDER)
-def _product(a_D: Any, b_D: Any, width: int) -> Any:
-    total = np.float32(0.0)
-    for d in range(width):
-        total += a_D[d] * b_D[d]
-    return total
 
 
 @compiled(fastmath=ANY_ORDER)
@@ -161,7 +153,7 @@ def _multiply_again(which_J: Any, query_D: Any, key_MD: Any, inverse_M: Any, sco
             fetched += key_MD[which_J[j], d]
     for j in range(len(which_J)):
         i = which_J[j]
-        score_J[j] = _product(query_D, key_MD[i], width) * inverse_M[i]
+        score_J[j] = product(query_D, key_MD[i]) * inverse_M[i]
     return fetched
 
 
@@ -229,7 +221,7 @@ def attend_to_chosen(
 
     ``score_NTK`` holds what is added to each score, -inf where a memory is left out, and gets the scores.
     """
-    width, heads_each = query_NTD.shape[2], len(query_NTD) // len(key_GSD)
+    heads_each = len(query_NTD) // len(key_GSD)
     for n in range(len(query_NTD)):
         key_SD, value_SD = key_GSD[n // heads_each], value_GSD[n // heads_each]
         for t in range(query_NTD.shape[1]):
@@ -237,7 +229,7 @@ def attend_to_chosen(
             largest = np.float32(-np.inf)
             for i in range(len(score_K)):
                 if score_K[i] > -np.inf:
-                    score_K[i] += _product(query_D, key_SD[ids_K[i]], width) * np.float32(scale)
+                    score_K[i] += product(query_D, key_SD[ids_K[i]]) * np.float32(scale)
                     largest = max(largest, score_K[i])
             total, out_D = np.float32(0.0), out_NTD[n, t]
             out_D[:] = 0.0

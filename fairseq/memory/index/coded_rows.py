@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
 from fairseq.memory.index.table_search import codewords, rest_centres
 from fairseq.memory.threads import each_in_threads
 
@@ -22,8 +22,7 @@ _CHUNK_FLOATS = 64 << 20  # of decoded keys
 
 def row_scorer(index: Any, *, by_distance: bool) -> Any:
     """What scores rows of a faiss index: the fast one for product-quantized keys, faiss itself for all others."""
-    is_ivfpq = type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8
-    if is_ivfpq and index.ntotal * (index.code_size + 4) <= _MOST_BYTES:
+    if has_byte_codes(index) and index.ntotal * (index.code_size + 8) <= _MOST_BYTES:
         return CodedRows(index, by_distance=by_distance)
     return ReconstructedRows(index, by_distance=by_distance)
 

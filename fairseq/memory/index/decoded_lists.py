@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.files import Array
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
 from fairseq.memory.index.list_search import KeyList, Rotation
 
 _MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
@@ -47,8 +47,7 @@ class DecodedLists:
     @staticmethod
     def pays_for(index: Any, num_queries: int) -> bool:
         """Whether decoding lists for so many queries costs less than faiss's own search."""
-        is_ivfpq = type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
-        return is_ivfpq and num_queries * index.nprobe >= _MIN_QUERIES_PER_LIST * index.nlist
+        return has_byte_codes(index) and num_queries * index.nprobe >= _MIN_QUERIES_PER_LIST * index.nlist
 
     def __len__(self) -> int:
         return int(self._index.nlist)

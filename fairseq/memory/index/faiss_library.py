@@ -18,6 +18,11 @@ def faiss_library() -> Any:
     return faiss
 
 
+def has_byte_codes(index: Any) -> bool:
+    """Whether a faiss index has lists of product-quantized keys, a byte for each part of a key."""
+    return type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
+
+
 @contextmanager
 def faiss_threads(count: int) -> Iterator[None]:
     """Let faiss use so many threads in the block."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.files import Array
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
+from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes
 from fairseq.memory.index.kernels import GROUP
 from fairseq.memory.threads import Spare, each_in_threads
 
@@ -73,7 +73,7 @@ class TableSearch:
     @staticmethod
     def serves(index: Any) -> bool:
         """Whether the index is of such keys, in memory."""
-        if type(index).__name__ != "IndexIVFPQ" or index.pq.nbits != 8 or not index.nlist:
+        if not has_byte_codes(index):
             return False
         lists = faiss_library().downcast_InvertedLists(index.invlists)
         return type(lists).__name__ == "ArrayInvertedLists" and lists.code_size == index.pq.M
@@ -99,7 +99,7 @@ class TableSearch:
 
     def _search(self, query_QD: Array, visited_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.table_kernels import search_tables
-        from fairseq.memory.index.wide_kernels import unpack
+        from fairseq.memory.index.wide_kernels import NOTHING, unpack
 
         count_Q = np.empty(len(query_QD), np.int64)
         lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
@@ -109,7 +109,7 @@ class TableSearch:
             search_tables(query_QD, visited_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
             best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
             if len(count_Q) > 1:
-                best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = np.iinfo(np.int64).max
+                best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = NOTHING
             best_QC.sort(axis=1)
             unpack(best_QC, ids_QK, scores_QK)
 
