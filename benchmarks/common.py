@@ -128,8 +128,8 @@ def plain_and_knn(words: Sequence[str], repeats: int) -> tuple[list[float], list
     Returns: both, the number of scored tokens, and the memory.
     """
     from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
-    from fairseq.perplexity import PerplexityReport
     from fairseq.sequence_scorer import SequenceScorer
     from fairseq_cli.eval_lm import open_memory
 
@@ -149,7 +149,7 @@ def plain_and_knn(words: Sequence[str], repeats: int) -> tuple[list[float], list
 
 def tell(name: str, what: str, ratio: float, wanted: str, details: dict[str, Any], out: str | None) -> None:
     """Print the ratio and write the record."""
-    from fairseq.manifest import write_manifest
+    from fairseq.runtime.manifest import write_manifest
 
     sys.stdout.write(f"{name}: {what}: {ratio:.3f} (wanted: {wanted})\n")
     path = out or str(ROOT / "benchmarks" / "results" / f"{name}.json")

@@ -20,7 +20,7 @@ _CENTERS = 2000
 
 def main() -> None:
     """Build each kind with both, in turn; print the worst ratio of the times and the worst difference in recall."""
-    from fairseq.memory.datastore import Datastore
+    from fairseq.memory.datastore.datastore import Datastore
     from fairseq.memory.index import INDEXES
 
     parser = common.parser(__doc__, "store")
@@ -53,7 +53,7 @@ def main() -> None:
 
 def make_store(prefix: Path, rows: int, dim: int) -> None:
     """Keys in loose clusters, as hidden states are."""
-    from fairseq.memory.datastore import DatastoreWriter
+    from fairseq.memory.datastore.datastore import DatastoreWriter
 
     centers = np.random.default_rng(0).standard_normal((_CENTERS, dim)).astype(np.float32)
     draw = np.random.default_rng(1)
@@ -100,9 +100,9 @@ def compare(kind: str, prefix: str, store: Any, folder: Path, options: Any) -> d
 
 def build_plainly(config: Any, store: Any, path: Path) -> None:
     """What a few lines with faiss do: the same factory string, seed and sample."""
+    from fairseq.memory.datastore.chunked_array import as_tensor
     from fairseq.memory.index.build import training_rows
     from fairseq.memory.index.faiss_library import faiss_library
-    from fairseq.memory.rows import as_tensor
     from fairseq.memory.similarity import normalized
 
     faiss = faiss_library()

@@ -45,8 +45,8 @@ class Stopwatch:
 def evaluation_share(data: Path, checkpoint: Path, more: list[str]) -> float:
     """Share of one evaluation outside model and softmax."""
     from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
-    from fairseq.perplexity import PerplexityReport
     from fairseq.sequence_scorer import SequenceScorer
 
     words = [str(data), "--path", str(checkpoint), "--cpu", "--gen-subset", "valid", *more]

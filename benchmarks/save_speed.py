@@ -32,7 +32,7 @@ def _timed(
 
     from fairseq.datastore_saving import save_datastore, store_rows
     from fairseq.evaluation import open_evaluation
-    from fairseq.memory.datastore_writer import DatastoreWriter
+    from fairseq.memory.datastore.writer import DatastoreWriter
     from fairseq.options import parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer
 

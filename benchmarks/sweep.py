@@ -64,8 +64,8 @@ def difference(words: list[str], results: list[dict[str, Any]]) -> float:
     """Largest difference of the loss between the sweep and evaluations of each setting by itself."""
     from fairseq.evaluation import evaluate, open_evaluation
     from fairseq.memory.combiners.fixed import Interpolation
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
-    from fairseq.perplexity import PerplexityReport
     from fairseq.sequence_scorer import SequenceScorer
     from fairseq_cli.eval_lm import open_memory
 

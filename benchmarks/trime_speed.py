@@ -25,8 +25,8 @@ WANTED = {"local": 0.8, "long": 0.8, "external": 0.35}
 def evaluation(data: str, checkpoint: str, more: str) -> Any:
     """A call that evaluates once, everything opened beforehand."""
     from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
-    from fairseq.perplexity import PerplexityReport
     from fairseq_cli.eval_lm_trime import open_memories
     from fairseq_cli.main import keep_freed_memory
 

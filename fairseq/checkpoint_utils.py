@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fairseq.data.dictionary import Dictionary
-from fairseq.disk import writing
 from fairseq.legacy_checkpoints import from_fairseq, read_pickle
 from fairseq.models.config import TransformerLMConfig, model_config_from
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.transformer_lm import TransformerLanguageModel, num_layers
 from fairseq.registry import did_you_mean
+from fairseq.runtime.atomic_files import writing
 
 logger = logging.getLogger(__name__)
 

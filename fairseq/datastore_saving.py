@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fairseq.memory.datastore import DatastoreWriter
-from fairseq.memory.documents import Documents
+from fairseq.memory.datastore.datastore import DatastoreWriter
+from fairseq.memory.datastore.documents import Documents
 
 if TYPE_CHECKING:
     from fairseq.evaluation import Evaluation
-    from fairseq.memory.files import Array
+    from fairseq.memory.types import Array
     from fairseq.sequence_scorer import SequenceScorer
 
 logger = logging.getLogger(__name__)

@@ -14,17 +14,18 @@ import torch
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for
 from fairseq.data.batching import batch_by_size, filter_by_size
+from fairseq.data.batching_config import DatasetConfig
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
-from fairseq.distributed import runs_on_gpu
 from fairseq.evaluation_config import EvaluationConfig
 from fairseq.memory.sources.retomaton_reading import BlockReader
 from fairseq.memory.types import LogSums
 from fairseq.models.config import KEY_TAPS
 from fairseq.registry import lookup
+from fairseq.runtime.config import RuntimeConfig
+from fairseq.runtime.distributed import runs_on_gpu
 from fairseq.sequence_scorer import ScoredBatch, SequenceScorer
 from fairseq.tasks.configs import LanguageModelingConfig
 from fairseq.tasks.language_modeling import LanguageModelingTask
-from fairseq.training_config import DatasetConfig, RuntimeConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
     from fairseq.data.iterators import EpochBatchIterator
     from fairseq.memory.types import Candidates
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import Settings
-    from fairseq.perplexity import PerplexityReport
 
 logger = logging.getLogger(__name__)
 

@@ -8,28 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-from fairseq import ignored_flags
-from fairseq.config import FlagParser, build, flag, flag_names
+from fairseq.config import FlagParser, build, flag, flag_names, ignored_flags
+from fairseq.config.plugins import import_user_dir
 from fairseq.criterions import CRITERIONS
-from fairseq.data.batching_config import BatchingConfig
+from fairseq.data.batching_config import BatchingConfig, DatasetConfig
 from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig, TrimeEvaluationConfig
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.memory.retomaton_config import RetomatonConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
-from fairseq.progress import CommonConfig
+from fairseq.optim.configs import OptimizationConfig
 from fairseq.registry import Entry, lookup
+from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.tasks import TASKS
-from fairseq.training_config import (
-    CheckpointConfig,
-    DatasetConfig,
-    DistributedConfig,
-    OptimizationConfig,
-    RuntimeConfig,
-    ValidationConfig,
-)
-from fairseq.user_dir import import_user_dir
+from fairseq.training_config import CheckpointConfig, ValidationConfig
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")

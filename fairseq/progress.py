@@ -7,44 +7,15 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fairseq.config import flag, require_at_least
-from fairseq.metrics import Figures, format_figure
+from fairseq.metrics.training import Figures, format_figure
+from fairseq.runtime.config import CommonConfig
 
 logger = logging.getLogger(__name__)
 
 _LINE = "%(asctime)s | %(levelname)s | %(name)s | %(message)s"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonConfig:
-    """How a command tells what it is doing."""
-
-    no_progress_bar: bool = flag("--no-progress-bar", default=False)
-    """Write lines instead of a bar."""
-    log_interval: int = flag("--log-interval", default=1000)
-    """Updates between two lines (or refreshed figures of the bar)."""
-    log_format: str | None = flag("--log-format", default=None, choices=("json", "none", "simple", "tqdm"))
-    """Form of the progress; by default a bar on a terminal and simple lines elsewhere."""
-    log_file: str | None = flag("--log-file", default=None)
-    """File that gets a copy of all log lines."""
-    tensorboard_logdir: str = flag("--tensorboard-logdir", default="")
-    """Folder for TensorBoard's event files."""
-    wandb_project: str | None = flag("--wandb-project", default=None)
-    """Project on Weights & Biases."""
-
-    def __post_init__(self) -> None:
-        require_at_least(1, log_interval=self.log_interval)
-
-    @property
-    def form(self) -> str:
-        """The form of progress that applies: a bar is for terminals only."""
-        wanted = self.log_format or ("simple" if self.no_progress_bar else "tqdm")
-        return "simple" if wanted == "tqdm" and not sys.stderr.isatty() else wanted
 
 
 def copy_log_to_file(config: CommonConfig) -> logging.Handler | None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fairseq.criterions.base import Loss
 from fairseq.data.types import LMBatch
-from fairseq.distributed import sum_over_ranks
-from fairseq.metrics import StepSums
+from fairseq.metrics.training import StepSums
 from fairseq.optim import set_lr
-from fairseq.training_config import OptimizationConfig
+from fairseq.optim.configs import OptimizationConfig
+from fairseq.runtime.distributed import sum_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,26 +16,20 @@ from fairseq.checkpoint_keeper import CheckpointKeeper
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for, save_checkpoint
 from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
-from fairseq.data.batching_config import BatchingConfig
+from fairseq.data.batching_config import BatchingConfig, DatasetConfig
 from fairseq.data.trime_batching import ranks_together, training_order
-from fairseq.distributed import make_fabric
-from fairseq.manifest import write_manifest
-from fairseq.metrics import TrainMeters, valid_figures
+from fairseq.metrics.training import TrainMeters, valid_figures
 from fairseq.models.config import TransformerLMConfig, require_same_architecture
+from fairseq.optim.configs import OptimizationConfig
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
-from fairseq.progress import CommonConfig, Progress, copy_log_to_file
+from fairseq.progress import Progress, copy_log_to_file
+from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
+from fairseq.runtime.distributed import make_fabric
+from fairseq.runtime.manifest import write_manifest
 from fairseq.tasks import TASKS
 from fairseq.trainer import Trainer
-from fairseq.training_config import (
-    CheckpointConfig,
-    DatasetConfig,
-    DistributedConfig,
-    OptimizationConfig,
-    RuntimeConfig,
-    ValidationConfig,
-    require_same_parts,
-)
+from fairseq.training_config import CheckpointConfig, ValidationConfig, require_same_parts
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch

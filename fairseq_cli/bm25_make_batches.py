@@ -23,10 +23,11 @@ def main(argv: Sequence[str]) -> None:
 
     import numpy as np
 
-    from fairseq.manifest import write_atomically, write_manifest
     from fairseq.memory.bm25_chain import chain, neighbor_rate
     from fairseq.memory.bm25_results import read_results, shard_files
-    from fairseq.memory.files import may_create_in
+    from fairseq.runtime.atomic_files import write_atomically
+    from fairseq.runtime.files import may_create_in
+    from fairseq.runtime.manifest import write_manifest
 
     may_create_in(Path(config.batch_file).absolute().parent)
     neighbors = read_results(Path(config.results_path))

@@ -18,8 +18,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_config(SearchConfig)
     config = build(SearchConfig, parser.parse(argv))
 
-    from fairseq.manifest import write_manifest
     from fairseq.memory.bm25_search import search_shard
+    from fairseq.runtime.manifest import write_manifest
 
     done = search_shard(config)
     speed = done.num_searched / done.search_seconds if done.num_searched else 0.0

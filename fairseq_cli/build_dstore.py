@@ -27,9 +27,9 @@ def main(argv: Sequence[str]) -> None:
         return
     config = build(BuildConfig, given)
 
-    from fairseq.manifest import write_manifest
     from fairseq.memory.index.build import build_index, open_store
     from fairseq.memory.index.quality import report
+    from fairseq.runtime.manifest import write_manifest
 
     _check_evaluation(config)
     built = build_index(config)
@@ -110,7 +110,7 @@ def _evaluations(config: BuildConfig) -> dict[str, float]:
     """Perplexities with exact search and with the index, and their difference."""
     from fairseq.evaluation import evaluate, open_evaluation
     from fairseq.evaluation_config import BulkConfig, EvaluationConfig
-    from fairseq.perplexity import PerplexityReport
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.sequence_scorer import SequenceScorer
     from fairseq_cli.eval_lm import open_memory
 

@@ -28,8 +28,8 @@ def is_wanted(given: Mapping[str, Any]) -> bool:
 
 def cluster(config: ClusterConfig, argv: Sequence[str], program: str) -> None:
     """Make the clusters a config describes, print one line and leave a run manifest beside them."""
-    from fairseq.manifest import write_manifest
     from fairseq.memory.cluster_building import build_clusters, open_clustered_store
+    from fairseq.runtime.manifest import write_manifest
 
     made = build_clusters(config)
     sys.stdout.write(

@@ -8,27 +8,27 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fairseq.config import FlagParser, build, to_dict
-from fairseq.memory.datastore_config import (
+from fairseq.memory.datastore.config import (
     ConvertConfig,
     DeleteConfig,
     InfoConfig,
     MergeConfig,
-    PlanConfig,
     SampleConfig,
     StoreConfig,
     VerifyConfig,
 )
+from fairseq.memory.planning.config import PlanConfig
 from fairseq.registry import Entry, lookup
 from fairseq_cli.main import run
 
 if TYPE_CHECKING:
-    from fairseq.memory.datastore import Datastore
+    from fairseq.memory.datastore.datastore import Datastore
 
 PROGRAM = "fairseq-datastore"
 
 
 def _open(config: StoreConfig) -> Datastore:
-    from fairseq.memory.datastore import Datastore
+    from fairseq.memory.datastore.datastore import Datastore
 
     store = Datastore.open_any(
         config.prefix,
@@ -42,7 +42,7 @@ def _open(config: StoreConfig) -> Datastore:
 
 def info(config: InfoConfig, argv: Sequence[str]) -> None:
     """Print what the store holds."""
-    from fairseq.memory.datastore_info import describe
+    from fairseq.memory.datastore.info import describe
 
     told = describe(_open(config))
     if config.json:
@@ -57,8 +57,8 @@ def info(config: InfoConfig, argv: Sequence[str]) -> None:
 
 def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
     """Print what is damaged, or that nothing is."""
-    from fairseq.memory.datastore_info import count_keys
-    from fairseq.memory.datastore_verify import damage
+    from fairseq.memory.datastore.info import count_keys
+    from fairseq.memory.datastore.verify import damage
 
     store = _open(config)
     found = list(damage(store.parts))
@@ -84,7 +84,7 @@ def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
 def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
     """Write the store anew and print how many rows it has."""
     from fairseq.data.dictionary import Dictionary
-    from fairseq.memory.datastore_copy import convert as write
+    from fairseq.memory.datastore.convert import convert as write
 
     store = _open(config)
     metadata: dict[str, Any] = {"key_tap": config.knn_keytype} if config.knn_keytype else {}
@@ -103,7 +103,7 @@ def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
 
 def sample(config: SampleConfig, argv: Sequence[str]) -> None:
     """Write the sample and print how many rows it has."""
-    from fairseq.memory.datastore_copy import sample as write
+    from fairseq.memory.datastore.convert import sample as write
 
     done = write(_open(config), config.out, config.rows, config.seed)
     sys.stdout.write(f"wrote {done.rows} of {done.rows + done.left_out} rows to {config.out}\n")
@@ -112,7 +112,7 @@ def sample(config: SampleConfig, argv: Sequence[str]) -> None:
 
 def merge(config: MergeConfig, argv: Sequence[str]) -> None:
     """Make the whole and print how many rows it has."""
-    from fairseq.memory.datastore_merge import merge as join
+    from fairseq.memory.datastore.merge import merge as join
 
     about = join(config.prefix, config.stores)
     sys.stdout.write(f"{config.prefix}: {about['rows']} rows in {len(about['parts'])} parts\n")
@@ -123,8 +123,8 @@ def delete(config: DeleteConfig, argv: Sequence[str]) -> None:
     """Delete, rewrite if asked to, and print how many rows are left."""
     import numpy as np
 
-    from fairseq.memory.datastore_copy import compact
-    from fairseq.memory.datastore_deletion import delete as mark
+    from fairseq.memory.datastore.convert import compact
+    from fairseq.memory.datastore.delete import delete as mark
 
     rows = [np.arange(first, last + 1) for first, last in config.rows]
     if config.rows_file:
@@ -141,14 +141,14 @@ def delete(config: DeleteConfig, argv: Sequence[str]) -> None:
 
 def plan(config: PlanConfig, argv: Sequence[str]) -> None:
     """Measure this machine and print what everything would take."""
-    from fairseq.manifest import require_writable
-    from fairseq_cli.plan_table import table
+    from fairseq.memory.planning.table import table
+    from fairseq.runtime.atomic_files import require_writable
 
     require_writable(config.folder, "--folder")
 
-    from fairseq.memory.plan import plan as make
-    from fairseq.memory.plan_rates import measure
-    from fairseq.memory.sources.external import memory_bytes
+    from fairseq.memory.planning.estimate import plan as make
+    from fairseq.memory.planning.measure import measure
+    from fairseq.runtime.hardware import memory_bytes
 
     rates = measure(config)
     made = make(config, rates, memory_bytes())
@@ -172,7 +172,7 @@ def _rows_in(path: str) -> Any:
 
 
 def _leave_manifest(prefix: str, config: Any, argv: Sequence[str], figures: dict[str, Any]) -> None:
-    from fairseq.manifest import write_manifest
+    from fairseq.runtime.manifest import write_manifest
 
     write_manifest(f"{prefix}.run.json", program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     _check_memory_wanted(settings)
 
     from fairseq.evaluation import evaluate, open_evaluation
-    from fairseq.perplexity import PerplexityReport
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.sequence_scorer import SequenceScorer
 
     set_determinism(settings)

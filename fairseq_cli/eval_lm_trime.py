@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--save-retrieval keeps the neighbours of the external memory: give --use-external too")
 
     from fairseq.evaluation import evaluate, open_evaluation
-    from fairseq.perplexity import PerplexityReport
+    from fairseq.metrics.perplexity import PerplexityReport
 
     set_determinism(settings)
     evaluation = open_evaluation(settings, in_order=trime.use_long)

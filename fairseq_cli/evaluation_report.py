@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fairseq.evaluation import Evaluation
+    from fairseq.metrics.perplexity import Figures, PerplexityReport
     from fairseq.options import Settings
-    from fairseq.perplexity import Figures, PerplexityReport
 
 logger = logging.getLogger(__name__)
 
 
 def checked(settings: Settings, *own: type) -> None:
     """Make every config of the command, so that each impossible value is told before anything is loaded."""
+    from fairseq.data.batching_config import DatasetConfig
     from fairseq.evaluation_config import BulkConfig, EvaluationConfig
-    from fairseq.manifest import require_writable
     from fairseq.memory.knn_config import KnnConfig
-    from fairseq.training_config import DatasetConfig, RuntimeConfig
+    from fairseq.runtime.atomic_files import require_writable
+    from fairseq.runtime.config import RuntimeConfig
 
     for config_class in (*own, BulkConfig, KnnConfig, RuntimeConfig, DatasetConfig):
         settings.config(config_class)
@@ -72,9 +73,8 @@ def leave_files(settings: Settings, evaluation: Evaluation, report: PerplexityRe
     """Write what was asked for, and the run manifest."""
     import numpy as np
 
-    from fairseq.disk import replacing
     from fairseq.evaluation_config import EvaluationConfig
-    from fairseq.manifest import write_atomically
+    from fairseq.runtime.atomic_files import replacing, write_atomically
 
     config = settings.config(EvaluationConfig)
     eval_file, scores_file = config.eval_file, config.scores_file
@@ -105,7 +105,7 @@ def leave_files(settings: Settings, evaluation: Evaluation, report: PerplexityRe
 
 def _default_manifest(settings: Settings, config: Any) -> str | None:
     """Beside the checkpoint, one file per distinct command; None where that folder is not ours to write in."""
-    from fairseq.manifest import may_write_in
+    from fairseq.runtime.atomic_files import may_write_in
 
     folder = os.path.dirname(os.path.abspath(str(config.path).split(":")[0]))
     if not may_write_in(folder):
@@ -119,8 +119,8 @@ def _default_manifest(settings: Settings, config: Any) -> str | None:
 def leave_manifest(settings: Settings, evaluation: Evaluation, path: str | None, figures: dict[str, Any]) -> None:
     """Write the run manifest to ``path``, or none where there is no place for it."""
     from fairseq.evaluation_config import EvaluationConfig
-    from fairseq.manifest import write_manifest
     from fairseq.memory.knn_config import KnnConfig
+    from fairseq.runtime.manifest import write_manifest
 
     if path is None:
         return

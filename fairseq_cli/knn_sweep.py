@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fairseq.config import FlagParser, build, to_dict
-from fairseq.memory.sweep_config import SweepConfig
+from fairseq.memory.retrieval.sweep_config import SweepConfig
 from fairseq_cli.main import run
 
 if TYPE_CHECKING:
     from fairseq.data.dictionary import Dictionary
-    from fairseq.memory.datastore import Datastore
-    from fairseq.memory.explain import Change
-    from fairseq.memory.retrieval import Retrieval
-    from fairseq.memory.sweep import Result
+    from fairseq.memory.datastore.datastore import Datastore
+    from fairseq.memory.retrieval.explain import Change
+    from fairseq.memory.retrieval.file import Retrieval
+    from fairseq.memory.retrieval.sweep import Result
 
 PROGRAM = "fairseq-knn-sweep"
 logger = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_config(SweepConfig)
     config = build(SweepConfig, parser.parse(argv))
 
-    from fairseq.manifest import require_writable
-    from fairseq.memory.sweep import Grid, at, best_of, language_model_alone, open_all, require_alike, sweep
-    from fairseq_cli.sweep_files import leave
+    from fairseq.memory.retrieval.sweep import Grid, at, best_of, language_model_alone, open_all, require_alike, sweep
+    from fairseq.memory.retrieval.sweep_outputs import leave
+    from fairseq.runtime.atomic_files import require_writable
 
     out = config.out or f"{config.retrievals[0]}.sweep"
     require_writable(os.path.dirname(os.path.abspath(out)), "--out")
@@ -71,7 +71,7 @@ def _tell(result: Result) -> None:
 
 def _reported(tuned: Sequence[Retrieval], reported: Sequence[Retrieval], final: Result | None) -> dict[str, Any]:
     """What the figure is worth: on which text it was taken."""
-    from fairseq.memory.sweep import language_model_alone, same_text
+    from fairseq.memory.retrieval.sweep import language_model_alone, same_text
 
     subset = tuned[0].made_of["subset"]
     if not reported or final is None:
@@ -95,7 +95,7 @@ def _reported(tuned: Sequence[Retrieval], reported: Sequence[Retrieval], final: 
 def _texts(config: SweepConfig, retrieval: Retrieval) -> tuple[Datastore, Dictionary]:
     """The datastore and the dictionary that neighbours and tokens are shown in; checked before the long part."""
     from fairseq.data.dictionary import Dictionary
-    from fairseq.memory.explain import open_store
+    from fairseq.memory.retrieval.explain import open_store
 
     path = config.dictionary or retrieval.about["dictionary"]
     if not os.path.isfile(path):
@@ -113,7 +113,7 @@ def _explained(
     retrievals: Sequence[Retrieval], best: Result, count: int, store: Datastore, dictionary: Dictionary
 ) -> dict[str, Any]:
     """Print the tokens that changed most; returns them as plain types."""
-    from fairseq.memory.explain import explain
+    from fairseq.memory.retrieval.explain import explain
 
     gained, lost = explain(retrievals, best.setting, count, store, dictionary)
     for title, changes in (("gained most", gained), ("lost most", lost)):

@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fairseq import ignored_flags
-from fairseq.config import FlagParser, build, flag, require_at_least
+from fairseq.config import FlagParser, build, flag, ignored_flags, require_at_least
 from fairseq.data.binarizer import binarize, count_symbols
 from fairseq.data.dictionary import Dictionary
 from fairseq_cli.main import run

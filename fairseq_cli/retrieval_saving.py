@@ -18,9 +18,9 @@ from fairseq_cli.evaluation_report import leave_manifest
 
 if TYPE_CHECKING:
     from fairseq.evaluation import Evaluation, Retrieved
-    from fairseq.memory.retrieval import Retrieval
+    from fairseq.memory.retrieval.file import Retrieval
+    from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import Settings
-    from fairseq.perplexity import PerplexityReport
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def saving_retrieval(
     if not path:
         yield evaluation.iterator(), None
         return
-    from fairseq.memory.retrieval_writer import RetrievalWriter, existing
+    from fairseq.memory.retrieval.writer import RetrievalWriter, existing
 
     made_of = _made_of(settings, evaluation, memory)
     there = existing(path, made_of)
@@ -84,7 +84,7 @@ def saving_retrieval(
 
 def _report_saved(there: Retrieval, count: int, combine: Any, report: PerplexityReport) -> None:
     """Combine saved tokens as the settings say."""
-    from fairseq.memory.rows import as_tensor
+    from fairseq.memory.datastore.chunked_array import as_tensor
 
     for start in range(0, count, _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, count))
@@ -107,8 +107,8 @@ def _reads_text(settings: Settings) -> bool:
 
 def _made_of(settings: Settings, evaluation: Evaluation, memory: Any) -> dict[str, Any]:
     """What decides which neighbours and log-probabilities come out, as plain values."""
-    from fairseq.manifest import file_digest
-    from fairseq.memory.retrieval import store_digest
+    from fairseq.memory.retrieval.file import store_digest
+    from fairseq.runtime.manifest import file_digest
 
     config, knn = settings.config(EvaluationConfig), settings.config(KnnConfig)
     dictionary, store, index = evaluation.task.dictionary, memory.store, memory.index

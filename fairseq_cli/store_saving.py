@@ -23,8 +23,8 @@ _SECONDS_TO_JOIN = 60.0  # another shard's joining takes a moment
 def save(settings: Settings, evaluation: Evaluation, scorer: Any) -> None:
     """Write the datastore and print how it went."""
     from fairseq.datastore_saving import documents_of, save_datastore, store_rows
-    from fairseq.memory.datastore import DatastoreWriter
-    from fairseq.memory.datastore_parts import is_there, part_prefix
+    from fairseq.memory.datastore.datastore import DatastoreWriter
+    from fairseq.memory.datastore.metadata import is_there, part_prefix
     from fairseq.memory.knn_config import KnnConfig
 
     memory_config = settings.config(MemoryEvaluationConfig)
@@ -66,7 +66,7 @@ def save(settings: Settings, evaluation: Evaluation, scorer: Any) -> None:
 
 def _about_rows(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
     """What tells a store's rows from those of another model, text or setting."""
-    from fairseq.manifest import file_digest
+    from fairseq.runtime.manifest import file_digest
 
     config = settings.config(EvaluationConfig)
     dictionary = evaluation.task.dictionary
@@ -90,7 +90,7 @@ def _about_rows(settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
 
 def _join(settings: Settings, evaluation: Evaluation) -> None:
     """Make the store of its parts if this shard was the last that was missing."""
-    from fairseq.memory.datastore_merge import join_shards
+    from fairseq.memory.datastore.merge import join_shards
 
     prefix = str(settings.config(MemoryEvaluationConfig).dstore_mmap)
     try:

@@ -16,9 +16,21 @@ MAX_FUNCTION_LINES = 80
 # Imports go to the same layer or to one above in this list. A module belongs to the longest prefix that fits it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("fairseq", "fairseq.config", "fairseq.disk", "fairseq.registry", "fairseq.user_dir", "fairseq.ignored_flags"),
-        *("fairseq.training_config", "fairseq.evaluation_config", "fairseq.manifest", "fairseq.metrics"),
-        *("fairseq.progress", "fairseq.distributed", "fairseq.checkpoint_keeper", "fairseq.word_loss"),
+        *(
+            "fairseq",
+            "fairseq.config",
+            "fairseq.runtime.atomic_files",
+            "fairseq.registry",
+            "fairseq.config.plugins",
+            "fairseq.config.ignored_flags",
+        ),
+        *(
+            "fairseq.training_config",
+            "fairseq.evaluation_config",
+            "fairseq.runtime.manifest",
+            "fairseq.metrics.training",
+        ),
+        *("fairseq.progress", "fairseq.runtime.distributed", "fairseq.checkpoint_keeper", "fairseq.metrics.word_loss"),
     ),
     ("fairseq.memory.types", "fairseq.memory.scoring", "fairseq.memory.visibility", "fairseq.memory.knn_config"),
     ("fairseq.data",),
@@ -31,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("fairseq.options", "fairseq.trainer", "fairseq.training_loop"),
         *(
             "fairseq.sequence_scorer",
-            "fairseq.perplexity",
+            "fairseq.metrics.perplexity",
             "fairseq.tail_pads",
             "fairseq.evaluation",
             "fairseq.datastore_saving",
@@ -43,7 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # package -> the only places that may import it
 ONLY_IN = {
-    "argparse": ("fairseq/config.py", "benchmarks/"),
+    "argparse": ("fairseq/config/flags.py", "benchmarks/"),
     "faiss": ("fairseq/memory/index/faiss_library.py",),
     "transformers": ("fairseq/memory/hf/", "examples/", "benchmarks/"),
 }
@@ -100,7 +112,9 @@ def no_parameter_called_args(sources: Sequence[Source]) -> list[str]:
     found = []
     for source, node in _nodes(sources, *_FUNCTIONS, ast.Lambda):
         parameters = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-        if source.path not in ("fairseq/config.py", "fairseq/options.py") and "args" in [p.arg for p in parameters]:
+        if source.path not in ("fairseq/config/flags.py", "fairseq/options.py") and "args" in [
+            p.arg for p in parameters
+        ]:
             found.append(source.complaint(node, "a parameter called args hides what the function needs"))
     return found
 

@@ -51,8 +51,11 @@ BAD: dict[str, list[tuple[dict[str, str], str]]] = {
         ({"fairseq_cli/a.py": "f = lambda args: args.x\n"}, "called args"),
     ],
     "layer_order": [
-        ({"fairseq/memory/datastore.py": "from fairseq.models.transformer_lm import X\n"}, "which stands above it"),
-        ({"fairseq/memory/types.py": "import fairseq.memory.datastore\n"}, "which stands above it"),
+        (
+            {"fairseq/memory/datastore/datastore.py": "from fairseq.models.transformer_lm import X\n"},
+            "which stands above it",
+        ),
+        ({"fairseq/memory/types.py": "import fairseq.memory.datastore.datastore\n"}, "which stands above it"),
         ({"fairseq/data/a.py": "def f():\n    from fairseq.modules import b\n"}, "fairseq/data/a.py:2"),
         ({"fairseq/trainer.py": "from fairseq_cli import train\n"}, "which stands above it"),
         ({"fairseq/brand_new.py": "x = 1\n"}, "has no layer"),
@@ -99,8 +102,11 @@ def test_every_check_has_a_bad_example() -> None:
     ("name", "files"),
     [
         ("no_print_in_library", {"fairseq_cli/a.py": "print(1)\n"}),
-        ("no_parameter_called_args", {"fairseq/config.py": "def f(args): pass\n"}),
-        ("layer_order", {"fairseq/models/a.py": "from fairseq.memory.datastore import Datastore\nimport torch\n"}),
+        ("no_parameter_called_args", {"fairseq/config/flags.py": "def f(args): pass\n"}),
+        (
+            "layer_order",
+            {"fairseq/models/a.py": "from fairseq.memory.datastore.datastore import Datastore\nimport torch\n"},
+        ),
         ("imports_stay_where_they_belong", {"fairseq/memory/index/faiss_library.py": "import faiss\n"}),
         ("nothing_is_evaluated", {"fairseq/a.py": "model.eval()\nx = torch.load(p, weights_only=True)\n"}),
         ("every_config_field_is_read", {"fairseq/a.py": CONFIG, "fairseq/b.py": "def f(knn): return knn.k\n"}),

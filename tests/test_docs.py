@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from fairseq.config import FlagParser, build
+from fairseq.config.plugins import import_user_dir
 from fairseq.criterions import CRITERIONS
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
-from fairseq.memory.sweep_config import SweepConfig
+from fairseq.memory.retrieval.sweep_config import SweepConfig
 from fairseq.models.architectures import build_model_config
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.options import parse_eval_lm, parse_train
-from fairseq.user_dir import import_user_dir
 from fairseq_cli.datastore import COMMANDS as DATASTORE_COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq import manifest
+from fairseq.runtime import atomic_files, manifest
 
 
 def test_a_manifest_says_how_a_number_came_about(tmp_path: Path) -> None:
@@ -42,22 +42,22 @@ def test_large_files_are_sampled_and_say_so(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "f.json"
-    manifest.write_atomically(path, "old")
+    atomic_files.write_atomically(path, "old")
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        manifest.write_atomically(path, "new")
+        atomic_files.write_atomically(path, "new")
     assert path.read_text() == "old"
 
 
 def test_a_folder_whose_mode_forbids_writing_is_left_alone(tmp_path: Path) -> None:
-    assert manifest.may_write_in(tmp_path)
+    assert atomic_files.may_write_in(tmp_path)
     tmp_path.chmod(0o555)
     try:
-        assert not manifest.may_write_in(tmp_path)
+        assert not atomic_files.may_write_in(tmp_path)
     finally:
         tmp_path.chmod(0o755)
-    assert not manifest.may_write_in(tmp_path / "missing")
+    assert not atomic_files.may_write_in(tmp_path / "missing")

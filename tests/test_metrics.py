@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fairseq.metrics import StepSums, TrainMeters, format_figure, loss_figures, perplexity, valid_figures
+from fairseq.metrics.training import StepSums, TrainMeters, format_figure, loss_figures, perplexity, valid_figures
 
 step = functools.partial(StepSums, num_batches=1.0, log={})
 

@@ -7,11 +7,13 @@ import shlex
 
 import pytest
 
+from fairseq.data.batching_config import DatasetConfig
 from fairseq.evaluation_config import EvaluationConfig, MemoryEvaluationConfig
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.optim import LR_SCHEDULERS
+from fairseq.optim.configs import OptimizationConfig
 from fairseq.options import parse_eval_lm, parse_train
-from fairseq.training_config import DatasetConfig, OptimizationConfig, RuntimeConfig
+from fairseq.runtime.config import RuntimeConfig
 
 KNNLM_TRAIN = """--task language_modeling data-bin/wikitext-103 --save-dir checkpoints/ --arch transformer_lm_wiki103
  --max-update 286000 --max-lr 1.0 --t-mult 2 --lr-period-updates 270000 --lr-scheduler cosine --lr-shrink 0.75

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from fairseq.config import FlagParser, build
-from fairseq.progress import CommonConfig, Progress, copy_log_to_file
+from fairseq.progress import Progress, copy_log_to_file
+from fairseq.runtime.config import CommonConfig
 
 INNER = {"loss": 13.6431, "ppl": 12790.2, "wps": 3941.83, "num_updates": 20, "lr": 0.0012, "wall": 11.2}
 VALID = {"loss": 8.1724, "ppl": 288.3941, "wps": 0.0, "num_updates": 205, "best_loss": 8.1724}

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
+from fairseq.config.plugins import import_user_dir
 from fairseq.criterions import CRITERIONS
 from fairseq.criterions.base import build_criterion
-from fairseq.user_dir import import_user_dir
 
 PLUGIN = '''
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.word_loss import LossSums, loss_sums
+from fairseq.metrics.word_loss import LossSums, loss_sums
 
 TOKENS = st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from([-0.5, -2.0, -math.inf])), max_size=20)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fairseq.config import FlagParser, build, flag
-from fairseq.manifest import write_atomically
+from fairseq.runtime.atomic_files import write_atomically
 from fairseq_cli.main import run
 
 SPLITS = ("valid", "test")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fairseq.disk import writing
+from fairseq.runtime.atomic_files import writing
 
 
 def load_model(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from clm_arguments import KnnArguments
 
 from fairseq.memory.cluster_building import BuiltClusters, build_clusters
 from fairseq.memory.cluster_config import ClusterConfig
-from fairseq.memory.datastore import Datastore
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.hf.evaluation import save_datastore
 from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.retomaton import RetomatonWrapper

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fairseq.manifest import write_atomically
+from fairseq.runtime.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ from clm_training import Blocks, train
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from fairseq.disk import writing
-from fairseq.manifest import require_writable, write_manifest
-from fairseq.memory.files import read_json, write_json
 from fairseq.memory.hf.evaluation import TokenScores, evaluate
 from fairseq.memory.hf.retomaton import RetomatonWrapper
-from fairseq.perplexity import Figures
+from fairseq.metrics.perplexity import Figures
+from fairseq.runtime.atomic_files import require_writable, writing
+from fairseq.runtime.files import read_json, write_json
+from fairseq.runtime.manifest import write_manifest
 from fairseq_cli.evaluation_report import tell
 from fairseq_cli.main import run
 

@@ -1,8 +1,8 @@
 """Training losses by name. Add your line here."""
 
+from fairseq.config.plugins import class_registrar
 from fairseq.criterions import configs as c
 from fairseq.registry import Entry
-from fairseq.user_dir import class_registrar
 
 CRITERIONS: dict[str, Entry] = {
     "adaptive_loss": Entry(c.CriterionConfig, "fairseq.criterions.adaptive_loss:AdaptiveLoss"),

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fairseq.criterions.base import Criterion, Loss, scored, wide_sum
 from fairseq.criterions.configs import TrimeConfig, TrimeExternalConfig, TrimeGatheredConfig
-from fairseq.distributed import Gathered, gather_ragged, rank_and_world
 from fairseq.memory.joint_loss import InBatchMemory, joint_loss
 from fairseq.memory.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, Rule
+from fairseq.runtime.distributed import Gathered, gather_ragged, rank_and_world
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch

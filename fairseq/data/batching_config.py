@@ -30,3 +30,30 @@ class BatchingConfig:
                 "--train-mem-size lets related blocks share a memory; give --keep-order (consecutive blocks) or "
                 "--predefined-batches as well"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """How blocks of text become batches."""
+
+    num_workers: int = flag("--num-workers", default=1)
+    """Threads that prepare batches ahead; 0 prepares them in the main thread."""
+    max_tokens: int | None = flag("--max-tokens", default=None)
+    """Largest number of tokens in a batch, pads included; a context window comes on top."""
+    max_sentences: int | None = flag("--max-sentences", "--batch-size", default=None)
+    """Largest number of blocks in a batch."""
+    required_batch_size_multiple: int = flag("--required-batch-size-multiple", default=8)
+    """Batches of at least this many blocks hold a multiple of it."""
+    skip_invalid_size_inputs_valid_test: bool = flag("--skip-invalid-size-inputs-valid-test", default=False)
+    """Leave blocks longer than the model's positions out of validation instead of stopping."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is None and self.max_sentences is None:
+            raise ValueError("give --max-tokens or --max-sentences: the size of a batch is not known otherwise")
+        require_at_least(0, num_workers=self.num_workers)
+        require_at_least(
+            1,
+            max_tokens=self.max_tokens,
+            max_sentences=self.max_sentences,
+            required_batch_size_multiple=self.required_batch_size_multiple,
+        )

@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 
 from fairseq.data.download import fetch
-from fairseq.disk import replacing
+from fairseq.runtime.atomic_files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.disk import replacing
+from fairseq.runtime.atomic_files import replacing
 
 _OVERWRITE = "#fairseq:overwrite"
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fairseq.disk import naming, replacing
+from fairseq.runtime.atomic_files import naming, replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

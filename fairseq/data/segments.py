@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fairseq.data.dictionary import Dictionary
-from fairseq.disk import writing
+from fairseq.runtime.atomic_files import writing
 
 _CHUNK_CHARS = 1 << 22
 _BETWEEN = re.compile(r"[\s,]*")

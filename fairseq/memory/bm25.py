@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fairseq.data.segments import file_sha256, read_segments
-from fairseq.memory.files import locked, read_json, write_json
+from fairseq.runtime.files import locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
 Numbers = npt.NDArray[np.int64]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fairseq.disk import writing
-from fairseq.memory.files import read_json, write_json
+from fairseq.runtime.atomic_files import writing
+from fairseq.runtime.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 Numbers = npt.NDArray[np.int32]

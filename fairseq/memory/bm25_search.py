@@ -14,7 +14,7 @@ from fairseq.data.segments import read_segments
 from fairseq.memory.bm25_config import SearchConfig
 from fairseq.memory.bm25_lucene import LuceneIndex, is_lucene_index
 from fairseq.memory.bm25_results import ShardWriter
-from fairseq.memory.files import locked, may_create_in
+from fairseq.runtime.files import locked, may_create_in
 
 logger = logging.getLogger(__name__)
 _LOG_SECONDS = 20.0

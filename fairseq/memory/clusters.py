@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.disk import writing
-from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import Array
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.types import Array
+from fairseq.runtime.atomic_files import writing
 
 _FORMAT = "fairseq-memory clusters"
 _VERSION = 1

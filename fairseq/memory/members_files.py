@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from fairseq.memory.clusters import Clusters
-from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import Array
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.types import Array
 
 _NAME = re.compile(r"members_(.+)_(\d+)_(\d+)_(\d+)_(\d+)\.pkl")
 _MODEL_NAME = re.compile(r"(?:dstore|index)_(.+)_(\d+)_(\d+)(?:_keys\.npy|_vals\.npy|\.indexed)?")

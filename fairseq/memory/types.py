@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -112,3 +114,6 @@ class LogSums:
         if other is None:
             return self
         return LogSums(torch.logaddexp(self.hit_N, other.hit_N), torch.logaddexp(self.whole_N, other.whole_N))
+
+
+Array = npt.NDArray[Any]

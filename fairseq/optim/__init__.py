@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fairseq.config.plugins import class_registrar
 from fairseq.optim import configs as c
 from fairseq.registry import Entry
-from fairseq.user_dir import class_registrar
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

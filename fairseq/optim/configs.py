@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from fairseq.config import flag, float_list, require_at_least
+from fairseq.config import flag, float_list, int_list, require_at_least
 
 
 def _pair(name: str, value: tuple[float, ...]) -> None:
@@ -188,3 +189,35 @@ class PlateauConfig:
         require_at_least(
             0, lr_threshold=self.lr_threshold, lr_patience=self.lr_patience, warmup_updates=self.warmup_updates
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """How long and how far each update goes."""
+
+    max_epoch: int = flag("--max-epoch", "--me", default=0)
+    """Stop after this epoch; 0 for no limit."""
+    max_update: int = flag("--max-update", "--mu", default=0)
+    """Stop after this update; 0 for no limit."""
+    stop_time_hours: float = flag("--stop-time-hours", default=0.0)
+    """Stop (with a checkpoint) after this many hours; 0 for no limit."""
+    clip_norm: float = flag("--clip-norm", default=25.0)
+    """Scale gradients down to this norm; 0 leaves them alone."""
+    update_freq: tuple[int, ...] = flag("--update-freq", default=(1,), parse=int_list)
+    """Batches per update and process; a list gives one number per epoch, the last one going on."""
+    lr: tuple[float, ...] = flag("--lr", "--learning-rate", default=(0.25,), parse=float_list)
+    """Learning rate; a list gives one per epoch, see the schedule."""
+    min_lr: float = flag("--min-lr", "--stop-min-lr", default=-1.0)
+    """Stop training once the learning rate is this small."""
+
+    def __post_init__(self) -> None:
+        if min(self.update_freq) < 1:
+            raise ValueError(f"--update-freq must be at least 1, got {','.join(map(str, self.update_freq))}")
+        if self.max_epoch <= 0 and self.max_update <= 0 and self.stop_time_hours <= 0 and self.min_lr < 0:
+            raise ValueError("training would never stop; give --max-update, --max-epoch or --stop-time-hours")
+        if not all(0 <= rate < math.inf for rate in self.lr):
+            raise ValueError(f"--lr must be finite and at least 0, got {','.join(map(str, self.lr))}")
+
+    def update_freq_in(self, epoch: int) -> int:
+        """Batches per update in an epoch (counted from 1)."""
+        return self.update_freq[min(epoch, len(self.update_freq)) - 1]

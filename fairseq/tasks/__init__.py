@@ -1,8 +1,8 @@
 """Tasks by name. Add your line here."""
 
+from fairseq.config.plugins import class_registrar
 from fairseq.registry import Entry
 from fairseq.tasks.configs import LanguageModelingConfig
-from fairseq.user_dir import class_registrar
 
 TASKS: dict[str, Entry] = {
     "language_modeling": Entry(LanguageModelingConfig, "fairseq.tasks.language_modeling:LanguageModelingTask"),

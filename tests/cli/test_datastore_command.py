@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.plan import IndexRates, Rates
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.planning.estimate import IndexRates, Rates
 from fairseq_cli import datastore
 from fairseq_cli.main import run
 
@@ -230,7 +230,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 def test_plan(said, told, tmp_path, monkeypatch):
     one = IndexRates(train=2.0, train_key=1e-3, add_key=1e-4, scan_key=1e-7, query=1e-5)
     rates = Rates(2e9, 1e9, 1e11, 1e10, 1e-10, 1e-4, {"flat": one, "ivfpq": one})
-    monkeypatch.setattr("fairseq.memory.plan_rates.measure", lambda _: rates)
+    monkeypatch.setattr("fairseq.memory.planning.measure.measure", lambda _: rates)
     words = ("plan", "--keys", "103e6", "--dim", 1024, "--folder", tmp_path)
     lines = said(*words).splitlines()
     assert lines[0].startswith("store: 103000000 keys of 1024 float32: 423 GB, written in 7.05 min")

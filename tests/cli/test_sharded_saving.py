@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fairseq.data.indexed_dataset import MMapIndexedDataset
-from fairseq.memory.datastore import Datastore
-from fairseq.memory.datastore_merge import merge
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.merge import merge
 from fairseq_cli import eval_lm
 
 

@@ -10,9 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
-from fairseq.distributed import gather_ragged
 from fairseq.memory.scoring import joint_nll
 from fairseq.memory.visibility import EXTERNAL, LONG, Rule
+from fairseq.runtime.distributed import gather_ragged
 from fairseq.trainer import LossModule
 
 # name -> criterion, its flags, ranks_per_memory, rows of each rank's batch, how a single process sees the whole

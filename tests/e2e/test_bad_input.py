@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MODEL
 
-from fairseq.memory.datastore import DatastoreWriter
+from fairseq.memory.datastore.datastore import DatastoreWriter
 from fairseq_cli import build_dstore, eval_lm, preprocess, train
 from fairseq_cli.main import run
 

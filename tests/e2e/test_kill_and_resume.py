@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, Command
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
 
 KILLS = int(os.environ.get("FAIRSEQ_KILLS", "1"))
 

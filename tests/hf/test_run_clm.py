@@ -23,7 +23,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from fairseq.memory.datastore import Datastore  # noqa: E402
+from fairseq.memory.datastore.datastore import Datastore  # noqa: E402
 
 Clm = Callable[..., str]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import inputs, make
 
-from fairseq.memory.datastore import Datastore
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.memory.hf.saver import KNNSaver

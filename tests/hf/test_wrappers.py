@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import CONFIGS, DECODERS, SEQ2SEQ, VOCABULARY, inputs, make, tokens
 
-from fairseq.memory.datastore import Datastore
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.hf.evaluation import Window, evaluate, save_datastore, windows_of
 from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.retomaton import RetomatonWrapper

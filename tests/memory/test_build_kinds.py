@@ -14,7 +14,7 @@ import torch
 from dying import Died, dies_at
 from store_making import save_keys
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
 from fairseq.memory.index import INDEXES, build, faiss_builder, on_disk
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig

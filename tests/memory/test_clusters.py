@@ -15,10 +15,10 @@ from store_making import DIM, rows, save
 from fairseq.memory.cluster_building import build_clusters
 from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.clusters import Clusters, store_mark
-from fairseq.memory.datastore import Datastore
+from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index import kmeans
 from fairseq.memory.members_files import OriginalFiles, open_clusters, read_members
-from fairseq.memory.rows import Rows
 from fairseq.memory.types import Metric
 from fairseq_cli.build_dstore import main
 

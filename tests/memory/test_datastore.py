@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.files import BlockChecksums, locked
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.runtime.files import BlockChecksums, locked
 
 DIM = 8
 META = {"key_tap": "last_ffn_input", "dictionary_digest": "d" * 64, "dictionary_size": 50, "context_window": 4}
@@ -183,7 +183,7 @@ def test_a_flipped_byte_is_found(tmp_path):
 
 
 def test_block_checksums_do_not_depend_on_how_the_bytes_come(monkeypatch):
-    monkeypatch.setattr("fairseq.memory.files.BLOCK_BYTES", 64)
+    monkeypatch.setattr("fairseq.runtime.files.BLOCK_BYTES", 64)
     data = memoryview(os.urandom(300))
     whole, parts = BlockChecksums(), BlockChecksums()
     whole.update(data)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from store_making import DIM, META, rows, save
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.datastore_copy import convert, nonfinite_rows, sample
-from fairseq.memory.datastore_deletion import delete
-from fairseq.memory.datastore_info import count_keys, describe
-from fairseq.memory.datastore_merge import merge
+from fairseq.memory.datastore.convert import convert, nonfinite_rows, sample
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.delete import delete
+from fairseq.memory.datastore.info import count_keys, describe
+from fairseq.memory.datastore.merge import merge
 
 
 def as_type(keys: np.ndarray, dtype: str) -> np.ndarray:
@@ -20,7 +20,7 @@ def as_type(keys: np.ndarray, dtype: str) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("fairseq.memory.datastore_copy._BLOCK_BYTES", 4 * DIM * 7)
+    monkeypatch.setattr("fairseq.memory.datastore.convert._BLOCK_BYTES", 4 * DIM * 7)
 
 
 @pytest.mark.parametrize("to", ["float32", "float16", "bfloat16"])
@@ -76,7 +76,7 @@ def test_a_conversion_goes_on_and_is_not_repeated(tmp_path, monkeypatch, caplog)
     save(tmp_path / "a", 40)
     store = Datastore.open(tmp_path / "a")
     convert(store, tmp_path / "whole", "float16", {}, drop=False)
-    monkeypatch.setattr("fairseq.memory.datastore_copy._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr("fairseq.memory.datastore.convert._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     plain, calls = DatastoreWriter.append, []
 
     def append(self, keys, values):
@@ -86,7 +86,7 @@ def test_a_conversion_goes_on_and_is_not_repeated(tmp_path, monkeypatch, caplog)
         plain(self, keys, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fairseq.memory.datastore_writer.DatastoreWriter.append", append)
+        patch.setattr("fairseq.memory.datastore.writer.DatastoreWriter.append", append)
         with pytest.raises(KeyboardInterrupt):
             convert(store, tmp_path / "b", "float16", {}, drop=False)
         calls.append(0)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_making import DIM, META, rows, save
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.datastore_copy import compact
-from fairseq.memory.datastore_deletion import delete
-from fairseq.memory.datastore_merge import join_shards, merge
-from fairseq.memory.datastore_parts import part_prefix
-from fairseq.memory.files import locked
+from fairseq.memory.datastore.convert import compact
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.delete import delete
+from fairseq.memory.datastore.merge import join_shards, merge
+from fairseq.memory.datastore.metadata import part_prefix
+from fairseq.runtime.files import locked
 
 
 def shards(prefix: Path, sizes: list[int], dtype: str = "float32") -> tuple[np.ndarray, np.ndarray]:
@@ -159,8 +159,8 @@ def test_a_part_that_was_saved_anew_is_seen(tmp_path):
 
 @pytest.mark.parametrize("array", ["_keys.npy", "_vals.npy", "_docs.npy"])
 def test_a_flipped_byte_of_any_part_is_named(tmp_path, monkeypatch, array):
-    monkeypatch.setattr("fairseq.memory.files.BLOCK_BYTES", 64)
-    monkeypatch.setattr("fairseq.memory.datastore_writer.BLOCK_BYTES", 64)
+    monkeypatch.setattr("fairseq.runtime.files.BLOCK_BYTES", 64)
+    monkeypatch.setattr("fairseq.memory.datastore.writer.BLOCK_BYTES", 64)
     shards(tmp_path / "d", [9, 20, 9])
     join_shards(tmp_path / "d", 3)
     Datastore.open(tmp_path / "d").verify()
@@ -232,7 +232,7 @@ def test_a_deletion_that_was_killed_counts(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fairseq.memory.datastore_deletion.write_json", killed)
+        patch.setattr("fairseq.memory.datastore.delete.write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             delete(tmp_path / "d", np.array([5]))
     assert Datastore.open(tmp_path / "d").deleted.tolist() == [2, 5]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from brute_force import similarities
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.datastore_merge import merge
+from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.merge import merge
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.knn_config import KnnConfig
-from fairseq.memory.rows import Rows
 from fairseq.memory.scoring import knn_logp
 from fairseq.memory.sources.external import ExternalMemory, open_external
 from fairseq.memory.types import Metric, Neighbors

@@ -8,6 +8,7 @@ import pytest
 import torch
 from brute_force import similarities
 
+from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.index import scan_kernels
 from fairseq.memory.index.candidates import TrueScores
 from fairseq.memory.index.decoded_lists import DecodedLists
@@ -18,7 +19,6 @@ from fairseq.memory.index.faiss_index import (
     pair_scores_in_place,
 )
 from fairseq.memory.index.list_search import KeyList, Rotation, search_lists
-from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from store_making import save_keys
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.datastore_deletion import delete
-from fairseq.memory.files import locked
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.delete import delete
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
@@ -17,6 +16,7 @@ from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.memory.sources.external import open_external
 from fairseq.memory.types import Metric
+from fairseq.runtime.files import locked
 
 ROWS, DIM = 900, 8
 

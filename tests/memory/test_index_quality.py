@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.datastore import Datastore, DatastoreWriter
-from fairseq.memory.datastore_deletion import delete
+from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.delete import delete
 from fairseq.memory.index import quality
 from fairseq.memory.index.build import build_index, training_rows
 from fairseq.memory.index.build_config import BuildConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from store_making import DIM, rows
 
-from fairseq.memory.datastore import Datastore
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.build import open_store as open_for_building
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.knn_config import KnnConfig

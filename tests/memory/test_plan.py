@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from fairseq.config import UnreadableError
-from fairseq.memory.datastore_config import PlanConfig, count
-from fairseq.memory.datastore_writer import DatastoreWriter
+from fairseq.memory.datastore.config import count
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build import build_index
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.candidates import CANDIDATE_BYTES, capacity
-from fairseq.memory.plan import SIZES, IndexRates, Rates, plan, training_keys
-from fairseq.memory.plan_rates import measure
+from fairseq.memory.planning.config import PlanConfig
+from fairseq.memory.planning.estimate import SIZES, IndexRates, Rates, plan, training_keys
+from fairseq.memory.planning.measure import measure
 
 FACTORIES = {
     "flat": "Flat",
@@ -90,8 +91,8 @@ def test_keys_that_do_not_fit_are_read_once_per_bulk():
 
 
 def test_rates_are_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.plan_rates._DISK_BYTES", 32 << 20)
-    monkeypatch.setattr("fairseq.memory.plan_rates._KEY_BYTES", 1 << 10)
+    monkeypatch.setattr("fairseq.memory.planning.measure._DISK_BYTES", 32 << 20)
+    monkeypatch.setattr("fairseq.memory.planning.measure._KEY_BYTES", 1 << 10)
     rates = measure(config(folder=str(tmp_path), code_size=2))
     assert min(rates.read_bytes, rates.write_bytes, rates.matmul, rates.assign) > 1e6
     assert set(rates.indexes) == SIZES.keys() & INDEXES.keys()

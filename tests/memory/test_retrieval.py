@@ -13,8 +13,8 @@ import pytest
 import safetensors
 import torch
 
-from fairseq.memory.retrieval import Retrieval, progress_of
-from fairseq.memory.retrieval_writer import RetrievalWriter, existing
+from fairseq.memory.retrieval.file import Retrieval, progress_of
+from fairseq.memory.retrieval.writer import RetrievalWriter, existing
 from fairseq.memory.types import Candidates, LogSums
 
 N, K, TYPES = 23, 5, 40

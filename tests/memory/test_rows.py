@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.memory.rows import Rows
+from fairseq.memory.datastore.chunked_array import Rows
 
 DIM = 3
 

@@ -13,13 +13,13 @@ import torch
 
 from fairseq.config import UnreadableError
 from fairseq.memory.combiners.joint import JointNormalization
-from fairseq.memory.retrieval import Retrieval
-from fairseq.memory.retrieval_writer import RetrievalWriter
+from fairseq.memory.retrieval.file import Retrieval
+from fairseq.memory.retrieval.sweep import Grid, Result, Setting, at, best_of, language_model_alone, open_all, sweep
+from fairseq.memory.retrieval.sweep_config import SweepConfig, count_grid, number_grid
+from fairseq.memory.retrieval.writer import RetrievalWriter
 from fairseq.memory.sources.external import by_row_where_equal
-from fairseq.memory.sweep import Grid, Result, Setting, at, best_of, language_model_alone, open_all, sweep
-from fairseq.memory.sweep_config import SweepConfig, count_grid, number_grid
 from fairseq.memory.types import Candidates, LogSums, Neighbors
-from fairseq.word_loss import LossSums, loss_sums
+from fairseq.metrics.word_loss import LossSums, loss_sums
 
 N, K, TYPES, DIM = 50, 12, 9, 4
 KNN = {"joint": False, "text_digest": "valid", "subset": "valid", "shard": [0, 1], "dim": DIM, "model_digest": "m"}

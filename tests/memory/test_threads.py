@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from fairseq.memory.threads import Spare, each_in_threads
+from fairseq.runtime.threads import Spare, each_in_threads
 
 
 def test_no_two_tasks_have_the_same_thing(monkeypatch):

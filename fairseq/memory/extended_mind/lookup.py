@@ -16,8 +16,8 @@ from fairseq.memory.extended_mind.attention import Partial, gathered, memory_att
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.search import SEARCHES, KernelSearch, Search, are_worth_threads
 from fairseq.memory.extended_mind.settings import MindSettings
-from fairseq.memory.files import Array
-from fairseq.memory.threads import each_in_threads
+from fairseq.memory.types import Array
+from fairseq.runtime.threads import each_in_threads
 
 _QUERIES_OF_A_START = 8 << 10  # as much work as it takes to get threads going
 

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.extended_mind.settings import MindSettings
-from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_index import has_fast_int8
 from fairseq.memory.similarity import normalized
-from fairseq.memory.threads import ThreadBuffer, each_in_threads
-from fairseq.memory.types import Metric, Neighbors
+from fairseq.memory.types import Array, Metric, Neighbors
+from fairseq.runtime.threads import ThreadBuffer, each_in_threads
 
 _FEW_SCORES = 1 << 20
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq.disk import naming, replacing
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import POSITIONS
+from fairseq.runtime.atomic_files import naming, replacing
 
 _RESERVED = 8 << 20
 

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fairseq.memory.datastore_writer import DatastoreWriter
-from fairseq.memory.documents import Documents
-from fairseq.memory.files import Array
+from fairseq.memory.datastore.documents import Documents
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.hf.attachment import IGNORED, Attachment, ForwardCall
 from fairseq.memory.hf.identity import model_type
 from fairseq.memory.hf.names import key_type
@@ -22,6 +21,7 @@ from fairseq.memory.hf.stores import about_store, index_name, store_prefix
 from fairseq.memory.hf.taps import Tap
 from fairseq.memory.index.build import BuiltIndex, build_index
 from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.types import Array
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import StoreFiles
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.layout import StoreFiles
 from fairseq.memory.hf.identity import model_digest, model_type, tokenizer_digest, vocabulary_size
 from fairseq.memory.hf.taps import Tap
 from fairseq.memory.index.base import Index

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairseq.disk import naming
-from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import Array, locked, may_create_in, read_json, write_json
+from fairseq.memory.datastore.chunked_array import nonfinite
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.build_files import (
@@ -40,8 +39,9 @@ from fairseq.memory.index.build_files import (
 from fairseq.memory.index.faiss_builder import FaissBuilder
 from fairseq.memory.index.kmeans import sample_size
 from fairseq.memory.index.on_disk import assemble_on_disk
-from fairseq.memory.rows import nonfinite
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Array, Metric
+from fairseq.runtime.atomic_files import naming
+from fairseq.runtime.files import locked, may_create_in, read_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import read_json, write_json
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.build_config import BuildConfig
+from fairseq.runtime.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
+from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.index import kernels
 from fairseq.memory.index.ordering import falling_order
-from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Array, Metric
 
 CANDIDATE_BYTES = 16
 """What a candidate takes: its low bound, its row and its score."""

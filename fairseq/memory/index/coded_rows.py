@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
 from fairseq.memory.index.table_search import codewords, rest_centres
-from fairseq.memory.threads import each_in_threads
+from fairseq.runtime.threads import each_in_threads
 
 _MOST_BYTES = 8 << 30  # of a copy of the codes in the order of the rows
 _PAIRS_PER_TASK = 16 << 10  # to start threads takes as long as some thousands of pairs

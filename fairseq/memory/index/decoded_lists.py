@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
 from fairseq.memory.index.list_search import KeyList, Rotation
+from fairseq.memory.types import Array
 
 _MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
 _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
+from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
 from fairseq.memory.index.faiss_index import has_fast_int8
@@ -25,10 +25,9 @@ from fairseq.memory.index.kernels import GROUP
 from fairseq.memory.index.list_search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
 from fairseq.memory.index.list_search import KeyList, Rotation, search_lists
 from fairseq.memory.index.list_search import capacity as list_capacity
-from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
-from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
-from fairseq.memory.types import Metric, Neighbors
+from fairseq.memory.types import Array, Metric, Neighbors
+from fairseq.runtime.threads import ThreadBuffer, each_in_threads, map_in_threads
 
 T = TypeVar("T")
 DEFAULT_MEMORY = 2 << 30

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairseq.disk import replacing
-from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_index import FaissIndex, has_fast_int8
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.kmeans import Assigner, kmeans
 from fairseq.memory.similarity import normalized
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Array, Metric
+from fairseq.runtime.atomic_files import replacing
 
 logger = logging.getLogger(__name__)
 

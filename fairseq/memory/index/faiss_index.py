@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array, read_json
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.build_files import check_marks
 from fairseq.memory.index.coded_rows import row_scorer
@@ -23,7 +22,8 @@ from fairseq.memory.index.merging import alive_of
 from fairseq.memory.index.table_search import TableSearch
 from fairseq.memory.index.wide_search import is_wide, wide_search
 from fairseq.memory.similarity import normalized
-from fairseq.memory.types import Metric, Neighbors
+from fairseq.memory.types import Array, Metric, Neighbors
+from fairseq.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
 

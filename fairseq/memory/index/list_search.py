@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
 from fairseq.memory.index import scan_kernels as kernels
 from fairseq.memory.index.kernels import GROUP
 from fairseq.memory.index.ordering import falling_order
-from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
+from fairseq.memory.types import Array
+from fairseq.runtime.threads import ThreadBuffer, each_in_threads, map_in_threads
 
 CANDIDATE_BYTES = 20
 """What a candidate takes: its score, its row and when it was visited."""

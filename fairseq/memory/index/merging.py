@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
+from fairseq.memory.types import Array
 
 _FIRST_MORE = 64
 

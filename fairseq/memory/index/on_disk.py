@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.disk import replacing
-from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_builder import FaissBuilder, write_index
 from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.types import Array
+from fairseq.runtime.atomic_files import replacing
 
 _SLICE_ROWS = 4 << 20
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fairseq.memory.files import Array
+from fairseq.memory.types import Array
 
 
 def falling_order(score_NC: Array, k: int | None = None) -> Array:

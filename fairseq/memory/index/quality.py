@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore import Datastore
-from fairseq.memory.files import Array, write_json
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.base import Index
 from fairseq.memory.index.build import BuiltIndex, rows_seen
 from fairseq.memory.index.build_config import BuildConfig
 from fairseq.memory.index.build_files import BuildFiles
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, about_index, lists_of
-from fairseq.memory.types import Metric, Neighbors
+from fairseq.memory.types import Array, Metric, Neighbors
+from fairseq.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 

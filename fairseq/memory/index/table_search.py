@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes
 from fairseq.memory.index.kernels import GROUP
-from fairseq.memory.threads import Spare, each_in_threads
+from fairseq.memory.types import Array
+from fairseq.runtime.threads import Spare, each_in_threads
 
 _FEW = 8
 """So many queries are searched on the calling thread: to start others takes longer."""

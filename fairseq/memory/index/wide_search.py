@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.files import Array
 from fairseq.memory.index.decoded_lists import DecodedLists
 from fairseq.memory.index.kernels import GROUP
-from fairseq.memory.threads import Spare, ThreadBuffer, each_in_threads, map_in_threads
+from fairseq.memory.types import Array
+from fairseq.runtime.threads import Spare, ThreadBuffer, each_in_threads, map_in_threads
 
 _GROUP_SCORES = 160 << 20  # 640 MB: 9,000 queries of 18,000 scores, enough for matrix products of a fair size
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the bounds

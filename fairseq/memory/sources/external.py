@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore import Datastore
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact import ExactIndex
 from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Candidates, Metric, Neighbors
 from fairseq.registry import lookup
+from fairseq.runtime.hardware import memory_bytes
 
 if TYPE_CHECKING:
     from fairseq.memory.knn_config import KnnConfig
@@ -129,11 +129,6 @@ def by_row_where_equal(found: Neighbors) -> Neighbors:
     ids_NK, scores_NK = found.ids_NK.clone(), found.scores_NK.clone()
     ids_NK[rows_Q], scores_NK[rows_Q] = ids_QK.gather(1, order_QK), scores_QK.gather(1, order_QK)
     return Neighbors(ids_NK, scores_NK)
-
-
-def memory_bytes() -> int:
-    """The machine's memory; 0 where the system does not tell."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
 def open_store(config: KnnConfig, *, dim: int) -> Datastore:

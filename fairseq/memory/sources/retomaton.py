@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.clusters import Clusters
-from fairseq.memory.files import Array
 from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.types import Candidates, Neighbors
+from fairseq.memory.types import Array, Candidates, Neighbors
 
 _NONE = np.empty(0, np.int32)
 

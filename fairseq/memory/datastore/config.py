@@ -1,0 +1,129 @@
+"""What can be set about looking after datastores: the commands of fairseq-datastore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+from fairseq.config import UnreadableError, flag, int_list, require_at_least
+
+KEY_TYPES = ("float32", "float16", "bfloat16")
+
+
+def row_ranges(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse ``3,10-20`` into pairs of first and last row. Raises: UnreadableError when it is anything else."""
+    found = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise UnreadableError(f"{part!r} is no row or range of rows, such as 3,10-20")
+        found.append((int(first), int(last) if dash else int(first)))
+    return tuple(found)
+
+
+def count(text: str) -> int:
+    """Parse a whole number, which may be written ``103e6``. Raises: UnreadableError when it is anything else."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        number = Decimal("nan")
+    if not number.is_finite() or number != int(number):
+        raise UnreadableError(f"{text!r} is no whole number, such as 250000 or 103e6")
+    return int(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """Which datastore."""
+
+    prefix: str = flag("prefix")
+    """What its files begin with; for files of other programs the folder, where that is how they name them."""
+    dstore_size: int | None = flag("--dstore-size", default=None)
+    """Rows; needed for files of other programs that do not tell."""
+    dimension: int | None = flag("--dimension", default=None)
+    """Width of the keys; needed for files of other programs that do not tell."""
+    dstore_fp16: bool = flag("--dstore-fp16", default=False)
+    """The keys are float16; our own stores tell."""
+    dstore_bf16: bool = flag("--dstore-bf16", default=False)
+    """The keys are bfloat16; our own stores tell."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, dstore_size=self.dstore_size, dimension=self.dimension)
+        if self.dstore_fp16 and self.dstore_bf16:
+            raise ValueError("--dstore-fp16 and --dstore-bf16 exclude each other; leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(StoreConfig):
+    """Tell what a datastore holds."""
+
+    json: bool = flag("--json", default=False)
+    """Print a JSON object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(StoreConfig):
+    """Compare every block with its checksum, and count keys that are not finite or all zeros."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(StoreConfig):
+    """Write a datastore anew: with keys of another type, in one file, or from files of another program."""
+
+    out: str = flag("out")
+    """Prefix of the new datastore."""
+    dtype: str | None = flag("--dtype", default=None, choices=KEY_TYPES)
+    """Type of the new keys; by default that of the old ones."""
+    drop_nonfinite: bool = flag("--drop-nonfinite", default=False)
+    """Leave out rows whose key holds NaN or infinity in the new type, instead of refusing them."""
+    knn_keytype: str | None = flag("--knn-keytype", default=None)
+    """Say which inner state the keys are, where the old files do not."""
+    dictionary: str | None = flag("--dictionary", default=None)
+    """Say which dictionary (dict.txt) the values are of, where the old files do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Make one datastore of several without copying them: join the parts of a sharded one, or list others."""
+
+    prefix: str = flag("prefix")
+    """Prefix of the whole."""
+    stores: tuple[str, ...] = flag("stores", default=())
+    """Prefixes of the datastores to put behind each other; none joins the parts PREFIX.partI-of-N."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeleteConfig:
+    """Delete rows of a datastore: no search finds them any more, at once and without touching the arrays."""
+
+    prefix: str = flag("prefix")
+    """Prefix of the datastore."""
+    rows: tuple[tuple[int, int], ...] = flag("--rows", default=(), parse=row_ranges)
+    """Rows, such as 3,10-20."""
+    rows_file: str | None = flag("--rows-file", default=None)
+    """Text file of rows, separated by white space."""
+    documents: tuple[int, ...] = flag("--documents", default=(), parse=int_list)
+    """Documents, such as 3,7: every row of theirs."""
+    compact: bool = flag("--compact", default=False)
+    """Then rewrite the datastore without the deleted rows; its indexes must be built anew."""
+
+    def __post_init__(self) -> None:
+        if not (self.rows or self.rows_file or self.documents or self.compact):
+            raise ValueError("give --rows, --rows-file or --documents to delete, or --compact to rewrite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(StoreConfig):
+    """Write a datastore of some rows, drawn at random."""
+
+    out: str = flag("out")
+    """Prefix of the new datastore."""
+    rows: int = flag("--rows")
+    """How many."""
+    seed: int = flag("--seed", default=1)
+    """Chooses them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, rows=self.rows)
+        require_at_least(0, seed=self.seed)

@@ -1,0 +1,87 @@
+"""Deletes rows of a datastore: they are listed in a file that every search honours; the arrays stay as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.layout import StoreFiles
+from fairseq.memory.datastore.metadata import read_deleted
+from fairseq.memory.types import Array
+from fairseq.runtime.atomic_files import replacing
+from fairseq.runtime.files import locked, may_create_in, write_json
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """What a deletion did."""
+
+    new: int
+    """Rows that were not deleted before."""
+    total: int
+    """Rows that are deleted now."""
+    rows: int
+    """Rows of the store, these included."""
+
+
+def delete(prefix: str | Path, rows: Array | None = None, documents: Sequence[int] = ()) -> Deleted:
+    """Delete rows, given by number or by document.
+
+    Raises: ValueError for a row or document that is not there, and when nothing would be left; OSError when the store
+    cannot be written or another process is writing it.
+    """
+    names = StoreFiles.of(prefix, "float32")
+    may_create_in(names.metadata.parent)
+    with locked(names.lock, f"datastore {str(prefix)!r}"):
+        store = Datastore.open(prefix, with_keys=False)
+        chosen = np.union1d(_rows(store, rows), _rows_of(store, documents))
+        deleted = np.union1d(store.deleted, chosen)
+        if len(deleted) == len(store):
+            raise ValueError(
+                f"all {len(store)} rows of datastore {str(prefix)!r} would be deleted; remove its files instead"
+            )
+        own = np.union1d(read_deleted(prefix, store.metadata), chosen)
+        # The file first: it may hold more than the metadata count, never less.
+        write_deleted(prefix, own)
+        write_json(names.metadata, dict(store.metadata) | {"deleted": len(own)})
+    return Deleted(len(deleted) - len(store.deleted), len(deleted), len(store))
+
+
+def write_deleted(prefix: str | Path, rows: Array) -> None:
+    """Replace the list of deleted rows."""
+    with replacing(StoreFiles.of(prefix, "float32").deleted) as aside, open(aside, "wb") as file:
+        np.save(file, rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rows(store: Datastore, rows: Array | None) -> Array:
+    rows = np.unique(np.asarray([] if rows is None else rows, dtype=np.int64))
+    if len(rows) and (rows[0] < 0 or rows[-1] >= len(store)):
+        wrong = rows[0] if rows[0] < 0 else rows[-1]
+        raise ValueError(
+            f"row {wrong} is not in datastore {store.prefix!r}, whose rows are 0 to {len(store) - 1}; none is deleted"
+        )
+    return rows
+
+
+def _rows_of(store: Datastore, documents: Sequence[int]) -> Array:
+    if not documents:
+        return np.empty(0, np.int64)
+    if not store.has_documents:
+        raise ValueError(
+            f"datastore {store.prefix!r} does not tell which document its rows are of; give --rows, or save it again"
+        )
+    held = np.unique(store.documents.runs_R3[:, 1])
+    missing = np.setdiff1d(documents, held)
+    if len(missing):
+        raise ValueError(
+            f"document {missing[0]} has no row in datastore {store.prefix!r}, whose documents are {held[0]} to "
+            f"{held[-1]}; none is deleted"
+        )
+    return store.documents.rows_of(documents, len(store))

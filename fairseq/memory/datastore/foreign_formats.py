@@ -1,0 +1,167 @@
+"""Datastores of other programs, which do not say what they hold: their names, and checks of their byte counts.
+
+| program | keys | values |
+|---|---|---|
+| kNN-LM | ``<prefix>_keys.npy``, float32 or float16 | ``<prefix>_vals.npy``, int64, with float16 keys int16 |
+| TRIME | ``<prefix>_keys.npy`` float32, ``<prefix>-fp16_keys.npy`` float16 | ``<prefix>_vals.npy``, int64 |
+| kNN-MT | ``<folder>/keys.npy``, float32 or float16 | ``<folder>/vals.npy``, int64 or int32 |
+| knn-transformers | ``<folder>/dstore_<model>_<rows>_<width>_keys.npy``, float16 | likewise ``_vals.npy``, int32 |
+
+The arrays have no header, despite their names; files that do have NumPy's header are read by it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
+from fairseq.memory.types import Array
+
+VALUE_DTYPES = ("int64", "int32", "int16")
+_SIZES_IN_NAME = re.compile(r"dstore_.+_(\d+)_(\d+)")
+_MAGIC = b"\x93NUMPY"
+
+
+@dataclass(frozen=True)
+class OtherFiles:
+    """Two files that may be a store, and what their names tell."""
+
+    keys: Path
+    values: Path
+    rows: int | None = None
+    dim: int | None = None
+
+    @classmethod
+    def find(cls, prefix: str | Path, dtype: str) -> OtherFiles:
+        """The files a user's PREFIX (or folder) means. Raises: ValueError when a folder holds several stores."""
+        names = StoreFiles.of(prefix, dtype)
+        if dtype == "float16" and not names.keys.exists():
+            names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
+        if not names.keys.exists() and Path(prefix).is_dir():
+            return cls._in_folder(Path(prefix))
+        told = _SIZES_IN_NAME.fullmatch(Path(prefix).name)
+        return cls(names.keys, names.values, *(map(int, told.groups()) if told else ()))
+
+    @classmethod
+    def _in_folder(cls, folder: Path) -> OtherFiles:
+        stores = sorted(path for path in folder.glob("dstore_*_keys.npy"))
+        if len(stores) > 1:
+            names = ", ".join(path.name.removesuffix("_keys.npy") for path in stores)
+            raise ValueError(f"{str(folder)!r} holds several stores: {names}; name one of them, with its folder")
+        if stores:
+            return cls.find(folder / stores[0].name.removesuffix("_keys.npy"), "float32")
+        return cls(folder / "keys.npy", folder / "vals.npy")
+
+    @property
+    def tell_their_sizes(self) -> bool:
+        """Whether rows and width need not be stated."""
+        return self.rows is not None or (_has_header(self.keys) and _has_header(self.values))
+
+    def present(self) -> bool:
+        """Whether both are there."""
+        return self.keys.exists() and self.values.exists()
+
+
+def map_keys(files: OtherFiles, dim: int | None, size: int | None, dtype: str) -> tuple[Array, str]:
+    """Map the keys; returns them and their type. Raises: ValueError with both numbers when they are not as stated."""
+    if _has_header(files.keys):
+        keys = _by_header(files.keys, 2)
+        rows, width, kind = *keys.shape, str(keys.dtype)
+        if kind not in ("float32", "float16"):
+            raise ValueError(f"{files.keys} holds {kind}; keys are float32 or float16")
+    else:
+        rows, width, kind = _sizes(files, dim, size, dtype)
+        keys = map_array(files.keys, (rows, width), kind)
+    for what, told, stated in (("rows", rows, size), ("columns", width, dim)):
+        if stated is not None and stated != told:
+            raise ValueError(f"{files.keys} holds {told} {what}, {stated} were stated; leave the size out")
+    return keys, kind
+
+
+def map_values(path: Path, rows: int) -> Array:
+    """Map the values, whatever integers they are. Raises: ValueError with both numbers when they are not so many."""
+    if _has_header(path):
+        values = _by_header(path, None).reshape(-1)
+        if len(values) != rows or str(values.dtype) not in VALUE_DTYPES:
+            raise ValueError(f"{path} holds {len(values)} {values.dtype}, the keys are {rows} rows: they do not match")
+        return values
+    held = path.stat().st_size
+    for dtype in VALUE_DTYPES:
+        if held == rows * np.dtype(dtype).itemsize:
+            return map_array(path, (rows,), dtype)
+    raise ValueError(
+        f"{path} holds {held} bytes; {rows} values take {rows * 8} as int64, {rows * 4} as int32 or {rows * 2} as int16"
+    )
+
+
+def map_array(path: Path, shape: tuple[int, ...], dtype: str) -> Array:
+    """Map a headerless array of a named type. Raises: ValueError when the file is missing, empty or of another size."""
+    if shape[0] < 1:
+        raise ValueError(f"{path}: the datastore has no rows; save one with at least one scored token")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist, though the metadata beside it name it; save the store again")
+    on_disk = KEY_DTYPES.get(dtype) or np.dtype(dtype)
+    held, needed = path.stat().st_size, math.prod(shape) * on_disk.itemsize
+    if held != needed:
+        raise ValueError(
+            f"{path} holds {held} bytes; {shape[0]} rows of {dtype} take {needed}: it is truncated or of another "
+            "store; copy it again, or save the store again"
+        )
+    return np.memmap(path, dtype=on_disk, mode="r", shape=shape)
+
+
+def _sizes(files: OtherFiles, dim: int | None, size: int | None, dtype: str) -> tuple[int, int, str]:
+    """Rows, width and type of headerless keys. Raises: ValueError with both byte counts."""
+    held = files.keys.stat().st_size
+    if files.rows is not None and files.dim is not None:
+        numbers = files.rows * files.dim
+        for kind in ("float16", "float32"):
+            if held == numbers * KEY_DTYPES[kind].itemsize:
+                return files.rows, files.dim, kind
+        raise ValueError(
+            f"{files.keys} holds {held} bytes; by its name it has {files.rows} rows of {files.dim} values, which take "
+            f"{numbers * 2} as float16 or {numbers * 4} as float32: it is truncated, or was given another name"
+        )
+    if dim is None:
+        raise ValueError(f"{files.keys} does not tell how wide its rows are; state the width (--dimension)")
+    row_bytes = dim * KEY_DTYPES[dtype].itemsize
+    rows = held // row_bytes if size is None else size
+    if rows < 1:
+        raise ValueError(f"{files.keys} holds {held} bytes: no row of {dim} {dtype} values; the store is empty")
+    if held == rows * row_bytes:
+        return rows, dim, dtype
+    hint = "check the size and the width"
+    if held == rows * dim * 2 and dtype == "float32":
+        hint = "these are float16 keys: add --dstore-fp16"
+    elif held == rows * dim * 4:
+        hint = "these are float32 keys: leave out --dstore-fp16"
+    elif held % row_bytes == 0:
+        hint = f"at this width it holds {held // row_bytes} rows"
+    raise ValueError(
+        f"{files.keys} holds {held} bytes; {rows} rows of {dim} {dtype} values take {rows * row_bytes}: {hint}"
+    )
+
+
+def _has_header(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def _by_header(path: Path, ndim: int | None) -> Array:
+    """Map an array that NumPy saved. Raises: ValueError when it is cut short or has another shape."""
+    try:
+        array: Array = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole NumPy array ({error}); copy it again") from None
+    if ndim is not None and array.ndim != ndim:
+        raise ValueError(f"{path} holds an array of shape {array.shape}; keys are (rows, width)")
+    if not array.size or not array.flags.c_contiguous:
+        raise ValueError(f"{path} holds {array.shape}, empty or column by column; save it row by row")
+    return array

@@ -1,0 +1,303 @@
+"""Writes a datastore so that it can be killed at any moment and goes on with the same command.
+
+Rows go to ``*.tmp`` files; a progress file says how many of them are safely on disk. The store appears under its own
+names only when it is complete, its metadata last.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from torch import Tensor
+
+from fairseq.memory.datastore.chunked_array import nonfinite, on_disk, typed
+from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, StoreFiles
+from fairseq.memory.types import Array
+from fairseq.runtime.atomic_files import naming
+from fairseq.runtime.files import (
+    BLOCK_BYTES,
+    BlockChecksums,
+    file_checksums,
+    locked,
+    may_create_in,
+    read_json,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+ARRAYS = ("keys", "values")
+
+
+class NonFiniteError(ValueError):
+    """A key holds NaN or infinity in the type it is to be written in."""
+
+
+class DatastoreWriter:
+    """Appends rows; ``checkpoint`` makes them survive a kill, ``finish`` makes them a store.
+
+    Use it as a context manager or call ``finish``: both let go of the lock.
+    """
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        num_rows: int | None,
+        dim: int,
+        dtype: str = "float32",
+        metadata: Mapping[str, Any] | None = None,
+        resume: bool = True,
+        documents: Array | None = None,
+    ) -> None:
+        """Start, or go on where an interrupted writer with the same arguments stood (``rows_done``, ``cursor``).
+
+        Args:
+            num_rows: rows the store will hold; None for as many as come.
+            metadata: plain values that say where the rows come from, kept in the JSON file. The names a reader checks
+                are key_tap, dictionary_digest and dictionary_size. Equal metadata must mean equal rows.
+            resume: False throws away what an interrupted writer left.
+            documents: the runs of ``Documents``: where the rows stand in their text.
+        Raises: ValueError for impossible arguments; OSError when the disk is too small or another writer is at work.
+        """
+        if (num_rows is not None and num_rows < 1) or dim < 1:
+            raise ValueError(f"a datastore needs at least one row and one column, got {num_rows} x {dim}")
+        if dtype not in KEY_DTYPES:
+            raise ValueError(f"keys of type {dtype!r}; known: {', '.join(KEY_DTYPES)}")
+        self.prefix, self.num_rows, self.dim, self.dtype = str(prefix), num_rows, dim, dtype
+        self._key_bytes = dim * KEY_DTYPES[dtype].itemsize
+        self._documents = documents
+        self._names = StoreFiles.of(prefix, dtype)
+        self._signature: dict[str, Any] = {"rows": num_rows, "dim": dim, "key_dtype": dtype, "value_dtype": "int64"}
+        self._signature["metadata"] = dict(metadata or {})
+        may_create_in(self._names.metadata.parent)
+        self._open = ExitStack()
+        with ExitStack() as until_ready:
+            until_ready.enter_context(self._open)
+            self._open.enter_context(locked(self._names.lock, f"datastore {self.prefix!r}"))
+            state = self._left_over() if resume else None
+            if state is None:
+                self._remove_unfinished()
+            self.rows_done = int(state["rows_done"]) if state else 0
+            self.cursor: dict[str, Any] | None = state["cursor"] if state else None
+            self._sums = {part: BlockChecksums(state and state["checksums"][part]) for part in ARRAYS}
+            self._finished = bool(state and state["finishing"])
+            if not self._finished:
+                self._check_free_space()
+                self._keys = self._open_at(self._names.keys, self.rows_done * self._key_bytes)
+                self._values = self._open_at(self._names.values, self.rows_done * 8)
+            until_ready.pop_all()
+
+    def __enter__(self) -> DatastoreWriter:
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        try:
+            self.close()
+        except OSError:  # closing writes what is buffered, and fails as the write before did, without the file's name
+            if failure is None:
+                raise
+
+    def append(self, keys_ND: Array | Tensor, values_N: Array | Tensor) -> None:
+        """Add rows at the end.
+
+        Raises: ValueError when shapes do not fit, more rows come than announced or a key is not finite.
+        """
+        if self._finished:
+            return  # an interrupted writer had written all rows; only its renames were left, and they are done
+        count = len(values_N)
+        if tuple(keys_ND.shape) != (count, self.dim) or values_N.ndim != 1:
+            shapes = f"keys {tuple(keys_ND.shape)} and values {tuple(values_N.shape)}"
+            raise ValueError(f"{shapes} do not make rows of width {self.dim}")
+        if self.num_rows is not None and self.rows_done + count > self.num_rows:
+            raise ValueError(
+                f"datastore {self.prefix!r} was announced with {self.num_rows} rows; {self.rows_done} are there and "
+                f"{count} more came"
+            )
+        keys = on_disk(keys_ND, self.dtype)
+        bad = len(nonfinite(typed(keys, self.dtype)))
+        if bad:
+            half = self.dtype == "float16"
+            hint = "too large for float16? --dstore-bf16 or float32 hold more" if half else "check the model"
+            raise NonFiniteError(f"{bad} of the keys of rows {self.rows_done} on hold NaN or infinity: {hint}")
+        self._write("keys", self._keys, keys)
+        values = values_N.cpu().numpy() if isinstance(values_N, Tensor) else values_N
+        self._write("values", self._values, np.ascontiguousarray(values, dtype=np.int64))
+        self.rows_done += count
+
+    def checkpoint(self, cursor: Mapping[str, Any] | None = None) -> None:
+        """Make all rows so far survive a kill.
+
+        Args:
+            cursor: plain values by which the caller finds its place again; given back as ``cursor``.
+        """
+        if self._finished:
+            return
+        self.cursor = dict(cursor) if cursor is not None else None
+        self._record(finishing=False)
+
+    def written_values(self, start: int, stop: int) -> Array:
+        """Values of rows that are done, int64: by them a caller without a cursor knows its place in the text again."""
+        names = StoreFiles.of(self.prefix, self.dtype)
+        if not self._finished:
+            self._values.flush()
+        path = names.values if self._finished else _aside(names.values)
+        return np.array(np.memmap(path, np.int64, "r", shape=(self.rows_done,))[start:stop])
+
+    def finish(self, documents: Array | None = None) -> None:
+        """Complete the store under its own names, replacing one that was there.
+
+        Args:
+            documents: as announced; for callers that only now know.
+        Raises: ValueError when rows are missing; what is there is kept.
+        """
+        if self._finished:
+            self.close()
+            return
+        self._documents = self._documents if documents is None else documents
+        if not self.rows_done:
+            raise ValueError(f"datastore {self.prefix!r} got no rows: no label counts; it is not written")
+        if self.num_rows is not None and self.rows_done != self.num_rows:
+            raise ValueError(
+                f"datastore {self.prefix!r} has {self.rows_done} of the {self.num_rows} announced rows; they are kept: "
+                "the same command goes on from its last checkpoint"
+            )
+        self._record(finishing=True)
+        self._keys.close()
+        self._values.close()
+        install(self.prefix, read_json(self._names.progress))
+        self._finished = True
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files and the lock; unfinished rows stay for the next writer, up to the last checkpoint."""
+        self._open.close()
+
+    def _write(self, part: str, file: IO[bytes], rows: Array) -> None:
+        data = rows.reshape(-1).view(np.uint8).data
+        # Plain writes, not a memory map: dirty pages of a map count as this process's memory until the kernel writes
+        # them, so that it would seem to grow with the store.
+        with naming(file.name):
+            file.write(data)
+        self._sums[part].update(data)
+
+    def _record(self, *, finishing: bool) -> None:
+        """Put the rows safely on disk, then note how many they are."""
+        for file in (self._keys, self._values):
+            with naming(file.name):
+                file.flush()
+                os.fsync(file.fileno())
+        signature = self._signature | ({"rows": self.rows_done} if finishing else {})
+        state: dict[str, Any] = {"signature": signature, "rows_done": self.rows_done, "cursor": self.cursor}
+        state |= {"checksums": {part: sums.state() for part, sums in self._sums.items()}, "block_bytes": BLOCK_BYTES}
+        if finishing and self._documents is not None:
+            state["documents"] = self._write_documents(self._documents)
+        write_json(self._names.progress, state | {"finishing": finishing})
+
+    def _write_documents(self, documents: Array) -> list[str]:
+        """Write the table of documents beside the rows; returns its checksums."""
+        path = _aside(self._names.documents)
+        with naming(path), open(path, "wb") as file:
+            np.save(file, documents)
+            file.flush()
+            os.fsync(file.fileno())
+        return list(file_checksums(path, BLOCK_BYTES))
+
+    def _left_over(self) -> dict[str, Any] | None:
+        """The progress of an interrupted writer with the same arguments, if its rows are there."""
+        if not self._names.progress.exists():
+            return None
+        state = read_json(self._names.progress)
+        if state["finishing"]:
+            # All its rows were written: complete it first, whatever command it came from.
+            install(self.prefix, state)
+            came = {"rows": state["rows_done"]} if self.num_rows is None else {}
+            return state if state["signature"] == self._signature | came else None
+        if state["signature"] != self._signature:
+            logger.warning(
+                "%s: another command left %d rows unfinished; they are thrown away", self.prefix, state["rows_done"]
+            )
+            return None
+        if state["block_bytes"] != BLOCK_BYTES:
+            logger.warning("%s was left by another release; starting anew", self._names.progress)
+            return None
+        sizes = {self._names.keys: self._key_bytes, self._names.values: 8}
+        for path, row_bytes in sizes.items():
+            if not _aside(path).exists() or _aside(path).stat().st_size < state["rows_done"] * row_bytes:
+                logger.warning("%s is shorter than its progress file says; starting anew", _aside(path))
+                return None
+        return state
+
+    def _remove_unfinished(self) -> None:
+        for dtype in KEY_DTYPES:
+            names = StoreFiles.of(self.prefix, dtype)
+            for path in (_aside(names.keys), _aside(names.values), _aside(names.documents), names.progress):
+                path.unlink(missing_ok=True)
+
+    def _check_free_space(self) -> None:
+        """Raise OSError with both numbers when the rest of the store does not fit on the disk."""
+        rest = ((self.num_rows or 0) - self.rows_done) * (self._key_bytes + 8)
+        folder = self._names.keys.parent
+        free = shutil.disk_usage(folder).free
+        if rest > free:
+            raise OSError(
+                f"datastore {self.prefix!r} needs {rest} more bytes, {str(folder.resolve())!r} has {free} free; free "
+                "some, choose another disk, or halve it with --dstore-fp16 or --dstore-bf16"
+            )
+
+    def _open_at(self, path: Path, size: int) -> IO[bytes]:
+        """The unfinished file, cut to the rows that are safe."""
+        mode = "r+b" if size else "wb"
+        file: IO[bytes] = self._open.enter_context(open(_aside(path), mode, buffering=1 << 20))  # noqa: SIM115
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def finish_interrupted(prefix: str | Path) -> None:
+    """Give the files of a writer that had written all rows their names. Raises: OSError when one is at work."""
+    names = StoreFiles.of(prefix, "float32")
+    if names.progress.exists():
+        with locked(names.lock, f"datastore {str(prefix)!r}"):
+            state = read_json(names.progress) if names.progress.exists() else {}
+            if state.get("finishing"):
+                install(prefix, state)
+
+
+def install(prefix: str | Path, state: Mapping[str, Any]) -> None:
+    """Rename the files of a writer that has ended; may be repeated after a kill in the middle of it."""
+    about: dict[str, Any] = dict(state["signature"])
+    names = StoreFiles.of(prefix, about["key_dtype"])
+    arrays = [names.keys, names.values, *([names.documents] if state.get("documents") else [])]
+    waiting = [path for path in arrays if _aside(path).exists()]
+    if not waiting and names.metadata.exists():
+        names.progress.unlink()  # killed after the last step but this
+        return
+    # The metadata of a store that was there go first: half of it is about to be replaced.
+    names.metadata.unlink(missing_ok=True)
+    for path in waiting:
+        os.replace(_aside(path), path)
+    for path in {names.documents, names.deleted} - set(arrays):  # those of the store that was there
+        path.unlink(missing_ok=True)
+    more = about.pop("metadata")
+    about = {"format_version": FORMAT_VERSION, "complete": True} | about
+    about |= {"keys_file": names.keys.name, "values_file": names.values.name, "block_bytes": state["block_bytes"]}
+    about["checksums"] = {part: BlockChecksums(sums).digests() for part, sums in state["checksums"].items()}
+    if state.get("documents"):
+        about["documents_file"] = names.documents.name
+        about["checksums"]["documents"] = state["documents"]
+    write_json(names.metadata, more | about)
+    names.progress.unlink()
+    for other in {StoreFiles.of(prefix, dtype).keys for dtype in KEY_DTYPES} - {names.keys}:
+        if other.exists():
+            logger.warning("%s is not part of the store any more; remove it if you do not need it", other)

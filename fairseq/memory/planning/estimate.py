@@ -1,0 +1,185 @@
+"""What a datastore and an index over it will take, before either is built: bytes by formula, seconds by measured rates.
+
+n keys of width d, of ``b`` bytes per number; c lists (``--ncentroids``), m bytes of a compressed key (``--code_size``),
+p lists visited (``--probe``), q queries for k neighbours, t training keys. Bytes on disk and in memory:
+
+| what | bytes |
+|---|---|
+| store | n (b d + 8): keys, and values in 8 bytes |
+| ``flat`` | 4 n d |
+| ``ivfpq`` | n (m + 8) + 4 c d + 1024 d: codes and row numbers, centroids, 256 codewords |
+| ``ivfsq8`` | n (d + 8) + 4 c d + 8 d: a byte per column, its least value and its range |
+| ``ivfpq-fastscan`` | n (m + 8) + 16 m c + 4 c d + 64 d: 4-bit codes by 32 keys, each list rounded up |
+| ``ivfrabitq`` | n (d / 8 + 16) + 4 c d + 4 d^2 + 4 d: a bit per column and two numbers, a rotation, a centre |
+
+While an index is built its codes lie on disk twice. Building holds the index and 4 t d bytes of training keys in
+memory; searching an index holds it whole. Exact search holds ``--search-memory`` and reads the keys once per bulk of
+queries.
+
+Seconds: a key or a query meets c centroids in c d / A (A: products per second of faiss's flat search). Training is 10
+passes of k-means over t keys, 10 t c d / A, and the compression's own u + v min(t, 65536). Adding is n (c d / A + e). A
+query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y), or longer where reading does. u, v, e,
+s, r, x, y are measured on a small made-up store (``plan_rates.py``). Reading and writing files comes
+on top of building and searching an index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fairseq.memory.datastore.layout import KEY_DTYPES
+from fairseq.memory.planning.config import PlanConfig
+
+KMEANS_PASSES = 10
+_MOST_CODE_TRAINING = 65_536
+_KEYS_PER_LIST = 256  # that k-means looks at, at most
+
+
+@dataclass(frozen=True)
+class IndexSize:
+    """Bytes of an index without its keys, and per key."""
+
+    fixed: float
+    per_key: float
+
+    def of(self, keys: int) -> int:
+        """Bytes with so many keys."""
+        return round(self.fixed + keys * self.per_key)
+
+
+def _ivf(config: PlanConfig, codes: float, fixed: float) -> IndexSize:
+    return IndexSize(4 * config.ncentroids * config.dim + fixed, codes + 8)
+
+
+SIZES: Mapping[str, Callable[[PlanConfig], IndexSize]] = {
+    "flat": lambda c: IndexSize(0, 4 * c.dim),
+    "ivfpq": lambda c: _ivf(c, c.code_size, 1024 * c.dim),
+    "ivfsq8": lambda c: _ivf(c, c.dim, 8 * c.dim),
+    "ivfpq-fastscan": lambda c: _ivf(c, c.code_size, 64 * c.dim + 16 * c.code_size * c.ncentroids),
+    "ivfrabitq": lambda c: _ivf(c, math.ceil(c.dim / 8) + 8, 4 * c.dim**2 + 4 * c.dim),
+}
+"""The formulas above, by the kind's name for ``build_dstore.py --index``."""
+
+
+@dataclass(frozen=True)
+class IndexRates:
+    """Measured seconds of one kind of index."""
+
+    train: float
+    """Learning the compression, whatever the number of keys."""
+    train_key: float
+    """Learning it, per training key."""
+    add_key: float
+    """Compressing and adding a key, without finding its list."""
+    scan_key: float
+    """Per query and key of a list that it visits."""
+    query: float
+    """Per query, whatever it visits."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured on this machine."""
+
+    read_bytes: float
+    """Bytes a second from the disk."""
+    write_bytes: float
+    """Bytes a second to the disk."""
+    matmul: float
+    """Multiplications and additions of a large float32 product, per second."""
+    assign: float
+    """Products of a key's number with a centroid's, per second (A)."""
+    exact_key: float
+    """Exact search, per query and key."""
+    exact_query: float
+    """Exact search, per query."""
+    indexes: Mapping[str, IndexRates]
+    """By kind; without those that this release does not build."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one way to search takes. Bytes and seconds."""
+
+    kind: str
+    disk: int
+    """The index on disk, without the store."""
+    disk_building: int
+    """The most it takes there while it is built."""
+    memory_building: int
+    memory: int
+    """While searching."""
+    gpu_memory: int
+    """To hold what is searched on a GPU: the index, or for exact search the keys in 16 bits."""
+    build_seconds: float | None
+    """None where the kind cannot be measured."""
+    search_seconds: float | None
+    """All queries."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The store, and every way to search it."""
+
+    store_bytes: int
+    write_seconds: float
+    """To write it, without the model's own time."""
+    choices: tuple[Choice, ...]
+
+
+def plan(config: PlanConfig, rates: Rates, memory_bytes: int) -> Plan:
+    """Everything about the store a config describes.
+
+    Args:
+        memory_bytes: the machine's memory; keys that fit are read from disk once.
+    """
+    store = config.keys * (config.dim * KEY_DTYPES[config.dtype].itemsize + 8)
+    choices = [_exact(config, rates, store, memory_bytes)]
+    choices += [_index(config, rates, kind, store) for kind in SIZES]
+    return Plan(store, store / rates.write_bytes, tuple(choices))
+
+
+def _exact(config: PlanConfig, rates: Rates, store: int, memory_bytes: int) -> Choice:
+    from fairseq.memory.index.candidates import CANDIDATE_BYTES, capacity
+
+    memory = round(config.search_memory * 1e9)
+    bulk = max(1, memory // (CANDIDATE_BYTES * capacity(config.k) + 12 * config.dim))
+    passes = math.ceil(config.queries / bulk) if store > memory_bytes / 2 else 1
+    reading = passes * store / rates.read_bytes
+    computing = config.queries * (rates.exact_key * config.keys + rates.exact_query)
+    return Choice("exact", 0, 0, 0, memory, 2 * config.keys * config.dim, 0.0, max(reading, computing))
+
+
+def training_keys(config: PlanConfig, kind: str) -> int:
+    """Keys an index learns from."""
+    if kind == "flat":
+        return 0
+    return min(config.keys, config.train_size, max(_KEYS_PER_LIST * config.ncentroids, _MOST_CODE_TRAINING))
+
+
+def _index(config: PlanConfig, rates: Rates, kind: str, store: int) -> Choice:
+    size, trained = SIZES[kind](config), training_keys(config, kind)
+    disk = size.of(config.keys)
+    building = round(2 * config.keys * size.per_key + size.fixed)
+    memory_building = disk + 4 * trained * config.dim
+    measured = rates.indexes.get(kind)
+    seconds: tuple[float | None, float | None] = (None, None)
+    if measured is not None:
+        lists = 0 if kind == "flat" else config.ncentroids
+        centroids = lists * config.dim / rates.assign
+        training = measured.train + min(trained, _MOST_CODE_TRAINING) * measured.train_key
+        training += KMEANS_PASSES * trained * centroids
+        adding = config.keys * (centroids + measured.add_key)
+        # The keys are read once; the codes are written twice, and once read.
+        moving = store / rates.read_bytes + 2 * disk / rates.write_bytes + disk / rates.read_bytes
+        visited = config.keys * (min(1.0, config.probe / lists) if lists else 1.0)
+        each = centroids + measured.scan_key * visited + measured.query
+        seconds = (training + adding + moving, config.queries * each + disk / rates.read_bytes)
+    return Choice(kind, disk, building, memory_building, disk, disk, *seconds)

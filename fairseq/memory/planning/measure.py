@@ -1,0 +1,166 @@
+"""How fast this machine does what a plan is made of: a few seconds of each, on made-up keys of the planned width."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.datastore.writer import DatastoreWriter
+from fairseq.memory.index import INDEXES
+from fairseq.memory.index.build import build_index
+from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.exact import ExactIndex
+from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.planning.config import PlanConfig
+from fairseq.memory.planning.estimate import KMEANS_PASSES, SIZES, IndexRates, Rates
+from fairseq.memory.types import Array, Metric
+
+logger = logging.getLogger(__name__)
+
+_LISTS = 16
+_FEW = 10_240  # training keys: faiss wants 39 for each of the 256 values of a code
+_DISK_BYTES = 256 << 20
+_KEY_BYTES = 64 << 20
+_CENTERS = 64
+
+
+def measure(config: PlanConfig) -> Rates:
+    """Measure on this machine; files go to a folder within ``config.folder`` that is gone afterwards.
+
+    Raises: OSError when nothing can be written there.
+    """
+    rng = np.random.default_rng(1)
+    rows = int(np.clip(_KEY_BYTES // (4 * config.dim), 2 * _FEW, 32_768))
+    keys = made_up(rng, 2 * rows, config.dim)
+    query_ND = torch.from_numpy(made_up(rng, 1024, config.dim))
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=config.folder) as made:
+        folder = Path(made)
+        write, read = _disk(folder / "bytes")
+        _save(folder / "small", keys[:rows])
+        _save(folder / "large", keys)
+        indexes = {"flat": _flat(folder, config, query_ND, rows)}
+        # The nearest of some centroids is found by a flat search for one neighbour.
+        assign = len(query_ND) * rows * config.dim / _search(folder, "small", "flat", query_ND, 1, 1)
+        for kind in sorted(SIZES.keys() & INDEXES.keys() - indexes.keys()):
+            logger.info("measuring %s", kind)
+            indexes[kind] = _with_lists(folder, kind, config, query_ND, rows, assign)
+    exact_key, exact_query = _exact(keys, rows, query_ND, config.k)
+    return Rates(read, write, _matmul(config.dim), assign, exact_key, exact_query, indexes)
+
+
+def made_up(rng: np.random.Generator, rows: int, dim: int) -> Array:
+    """Keys in groups, as those of text are."""
+    centers = rng.standard_normal((_CENTERS, dim), dtype=np.float32)
+    keys = 0.7 * rng.standard_normal((rows, dim), dtype=np.float32) + centers[rng.integers(0, _CENTERS, rows)]
+    return np.asarray(keys, np.float32)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _disk(path: Path) -> tuple[float, float]:
+    """Bytes a second written (down to the disk) and read (not from memory, where the system lets us say so)."""
+    block = np.random.default_rng(0).bytes(16 << 20)
+
+    def write() -> None:
+        with open(path, "wb") as file:
+            for _ in range(_DISK_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        with open(path, "rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(len(block)):
+                pass
+
+    rates = _DISK_BYTES / _seconds(write), _DISK_BYTES / _seconds(read)
+    path.unlink()
+    return rates
+
+
+def _matmul(dim: int) -> float:
+    left, right = torch.ones(2048, dim), torch.ones(dim, 4096)
+    left @ right
+    return 2 * 2048 * 4096 * dim / min(_seconds(lambda: left @ right) for _ in range(3))
+
+
+def _save(prefix: Path, keys: Array) -> None:
+    with DatastoreWriter(prefix, len(keys), keys.shape[1]) as writer:
+        writer.append(keys, np.zeros(len(keys), np.int64))
+        writer.finish()
+
+
+def _build(folder: Path, store: str, kind: str, config: PlanConfig, train_size: int) -> tuple[float, float]:
+    """Seconds of training and of adding; the index is ``folder/store.kind.l2``."""
+    built = build_index(
+        BuildConfig(
+            dstore_mmap=str(folder / store),
+            faiss_index=str(folder / f"{store}.{kind}"),
+            index=kind,
+            ncentroids=_LISTS,
+            code_size=config.code_size,
+            train_size=train_size,
+        )
+    )
+    return built.train_seconds, built.add_seconds
+
+
+def _search(folder: Path, store: str, kind: str, query_ND: Tensor, k: int, probe: int) -> float:
+    """Seconds of the second search of several: the first makes tables that later ones find ready."""
+    index = FaissIndex.open(folder / f"{store}.{kind}", Metric.L2)
+    index.set_probe(probe)
+    index.search(query_ND, min(k, len(index)))
+    return min(_seconds(lambda: index.search(query_ND, min(k, len(index)))) for _ in range(2))
+
+
+def _flat(folder: Path, config: PlanConfig, query_ND: Tensor, rows: int) -> IndexRates:
+    small, large = (_build(folder, store, "flat", config, rows)[1] for store in ("small", "large"))
+    times = [_search(folder, store, "flat", query_ND, config.k, 1) for store in ("small", "large")]
+    scan, query = _line(times, (rows, 2 * rows), len(query_ND))
+    return IndexRates(0.0, 0.0, max(0.0, (large - small) / rows), scan, query)
+
+
+def _with_lists(folder: Path, kind: str, config: PlanConfig, query_ND: Tensor, rows: int, assign: float) -> IndexRates:
+    # Two sizes, so that what does not grow with the keys (files, locks, waking threads) is not taken for their share.
+    training, small = _build(folder, "small", kind, config, rows)
+    less_training, large = _build(folder, "large", kind, config, _FEW)
+    centroids = _LISTS * config.dim / assign
+    times = [_search(folder, "large", kind, query_ND, config.k, probe) for probe in (1, _LISTS)]
+    scan, query = _line(times, (2 * rows / _LISTS, 2 * rows), len(query_ND))
+    own = [t - n * KMEANS_PASSES * centroids for t, n in ((less_training, _FEW), (training, rows))]
+    train_key, train = _line(own, (_FEW, rows), 1)
+    add_key = max(0.0, (large - small) / rows - centroids)
+    return IndexRates(train, train_key, add_key, scan, max(0.0, query - centroids))
+
+
+def _line(seconds: Sequence[float], keys: Sequence[float], queries: int) -> tuple[float, float]:
+    """Seconds per query and key, and per query, from two measurements."""
+    (short, long), (less, more) = seconds, keys
+    per_key = max(0.0, (long - short) / queries / (more - less))
+    return per_key, max(0.0, short / queries - per_key * less)
+
+
+def _exact(keys: Array, rows: int, query_ND: Tensor, k: int) -> tuple[float, float]:
+    """Seconds per query and key, and per query, of exact search."""
+    times = [_exact_seconds(part, query_ND, min(k, rows)) for part in (keys[:rows], keys)]
+    return _line(times, (rows, 2 * rows), len(query_ND))
+
+
+def _exact_seconds(keys: Array, query_ND: Tensor, k: int) -> float:
+    index = ExactIndex(keys)
+    return min(_seconds(lambda: index.search(query_ND, k)) for _ in range(2))

@@ -1,0 +1,1 @@
+"""Retrieval results on disk: neighbours of every scored token, kept once and evaluated under many settings."""

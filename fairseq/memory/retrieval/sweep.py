@@ -1,0 +1,259 @@
+"""Many settings of a memory from one search: every share, temperature and number of neighbours of a grid.
+
+The formulas are those of an evaluation, applied to what it saved (``retrieval.py``). A pass over the neighbours yields
+the memory's log-probability of every target for one number of neighbours and one temperature; shares are elementwise.
+
+Shapes: N scored tokens, Q those of a part, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.combiners.joint import JointNormalization, mixed_where_found
+from fairseq.memory.retrieval.file import Retrieval, differences
+from fairseq.memory.retrieval.sweep_config import SweepConfig
+from fairseq.memory.scoring import interpolate, knn_logp
+from fairseq.metrics.word_loss import LossSums, loss_sums
+from fairseq.runtime.threads import each_in_threads
+
+_PART_NUMBERS = 1 << 18  # neighbours held by a thread at a time, which stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How neighbours are mixed in."""
+
+    k: int
+    weight: float
+    temperature: float
+    """Divides the similarities in the memory's own distribution."""
+    joint_temperature: float | None = None
+    """Divides them in the joint normalisation (TRIME); None without one."""
+
+    def flags(self) -> str:
+        """The words that make an evaluation use it."""
+        names = {"--k": self.k, "--lmbda": self.weight, "--softmax-temp": self.temperature}
+        if self.joint_temperature is not None:
+            names |= {"--softmax-temp": self.joint_temperature, "--interp-temp": self.temperature}
+        return " ".join(f"{name} {value:.10g}" for name, value in names.items())
+
+
+@dataclass(frozen=True)
+class Result:
+    """A setting and the loss it gives."""
+
+    setting: Setting
+    sums: LossSums
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types, under the names of the flags."""
+        setting = self.setting
+        told: dict[str, Any] = {"k": setting.k, "lmbda": setting.weight}
+        if setting.joint_temperature is None:
+            told["softmax_temp"] = setting.temperature
+        else:
+            told |= {"softmax_temp": setting.joint_temperature, "interp_temp": setting.temperature}
+        sums = self.sums
+        told |= {"loss_base2": sums.loss_base2, "perplexity": sums.perplexity, "num_tokens": sums.num_tokens}
+        return told | {"num_counted": sums.num_counted, "num_impossible": sums.num_impossible}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings to evaluate: all combinations."""
+
+    ks: tuple[int, ...]
+    weights: tuple[float, ...]
+    temperatures: tuple[float, ...]
+    joint_temperatures: tuple[float | None, ...] = (None,)
+
+    @classmethod
+    def of(cls, config: SweepConfig, retrieval: Retrieval) -> Grid:
+        """The grid a config names, the rest filled in from the saved evaluation.
+
+        Raises: ValueError for what the saved neighbours cannot tell.
+        """
+        about = retrieval.about
+        ks = config.k or (retrieval.k,)
+        if max(ks) > retrieval.k:
+            raise ValueError(
+                f"--k {max(ks)} is more than the {retrieval.k} neighbours per token in {retrieval.path}; give at most "
+                f"{retrieval.k}, or save them anew with --k {max(ks)}"
+            )
+        temperatures = config.temperature or (about["temperature"],)
+        if not retrieval.is_joint:
+            if config.interp_temp:
+                raise ValueError(
+                    f"--interp-temp is TRIME's; {retrieval.path} was saved by {about['program']}: give --temperature"
+                )
+            return cls(ks, config.weights, temperatures)
+        fixed = retrieval.made_of.get("softmax_temp")
+        if fixed is not None and temperatures != (fixed,):
+            raise ValueError(
+                f"--temperature {', '.join(f'{t:g}' for t in temperatures)}: the sums of the text's own memories in "
+                f"{retrieval.path} were taken at --softmax-temp {fixed:g}; leave it out, or save anew at another one"
+            )
+        return cls(ks, config.weights, config.interp_temp or (about["interp_temp"],), temperatures)
+
+    @property
+    def size(self) -> int:
+        """How many settings there are."""
+        return len(self.ks) * len(self.weights) * len(self.temperatures) * len(self.joint_temperatures)
+
+
+@dataclass(frozen=True)
+class Opinions:
+    """What the model and the memory say about every scored token, before they are mixed; each (N,) float32."""
+
+    base: Mapping[tuple[int, float | None], Tensor]
+    """ln p that the memory's own distribution is mixed into, by (k, joint temperature)."""
+    memory: Mapping[tuple[int, float], Tensor]
+    """ln p that the memory's own distribution gives, by (k, temperature)."""
+    found: Mapping[int, Tensor]
+    """bool: whether any neighbour was found, by k."""
+    is_joint: bool
+
+    def mixed(self, setting: Setting) -> Tensor:
+        """ln p of every token, (N,), in the order in which they were saved."""
+        base_N = self.base[setting.k, setting.joint_temperature]
+        memory_N = self.memory[setting.k, setting.temperature]
+        if not self.is_joint:
+            return interpolate(base_N, memory_N, setting.weight)
+        return mixed_where_found(base_N, memory_N, self.found[setting.k], setting.weight)
+
+
+def opinions(retrieval: Retrieval, grid: Grid) -> Opinions:
+    """One pass over the saved neighbours, in parts, several side by side."""
+    count, size = len(retrieval), max(1, _PART_NUMBERS // retrieval.k)
+    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    bases = [(k, t) for k in grid.ks for t in grid.joint_temperatures]
+    memories = [(k, t) for k in grid.ks for t in grid.temperatures]
+    made = Opinions(
+        {key: torch.empty(count) for key in bases},
+        {key: torch.empty(count) for key in memories},
+        {k: torch.empty(count, dtype=torch.bool) for k in grid.ks},
+        retrieval.is_joint,
+    )
+
+    def fill(rows: slice) -> None:
+        part = retrieval.part(rows)
+        for k in grid.ks:
+            found = part.nearest(k)
+            made.found[k][rows] = found.keep_NM.any(1)
+            for temperature in grid.temperatures:
+                made.memory[k, temperature][rows] = knn_logp(found, part.target_N, temperature)
+            for joint_temperature in grid.joint_temperatures:
+                logp_Q = part.lm_logp_N
+                if joint_temperature is not None:
+                    combine = _joint(retrieval, joint_temperature)
+                    logp_Q = combine.joint(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.near)
+                made.base[k, joint_temperature][rows] = logp_Q
+
+    each_in_threads(fill, parts)
+    return made
+
+
+def _joint(retrieval: Retrieval, temperature: float) -> JointNormalization:
+    return JointNormalization(
+        dim=int(retrieval.made_of["dim"]), temperature=temperature, with_external=retrieval.about["mode"] != "li"
+    )
+
+
+def sweep(retrievals: Sequence[Retrieval], grid: Grid) -> list[Result]:
+    """The loss of every setting over the tokens of all files."""
+    settings = [
+        Setting(k, weight, temperature, joint)
+        for k in grid.ks
+        for joint in grid.joint_temperatures
+        for temperature in grid.temperatures
+        for weight in grid.weights
+    ]
+    totals = {setting: LossSums() for setting in settings}
+    for retrieval in retrievals:
+        order = retrieval.order
+        block_N, continues_N = (np.asarray(retrieval.arrays[name])[order] for name in ("block", "continues"))
+        said = opinions(retrieval, grid)
+        for setting in settings:
+            logp_N = said.mixed(setting).double().numpy()[order]
+            totals[setting] = totals[setting].plus(loss_sums(block_N, continues_N, logp_N))
+    return [Result(setting, sums) for setting, sums in totals.items()]
+
+
+def language_model_alone(retrievals: Sequence[Retrieval]) -> LossSums:
+    """The loss without any memory."""
+    total = LossSums()
+    for retrieval in retrievals:
+        order = retrieval.order
+        block_N, continues_N, logp_N = (
+            np.asarray(retrieval.arrays[name])[order] for name in ("block", "continues", "lm_logp")
+        )
+        total = total.plus(loss_sums(block_N, continues_N, logp_N.astype(np.float64)))
+    return total
+
+
+def best_of(results: Sequence[Result]) -> Result:
+    """The lowest loss; a setting under which more tokens are impossible, and so left out, is never better."""
+    return min(results, key=lambda result: (result.sums.num_impossible, result.sums.loss_base2))
+
+
+def at(result: Result, retrievals: Sequence[Retrieval]) -> Result:
+    """The same setting on other files. Raises: ValueError when they hold fewer neighbours, or fixed another one."""
+    setting = result.setting
+    for retrieval in retrievals:
+        if setting.k > retrieval.k:
+            raise ValueError(
+                f"the best setting has --k {setting.k}, and {retrieval.path} holds {retrieval.k} neighbours per token; "
+                f"save it anew with --k {setting.k}, or sweep --k up to {retrieval.k}"
+            )
+    grid = Grid((setting.k,), (setting.weight,), (setting.temperature,), (setting.joint_temperature,))
+    return sweep(retrievals, grid)[0]
+
+
+SHARED = (
+    *("joint", "model_digest", "model_dtype", "model_overrides", "key_tap", "dictionary_digest", "remove_bpe"),
+    *("context_window", "store_digest", "deleted", "index", "metric", "score", "dim"),
+    *("use_local", "use_long", "mem_size", "dedup_memory", "fix_tail_pads", "softmax_temp"),
+)
+"""What two evaluations must have in common for a setting of one to mean something in the other."""
+
+
+def open_all(paths: Sequence[str]) -> list[Retrieval]:
+    """Open the files of one evaluation, all shards of it, and compare them with their checksums.
+
+    Raises: ValueError when one is missing, damaged, there twice or of another evaluation.
+    """
+    opened = [Retrieval.open(path) for path in paths]
+    shards = set()
+    for retrieval in opened:
+        retrieval.verify()
+        require_alike(opened[0], retrieval, (*SHARED, "subset", "text_digest", "k"))
+        shard = tuple(retrieval.made_of["shard"])
+        if shard in shards:
+            raise ValueError(f"{retrieval.path} holds the same part of the text as another file that is named")
+        shards.add(shard)
+    counts = {count for _, count in shards}
+    if len(counts) > 1 or len(shards) != next(iter(counts)):
+        told = ", ".join(f"{number} of {count}" for number, count in sorted(shards))
+        raise ValueError(
+            f"the files hold the shards {told} (--shard-id of --num-shards); name those of all shards of one evaluation"
+        )
+    return opened
+
+
+def require_alike(one: Retrieval, other: Retrieval, names: Sequence[str] = SHARED) -> None:
+    """Raise ValueError with both values where two evaluations differ."""
+    told = differences(*({name: r.made_of.get(name) for name in names} for r in (one, other)))
+    if told:
+        raise ValueError(f"{one.path} and {other.path} are of different evaluations: {told}; save both alike")
+
+
+def same_text(one: Sequence[Retrieval], other: Sequence[Retrieval]) -> bool:
+    """Whether two evaluations scored the same split."""
+    return bool(one[0].made_of["text_digest"] == other[0].made_of["text_digest"])

@@ -1,0 +1,98 @@
+"""The files a sweep leaves: every setting as JSON and CSV, and a heat map."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fairseq.runtime.atomic_files import write_atomically, writing
+from fairseq.runtime.manifest import write_manifest
+
+if TYPE_CHECKING:
+    from fairseq.memory.retrieval.sweep import Result, Setting
+
+logger = logging.getLogger(__name__)
+
+
+def leave(
+    out: str,
+    results: Sequence[Result],
+    best: Result,
+    told: dict[str, Any],
+    *,
+    argv: Sequence[str],
+    config: dict[str, Any],
+    inputs: Sequence[str],
+) -> None:
+    """Write ``out`` with .json, .csv, .png (where matplotlib is installed) and the run manifest."""
+    rows = [{name: _finite(value) for name, value in result.to_dict().items()} for result in results]
+    write_atomically(f"{out}.json", json.dumps(told | {"settings": rows}, indent=1, default=_finite) + "\n")
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(f"{out}.csv", text.getvalue())
+    drawn = _heat_map(f"{out}.png", results, best, str(told["tuned_on"]))
+    manifest = {"program": "fairseq-knn-sweep", "argv": argv, "config": config, "figures": told}
+    write_manifest(f"{out}.run.json", **manifest, inputs=inputs)
+    logger.info("%s.json, .csv%s: %d settings", out, ", .png" if drawn else "", len(rows))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _heat_map(path: str, results: Sequence[Result], best: Result, subset: str) -> bool:
+    """Draw perplexity by share and temperature, one panel per number of neighbours; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no heat map: matplotlib is not installed (pip install 'fairseq-memory[plot]')")
+        return False
+    panels: dict[tuple[int, float | None], dict[tuple[float, float], float]] = {}
+    for result in results:
+        setting, sums = result.setting, result.sums
+        shown = math.nan if sums.num_impossible else sums.perplexity
+        panel = panels.setdefault((setting.k, setting.joint_temperature), {})
+        panel[setting.temperature, setting.weight] = shown
+    figure = Figure(figsize=(min(40.0, 2.0 + 4.5 * len(panels)), 4.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    finite = [value for panel in panels.values() for value in panel.values() if math.isfinite(value)]
+    for axis, ((k, joint), panel) in zip(axes, panels.items()):
+        image = _draw(axis, panel, (min(finite, default=0.0), max(finite, default=1.0)))
+        axis.set_title(f"k {k}" if joint is None else f"k {k}, joint temperature {joint:g}")
+        if (best.setting.k, best.setting.joint_temperature) == (k, joint):
+            _mark(axis, panel, best.setting)
+    figure.colorbar(image, ax=axes, label="perplexity")
+    figure.suptitle(f"perplexity on {subset}; best: {best.setting.flags()}", fontsize="medium")
+    with writing(path, binary=True) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return True
+
+
+def _draw(axis: Any, panel: dict[tuple[float, float], float], limits: tuple[float, float]) -> Any:
+    temperatures, weights = (sorted(set(column)) for column in zip(*panel))
+    image = axis.imshow(
+        [[panel[temperature, weight] for weight in weights] for temperature in temperatures],
+        aspect="auto",
+        origin="lower",
+        vmin=limits[0],
+        vmax=limits[1],
+        cmap="viridis_r",
+    )
+    for places, values, name in ((axis.xaxis, weights, "lambda"), (axis.yaxis, temperatures, "temperature")):
+        step = max(1, -(-len(values) // 10))
+        places.set_ticks(range(0, len(values), step), [f"{value:g}" for value in values[::step]])
+        places.set_label_text(name)
+    return image
+
+
+def _mark(axis: Any, panel: dict[tuple[float, float], float], best: Setting) -> None:
+    temperatures, weights = (sorted(set(column)) for column in zip(*panel))
+    axis.plot(weights.index(best.weight), temperatures.index(best.temperature), marker="*", color="red", markersize=14)

@@ -1,0 +1,1 @@
+"""Perplexity, losses per word and the figures of training."""

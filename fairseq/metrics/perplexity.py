@@ -1,0 +1,160 @@
+"""The evaluation's figures: perplexity over tokens or words, and how it spreads over the vocabulary."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fairseq.metrics.word_loss import joined, loss_sums
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from fairseq.data.dictionary import Dictionary
+
+logger = logging.getLogger(__name__)
+
+_BUCKETS = (10, 100, 1000, 10000)  # bounds of training counts in the frequency table
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What an evaluation comes down to."""
+
+    loss_base2: float
+    """Mean -log2 p per counted token (or per word, with --remove-bpe)."""
+    perplexity: float
+    """2 to the loss."""
+    num_tokens: int
+    """Tokens scored."""
+    num_counted: int
+    """What the mean divides by: words with --remove-bpe, else the tokens scored."""
+    num_total_tokens: int
+    """Tokens the evaluated part of the text has."""
+    seconds: float
+    """Time of scoring, without loading."""
+    buckets: list[dict[str, Any]] = field(default_factory=list)
+    """Loss by how often the target occurred in training."""
+    num_searched: int | None = None
+    """Tokens whose neighbours RetoMaton had to search; None without it."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored tokens over seconds."""
+        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain types, for JSON."""
+        searched = {} if self.num_searched is None else {"num_searched": self.num_searched}
+        return searched | {
+            "loss_base2": self.loss_base2,
+            "perplexity": self.perplexity,
+            "num_tokens": self.num_tokens,
+            "num_counted": self.num_counted,
+            "num_total_tokens": self.num_total_tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "buckets": self.buckets,
+        }
+
+
+class PerplexityReport:
+    """Collects the log-probability of each scored token; batches may come in any order."""
+
+    def __init__(self, dictionary: Dictionary, bpe_mark: str | None = None) -> None:
+        """``bpe_mark`` ends every piece that a following piece continues, e.g. "@@ "."""
+        self.dictionary = dictionary
+        self.blocks: list[np.ndarray[Any, Any]] = []
+        self.tokens: list[np.ndarray[Any, Any]] = []
+        self.logps: list[np.ndarray[Any, Any]] = []
+        self.mark = bpe_mark.rstrip() if bpe_mark else ""
+        if self.mark == "sentencepiece":
+            raise ValueError("--remove-bpe sentencepiece is not offered for evaluation; give the mark of the pieces")
+        pieces = [i for i in range(len(dictionary)) if dictionary[i].endswith(self.mark)] if self.mark else []
+        self.continues = np.zeros(len(dictionary), dtype=bool)
+        self.continues[pieces] = True
+
+    def add(self, block_N: Tensor, target_N: Tensor, logp_N: Tensor) -> None:
+        """Add scored positions; those of one block in the order of the text."""
+        self.blocks.append(block_N.cpu().numpy())
+        self.tokens.append(target_N.cpu().numpy())
+        self.logps.append(logp_N.double().cpu().numpy())
+
+    def arrays(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Block number, target and ln p of every scored token, in the order of the text."""
+        if not self.tokens:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+        block = np.concatenate(self.blocks)
+        order = np.argsort(block, kind="stable")
+        return block[order], np.concatenate(self.tokens)[order], np.concatenate(self.logps)[order]
+
+    def figures(self, num_total_tokens: int, seconds: float) -> Figures:
+        """The figures so far. Scores of minus infinity are left out with a warning, as their mean has no meaning.
+
+        Raises: ValueError when nothing was scored.
+        """
+        block, token, logp = self.arrays()
+        if not len(token):
+            raise ValueError(
+                f"nothing was scored: all {num_total_tokens} tokens are in blocks longer than the model's positions "
+                "or the part of the text is empty; --score-all splits long blocks"
+            )
+        sums = loss_sums(block, self.continues[token], logp)
+        if sums.num_impossible:
+            logger.warning("%d tokens have probability 0 and are left out of the perplexity", sums.num_impossible)
+        possible = ~np.isneginf(logp)
+        buckets = self._buckets(token[possible], logp[possible])
+        return Figures(
+            sums.loss_base2, sums.perplexity, len(token), sums.num_counted, num_total_tokens, seconds, buckets
+        )
+
+    def _buckets(self, token: np.ndarray[Any, Any], logp: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+        # Special symbols have no training count of their own (</s> stands once in every line, <unk> for many types).
+        special = token < self.dictionary.nspecial
+        counts = np.asarray(self.dictionary.counts, dtype=np.int64)[token]
+        bounds = (0, *_BUCKETS, np.iinfo(np.int64).max)
+        ranges = [(low, high, ~special & (counts >= low) & (counts < high)) for low, high in zip(bounds, bounds[1:])]
+        rows = []
+        for low, high, inside in [(0, 0, special), *ranges]:
+            if inside.any():
+                loss = -float(logp[inside].mean()) / math.log(2)
+                upper = int(high) if high < bounds[-1] else None
+                rows.append({"special": not high, "count_from": int(low), "count_below": upper})
+                rows[-1] |= {"num_tokens": int(inside.sum()), "loss_base2": loss, "perplexity": 2.0**loss}
+        return rows
+
+    def words(self) -> Iterator[tuple[int, list[tuple[str, float]]]]:
+        """Per block: its number and its words with their ln p, pieces joined."""
+        block, token, logp = self.arrays()
+        is_joined = joined(block, self.continues[token])
+        starts = np.flatnonzero(np.r_[True, block[1:] != block[:-1]]) if len(block) else []
+        for start, end in zip(starts, [*starts[1:], len(block)]):
+            line: list[tuple[str, float]] = []
+            text, score = "", 0.0
+            for i in range(start, end):
+                piece = self.dictionary[int(token[i])]
+                text, score = text + (piece.removesuffix(self.mark) if is_joined[i] else piece), score + float(logp[i])
+                if not is_joined[i]:
+                    line.append((text, score))
+                    text, score = "", 0.0
+            yield int(block[start]), line
+
+    def word_statistics(self) -> list[tuple[str, int, float, float]]:
+        """Per word: itself, its count, its mean ln p, and the mean ln p of the word after it; frequent first."""
+        sums: dict[str, list[float]] = {}
+        for _, line in self.words():
+            for place, (word, logp) in enumerate(line):
+                row = sums.setdefault(word, [0, 0.0, 0, 0.0])
+                row[0] += 1
+                row[1] += logp
+                if place + 1 < len(line):
+                    row[2] += 1
+                    row[3] += line[place + 1][1]
+        rows = [(w, int(n), total / n, after / m if m else 0.0) for w, (n, total, m, after) in sums.items()]
+        return sorted(rows, key=lambda row: (-row[1], row[0]))

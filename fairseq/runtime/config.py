@@ -1,0 +1,87 @@
+"""Options that every command with a model shares: seed, precision, devices, processes, logging."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from fairseq.config import flag, require_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Seed, precision, device and plug-ins of any command that runs a model."""
+
+    seed: int = flag("--seed", default=1)
+    """Seed of initial weights, dropout and data order."""
+    cpu: bool = flag("--cpu", default=False)
+    """Use the processor even when a GPU is there."""
+    fp16: bool = flag("--fp16", default=False)
+    """Half precision (on a GPU: mixed for training, float16 weights for evaluation)."""
+    memory_efficient_fp16: bool = flag("--memory-efficient-fp16", default=False)
+    """Train with float16 weights as well."""
+    bf16: bool = flag("--bf16", default=False)
+    """bfloat16 instead of float16; needs no loss scale."""
+    memory_efficient_bf16: bool = flag("--memory-efficient-bf16", default=False)
+    """Train with bfloat16 weights as well."""
+    fp16_init_scale: int = flag("--fp16-init-scale", default=128)
+    """First loss scale of float16 training."""
+    user_dir: str | None = flag("--user-dir", default=None)
+    """Folder or file of a plug-in to import before the flags are read."""
+    deterministic: bool = flag("--deterministic", default=False)
+    """Let PyTorch use deterministic algorithms only, and say so where there is none."""
+
+    def __post_init__(self) -> None:
+        if self.any_fp16 and self.any_bf16:
+            raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
+        require_at_least(0, seed=self.seed)
+
+    @property
+    def any_fp16(self) -> bool:
+        """Whether some form of float16 was asked for."""
+        return self.fp16 or self.memory_efficient_fp16
+
+    @property
+    def any_bf16(self) -> bool:
+        """Whether some form of bfloat16 was asked for."""
+        return self.bf16 or self.memory_efficient_bf16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How many processes train one model. Under torchrun its own settings count."""
+
+    distributed_world_size: int | None = flag("--distributed-world-size", "--nprocs-per-node", default=None)
+    """Processes on this machine; by default one per GPU, or one on a processor."""
+    find_unused_parameters: bool = flag("--find-unused-parameters", default=False)
+    """Let every rank look for parameters that had no gradient (always on with an adaptive softmax)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, distributed_world_size=self.distributed_world_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """How a command tells what it is doing."""
+
+    no_progress_bar: bool = flag("--no-progress-bar", default=False)
+    """Write lines instead of a bar."""
+    log_interval: int = flag("--log-interval", default=1000)
+    """Updates between two lines (or refreshed figures of the bar)."""
+    log_format: str | None = flag("--log-format", default=None, choices=("json", "none", "simple", "tqdm"))
+    """Form of the progress; by default a bar on a terminal and simple lines elsewhere."""
+    log_file: str | None = flag("--log-file", default=None)
+    """File that gets a copy of all log lines."""
+    tensorboard_logdir: str = flag("--tensorboard-logdir", default="")
+    """Folder for TensorBoard's event files."""
+    wandb_project: str | None = flag("--wandb-project", default=None)
+    """Project on Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, log_interval=self.log_interval)
+
+    @property
+    def form(self) -> str:
+        """The form of progress that applies: a bar is for terminals only."""
+        wanted = self.log_format or ("simple" if self.no_progress_bar else "tqdm")
+        return "simple" if wanted == "tqdm" and not sys.stderr.isatty() else wanted

@@ -1,0 +1,152 @@
+"""Processes, devices and precision through Lightning Fabric, and the few sums that ranks exchange."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fairseq.runtime.config import DistributedConfig, RuntimeConfig
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+logger = logging.getLogger(__name__)
+
+
+def runs_on_gpu(runtime: RuntimeConfig) -> bool:
+    """Whether a model is to run on a CUDA device."""
+    return torch.cuda.is_available() and not runtime.cpu
+
+
+def _precision(runtime: RuntimeConfig, on_gpu: bool) -> str:
+    """Fabric's name for the training precision."""
+    if runtime.any_fp16 and not on_gpu:
+        logger.warning("--fp16 needs a GPU; training goes on in float32 (--bf16 runs on processors)")
+        return "32-true"
+    if runtime.memory_efficient_fp16:
+        return "16-true"
+    if runtime.memory_efficient_bf16:
+        return "bf16-true"
+    if runtime.fp16:
+        return "16-mixed"
+    return "bf16-mixed" if runtime.bf16 else "32-true"
+
+
+def make_fabric(runtime: RuntimeConfig, distributed: DistributedConfig, find_unused_parameters: bool) -> Fabric:
+    """Launch Fabric with as many processes as asked for; under torchrun its environment counts.
+
+    Args:
+        find_unused_parameters: some parameters may have no gradient in some batches.
+    """
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.plugins.precision import MixedPrecision
+    from lightning.fabric.strategies import DDPStrategy
+
+    on_gpu = runs_on_gpu(runtime)
+    world = distributed.distributed_world_size or (torch.cuda.device_count() if on_gpu else 1)
+    nodes = 1
+    if TorchElasticEnvironment.detect():
+        elastic = TorchElasticEnvironment()
+        nodes = max(1, elastic.world_size() // _local_world_size())
+        world = _local_world_size()
+    precision = _precision(runtime, on_gpu)
+    plugins = []
+    if precision == "16-mixed":
+        scaler = torch.amp.GradScaler("cuda", init_scale=runtime.fp16_init_scale)
+        plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
+    strategy = DDPStrategy(find_unused_parameters=find_unused_parameters) if world * nodes > 1 else "auto"
+    fabric = Fabric(
+        accelerator="cuda" if on_gpu else "cpu",
+        devices=world,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=None if plugins else precision,  # type: ignore[arg-type]
+        plugins=plugins or None,
+    )
+    fabric.launch()
+    return fabric
+
+
+def _local_world_size() -> int:
+    import os
+
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
+    """Add up each figure over all ranks, in float64."""
+    if fabric.world_size == 1:
+        return values
+    summed = fabric.all_reduce(torch.tensor(values, dtype=torch.float64, device=fabric.device), reduce_op="sum")
+    return summed.tolist()  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Tensors of all ranks in the order of ranks, joined along their first dimension."""
+
+    tensors: tuple[Tensor, ...]
+    counts: tuple[int, ...]
+    """Rows that each rank has in them."""
+
+    def rows_of(self, first_rank: int, last_rank: int) -> slice:
+        """Where the rows from one rank up to another (not included) are."""
+        return slice(sum(self.counts[:first_rank]), sum(self.counts[:last_rank]))
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process among how many."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gather_ragged(*tensors: Tensor, with_gradient: bool = False) -> Gathered:
+    """Collect tensors of every rank, whose numbers of rows may differ between ranks (but not between tensors).
+
+    Every rank must call this, with the same number of tensors, whether it has rows or not.
+
+    Args:
+        with_gradient: let gradients flow back to the ranks the rows came from. Then every rank must also go through
+            backward, and the result must take part in what it differentiates.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return Gathered(tensors, (len(tensors[0]),))
+    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    every = [torch.empty_like(own) for _ in range(world)]
+    torch.distributed.all_gather(every, own)
+    counts = tuple(torch.cat(every).tolist())
+    gather = (lambda x: _Gather.apply(x, counts)) if with_gradient else (lambda x: _join(x.detach(), counts))
+    return Gathered(tuple(gather(x) if x.is_floating_point() else _join(x, counts) for x in tensors), counts)
+
+
+def _join(tensor: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Rows of all ranks. Collective operations want equal sizes, so ranks send as many rows as the longest has."""
+    padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    every = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(every, padded)
+    return torch.cat([rows[:count] for rows, count in zip(every, counts)])
+
+
+class _Gather(torch.autograd.Function):
+    """:func:`_join` whose gradient is the sum of what all ranks have for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, counts: tuple[int, ...]) -> Tensor:
+        ctx.counts = counts
+        return _join(tensor, counts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(grad)
+        rank, _ = rank_and_world()
+        start = sum(ctx.counts[:rank])
+        return grad[start : start + ctx.counts[rank]], None

@@ -1,0 +1,122 @@
+"""The run manifest: a JSON file beside an output that says how the output came about."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fairseq.runtime.atomic_files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+_WHOLE_FILE_LIMIT = 1 << 30
+_SAMPLED_BYTES = 1 << 20
+_DISTRIBUTIONS = ("fairseq-memory", "torch", "numpy", "faiss-cpu", "lightning")
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file; of its size and its first and last MiB (marked so) when it is larger than a GiB."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if size <= _WHOLE_FILE_LIMIT:
+            while chunk := file.read(_SAMPLED_BYTES):
+                digest.update(chunk)
+            return f"sha256:{digest.hexdigest()}"
+        digest.update(str(size).encode())
+        digest.update(file.read(_SAMPLED_BYTES))
+        file.seek(-_SAMPLED_BYTES, os.SEEK_END)
+        digest.update(file.read(_SAMPLED_BYTES))
+    return f"sha256-of-size-and-ends:{digest.hexdigest()}"
+
+
+def write_manifest(
+    path: str | os.PathLike[str],
+    *,
+    program: str,
+    argv: Iterable[str],
+    config: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    seed: int | None = None,
+) -> None:
+    """Write how a run was made and what came out.
+
+    Args:
+        path: the JSON file, usually ``<output>.run.json``.
+        config: the settings in effect, as plain types.
+        figures: what the run measured.
+        inputs: files it read; each is recorded with its size and digest.
+    """
+    record = {
+        "command": shlex.join([program, *argv]),
+        "config": config,
+        "seed": seed,
+        "figures": figures,
+        "inputs": {str(i): {"bytes": os.path.getsize(i), "digest": file_digest(i)} for i in inputs},
+        "versions": {"python": platform.python_version()} | _versions(),
+        "commit": _commit(),
+        "hardware": _hardware(),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    write_atomically(path, json.dumps(record, indent=1, default=str) + "\n")
+    logger.info("run manifest: %s", path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with "-dirty" when files differ; None elsewhere."""
+    folder = Path(__file__).resolve().parent
+    try:
+        words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        told = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() or None
+
+
+def _hardware() -> dict[str, Any]:
+    hardware: dict[str, Any] = {
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+    }
+    if hasattr(os, "sysconf"):
+        hardware["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        hardware["threads"] = torch.get_num_threads()
+        hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return hardware
+
+
+def _processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
