@@ -40,7 +40,7 @@ def queries_of(count: int, dim: int, folder: Path) -> Any:
 
 def search_once(path: str, rows: int, options: Any) -> None:
     """Search a store of that many rows and print the peak memory that is not the mapped file's."""
-    from fairseq.memory.index.exact import ExactIndex
+    from fairseq.memory.index.exact.index import ExactIndex
     from fairseq.memory.types import Metric
 
     keys = np.memmap(path, dtype=np.float32, mode="r", shape=(rows, options.dim))
@@ -78,9 +78,9 @@ def main() -> None:
 
 def compare(options: Any, folder: Path) -> dict[str, Any]:
     """Seconds of both and the share of neighbours found."""
-    from fairseq.memory.index.exact import ExactIndex
-    from fairseq.memory.index.faiss_builder import FaissBuilder
-    from fairseq.memory.index.faiss_index import FaissIndex
+    from fairseq.memory.index.exact.index import ExactIndex
+    from fairseq.memory.index.faiss.builder import FaissBuilder
+    from fairseq.memory.index.faiss.index import FaissIndex
     from fairseq.memory.types import Metric
 
     keys = make_keys(folder / "keys", options.rows, options.dim, 0)

@@ -40,7 +40,9 @@ def main() -> None:
         if not options.store:
             make_store(folder / "dstore", options.rows, options.dim)
         store = Datastore.open(prefix)
-        compiled = "from fairseq.memory.index.kmeans import kmeans; import torch; kmeans(torch.rand(99, 8), 9, seed=1)"
+        compiled = (
+            "from fairseq.memory.index.ops.kmeans import kmeans; import torch; kmeans(torch.rand(99, 8), 9, seed=1)"
+        )
         common.run("-c", compiled)  # once per installation
         lines = [compare(kind, prefix, store, folder, options) for kind in options.kinds]
     worst = max(line["ratio"] for line in lines)
@@ -69,8 +71,8 @@ def compare(kind: str, prefix: str, store: Any, folder: Path, options: Any) -> d
     """One kind: seconds of both, what both find, and what ours takes."""
     import torch
 
-    from fairseq.memory.index.build import build_index
-    from fairseq.memory.index.build_config import BuildConfig
+    from fairseq.memory.index.build.build import build_index
+    from fairseq.memory.index.build.config import BuildConfig
 
     sizes = {"ncentroids": options.ncentroids, "code_size": options.code_size, "dist": options.dist}
     sizes["graph_threads"] = torch.get_num_threads()  # as many as plain faiss takes
@@ -101,7 +103,7 @@ def compare(kind: str, prefix: str, store: Any, folder: Path, options: Any) -> d
 def build_plainly(config: Any, store: Any, path: Path) -> None:
     """What a few lines with faiss do: the same factory string, seed and sample."""
     from fairseq.memory.datastore.chunked_array import as_tensor
-    from fairseq.memory.index.build import training_rows
+    from fairseq.memory.index.build.build import training_rows
     from fairseq.memory.index.faiss_library import faiss_library
     from fairseq.memory.similarity import normalized
 
@@ -127,8 +129,8 @@ def measure(path: Path, config: Any, store: Any, options: Any) -> list[dict[str,
     """What an index finds and how fast."""
     import torch
 
-    from fairseq.memory.index.faiss_index import FaissIndex
-    from fairseq.memory.index.quality import measured
+    from fairseq.memory.index.build.quality import measured
+    from fairseq.memory.index.faiss.index import FaissIndex
     from fairseq.memory.types import Metric
 
     rows = np.random.default_rng(3).choice(len(store), options.queries, replace=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq.config import FlagParser, build, to_dict
 from fairseq.memory.cluster_config import ClusterConfig
-from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.build.config import BuildConfig
 from fairseq_cli import cluster_dstore
 from fairseq_cli.main import run
 
@@ -27,8 +27,9 @@ def main(argv: Sequence[str]) -> None:
         return
     config = build(BuildConfig, given)
 
-    from fairseq.memory.index.build import build_index, open_store
-    from fairseq.memory.index.quality import report
+    from fairseq.memory.index.build.build import build_index
+    from fairseq.memory.index.build.preflight import open_store
+    from fairseq.memory.index.build.quality import report
     from fairseq.runtime.manifest import write_manifest
 
     _check_evaluation(config)

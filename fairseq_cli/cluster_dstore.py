@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq.config import flag_names, to_dict
 from fairseq.memory.cluster_config import ClusterConfig
-from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.build.config import BuildConfig
 
 
 def is_wanted(given: Mapping[str, Any]) -> bool:

@@ -15,8 +15,8 @@ from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.retomaton import RetomatonWrapper
 from fairseq.memory.hf.saver import KNNSaver
 from fairseq.memory.hf.stores import StorePlace, index_name, open_store
-from fairseq.memory.index.build import BuiltIndex, build_index
-from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.build.build import BuiltIndex, build_index
+from fairseq.memory.index.build.config import BuildConfig
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.clusters import Clusters, store_mark
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.index.kmeans import Assigner, kmeans, sample_size
+from fairseq.memory.index.ops.kmeans import Assigner, kmeans, sample_size
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import naming, writing
 from fairseq.runtime.files import locked, may_create_in, read_json, write_json

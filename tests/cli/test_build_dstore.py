@@ -71,7 +71,7 @@ def test_the_perplexity_gap_is_that_of_two_evaluations(trained, data_bin, tmp_pa
 
 
 def test_parts_and_reports_as_the_words_say(prefix, capsys, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.index.build._BLOCK_ROWS", 500)
+    monkeypatch.setattr("fairseq.memory.index.build.preflight.BLOCK_ROWS", 500)
     build_dstore.main(words(prefix, "--num_shards 2 --shard_id 1"))
     assert capsys.readouterr().out.endswith("to be encoded yet: 0\n")
     build_dstore.main(words(prefix, "--num-shards 2 --shard-id 0 --no-report"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fairseq.memory.index.faiss_builder import FaissBuilder
+from fairseq.memory.index.faiss.builder import FaissBuilder
 
 
 class Died(BaseException):

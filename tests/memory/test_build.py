@@ -14,12 +14,13 @@ from dying import Died, dies_at
 from store_making import save_keys
 
 from fairseq.memory.datastore.datastore import DatastoreWriter
-from fairseq.memory.index import INDEXES, build
-from fairseq.memory.index.build import build_index
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_builder import FaissBuilder
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index import INDEXES
+from fairseq.memory.index.build import build, preflight
+from fairseq.memory.index.build.build import build_index
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.builder import FaissBuilder
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.types import Metric
 
 ROWS, DIM = 1500, 8
@@ -42,13 +43,13 @@ def store(tmp_path_factory) -> Path:
 def whole(store, tmp_path_factory) -> bytes:
     """The index as one undisturbed build makes it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_BLOCK_ROWS", 128)
+        patch.setattr(preflight, "BLOCK_ROWS", 128)
         return build_index(config(store, tmp_path_factory.mktemp("whole"))).path.read_bytes()
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(build, "_BLOCK_ROWS", 128)
+    monkeypatch.setattr(preflight, "BLOCK_ROWS", 128)
 
 
 def config(store: Path, folder: Path, **more) -> BuildConfig:
@@ -147,7 +148,7 @@ def test_an_index_over_older_keys_is_built_anew(store, tmp_path):
 
 
 def build_elsewhere(settings: BuildConfig, started) -> None:
-    build._BLOCK_ROWS = 128
+    preflight.BLOCK_ROWS = 128
     started.set()
     build_index(settings)
 

@@ -15,13 +15,15 @@ from dying import Died, dies_at
 from store_making import save_keys
 
 from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
-from fairseq.memory.index import INDEXES, build, faiss_builder, on_disk
-from fairseq.memory.index.build import build_index
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_builder import FaissBuilder
-from fairseq.memory.index.faiss_index import FaissIndex, lists_of
-from fairseq.memory.index.quality import recall
+from fairseq.memory.index import INDEXES
+from fairseq.memory.index.build import build, preflight
+from fairseq.memory.index.build.build import build_index
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.build.quality import recall
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss import builder, on_disk_lists
+from fairseq.memory.index.faiss.builder import FaissBuilder
+from fairseq.memory.index.faiss.index import FaissIndex, lists_of
 from fairseq.memory.types import Metric
 
 ROWS, DIM = 3000, 16
@@ -46,9 +48,9 @@ def store(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    monkeypatch.setattr(build, "_BLOCK_ROWS", 256)
+    monkeypatch.setattr(preflight, "BLOCK_ROWS", 256)
     monkeypatch.setattr(build, "_SAVING_SHARE", 1e9)
-    monkeypatch.setattr(on_disk, "_SLICE_ROWS", 700)
+    monkeypatch.setattr(on_disk_lists, "_SLICE_ROWS", 700)
 
 
 def config(store: Path, folder: Path, **more) -> BuildConfig:
@@ -79,8 +81,8 @@ def test_recall_is_that_of_plain_faiss(store, tmp_path, kind, dist):
 @pytest.mark.parametrize("kind", ["ivfpq", "ivfpq-fastscan", "PCA8,IVF8,SQ8"])
 def test_without_fast_integers_faiss_makes_the_lists(store, tmp_path, kind, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(faiss_builder, "has_fast_int8", lambda: False)
-    monkeypatch.setattr(faiss_builder, "kmeans", lambda *_, **__: pytest.fail("is slower"))
+    monkeypatch.setattr(builder, "has_fast_int8", lambda: False)
+    monkeypatch.setattr(builder, "kmeans", lambda *_, **__: pytest.fail("is slower"))
     first = build_index(config(store, tmp_path / "a", index=kind))
     assert build_index(config(store, tmp_path / "b", index=kind)).path.read_bytes() == first.path.read_bytes()
     assert "faiss makes the lists" in caplog.text
@@ -223,7 +225,9 @@ def test_a_disk_that_gets_full_is_told_and_the_build_goes_on(store, tmp_path, mo
     settings = config(store, tmp_path, on_disk=True)
     with monkeypatch.context() as patch:
         patch.setattr(build.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
-        patch.setattr(on_disk, "_write_slice", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", "slice")))
+        patch.setattr(
+            on_disk_lists, "_write_slice", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", "slice"))
+        )
         with pytest.raises(OSError, match="full"):
             build_index(settings)
     free = iter([1 << 40, 100])

@@ -17,7 +17,7 @@ from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.clusters import Clusters, store_mark
 from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.index import kmeans
+from fairseq.memory.index.ops import kmeans
 from fairseq.memory.members_files import OriginalFiles, open_clusters, read_members
 from fairseq.memory.types import Metric
 from fairseq_cli.build_dstore import main

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.index import coded_rows
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.lists import pq_rescoring
 from fairseq.memory.types import Metric
 
 DIM, ROWS = 8, 1500
@@ -33,8 +33,8 @@ def built(factory: str, metric: Metric) -> FaissIndex:
 @pytest.mark.parametrize("few", [True, False])
 def test_as_a_search_scores_them(factory: str, metric: Metric, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not few:
-        monkeypatch.setattr(coded_rows, "_MOST_BYTES", 0)
-        monkeypatch.setattr(coded_rows, "_CHUNK_FLOATS", 100 * DIM)
+        monkeypatch.setattr(pq_rescoring, "_MOST_BYTES", 0)
+        monkeypatch.setattr(pq_rescoring, "_CHUNK_FLOATS", 100 * DIM)
     index = built(factory, metric)
     found = index.search(QUERIES, 50)
     shuffled_NM = found.ids_NK[:, torch.randperm(50, generator=torch.Generator().manual_seed(0))]

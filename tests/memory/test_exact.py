@@ -9,9 +9,11 @@ from brute_force import similarities
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.memory.index import candidates, exact, list_search
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.filters import Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.exact import candidates
+from fairseq.memory.index.exact import index as exact
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.lists import search
+from fairseq.memory.index.ops.bounded_scores import Filter, FloatFilter, Int8Filter
 from fairseq.memory.types import Metric
 
 FILTERS = {
@@ -51,8 +53,8 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
         patch.setattr(exact, "_filter", made)
         patch.setattr(exact, "has_fast_int8", lambda: name == LISTS[0])
         patch.setattr(ExactIndex, "_as_lists", as_lists)
-        patch.setattr(list_search, "_TILE_SCORES", 64 * 20)
-        patch.setattr(list_search, "capacity", lambda k: k + 84)
+        patch.setattr(search, "_TILE_SCORES", 64 * 20)
+        patch.setattr(search, "capacity", lambda k: k + 84)
         patch.setattr(exact, "_BLOCK_BYTES", 64 * 4 * keys.shape[1])
         patch.setattr(exact, "_GROUP_SCORES", 64 * 20)
         patch.setattr(exact, "_TILE_BYTES", 100 * 4 * keys.shape[1])

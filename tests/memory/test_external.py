@@ -12,10 +12,10 @@ from brute_force import similarities
 from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
 from fairseq.memory.datastore.merge import merge
-from fairseq.memory.index.build import build_index
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.build.build import build_index
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.memory.scoring import knn_logp
 from fairseq.memory.sources.external import ExternalMemory, open_external

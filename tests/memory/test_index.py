@@ -9,16 +9,12 @@ import torch
 from brute_force import similarities
 
 from fairseq.memory.datastore.chunked_array import Rows
-from fairseq.memory.index import scan_kernels
-from fairseq.memory.index.candidates import TrueScores
-from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import (
-    FaissIndex,
-    find_index,
-    pair_scores_in_place,
-)
-from fairseq.memory.index.list_search import KeyList, Rotation, search_lists
+from fairseq.memory.index.exact.candidates import TrueScores
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex, find_index, pair_scores_in_place
+from fairseq.memory.index.lists import kernels
+from fairseq.memory.index.lists.decoded_lists import DecodedLists
+from fairseq.memory.index.lists.search import KeyList, Rotation, search_lists
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 
@@ -56,7 +52,7 @@ def made_index(metric: Metric, factory: str = "IVF16,PQ4np") -> FaissIndex:
 @pytest.mark.parametrize("k", [1, 7, 2500])
 @pytest.mark.parametrize("metric", list(Metric))
 def test_exact_search_is_brute_force(metric, k, dtype, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.index.exact._BLOCK_BYTES", 4 * 400 * 700)  # several uneven blocks
+    monkeypatch.setattr("fairseq.memory.index.exact.index._BLOCK_BYTES", 4 * 400 * 700)  # several uneven blocks
     keys = KEYS.astype(dtype)
     found = ExactIndex(keys, metric).search(QUERIES[:50], k)
     truth = similarities(metric, QUERIES[:50].numpy(), keys)
@@ -94,7 +90,7 @@ def test_the_closest_has_the_highest_score():
 @pytest.mark.parametrize("k", [1, 8, 300])
 @pytest.mark.parametrize("metric", list(Metric))
 def test_bulk_search_finds_what_faiss_finds(metric, k, low_precision, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.index.faiss_index.has_fast_int8", lambda: low_precision)
+    monkeypatch.setattr("fairseq.memory.index.faiss.index.has_fast_int8", lambda: low_precision)
     index = made_index(metric)
     assert DecodedLists.pays_for(index.inner, len(QUERIES))
     found = index.search(QUERIES, k)
@@ -109,7 +105,7 @@ def test_bulk_search_finds_what_faiss_finds(metric, k, low_precision, monkeypatc
 @pytest.mark.parametrize("low_precision", [False, True])
 def test_ties_are_settled_as_faiss_settles_them(low_precision, monkeypatch):
     """Few different codes, so that dozens of keys are equally far: the last places are contested in every search."""
-    monkeypatch.setattr("fairseq.memory.index.faiss_index.has_fast_int8", lambda: low_precision)
+    monkeypatch.setattr("fairseq.memory.index.faiss.index.has_fast_int8", lambda: low_precision)
     keys = np.repeat(KEYS[:150], 12, axis=0)[np.random.default_rng(5).permutation(1800)]
     for metric in (Metric.L2, Metric.IP):
         inner = faiss.index_factory(
@@ -164,8 +160,8 @@ def narrow(rows: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("fast_int8", [False, True])
 @pytest.mark.parametrize("metric", list(Metric))
 def test_search_in_turned_blocks_is_brute_force(metric, fast_int8, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.index.exact.has_fast_int8", lambda: fast_int8)
-    monkeypatch.setattr("fairseq.memory.index.exact._BLOCK_BYTES", 4 * 64 * 700)
+    monkeypatch.setattr("fairseq.memory.index.exact.index.has_fast_int8", lambda: fast_int8)
+    monkeypatch.setattr("fairseq.memory.index.exact.index._BLOCK_BYTES", 4 * 64 * 700)
     keys, queries = narrow(5000, 0), torch.from_numpy(narrow(90, 1))
     deleted = np.arange(0, 5000, 7)
     index = ExactIndex(keys, metric, deleted=deleted)
@@ -204,7 +200,7 @@ def test_no_key_scores_above_its_bound(by_distance, dtype, turned):
         np.arange(500), keys, keys.mean(0), rotation, by_distance=by_distance, dtype=dtype, dead_M=np.array([3])
     )
     low, bound = torch.zeros(40, listed.low_ME.shape[1], dtype=dtype), np.empty((40, 4), np.float32)
-    scan_kernels.bound_queries(
+    kernels.bound_queries(
         rotation(queries).numpy(), np.arange(40), listed.centre_D, by_distance, listed.width, listed.largest,
         dtype is torch.int8, low.numpy(), bound,
     )  # fmt: skip

@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairseq.memory.index import INDEXES
-from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_builder import FaissBuilder
-from fairseq.memory.index.faiss_index import FaissIndex
-from fairseq.memory.index.merging import alive_of
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.builder import FaissBuilder
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.lists.decoded_lists import DecodedLists
+from fairseq.memory.index.ops.merging import alive_of
 from fairseq.memory.types import Metric
 
 ROWS, DIM, DOCUMENT = 600, 8, 20  # 30 documents

@@ -10,9 +10,9 @@ from store_making import save_keys
 from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
 from fairseq.memory.datastore.delete import delete
 from fairseq.memory.index import INDEXES
-from fairseq.memory.index.build import build_index
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.build.build import build_index
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.knn_config import KnnConfig
 from fairseq.memory.sources.external import open_external
 from fairseq.memory.types import Metric

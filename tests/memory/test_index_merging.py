@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.index import gpu_search
-from fairseq.memory.index.faiss_index import FaissIndex
-from fairseq.memory.index.gpu_search import GpuSearch
-from fairseq.memory.index.merging import merged
+from fairseq.memory.index.faiss import gpu
+from fairseq.memory.index.faiss.gpu import GpuSearch
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.ops.merging import merged
 from fairseq.memory.types import Metric
 
 ROWS, DIM = 900, 8
@@ -35,7 +35,7 @@ class FakeGpuIndex:
         return self.inner.ntotal
 
     def search(self, query, k):
-        assert k <= gpu_search.MOST_NEIGHBORS
+        assert k <= gpu.MOST_NEIGHBORS
         distances, ids = self.inner.search(query, k)
         order = np.random.default_rng(0).permutation(k)
         if self.fault == "unsorted":
@@ -53,7 +53,7 @@ def index_on(factory, metric, fault, monkeypatch, part_bytes=1 << 30, limit=2048
     inner = faiss.index_factory(DIM, factory, faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT)
     inner.train(KEYS)
     inner.add(KEYS)
-    monkeypatch.setattr(gpu_search, "MOST_NEIGHBORS", limit)
+    monkeypatch.setattr(gpu, "MOST_NEIGHBORS", limit)
     monkeypatch.setattr(GpuSearch, "_on_gpu", lambda _, part, device: FakeGpuIndex(part, fault))
     index = FaissIndex(inner, metric)
     index._by_gpu = GpuSearch(inner, [0, 1], part_bytes)

@@ -9,11 +9,11 @@ import torch
 
 from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
 from fairseq.memory.datastore.delete import delete
-from fairseq.memory.index import quality
-from fairseq.memory.index.build import build_index, training_rows
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.faiss_index import FaissIndex
-from fairseq.memory.index.quality import recall, report
+from fairseq.memory.index.build import quality
+from fairseq.memory.index.build.build import build_index, training_rows
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.build.quality import recall, report
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.types import Metric
 
 ROWS, DIM = 2000, 8

@@ -14,7 +14,7 @@ from fairseq.memory.combiners.fixed import Interpolation
 from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
-from fairseq.memory.index.exact import ExactIndex
+from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.sources.retomaton import Retomaton, RetomatonState
 from fairseq.memory.sources.retomaton_reading import BlockReader, read_text

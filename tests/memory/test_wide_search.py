@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.faiss_index import FaissIndex, has_fast_int8
-from fairseq.memory.index.list_search import Rotation
-from fairseq.memory.index.table_search import TableSearch
-from fairseq.memory.index.wide_search import is_wide, wide_search
+from fairseq.memory.index.faiss.index import FaissIndex, has_fast_int8
+from fairseq.memory.index.lists.adc_search import TableSearch
+from fairseq.memory.index.lists.decoded_lists import DecodedLists
+from fairseq.memory.index.lists.large_k_search import is_wide, wide_search
+from fairseq.memory.index.lists.search import Rotation
 from fairseq.memory.types import Metric
 
 INT8 = has_fast_int8()

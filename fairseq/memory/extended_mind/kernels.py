@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import compiled, product, reached_by_entries
+from fairseq.memory.index.ops.kernels import compiled, product, reached_by_entries
 
 GROUPS = 256
 """Scores are looked at in so many groups first."""

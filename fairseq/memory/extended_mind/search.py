@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.extended_mind.settings import MindSettings
-from fairseq.memory.index.faiss_index import has_fast_int8
+from fairseq.memory.index.faiss.index import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.threads import ThreadBuffer, each_in_threads
@@ -246,7 +246,7 @@ def _numbers(key_SD: Tensor) -> Tensor:
 
 def exact_search(key_GSD: Tensor, settings: MindSettings) -> Search:
     """The streaming exact search over the keys where they are, in memory or in a mapped file; nothing is built."""
-    from fairseq.memory.index.exact import ExactIndex
+    from fairseq.memory.index.exact.index import ExactIndex
 
     indexes = [ExactIndex(_numbers(key_SD.cpu()).numpy(), Metric.COS) for key_SD in key_GSD]
     return _PerHead([index.search for index in indexes], key_GSD.shape[1])
@@ -254,7 +254,7 @@ def exact_search(key_GSD: Tensor, settings: MindSettings) -> Search:
 
 def faiss_search(key_GSD: Tensor, settings: MindSettings) -> Search:
     """A faiss index over each head's keys."""
-    from fairseq.memory.index.faiss_builder import FaissBuilder
+    from fairseq.memory.index.faiss.builder import FaissBuilder
 
     indexes = []
     for key_SD in key_GSD:

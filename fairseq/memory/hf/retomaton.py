@@ -14,8 +14,8 @@ from fairseq.memory.hf.attachment import ForwardCall
 from fairseq.memory.hf.knn import KNNWrapper
 from fairseq.memory.hf.stores import find_members
 from fairseq.memory.hf.taps import Tap
-from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.members_files import open_clusters
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.memory.sources.retomaton import Retomaton, RetomatonState, RetomatonStep

@@ -19,8 +19,8 @@ from fairseq.memory.hf.identity import model_type
 from fairseq.memory.hf.names import key_type
 from fairseq.memory.hf.stores import about_store, index_name, store_prefix
 from fairseq.memory.hf.taps import Tap
-from fairseq.memory.index.build import BuiltIndex, build_index
-from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.build.build import BuiltIndex, build_index
+from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.types import Array
 
 logger = logging.getLogger(__name__)

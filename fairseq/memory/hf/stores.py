@@ -19,8 +19,8 @@ from fairseq.memory.datastore.layout import StoreFiles
 from fairseq.memory.hf.identity import model_digest, model_type, tokenizer_digest, vocabulary_size
 from fairseq.memory.hf.taps import Tap
 from fairseq.memory.index.base import Index
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Metric
 

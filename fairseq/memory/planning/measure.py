@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index import INDEXES
-from fairseq.memory.index.build import build_index
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.build.build import build_index
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.planning.config import PlanConfig
 from fairseq.memory.planning.estimate import KMEANS_PASSES, SIZES, IndexRates, Rates
 from fairseq.memory.types import Array, Metric

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.base import Index, check_k
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import FaissIndex, pair_scores_in_place
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex, pair_scores_in_place
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Candidates, Metric, Neighbors
 from fairseq.registry import lookup

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.clusters import Clusters
-from fairseq.memory.index.faiss_index import FaissIndex
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Array, Candidates, Neighbors
 

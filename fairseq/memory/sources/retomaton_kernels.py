@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import compiled
+from fairseq.memory.index.ops.kernels import compiled
 
 # What a row is to a pointer.
 DELETED = 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.exact import ExactIndex
+from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.members_files import open_clusters
 from fairseq.memory.retomaton_config import RetomatonConfig
 from fairseq.memory.sources.external import ExternalMemory

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index import scan_kernels as kernels
-from fairseq.memory.index.kernels import GROUP
-from fairseq.memory.index.ordering import falling_order
+from fairseq.memory.index.lists import kernels
+from fairseq.memory.index.ops.kernels import GROUP
+from fairseq.memory.index.ops.ordering import falling_order
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ThreadBuffer, each_in_threads, map_in_threads
 

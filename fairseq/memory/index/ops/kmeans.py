@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_index import has_fast_int8
-from fairseq.memory.index.filters import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.faiss.index import has_fast_int8
+from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.threads import ThreadBuffer, each_in_threads
@@ -80,7 +80,7 @@ class Assigner:
     def _scan(
         self, block_ND: Tensor, keys: Filter, block: Block, buffer: ThreadBuffer, near_N: Tensor, rows: slice
     ) -> None:
-        from fairseq.memory.index import kmeans_kernels
+        from fairseq.memory.index.ops import kmeans_kernels
 
         raw_QM = buffer(rows.stop - rows.start, len(block.low_MD))
         keys.scores(block, rows, raw_QM)
@@ -172,7 +172,7 @@ def inertia(keys_ND: Tensor, centroids_CD: Tensor, near_N: Tensor) -> float:
 
 def _means(keys_ND: Tensor, near_N: Tensor, num_clusters: int, draw: np.random.Generator) -> Tensor:
     """Mean of each cluster. An empty one is put on a key of one of the largest, which it then shares."""
-    from fairseq.memory.index import kmeans_kernels
+    from fairseq.memory.index.ops import kmeans_kernels
 
     order_N = near_N.argsort(stable=True)
     counts_C = torch.bincount(near_N, minlength=num_clusters)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.faiss_builder import FaissBuilder, write_index
+from fairseq.memory.index.faiss.builder import FaissBuilder, write_index
 from fairseq.memory.index.faiss_library import faiss_library
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import replacing

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.base import check_k, check_queries
-from fairseq.memory.index.build_files import check_marks
-from fairseq.memory.index.coded_rows import row_scorer
-from fairseq.memory.index.decoded_lists import DecodedLists
+from fairseq.memory.index.faiss.file_marks import check_marks
+from fairseq.memory.index.faiss.gpu import GpuSearch
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
-from fairseq.memory.index.gpu_search import GpuSearch
-from fairseq.memory.index.list_search import search_lists
-from fairseq.memory.index.merging import alive_of
-from fairseq.memory.index.table_search import TableSearch
-from fairseq.memory.index.wide_search import is_wide, wide_search
+from fairseq.memory.index.lists.adc_search import TableSearch
+from fairseq.memory.index.lists.decoded_lists import DecodedLists
+from fairseq.memory.index.lists.large_k_search import is_wide, wide_search
+from fairseq.memory.index.lists.pq_rescoring import row_scorer
+from fairseq.memory.index.lists.search import search_lists
+from fairseq.memory.index.ops.merging import alive_of
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.files import read_json

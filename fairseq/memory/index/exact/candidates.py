@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import Rows
-from fairseq.memory.index import kernels
-from fairseq.memory.index.ordering import falling_order
+from fairseq.memory.index.ops import kernels
+from fairseq.memory.index.ops.ordering import falling_order
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 

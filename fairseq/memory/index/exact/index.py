@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.index.base import check_k, check_queries
-from fairseq.memory.index.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
-from fairseq.memory.index.faiss_index import has_fast_int8
-from fairseq.memory.index.filters import Block, Filter, FloatFilter, Int8Filter
-from fairseq.memory.index.kernels import GROUP
-from fairseq.memory.index.list_search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
-from fairseq.memory.index.list_search import KeyList, Rotation, search_lists
-from fairseq.memory.index.list_search import capacity as list_capacity
+from fairseq.memory.index.exact.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
+from fairseq.memory.index.faiss.index import has_fast_int8
+from fairseq.memory.index.lists.search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
+from fairseq.memory.index.lists.search import KeyList, Rotation, search_lists
+from fairseq.memory.index.lists.search import capacity as list_capacity
+from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.threads import ThreadBuffer, each_in_threads, map_in_threads

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library
-from fairseq.memory.index.merging import merged
+from fairseq.memory.index.ops.merging import merged
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.decoded_lists import DecodedLists
-from fairseq.memory.index.kernels import GROUP
+from fairseq.memory.index.lists.decoded_lists import DecodedLists
+from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import Spare, ThreadBuffer, each_in_threads, map_in_threads
 
@@ -101,8 +101,8 @@ class _Group:
         each_in_threads(self._bound_list, self._tasks, self._lists.use_one_thread)
 
     def _bound_list(self, task: tuple[int, Array]) -> None:
-        from fairseq.memory.index.scan_kernels import bound_queries
-        from fairseq.memory.index.wide_kernels import put_bounds
+        from fairseq.memory.index.lists.kernels import bound_queries
+        from fairseq.memory.index.lists.large_k_kernels import put_bounds
 
         number, visits = task
         keys, is_integral = self._lists.prepared(number), self._lists.dtype is torch.int8
@@ -125,7 +125,7 @@ class _Group:
 
     def choose(self, k: int) -> None:
         """Find the keys that may be among the k best of each query."""
-        from fairseq.memory.index.wide_kernels import choose
+        from fairseq.memory.index.lists.large_k_kernels import choose
 
         parts = self._parts()
         num_groups, num_bounds = self._most + 1, (self._most + 1) * GROUP
@@ -156,7 +156,7 @@ class _Group:
         each_in_threads(self._score_list, self._tasks, self._lists.use_one_thread)
 
     def _score_list(self, task: tuple[int, Array]) -> None:
-        from fairseq.memory.index.wide_kernels import score_chosen
+        from fairseq.memory.index.lists.large_k_kernels import score_chosen
 
         number, visits = task
         ids_M, keys_MD = self._lists.keys(number)
@@ -173,7 +173,7 @@ class _Group:
         each_in_threads(functools.partial(self._best_of, ids_QK=ids_QK, scores_QK=scores_QK), self._parts())
 
     def _best_of(self, part: slice, ids_QK: Array, scores_QK: Array) -> None:
-        from fairseq.memory.index.wide_kernels import gather_packed, unpack
+        from fairseq.memory.index.lists.large_k_kernels import gather_packed, unpack
 
         end_Q = self._end_QP[part, -1]
         begin_Q = np.append(self._end_QP[part.start - 1, -1] if part.start else 0, end_Q[:-1])

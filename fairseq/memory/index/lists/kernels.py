@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
 
 LOWEST = np.float32(-3.0e38)
 """A threshold that every key reaches, deleted ones (minus infinity) excepted."""

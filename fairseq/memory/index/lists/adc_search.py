@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes
-from fairseq.memory.index.kernels import GROUP
+from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import Spare, each_in_threads
 
@@ -98,8 +98,8 @@ class TableSearch:
         return ids_NK, scores_NK
 
     def _search(self, query_QD: Array, visited_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
-        from fairseq.memory.index.table_kernels import search_tables
-        from fairseq.memory.index.wide_kernels import NOTHING, unpack
+        from fairseq.memory.index.lists.adc_kernels import search_tables
+        from fairseq.memory.index.lists.large_k_kernels import NOTHING, unpack
 
         count_Q = np.empty(len(query_QD), np.int64)
         lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
@@ -116,7 +116,7 @@ class TableSearch:
     def _prepare(self, visited_NP: Array) -> None:
         """Write the biases of lists that are visited for the first time."""
         if not self._is_ready_L[visited_NP].all():
-            from fairseq.memory.index.table_kernels import prepare_lists
+            from fairseq.memory.index.lists.adc_kernels import prepare_lists
 
             numbers = np.unique(visited_NP[(visited_NP >= 0) & ~self._is_ready_L[visited_NP]])
             lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._alive)

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fairseq.memory.index import kernels
-from fairseq.memory.index.low_precision import dither, most_steps
+from fairseq.memory.index.ops import kernels
+from fairseq.memory.index.ops.rounding import dither, most_steps
 
 _CHUNK_ROWS = 256  # of keys rounded at a time: they stay in the cache between the passes
 _LEVELS = 127

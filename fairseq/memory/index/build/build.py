@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +21,9 @@ import torch
 
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.index import INDEXES
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.build_files import (
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.build.files import (
     BuildFiles,
-    file_mark,
     is_complete,
     is_trained,
     record,
@@ -36,19 +33,17 @@ from fairseq.memory.index.build_files import (
     seconds_spent,
     signature_of,
 )
-from fairseq.memory.index.faiss_builder import FaissBuilder
-from fairseq.memory.index.kmeans import sample_size
-from fairseq.memory.index.on_disk import assemble_on_disk
+from fairseq.memory.index.build import preflight
+from fairseq.memory.index.faiss.builder import FaissBuilder
+from fairseq.memory.index.faiss.file_marks import file_mark
+from fairseq.memory.index.faiss.on_disk_lists import assemble_on_disk
+from fairseq.memory.index.ops.kmeans import sample_size
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.atomic_files import naming
-from fairseq.runtime.files import locked, may_create_in, read_json, write_json
+from fairseq.runtime.files import locked, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-# Keys are encoded in blocks that start at multiples of this, whatever the checkpoints and parts: a matrix product may
-# round differently in blocks of another size, and a key between two lists would then land in the other one.
-_BLOCK_ROWS = 16_384
-_MIN_PQ_ROWS = 256  # a code byte tells 256 patterns apart
 _SAVING_SHARE = 0.05  # of the time of filling a graph, at most
 _SECONDS_TO_TRAIN = 7 * 86400.0  # another part's command may be at it
 _SECONDS_TO_JOIN = 3600.0
@@ -67,79 +62,13 @@ class BuiltIndex:
     """Parts that other commands have still to encode: without them there is no index yet."""
 
 
-def open_store(config: BuildConfig) -> Datastore:
-    """Open the datastore. Raises: ValueError when it is missing or of another size than stated."""
-    store = Datastore.open_any(
-        config.dstore_mmap,
-        dim=config.dimension,
-        size=config.dstore_size,
-        fp16=config.dstore_fp16,
-        bf16=config.dstore_bf16,
-    )
-    if config.dimension is not None and config.dimension != store.dim:
-        raise ValueError(
-            f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: "
-            "leave it out"
-        )
-    return store.require(size=config.dstore_size)
-
-
-def check(config: BuildConfig, store: Datastore) -> None:
-    """Raise ValueError or OSError for what cannot work, before anything is computed."""
-    rows, dim = len(store), store.dim
-    per_code = {"ivfpq": 1, "ivfpq-fastscan": 2}.get(config.index)
-    if per_code and dim % (per_code * config.code_size):
-        divisors = [d for d in range(1, dim + 1) if dim % (per_code * d) == 0]
-        if not divisors:
-            raise ValueError(f"the width {dim} is odd, {config.index} takes columns in pairs; use --index ivfpq")
-        nearest = min(divisors, key=lambda d: abs(d - config.code_size))
-        raise ValueError(f"--code_size {config.code_size} does not divide the width {dim}; give {nearest}, say")
-    builder = _new_builder(config, dim)
-    if builder.num_lists > rows:
-        name = f"--ncentroids {config.ncentroids}" if config.index in INDEXES else f"--index {config.index}: IVF"
-        raise ValueError(f"{name} is more than the datastore's {rows} rows; give about {max(1, rows // 100)}")
-    if builder.learns and "PQ" in config.factory(dim) and rows < _MIN_PQ_ROWS:
-        raise ValueError(
-            f"the datastore has {rows} rows, compression learns from at least {_MIN_PQ_ROWS}; use --index flat"
-        )
-    if builder.num_lists > config.train_size:
-        raise ValueError(f"--train_size {config.train_size} is less than --ncentroids {builder.num_lists}; raise it")
-    for flag, given in (("--num_shards", config.num_shards > 1), ("--on_disk", config.on_disk)):
-        if given and not builder.by_codes:
-            raise ValueError(
-                f"--index {config.index} is no sum of its parts, as {flag} needs it; leave {flag} out, or choose ivfpq"
-            )
-    if config.on_disk and (not builder.has_lists or "fs" in config.factory(dim)):
-        raise ValueError(f"--index {config.index} has no lists that --on_disk can keep; leave it out, or choose ivfpq")
-    if config.num_shards > -(-rows // _BLOCK_ROWS):
-        raise ValueError(
-            f"--num_shards {config.num_shards} is too many for {rows} rows; give at most {-(-rows // _BLOCK_ROWS)}"
-        )
-    folder = Path(f"{config.faiss_index}.{config.dist}").parent
-    may_create_in(folder)
-    needed, free = (3 if config.on_disk else 2) * rows * builder.row_bytes, shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"building needs about {needed} bytes, {str(folder.resolve())!r} has {free} free; free some or choose "
-            "another disk"
-        )
-
-
-def _new_builder(config: BuildConfig, dim: int) -> FaissBuilder:
-    return FaissBuilder.new(config.factory(dim), dim, Metric.parse(config.dist), config.seed, _device(config))
-
-
-def _device(config: BuildConfig) -> str:
-    return "cuda" if torch.cuda.is_available() and not config.use_faiss_cpu else "cpu"
-
-
 def build_index(config: BuildConfig) -> BuiltIndex:
     """Build the index a config describes, or its part, going on where an interrupted build of the same stood.
 
     Raises: ValueError or OSError when something cannot work, before any long work.
     """
-    store = open_store(config)
-    check(config, store)
+    store = preflight.open_store(config)
+    preflight.check_build(config, store)
     files = BuildFiles.of(config)
     signature = signature_of(config, store)
     with locked(files.lock, f"index {str(files.index)!r}"):
@@ -147,7 +76,7 @@ def build_index(config: BuildConfig) -> BuiltIndex:
             logger.info("%s is complete already; remove it to build it anew", files.index)
             _clean(config)
             return _built(files, store)
-        job = _Build(config, store, files, signature, _left_out(config, store))
+        job = _Build(config, store, files, signature, preflight.dropped_rows(config, store))
         if not config.merge:
             job.check_starting_point()
             job.train()
@@ -186,32 +115,6 @@ def _clean(config: BuildConfig) -> None:
     BuildFiles.of(config).remove_trained()
 
 
-def _left_out(config: BuildConfig, store: Datastore) -> Array:
-    """Rows whose keys are not finite. Raises: ValueError when there are any and they are not to be dropped."""
-    none = np.empty(0, np.int64)
-    if store.parts and not config.drop_nonfinite:
-        return none  # our writer lets none in; encoding looks again
-    found = [
-        nonfinite(store.keys.block(start, start + _BLOCK_ROWS)).numpy() + start
-        for start in range(0, len(store), _BLOCK_ROWS)
-    ]
-    rows = np.concatenate(found) if found else none
-    if len(rows) and not config.drop_nonfinite:
-        raise _not_finite(store, len(rows), int(rows[0]))
-    if len(rows):
-        logger.warning("%d keys hold NaN or infinity and are left out", len(rows))
-    if len(rows) == len(store):
-        raise ValueError(f"all {len(rows)} keys of datastore {store.prefix!r} hold NaN or infinity; save it again")
-    return rows
-
-
-def _not_finite(store: Datastore, count: int, first: int) -> ValueError:
-    return ValueError(
-        f"{count} keys of datastore {store.prefix!r} hold NaN or infinity, the first in row {first}; --drop_nonfinite "
-        "leaves them out, fairseq-datastore convert --drop-nonfinite writes a store without them"
-    )
-
-
 class _Build:
     """One command's share of a build."""
 
@@ -230,8 +133,8 @@ class _Build:
 
     def _rows_of(self, shard: int) -> range:
         """Rows of a part: whole blocks, so that every code is what a build in one piece makes."""
-        blocks = -(-len(self.store) // _BLOCK_ROWS)
-        first, past = (blocks * at // self.config.num_shards * _BLOCK_ROWS for at in (shard, shard + 1))
+        blocks = -(-len(self.store) // preflight.BLOCK_ROWS)
+        first, past = (blocks * at // self.config.num_shards * preflight.BLOCK_ROWS for at in (shard, shard + 1))
         return range(first, min(past, len(self.store)))
 
     @property
@@ -255,7 +158,7 @@ class _Build:
             if self._load():
                 return
             self.done = 0
-            self.builder = _new_builder(self.config, self.store.dim)
+            self.builder = preflight.new_builder(self.config, self.store.dim)
             if self.builder.learns:
                 sample = training_rows(self.config, self.store, self.builder.num_lists)
                 sample = sample[~np.isin(sample, self.left_out)]
@@ -265,7 +168,7 @@ class _Build:
                 keys_ND = self.store.take_keys(sample)
                 bad = nonfinite(torch.from_numpy(keys_ND))
                 if len(bad):
-                    raise _not_finite(self.store, len(bad), int(sample[bad[0]]))
+                    raise preflight.nonfinite_error(self.store, len(bad), int(sample[bad[0]]))
                 self.builder.train(keys_ND)
             self.builder.save(self.files.trained)
             self.trained = time.perf_counter() - started
@@ -277,7 +180,7 @@ class _Build:
             return False
         words = (self.config.factory(self.store.dim), Metric.parse(self.config.dist), self.config.seed)
         try:
-            self.builder = FaissBuilder.load(self.files.trained, *words, _device(self.config))
+            self.builder = FaissBuilder.load(self.files.trained, *words, preflight.build_device(self.config))
         except ValueError as error:
             logger.warning("%s; training anew", error)
             return False
@@ -286,14 +189,14 @@ class _Build:
 
     def _block(self, start: int) -> Array:
         """A block of keys as float32; zeros where keys are left out."""
-        block_ND = self.store.keys.block(start, min(start + _BLOCK_ROWS, self.rows.stop)).float()
+        block_ND = self.store.keys.block(start, min(start + preflight.BLOCK_ROWS, self.rows.stop)).float()
         low, high = np.searchsorted(self.left_out, (start, start + len(block_ND)))
         if high > low:
             block_ND = block_ND.clone()
             block_ND[torch.from_numpy(self.left_out[low:high] - start)] = 0.0
         bad = nonfinite(block_ND)
         if len(bad):
-            raise _not_finite(self.store, len(bad), start + int(bad[0]))
+            raise preflight.nonfinite_error(self.store, len(bad), start + int(bad[0]))
         array: Array = block_ND.numpy()
         return array
 
@@ -306,7 +209,7 @@ class _Build:
             file.truncate(self.done * code_bytes)
             file.seek(self.done * code_bytes)
             recorded = self.done
-            for start in range(self.rows.start + self.done, self.rows.stop, _BLOCK_ROWS):
+            for start in range(self.rows.start + self.done, self.rows.stop, preflight.BLOCK_ROWS):
                 block = self._block(start)
                 file.write(self.builder.encode(block).data)
                 done = start + len(block) - self.rows.start
@@ -333,7 +236,7 @@ class _Build:
             logger.info("going on at row %d of %d", self.builder.num_rows, len(self.rows))
         self.done = self.builder.num_rows  # of what was saved before it was recorded nothing is lost
         recorded, saved_at, saving = self.done, time.perf_counter(), 0.0
-        for start in range(self.done, len(self.rows), _BLOCK_ROWS):
+        for start in range(self.done, len(self.rows), preflight.BLOCK_ROWS):
             block = self._block(start)
             self.builder.add(block, self.config.graph_threads)
             done, now = start + len(block), time.perf_counter()
@@ -366,7 +269,7 @@ class _Build:
         endings = ["", ".ivfdata"] if self.config.on_disk else [""]
         parts = [BuildFiles.of(self.config, shard) for shard in range(self.config.num_shards)]
         if self.copies:
-            for start in range(0, len(self.store), _BLOCK_ROWS):
+            for start in range(0, len(self.store), preflight.BLOCK_ROWS):
                 self.builder.add(self._block(start))
         elif self.builder.by_codes:
             codes = [self._codes(part.codes) for part in parts]
@@ -400,7 +303,7 @@ class _Build:
 
 def rows_seen(config: BuildConfig, store: Datastore) -> Array:
     """Rows the index was trained on, rising; none of a kind that learns nothing."""
-    builder = _new_builder(config, store.dim)
+    builder = preflight.new_builder(config, store.dim)
     return training_rows(config, store, builder.num_lists) if builder.learns else np.empty(0, np.int64)
 
 

@@ -12,8 +12,8 @@ import numba
 import numpy as np
 from numba.core import cgutils, types
 
-from fairseq.memory.index.kernels import ANY_ORDER, FINITE, GROUP, compiled, nearness, product
-from fairseq.memory.index.wide_kernels import choose, pack
+from fairseq.memory.index.lists.large_k_kernels import choose, pack
+from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, GROUP, compiled, nearness, product
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
 

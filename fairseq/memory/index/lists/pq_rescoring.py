@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
-from fairseq.memory.index.table_search import codewords, rest_centres
+from fairseq.memory.index.lists.adc_search import codewords, rest_centres
 from fairseq.runtime.threads import each_in_threads
 
 _MOST_BYTES = 8 << 30  # of a copy of the codes in the order of the rows
@@ -32,7 +32,7 @@ class CodedRows:
 
     def __init__(self, index: Any, *, by_distance: bool) -> None:
         """Copy the codes, which takes as much memory as they do."""
-        from fairseq.memory.index.table_kernels import write_biases
+        from fairseq.memory.index.lists.adc_kernels import write_biases
 
         faiss, lists = faiss_library(), index.invlists
         self._by_distance = by_distance
@@ -52,7 +52,7 @@ class CodedRows:
 
     def __call__(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Score of each query with each of its rows, (N, M); -inf where the id is -1."""
-        from fairseq.memory.index.coded_rows_kernels import score_codes
+        from fairseq.memory.index.lists.pq_rescoring_kernels import score_codes
 
         scores_NM = torch.empty(ids_NM.shape)
         query, ids, out = query_ND.contiguous().numpy(), ids_NM.contiguous().numpy(), scores_NM.numpy()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
-from fairseq.memory.index.list_search import KeyList, Rotation
+from fairseq.memory.index.lists.search import KeyList, Rotation
 from fairseq.memory.types import Array
 
 _MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import compiled
-from fairseq.memory.index.table_kernels import share_of_list, write_table
+from fairseq.memory.index.lists.adc_kernels import share_of_list, write_table
+from fairseq.memory.index.ops.kernels import compiled
 
 
 @compiled()

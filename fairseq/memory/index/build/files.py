@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.index.build_config import BuildConfig
+from fairseq.memory.index.build.config import BuildConfig
 from fairseq.runtime.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
-
-_END_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,27 +125,3 @@ def record(files: BuildFiles, signature: Mapping[str, Any], **more: Any) -> None
 def seconds_spent(path: Path) -> float:
     """Seconds that earlier commands spent on the same step, by its file."""
     return float(read_json(path).get("seconds", 0.0)) if path.exists() else 0.0
-
-
-def file_mark(path: Path) -> dict[str, Any]:
-    """What tells a file from another: its size and a checksum of its ends, whatever its size."""
-    size, crc = path.stat().st_size, 0
-    with open(path, "rb") as file:
-        for start in (0, max(0, size - _END_BYTES)):
-            file.seek(start)
-            crc = zlib.crc32(file.read(_END_BYTES), crc)
-    return {"bytes": size, "ends": f"{crc:08x}"}
-
-
-def check_marks(index: Path, about: Mapping[str, Any]) -> None:
-    """Raise ValueError when a file is not the one that was described."""
-    for ending, mark in about.get("files", {}).items():
-        path = Path(f"{index}{ending}")
-        if not path.exists():
-            raise ValueError(f"{path} is missing: it holds the lists of {index}; copy it too, or rebuild the index")
-        found = file_mark(path)
-        if found != mark:
-            raise ValueError(
-                f"{path} is not the file that {index}.json describes ({found['bytes']} bytes, {mark['bytes']} then): "
-                "it is cut short, damaged or another index's; copy both again, or rebuild it with build_dstore.py"
-            )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.kernels import ANY_ORDER, compiled, nearness, product
+from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled, nearness, product
 
 _PART = 64
 

@@ -15,8 +15,8 @@ import numba
 import numpy as np
 from numba.core import types
 
-from fairseq.memory.index.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
-from fairseq.memory.index.scan_kernels import LOWEST
+from fairseq.memory.index.lists.kernels import LOWEST
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
 
 NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
 """A place without a neighbour; behind all others in the order of packed neighbours."""

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.base import Index
-from fairseq.memory.index.build import BuiltIndex, rows_seen
-from fairseq.memory.index.build_config import BuildConfig
-from fairseq.memory.index.build_files import BuildFiles
-from fairseq.memory.index.exact import ExactIndex
-from fairseq.memory.index.faiss_index import FaissIndex, about_index, lists_of
+from fairseq.memory.index.build.build import BuiltIndex, rows_seen
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.build.files import BuildFiles
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex, about_index, lists_of
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.files import write_json
 

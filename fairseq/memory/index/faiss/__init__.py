@@ -1,0 +1,1 @@
+"""faiss indexes: building, opening, searching, on disk and on GPUs."""
