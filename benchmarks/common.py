@@ -127,7 +127,8 @@ def plain_and_knn(words: Sequence[str], repeats: int) -> tuple[list[float], list
 
     Returns: both, the number of scored tokens, and the memory.
     """
-    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer

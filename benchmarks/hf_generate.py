@@ -17,7 +17,7 @@ def main() -> None:
     options = hf_inputs.parser(common.parser(__doc__)).parse_args()
     import torch
 
-    from fairseq.memory.hf.knn import KNNWrapper
+    from fairseq.hf.knn.wrapper import KNNWrapper
 
     model, ids = hf_inputs.model_and_ids(options)
     prompt = torch.tensor(ids[:32])[None]

@@ -38,7 +38,7 @@ def store(options: argparse.Namespace, model: Any, folder: Path) -> str:
     """The folder of the store: the named one, or one of random keys and tokens in as many clusters as real ones."""
     if options.dstore_dir:
         return str(options.dstore_dir)
-    from fairseq.memory.hf.saver import KNNSaver
+    from fairseq.hf.knn.saver import KNNSaver
 
     rng = np.random.default_rng(0)
     saver = KNNSaver(dstore_dir=folder)

@@ -18,9 +18,9 @@ def main() -> None:
     made.add_argument("--retomaton", action="store_true", help="measure RetoMaton instead, wanted: >= 0.5")
     made.add_argument("--members", help="clusters for RetoMaton, wanted with them: >= 0.33")
     options = made.parse_args()
-    from fairseq.memory.hf.evaluation import evaluate, windows_of
-    from fairseq.memory.hf.knn import KNNWrapper
-    from fairseq.memory.hf.retomaton import RetomatonWrapper
+    from fairseq.hf.knn.evaluation import evaluate, windows_of
+    from fairseq.hf.knn.retomaton import RetomatonWrapper
+    from fairseq.hf.knn.wrapper import KNNWrapper
 
     model, ids = hf_inputs.model_and_ids(options)
     windows = windows_of(ids, 256, 128, tail=False)

@@ -44,7 +44,8 @@ class Stopwatch:
 
 def evaluation_share(data: Path, checkpoint: Path, more: list[str]) -> float:
     """Share of one evaluation outside model and softmax."""
-    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer
@@ -64,7 +65,7 @@ def evaluation_share(data: Path, checkpoint: Path, more: list[str]) -> float:
 def training_share(data: Path, folder: Path, updates: int) -> float:
     """Share of training outside forward, backward and the optimizer's step, after ten uncounted updates."""
     from fairseq.options import parse_train
-    from fairseq.training_loop import TrainingLoop
+    from fairseq.training.loop import TrainingLoop
 
     words = f"{data} --save-dir {folder} --no-save --cpu --disable-validation {common.SMALL_MODEL}".split()
     loop = TrainingLoop(parse_train([*words, "--max-update", str(updates + 10)]))

@@ -30,8 +30,8 @@ def _timed(
 ) -> tuple[list[float], list[float], int]:
     import torch
 
-    from fairseq.datastore_saving import save_datastore, store_rows
-    from fairseq.evaluation import open_evaluation
+    from fairseq.evaluation.save_datastore import save_datastore, store_rows
+    from fairseq.evaluation.setup import open_evaluation
     from fairseq.memory.datastore.writer import DatastoreWriter
     from fairseq.options import parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer

@@ -62,8 +62,9 @@ def main() -> None:
 
 def difference(words: list[str], results: list[dict[str, Any]]) -> float:
     """Largest difference of the loss between the sweep and evaluations of each setting by itself."""
-    from fairseq.evaluation import evaluate, open_evaluation
-    from fairseq.memory.combiners.fixed import Interpolation
+    from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.setup import open_evaluation
+    from fairseq.memory.combiners.interpolation import Interpolation
     from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer

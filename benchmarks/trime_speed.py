@@ -24,11 +24,12 @@ WANTED = {"local": 0.8, "long": 0.8, "external": 0.35}
 
 def evaluation(data: str, checkpoint: str, more: str) -> Any:
     """A call that evaluates once, everything opened beforehand."""
-    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.options import parse_eval_lm
+    from fairseq_cli.entry import keep_freed_memory
     from fairseq_cli.eval_lm_trime import open_memories
-    from fairseq_cli.main import keep_freed_memory
 
     keep_freed_memory()
     words = [data, "--path", checkpoint, "--gen-subset", "valid", *EVALUATION.split(), *more.split()]

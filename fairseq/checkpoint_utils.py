@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq.checkpoints.legacy import from_fairseq, read_pickle
 from fairseq.data.dictionary import Dictionary
-from fairseq.legacy_checkpoints import from_fairseq, read_pickle
 from fairseq.models.config import TransformerLMConfig, model_config_from
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.transformer_lm import TransformerLanguageModel, num_layers

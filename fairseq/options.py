@@ -12,9 +12,9 @@ from fairseq.config import FlagParser, build, flag, flag_names, ignored_flags
 from fairseq.config.plugins import import_user_dir
 from fairseq.criterions import CRITERIONS
 from fairseq.data.batching_config import BatchingConfig, DatasetConfig
-from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig, TrimeEvaluationConfig
-from fairseq.memory.knn_config import KnnConfig
-from fairseq.memory.retomaton_config import RetomatonConfig
+from fairseq.evaluation.config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig, TrimeEvaluationConfig
+from fairseq.memory.retomaton.config import RetomatonConfig
+from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
@@ -22,7 +22,7 @@ from fairseq.optim.configs import OptimizationConfig
 from fairseq.registry import Entry, lookup
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.tasks import TASKS
-from fairseq.training_config import CheckpointConfig, ValidationConfig
+from fairseq.training.config import CheckpointConfig, ValidationConfig
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")

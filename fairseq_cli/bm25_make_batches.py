@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq.config import FlagParser, build, to_dict
-from fairseq.memory.bm25_config import MakeBatchesConfig
-from fairseq_cli.main import run
+from fairseq.data.bm25.config import MakeBatchesConfig
+from fairseq_cli.entry import run
 
 PROGRAM = "bm25_make_batches.py"
 
@@ -23,8 +23,8 @@ def main(argv: Sequence[str]) -> None:
 
     import numpy as np
 
-    from fairseq.memory.bm25_chain import chain, neighbor_rate
-    from fairseq.memory.bm25_results import read_results, shard_files
+    from fairseq.data.bm25.chain import chain, neighbor_rate
+    from fairseq.data.bm25.results import read_results, shard_files
     from fairseq.runtime.atomic_files import write_atomically
     from fairseq.runtime.files import may_create_in
     from fairseq.runtime.manifest import write_manifest

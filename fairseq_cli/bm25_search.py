@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from fairseq.config import FlagParser, build, to_dict
-from fairseq.memory.bm25_config import SearchConfig
-from fairseq_cli.main import run
+from fairseq.data.bm25.config import SearchConfig
+from fairseq_cli.entry import run
 
 PROGRAM = "bm25_search.py"
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_config(SearchConfig)
     config = build(SearchConfig, parser.parse(argv))
 
-    from fairseq.memory.bm25_search import search_shard
+    from fairseq.data.bm25.search import search_shard
     from fairseq.runtime.manifest import write_manifest
 
     done = search_shard(config)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from fairseq.config import FlagParser, build, to_dict
-from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq_cli import cluster_dstore
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 PROGRAM = "build_dstore.py"
 
@@ -96,8 +96,8 @@ def _commands(config: BuildConfig) -> dict[str, list[str]]:
 
 
 def _settings(words: Sequence[str]) -> Any:
-    from fairseq.evaluation_config import EvaluationConfig
-    from fairseq.memory.knn_config import KnnConfig
+    from fairseq.evaluation.config import EvaluationConfig
+    from fairseq.memory.sources.config import KnnConfig
     from fairseq.options import parse_eval_lm
 
     settings = parse_eval_lm(words)
@@ -109,8 +109,9 @@ def _settings(words: Sequence[str]) -> Any:
 
 def _evaluations(config: BuildConfig) -> dict[str, float]:
     """Perplexities with exact search and with the index, and their difference."""
-    from fairseq.evaluation import evaluate, open_evaluation
-    from fairseq.evaluation_config import BulkConfig, EvaluationConfig
+    from fairseq.evaluation.config import BulkConfig, EvaluationConfig
+    from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.sequence_scorer import SequenceScorer
     from fairseq_cli.eval_lm import open_memory

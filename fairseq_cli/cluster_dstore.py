@@ -8,8 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 from fairseq.config import flag_names, to_dict
-from fairseq.memory.cluster_config import ClusterConfig
 from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.retomaton.cluster_config import ClusterConfig
 
 
 def is_wanted(given: Mapping[str, Any]) -> bool:
@@ -28,7 +28,7 @@ def is_wanted(given: Mapping[str, Any]) -> bool:
 
 def cluster(config: ClusterConfig, argv: Sequence[str], program: str) -> None:
     """Make the clusters a config describes, print one line and leave a run manifest beside them."""
-    from fairseq.memory.cluster_building import build_clusters, open_clustered_store
+    from fairseq.memory.retomaton.build_clusters import build_clusters, open_clustered_store
     from fairseq.runtime.manifest import write_manifest
 
     made = build_clusters(config)

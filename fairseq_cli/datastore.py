@@ -19,7 +19,7 @@ from fairseq.memory.datastore.config import (
 )
 from fairseq.memory.planning.config import PlanConfig
 from fairseq.registry import Entry, lookup
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 if TYPE_CHECKING:
     from fairseq.memory.datastore.datastore import Datastore

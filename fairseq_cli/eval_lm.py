@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fairseq.config import flag_names
-from fairseq.evaluation_config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig
-from fairseq.memory.retomaton_config import RetomatonConfig
+from fairseq.evaluation.config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig
+from fairseq.evaluation.outputs import checked, leave_files, set_determinism, tell
+from fairseq.evaluation.save_retrieval import saving_retrieval
+from fairseq.evaluation.store_saving import as_shard_of_torchrun, save
+from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.options import Settings, parse_eval_lm
-from fairseq_cli.evaluation_report import checked, leave_files, set_determinism, tell
-from fairseq_cli.main import run
-from fairseq_cli.retrieval_saving import saving_retrieval
-from fairseq_cli.store_saving import as_shard_of_torchrun, save
+from fairseq_cli.entry import run
 
 if TYPE_CHECKING:
-    from fairseq.evaluation import Evaluation
+    from fairseq.evaluation.setup import Evaluation
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
     checked(settings, MemoryEvaluationConfig, RetomatonConfig)
     _check_memory_wanted(settings)
 
-    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
     from fairseq.sequence_scorer import SequenceScorer
 
@@ -84,13 +85,13 @@ def _check_memory_wanted(settings: Settings) -> None:
 
 def open_memory(settings: Settings, evaluation: Evaluation) -> tuple[Any, Any]:
     """The memory of --knnlm and how it is mixed in; everything about it is checked here."""
-    from fairseq.memory.combiners.fixed import Interpolation
-    from fairseq.memory.knn_config import KnnConfig
+    from fairseq.memory.combiners.interpolation import Interpolation
+    from fairseq.memory.sources.config import KnnConfig
 
     knn, retomaton = settings.config(KnnConfig), settings.config(RetomatonConfig)
     memory = open_datastore(settings, evaluation, knn.similarity)
     if retomaton.retomaton:
-        from fairseq.memory.sources.retomaton_reading import open_reader
+        from fairseq.memory.retomaton.reader import open_reader
 
         memory = open_reader(retomaton, memory)
     return memory, Interpolation(knn.weight, knn.temperature)
@@ -98,7 +99,7 @@ def open_memory(settings: Settings, evaluation: Evaluation) -> tuple[Any, Any]:
 
 def open_datastore(settings: Settings, evaluation: Evaluation, score: str) -> Any:
     """The datastore and index the words name, checked against the model; ``score`` as in ExternalMemory."""
-    from fairseq.memory.knn_config import KnnConfig
+    from fairseq.memory.sources.config import KnnConfig
     from fairseq.memory.sources.external import open_external
 
     tap = evaluation.key_tap

@@ -6,16 +6,16 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fairseq.evaluation_config import BulkConfig, EvaluationConfig, TrimeEvaluationConfig
-from fairseq.memory.knn_config import KnnConfig
+from fairseq.evaluation.config import BulkConfig, EvaluationConfig, TrimeEvaluationConfig
+from fairseq.evaluation.outputs import checked, leave_files, set_determinism, tell
+from fairseq.evaluation.save_retrieval import saving_retrieval
+from fairseq.memory.sources.config import KnnConfig
 from fairseq.options import Settings, parse_eval_lm
+from fairseq_cli.entry import run
 from fairseq_cli.eval_lm import open_datastore
-from fairseq_cli.evaluation_report import checked, leave_files, set_determinism, tell
-from fairseq_cli.main import run
-from fairseq_cli.retrieval_saving import saving_retrieval
 
 if TYPE_CHECKING:
-    from fairseq.evaluation import Evaluation
+    from fairseq.evaluation.setup import Evaluation
     from fairseq.sequence_scorer import SequenceScorer
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
     if settings.config(BulkConfig).save_retrieval and not trime.use_external:
         raise ValueError("--save-retrieval keeps the neighbours of the external memory: give --use-external too")
 
-    from fairseq.evaluation import evaluate, open_evaluation
+    from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
 
     set_determinism(settings)
@@ -70,11 +71,11 @@ def check_memories(trime: TrimeEvaluationConfig, config: EvaluationConfig, knn: 
 
 def open_memories(settings: Settings, evaluation: Evaluation) -> tuple[SequenceScorer, Any, Any]:
     """The scorer with the memories of the text, the external memory, and how all come together (None for none)."""
+    from fairseq.evaluation.trime_compat import score_as_padding
     from fairseq.memory.combiners.joint import JointNormalization
     from fairseq.memory.sources.local import LocalMemory
     from fairseq.memory.sources.rolling import RollingMemory
     from fairseq.sequence_scorer import SequenceScorer, TextMemory
-    from fairseq.tail_pads import score_as_padding
 
     trime, knn = settings.config(TrimeEvaluationConfig), settings.config(KnnConfig)
     tap = evaluation.key_tap

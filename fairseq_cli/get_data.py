@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq.config import FlagParser, build, flag
-from fairseq.data import corpora
+from fairseq.data.corpora import corpora
 from fairseq.registry import lookup
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _get_corpus(corpus: Corpus, config: GetDataConfig) -> None:
 
 
 def _get_model(archive: corpora.Archive, config: GetDataConfig) -> None:
-    from fairseq.memory.hf import gguf
+    from fairseq.hf import gguf
 
     destination = Path(config.destdir or f"models/{config.corpus}")
     if gguf.is_converted(destination):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fairseq.config import FlagParser, build, to_dict
 from fairseq.memory.retrieval.sweep_config import SweepConfig
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 if TYPE_CHECKING:
     from fairseq.data.dictionary import Dictionary

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fairseq.config import FlagParser, build, flag, ignored_flags, require_at_least
 from fairseq.data.binarizer import binarize, count_symbols
 from fairseq.data.dictionary import Dictionary
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fairseq.options import check_train, parse_train
-from fairseq_cli.main import run
-from fairseq_cli.output_segments import output_segments
+from fairseq.training.output_segments import output_segments
+from fairseq_cli.entry import run
 
 
 def main(argv: Sequence[str]) -> None:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> None:
         return
     check_train(settings)
 
-    from fairseq.training_loop import TrainingLoop
+    from fairseq.training.loop import TrainingLoop
 
     TrainingLoop(settings).run()
 

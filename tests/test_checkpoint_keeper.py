@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fairseq.checkpoint_keeper import CheckpointKeeper
-from fairseq.training_config import CheckpointConfig
+from fairseq.training.checkpoint_manager import CheckpointKeeper
+from fairseq.training.config import CheckpointConfig
 
 
 def keeper(folder: Path, **settings: object) -> CheckpointKeeper:

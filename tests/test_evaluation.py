@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fairseq.data.batching import batch_by_size
 from fairseq.data.batching_config import DatasetConfig
-from fairseq.evaluation import part_by_length, part_in_order
-from fairseq.evaluation_config import EvaluationConfig
+from fairseq.evaluation.config import EvaluationConfig
+from fairseq.evaluation.splits import part_by_length, part_in_order
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=30)
 LONGEST = 7

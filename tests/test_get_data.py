@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq.data import corpora
+from fairseq.data.corpora import corpora
 from fairseq_cli import get_data
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fairseq.checkpoint_utils import load_checkpoint, load_model
-from fairseq.legacy_checkpoints import plain, read_fairseq_checkpoint, read_pickle
+from fairseq.checkpoints.legacy import plain, read_fairseq_checkpoint, read_pickle
 from fairseq.models.config import TransformerLMConfig
 from fairseq.models.transformer_lm import TransformerLanguageModel
 

@@ -8,8 +8,8 @@ import shlex
 import pytest
 
 from fairseq.data.batching_config import DatasetConfig
-from fairseq.evaluation_config import EvaluationConfig, MemoryEvaluationConfig
-from fairseq.memory.knn_config import KnnConfig
+from fairseq.evaluation.config import EvaluationConfig, MemoryEvaluationConfig
+from fairseq.memory.sources.config import KnnConfig
 from fairseq.optim import LR_SCHEDULERS
 from fairseq.optim.configs import OptimizationConfig
 from fairseq.options import parse_eval_lm, parse_train

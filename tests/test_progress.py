@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from fairseq.config import FlagParser, build
-from fairseq.progress import Progress, copy_log_to_file
 from fairseq.runtime.config import CommonConfig
+from fairseq.training.progress import Progress, copy_log_to_file
 
 INNER = {"loss": 13.6431, "ppl": 12790.2, "wps": 3941.83, "num_updates": 20, "lr": 0.0012, "wall": 11.2}
 VALID = {"loss": 8.1724, "ppl": 288.3941, "wps": 0.0, "num_updates": 205, "best_loss": 8.1724}
@@ -43,7 +43,7 @@ def test_simple_lines_look_as_in_fairseq(lines):
             "train_inner",
             "epoch 001:     20 / 205 loss=13.643, ppl=12790.20, wps=3941.8, num_updates=20, lr=0.0012, wall=11",
         ),
-        ("fairseq.progress", "end of epoch 1 (average epoch stats below)"),
+        ("fairseq.training.progress", "end of epoch 1 (average epoch stats below)"),
         ("train", f"epoch 001 | {figures}"),
         (
             "valid",
@@ -95,7 +95,7 @@ def test_a_bar_on_a_terminal(lines, monkeypatch):
     assert asked == [100, 200]
     assert "epoch 001" in terminal.getvalue()
     assert "ppl=12790.20" in terminal.getvalue()
-    assert [name for name, _ in lines()] == ["fairseq.progress", "train", "valid"]
+    assert [name for name, _ in lines()] == ["fairseq.training.progress", "train", "valid"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
+from fairseq.evaluation.trime_compat import score_as_padding
 from fairseq.models.config import TransformerLMConfig
 from fairseq.models.transformer_lm import TransformerLanguageModel
-from fairseq.tail_pads import score_as_padding
 
 SIZE, PAD, WIDTH = 40, 1, 16
 SMALL = {"decoder_embed_dim": WIDTH, "decoder_ffn_embed_dim": 24, "decoder_layers": 1, "decoder_attention_heads": 2}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fairseq.config import FlagParser, build, flag
 from fairseq.runtime.atomic_files import write_atomically
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 SPLITS = ("valid", "test")
 METHODS = {

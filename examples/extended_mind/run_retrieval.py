@@ -68,7 +68,7 @@ class Retrieval:
         """The model's answers to questions on one document."""
         from experiments import greedy
 
-        from fairseq.memory.hf.extended_mind import ExtendedMind
+        from fairseq.hf.extended_mind.wrapper import ExtendedMind
 
         document, num_tokens = rows[0]["document"], int(self.settings["n_tokens"])
         contexts = [""] * len(rows)

@@ -14,7 +14,7 @@ import torch
 from clm_arguments import DataArguments
 from torch import Tensor
 
-from fairseq.memory.hf.evaluation import Window, windows_of
+from fairseq.hf.knn.evaluation import Window, windows_of
 from fairseq.registry import did_you_mean
 
 logger = logging.getLogger(__name__)

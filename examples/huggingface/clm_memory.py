@@ -7,16 +7,16 @@ from typing import Any
 
 from clm_arguments import KnnArguments
 
-from fairseq.memory.cluster_building import BuiltClusters, build_clusters
-from fairseq.memory.cluster_config import ClusterConfig
+from fairseq.hf.knn.evaluation import save_datastore
+from fairseq.hf.knn.retomaton import RetomatonWrapper
+from fairseq.hf.knn.saver import KNNSaver
+from fairseq.hf.knn.stores import StorePlace, index_name, open_store
+from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.hf.evaluation import save_datastore
-from fairseq.memory.hf.knn import KNNWrapper
-from fairseq.memory.hf.retomaton import RetomatonWrapper
-from fairseq.memory.hf.saver import KNNSaver
-from fairseq.memory.hf.stores import StorePlace, index_name, open_store
 from fairseq.memory.index.build.build import BuiltIndex, build_index
 from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.retomaton.build_clusters import BuiltClusters, build_clusters
+from fairseq.memory.retomaton.cluster_config import ClusterConfig
 
 logger = logging.getLogger(__name__)
 

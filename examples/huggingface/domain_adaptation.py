@@ -27,18 +27,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fairseq.config import FlagParser, build, flag, require_at_least, to_dict
-from fairseq.memory.cluster_building import build_clusters
-from fairseq.memory.cluster_config import ClusterConfig
+from fairseq.hf.knn.evaluation import Window, evaluate, save_datastore, windows_of
+from fairseq.hf.knn.retomaton import RetomatonWrapper
+from fairseq.hf.knn.saver import KNNSaver
+from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.layout import StoreFiles
-from fairseq.memory.hf.evaluation import Window, evaluate, save_datastore, windows_of
-from fairseq.memory.hf.knn import KNNWrapper
-from fairseq.memory.hf.retomaton import RetomatonWrapper
-from fairseq.memory.hf.saver import KNNSaver
+from fairseq.memory.retomaton.build_clusters import build_clusters
+from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.runtime.manifest import write_manifest
 from fairseq_cli import get_data
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 logger = logging.getLogger("domain_adaptation")
 

@@ -28,14 +28,14 @@ from clm_training import Blocks, train
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from fairseq.memory.hf.evaluation import TokenScores, evaluate
-from fairseq.memory.hf.retomaton import RetomatonWrapper
+from fairseq.evaluation.outputs import tell
+from fairseq.hf.knn.evaluation import TokenScores, evaluate
+from fairseq.hf.knn.retomaton import RetomatonWrapper
 from fairseq.metrics.perplexity import Figures
 from fairseq.runtime.atomic_files import require_writable, writing
 from fairseq.runtime.files import read_json, write_json
 from fairseq.runtime.manifest import write_manifest
-from fairseq_cli.evaluation_report import tell
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 logger = logging.getLogger("run_clm")
 

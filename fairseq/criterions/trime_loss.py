@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fairseq.criterions.base import Criterion, Loss, scored, wide_sum
 from fairseq.criterions.configs import TrimeConfig, TrimeExternalConfig, TrimeGatheredConfig
-from fairseq.memory.joint_loss import InBatchMemory, joint_loss
-from fairseq.memory.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, Rule
+from fairseq.memory.trime.joint_loss import InBatchMemory, joint_loss
+from fairseq.memory.trime.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, Rule
 from fairseq.runtime.distributed import Gathered, gather_ragged, rank_and_world
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.data.segments import read_segments
 from fairseq.data.trime_batching import read_order
 from fairseq.options import Settings
-from fairseq_cli.main import run
-from fairseq_cli.output_segments import output_segments
+from fairseq.training.output_segments import output_segments
+from fairseq_cli.entry import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

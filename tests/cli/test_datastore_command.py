@@ -17,7 +17,7 @@ from conftest import ROOT
 from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
 from fairseq.memory.planning.estimate import IndexRates, Rates
 from fairseq_cli import datastore
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 DIM, ROWS = 4, 30
 KEYS = np.random.default_rng(0).standard_normal((ROWS, DIM), dtype=np.float32)

@@ -14,7 +14,7 @@ import torch
 
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq_cli import build_dstore, eval_lm, eval_lm_trime, knn_sweep
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
 from fairseq.memory.scoring import joint_nll
-from fairseq.memory.visibility import EXTERNAL, LONG, Rule
+from fairseq.memory.trime.visibility import EXTERNAL, LONG, Rule
 from fairseq.runtime.distributed import gather_ragged
 from fairseq.trainer import LossModule
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq.data import corpora
+from fairseq.data.corpora import corpora
 
 PLAY = """THE TRAGEDY OF NOBODY
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq.data import download
+from fairseq.data.corpora import download
 
 CONTENT = bytes(range(256)) * 64
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

@@ -27,7 +27,7 @@ from conftest import ROOT, TINY_MODEL
 
 from fairseq.memory.datastore.datastore import DatastoreWriter
 from fairseq_cli import build_dstore, eval_lm, preprocess, train
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 pytestmark = pytest.mark.slow
 

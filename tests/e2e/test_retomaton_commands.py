@@ -90,8 +90,8 @@ def test_pointers_save_searches_and_clusters_save_more(scored, store: Path) -> N
     ],
 )
 def test_mistakes_are_told_in_one_line(words, message: str, trained: Path, data_bin: Path, capsys) -> None:
+    from fairseq_cli.entry import run
     from fairseq_cli.eval_lm import main
-    from fairseq_cli.main import run
 
     with pytest.raises(SystemExit) as stopped:
         run("eval_lm.py", main, [str(data_bin), "--path", str(trained / "checkpoint_best.pt"), *map(str, words)])

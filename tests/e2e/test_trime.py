@@ -20,7 +20,7 @@ from conftest import TINY_MODEL, Command, perplexity
 
 from fairseq.checkpoint_utils import load_checkpoint, load_model
 from fairseq_cli import build_dstore, eval_lm, eval_lm_trime, train
-from fairseq_cli.main import run
+from fairseq_cli.entry import run
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import inputs, make, tokens, transformers
 
-from fairseq.memory.hf.knn import KNNWrapper
-from fairseq.memory.hf.retomaton import RetomatonWrapper
-from fairseq.memory.hf.saver import KNNSaver
+from fairseq.hf.knn.retomaton import RetomatonWrapper
+from fairseq.hf.knn.saver import KNNSaver
+from fairseq.hf.knn.wrapper import KNNWrapper
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

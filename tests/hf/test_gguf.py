@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq.data import corpora
+from fairseq.data.corpora import corpora
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
 from tokenizers import pre_tokenizers  # noqa: E402
 
-from fairseq.memory.hf.gguf import convert_gguf, is_converted  # noqa: E402
+from fairseq.hf.gguf import convert_gguf, is_converted  # noqa: E402
 
 LAYERS, WIDTH, HEADS, KV_HEADS, INNER = 2, 32, 4, 2, 64
 NAMES = {

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import transformers
 
-from fairseq.memory.hf.evaluation import evaluate, windows_of
-from fairseq.memory.hf.knn import KNNWrapper
-from fairseq.memory.hf.retomaton import RetomatonWrapper
+from fairseq.hf.knn.evaluation import evaluate, windows_of
+from fairseq.hf.knn.retomaton import RetomatonWrapper
+from fairseq.hf.knn.wrapper import KNNWrapper
 
 GOLDEN = Path(os.environ.get("FAIRSEQ_GOLDEN", "")) / "hf"
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny_models import inputs, make
 
+from fairseq.hf.knn.retomaton import RetomatonWrapper
+from fairseq.hf.knn.saver import KNNSaver
+from fairseq.hf.knn.stores import StorePlace
+from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.hf.knn import KNNWrapper
-from fairseq.memory.hf.retomaton import RetomatonWrapper
-from fairseq.memory.hf.saver import KNNSaver
-from fairseq.memory.hf.stores import StorePlace
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

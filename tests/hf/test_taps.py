@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import CONFIGS, SEQ2SEQ, inputs, make
 
-from fairseq.memory.hf.capture import capture_key
-from fairseq.memory.hf.names import KeyType
-from fairseq.memory.hf.taps import TAPS, find_tap
+from fairseq.hf.hooks.capture import capture_key
+from fairseq.hf.hooks.names import KeyType
+from fairseq.hf.hooks.taps import TAPS, find_tap
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

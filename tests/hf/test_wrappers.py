@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_models import CONFIGS, DECODERS, SEQ2SEQ, VOCABULARY, inputs, make, tokens
 
+from fairseq.hf.knn.evaluation import Window, evaluate, save_datastore, windows_of
+from fairseq.hf.knn.retomaton import RetomatonWrapper
+from fairseq.hf.knn.saver import KNNSaver
+from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.hf.evaluation import Window, evaluate, save_datastore, windows_of
-from fairseq.memory.hf.knn import KNNWrapper
-from fairseq.memory.hf.retomaton import RetomatonWrapper
-from fairseq.memory.hf.saver import KNNSaver
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 K = 8
@@ -60,7 +60,7 @@ def test_logits_and_loss_are_those_of_the_mixture(name, tmp_path):
         found = model(**open_call)
         key = knn.tap
         with_labels = model(**call)
-    from fairseq.memory.hf.capture import capture_key
+    from fairseq.hf.hooks.capture import capture_key
 
     with capture_key(key) as capture:
         model(**call)

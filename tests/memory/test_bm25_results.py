@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.memory.bm25_chain import chain, neighbor_rate, reverse
-from fairseq.memory.bm25_results import Neighbors, ShardWriter, read_results
+from fairseq.data.bm25.chain import chain, neighbor_rate, reverse
+from fairseq.data.bm25.results import Neighbors, ShardWriter, read_results
 
 SEARCH = {"num_segments": 4, "num_neighbors": 2}
 

@@ -12,13 +12,13 @@ import torch
 from brute_force import similarities
 from store_making import DIM, rows, save
 
-from fairseq.memory.cluster_building import build_clusters
-from fairseq.memory.cluster_config import ClusterConfig
-from fairseq.memory.clusters import Clusters, store_mark
 from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.ops import kmeans
-from fairseq.memory.members_files import OriginalFiles, open_clusters, read_members
+from fairseq.memory.retomaton.build_clusters import build_clusters
+from fairseq.memory.retomaton.cluster_config import ClusterConfig
+from fairseq.memory.retomaton.clusters import Clusters, store_mark
+from fairseq.memory.retomaton.foreign_clusters import OriginalFiles, open_clusters, read_members
 from fairseq.memory.types import Metric
 from fairseq_cli.build_dstore import main
 
@@ -131,7 +131,7 @@ def test_each_row_is_in_the_cluster_of_the_nearest_centroid(tmp_path: Path, dtyp
 
 
 def test_a_killed_run_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fairseq.memory.cluster_building._BLOCK_ROWS", 100)
+    monkeypatch.setattr("fairseq.memory.retomaton.build_clusters._BLOCK_ROWS", 100)
     save(tmp_path / "dstore", ROWS)
     whole = made(tmp_path / "dstore", clusters=str(tmp_path / "whole.npz"))
     sort, calls = kmeans.Assigner.__call__, []

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fairseq.memory.combiners.fixed import Interpolation
+from fairseq.memory.combiners.interpolation import Interpolation
 from fairseq.memory.combiners.joint import JointNormalization
 from fairseq.memory.scoring import interpolate, joint_logp, knn_logp, log_sums
 from fairseq.memory.types import Candidates, LogSums

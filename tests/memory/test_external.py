@@ -16,8 +16,8 @@ from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.knn_config import KnnConfig
 from fairseq.memory.scoring import knn_logp
+from fairseq.memory.sources.config import KnnConfig
 from fairseq.memory.sources.external import ExternalMemory, open_external
 from fairseq.memory.types import Metric, Neighbors
 

@@ -13,7 +13,7 @@ from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.knn_config import KnnConfig
+from fairseq.memory.sources.config import KnnConfig
 from fairseq.memory.sources.external import open_external
 from fairseq.memory.types import Metric
 from fairseq.runtime.files import locked

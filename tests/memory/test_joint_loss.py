@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fairseq.memory import joint_pairs, joint_stream, joint_weigh
-from fairseq.memory.joint_loss import InBatchMemory, joint_loss
 from fairseq.memory.scoring import joint_nll
-from fairseq.memory.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG
+from fairseq.memory.trime import streaming, strip_gradients, symmetric
+from fairseq.memory.trime.joint_loss import InBatchMemory, joint_loss
+from fairseq.memory.trime.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG
 
 RULES = {"local": LOCAL, "long": LONG, "external": EXTERNAL, "elsewhere": ELSEWHERE}
 NOBODY = type(LOCAL)(own_past=False, earlier=False, later=False)
@@ -33,10 +33,10 @@ def _unset_memory_is_nan():
 def sizes(rows, stairs, chunk=1 << 18, pairs=1 << 20):
     """Other sizes of blocks, so that small batches meet every kind of edge."""
     with (
-        mock.patch.object(joint_stream, "_SIZES", {"cpu": (rows, 1 << 26, stairs)}),
-        mock.patch.object(joint_weigh, "CHUNK", chunk),
-        mock.patch.object(joint_pairs, "CHUNK", chunk),
-        mock.patch.object(joint_weigh, "_MAX_PAIRS", pairs),
+        mock.patch.object(streaming, "_SIZES", {"cpu": (rows, 1 << 26, stairs)}),
+        mock.patch.object(strip_gradients, "CHUNK", chunk),
+        mock.patch.object(symmetric, "CHUNK", chunk),
+        mock.patch.object(strip_gradients, "_MAX_PAIRS", pairs),
     ):
         yield
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fairseq.config import FlagParser, build
-from fairseq.memory.knn_config import KnnConfig
+from fairseq.memory.sources.config import KnnConfig
 
 
 def parsed(*words: str) -> KnnConfig:

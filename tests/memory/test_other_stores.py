@@ -9,7 +9,7 @@ from store_making import DIM, rows
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.build.preflight import open_store as open_for_building
-from fairseq.memory.knn_config import KnnConfig
+from fairseq.memory.sources.config import KnnConfig
 from fairseq.memory.sources.external import open_store as open_for_search
 
 ROWS = 20

@@ -9,15 +9,15 @@ import pytest
 import torch
 from automaton_reference import Automaton
 
-from fairseq.memory.clusters import Clusters
-from fairseq.memory.combiners.fixed import Interpolation
+from fairseq.memory.combiners.interpolation import Interpolation
 from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState
+from fairseq.memory.retomaton.clusters import Clusters
+from fairseq.memory.retomaton.reader import BlockReader, read_text
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.sources.retomaton import Retomaton, RetomatonState
-from fairseq.memory.sources.retomaton_reading import BlockReader, read_text
 from fairseq.memory.types import Candidates, Metric
 
 DIM, VOCAB = 4, 5  # few types: many rows hold the same token
@@ -161,14 +161,14 @@ def test_a_sequence_is_read_alike_in_any_company(seed: int) -> None:
 
 
 def test_more_sequences_than_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fairseq.memory.sources.retomaton_reading._MAX_SEQUENCES", 3)
+    monkeypatch.setattr("fairseq.memory.retomaton.reader._MAX_SEQUENCES", 3)
     automaton = drawn(7)
     same_as_reference(automaton, a_memory(automaton), a_text(7, [3, 8, 2, 5, 0, 4, 4, 1]))
 
 
 def test_neighbours_searched_ahead_are_held_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     automaton = drawn(7)
-    monkeypatch.setattr("fairseq.memory.sources.retomaton_reading._AHEAD_BYTES", 12 * automaton.k * 9)
+    monkeypatch.setattr("fairseq.memory.retomaton.reader._AHEAD_BYTES", 12 * automaton.k * 9)
     memory, most = a_memory(automaton), []
     search = memory.external.neighbors
     monkeypatch.setattr(memory.external, "neighbors", lambda query_ND: most.append(len(query_ND)) or search(query_ND))

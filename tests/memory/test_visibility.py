@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.memory.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, Rule, SegmentStrip, segment_strips
+from fairseq.memory.trime.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, Rule, SegmentStrip, segment_strips
 
 RULES = [Rule(*flags) for flags in itertools.product([False, True], repeat=3)]
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 9]), max_size=7)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
 from fairseq.memory.scoring import interpolate, vocab_logp
 from fairseq.memory.types import Candidates
-from fairseq.memory.vocab_mixing import VocabularyMixer
 
 
 def candidates(rows, count, vocabulary, seed=0):

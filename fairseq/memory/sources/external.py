@@ -19,7 +19,7 @@ from fairseq.registry import lookup
 from fairseq.runtime.hardware import memory_bytes
 
 if TYPE_CHECKING:
-    from fairseq.memory.knn_config import KnnConfig
+    from fairseq.memory.sources.config import KnnConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ pytest.importorskip("transformers")
 from mind_models import ids, tiny
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
+from fairseq.hf.extended_mind.build import build_memory
+from fairseq.hf.extended_mind.wrapper import ExtendedMind, extended_mind
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.extended_mind.storage import load_memory, save_memory
-from fairseq.memory.hf.extended_mind import ExtendedMind, extended_mind
-from fairseq.memory.hf.extended_mind_building import build_memory
 
 MEMORY, PROMPT = ids(30, seed=2), ids(7, seed=3)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}

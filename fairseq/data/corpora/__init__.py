@@ -1,0 +1,1 @@
+"""Public corpora: where they are, their checksums, and how they are unpacked."""

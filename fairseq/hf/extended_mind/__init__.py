@@ -1,0 +1,1 @@
+"""Extended Mind around a Hugging Face decoder: memories inside attention, with citations."""

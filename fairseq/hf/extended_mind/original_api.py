@@ -1,0 +1,143 @@
+"""Models with memories in the way of the Extended Mind models: given when loading, exchanged by assignment.
+
+    model = from_pretrained("path/to/model", external_memories=tokenizer(text).input_ids)
+    model.generate(inputs, max_length=40, topk=2)
+    model.clear_memories()
+    model.memory_ids = other_token_ids
+
+Any decoder that ``ExtendedMind`` takes can be loaded so, and configs of the original's models are understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from fairseq.hf.extended_mind.wrapper import ExtendedMind
+from fairseq.memory.extended_mind.settings import MindSettings
+
+SETTINGS = {field.name for field in fields(MindSettings)} | {"remove_special_tokens"}
+_PREFIX = "extended-"  # of the original's model types
+
+
+class MindInterface(nn.Module):
+    """What a model with memories has beside its own members."""
+
+    mind: ExtendedMind
+
+    @property
+    def memory_ids(self) -> Any:
+        """Token ids of the memories; None without. Other ids are read at the next call."""
+        mind: ExtendedMind = self.__dict__["mind"]
+        return mind.source
+
+    @memory_ids.setter
+    def memory_ids(self, source: Any) -> None:
+        mind: ExtendedMind = self.__dict__["mind"]
+        mind.set_memory_later(source)
+
+    @property
+    def memories(self) -> Any:
+        """The memories as far as they have been made; None without."""
+        mind: ExtendedMind = self.__dict__["mind"]
+        return mind.memories or None
+
+    def clear_memories(self) -> None:
+        """Forget everything."""
+        mind: ExtendedMind = self.__dict__["mind"]
+        mind.clear_memories()
+
+    clear_memory = clear_memories
+
+    def generate_cache(self, input_ids: Any, stride: int | None = None, max_len: int | None = None) -> Any:
+        """Make memories now, in windows of another stride and length than the settings say; returns them."""
+        mind: ExtendedMind = self.__dict__["mind"]
+        mind.set_memory(input_ids, settings=mind.settings.with_changes(stride=stride, max_len=max_len))
+        return mind.memories
+
+
+def from_pretrained(
+    name: str,
+    *,
+    external_memories: Any = None,
+    memory_config: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Load a decoder by ``AutoModelForCausalLM`` and give it memories.
+
+    Args:
+        external_memories: token ids (or whatever ``build_memory`` takes), read at the first call.
+        memory_config: settings; a part of them is enough. Settings may be given by name too, which counts more.
+        kwargs: for ``AutoModelForCausalLM.from_pretrained``.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+    named = {key: kwargs.pop(key) for key in list(kwargs) if key in SETTINGS}
+    kwargs.pop("trust_remote_code", None)  # none of the model's own code is needed
+    stored: dict[str, Any] = {}
+    if "config" not in kwargs:
+        about, _ = PreTrainedConfig.get_config_dict(name)
+        stored = _stored_settings(about)
+        kind = str(about.get("model_type", ""))
+        if kind.startswith(_PREFIX):
+            kwargs["config"] = CONFIG_MAPPING[kind.removeprefix(_PREFIX)].from_dict(_without_prefix(about))
+    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    return with_memories(model, external_memories, stored | dict(memory_config or {}) | named, tokenizer=tokenizer)
+
+
+def with_memories(
+    model: Any, external_memories: Any = None, config: Mapping[str, Any] | None = None, *, tokenizer: Any = None
+) -> Any:
+    """Give a loaded model memories, and the members of ``MindInterface``, for good.
+
+    The defaults of what ``config`` leaves out are those of the original's model of that kind.
+    """
+    settings = default_settings(model) | dict(config or {})
+    mind = ExtendedMind(model, tokenizer=tokenizer, config=settings)
+    own = type(model)
+    # Of the same name, so that the model saves itself as what it is.
+    model.__class__ = type(own.__name__, (MindInterface, own), {"__module__": own.__module__})
+    model.__dict__["mind"] = mind
+    mind.attach()
+    mind.set_memory_later(external_memories)
+    return model
+
+
+def default_settings(model: Any) -> dict[str, Any]:
+    """The original's defaults, which differ between MPT and the others."""
+    config = model.config
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if config.model_type == "mpt":
+        special, others = [0, 50278], {"mask_by_sim": True, "remove_special_ids": False}
+    else:
+        named = [0, config.bos_token_id, config.eos_token_id]
+        special = [number for each in named for number in (each if isinstance(each, list) else [each])]
+        others = {"mask_by_sim": False, "remove_special_ids": True}
+    special = [number for number in special if number is not None and number < vocabulary]
+    return {"tokenizer_all_special_ids": list(dict.fromkeys(special)), **others}
+
+
+def _stored_settings(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in a model's config: Llama's in a mapping of their own, MPT's among those of its attention."""
+    found = dict(about.get("memory_config") or {})
+    found |= {key: value for key, value in (about.get("attn_config") or {}).items() if key in SETTINGS}
+    if "use_external_mind" in about:
+        found["use_external_mind"] = about["use_external_mind"]
+    by_layer, depth = found.get("use_external_mind_by_layer"), about.get("n_layers") or about.get("num_hidden_layers")
+    if by_layer is not None and depth and len(by_layer) > depth:
+        found["use_external_mind_by_layer"] = by_layer[:depth]  # MPT's default has 32 entries whatever the depth
+    return found
+
+
+def _without_prefix(about: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in about.items() if key not in ("memory_config", "auto_map")}
+    plain["model_type"] = plain["model_type"].removeprefix(_PREFIX)
+    if "max_seq_len_inference" in plain:
+        plain.setdefault("max_seq_len", plain.pop("max_seq_len_inference"))
+    if isinstance(plain.get("attn_config"), dict):
+        plain["attn_config"] = {key: value for key, value in plain["attn_config"].items() if key not in SETTINGS}
+    return plain

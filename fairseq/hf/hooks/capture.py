@@ -1,0 +1,62 @@
+"""Takes what passes a tap during a forward call, and always lets go of the model again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from fairseq.hf.hooks.taps import Tap
+
+
+class Capture:
+    """Holds the latest tensor that passed a tap, until it is taken."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+        self._held: Tensor | None = None
+        if tap.takes_input:
+            self._handle = tap.module.register_forward_pre_hook(self._see_input, with_kwargs=True)
+        else:
+            self._handle = tap.module.register_forward_hook(self._see_output)
+
+    def clear(self) -> None:
+        """Forget what an earlier call that failed may have left."""
+        self._held = None
+
+    def take(self, batch_size: int) -> Tensor:
+        """The keys of a forward call, (B, T, D), detached; some layers put all sequences into one row before the tap.
+
+        Raises: ValueError when the call did not pass the tap.
+        """
+        held, self._held = self._held, None
+        if held is None:
+            raise ValueError(
+                f"the forward call did not pass {self.tap.path} ({type(self.tap.module).__name__}), where keys of "
+                f"{self.tap.kind.value} come from; take another key type, final_hidden for one"
+            )
+        return held.view(batch_size, -1, held.shape[-1]) if held.ndim != 3 else held
+
+    def remove(self) -> None:
+        """Leave the model as it was; what was captured may still be taken."""
+        self._handle.remove()
+
+    def _see_input(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        value = inputs[0] if inputs else next(iter(named.values()))
+        self._held = value.detach()
+
+    def _see_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else output  # a mixture of experts returns its routing too
+        self._held = value.detach()
+
+
+@contextmanager
+def capture_key(tap: Tap) -> Iterator[Capture]:
+    """Capture at a tap while the block runs."""
+    capture = Capture(tap)
+    try:
+        yield capture
+    finally:
+        capture.remove()

@@ -1,0 +1,1 @@
+"""kNN-LM and RetoMaton around a Hugging Face model: save a datastore, mix it in, evaluate."""

@@ -1,0 +1,225 @@
+"""Stores and indexes by the names knn-transformers gives them, or by any prefix; checked against the model.
+
+A folder holds ``dstore_<model type>_<rows>_<width>_keys.npy`` and ``..._vals.npy`` with ``index_<the same>.indexed``.
+Our own stores carry their sizes in their metadata: ``dstore_<model type>_<width>`` is name enough, or any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fairseq.hf.hooks.identity import model_digest, model_type, tokenizer_digest, vocabulary_size
+from fairseq.hf.hooks.taps import Tap
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.layout import StoreFiles
+from fairseq.memory.index.base import Index
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.sources.external import ExternalMemory
+from fairseq.memory.types import Metric
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"dstore_(?P<model>.+?)(?:_(?P<rows>\d+))?_(?P<dim>\d+)")
+_ENDINGS = {".indexed": Metric.L2, ".l2": Metric.L2, ".ip": Metric.IP, ".cos": Metric.COS}
+
+
+def store_prefix(folder: str | Path, model: str, rows: int | None, dim: int) -> str:
+    """The prefix of a store's files: knn-transformers' where the number of rows is known in advance."""
+    sizes = f"{dim}" if rows is None else f"{rows}_{dim}"
+    return str(Path(folder) / f"dstore_{model}_{sizes}")
+
+
+@dataclass(frozen=True)
+class StorePlace:
+    """A store and its index, found by name."""
+
+    prefix: str
+    rows: int | None
+    """What the name tells; None for stores that describe themselves."""
+    dim: int | None
+    index: Path | None
+
+    @classmethod
+    def find(cls, where: str | Path, model: str, rows: int | None = None, dim: int | None = None) -> StorePlace:
+        """The store a user means.
+
+        Args:
+            where: its folder, or the prefix of its files.
+            model: type of the model; other models' stores in the folder are passed over.
+            rows: if stated, stores whose names tell another number are passed over; so for ``dim``.
+        Raises: ValueError when there is none or more than one.
+        """
+        if _is_store(str(where)):
+            return cls._of(str(where))
+        if not Path(where).is_dir():
+            raise ValueError(
+                f"no datastore at {str(where)!r}: it is neither a folder nor the prefix of a store's files; KNNSaver "
+                "saves one"
+            )
+        found = [cls._of(prefix) for prefix in _prefixes(Path(where))]
+        fitting = [place for place in found if place._fits(model, rows, dim)]
+        if len(fitting) == 1:
+            return fitting[0]
+        names = ", ".join(Path(place.prefix).name for place in fitting or found)
+        if fitting:
+            raise ValueError(f"{str(where)!r} holds several stores: {names}; give dstore_dir the name of one behind it")
+        sizes = f"{'' if rows is None else f' of {rows} rows'}{'' if dim is None else f' of width {dim}'}"
+        raise ValueError(
+            f"{str(where)!r} holds no datastore of a {model} model{sizes}; it has: {names or 'none'}. KNNSaver saves "
+            "one; a store of another name is opened by dstore_dir=FOLDER/NAME"
+        )
+
+    @classmethod
+    def _of(cls, prefix: str) -> StorePlace:
+        told = _NAME.fullmatch(Path(prefix).name)
+        if told is None or StoreFiles.of(prefix, "float32").metadata.exists():
+            return cls(prefix, None, None, find_index(prefix))
+        rows = int(told["rows"]) if told["rows"] else None
+        return cls(prefix, rows, int(told["dim"]), find_index(prefix))
+
+    def _fits(self, model: str, rows: int | None, dim: int | None) -> bool:
+        told = _NAME.fullmatch(Path(self.prefix).name)
+        if told is None:
+            return True
+        sizes = ((rows, told["rows"]), (dim, told["dim"]))
+        return told["model"] == model and all(not (want and has) or want == int(has) for want, has in sizes)
+
+
+def index_name(prefix: str | Path) -> str:
+    """What the index over a store is called, without its ending."""
+    path = Path(prefix)
+    stem = "index_" + path.name.removeprefix("dstore_") if path.name.startswith("dstore_") else path.name + ".index"
+    return str(path.with_name(stem))
+
+
+def find_index(prefix: str | Path) -> Path | None:
+    """The index file of a store, if there is one."""
+    paths = (Path(index_name(prefix) + ending) for ending in _ENDINGS)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def find_members(prefix: str | Path) -> Path | None:
+    """The file of clusters beside a store, ours or of knn-transformers. Raises: ValueError when there are several."""
+    path = Path(prefix)
+    ours = Path(f"{prefix}.clusters.npz")
+    found = [ours] if ours.is_file() else []
+    if not found and path.name.startswith("dstore_"):
+        found = sorted(path.parent.glob(f"members_{path.name.removeprefix('dstore_')}_*.pkl"))
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found)
+        raise ValueError(f"{str(path.parent)!r} holds several files of clusters: {names}; give members= one of them")
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """How a store is to be searched."""
+
+    k: int = 1024
+    probe: int = 32
+    score: str | None = None
+    """``recompute``, ``index`` or ``dot`` as in ExternalMemory; by default the index's scores where there is one."""
+    load_keys: bool = True
+    """Whether the full keys may be read."""
+    in_memory: bool = False
+    """Whether the store is read into memory first."""
+
+
+def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
+    """Open store and index. Raises: ValueError when they do not fit each other or the settings."""
+    score = settings.score or ("index" if place.index else "recompute")
+    needs_keys = score != "index"
+    if needs_keys and not settings.load_keys:
+        missing = f"there is no index beside {place.prefix!r}" if not place.index else f"{score} scores were asked for"
+        raise ValueError(f"no_load_keys forbids the full keys, and they are needed: {missing}; leave it out")
+    store = open_store(place, with_keys=needs_keys)
+    # Values are read at random, a thousand for each query: from memory that takes a fraction of the time.
+    store = store.in_memory() if settings.in_memory else replace(store, values=store.values.in_memory())
+    if place.index is None:
+        logger.info("no index beside %s: all %d keys are compared with every query", place.prefix, len(store))
+        index: Index = ExactIndex(store.keys, Metric.L2, deleted=store.deleted if len(store.deleted) else None)
+    else:
+        opened = FaissIndex.open(place.index, _ENDINGS[place.index.suffix])
+        opened.set_probe(settings.probe)
+        if None not in (store.digest, opened.made_of()) and store.digest != opened.made_of():
+            raise ValueError(f"{opened.name} was built over other keys than {place.prefix!r} holds now; build it again")
+        index = opened
+    return ExternalMemory(store, index, settings.k, score)
+
+
+def open_store(place: StorePlace, *, with_keys: bool) -> Datastore:
+    """Open the store alone. Raises: ValueError when its files are not as their name says."""
+    if place.rows is None or place.dim is None:
+        return Datastore.open_any(place.prefix, with_keys=with_keys)
+    return Datastore.open_headerless(place.prefix, dim=place.dim, size=place.rows, fp16=True, with_keys=with_keys)
+
+
+def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Any = None) -> None:
+    """Compare a store with the model that is to use it; what the files do not tell is not compared.
+
+    Raises: ValueError with both values.
+    """
+    store.require(dim=tap.dim, key_tap=tap.kind.value)
+    size, about, name = vocabulary_size(model), store.metadata, f"datastore {store.prefix!r}"
+    saved_size = about.get("dictionary_size")
+    if saved_size is not None and saved_size != size:
+        raise ValueError(
+            f"{name} was saved with a vocabulary of {saved_size} tokens, the model has {size}; use the model it was "
+            "saved with, or save it anew"
+        )
+    saved = about.get("dictionary_digest")
+    given = tokenizer_digest(tokenizer) if tokenizer is not None else None
+    if saved is not None and given is not None and saved != given:
+        raise ValueError(
+            f"{name} was saved with another tokenizer (digest {saved[:12]}) than this one (digest {given[:12]}): its "
+            "tokens are numbered otherwise; use the tokenizer it was saved with, or save it anew"
+        )
+    if not about:
+        low, high = (f(g(part) for part in store.values.parts) for f, g in ((min, _low), (max, _high)))
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name} holds tokens {low} to {high}, the model's vocabulary has {size}: it is of another tokenizer"
+            )
+    saved_model = about.get("model_digest")
+    if saved_model is not None and saved_model != model_digest(model):
+        logger.warning("%s was saved with other weights than this model's; its keys may lie elsewhere", name)
+
+
+def about_store(model: nn.Module, tap: Tap, tokenizer: Any = None) -> dict[str, Any]:
+    """Metadata of a store saved with a model."""
+    about = {"key_tap": tap.kind.value, "model_type": model_type(model), "model_digest": model_digest(model)}
+    about |= {"dictionary_size": vocabulary_size(model)}  # type: ignore[dict-item]
+    return about | ({} if tokenizer is None else {"dictionary_digest": tokenizer_digest(tokenizer)})
+
+
+def with_index(place: StorePlace, index: str | Path | None) -> StorePlace:
+    """The same store with an index the user names. Raises: ValueError when there is no such file."""
+    if index is None:
+        return place
+    if not Path(index).is_file() or Path(index).suffix not in _ENDINGS:
+        raise ValueError(f"no index at {str(index)!r}; its name ends in {', '.join(_ENDINGS)}")
+    return replace(place, index=Path(index))
+
+
+def _is_store(prefix: str) -> bool:
+    return StoreFiles.of(prefix, "float32").metadata.exists() or StoreFiles.of(prefix, "float32").values.exists()
+
+
+def _prefixes(folder: Path) -> list[str]:
+    """What the stores in a folder are called."""
+    return sorted(str(path).removesuffix("_vals.npy") for path in folder.glob("*_vals.npy"))
+
+
+def _low(part: Any) -> int:
+    return int(part.min())
+
+
+def _high(part: Any) -> int:
+    return int(part.max())

@@ -1,0 +1,216 @@
+"""kNN-LM in any transformers model: the nearest rows of a datastore mixed into what the model predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
+from fairseq.hf.hooks.identity import model_type
+from fairseq.hf.hooks.names import Dist, dist, key_type
+from fairseq.hf.hooks.taps import Tap
+from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
+from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
+from fairseq.memory.index.base import check_k
+from fairseq.memory.scoring import interpolate, knn_logp
+from fairseq.memory.sources.external import ExternalMemory
+
+_QUERIES_AT_ONCE = 8192
+"""Positions that are looked up together: their candidates take 13 bytes x k each."""
+
+
+class KNNWrapper(Attachment):
+    """Mixes the k nearest rows of a datastore into a model's predictions (arXiv 1911.00172).
+
+    ::
+
+        knn = KNNWrapper(dstore_dir="checkpoints/gpt2", k=1024, lmbda=0.25)
+        with knn(model):                      # or knn.break_into(model) ... knn.break_out()
+            model.generate(**inputs)          # greedy, sampling, beams
+
+    While it is in a model, ``logits`` are log-probabilities: of the mixture where a position counts (its label is not
+    -100; without labels, where the attention mask is not 0), of the model alone elsewhere. ``loss`` is that of the
+    mixture. Outputs carry no gradient. With ``lmbda`` 0 they are the model's own, to the last bit.
+    """
+
+    flattens_batches = False
+    """Whether what a batch is made of changes the figures, as it does in an original program."""
+
+    def __init__(
+        self,
+        dstore_size: int | None = None,
+        dstore_dir: str | Path = ".",
+        dimension: int | None = None,
+        knn_sim_func: str | Enum | None = None,
+        knn_keytype: str | Enum | None = None,
+        no_load_keys: bool = False,
+        move_dstore_to_mem: bool = False,
+        knn_gpu: bool = True,
+        recompute_dists: bool = False,
+        k: int = 1024,
+        lmbda: float = 0.25,
+        knn_temp: float = 1.0,
+        probe: int = 32,
+        *,
+        indexfile: str | Path | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        """Args.
+
+        dstore_size: rows of the store, checked if given; chooses among several in the folder.
+        dstore_dir: folder of the store and its index, or the store's prefix. Without an index the keys themselves are
+            searched, exactly.
+        dimension: width of the keys, as ``dstore_size``.
+        knn_sim_func: ``l2`` (default), or ``dot`` for the inner product with the full keys.
+        knn_keytype: ``last_ffn_input`` (default), ``last_ffn_output`` or ``final_hidden``.
+        no_load_keys: never touch the full keys, which may then be missing.
+        move_dstore_to_mem: read the store into memory first.
+        knn_gpu: candidates are mixed in on the model's device either way; the search runs where the index is.
+        recompute_dists: compute distances from the full keys; the index's are those of its compressed keys.
+        k: neighbours per position.
+        lmbda: their share of the probability, 0 to 1.
+        knn_temp: divides their similarities.
+        probe: lists of the index that are searched.
+        indexfile: the index, if it has another name than the store's.
+        tokenizer: the text's; a store saved with another one is then refused.
+        Raises: ValueError when a number is impossible or settings exclude each other.
+        """
+        super().__init__(key_type(knn_keytype))
+        similarity = dist(knn_sim_func)
+        if no_load_keys and (recompute_dists or similarity is Dist.dot):
+            what = "recompute_dists" if recompute_dists else "knn_sim_func='dot'"
+            raise ValueError(f"{what} needs the full keys and no_load_keys forbids them; leave one out")
+        if probe < 1:
+            raise ValueError(f"probe must be at least 1, got {probe}")
+        for what, value in (("dstore_size", dstore_size), ("dimension", dimension)):
+            if value is not None and value < 1:
+                raise ValueError(f"{what} must be at least 1, got {value}; it may be left out")
+        check_k(k, k)
+        self.k, self.lmbda, self.knn_temp, self.knn_gpu = k, lmbda, knn_temp, knn_gpu
+        self._mixer = VocabularyMixer(lmbda, knn_temp)
+        self._place = dstore_dir, dstore_size, dimension, indexfile
+        score = "dot" if similarity is Dist.dot else "recompute" if recompute_dists else None
+        self._settings = MemorySettings(k, probe, score, not no_load_keys, move_dstore_to_mem)
+        self._tokenizer = tokenizer
+        self._memory: ExternalMemory | None = None
+
+    @property
+    def memory(self) -> ExternalMemory:
+        """Store and index, open while this is in a model."""
+        assert self._memory is not None, "not in a model"
+        return self._memory
+
+    def target_logp(
+        self, key_ND: Tensor, lm_logp_N: Tensor, target_N: Tensor, lengths_B: Tensor | None = None
+    ) -> Tensor:
+        """Log-probability of tokens by model and neighbours, (N,), float32 on the CPU.
+
+        A bulk of positions is searched much faster than one at a time: collect the keys of many calls.
+
+        Args:
+            key_ND: keys of the positions.
+            lm_logp_N: the model's own log-probability of the tokens.
+            lengths_B: how many of the positions follow each other in a text; it means nothing here.
+        """
+        parts = []
+        chunks = (torch.split(each, _QUERIES_AT_ONCE) for each in (key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()))
+        for keys, lm_logp, target in zip(*chunks):
+            found = self.memory.lookup(keys)
+            mixed = interpolate(lm_logp, knn_logp(found, target, self.knn_temp), self.lmbda)
+            parts.append(torch.where(found.keep_NM.any(1), mixed, lm_logp))
+        return torch.cat(parts) if parts else torch.empty(0)
+
+    def _prepare(self, model: nn.Module, tap: Tap) -> None:
+        folder, rows, dim, indexfile = self._place
+        if dim is not None and dim != tap.dim:
+            raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {dim}; leave it out")
+        place = with_index(StorePlace.find(folder, model_type(model), rows, dim), indexfile)
+        memory = open_memory(place, self._settings)
+        memory.store.require(size=rows)
+        check_fits(memory.store, model, tap, self._tokenizer)
+        self._memory = memory
+
+    def _end(self, *, failed: bool) -> None:
+        self._memory = None
+
+    def _is_idle(self) -> bool:
+        return super()._is_idle() or self.lmbda == 0.0
+
+    def _changed_call(self, named: dict[str, Any]) -> dict[str, Any]:
+        """The call without labels: the model would copy all its logits to compute a loss that is not wanted."""
+        labels = named.get("labels")
+        if labels is None:
+            return named
+        if self.is_seq2seq and named.get("decoder_input_ids") is None and named.get("decoder_inputs_embeds") is None:
+            shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            if shifted is None:
+                return named
+            named["decoder_input_ids"] = shifted(labels=labels)
+        named["labels"] = None
+        return named
+
+    def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
+        logits_BLV = output.logits.detach()
+        logits_BLV = logits_BLV if logits_BLV.is_contiguous() else logits_BLV.contiguous()
+        logp_N = self._mix(call, key_BTD, logits_BLV, output)
+        if logp_N is None:
+            output.logits = logits_BLV
+            return output
+        count = call.named.get("num_items_in_batch")
+        loss = -logp_N.sum() / (len(logp_N) if count is None else torch.as_tensor(count, device=logp_N.device))
+        return type(output)(**(dict(output) | {"loss": loss, "logits": logits_BLV}))
+
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: Any) -> Tensor | None:
+        """Turn logits into log-probabilities, in place. Returns those of the labels that count, (N,), if there are any.
+
+        Positions are looked up in groups, so that there are never more than so many candidates.
+        """
+        scores_RV, key_RD, rows_N, target_R = self._flat(call, key_BTD, logits_BLV)
+        logp: list[Tensor] = []
+        for part in _split(rows_N, len(scores_RV)):
+            whole, some = (scores_RV[part], None) if isinstance(part, slice) else (scores_RV, part)
+            target_N = None if target_R is None else target_R[part]
+            mixed = self._mixer.mix_(whole, some, self.memory.lookup(key_RD[part]), target_N)
+            logp += [] if mixed is None else [mixed]
+        if rows_N is not None:
+            self._normalize_rest(scores_RV, rows_N)
+        return None if target_R is None else torch.cat(logp)
+
+    def _flat(
+        self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Scores (R, V), keys (R, D), the rows that are looked up (None: all) and targets (R,), one position a row."""
+        scores_RV = logits_BLV.view(-1, logits_BLV.shape[-1])
+        num_scores = logits_BLV.shape[1]
+        target_BT = call.target()
+        target_R = None if target_BT is None else call.kept(target_BT, num_scores).reshape(-1).to(scores_RV.device)
+        key_RD = call.kept(key_BTD, num_scores).reshape(len(scores_RV), -1)
+        return scores_RV, key_RD, self._rows(call, key_BTD, target_R, num_scores), target_R
+
+    def _normalize_rest(self, scores_RV: Tensor, rows_N: Tensor) -> None:
+        """Turn the other rows into the model's own log-probabilities."""
+        rest_R = torch.ones(len(scores_RV), dtype=torch.bool, device=scores_RV.device).index_fill_(0, rows_N, False)
+        self._mixer.normalize_(scores_RV, rest_R.nonzero()[:, 0])
+
+    def _rows(self, call: ForwardCall, key_BTD: Tensor, target_R: Tensor | None, num_scores: int) -> Tensor | None:
+        """The rows of the flat logits that are looked up; None for all."""
+        if target_R is not None:
+            return (target_R != IGNORED).nonzero()[:, 0]
+        is_text_BT = call.is_text(key_BTD.shape[1])
+        if is_text_BT is None:
+            return None
+        is_text_BL = call.kept(is_text_BT, num_scores)
+        return None if bool(is_text_BL.all()) else is_text_BL.reshape(-1).nonzero()[:, 0].to(key_BTD.device)
+
+
+def _split(rows_N: Tensor | None, count: int) -> Iterator[Tensor | slice]:
+    """Groups of the rows, or of all."""
+    if rows_N is not None:
+        yield from torch.split(rows_N, _QUERIES_AT_ONCE)
+    else:
+        yield from (slice(start, start + _QUERIES_AT_ONCE) for start in range(0, count, _QUERIES_AT_ONCE))

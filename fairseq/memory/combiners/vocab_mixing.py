@@ -1,0 +1,138 @@
+"""Neighbours mixed into the scores of a whole vocabulary, where they are: nothing of that size is made beside them.
+
+Shapes: R rows of scores, N of them with candidates, C rows of a chunk, M candidates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.scoring import check_temperature, check_weight
+from fairseq.memory.types import Candidates
+
+_CHUNK_NUMBERS = 1 << 20  # scores worked on at a time: 4 MB in float32
+
+
+class VocabularyMixer:
+    """``log((1 - weight) p_lm + weight p_memory)`` for every token; holds one chunk's worth of memory between calls."""
+
+    def __init__(self, weight: float, temperature: float = 1.0) -> None:
+        """Args.
+
+        weight: share of the candidates, 0 to 1.
+        temperature: divides their scores.
+        Raises: ValueError when either is out of range.
+        """
+        check_weight(weight, "--lmbda")
+        check_temperature(temperature)
+        self.weight, self.temperature = weight, temperature
+        self._mass_CV: Tensor | None = None
+
+    def normalize_(self, scores_RV: Tensor, rows_N: Tensor | None = None) -> None:
+        """Turn some rows of scores (by default all) into log-probabilities, in place."""
+        for chosen in _chunks(scores_RV, rows_N):
+            scores_RV[chosen] = torch.log_softmax(scores_RV[chosen].float(), dim=1).to(scores_RV.dtype)
+
+    def mix_(
+        self, scores_RV: Tensor, rows_N: Tensor | None, found: Candidates, target_N: Tensor | None = None
+    ) -> Tensor | None:
+        """Turn some rows of scores into the mixture's log-probabilities, in place; the others stay as they are.
+
+        A row that may use none of its candidates is the language model's alone.
+
+        Args:
+            scores_RV: what the language model says, before or after a softmax; any floating type.
+            rows_N: which rows; None for all.
+            found: their candidates, of N rows.
+            target_N: a token of each of these rows.
+        Returns: the log-probabilities of ``target_N`` in float32, (N,), whatever type the scores have.
+        Source: arXiv 1911.00172, eq. 3.
+        """
+        logp, done, keeps_all = [], 0, found.keeps_all()
+        for chosen in _chunks(scores_RV, rows_N):
+            logp_CV = scores_RV[chosen].float()  # a slice of rows in float32 is worked on where it is
+            part = slice(done, done + len(logp_CV))
+            done = part.stop
+            keep_CM = None if keeps_all else found.keep_NM[part]
+            self._mix_chunk_(logp_CV, found.values_NM[part], found.scores_NM[part], keep_CM)
+            if target_N is not None:
+                logp.append(logp_CV.gather(1, target_N[part, None])[:, 0])
+            if rows_N is not None or scores_RV.dtype is not torch.float32:
+                scores_RV[chosen] = logp_CV.to(scores_RV.dtype)
+        if target_N is None:
+            return None
+        return torch.cat(logp) if logp else scores_RV.new_empty(0, dtype=torch.float32)
+
+    def _mix_chunk_(self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> None:
+        if not scores_CM.shape[1]:
+            logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
+            return
+        logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
+        log_left = math.log1p(-self.weight) if self.weight < 1.0 else -math.inf
+        if logp_CV.device.type == "cpu" and logp_CV.is_contiguous():
+            self._mix_on_cpu_(logp_CV, values_CM, scores_CM, keep_CM, log_left)
+        else:
+            self._mix_anywhere_(logp_CV, values_CM, scores_CM, keep_CM, log_left)
+
+    def _mix_anywhere_(
+        self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None, log_left: float
+    ) -> None:
+        """Mix candidates into log-probabilities by torch, on any device."""
+        scores_CM = scores_CM / self.temperature
+        if keep_CM is not None:
+            scores_CM.masked_fill_(~keep_CM, -torch.inf)
+            values_CM = values_CM.masked_fill(~keep_CM, 0)
+        best_C1 = scores_CM.amax(1, keepdim=True)
+        logp_CV += torch.where(torch.isneginf(best_C1), 0.0, log_left)
+        share_CM = scores_CM.sub_(best_C1.clamp_(min=torch.finfo(scores_CM.dtype).min)).exp_()
+        share_CM *= self.weight / share_CM.sum(1, keepdim=True).clamp_min(1e-30)
+        mass_CV = self._zeros(logp_CV)
+        mass_CV.scatter_add_(1, values_CM, share_CM)
+        # All candidates of a token read the same sum and write the same result, so that their order means nothing.
+        mixed_CM = torch.logaddexp(logp_CV.gather(1, values_CM), mass_CV.gather(1, values_CM).log_())
+        logp_CV.scatter_(1, values_CM, mixed_CM)
+        mass_CV.scatter_(1, values_CM, 0.0)
+
+    def _mix_on_cpu_(
+        self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None, log_left: float
+    ) -> None:
+        """The same in one compiled loop: for one row, as generation has it, many operations take several times as long.
+
+        Raises: ValueError for candidates beyond the vocabulary.
+        """
+        from fairseq.memory.combiners.vocab_mixing_kernels import mix_candidates
+
+        keep = np.empty((0, 0), np.bool_) if keep_CM is None else keep_CM.contiguous().numpy()
+        values, scores = (
+            values_CM.expand(len(scores_CM), -1).contiguous().numpy(),
+            scores_CM.float().contiguous().numpy(),
+        )
+        numbers = [np.float32(number) for number in (self.temperature, self.weight, log_left)]
+        strangers = mix_candidates(values, scores, keep, *numbers, logp_CV.numpy(), self._zeros(logp_CV[0]).numpy())  # type: ignore[call-arg]
+        if strangers:
+            raise ValueError(
+                f"{strangers} neighbours hold tokens beyond the vocabulary of {logp_CV.shape[1]}; the datastore is of "
+                "another one: save it anew with this model"
+            )
+
+    def _zeros(self, like_CV: Tensor) -> Tensor:
+        """Zeros in the shape of a chunk; whoever uses them leaves them zero."""
+        held = self._mass_CV
+        count = like_CV.numel()
+        if held is None or len(held) < count or held.device != like_CV.device:
+            held = self._mass_CV = torch.zeros(count, device=like_CV.device)
+        return held[:count].view(like_CV.shape)
+
+
+def _chunks(scores_RV: Tensor, rows_N: Tensor | None) -> Iterator[slice | Tensor]:
+    """Some rows (by default all) in groups of a bounded number of scores."""
+    step = max(1, _CHUNK_NUMBERS // max(1, scores_RV.shape[1]))
+    if rows_N is not None:
+        yield from torch.split(rows_N, step)
+    else:
+        yield from (slice(start, min(start + step, len(scores_RV))) for start in range(0, len(scores_RV), step))

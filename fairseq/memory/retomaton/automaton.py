@@ -1,0 +1,196 @@
+"""RetoMaton: neighbours by following the text behind the last ones, searched only where that leads nowhere.
+
+The row after row i of a datastore is i + 1: the next token of the text the store was made of. Of the candidates of one
+step those that hold the token which came next in the text being read lead on: the rows after them, and all rows in the
+same clusters as these, are at hand at the following step. Where enough rows are at hand no search is made.
+
+Source: arXiv 2201.12431, sec. 3.
+
+Shapes: B sequences, P rows at hand, K neighbours of a search, M candidates of a step, N positions, D key width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.retomaton.clusters import Clusters
+from fairseq.memory.sources.external import ExternalMemory
+from fairseq.memory.types import Array, Candidates, Neighbors
+
+_NONE = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True)
+class RetomatonState:
+    """Where each of B sequences stands in the automaton: a value, which nobody changes."""
+
+    rows_BP: Tensor
+    """int64 rows at hand for the next step, the most promising first, -1 behind them; on the host."""
+
+    def __len__(self) -> int:
+        return len(self.rows_BP)
+
+    @classmethod
+    def empty(cls, num_sequences: int) -> RetomatonState:
+        """Of sequences that have read nothing."""
+        return cls(torch.empty(num_sequences, 0, dtype=torch.int64))
+
+    @classmethod
+    def joined(cls, states: list[RetomatonState]) -> RetomatonState:
+        """The sequences of several states, one behind the other."""
+        width = max((state.rows_BP.shape[1] for state in states), default=0)
+        parts = [torch.nn.functional.pad(s.rows_BP, (0, width - s.rows_BP.shape[1]), value=-1) for s in states]
+        return cls(torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64))
+
+    def select(self, sequences: Tensor) -> RetomatonState:
+        """The states of some sequences, by number or by a boolean each; one may come twice, as a beam search needs."""
+        return RetomatonState(self.rows_BP[sequences.cpu()])
+
+    def reset(self, sequences_B: Tensor) -> RetomatonState:
+        """The same with some sequences, given by a boolean each, as if they had read nothing."""
+        return RetomatonState(self.rows_BP.masked_fill(sequences_B.cpu()[:, None], -1))
+
+
+@dataclass(frozen=True)
+class RetomatonStep:
+    """What B sequences are offered at one position each."""
+
+    found: Candidates
+    """On the device of the queries; scores as those of a search."""
+    rows_BM: Tensor
+    """int64 row of each candidate, -1 where there is none; on the host."""
+    searched_B: Tensor
+    """bool: whether the automaton needed a search there; on the host."""
+
+    def select(self, sequences: Tensor) -> RetomatonStep:
+        """The step of some sequences, by number or by a boolean each; one may come twice."""
+        here, there = sequences.to(self.found.scores_NM.device), sequences.cpu()
+        found = Candidates(*(x[here] for x in (self.found.values_NM, self.found.scores_NM, self.found.keep_NM)))
+        return RetomatonStep(found, self.rows_BM[there], self.searched_B[there])
+
+
+class Retomaton:
+    """An automaton over a datastore. It holds no state: what a sequence has read is a ``RetomatonState``.
+
+    To generate: ``step = memory.lookup(query_BD, state)``, choose tokens with the help of ``step.found``, then
+    ``state = memory.follow(step, token_B)``, after ``step.select(...)`` where beams change places. Text that
+    is given is scored by ``read_text`` in ``retomaton_reading.py``.
+    """
+
+    def __init__(
+        self,
+        external: ExternalMemory,
+        *,
+        min_knns: int = 1,
+        max_knns: int = 1024,
+        no_pointer: bool = False,
+        clusters: Clusters | None = None,
+        compat: bool = False,
+    ) -> None:
+        """Args.
+
+        external: what is searched, and scores rows.
+        min_knns: rows that must be at hand for a search to be saved.
+        max_knns: rows at hand, at most; more of them than this asked for by ``min_knns`` means a search at every step.
+        no_pointer: follow nothing.
+        clusters: of the store's rows.
+        compat: as the original program: a row counts as often as it is reached, documents do not end, and the caller
+            reads the sequences of a batch as one (see docs/retomaton.md).
+        Raises: ValueError when the clusters are not of the store.
+        """
+        if clusters is not None and clusters.num_rows != len(external.store):
+            raise ValueError(
+                f"clusters of {clusters.num_rows} rows do not fit datastore {external.store.prefix!r} of "
+                f"{len(external.store)}; make them anew with build_dstore.py --cluster_dstore"
+            )
+        self.external, self.min_knns, self.max_knns = external, min_knns, max_knns
+        self.no_pointer, self.compat = no_pointer, compat
+        parts = external.store.values.parts
+        self._values: Array = np.asarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+        self._role_R = row_roles(external, ignore_documents=compat)
+        held = None if clusters is None or no_pointer else clusters
+        self._clusters = (_NONE, _NONE, _NONE) if held is None else (held.cluster_R, held.first_C, held.member_R)
+
+    def start(self, num_sequences: int) -> RetomatonState:
+        """The state of sequences that have read nothing: their first step is a search."""
+        return RetomatonState.empty(num_sequences)
+
+    def lookup(self, query_BD: Tensor, state: RetomatonState, found: Neighbors | None = None) -> RetomatonStep:
+        """Candidates at the next position of each sequence: the rows at hand, and what a search finds if one is needed.
+
+        Args:
+            found: what a search finds for each query, if that is known already.
+        """
+        assert len(query_BD) == len(state), (len(query_BD), len(state))
+        host_BD = query_BD.detach().float().cpu().contiguous()
+        searched_B = (state.rows_BP >= 0).sum(1) < self.min_knns
+        near = self._near(host_BD, searched_B, found)
+        scores_BP = self.external.pair_scores(host_BD, state.rows_BP)
+        rows_BM, scores_BM = _joined(searched_B, near, state.rows_BP, scores_BP, distinct=not self.compat)
+        values_BM = torch.from_numpy(self._values[rows_BM.clamp(min=0).numpy()]).long()
+        keep_BM = rows_BM >= 0
+        values_BM.masked_fill_(~keep_BM, -1)
+        device = query_BD.device
+        candidates = Candidates(values_BM.to(device), scores_BM.to(device), keep_BM.to(device))
+        return RetomatonStep(candidates, rows_BM, searched_B)
+
+    def _near(self, query_BD: Tensor, searched_B: Tensor, found: Neighbors | None) -> Neighbors:
+        """What the searches find that are needed, one row for each."""
+        if found is not None:
+            return Neighbors(found.ids_NK[searched_B], found.scores_NK[searched_B])
+        if not bool(searched_B.any()):
+            return Neighbors(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0))
+        return self.external.neighbors(query_BD[searched_B])
+
+    def follow(self, step: RetomatonStep, token_B: Tensor) -> RetomatonState:
+        """Where each sequence stands after its next token: rows after those candidates that hold it, and clusters."""
+        count = len(step.rows_BM)
+        if self.no_pointer:
+            return RetomatonState.empty(count)
+        from fairseq.memory.retomaton import kernels
+
+        out_BP, count_B = np.empty((count, self.max_knns), np.int64), np.zeros(count, np.int64)
+        tensors = (step.rows_BM, step.found.values_NM, step.found.scores_NM, token_B)
+        rows_BM, values_BM, scores_BM, token = (x.detach().cpu().contiguous().numpy() for x in tensors)
+        step_arrays = (rows_BM, values_BM, scores_BM, token)
+        kernels.follow(step_arrays, self._role_R, not self.compat, self._clusters, out_BP, count_B)
+        return RetomatonState(torch.from_numpy(out_BP[:, : count_B.max(initial=0)].copy()))
+
+
+def row_roles(external: ExternalMemory, *, ignore_documents: bool = False) -> Array:
+    """uint8: what each row of a store is to a pointer (see ``retomaton_kernels``)."""
+    store, index = external.store, external.index
+    from fairseq.memory.retomaton import kernels
+
+    role_R = np.full(len(store), kernels.FOLLOWS, np.uint8)
+    if not ignore_documents:
+        role_R[store.documents.runs_R3[:, 0]] = kernels.FIRST
+    role_R[store.deleted] = kernels.DELETED
+    if isinstance(index, FaissIndex):
+        role_R[index.deleted] = kernels.DELETED  # rows that were left out of the index are none of the store's deleted
+    return role_R
+
+
+def _joined(
+    searched_B: Tensor, near: Neighbors, rows_BP: Tensor, scores_BP: Tensor, *, distinct: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows and scores of each sequence's candidates, (B, M)."""
+    from fairseq.memory.retomaton import kernels
+
+    if not bool(searched_B.any()):
+        return rows_BP, scores_BP
+    count, width = len(rows_BP), near.ids_NK.shape[1] + rows_BP.shape[1]
+    found_at_B = torch.where(searched_B, searched_B.cumsum(0) - 1, -1)
+    out_BM, out_scores_BM = torch.empty(count, width, dtype=torch.int64), torch.empty(count, width)
+    count_B = torch.zeros(count, dtype=torch.int64)
+    found = tuple(x.contiguous().numpy() for x in (found_at_B, near.ids_NK, near.scores_NK))
+    at_hand = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
+    joined = tuple(x.numpy() for x in (out_BM, out_scores_BM, count_B))
+    kernels.join(found, at_hand, distinct, joined)
+    most = int(count_B.max())
+    return out_BM[:, :most], out_scores_BM[:, :most]

@@ -1,0 +1,153 @@
+"""Clusters of knn-transformers: pickles, read by an unpickler that makes arrays and containers and nothing else.
+
+Such a file holds, for each cluster, the rows of the datastore in it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.retomaton.clusters import Clusters
+from fairseq.memory.types import Array
+
+_NAME = re.compile(r"members_(.+)_(\d+)_(\d+)_(\d+)_(\d+)\.pkl")
+_MODEL_NAME = re.compile(r"(?:dstore|index)_(.+)_(\d+)_(\d+)(?:_keys\.npy|_vals\.npy|\.indexed)?")
+
+
+def _latin_bytes(text: str, encoding: str) -> bytes:
+    """What old pickles make bytes by."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _admitted() -> dict[tuple[str, str], Any]:
+    # What arrays say they are made by: releases of numpy have these functions in different places.
+    array, number = np.zeros(1), np.int64(0)
+    makers: dict[str, Any] = {
+        "multiarray._reconstruct": array.__reduce__()[0],
+        "multiarray.scalar": number.__reduce__()[0],
+        "numeric._frombuffer": array.__reduce_ex__(5)[0],
+    }
+    found: dict[tuple[str, str], Any] = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    for core in ("numpy.core", "numpy._core"):
+        for name, maker in makers.items():
+            module, _, function = name.partition(".")
+            found[f"{core}.{module}", function] = maker
+    for builtins in ("builtins", "__builtin__"):
+        for kind in (set, frozenset, list, tuple, dict, bytes, bytearray):
+            found[builtins, kind.__name__] = kind
+    found["_codecs", "encode"] = _latin_bytes
+    return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Only what arrays and containers are made of."""
+        try:
+            return _admitted()[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no clusters are made of") from None
+
+
+def read_members(path: str | Path, store: Datastore) -> Clusters:
+    """Read a ``members_*.pkl``. Raises: ValueError when it is missing, damaged, of another store, or names a class."""
+    path = Path(path)
+    told = _NAME.fullmatch(path.name)
+    if told and (int(told[2]), int(told[3])) != (len(store), store.dim):
+        raise ValueError(
+            f"{path} is by its name of a store of {told[2]} rows of width {told[3]}; datastore {store.prefix!r} has "
+            f"{len(store)} of {store.dim}"
+        )
+    try:
+        held = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        members = _lists(held)
+    except FileNotFoundError:
+        raise ValueError(f"no clusters at {str(path)!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # what damaged bytes make an unpickler do has no bounds
+        raise ValueError(f"{path} is no pickle of arrays ({type(error).__name__}: {error})") from None
+    try:
+        return Clusters.of_members(members, len(store))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _lists(held: Any) -> list[Array]:
+    """The rows of each cluster, from any of the containers they come in."""
+    if isinstance(held, Mapping):
+        held = [held[key] for key in sorted(held)]
+    if isinstance(held, np.ndarray) and held.ndim == 2 and held.dtype != object:
+        held = [row[row >= 0] for row in held]  # of one length, -1 behind the shorter ones
+    if not isinstance(held, (list, tuple, np.ndarray)) or not len(held):
+        raise ValueError(f"it holds a {type(held).__name__}, not the rows of each cluster")
+    return [_rows(cluster) for cluster in held]
+
+
+def _rows(cluster: Any) -> Array:
+    if isinstance(cluster, (set, frozenset)):
+        cluster = sorted(cluster)
+    rows = np.asarray(cluster)
+    if not rows.size:
+        return np.empty(0, np.int64)
+    if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"a cluster is an array of {rows.dtype} {rows.shape}, not a list of row numbers")
+    return rows.astype(np.int64)
+
+
+def open_clusters(path: str | Path, store: Datastore) -> Clusters:
+    """Open a file of clusters, ours or of knn-transformers. Raises: ValueError as both."""
+    return read_members(path, store) if Path(path).suffix == ".pkl" else Clusters.open(path, store)
+
+
+@dataclass(frozen=True)
+class OriginalFiles:
+    """The store, index and clusters of knn-transformers that one folder holds for a model."""
+
+    prefix: Path
+    """What the store's names begin with."""
+    model: str
+    rows: int
+    dim: int
+    index: Path | None
+    members: Path | None
+
+    @classmethod
+    def find(cls, folder: str | Path, model: str | None = None) -> OriginalFiles:
+        """By their names: ``dstore_MODEL_ROWS_WIDTH_vals.npy``, ``index_...indexed`` and ``members_...pkl``.
+
+        Args:
+            model: the MODEL of the names, needed where the folder holds stores of several.
+        Raises: ValueError when there is none, or more than one to choose from.
+        """
+        folder = Path(folder)
+        names = sorted(path.name for path in folder.glob("dstore_*_vals.npy"))
+        found = [(name, told) for name in names if (told := _MODEL_NAME.fullmatch(name))]
+        found = [(name, told) for name, told in found if model in (None, told[1])]
+        if len(found) != 1:
+            listed = ", ".join(name for name, _ in found) or "none"
+            wanted = f" of model {model}" if model else ""
+            raise ValueError(f"{str(folder)!r} holds {listed} as a store{wanted}; name one store's MODEL of the names")
+        name, told = found[0]
+        mark = f"{told[1]}_{told[2]}_{told[3]}"
+        index = folder / f"index_{mark}.indexed"
+        members = sorted(folder.glob(f"members_{mark}_*.pkl"))
+        if len(members) > 1:
+            listed = ", ".join(path.name for path in members)
+            raise ValueError(f"{str(folder)!r} holds several files of clusters: {listed}; name one of them")
+        return cls(
+            folder / name.removesuffix("_vals.npy"),
+            *(told[1], int(told[2]), int(told[3])),
+            index if index.is_file() else None,
+            members[0] if members else None,
+        )

@@ -1,0 +1,115 @@
+"""TRIME's training loss over the positions of a batch, exact, in memory linear in their number.
+
+It equals ``scoring.joint_nll(...).sum()`` over a similarity matrix and a mask that are never made.
+
+Shapes: N positions, M memories from elsewhere, D key width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fairseq.memory.trime.streaming import Gradients, InBatchMemory, begin, end, one_way
+from fairseq.memory.trime.strip_gradients import Weigher
+from fairseq.memory.trime.symmetric import two_way
+
+__all__ = ["InBatchMemory", "joint_loss"]
+
+Wants = tuple[bool, bool, bool, bool]
+Computed = tuple[Tensor, list["Tensor | None"]]
+Compute = Callable[[InBatchMemory, Wants, Tensor, Tensor, Tensor, "Tensor | None"], Computed]
+
+
+def joint_loss(
+    key_ND: Tensor,
+    lm_logp_N: Tensor,
+    lm_norm_N: Tensor,
+    memory: InBatchMemory,
+    other_key_MD: Tensor | None = None,
+) -> Tensor:
+    """-log of the targets' share when vocabulary and memory are normalised together, summed; differentiable once.
+
+    Args:
+        key_ND: queries and keys at once; types narrower than float32 are summed in float32.
+        lm_logp_N: the language model's log-probability of each target.
+        lm_norm_N: the log-sum of its scores (adaptive softmax: of its head).
+        memory: values of the memories, and who sees whom.
+        other_key_MD: keys of memories from elsewhere (``memory.other_token_M``), gathered from other ranks.
+    Source: arXiv 2205.12674, sec. 3 and 4. A position that sees no memory contributes exactly ``-lm_logp``.
+    """
+    compute: Compute = stream
+    if key_ND.is_cuda and importlib.util.find_spec("triton") is not None:
+        from fairseq.memory.trime.triton_kernels import stream_on_gpu
+
+        compute = stream_on_gpu
+        if torch.is_autocast_enabled("cuda"):  # a layer norm leaves float32, whose products are many times slower
+            key_ND = key_ND.to(torch.get_autocast_dtype("cuda"))
+    return apply(compute, key_ND, lm_logp_N, lm_norm_N, memory, other_key_MD)
+
+
+def apply(
+    compute: Compute,
+    key_ND: Tensor,
+    lm_logp_N: Tensor,
+    lm_norm_N: Tensor,
+    memory: InBatchMemory,
+    other_key_MD: Tensor | None,
+) -> Tensor:
+    """:func:`joint_loss` by a given way to compute it."""
+    inputs = (key_ND, lm_logp_N, lm_norm_N, other_key_MD)
+    wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    result: Tensor = _JointLoss.apply(compute, memory, wants, *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _JointLoss(torch.autograd.Function):
+    """Gradients are computed along with the loss, where all they need is at hand; backward scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Compute, memory: InBatchMemory, wants: Wants, *inputs: Any) -> Tensor:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            total, gradients = compute(memory, wants, *inputs)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = zip(ctx.saved_tensors, ctx.dtypes)
+        if not grad.is_cuda and grad == 1:  # a loss on its own: spare a copy as large as the keys
+            return None, None, None, *(None if x is None else x.to(dtype) for x, dtype in saved)
+        return None, None, None, *(None if x is None else (x * grad).to(dtype) for x, dtype in saved)
+
+
+def stream(
+    memory: InBatchMemory,
+    wants: Wants,
+    key_ND: Tensor,
+    lm_logp_N: Tensor,
+    lm_norm_N: Tensor,
+    other_key_MD: Tensor | None,
+) -> Computed:
+    """The loss, and its gradients with respect to the four tensors (None where not wanted), on any device."""
+    wide = torch.promote_types(key_ND.dtype, torch.float32)
+    key_ND, logp_N, norm_N = key_ND.to(wide), lm_logp_N.to(wide), lm_norm_N.to(wide)
+    other_key_MD = None if other_key_MD is None else other_key_MD.to(wide)
+    if memory.rule.earlier and memory.rule.later and other_key_MD is None:
+        found = two_way(memory, key_ND, logp_N, norm_N, wants[0])
+        if found is not None:
+            return found
+    gradients = Gradients(
+        torch.zeros_like(key_ND) if wants[0] else None,
+        torch.zeros_like(other_key_MD) if wants[3] and other_key_MD is not None else None,
+    )
+    positions = begin(memory, logp_N, norm_N)
+    if len(key_ND):
+        one_way(memory, key_ND, other_key_MD, Weigher(positions, memory.rule), gradients)
+    total, logp_grad_N, norm_grad_N = end(positions, logp_N)
+    return total, [gradients.key_ND, logp_grad_N, norm_grad_N, gradients.other_MD]

@@ -1,0 +1,212 @@
+"""TRIME's joint loss in one pass over strips of the similarity matrix, each turned into gradients at once.
+
+Shapes: N positions, M memories from elsewhere, D key width; R rows and W columns of a strip.
+
+With s the similarities, and everything relative to the vocabulary's log-sum:
+
+    whole = log(1 + sum of exp(s) over the memories seen)
+    target = log(exp(logp) + sum of exp(s) over those that hold the target)
+    loss = whole - target
+    d loss / d s = exp(s - whole) - exp(s - target) where the memory holds the target
+
+A row of a strip holds all its similarities, so it needs no other strip. Keys are queries too: a strip's gradients
+go to its rows and to its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fairseq.memory.trime.visibility import Rule, Sight, Strip
+
+# Rows of a strip, its bytes, and the width of the stairs that leave out what is above the diagonal. On a processor
+# products of fewer than 256 rows lose more speed than the triangle costs; a GPU wants few large products.
+_SIZES = {"cpu": (1024, 1 << 26, 256), "cuda": (4096, 1 << 30, 2048)}
+# Elements treated at a time: about a processor's second-level cache, so that several cheap passes cost little.
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class InBatchMemory:
+    """What a batch offers its own positions, beside their keys."""
+
+    token_N: Tensor
+    """The target of each position, which is the value of its memory."""
+    lengths: Sequence[int]
+    """Positions in each segment, in order."""
+    rule: Rule
+    """Who may see whom."""
+    scale: float
+    """What inner products are multiplied by: 1 / (sqrt(D) * temperature)."""
+    other_token_M: Tensor | None = None
+    """Values of memories from elsewhere, which every position sees."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What is known of each position; ``whole_N`` and ``target_N`` grow in place while strips go by."""
+
+    token_N: Tensor
+    other_token_M: Tensor | None
+    sight: Sight
+    norm_N: Tensor
+    """The vocabulary's log-sum."""
+    whole_N: Tensor
+    """Log-sum of the vocabulary and of the memories seen so far, less ``norm_N``."""
+    target_N: Tensor
+    """The same over the target alone."""
+
+    @property
+    def num_other(self) -> int:
+        """Memories from elsewhere; they stand before the batch's own in a strip's columns."""
+        return 0 if self.other_token_M is None else len(self.other_token_M)
+
+    def turn(self, rule: Rule, lengths: Sequence[int]) -> Positions:
+        """The same positions and sums under another rule."""
+        sight = rule.sight(lengths, self.norm_N.device)
+        return Positions(self.token_N, self.other_token_M, sight, self.norm_N, self.whole_N, self.target_N)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where the keys' gradients are added up; None for what needs none."""
+
+    key_ND: Tensor | None
+    other_MD: Tensor | None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to add to."""
+        return self.key_ND is not None or self.other_MD is not None
+
+
+class Weigh(Protocol):
+    """Lets the rows of a strip see its columns (those from elsewhere first) and turns similarities into gradients."""
+
+    gain: float
+    """What the gradients are multiplied by, to keep them in range; a power of two."""
+
+    def __call__(self, score_RW: Tensor, strip: Strip, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Update the positions' sums.
+
+        Returns the gradients of the similarities, usually in the same memory, and a factor of each row that is still
+        to be applied to them (None for 1). Scores where a row sees nothing may be anything.
+        """
+        ...
+
+
+def begin(memory: InBatchMemory, logp_N: Tensor, norm_N: Tensor) -> Positions:
+    """Positions that have seen the vocabulary only."""
+    assert len(memory.token_N) == len(logp_N) == sum(memory.lengths), (len(logp_N), memory.lengths)
+    sight = memory.rule.sight(memory.lengths, norm_N.device)
+    return Positions(memory.token_N, memory.other_token_M, sight, norm_N, torch.zeros_like(norm_N), logp_N.clone())
+
+
+def end(positions: Positions, logp_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss, and its gradients with respect to the language model's log-probabilities and log-sums."""
+    total = (positions.whole_N - positions.target_N).sum()
+    own_share_N = (logp_N - positions.target_N).exp_()  # what the vocabulary gives of the target's mass
+    return total, -own_share_N, (-positions.whole_N).exp_().sub_(own_share_N)
+
+
+def rows_and_stairs(width: int, like: Tensor) -> tuple[int, int]:
+    """Rows of a strip of that many columns, and the width of its stairs."""
+    max_rows, max_bytes, stairs = _SIZES["cuda" if like.is_cuda else "cpu"]
+    itemsize = torch.promote_types(like.dtype, torch.float32).itemsize
+    return max(16, min(max_rows, max_bytes // (itemsize * max(width, 1)))), stairs
+
+
+def one_way(
+    memory: InBatchMemory, key_ND: Tensor, other_key_MD: Tensor | None, weigh: Weigh, gradients: Gradients
+) -> None:
+    """Go through a batch strip by strip, each row of a strip seeing all its memories at once."""
+    num_other = 0 if other_key_MD is None else len(other_key_MD)
+    across = memory.rule.earlier or memory.rule.later
+    num_rows, stairs = rows_and_stairs(num_other + (len(key_ND) if across else max(memory.lengths)), key_ND)
+    strips = [s for s in memory.rule.strips(memory.lengths, num_rows) if num_other + s.high > s.low]
+    if not strips:
+        return
+    # Made once: the system takes longer to hand out megabytes than they take to fill.
+    most_rows = max(s.num_rows for s in strips)
+    wide = torch.promote_types(key_ND.dtype, torch.float32)
+    buffer = key_ND.new_empty(max(s.num_rows * (num_other + s.high - s.low) for s in strips), dtype=wide)
+    query_buffer = key_ND.new_empty(most_rows, key_ND.shape[1])
+    sum_buffer = torch.empty_like(query_buffer, dtype=wide)
+    for strip in strips:
+        width = num_other + strip.high - strip.low
+        score_RW = buffer[: strip.num_rows * width].view(strip.num_rows, width)
+        query_RD = key_ND[strip.rows]
+        parts = []
+        if other_key_MD is not None:
+            parts.append(_Part(slice(None), slice(0, num_other), other_key_MD, gradients.other_MD))
+        parts += _own_parts(strip, stairs, num_other, key_ND, gradients.key_ND)
+        for part in parts:
+            scores(query_RD[part.rows], part.key_WD, memory.scale, score_RW[part.rows, part.columns])
+        weight_RW, factor_R = weigh(score_RW, strip, gradients.wanted)
+        if gradients.wanted:
+            weighted_RD = query_RD
+            if factor_R is not None:
+                weighted_RD = torch.mul(query_RD, factor_R[:, None], out=query_buffer[: strip.num_rows])
+            sum_RD = sum_buffer[: strip.num_rows]
+            _spread(weight_RW, parts, weighted_RD, memory.scale / weigh.gain, sum_RD)
+            if gradients.key_ND is not None:
+                gradients.key_ND[strip.rows] += sum_RD if factor_R is None else sum_RD.mul_(factor_R[:, None])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block of a strip with the keys of its columns, and where their gradients go."""
+
+    rows: slice
+    columns: slice
+    key_WD: Tensor
+    grad_WD: Tensor | None
+
+
+def _own_parts(strip: Strip, stairs: int, num_other: int, key_ND: Tensor, grad_ND: Tensor | None) -> list[_Part]:
+    left = num_other - strip.low
+    found = []
+    for rows, columns in strip.pieces(stairs) if strip.high > strip.low else ():
+        inside = slice(rows.start - strip.start, rows.stop - strip.start)
+        grad_WD = None if grad_ND is None else grad_ND[columns]
+        place = slice(left + columns.start, left + columns.stop)
+        found.append(_Part(inside, place, key_ND[columns], grad_WD))
+    return found
+
+
+def _spread(weight_RW: Tensor, parts: list[_Part], query_RD: Tensor, scale: float, sum_RD: Tensor) -> None:
+    """Hand a strip's weights on: to its columns' gradients, and to its rows' in ``sum_RD``, which is overwritten."""
+    for part in parts:
+        part_RW = weight_RW[part.rows, part.columns]
+        add_product(sum_RD[part.rows], part_RW, part.key_WD, scale, overwrite=part is parts[0])  # it has all rows
+        if part.grad_WD is not None:
+            add_product(part.grad_WD, part_RW.t(), query_RD[part.rows], scale)
+
+
+def scores(query_RD: Tensor, key_WD: Tensor, scale: float, out_RW: Tensor) -> None:
+    """``out = scale * query @ key.T``, summed and stored in the precision of ``out``."""
+    if query_RD.dtype == out_RW.dtype:
+        add_product(out_RW, query_RD, key_WD.t(), scale, overwrite=True)
+        return
+    exact = math.frexp(scale)[0] == 0.5  # a power of two: scaling narrow numbers by it loses nothing
+    out_RW.copy_(torch.mm(query_RD * scale if exact else query_RD, key_WD.t(), out_dtype=out_RW.dtype))
+    if not exact:
+        out_RW *= scale
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, scale: float, *, overwrite: bool = False) -> None:
+    """``out += scale * left @ right``, summed in the precision of ``out``."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, beta=0 if overwrite else 1, alpha=scale, out=out)
+        return
+    product = torch.mm(left, right, out_dtype=out.dtype)
+    if overwrite:
+        torch.mul(product, scale, out=out)
+    else:
+        out.add_(product, alpha=scale)

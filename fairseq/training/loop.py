@@ -1,0 +1,362 @@
+"""A training run from its settings to its last checkpoint: epochs, validation, saving, going on where it stopped."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for, save_checkpoint
+from fairseq.config import to_dict
+from fairseq.criterions.base import build_criterion
+from fairseq.data.batching_config import BatchingConfig, DatasetConfig
+from fairseq.data.trime_batching import ranks_together, training_order
+from fairseq.metrics.training import TrainMeters, valid_figures
+from fairseq.models.config import TransformerLMConfig, require_same_architecture
+from fairseq.optim.configs import OptimizationConfig
+from fairseq.optim.lr_schedulers import build_lr_scheduler
+from fairseq.optim.optimizers import build_optimizer
+from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
+from fairseq.runtime.distributed import make_fabric
+from fairseq.runtime.manifest import write_manifest
+from fairseq.tasks import TASKS
+from fairseq.trainer import Trainer
+from fairseq.training.checkpoint_manager import CheckpointKeeper
+from fairseq.training.config import CheckpointConfig, ValidationConfig, require_same_parts
+from fairseq.training.progress import Progress, copy_log_to_file
+
+if TYPE_CHECKING:
+    from fairseq.data.types import LMBatch
+    from fairseq.options import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingLoop:
+    """One run. Building it checks everything that can be wrong; :meth:`run` trains."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.data = settings.config(DatasetConfig)
+        self.batching = settings.config(BatchingConfig)
+        self.validation = settings.config(ValidationConfig)
+        self.optimization = settings.config(OptimizationConfig)
+        self.runtime = settings.config(RuntimeConfig)
+        self.checkpoints = settings.config(CheckpointConfig)
+        if self.runtime.deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        task_entry = TASKS[settings.chosen["task"]]
+        self.task = task_entry.load()(settings.config(task_entry.config))
+        torch.manual_seed(self.runtime.seed)
+        self.model = self._model()
+        self.keeper = CheckpointKeeper(self.checkpoints)
+        self.keeper.prepare()
+        criterion = build_criterion(settings.chosen["criterion"], settings.given, self.model)
+        find_unused = self.model.may_skip_parameters or settings.given.get("find_unused_parameters", False)
+        self.fabric = make_fabric(self.runtime, settings.config(DistributedConfig), find_unused)
+        self.trainer = Trainer(
+            self.fabric,
+            self.model,
+            criterion,
+            self._optimizer(),
+            self._schedule(),
+            self.optimization,
+            self.runtime.seed,
+        )
+        self.meters = TrainMeters()
+        self.progress = Progress(settings.config(CommonConfig), enabled=self.fabric.is_global_zero)
+        copy_log_to_file(settings.config(CommonConfig))
+        self.valid_sets = self._valid_iterators()
+        self.iterator = self._train_iterator(epoch=1)
+        self.seconds = 0.0
+        self.started = time.perf_counter()
+        self.last_figures: dict[str, float] = {}
+
+    def _model(self) -> Any:
+        chosen, given = self.settings.chosen, self.settings.given
+        path = self.checkpoints.finetune_from_model
+        if path:
+            own = {field.name for field in fields(TransformerLMConfig)}
+            asked = {name: value for name, value in given.items() if name in own}
+            return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked)
+        return self.task.build_model(chosen["arch"], given)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return build_optimizer(
+            self.settings.chosen["optimizer"], parameters, self.settings.given, self.optimization.lr[0]
+        )
+
+    def _schedule(self) -> Any:
+        limits = self.optimization
+        return build_lr_scheduler(
+            self.settings.chosen["lr_scheduler"], self.settings.given, limits.lr, limits.max_update, limits.min_lr
+        )
+
+    def _train_iterator(self, epoch: int) -> Any:
+        dataset = self.task.blocks(self.validation.train_subset, epoch=epoch)
+        batches = self.task.training_batches(
+            dataset,
+            max_tokens=self.data.max_tokens,
+            max_sentences=self.data.max_sentences,
+            multiple=self.data.required_batch_size_multiple,
+            seed=self.runtime.seed,
+            max_positions=self.model.max_positions,
+            order=training_order(self.batching, len(dataset)),
+        )
+        return self.task.iterator(
+            dataset,
+            batches,
+            seed=self.runtime.seed,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            num_workers=self.data.num_workers,
+            shuffle=True,
+            ordered_epochs=self.validation.curriculum,
+            group=ranks_together(self.batching, self.data.max_tokens, self.fabric.world_size),
+        )
+
+    def _valid_iterators(self) -> dict[str, Any]:
+        if self.validation.disable_validation:
+            return {}
+        found = {}
+        for subset in self.validation.valid_subset.split(","):
+            dataset = self.task.blocks(subset)
+            batches = self.task.training_batches(
+                dataset,
+                max_tokens=self.validation.max_tokens_valid or self.data.max_tokens,
+                max_sentences=self.validation.max_sentences_valid or self.data.max_sentences,
+                multiple=self.data.required_batch_size_multiple,
+                seed=self.runtime.seed,
+                shuffle=False,
+                skip_too_long=self.data.skip_invalid_size_inputs_valid_test,
+                max_positions=self.model.max_positions,
+            )
+            found[subset] = self.task.iterator(
+                dataset, batches, rank=self.fabric.global_rank, world_size=self.fabric.world_size
+            )
+        return found
+
+    def run(self) -> None:
+        """Train until a limit is reached, beginning where the last checkpoint of this run stands."""
+        self._restore()
+        self._check_metric()
+        while not self._finished():
+            self._train_epoch()
+        self.progress.close()
+        if self.fabric.is_global_zero:
+            self._leave_manifest()
+        logger.info("done training in %.1f seconds", self._seconds())
+
+    def _check_metric(self) -> None:
+        """Let a batch tell whether validation gives --best-checkpoint-metric, where its name does not."""
+        if self.valid_sets and self.checkpoints.best_checkpoint_metric not in ("loss", "ppl"):
+            batches = next(iter(self.valid_sets.values()))
+            sums = self.trainer.valid_pass(itertools.islice(iter(batches), 1))
+            batches.next_epoch()
+            self._metric_in(valid_figures(sums, 0.0, self.trainer.num_updates))
+
+    def _metric_in(self, figures: Mapping[str, float]) -> float:
+        """The figure that decides. Raises: ValueError when --best-checkpoint-metric is no figure of the validation."""
+        metric = self.checkpoints.best_checkpoint_metric
+        if metric not in figures:
+            raise ValueError(f"--best-checkpoint-metric {metric}: validation gives {', '.join(figures)}; name one")
+        return float(figures[metric])
+
+    def _train_epoch(self) -> None:
+        epoch = self.iterator.epoch
+        if len(self.task.folders) > 1:
+            self._turn_to_folder_of(epoch)
+        self.trainer.start_epoch(epoch)
+        update_freq = self.optimization.update_freq_in(epoch)
+        total, done = (_ceil_div(n, update_freq) for n in (len(self.iterator), self.iterator.batches_done))
+        if done == 0:
+            self.meters.begin_epoch()
+        with self.progress.epoch(epoch, total, done) as shown:
+            for batches in _groups_of(update_freq, iter(self.iterator)):
+                began = time.perf_counter()
+                self.meters.add(self.trainer.train_step(batches), time.perf_counter() - began)
+                shown.step(lambda: self.meters.inner_figures(self.trainer.num_updates, self.trainer.lr))
+                if not self.iterator.end_of_epoch and self._wants_stop_inside():
+                    self._validate_and_save(epoch, end_of_epoch=False)
+                    if self._finished():
+                        return
+        self.progress.end_of_epoch(epoch, self.meters.epoch_figures(self.trainer.num_updates, self.trainer.lr))
+        self._validate_and_save(epoch, end_of_epoch=True)
+
+    def _turn_to_folder_of(self, epoch: int) -> None:
+        state = self.iterator.state_dict()
+        self.iterator = self._train_iterator(epoch)
+        self.iterator.load_state_dict(state)
+
+    def _wants_stop_inside(self) -> bool:
+        """Whether to validate or save before the epoch ends."""
+        update = self.trainer.num_updates
+        intervals = (self.checkpoints.save_interval_updates, self.validation.validate_interval_updates)
+        return any(n > 0 and update % n == 0 for n in intervals) or self._limit_reached()
+
+    def _validate_and_save(self, epoch: int, *, end_of_epoch: bool) -> None:
+        update = self.trainer.num_updates
+        ends = self._limit_reached() or (end_of_epoch and epoch == self.optimization.max_epoch)
+        every = self.validation.validate_interval_updates
+        validates = (epoch % self.validation.validate_interval == 0 if end_of_epoch else True) or ends
+        validates |= every > 0 and update % every == 0
+        figure = self._validate(epoch) if validates and self.valid_sets else None
+        if end_of_epoch:
+            self.trainer.end_epoch(epoch, figure)
+            self.iterator.next_epoch()
+        better = self.keeper.note(figure)
+        names = self.keeper.names(epoch=epoch, update=update, end_of_epoch=end_of_epoch, better=better, figure=figure)
+        wanted = not end_of_epoch or ends or epoch % self.checkpoints.save_interval == 0 or better
+        if wanted:
+            self._save(names)
+
+    def _save(self, names: list[str]) -> None:
+        """Let the first process save. Raises: OSError in all of them when it cannot, so that none waits for it."""
+        failure = None
+        if self.fabric.is_global_zero:
+            try:
+                self.keeper.write(names, lambda path: save_checkpoint(path, self._checkpoint()))
+            except OSError as error:
+                failure = error
+        failure = self.fabric.broadcast(failure)
+        if failure is not None:
+            raise failure
+
+    def _validate(self, epoch: int) -> float | None:
+        """Validate on every subset; returns the figure of the first one that decides which checkpoint is best."""
+        figure = None
+        for subset, batches in self.valid_sets.items():
+            began = time.perf_counter()
+            sums = self.trainer.valid_pass(iter(batches))
+            batches.next_epoch()
+            figures = valid_figures(sums, time.perf_counter() - began, self.trainer.num_updates)
+            if figure is None:
+                figure = self._metric_in(figures)
+                self.last_figures = dict(figures)
+                best = figure if self.keeper.is_better(figure) else self.keeper.best
+                if self.keeper.best is not None:
+                    figures[f"best_{self.checkpoints.best_checkpoint_metric}"] = best
+            self.progress.validated(subset, epoch, figures)
+        return figure
+
+    def _checkpoint(self) -> Checkpoint:
+        state = self.trainer.state_dict(with_optimizer=not self.checkpoints.no_save_optimizer_state)
+        settings = self.settings
+        return Checkpoint(
+            config={
+                "task": to_dict(self.task.config)
+                | {"name": settings.chosen["task"], "dictionary_digest": self.task.dictionary.digest()},
+                "model": to_dict(self.model.config) | {"arch": settings.chosen["arch"]},
+                "chosen": dict(settings.chosen),
+                "given": {name: _plain(value) for name, value in settings.given.items()},
+            },
+            model=self.model.state_dict(),
+            optimizer=state["optimizer"],
+            scheduler=state["scheduler"],
+            iterator=self.iterator.state_dict(),
+            progress={
+                "num_updates": state["num_updates"],
+                "keeper": self.keeper.state_dict(),
+                "meters": self.meters.state_dict(),
+                "seconds": self._seconds(),
+                "figures": self.last_figures,
+            },
+        )
+
+    def _restore(self) -> None:
+        """Take up the run in --save-dir, if there is one. Raises: ValueError when it is another model's."""
+        path = self.keeper.restore_path()
+        if path is None:
+            return
+        found = load_checkpoint(path)
+        loaded = load_model_for(self.task.dictionary, found, path)
+        require_same_architecture(path, loaded.config, self.model.config)
+        try:
+            self.model.load_state_dict(loaded.state_dict())
+        except RuntimeError as error:  # settings that seldom matter, such as the number of learned positions
+            first = str(error).splitlines()[1].strip()
+            raise ValueError(
+                f"{path} holds other weights than the flags ask for ({first[:200]}); give the flags it was trained "
+                "with, or another --save-dir"
+            ) from error
+        options = self.checkpoints
+        progress = found.progress or {}
+        if found.progress is None or found.scheduler is None:
+            logger.warning("%s holds weights only: the run starts at update 0 with them", path)
+            return
+        require_same_parts(path, found.config.get("chosen", {}), self.settings.chosen, options)
+        state = {"optimizer": found.optimizer, "scheduler": found.scheduler, "num_updates": progress["num_updates"]}
+        try:
+            self.trainer.load_state_dict(
+                state, reset_optimizer=options.reset_optimizer, reset_schedule=options.reset_lr_scheduler
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if not options.reset_dataloader and found.iterator is not None:
+            self.iterator.load_state_dict(found.iterator)
+        if not options.reset_meters:
+            self.keeper.load_state_dict(progress["keeper"])
+            self.meters.load_state_dict(progress["meters"])
+            self.seconds = progress["seconds"]
+            self.last_figures = progress.get("figures", {})
+        logger.info("went on from %s (epoch %d, %d updates)", path, self.iterator.epoch, self.trainer.num_updates)
+
+    def _finished(self) -> bool:
+        return self._limit_reached() or self.keeper.out_of_patience
+
+    def _limit_reached(self) -> bool:
+        limits = self.optimization
+        if 0 < limits.max_update <= self.trainer.num_updates:
+            return True
+        if 0 < limits.max_epoch < self.iterator.epoch:
+            return True
+        if limits.stop_time_hours > 0 and self.fabric.broadcast(limits.stop_time_hours * 3600 < self._seconds()):
+            return True
+        return self.trainer.lr <= limits.min_lr and not self.trainer.schedule.is_warming_up
+
+    def _seconds(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+    def _leave_manifest(self) -> None:
+        if self.checkpoints.no_save:
+            return
+        prefixes = [self.task.prefix(self.validation.train_subset), *map(self.task.prefix, self.valid_sets)]
+        files = [prefix + end for prefix in prefixes for end in (".bin", ".idx")]
+        files.append(os.path.join(self.task.folders[0], "dict.txt"))
+        write_manifest(
+            self.keeper.path("train.run.json"),
+            program=self.settings.program,
+            argv=self.settings.argv,
+            config={"chosen": dict(self.settings.chosen), "given": dict(self.settings.given)}
+            | {"model": to_dict(self.model.config)},
+            figures={
+                "num_updates": self.trainer.num_updates,
+                "best": self.keeper.best,
+                "seconds": self._seconds(),
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "valid": self.last_figures,
+            },
+            inputs=files,
+            seed=self.runtime.seed,
+        )
+
+
+def _groups_of(count: int, batches: Iterator[LMBatch]) -> Iterator[list[LMBatch]]:
+    """Consecutive batches, ``count`` at a time; the last group of an epoch may be smaller."""
+    while group := list(itertools.islice(batches, count)):
+        yield group
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
