@@ -10,7 +10,7 @@ import convention_checks
 import pytest
 from convention_checks import CHECKS, Source
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("fairseq", "fairseq_cli", "tests", "benchmarks", "examples", "train_scripts")
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.name != "setup.py")
 
@@ -55,10 +55,17 @@ BAD: dict[str, list[tuple[dict[str, str], str]]] = {
             {"fairseq/memory/datastore/datastore.py": "from fairseq.models.transformer_lm import X\n"},
             "which stands above it",
         ),
-        ({"fairseq/memory/types.py": "import fairseq.memory.datastore.datastore\n"}, "which stands above it"),
         ({"fairseq/data/a.py": "def f():\n    from fairseq.modules import b\n"}, "fairseq/data/a.py:2"),
         ({"fairseq/trainer.py": "from fairseq_cli import train\n"}, "which stands above it"),
         ({"fairseq/brand_new.py": "x = 1\n"}, "has no layer"),
+    ],
+    "room_order": [
+        ({"fairseq/memory/types.py": "import fairseq.memory.datastore.datastore\n"}, "which stands above it"),
+        ({"fairseq/memory/index/ops/a.py": "from fairseq.memory.index.faiss import gpu\n"}, "which stands above it"),
+        ({"fairseq/memory/brand_new.py": "x = 1\n"}, "has no floor"),
+    ],
+    "folder_size": [
+        ({f"fairseq/data/{letter}.py": "x = 1\n" for letter in "abcdefghijklmno"}, "fairseq/data:1: 15 modules"),
     ],
     "imports_stay_where_they_belong": [
         ({"fairseq/memory/sources/a.py": "def f():\n    import faiss\n"}, "faiss may be imported only in"),

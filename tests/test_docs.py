@@ -24,7 +24,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.options import parse_eval_lm, parse_train
 from fairseq_cli.datastore import COMMANDS as DATASTORE_COMMANDS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [ROOT / "train_scripts" / "shakespeare-demo.sh", ROOT / "examples" / "trime" / "run.sh"]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("train_scripts/*.md")]

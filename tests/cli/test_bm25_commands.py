@@ -17,7 +17,7 @@ from fairseq.options import Settings
 from fairseq.training.output_segments import output_segments
 from fairseq_cli.entry import run
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def search_words(folder, *more):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REPORT: dict[str, Any] = runpy.run_path(str(ROOT / "train_scripts" / "shakespeare_demo_report.py"))
 
 

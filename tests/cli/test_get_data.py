@@ -13,7 +13,7 @@ import pytest
 from fairseq.data.corpora import corpora
 from fairseq_cli import get_data
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def call(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,13 +10,13 @@ import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 INTERPRETED = """
 import sys
 import torch
 from unittest import mock
-sys.path.insert(0, "tests/memory")
+sys.path.insert(0, "tests/helpers")
 from test_joint_loss import EXTREMES, RULES, Case, sizes
 from fairseq.memory import joint_loss_triton as fused
 from fairseq.memory.joint_loss import apply

@@ -110,7 +110,7 @@ def test_an_index_is_kept_and_bound_to_its_segments(tmp_path, monkeypatch):
     (tmp_path / "index").mkdir()  # an empty folder is as good as none
     first = open_index(tmp_path / "index", path).search(texts[:5], 0, 3)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["index", "segments.json"]
-    monkeypatch.setattr(index, "_build", None)
+    monkeypatch.setattr(bm25, "_build", None)
     assert open_index(tmp_path / "index", path).search(texts[:5], 0, 3) == first
     write(path, [*texts, "one more"])
     with pytest.raises(ValueError, match=r"was built of other segments \(20 of them.*remove the folder"):

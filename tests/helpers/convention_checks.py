@@ -12,62 +12,57 @@ from pathlib import PurePosixPath
 
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 80
+MAX_MODULES_IN_FOLDER = 14
 
-# Imports go to the same layer or to one above in this list. A module belongs to the longest prefix that fits it.
+# Floors, the lowest first: a module imports from its own line or from a line above it. One line per room; what fairseq
+# has at its top level keeps its place there and has a line of its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        *(
-            "fairseq",
-            "fairseq.config",
-            "fairseq.runtime.atomic_files",
-            "fairseq.registry",
-            "fairseq.config.plugins",
-            "fairseq.config.ignored_flags",
-        ),
-        *(
-            "fairseq.training.config",
-            "fairseq.evaluation.config",
-            "fairseq.runtime.manifest",
-            "fairseq.metrics.training",
-        ),
-        *(
-            "fairseq.training.progress",
-            "fairseq.runtime.distributed",
-            "fairseq.training.checkpoint_manager",
-            "fairseq.metrics.word_loss",
-        ),
-    ),
-    (
-        "fairseq.memory.types",
-        "fairseq.memory.scoring",
-        "fairseq.memory.trime.visibility",
-        "fairseq.memory.sources.config",
-    ),
+    ("fairseq",),
+    ("fairseq.registry",),
+    ("fairseq.config",),
+    ("fairseq.runtime",),
     ("fairseq.data",),
+    ("fairseq.metrics",),
     ("fairseq.modules",),
-    ("fairseq.memory", "fairseq.hf.gguf"),
-    ("fairseq.models", "fairseq.checkpoints.legacy", "fairseq.checkpoint_utils"),
-    ("fairseq.criterions", "fairseq.optim"),
+    ("fairseq.memory",),
+    ("fairseq.models",),
+    ("fairseq.checkpoints",),
+    ("fairseq.checkpoint_utils",),
+    ("fairseq.optim",),
+    ("fairseq.criterions",),
     ("fairseq.tasks",),
-    (
-        *("fairseq.options", "fairseq.trainer", "fairseq.training.loop"),
-        *(
-            "fairseq.sequence_scorer",
-            "fairseq.metrics.perplexity",
-            "fairseq.evaluation.trime_compat",
-            "fairseq.evaluation.setup",
-            "fairseq.evaluation.save_datastore",
-        ),
-    ),
+    ("fairseq.sequence_scorer",),
+    ("fairseq.trainer",),
+    ("fairseq.training",),
+    ("fairseq.evaluation",),
+    ("fairseq.options",),
+    ("fairseq.hf",),
     ("fairseq_cli",),
-    ("fairseq.memory.hf",),  # a leaf: nothing of ours may import it
 )
+# The same inside a room: its subrooms and ground-floor modules, the lowest first.
+ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "fairseq.memory": (
+        ("types",),
+        ("similarity", "scoring"),
+        ("datastore",),
+        ("index",),
+        ("sources",),
+        ("combiners",),
+        ("trime",),
+        ("extended_mind",),
+        ("retomaton",),
+        ("retrieval",),
+        ("planning",),
+    ),
+    "fairseq.memory.index": (("base",), ("faiss_library",), ("ops",), ("lists",), ("faiss",), ("exact",), ("build",)),
+    "fairseq.hf": (("hooks",), ("gguf",), ("knn",), ("extended_mind",)),
+}
 
 # package -> the only places that may import it
 ONLY_IN = {
     "argparse": ("fairseq/config/flags.py", "benchmarks/"),
     "faiss": ("fairseq/memory/index/faiss_library.py",),
-    "transformers": ("fairseq/memory/hf/", "examples/", "benchmarks/"),
+    "transformers": ("fairseq/hf/", "examples/", "benchmarks/"),
 }
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -143,6 +138,38 @@ def layer_order(sources: Sequence[Source]) -> list[str]:
             if other is not None and other > own:
                 found.append(source.complaint(node, f"{source.module} imports {name}, which stands above it"))
     return found
+
+
+def room_order(sources: Sequence[Source]) -> list[str]:
+    """The order of floors inside a room, by ``ROOMS``."""
+    found = []
+    for source in sources:
+        for room, floors in ROOMS.items():
+            own = _floor(source.module, room, floors)
+            if own is None:
+                continue
+            if own < 0:
+                found.append(source.complaint(1, f"{source.module} has no floor in {room}; give it one in ROOMS"))
+                continue
+            for node, name in _imports(source):
+                other = _floor(name, room, floors)
+                if other is not None and other > own:
+                    found.append(source.complaint(node, f"{source.module} imports {name}, which stands above it"))
+    return found
+
+
+def folder_size(sources: Sequence[Source]) -> list[str]:
+    """A folder with more modules than one reads at a glance becomes rooms."""
+    folders: dict[PurePosixPath, int] = {}
+    for source in sources:
+        path = PurePosixPath(source.path)
+        if source.path.startswith(("fairseq/", "fairseq_cli/")) and path.name != "__init__.py":
+            folders[path.parent] = folders.get(path.parent, 0) + 1
+    return [
+        f"{folder}:1: {count} modules in one folder, at most {MAX_MODULES_IN_FOLDER}; make rooms"
+        for folder, count in folders.items()
+        if count > MAX_MODULES_IN_FOLDER
+    ]
 
 
 def imports_stay_where_they_belong(sources: Sequence[Source]) -> list[str]:
@@ -241,6 +268,8 @@ CHECKS: dict[str, Callable[[Sequence[Source]], list[str]]] = {
         no_print_in_library,
         no_parameter_called_args,
         layer_order,
+        room_order,
+        folder_size,
         imports_stay_where_they_belong,
         nothing_is_evaluated,
         no_bare_exception,
@@ -287,6 +316,16 @@ def _layer(name: str) -> int | None:
             if fits and len(prefix) > len(best):
                 best, layer = prefix, number
     return layer
+
+
+def _floor(name: str, room: str, floors: tuple[tuple[str, ...], ...]) -> int | None:
+    """The floor of a module, or of a name in it, inside a room; None outside of the room, -1 when it has none."""
+    if not name.startswith(room + "."):
+        return None
+    first = name[len(room) + 1 :].partition(".")[0]
+    if not first.islower():  # a name that the room's own face hands on
+        return None
+    return next((number for number, names in enumerate(floors) if first in names), -1)
 
 
 def _flag_fields(node: ast.ClassDef) -> Iterator[tuple[str, int]]:
