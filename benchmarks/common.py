@@ -125,27 +125,27 @@ def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 def plain_and_knn(words: Sequence[str], repeats: int) -> tuple[list[float], list[float], int, Any]:
     """Seconds of plain evaluation and of evaluation with the memory that eval_lm.py's words name, in turn.
 
-    Returns: both, the number of scored tokens, and the memory.
+    Returns: both, the number of scored tokens, and the memory's reader.
     """
     from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.memories import open_reader
     from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
-    from fairseq.options import parse_eval_lm
+    from fairseq.options import evaluation_configs, parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer
-    from fairseq_cli.eval_lm import open_memory
 
-    settings = parse_eval_lm(words)
-    opened = open_evaluation(settings, in_order=False)
-    memory, combine = open_memory(settings, opened)
+    configs = evaluation_configs(parse_eval_lm(words))
+    opened = open_evaluation(configs, in_order=False)
+    _, reader = open_reader(configs, opened)
     plain_scorer = SequenceScorer(opened.models, softmax_batch=1024)
     key_scorer = SequenceScorer(opened.models, key_tap="last_ffn_input", softmax_batch=1024)
     report = PerplexityReport(opened.task.dictionary)
     plain, with_memory = in_turn(
         lambda: evaluate(plain_scorer, opened.iterator(), report),
-        lambda: evaluate(key_scorer, opened.iterator(), report, memory, combine),
+        lambda: evaluate(key_scorer, opened.iterator(), report, reader),
         repeats,
     )
-    return plain, with_memory, opened.num_scored_tokens, memory
+    return plain, with_memory, opened.num_scored_tokens, reader
 
 
 def tell(name: str, what: str, ratio: float, wanted: str, details: dict[str, Any], out: str | None) -> None:

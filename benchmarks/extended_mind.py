@@ -41,7 +41,7 @@ def prompt_times(model: Any, memory: Any, vocabulary: int, repeats: int) -> dict
     """Seconds with and without memories, for each length of the prompt."""
     import torch
 
-    from fairseq.hf.extended_mind.wrapper import ExtendedMind
+    from fairseq.hf.attention.wrapper import ExtendedMind
 
     mind = ExtendedMind(model, memory, topk=10, limit=None)
     times = {}
@@ -57,7 +57,7 @@ def decode_times(model: Any, memory: Any, vocabulary: int, repeats: int) -> tupl
     import torch
     from transformers import DynamicCache
 
-    from fairseq.hf.extended_mind.wrapper import ExtendedMind
+    from fairseq.hf.attention.wrapper import ExtendedMind
 
     ids = torch.randint(3, vocabulary, (1, 256))
     step = torch.full((1, 1), 5)
@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from fairseq.hf.extended_mind.build import build_memory
+    from fairseq.hf.attention.build import build_memory
     from fairseq.memory.extended_mind.settings import MindSettings
 
     torch.set_num_threads(options.threads)

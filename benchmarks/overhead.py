@@ -47,11 +47,11 @@ def evaluation_share(data: Path, checkpoint: Path, more: list[str]) -> float:
     from fairseq.evaluation.loop import evaluate
     from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
-    from fairseq.options import parse_eval_lm
+    from fairseq.options import evaluation_configs, parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer
 
     words = [str(data), "--path", str(checkpoint), "--cpu", "--gen-subset", "valid", *more]
-    opened = open_evaluation(parse_eval_lm(words), in_order=False)
+    opened = open_evaluation(evaluation_configs(parse_eval_lm(words)), in_order=False)
     model = opened.models[0]
     scorer = SequenceScorer(opened.models, softmax_batch=1024)
     evaluate(scorer, opened.iterator(), PerplexityReport(opened.task.dictionary))
@@ -64,11 +64,11 @@ def evaluation_share(data: Path, checkpoint: Path, more: list[str]) -> float:
 
 def training_share(data: Path, folder: Path, updates: int) -> float:
     """Share of training outside forward, backward and the optimizer's step, after ten uncounted updates."""
-    from fairseq.options import parse_train
+    from fairseq.options import parse_train, training_configs
     from fairseq.training.loop import TrainingLoop
 
     words = f"{data} --save-dir {folder} --no-save --cpu --disable-validation {common.SMALL_MODEL}".split()
-    loop = TrainingLoop(parse_train([*words, "--max-update", str(updates + 10)]))
+    loop = TrainingLoop(training_configs(parse_train([*words, "--max-update", str(updates + 10)])))
     step, began = loop.trainer.train_step, [0.0]
     watch = Stopwatch()
 

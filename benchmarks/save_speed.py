@@ -33,12 +33,15 @@ def _timed(
     from fairseq.evaluation.save_datastore import save_datastore, store_rows
     from fairseq.evaluation.setup import open_evaluation
     from fairseq.memory.datastore.writer import DatastoreWriter
-    from fairseq.options import parse_eval_lm
+    from fairseq.options import evaluation_configs, parse_eval_lm
     from fairseq.sequence_scorer import SequenceScorer
 
     more = "--cpu --max-tokens 256 --context-window 192 --tokens-per-sample 64 --save-knnlm-dstore --dstore-mmap x"
     opened = open_evaluation(
-        parse_eval_lm([str(data), "--path", str(checkpoint), "--gen-subset", subset, *more.split()]), in_order=True
+        evaluation_configs(
+            parse_eval_lm([str(data), "--path", str(checkpoint), "--gen-subset", subset, *more.split()])
+        ),
+        in_order=True,
     )
     model = opened.models[0]
     scorer = SequenceScorer(opened.models, key_tap="last_ffn_input")

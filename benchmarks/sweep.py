@@ -63,24 +63,24 @@ def main() -> None:
 def difference(words: list[str], results: list[dict[str, Any]]) -> float:
     """Largest difference of the loss between the sweep and evaluations of each setting by itself."""
     from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.memories import open_reader
+    from fairseq.evaluation.readers import CandidateReader
     from fairseq.evaluation.setup import open_evaluation
     from fairseq.memory.combiners.interpolation import Interpolation
     from fairseq.metrics.perplexity import PerplexityReport
-    from fairseq.options import parse_eval_lm
-    from fairseq.sequence_scorer import SequenceScorer
-    from fairseq_cli.eval_lm import open_memory
+    from fairseq.options import evaluation_configs, parse_eval_lm
 
-    settings = parse_eval_lm(words)
-    opened = open_evaluation(settings, in_order=False)
-    memory, _ = open_memory(settings, opened)
-    scorer = SequenceScorer(opened.models, key_tap="last_ffn_input", softmax_batch=1024)
+    configs = evaluation_configs(parse_eval_lm(words))
+    opened = open_evaluation(configs, in_order=False)
+    scorer, reader = open_reader(configs, opened)
+    memory = reader.source  # type: ignore[union-attr]
     scored = [scorer.score(batch) for batch in opened.iterator()]
     loss = {(row["k"], row["softmax_temp"], row["lmbda"]): row["loss_base2"] for row in results}
     worst = 0.0
     for k, temperature, weight in itertools.product({row["k"] for row in results}, TEMPERATURES, WEIGHTS):
         memory.k = k
         report = PerplexityReport(opened.task.dictionary)
-        evaluate(_Scored(), scored, report, memory, Interpolation(weight, temperature))  # type: ignore[arg-type]
+        evaluate(_Scored(), scored, report, CandidateReader(Interpolation(weight, temperature), memory))  # type: ignore[arg-type]
         figures = report.figures(opened.num_total_tokens, 1.0)
         worst = max(worst, abs(figures.loss_base2 - loss[k, temperature, weight]))
     return worst

@@ -25,26 +25,26 @@ WANTED = {"local": 0.8, "long": 0.8, "external": 0.35}
 def evaluation(data: str, checkpoint: str, more: str) -> Any:
     """A call that evaluates once, everything opened beforehand."""
     from fairseq.evaluation.loop import evaluate
+    from fairseq.evaluation.memories import open_reader
     from fairseq.evaluation.setup import open_evaluation
     from fairseq.metrics.perplexity import PerplexityReport
-    from fairseq.options import parse_eval_lm
+    from fairseq.options import evaluation_configs, parse_eval_lm
     from fairseq_cli.entry import keep_freed_memory
-    from fairseq_cli.eval_lm_trime import open_memories
 
     keep_freed_memory()
     words = [data, "--path", checkpoint, "--gen-subset", "valid", *EVALUATION.split(), *more.split()]
-    settings = parse_eval_lm(words, "eval_lm-trime.py")
-    opened = open_evaluation(settings, in_order=True)
-    scorer, memory, combine = open_memories(settings, opened)
+    configs = evaluation_configs(parse_eval_lm(words, "eval_lm-trime.py"))
+    opened = open_evaluation(configs, in_order=True)
+    scorer, reader = open_reader(configs, opened)
     report = PerplexityReport(opened.task.dictionary)
-    return functools.partial(_evaluate, evaluate, scorer, opened, report, memory, combine)
+    return functools.partial(_evaluate, evaluate, scorer, opened, report, reader)
 
 
-def _evaluate(evaluate: Any, scorer: Any, opened: Any, report: Any, memory: Any, combine: Any) -> None:
+def _evaluate(evaluate: Any, scorer: Any, opened: Any, report: Any, reader: Any) -> None:
     if scorer.text_memory is not None:
         for source in scorer.text_memory.sources:
             source.reset()
-    evaluate(scorer, opened.iterator(), report, memory, combine)
+    evaluate(scorer, opened.iterator(), report, reader)
 
 
 def main() -> None:

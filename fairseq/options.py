@@ -12,7 +12,13 @@ from fairseq.config import FlagParser, build, flag, flag_names, ignored_flags
 from fairseq.config.plugins import import_user_dir
 from fairseq.criterions import CRITERIONS
 from fairseq.data.batching_config import BatchingConfig, DatasetConfig
-from fairseq.evaluation.config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig, TrimeEvaluationConfig
+from fairseq.evaluation.config import (
+    BulkConfig,
+    EvaluationConfig,
+    EvaluationConfigs,
+    MemoryEvaluationConfig,
+    TrimeEvaluationConfig,
+)
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config
@@ -21,8 +27,10 @@ from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
 from fairseq.optim.configs import OptimizationConfig
 from fairseq.registry import Entry, lookup
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
+from fairseq.runtime.manifest import Command
 from fairseq.tasks import TASKS
-from fairseq.training.config import CheckpointConfig, ValidationConfig
+from fairseq.tasks.configs import LanguageModelingConfig
+from fairseq.training.config import CheckpointConfig, TrainingConfigs, ValidationConfig
 
 logger = logging.getLogger(__name__)
 C = TypeVar("C")
@@ -54,7 +62,10 @@ class TaskChoiceConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a command was told: the words, and the values they gave (defaults are absent)."""
+    """The parsed words of a command and the values they gave (defaults are absent).
+
+    Rooms below this module get configs, never this.
+    """
 
     program: str
     argv: tuple[str, ...]
@@ -64,6 +75,11 @@ class Settings:
     def config(self, config_class: type[C], **more: Any) -> C:
         """The config of one part. Raises: ValueError from its checks."""
         return build(config_class, self.given, **more)
+
+    @property
+    def command(self) -> Command:
+        """The command line as the run manifest records it."""
+        return Command(self.program, self.argv, self.given)
 
 
 _TABLES: Mapping[str, tuple[str, Mapping[str, Entry]]] = {
@@ -123,15 +139,60 @@ def parse_train(argv: Sequence[str]) -> Settings:
     return Settings("train.py", tuple(argv), given, chosen)
 
 
-def check_train(settings: Settings) -> None:
-    """Make every config of train.py. Raises: ValueError for an impossible value, before anything is loaded."""
-    for config_class in (*_parts(settings.chosen), *_TRAINING):
+def training_configs(settings: Settings) -> TrainingConfigs:
+    """Build every config of train.py. Raises: ValueError for an impossible value, before anything is loaded."""
+    chosen = settings.chosen
+    for config_class in _parts(chosen):
         settings.config(config_class)
-    source = settings.config(CheckpointConfig).finetune_from_model
+    configs = TrainingConfigs(
+        command=settings.command,
+        chosen=chosen,
+        options=settings.given,
+        task=settings.config(TASKS[chosen["task"]].config),
+        runtime=settings.config(RuntimeConfig),
+        common=settings.config(CommonConfig),
+        data=settings.config(DatasetConfig),
+        batching=settings.config(BatchingConfig),
+        validation=settings.config(ValidationConfig),
+        distributed=settings.config(DistributedConfig),
+        optimization=settings.config(OptimizationConfig),
+        checkpoints=settings.config(CheckpointConfig),
+    )
+    source = configs.checkpoints.finetune_from_model
     if source is None:
-        build_model_config(settings.chosen["arch"], settings.given)
+        build_model_config(chosen["arch"], settings.given)
     elif not os.path.isfile(source):  # otherwise it brings its own architecture
         raise ValueError(f"--finetune-from-model: no checkpoint at {source!r}")
+    return configs
+
+
+def evaluation_configs(settings: Settings) -> EvaluationConfigs:
+    """Build every config of eval_lm.py or eval_lm-trime.py, and check the files that they name.
+
+    Raises: ValueError for an impossible value or a missing file, before anything is loaded.
+    """
+    is_trime = settings.program == "eval_lm-trime.py"
+    trime = settings.config(TrimeEvaluationConfig) if is_trime else None
+    memory = MemoryEvaluationConfig() if is_trime else settings.config(MemoryEvaluationConfig)
+    configs = EvaluationConfigs(
+        command=settings.command,
+        memory=memory,
+        retomaton=RetomatonConfig() if is_trime else settings.config(RetomatonConfig),
+        trime=trime,
+        bulk=settings.config(BulkConfig),
+        knn=settings.config(KnnConfig),
+        runtime=settings.config(RuntimeConfig),
+        data=settings.config(DatasetConfig),
+        evaluation=settings.config(EvaluationConfig),
+        task_options={
+            field.name: settings.given[field.name]
+            for field in fields(LanguageModelingConfig)
+            if field.name in settings.given
+        },
+        key_tap=settings.given.get("knn_keytype"),
+    )
+    configs.require_files()
+    return configs
 
 
 def _parts(chosen: Mapping[str, str]) -> tuple[type, ...]:

@@ -6,40 +6,23 @@ Shapes: B blocks, T positions of a padded block, D width, N scored positions of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq.memory.scoring import log_sums
-from fairseq.memory.types import LogSums, Passage
+from fairseq.memory.types import LogSums, Passage, ScoredPositions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from fairseq.data.types import LMBatch
     from fairseq.memory.sources.base import TextSource
+    from fairseq.models.base import LanguageModel
 
-    TargetScore = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ScoredBatch:
-    """What the language model says about the scored positions of a batch, in the order of the text."""
-
-    block_N: Tensor
-    """int64 number of the block each position stands in."""
-    target_N: Tensor
-    """int64 token that comes next."""
-    logp_N: Tensor
-    """float32 ln p of that token; empty when only keys were asked for."""
-    norm_N: Tensor
-    """float32 log-sum of the vocabulary's scores (adaptive softmax: of its head), as joint normalisation needs it."""
-    key_ND: Tensor | None
-    """Memory key of each position, in the model's precision."""
-    near: LogSums | None = None
-    """What the memories of the text itself add to each position; None without such memories."""
+    TargetScore = Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +49,7 @@ class SequenceScorer:
 
     def __init__(
         self,
-        models: Sequence[Any],
+        models: Sequence[LanguageModel],
         *,
         key_tap: str | None = None,
         softmax_batch: int | None = None,
@@ -93,7 +76,7 @@ class SequenceScorer:
         self.device = torch.device(device)
 
     @torch.inference_mode()
-    def score(self, batch: LMBatch) -> ScoredBatch:
+    def score(self, batch: LMBatch) -> ScoredPositions:
         """Log-probability of every scored target, and its key if one is wanted."""
         here, place_N = batch.to(self.device), self._places(batch)
         target_N = here.target_BT.view(-1)[place_N]
@@ -109,10 +92,10 @@ class SequenceScorer:
         logp_N = torch.stack([logp.float() for logp, _ in parts])
         logp_N = logp_N[0] if len(parts) == 1 else torch.logsumexp(logp_N, 0) - torch.log(torch.tensor(len(parts)))
         key_ND = key_BTD.flatten(0, 1)[place_N] if key_BTD is not None else None
-        near = self._near(batch, here, key_BTD) if self.text_memory is not None else None
-        return ScoredBatch(_block_of(batch, place_N), target_N, logp_N, parts[0][1].float(), key_ND, near)
+        text_sums = self._text_sums(batch, here, key_BTD) if self.text_memory is not None else None
+        return ScoredPositions(_block_of(batch, place_N), target_N, logp_N, parts[0][1].float(), key_ND, text_sums)
 
-    def _near(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None) -> LogSums:
+    def _text_sums(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None) -> LogSums:
         """What the memories of the text add, block after block."""
         assert self.text_memory is not None
         assert key_BTD is not None, "memories of the text were given to a scorer that makes no keys"
@@ -122,12 +105,12 @@ class SequenceScorer:
         return LogSums(torch.cat([part.hit_N for part in sums]), torch.cat([part.whole_N for part in sums]))
 
     @torch.inference_mode()
-    def keys(self, batch: LMBatch) -> ScoredBatch:
+    def keys(self, batch: LMBatch) -> ScoredPositions:
         """Keys alone: no softmax is computed."""
         here, place_N = batch.to(self.device), self._places(batch)
         out = self.models[0](here.tokens_BT, key_tap=self.key_tap)
         empty, target_N = torch.empty(0), here.target_BT.view(-1)[place_N]
-        return ScoredBatch(_block_of(batch, place_N), target_N, empty, empty, out.key_BTD.flatten(0, 1)[place_N])
+        return ScoredPositions(_block_of(batch, place_N), target_N, empty, empty, out.key_BTD.flatten(0, 1)[place_N])
 
     def _places(self, batch: LMBatch) -> Tensor:
         """int64 (N,): the scored positions, as places in the flattened batch."""

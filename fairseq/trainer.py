@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fairseq.criterions.base import Loss
+from fairseq.criterions.base import Criterion, Loss
 from fairseq.data.types import LMBatch
 from fairseq.metrics.training import StepSums
 from fairseq.optim import set_lr
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from lightning.fabric import Fabric
 
+    from fairseq.optim.lr_schedulers import LRSchedule
+
 logger = logging.getLogger(__name__)
 
 _MICRO_BATCHES_PER_UPDATE = 1 << 16  # more than anybody accumulates; keeps seeds of different updates apart
@@ -30,7 +32,7 @@ _MICRO_BATCHES_PER_UPDATE = 1 << 16  # more than anybody accumulates; keeps seed
 class LossModule(nn.Module):
     """Model and criterion as one module, so that data-parallel hooks see the whole path to the loss."""
 
-    def __init__(self, model: nn.Module, criterion: Any) -> None:
+    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
         super().__init__()
         self.model = model
         self.criterion = criterion
@@ -48,9 +50,9 @@ class Trainer:
         self,
         fabric: Fabric,
         model: nn.Module,
-        criterion: Any,
+        criterion: Criterion,
         optimizer: torch.optim.Optimizer,
-        schedule: Any,
+        schedule: LRSchedule,
         optimization: OptimizationConfig,
         seed: int,
     ) -> None:

@@ -1,17 +1,20 @@
-"""Build a faiss index over a datastore that eval_lm.py --save-knnlm-dstore wrote."""
+"""Build a faiss index over a datastore, or clusters of its rows for RetoMaton (--cluster_dstore)."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
-from fairseq.config import FlagParser, build, to_dict
+from fairseq.config import FlagParser, build, flag_names, to_dict
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
-from fairseq_cli import cluster_dstore
 from fairseq_cli.entry import run
+
+if TYPE_CHECKING:
+    from fairseq.evaluation.config import EvaluationConfigs
 
 PROGRAM = "build_dstore.py"
 
@@ -22,8 +25,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_config(BuildConfig)
     parser.add_config(ClusterConfig)
     given = parser.parse(argv)
-    if cluster_dstore.is_wanted(given):
-        cluster_dstore.cluster(build(ClusterConfig, given), argv, PROGRAM)
+    if _makes_clusters(given):
+        cluster(build(ClusterConfig, given), argv)
         return
     config = build(BuildConfig, given)
 
@@ -50,11 +53,11 @@ def main(argv: Sequence[str]) -> None:
     figures |= {"train_seconds": built.train_seconds, "add_seconds": built.add_seconds}
     if not config.no_report:
         figures["report"] = report(config, store, built)
-        _tell(figures["report"])
+        _print_report(figures["report"])
     if config.report_evaluation:
         figures["evaluation"] = _evaluations(config)
-        told = ", ".join(f"{name} {value:.4f}" for name, value in figures["evaluation"].items())
-        sys.stdout.write(f"perplexity: {told}\n")
+        perplexities = ", ".join(f"{name} {value:.4f}" for name, value in figures["evaluation"].items())
+        sys.stdout.write(f"perplexity: {perplexities}\n")
     write_manifest(
         f"{built.path}.run.json",
         program=PROGRAM,
@@ -66,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def _tell(figures: dict[str, Any]) -> None:
+def _print_report(figures: dict[str, Any]) -> None:
     kind = "held-back keys" if figures["held_back"] else "keys (training saw all of them)"
     sys.stdout.write(f"{figures['bytes_per_key']:.1f} bytes per key; {figures['queries']} {kind} as queries:\n")
     for line in figures.get("probes", ()):
@@ -80,7 +83,7 @@ def _check_evaluation(config: BuildConfig) -> None:
     """Raise ValueError for words of an evaluation that cannot work, before the build."""
     if config.report_evaluation:
         for words in _commands(config).values():
-            _settings(words)
+            _configs(words)
 
 
 def _commands(config: BuildConfig) -> dict[str, list[str]]:
@@ -95,40 +98,63 @@ def _commands(config: BuildConfig) -> dict[str, list[str]]:
     return {"exact": exact, "index": [*exact, *index]}
 
 
-def _settings(words: Sequence[str]) -> Any:
-    from fairseq.evaluation.config import EvaluationConfig
-    from fairseq.memory.sources.config import KnnConfig
-    from fairseq.options import parse_eval_lm
+def _configs(words: Sequence[str]) -> EvaluationConfigs:
+    from fairseq.evaluation.memories import check_knn
+    from fairseq.options import evaluation_configs, parse_eval_lm
 
-    settings = parse_eval_lm(words)
-    settings.config(EvaluationConfig)
-    if settings.config(KnnConfig).weight == 0.0:
+    configs = evaluation_configs(parse_eval_lm(words))
+    if configs.knn.weight == 0.0:
         raise ValueError("--report_evaluation: --lmbda is 0, so that neighbours do not count; give --lmbda 0.25, say")
-    return settings
+    check_knn(configs)
+    return configs
 
 
 def _evaluations(config: BuildConfig) -> dict[str, float]:
     """Perplexities with exact search and with the index, and their difference."""
-    from fairseq.evaluation.config import BulkConfig, EvaluationConfig
-    from fairseq.evaluation.loop import evaluate
-    from fairseq.evaluation.setup import open_evaluation
-    from fairseq.metrics.perplexity import PerplexityReport
-    from fairseq.sequence_scorer import SequenceScorer
-    from fairseq_cli.eval_lm import open_memory
+    from fairseq.evaluation.run import run_evaluation
 
-    found: dict[str, float] = {}
-    for name, words in _commands(config).items():
-        settings = _settings(words)
-        opened = open_evaluation(settings, in_order=False)
-        chosen = settings.config(EvaluationConfig)
-        scorer = SequenceScorer(
-            opened.models, key_tap=opened.key_tap, softmax_batch=chosen.softmax_batch, device=opened.device
-        )
-        scored = PerplexityReport(opened.task.dictionary, chosen.remove_bpe)
-        memory, combine = open_memory(settings, opened)
-        seconds = evaluate(scorer, opened.iterator(), scored, memory, combine, settings.config(BulkConfig).knn_bulk)
-        found[name] = float(scored.figures(opened.num_total_tokens, seconds).perplexity)
+    found = {name: float(run_evaluation(_configs(words))[2].perplexity) for name, words in _commands(config).items()}
     return found | {"gap": found["index"] - found["exact"]}
+
+
+def _makes_clusters(given: Mapping[str, Any]) -> bool:
+    """True for clusters, False for an index. Raises: ValueError for a flag of the other."""
+    wanted = bool(given.get("cluster_dstore"))
+    own, other = (ClusterConfig, BuildConfig) if wanted else (BuildConfig, ClusterConfig)
+    strange = given.keys() - {field.name for field in fields(own)}
+    for field in fields(other):
+        if field.name in strange:
+            way_out = "leave one of them out" if wanted else "give it too"
+            raise ValueError(
+                f"{flag_names(field)[0]} {'does not go with' if wanted else 'belongs to'} --cluster_dstore: {way_out}"
+            )
+    return wanted
+
+
+def cluster(config: ClusterConfig, argv: Sequence[str]) -> None:
+    """Make the clusters a config describes, print one line and leave a run manifest beside them."""
+    from fairseq.memory.retomaton.build_clusters import build_clusters, open_clustered_store
+    from fairseq.runtime.manifest import write_manifest
+
+    made = build_clusters(config)
+    sys.stdout.write(
+        f"clustered {made.rows} keys in {made.seconds:.1f}s ({made.num_clusters} clusters of a sample of "
+        f"{made.sampled}): {made.path}\n"
+    )
+    write_manifest(
+        f"{made.path}.run.json",
+        program=PROGRAM,
+        argv=argv,
+        config=to_dict(config),
+        figures={
+            "rows": made.rows,
+            "num_clusters": made.num_clusters,
+            "sampled": made.sampled,
+            "seconds": made.seconds,
+        },
+        inputs=open_clustered_store(config).keys.files,
+        seed=config.seed,
+    )
 
 
 def cli_main() -> None:

@@ -5,113 +5,57 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from fairseq.config import flag_names
-from fairseq.evaluation.config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig
-from fairseq.evaluation.outputs import checked, leave_files, set_determinism, tell
-from fairseq.evaluation.save_retrieval import saving_retrieval
-from fairseq.evaluation.store_saving import as_shard_of_torchrun, save
-from fairseq.memory.retomaton.config import RetomatonConfig
-from fairseq.options import Settings, parse_eval_lm
+from fairseq.evaluation.config import EvaluationConfigs, MemoryEvaluationConfig
+from fairseq.evaluation.memories import check_knn
+from fairseq.options import Settings, evaluation_configs, parse_eval_lm
 from fairseq_cli.entry import run
-
-if TYPE_CHECKING:
-    from fairseq.evaluation.setup import Evaluation
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate, or save a datastore, as the words say."""
+    """Evaluate, or save a datastore."""
     settings = parse_eval_lm(argv)
     if settings.config(MemoryEvaluationConfig).save_knnlm_dstore:
         settings = as_shard_of_torchrun(settings)
-    checked(settings, MemoryEvaluationConfig, RetomatonConfig)
-    _check_memory_wanted(settings)
-
-    from fairseq.evaluation.loop import evaluate
-    from fairseq.evaluation.setup import open_evaluation
-    from fairseq.metrics.perplexity import PerplexityReport
-    from fairseq.sequence_scorer import SequenceScorer
-
-    set_determinism(settings)
-    config, memory_config = settings.config(EvaluationConfig), settings.config(MemoryEvaluationConfig)
-    carries = settings.config(RetomatonConfig).retomaton_carry
-    evaluation = open_evaluation(settings, in_order=memory_config.save_knnlm_dstore or carries)
-    uses_keys = memory_config.knnlm or memory_config.save_knnlm_dstore
-    scorer = SequenceScorer(
-        evaluation.models,
-        key_tap=evaluation.key_tap if uses_keys else None,
-        softmax_batch=config.softmax_batch,
-        device=evaluation.device,
-    )
-    if memory_config.save_knnlm_dstore:
-        save(settings, evaluation, scorer)
+    configs = evaluation_configs(settings)
+    check_knn(configs)
+    if configs.memory.save_knnlm_dstore:
+        save_datastore(configs)
         return
-    memory = combine = None
-    if memory_config.knnlm:
-        memory, combine = open_memory(settings, evaluation)
-    report = PerplexityReport(evaluation.task.dictionary, config.remove_bpe)
-    bulk = settings.config(BulkConfig).knn_bulk
-    with saving_retrieval(settings, evaluation, memory, combine, report) as (batches, keep):
-        seconds = evaluate(scorer, batches, report, memory, combine, bulk, keep)
-    figures = report.figures(evaluation.num_total_tokens, seconds)
-    if settings.config(RetomatonConfig).retomaton:
-        figures = dataclasses.replace(figures, num_searched=memory.num_searched)
-    tell(figures)
-    leave_files(settings, evaluation, report, figures)
+
+    from fairseq.evaluation.outputs import print_report, write_outputs
+    from fairseq.evaluation.run import run_evaluation
+
+    evaluation, report, figures = run_evaluation(configs)
+    print_report(figures)
+    write_outputs(configs, evaluation, report, figures)
 
 
-def _check_memory_wanted(settings: Settings) -> None:
-    """Raise ValueError where what is given of a memory is not to be used, or lacks what it needs."""
-    retomaton = settings.config(RetomatonConfig)
-    own = [field for field in dataclasses.fields(RetomatonConfig) if field.name in settings.given]
-    if own and not retomaton.retomaton:
-        raise ValueError(f"{flag_names(own[0])[0]} belongs to --retomaton: give it too, or leave it out")
-    if retomaton.retomaton and not settings.config(MemoryEvaluationConfig).knnlm:
-        raise ValueError("--retomaton is a way to find the neighbours of --knnlm: give it and its datastore too")
-    if retomaton.clusters and not os.path.isfile(retomaton.clusters):
-        raise ValueError(
-            f"--clusters: no file at {retomaton.clusters!r}; build_dstore.py --cluster_dstore makes clusters"
-        )
-    named = [name for name in ("dstore_filename", "indexfile") if settings.given.get(name)]
-    if named and not settings.config(MemoryEvaluationConfig).knnlm:
-        flag = f"--{named[0].replace('_', '-')}"
-        raise ValueError(
-            f"{flag} {settings.given[named[0]]} is read with --knnlm only: give it too, or leave {flag} out"
-        )
-    if settings.config(BulkConfig).save_retrieval and not settings.config(MemoryEvaluationConfig).knnlm:
-        raise ValueError("--save-retrieval keeps the neighbours that --knnlm finds: give it too")
+def save_datastore(configs: EvaluationConfigs) -> None:
+    """Write the keys and next tokens of a split as a datastore."""
+    from fairseq.evaluation.memories import open_reader
+    from fairseq.evaluation.run import set_determinism
+    from fairseq.evaluation.save_datastore import save_and_report
+    from fairseq.evaluation.setup import open_evaluation
+
+    set_determinism(configs.runtime)
+    evaluation = open_evaluation(configs, in_order=True)
+    scorer, _ = open_reader(configs, evaluation)
+    save_and_report(configs, evaluation, scorer)
 
 
-def open_memory(settings: Settings, evaluation: Evaluation) -> tuple[Any, Any]:
-    """The memory of --knnlm and how it is mixed in; everything about it is checked here."""
-    from fairseq.memory.combiners.interpolation import Interpolation
-    from fairseq.memory.sources.config import KnnConfig
+def as_shard_of_torchrun(settings: Settings) -> Settings:
+    """Each process that torchrun starts saves the shard of its rank, on its own device."""
+    count, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    if "TORCHELASTIC_RUN_ID" not in os.environ or count == 1:
+        return settings
+    if {"num_shards", "shard_id"} & settings.given.keys():
+        raise ValueError(f"torchrun makes a shard of each of its {count} processes; leave out --num-shards, --shard-id")
+    import torch
 
-    knn, retomaton = settings.config(KnnConfig), settings.config(RetomatonConfig)
-    memory = open_datastore(settings, evaluation, knn.similarity)
-    if retomaton.retomaton:
-        from fairseq.memory.retomaton.reader import open_reader
-
-        memory = open_reader(retomaton, memory)
-    return memory, Interpolation(knn.weight, knn.temperature)
-
-
-def open_datastore(settings: Settings, evaluation: Evaluation, score: str) -> Any:
-    """The datastore and index the words name, checked against the model; ``score`` as in ExternalMemory."""
-    from fairseq.memory.sources.config import KnnConfig
-    from fairseq.memory.sources.external import open_external
-
-    tap = evaluation.key_tap
-    dictionary = evaluation.task.dictionary
-    return open_external(
-        settings.config(KnnConfig),
-        score=score,
-        dim=evaluation.models[0].key_dim(tap),
-        key_tap=tap,
-        dictionary_digest=dictionary.digest(),
-        dictionary_size=len(dictionary),
-    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return dataclasses.replace(settings, given=dict(settings.given) | {"num_shards": count, "shard_id": rank})
 
 
 def cli_main() -> None:

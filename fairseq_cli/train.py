@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fairseq.options import check_train, parse_train
+from fairseq.data.batching_config import BatchingConfig
+from fairseq.options import parse_train, training_configs
+from fairseq.tasks import TASKS
+from fairseq.training.config import ValidationConfig
 from fairseq.training.output_segments import output_segments
 from fairseq_cli.entry import run
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the words say; the same words again go on with a run that was stopped."""
+    """Train; the same command again resumes an interrupted run."""
     settings = parse_train(argv)
-    if output_segments(settings):
+    segments = settings.config(BatchingConfig).output_segments_to_file
+    if segments is not None:
+        task = settings.chosen["task"]
+        split = settings.config(ValidationConfig).train_subset
+        output_segments(segments, task, settings.config(TASKS[task].config), split)
         return
-    check_train(settings)
+    configs = training_configs(settings)
 
     from fairseq.training.loop import TrainingLoop
 
-    TrainingLoop(settings).run()
+    TrainingLoop(configs).run()
 
 
 def cli_main() -> None:

@@ -53,7 +53,7 @@ def score(rows_per_batch, kinds=(), variant="adaptive", **more):
 
 
 def joined(scored, name):
-    parts = [getattr(part.near, name) if name in ("hit_N", "whole_N") else getattr(part, name) for part in scored]
+    parts = [getattr(part.text_sums, name) if name in ("hit_N", "whole_N") else getattr(part, name) for part in scored]
     return torch.cat(parts)
 
 
@@ -128,7 +128,7 @@ def test_a_row_without_a_scored_position_adds_nothing():
     scorer = SequenceScorer([make()], key_tap=TAP, text_memory=text_memory(["local", "long"]))
     scored = scorer.score(batch)
     assert scored.block_N.tolist() == [number] * len(source)
-    assert len(scored.near.hit_N) == len(scored.near.whole_N) == len(source)
+    assert len(scored.text_sums.hit_N) == len(scored.text_sums.whole_N) == len(source)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -143,7 +143,7 @@ def test_scores_are_entries_of_the_models_distribution(variant, softmax_batch):
     torch.testing.assert_close(scored.logp_N, wanted.detach())
     torch.testing.assert_close(scored.key_ND, out.key_BTD[batch.scored_BT].detach())
     assert scored.block_N.tolist() == [n for n, length in zip(NUMBERS, LENGTHS) for _ in range(length)]
-    assert scored.near is None
+    assert scored.text_sums is None
 
 
 def test_keys_alone_are_the_keys_of_scoring():

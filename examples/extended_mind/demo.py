@@ -26,7 +26,7 @@ def main(words: list[str]) -> None:
         sys.exit("usage: demo.py MODEL")
     from experiments import greedy, is_correct, load_model
 
-    from fairseq.hf.extended_mind.wrapper import ExtendedMind
+    from fairseq.hf.attention.wrapper import ExtendedMind
 
     model, tokenizer = load_model({"model": words[0]})
     prompts = [f"Question: {question}\nAnswer: {stem}" for question, stem, _ in QUESTIONS]

@@ -65,7 +65,7 @@ class Scorer:
         return {str(length): seen[max(0, stop - length)] for length in self.settings["input_lengths"]}
 
     def _mind(self, name: str) -> Any:
-        from fairseq.hf.extended_mind.wrapper import ExtendedMind
+        from fairseq.hf.attention.wrapper import ExtendedMind
 
         memory = self.settings["memories"][name]
         if memory is not None and name not in self._minds:

@@ -68,7 +68,7 @@ class Retrieval:
         """The model's answers to questions on one document."""
         from experiments import greedy
 
-        from fairseq.hf.extended_mind.wrapper import ExtendedMind
+        from fairseq.hf.attention.wrapper import ExtendedMind
 
         document, num_tokens = rows[0]["document"], int(self.settings["n_tokens"])
         contexts = [""] * len(rows)

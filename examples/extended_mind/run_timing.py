@@ -46,7 +46,7 @@ def main(words: list[str]) -> None:
     settings = read_settings(words, required=("model", "text", "out", "memory", "num_tokens", "n_queries", "question"))
     from experiments import greedy, load_model, write_results
 
-    from fairseq.hf.extended_mind.wrapper import ExtendedMind
+    from fairseq.hf.attention.wrapper import ExtendedMind
 
     model, tokenizer = load_model(settings)
     text = Path(settings["text"]).read_text(encoding="utf-8")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fairseq.criterions.cross_entropy import CrossEntropy
+
+if TYPE_CHECKING:
+    from fairseq.models.base import LanguageModel
 
 
 class AdaptiveLoss(CrossEntropy):
     """-log p of each scored target, summed: the head's share times the share within the target's cluster."""
 
-    def check(self, model: Any) -> None:
+    def check(self, model: LanguageModel) -> None:
         """Raise ValueError for a model without adaptive softmax."""
         if not model.has_adaptive_softmax:
             raise ValueError(

@@ -16,6 +16,7 @@ from fairseq.registry import lookup
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
+    from fairseq.models.base import LanguageModel
     from fairseq.models.outputs import LMOutput
 
 
@@ -39,13 +40,13 @@ class Criterion:
     def __init__(self, config: CriterionConfig) -> None:
         self.config = config
 
-    def check(self, model: Any) -> None:
+    def check(self, model: LanguageModel) -> None:
         """Raise ValueError if this loss cannot train that model."""
 
     def start_epoch(self, epoch: int) -> None:
         """Training begins or goes on in this epoch; the first is 1."""
 
-    def __call__(self, model: Any, batch: LMBatch) -> Loss:
+    def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """The loss of the scored positions of a batch (there may be none: the sum is then a 0 with a gradient)."""
         raise NotImplementedError
 
@@ -71,7 +72,7 @@ def wide_sum(terms: Tensor) -> Tensor:
     return terms.sum(dtype=torch.promote_types(terms.dtype, torch.float32))
 
 
-def build_criterion(name: str, given: Mapping[str, Any], model: Any) -> Criterion:
+def build_criterion(name: str, given: Mapping[str, Any], model: LanguageModel) -> Criterion:
     """Make the loss of ``--criterion NAME`` from the flags the user gave.
 
     Raises: ValueError for an unknown name, a setting out of range, or a model the loss cannot train.

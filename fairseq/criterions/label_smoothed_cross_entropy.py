@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from fairseq.criterions.configs import LabelSmoothingConfig
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
+    from fairseq.models.base import LanguageModel
 
 
 class LabelSmoothedCrossEntropy(Criterion):
@@ -21,7 +22,7 @@ class LabelSmoothedCrossEntropy(Criterion):
 
     config: LabelSmoothingConfig
 
-    def check(self, model: Any) -> None:
+    def check(self, model: LanguageModel) -> None:
         """Raise ValueError for an adaptive softmax."""
         if model.has_adaptive_softmax:
             raise ValueError(
@@ -30,7 +31,7 @@ class LabelSmoothedCrossEntropy(Criterion):
                 "or a model without --adaptive-softmax-cutoff"
             )
 
-    def __call__(self, model: Any, batch: LMBatch) -> Loss:
+    def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """The smoothed loss; the plain one is reported as ``nll_loss``, and perplexity is computed from that."""
         hidden_ND, target_N = scored(model(batch.tokens_BT), batch)
         total, nll = smoothed_nll(model.vocab_logp(hidden_ND), target_N, self.config.label_smoothing)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fairseq.runtime.distributed import Gathered, gather_ragged, rank_and_world
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
+    from fairseq.models.base import LanguageModel
 
 DEFAULT_TAP = "last_ffn_input"
 
@@ -44,7 +45,7 @@ class TrimeLoss(Criterion):
         self.cross_sent_ratio = config.cross_sent_ratio if isinstance(config, TrimeExternalConfig) else 0.0
         self.epoch = 1
 
-    def check(self, model: Any) -> None:
+    def check(self, model: LanguageModel) -> None:
         """Raise ValueError for a model without the state that is to be the key."""
         if not hasattr(model, "key_dim"):
             raise ValueError(
@@ -56,7 +57,7 @@ class TrimeLoss(Criterion):
         """See ``Criterion``; decides about --ce-warmup-epoch."""
         self.epoch = epoch
 
-    def __call__(self, model: Any, batch: LMBatch) -> Loss:
+    def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """See the class. Reports the language model's own loss as ``ori_loss``, the joint one as ``norm_loss``."""
         warming_up = model.training and self.epoch <= self.warmup_epochs
         out = model(batch.tokens_BT, key_tap=None if warming_up else _tap(model))
@@ -72,7 +73,7 @@ class TrimeLoss(Criterion):
         _require_finite(total, key_ND, hidden_ND)
         return self.loss(total, batch, ori_loss=ori_loss, norm_loss=total)
 
-    def _rule(self, model: Any) -> Rule:
+    def _rule(self, model: LanguageModel) -> Rule:
         """Who sees whom in this batch."""
         if model.training and self.cross_sent_ratio > 0 and torch.rand(()).item() < self.cross_sent_ratio:
             return ELSEWHERE
@@ -102,7 +103,7 @@ long_loss_same_device = functools.partial(TrimeLoss, rule=LONG)
 external_loss = functools.partial(TrimeLoss, rule=EXTERNAL)
 
 
-def _tap(model: Any) -> str:
+def _tap(model: LanguageModel) -> str:
     """Which of the model's states is the key."""
     return getattr(getattr(model, "config", None), "knn_keytype", None) or DEFAULT_TAP
 

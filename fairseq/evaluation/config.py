@@ -1,13 +1,21 @@
-"""What can be set about evaluating a language model."""
+"""Options of evaluation."""
 
 from __future__ import annotations
 
 import math
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fairseq.config import flag, require_at_least
+from fairseq.data.batching_config import DatasetConfig
+from fairseq.memory.retomaton.config import RetomatonConfig
+from fairseq.memory.sources.config import KnnConfig
+from fairseq.runtime.atomic_files import require_writable
+from fairseq.runtime.config import RuntimeConfig
+from fairseq.runtime.manifest import Command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,3 +144,40 @@ class TrimeEvaluationConfig:
     def interpolates(self) -> bool:
         """Whether the external memory's own distribution is mixed in."""
         return self.use_interp or self.mode != "gn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfigs:
+    """Every config of one evaluation command, each validated before anything is loaded."""
+
+    command: Command
+    evaluation: EvaluationConfig
+    bulk: BulkConfig
+    knn: KnnConfig
+    runtime: RuntimeConfig
+    data: DatasetConfig
+    task_options: Mapping[str, Any]
+    """What the user stated about the task; the rest comes from the checkpoint."""
+    key_tap: str | None = None
+    """Inner state that the user named as key; None leaves the choice to the checkpoint."""
+    memory: MemoryEvaluationConfig = MemoryEvaluationConfig()
+    retomaton: RetomatonConfig = RetomatonConfig()
+    trime: TrimeEvaluationConfig | None = None
+    """Memories of eval_lm-trime.py; None for eval_lm.py."""
+
+    def require_files(self) -> None:
+        """Raise ValueError for a checkpoint that is missing or a place that takes no output."""
+        config = self.evaluation
+        for path in str(config.path).split(":"):
+            if not os.path.exists(path):
+                raise ValueError(f"--path: no checkpoint at {path!r}")
+            if os.path.isdir(path):
+                raise ValueError(f"--path {path} is a folder; name one of its checkpoints, such as checkpoint_best.pt")
+        files = (("--eval-file", config.eval_file), ("--scores-file", config.scores_file))
+        for flag_name, name in (*files, ("--save-retrieval", self.bulk.save_retrieval)):
+            if name and os.path.isdir(name):
+                raise ValueError(f"{flag_name} {name} is a folder; give the name of a file")
+            if name:
+                require_writable(os.path.dirname(os.path.abspath(name)), flag_name)
+        if config.results_path:
+            require_writable(config.results_path, "--results-path")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
-from fairseq.memory.datastore.datastore import DatastoreWriter
+from fairseq.evaluation.outputs import write_evaluation_manifest
 from fairseq.memory.datastore.documents import Documents
+from fairseq.memory.datastore.metadata import is_there, part_prefix
+from fairseq.memory.datastore.writer import DatastoreWriter
 
 if TYPE_CHECKING:
+    from fairseq.evaluation.config import EvaluationConfigs
     from fairseq.evaluation.setup import Evaluation
     from fairseq.memory.types import Array
     from fairseq.sequence_scorer import SequenceScorer
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_CHECKPOINTS = 5.0
+_SECONDS_TO_JOIN = 60.0  # another shard's joining takes a moment
 
 
 @dataclass
@@ -102,7 +108,7 @@ def save_datastore(
     for batch in evaluation.iterator(at.batch):
         scored = run(batch)
         without_context = max(0, skip - at.seen)
-        writer.append(_rows(scored.key_ND, without_context), _rows(scored.target_N, without_context))
+        writer.append(_rows(scored.keys, without_context), _rows(scored.target_N, without_context))
         at.batch += 1
         at.seen += len(scored.target_N)
         if with_scores:
@@ -116,5 +122,81 @@ def save_datastore(
     return loss, time.perf_counter() - started
 
 
-def _rows(values: Any, skip: int) -> Any:
+def _rows(values: Tensor, skip: int) -> Tensor:
     return values[skip:] if skip else values
+
+
+def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: SequenceScorer) -> None:
+    """Write the datastore, or one shard of it, and print rows, speed and, if asked for, the perplexity."""
+    config, memory_config, knn = configs.evaluation, configs.memory, configs.knn
+    rows = store_rows(evaluation, knn.dstore_size)
+    prefix, sharded = str(memory_config.dstore_mmap), config.num_shards > 1
+    metadata = _metadata(configs, evaluation)
+    if sharded:
+        prefix = part_prefix(prefix, config.shard_id, config.num_shards)
+        metadata |= {"shard_id": config.shard_id, "num_shards": config.num_shards}
+        metadata |= {"first_row": rows.first, "total_rows": rows.total}
+        if is_there(prefix, metadata | {"rows": rows.count, "key_dtype": knn.key_dtype}):
+            sys.stdout.write(f"{prefix} is complete already; remove {prefix}.json to save it anew\n")
+            _join(configs, evaluation)
+            return
+    with DatastoreWriter(
+        prefix,
+        num_rows=rows.count,
+        dim=evaluation.models[0].key_dim(evaluation.key_tap),
+        dtype=knn.key_dtype,
+        metadata=metadata,
+        documents=documents_of(evaluation, rows),
+    ) as writer:
+        loss, seconds = save_datastore(evaluation, scorer, writer, with_scores=memory_config.score_while_saving)
+    scored, total = evaluation.num_scored_tokens, evaluation.num_total_tokens
+    rate = scored / seconds if seconds else 0.0
+    figures: dict[str, Any] = {"rows": writer.num_rows, "num_tokens": scored, "num_total_tokens": total}
+    figures |= {"seconds": seconds, "tokens_per_second": rate}
+    sys.stdout.write(f"Evaluated {scored} tokens in {seconds:.1f}s ({rate:.2f} tokens/s)\n")
+    if loss is not None:
+        figures |= {"loss_base2": loss, "perplexity": 2.0**loss}
+        sys.stdout.write(f"Loss (base 2): {loss:.4f}, Perplexity: {2.0**loss:.2f}\n")
+    sys.stdout.write(f"saved {writer.num_rows} keys of width {writer.dim} to {prefix}\n")
+    write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", figures)
+    if sharded:
+        _join(configs, evaluation)
+
+
+def _metadata(configs: EvaluationConfigs, evaluation: Evaluation) -> dict[str, Any]:
+    """Everything by which a store's rows differ from those of another model, text or setting."""
+    from fairseq.runtime.manifest import file_digest
+
+    config, dictionary = configs.evaluation, evaluation.task.dictionary
+    blocks = evaluation.dataset.dataset.blocks
+    return {
+        "key_tap": evaluation.key_tap,
+        "context_window": evaluation.context_window,
+        "subset": config.gen_subset,
+        "model_digest": file_digest(str(config.path)),
+        "dictionary_digest": dictionary.digest(),
+        "dictionary_size": len(dictionary),
+        "text_digest": file_digest(evaluation.task.prefix(config.gen_subset) + ".bin"),
+        "document_unit": blocks.document_unit,
+        "num_documents": len(blocks.document_starts()),
+        "batches_digest": evaluation.part.digest,
+        "model_dtype": str(next(evaluation.models[0].parameters()).dtype).removeprefix("torch."),
+        "model_overrides": repr(sorted((config.model_overrides or {}).items())),
+        "with_scores": configs.memory.score_while_saving,
+    }
+
+
+def _join(configs: EvaluationConfigs, evaluation: Evaluation) -> None:
+    """Make the store of its parts if this shard was the last that was missing."""
+    from fairseq.memory.datastore.merge import join_shards
+
+    prefix = str(configs.memory.dstore_mmap)
+    try:
+        metadata = join_shards(prefix, configs.evaluation.num_shards, seconds=_SECONDS_TO_JOIN)
+    except ValueError as error:  # a part of an earlier command, which may be saved anew later
+        logger.warning("the parts make no datastore yet: %s", error)
+        return
+    if metadata is not None:
+        figures = {"rows": metadata["rows"], "parts": len(metadata["parts"])}
+        sys.stdout.write(f"{prefix}: {figures['rows']} keys in {figures['parts']} parts\n")
+        write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", figures)

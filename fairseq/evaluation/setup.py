@@ -1,4 +1,4 @@
-"""Evaluation of a language model on a split: what is read, in which batches, and the loop over them."""
+"""Opening an evaluation: checkpoints, text and batches, checked before any model runs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ import numpy as np
 import torch
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for
+from fairseq.config import build
 from fairseq.data.batching import filter_by_size
-from fairseq.data.batching_config import DatasetConfig
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
-from fairseq.evaluation.config import EvaluationConfig
 from fairseq.evaluation.splits import SplitPart, block_size_for, part_by_length, part_in_order
 from fairseq.models.config import KEY_TAPS
 from fairseq.registry import lookup
-from fairseq.runtime.config import RuntimeConfig
 from fairseq.runtime.distributed import runs_on_gpu
 from fairseq.tasks.configs import LanguageModelingConfig
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 if TYPE_CHECKING:
     from fairseq.data.iterators import EpochBatchIterator
-    from fairseq.options import Settings
+    from fairseq.evaluation.config import EvaluationConfigs
+    from fairseq.models.transformer_lm import TransformerLanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Evaluation:
     """Everything an evaluation needs, opened and checked."""
 
     task: LanguageModelingTask
-    models: list[Any]
+    models: list[TransformerLanguageModel]
     checkpoint: Checkpoint
     dataset: LMContextWindowDataset
     part: SplitPart
@@ -64,39 +63,38 @@ class Evaluation:
         return self.task.iterator(self.dataset, self.batches[first:], num_workers=self.num_workers)
 
 
-def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
+def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation:
     """Load models and text and cut the text into batches.
 
     Args:
         in_order: keep the order of the text (for a datastore); otherwise blocks of like length share a batch.
     Raises: ValueError or OSError when anything does not fit, before any model runs.
     """
-    config = settings.config(EvaluationConfig)
-    runtime = settings.config(RuntimeConfig)
-    data = settings.config(DatasetConfig)
+    config, data, stated = configs.evaluation, configs.data, configs.task_options
     paths = str(config.path).split(":")
     checkpoints = [load_checkpoint(path) for path in paths]
     trained = dict(checkpoints[0].config.get("task", {}))
     block_size = block_size_for(
-        settings.given.get("tokens_per_sample"), int(trained.get("tokens_per_sample") or 1024), config.context_window
+        stated.get("tokens_per_sample"), int(trained.get("tokens_per_sample") or 1024), config.context_window
     )
     task = LanguageModelingTask(
-        settings.config(
+        build(
             LanguageModelingConfig,
+            stated,
             tokens_per_sample=block_size,
-            add_bos_token=settings.given.get("add_bos_token", bool(trained.get("add_bos_token", False))),
+            add_bos_token=stated.get("add_bos_token", bool(trained.get("add_bos_token", False))),
         )
     )
     blocks = task.blocks(config.gen_subset)
-    device = torch.device("cuda" if runs_on_gpu(runtime) else "cpu")
-    models = [_prepared(settings, c, path, task, device) for c, path in zip(checkpoints, paths)]
+    device = torch.device("cuda" if runs_on_gpu(configs.runtime) else "cpu")
+    models = [_prepared(configs, c, path, task, device) for c, path in zip(checkpoints, paths)]
     longest = min((model.longest_input for model in models if model.longest_input), default=None)
     if longest is not None and block_size + config.context_window > longest:
         raise ValueError(
             f"{block_size} tokens to score after --context-window {config.context_window} make inputs longer than the "
             f"{longest} learned positions of the model; give a smaller --context-window or --tokens-per-sample"
         )
-    limit = settings.given.get("max_target_positions") or min(model.max_positions for model in models)
+    limit = stated.get("max_target_positions") or min(model.max_positions for model in models)
     if config.score_all:
         blocks = blocks.with_long_blocks_split(limit)
     elif block_size + config.context_window > limit:
@@ -118,16 +116,18 @@ def open_evaluation(settings: Settings, *, in_order: bool) -> Evaluation:
         dataset=dataset,
         part=part,
         context_window=config.context_window,
-        key_tap=_key_tap(settings, models[0]),
+        key_tap=_key_tap(configs, models[0]),
         device=device,
         num_workers=data.num_workers,
     )
 
 
-def _prepared(settings: Settings, checkpoint: Checkpoint, path: str, task: LanguageModelingTask, device: Any) -> Any:
+def _prepared(
+    configs: EvaluationConfigs, checkpoint: Checkpoint, path: str, task: LanguageModelingTask, device: torch.device
+) -> TransformerLanguageModel:
     """A model on its device, in its precision, in evaluation mode."""
-    runtime = settings.config(RuntimeConfig)
-    overrides = dict(settings.config(EvaluationConfig).model_overrides or {})
+    runtime = configs.runtime
+    overrides = dict(configs.evaluation.model_overrides or {})
     overrides.pop("knn_keytype", None)  # where keys are read is no part of the model: see _key_tap
     model = load_model_for(task.dictionary, checkpoint, path, overrides)
     if runtime.any_fp16 and device.type == "cpu":
@@ -139,10 +139,10 @@ def _prepared(settings: Settings, checkpoint: Checkpoint, path: str, task: Langu
     return model.to(device).eval().requires_grad_(False)
 
 
-def _key_tap(settings: Settings, model: Any) -> str:
-    """Which inner state is the key: what the words say, else what the model was trained with."""
-    overrides = settings.config(EvaluationConfig).model_overrides or {}
-    given: str | None = settings.given.get("knn_keytype") or overrides.get("knn_keytype")
+def _key_tap(configs: EvaluationConfigs, model: TransformerLanguageModel) -> str:
+    """The inner state that is the key: what the user named, else what the model was trained with."""
+    overrides = configs.evaluation.model_overrides or {}
+    given: str | None = configs.key_tap or overrides.get("knn_keytype")
     if given is not None:
         lookup(dict.fromkeys(KEY_TAPS), given, "--knn-keytype")
     return given or model.config.knn_keytype or "last_ffn_input"

@@ -7,16 +7,19 @@ dictionary's padding, which is 1: of the second type of every tail only the tail
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fairseq.modules.adaptive_softmax import pick
 
+if TYPE_CHECKING:
+    from fairseq.models.base import LanguageModel
+
 logger = logging.getLogger(__name__)
 
 
-def score_as_padding(model: Any, hidden_ND: Tensor, target_N: Tensor, logp_N: Tensor) -> Tensor:
+def score_as_padding(model: LanguageModel, hidden_ND: Tensor, target_N: Tensor, logp_N: Tensor) -> Tensor:
     """The log-probabilities with those types scored as TRIME scores them, (N,); a plain softmax has none of them."""
     if not model.has_adaptive_softmax:
         return logp_N

@@ -5,13 +5,16 @@ Shapes: N queries (scored positions), K neighbours, M candidates, T positions of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Array = npt.NDArray[Any]
 
 
 class Metric(str, Enum):
@@ -116,4 +119,57 @@ class LogSums:
         return LogSums(torch.logaddexp(self.hit_N, other.hit_N), torch.logaddexp(self.whole_N, other.whole_N))
 
 
-Array = npt.NDArray[Any]
+@dataclass(frozen=True)
+class ScoredPositions:
+    """Scored positions of a text, with what the language model says of each."""
+
+    block_N: Tensor
+    """int64 number of the block each position stands in."""
+    target_N: Tensor
+    """int64 token that comes next."""
+    logp_N: Tensor
+    """float32 ln p of that token; empty when only keys were asked for."""
+    norm_N: Tensor
+    """float32 log-sum of the vocabulary's scores (adaptive softmax: of its head), as joint normalisation needs it."""
+    key_ND: Tensor | None = None
+    """Memory key of each position, in the model's precision; None when no reader needs it."""
+    text_sums: LogSums | None = None
+    """What the memories of the text itself add to each position; None without such memories."""
+
+    def __len__(self) -> int:
+        return len(self.target_N)
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys of all positions, (N, D); asking for keys that were not computed is a programming error."""
+        assert self.key_ND is not None, "a reader that needs keys was given to a scorer that makes none"
+        return self.key_ND
+
+    @classmethod
+    def joined(cls, parts: Sequence[ScoredPositions]) -> ScoredPositions:
+        """Several batches as one; at least one."""
+        names = ("block_N", "target_N", "logp_N", "norm_N")
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        key_ND = torch.cat([part.keys for part in parts]) if parts[0].key_ND is not None else None
+        sums = [part.text_sums for part in parts if part.text_sums is not None]
+        text_sums = LogSums(*(torch.cat([getattr(s, x) for s in sums]) for x in ("hit_N", "whole_N"))) if sums else None
+        return cls(**columns, key_ND=key_ND, text_sums=text_sums)
+
+
+class MemoryReader(Protocol):
+    """A way to read a memory: kNN-LM, TRIME and RetoMaton each turn the model's scores into their own."""
+
+    needs_keys: bool
+    """Whether ``logp`` reads the keys of the positions."""
+
+    @property
+    def num_searched(self) -> int | None:
+        """Positions searched so far; None for a reader that searches every position."""
+        ...
+
+    def logp(self, scored: ScoredPositions) -> Tensor:
+        """Log-probability of the targets with the memory mixed in, float32 (N,).
+
+        ``scored`` holds whole blocks, in the order of the text where the reader carries state across blocks.
+        """
+        ...

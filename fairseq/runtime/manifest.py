@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,18 @@ logger = logging.getLogger(__name__)
 _WHOLE_FILE_LIMIT = 1 << 30
 _SAMPLED_BYTES = 1 << 20
 _DISTRIBUTIONS = ("fairseq-memory", "torch", "numpy", "faiss-cpu", "lightning")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line as the run manifest records it."""
+
+    program: str
+    """Name of the script, such as ``eval_lm.py``."""
+    argv: tuple[str, ...]
+    """Its words."""
+    given: Mapping[str, Any]
+    """Values of the flags the user gave, by field name; defaults are absent."""
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:

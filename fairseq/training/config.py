@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq.config import flag, require_at_least
+from fairseq.data.batching_config import BatchingConfig, DatasetConfig
+from fairseq.optim.configs import OptimizationConfig
+from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
+from fairseq.runtime.manifest import Command
+from fairseq.tasks.configs import LanguageModelingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +113,23 @@ def require_same_parts(
                 f"{path} was trained with {option} {before}, now it says {now}: give {before}, or {flag_name} to start "
                 "that afresh, or another --save-dir"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfigs:
+    """Every config of one training command, each validated before anything is loaded."""
+
+    command: Command
+    chosen: Mapping[str, str]
+    """Names of the task, architecture, criterion, optimizer and schedule."""
+    options: Mapping[str, Any]
+    """Values the user gave, from which the parts chosen by name build their own configs."""
+    task: LanguageModelingConfig
+    runtime: RuntimeConfig
+    common: CommonConfig
+    data: DatasetConfig
+    batching: BatchingConfig
+    validation: ValidationConfig
+    distributed: DistributedConfig
+    optimization: OptimizationConfig
+    checkpoints: CheckpointConfig

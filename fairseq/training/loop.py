@@ -15,25 +15,26 @@ import torch
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for, save_checkpoint
 from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
-from fairseq.data.batching_config import BatchingConfig, DatasetConfig
 from fairseq.data.trime_batching import ranks_together, training_order
 from fairseq.metrics.training import TrainMeters, valid_figures
 from fairseq.models.config import TransformerLMConfig, require_same_architecture
-from fairseq.optim.configs import OptimizationConfig
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
-from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.runtime.distributed import make_fabric
 from fairseq.runtime.manifest import write_manifest
 from fairseq.tasks import TASKS
 from fairseq.trainer import Trainer
 from fairseq.training.checkpoint_manager import CheckpointKeeper
-from fairseq.training.config import CheckpointConfig, ValidationConfig, require_same_parts
+from fairseq.training.config import require_same_parts
 from fairseq.training.progress import Progress, copy_log_to_file
 
 if TYPE_CHECKING:
+    from fairseq.data.iterators import EpochBatchIterator
     from fairseq.data.types import LMBatch
-    from fairseq.options import Settings
+    from fairseq.models.transformer_lm import TransformerLanguageModel
+    from fairseq.optim.lr_schedulers import LRSchedule
+    from fairseq.tasks.language_modeling import LanguageModelingTask
+    from fairseq.training.config import TrainingConfigs
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +42,21 @@ logger = logging.getLogger(__name__)
 class TrainingLoop:
     """One run. Building it checks everything that can be wrong; :meth:`run` trains."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.data = settings.config(DatasetConfig)
-        self.batching = settings.config(BatchingConfig)
-        self.validation = settings.config(ValidationConfig)
-        self.optimization = settings.config(OptimizationConfig)
-        self.runtime = settings.config(RuntimeConfig)
-        self.checkpoints = settings.config(CheckpointConfig)
+    def __init__(self, configs: TrainingConfigs) -> None:
+        """Raises: ValueError or OSError for whatever does not fit, before the first update."""
+        self.configs = configs
+        self.data, self.batching, self.validation = configs.data, configs.batching, configs.validation
+        self.optimization, self.runtime, self.checkpoints = configs.optimization, configs.runtime, configs.checkpoints
         if self.runtime.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
-        task_entry = TASKS[settings.chosen["task"]]
-        self.task = task_entry.load()(settings.config(task_entry.config))
+        self.task: LanguageModelingTask = TASKS[configs.chosen["task"]].load()(configs.task)
         torch.manual_seed(self.runtime.seed)
         self.model = self._model()
         self.keeper = CheckpointKeeper(self.checkpoints)
         self.keeper.prepare()
-        criterion = build_criterion(settings.chosen["criterion"], settings.given, self.model)
-        find_unused = self.model.may_skip_parameters or settings.given.get("find_unused_parameters", False)
-        self.fabric = make_fabric(self.runtime, settings.config(DistributedConfig), find_unused)
+        criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model)
+        find_unused = self.model.may_skip_parameters or configs.distributed.find_unused_parameters
+        self.fabric = make_fabric(self.runtime, configs.distributed, find_unused)
         self.trainer = Trainer(
             self.fabric,
             self.model,
@@ -70,16 +67,16 @@ class TrainingLoop:
             self.runtime.seed,
         )
         self.meters = TrainMeters()
-        self.progress = Progress(settings.config(CommonConfig), enabled=self.fabric.is_global_zero)
-        copy_log_to_file(settings.config(CommonConfig))
+        self.progress = Progress(configs.common, enabled=self.fabric.is_global_zero)
+        copy_log_to_file(configs.common)
         self.valid_sets = self._valid_iterators()
         self.iterator = self._train_iterator(epoch=1)
         self.seconds = 0.0
         self.started = time.perf_counter()
         self.last_figures: dict[str, float] = {}
 
-    def _model(self) -> Any:
-        chosen, given = self.settings.chosen, self.settings.given
+    def _model(self) -> TransformerLanguageModel:
+        chosen, given = self.configs.chosen, self.configs.options
         path = self.checkpoints.finetune_from_model
         if path:
             own = {field.name for field in fields(TransformerLMConfig)}
@@ -90,16 +87,16 @@ class TrainingLoop:
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         return build_optimizer(
-            self.settings.chosen["optimizer"], parameters, self.settings.given, self.optimization.lr[0]
+            self.configs.chosen["optimizer"], parameters, self.configs.options, self.optimization.lr[0]
         )
 
-    def _schedule(self) -> Any:
+    def _schedule(self) -> LRSchedule:
         limits = self.optimization
         return build_lr_scheduler(
-            self.settings.chosen["lr_scheduler"], self.settings.given, limits.lr, limits.max_update, limits.min_lr
+            self.configs.chosen["lr_scheduler"], self.configs.options, limits.lr, limits.max_update, limits.min_lr
         )
 
-    def _train_iterator(self, epoch: int) -> Any:
+    def _train_iterator(self, epoch: int) -> EpochBatchIterator:
         dataset = self.task.blocks(self.validation.train_subset, epoch=epoch)
         batches = self.task.training_batches(
             dataset,
@@ -122,7 +119,7 @@ class TrainingLoop:
             group=ranks_together(self.batching, self.data.max_tokens, self.fabric.world_size),
         )
 
-    def _valid_iterators(self) -> dict[str, Any]:
+    def _valid_iterators(self) -> dict[str, EpochBatchIterator]:
         if self.validation.disable_validation:
             return {}
         found = {}
@@ -248,14 +245,14 @@ class TrainingLoop:
 
     def _checkpoint(self) -> Checkpoint:
         state = self.trainer.state_dict(with_optimizer=not self.checkpoints.no_save_optimizer_state)
-        settings = self.settings
+        configs = self.configs
         return Checkpoint(
             config={
                 "task": to_dict(self.task.config)
-                | {"name": settings.chosen["task"], "dictionary_digest": self.task.dictionary.digest()},
-                "model": to_dict(self.model.config) | {"arch": settings.chosen["arch"]},
-                "chosen": dict(settings.chosen),
-                "given": {name: _plain(value) for name, value in settings.given.items()},
+                | {"name": configs.chosen["task"], "dictionary_digest": self.task.dictionary.digest()},
+                "model": to_dict(self.model.config) | {"arch": configs.chosen["arch"]},
+                "chosen": dict(configs.chosen),
+                "given": {name: _plain(value) for name, value in configs.options.items()},
             },
             model=self.model.state_dict(),
             optimizer=state["optimizer"],
@@ -291,7 +288,7 @@ class TrainingLoop:
         if found.progress is None or found.scheduler is None:
             logger.warning("%s holds weights only: the run starts at update 0 with them", path)
             return
-        require_same_parts(path, found.config.get("chosen", {}), self.settings.chosen, options)
+        require_same_parts(path, found.config.get("chosen", {}), self.configs.chosen, options)
         state = {"optimizer": found.optimizer, "scheduler": found.scheduler, "num_updates": progress["num_updates"]}
         try:
             self.trainer.load_state_dict(
@@ -332,9 +329,9 @@ class TrainingLoop:
         files.append(os.path.join(self.task.folders[0], "dict.txt"))
         write_manifest(
             self.keeper.path("train.run.json"),
-            program=self.settings.program,
-            argv=self.settings.argv,
-            config={"chosen": dict(self.settings.chosen), "given": dict(self.settings.given)}
+            program=self.configs.command.program,
+            argv=self.configs.command.argv,
+            config={"chosen": dict(self.configs.chosen), "given": dict(self.configs.options)}
             | {"model": to_dict(self.model.config)},
             figures={
                 "num_updates": self.trainer.num_updates,

@@ -13,8 +13,7 @@ from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.data.segments import read_segments
 from fairseq.data.trime_batching import read_order
-from fairseq.options import Settings
-from fairseq.training.output_segments import output_segments
+from fairseq_cli import train
 from fairseq_cli.entry import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,9 +56,7 @@ def write_topics(folder, count, num_topics=8, words=40):
 
 def test_from_text_to_batches_of_segments_that_are_alike(data_bin, tmp_path, capsys):
     path = tmp_path / "segments.json"
-    given = {"data": str(data_bin), "tokens_per_sample": 16, "output_segments_to_file": str(path)}
-    settings = Settings("train.py", (), given, {"task": "language_modeling"})
-    assert output_segments(settings)
+    train.main([str(data_bin), "--tokens-per-sample", "16", "--output-segments-to-file", str(path)])
     dictionary = Dictionary.load(data_bin / "dict.txt")
     tokens = np.asarray(MMapIndexedDataset(str(data_bin / "train")).tokens)
     texts = list(read_segments(path))
@@ -77,14 +74,9 @@ def test_from_text_to_batches_of_segments_that_are_alike(data_bin, tmp_path, cap
     assert f"{100 * report['neighbor_rate']:.1f}% of those next to each other are retrieved" in printed
 
 
-def test_no_segments_are_written_unless_asked_for(data_bin):
-    assert not output_segments(Settings("train.py", (), {"data": str(data_bin)}, {"task": "language_modeling"}))
-
-
 def test_segments_of_two_folders_have_no_numbers(data_bin, tmp_path):
-    given = {"data": f"{data_bin}:{data_bin}", "output_segments_to_file": str(tmp_path / "x")}
     with pytest.raises(ValueError, match="one data folder, 2 are given"):
-        output_segments(Settings("train.py", (), given, {"task": "language_modeling"}))
+        train.main([f"{data_bin}:{data_bin}", "--output-segments-to-file", str(tmp_path / "x")])
 
 
 def test_shards_together_are_the_whole_search(tmp_path):

@@ -14,8 +14,6 @@ from fairseq.hf.hooks.attachment import ForwardCall
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import find_members
 from fairseq.hf.knn.wrapper import KNNWrapper
-from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState, RetomatonStep
 from fairseq.memory.retomaton.foreign_clusters import open_clusters
 from fairseq.memory.retomaton.reader import read_text
@@ -195,9 +193,7 @@ class RetomatonWrapper(KNNWrapper):
         index = self.memory.index
         if self.flattens_batches:  # the original's figures hang on how its searches round
             return False
-        if isinstance(index, FaissIndex):
-            return DecodedLists.pays_for(index.inner, min(num_positions, _AHEAD))
-        return num_positions > 1
+        return index.bulk_pays(min(num_positions, _AHEAD))
 
 
 class _Pending:

@@ -1,4 +1,4 @@
-"""Combiners without parameters that are learned."""
+"""Interpolation of the model's distribution with that of the neighbours (kNN-LM)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ class Interpolation:
         check_temperature(self.temperature)
 
     def __call__(
-        self, lm_logp_N: Tensor, norm_N: Tensor, found: Candidates, target_N: Tensor, near: LogSums | None = None
+        self,
+        lm_logp_N: Tensor,
+        norm_N: Tensor,
+        candidates: Candidates | None,
+        target_N: Tensor,
+        text_sums: LogSums | None = None,
     ) -> Tensor:
         """Log-probability of each target, (N,). ``norm_N`` belongs to the interface; interpolation needs none."""
-        assert near is None, "interpolation takes no memories of the text"
-        return interpolate(lm_logp_N, knn_logp(found, target_N, self.temperature), self.weight)
+        assert text_sums is None, "interpolation takes no memories of the text"
+        assert candidates is not None, "there is nothing to interpolate with"
+        return interpolate(lm_logp_N, knn_logp(candidates, target_N, self.temperature), self.weight)

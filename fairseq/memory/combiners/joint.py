@@ -39,30 +39,35 @@ class JointNormalization:
         self,
         lm_logp_N: Tensor,
         norm_N: Tensor,
-        found: Candidates | None,
+        candidates: Candidates | None,
         target_N: Tensor,
-        near: LogSums | None = None,
+        text_sums: LogSums | None = None,
     ) -> Tensor:
         """Log-probability of each target, (N,).
 
         Args:
-            found: what the external memory offers, scored by inner product; None without one.
-            near: what the memories of the text add, at the joint temperature; None without any.
+            candidates: tokens that the external memory offers, scored by inner product; None without one.
+            text_sums: what the memories of the text add, at the joint temperature; None without any.
         """
-        logp_N = self.joint(lm_logp_N, norm_N, found, target_N, near)
-        if found is None or self.weight == 0.0:
+        logp_N = self.joint(lm_logp_N, norm_N, candidates, target_N, text_sums)
+        if candidates is None or self.weight == 0.0:
             return logp_N
-        memory_logp_N = knn_logp(found, target_N, self.interpolation_temperature)
-        return mixed_where_found(logp_N, memory_logp_N, found.keep_NM.any(1), self.weight)
+        memory_logp_N = knn_logp(candidates, target_N, self.interpolation_temperature)
+        return mixed_where_found(logp_N, memory_logp_N, candidates.keep_NM.any(1), self.weight)
 
     def joint(
-        self, lm_logp_N: Tensor, norm_N: Tensor, found: Candidates | None, target_N: Tensor, near: LogSums | None
+        self,
+        lm_logp_N: Tensor,
+        norm_N: Tensor,
+        candidates: Candidates | None,
+        target_N: Tensor,
+        text_sums: LogSums | None,
     ) -> Tensor:
         """The joint normalisation alone, (N,); arguments as in a call."""
-        sums = near
-        if found is not None and self.with_external:
+        sums = text_sums
+        if candidates is not None and self.with_external:
             # The root of the width goes with the temperature: the scores stay as they are for the interpolation.
-            sums = log_sums(found, target_N, self.temperature * self.dim**0.5).plus(near)
+            sums = log_sums(candidates, target_N, self.temperature * self.dim**0.5).plus(text_sums)
         return lm_logp_N if sums is None else joint_logp_of_sums(lm_logp_N, norm_N, sums)
 
 

@@ -1,4 +1,4 @@
-"""What every index can do."""
+"""The interface of indexes, and checks that all of them make. Shapes: N queries, M rows, D width."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fairseq.memory.types import Metric, Neighbors
+from fairseq.memory.types import Array, Metric, Neighbors
 
 
 class Index(Protocol):
@@ -22,10 +22,28 @@ class Index(Protocol):
         """Width of the keys."""
         ...
 
+    @property
+    def deleted(self) -> Array:
+        """int64, ascending: rows that are never found."""
+        ...
+
+    @property
+    def streams_keys(self) -> bool:
+        """Whether a search is one pass over all keys, however many queries it answers."""
+        ...
+
     def __len__(self) -> int: ...
 
     def search(self, query_ND: Tensor, k: int) -> Neighbors:
         """The k closest keys of each query, best first. Raises: ValueError if k is larger than the index."""
+        ...
+
+    def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """Scores of some rows for each query as a search gives them, float32 (N, M); -inf where the id is -1."""
+        ...
+
+    def bulk_pays(self, num_queries: int) -> bool:
+        """Whether this many queries cost less in one search than one by one."""
         ...
 
 

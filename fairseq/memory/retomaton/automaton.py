@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Array, Candidates, Neighbors
@@ -130,7 +129,7 @@ class Retomaton:
         host_BD = query_BD.detach().float().cpu().contiguous()
         searched_B = (state.rows_BP >= 0).sum(1) < self.min_knns
         near = self._near(host_BD, searched_B, found)
-        scores_BP = self.external.pair_scores(host_BD, state.rows_BP)
+        scores_BP = self.external.score_rows(host_BD, state.rows_BP)
         rows_BM, scores_BM = _joined(searched_B, near, state.rows_BP, scores_BP, distinct=not self.compat)
         values_BM = torch.from_numpy(self._values[rows_BM.clamp(min=0).numpy()]).long()
         keep_BM = rows_BM >= 0
@@ -171,8 +170,7 @@ def row_roles(external: ExternalMemory, *, ignore_documents: bool = False) -> Ar
     if not ignore_documents:
         role_R[store.documents.runs_R3[:, 0]] = kernels.FIRST
     role_R[store.deleted] = kernels.DELETED
-    if isinstance(index, FaissIndex):
-        role_R[index.deleted] = kernels.DELETED  # rows that were left out of the index are none of the store's deleted
+    role_R[index.deleted] = kernels.DELETED  # also rows that the index dropped although the store holds them
     return role_R
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.combiners.base import Combiner
 from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.retomaton.foreign_clusters import open_clusters
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.types import Candidates, Neighbors
+from fairseq.memory.types import Candidates, Neighbors, ScoredPositions
 
 logger = logging.getLogger(__name__)
 
@@ -123,43 +123,33 @@ def _read_group(memory: Retomaton, places: _Places, use: Use, state: RetomatonSt
     return ReadText(RetomatonState.joined([state, *ended[::-1]]), num_searched)
 
 
-class BlockReader:
+class RetomatonReader:
     """Scores the blocks of a text with RetoMaton, each as a sequence of its own, and counts the searches."""
 
-    def __init__(self, memory: Retomaton, *, ahead: bool = False, carry: bool = False) -> None:
+    needs_keys = True
+
+    def __init__(self, memory: Retomaton, combine: Combiner, *, ahead: bool = False, carry: bool = False) -> None:
         """Args.
 
+        combine: mixes the candidates into the model's scores.
         ahead: as in ``read_text``.
-        carry: a block goes on where the one before it in the text ended; blocks must then come in its order.
+        carry: keep the active pointers from one block of the text to the next; blocks must then come in its order.
         """
-        self.memory, self.ahead, self.carry = memory, ahead, carry
+        self.memory, self.combine, self.ahead, self.carry = memory, combine, ahead, carry
         self.num_positions = self.num_searched = 0
         self._last_block: int | None = None
         self._state = memory.start(1)
 
-    def logp(
-        self,
-        block_N: Tensor,
-        target_N: Tensor,
-        logp_N: Tensor,
-        norm_N: Tensor,
-        key_ND: Tensor,
-        combine: Callable[[Tensor, Tensor, Candidates, Tensor], Tensor],
-    ) -> Tensor:
-        """Log-probability of the targets with the memory mixed in, (N,).
-
-        Args:
-            block_N: block of each position; all scored positions of a block, in their order, behind each other.
-            logp_N, norm_N, key_ND: what the language model says of the positions, as in ``ScoredBatch``.
-            combine: a combiner.
-        """
+    def logp(self, scored: ScoredPositions) -> Tensor:
+        """See ``MemoryReader``; all scored positions of a block stand one after the other, in their order."""
+        target_N, logp_N, norm_N, key_ND = scored.target_N, scored.logp_N, scored.norm_N, scored.keys
         out_N = torch.empty_like(logp_N)
 
-        def use(place_B: Tensor, found: Candidates) -> None:
+        def use(place_B: Tensor, candidates: Candidates) -> None:
             at_B = place_B.to(logp_N.device)
-            out_N[at_B] = combine(logp_N[at_B], norm_N[at_B], found, target_N[at_B]).to(out_N.dtype)
+            out_N[at_B] = self.combine(logp_N[at_B], norm_N[at_B], candidates, target_N[at_B]).to(out_N.dtype)
 
-        block_B, lengths_B = torch.unique_consecutive(block_N.cpu(), return_counts=True)
+        block_B, lengths_B = torch.unique_consecutive(scored.block_N.cpu(), return_counts=True)
         state = self.memory.start(len(block_B))
         if self.carry and len(block_B):
             follows_B = block_B.diff() == 1
@@ -171,12 +161,12 @@ class BlockReader:
         done = read_text(self.memory, key_ND, target_N, lengths_B, use, state, ahead=self.ahead)
         if self.carry and len(lengths_B):
             self._state = done.state.select(torch.tensor([len(lengths_B) - 1]))
-        self.num_positions += len(block_N)
+        self.num_positions += len(scored)
         self.num_searched += done.num_searched
         return out_N
 
 
-def open_reader(config: RetomatonConfig, external: ExternalMemory) -> BlockReader:
+def open_reader(config: RetomatonConfig, external: ExternalMemory, combine: Combiner) -> RetomatonReader:
     """What a config describes, over an opened store. Raises: ValueError when the clusters are not of the store."""
     clusters = open_clusters(config.clusters, external.store) if config.clusters else None
     memory = Retomaton(
@@ -188,7 +178,7 @@ def open_reader(config: RetomatonConfig, external: ExternalMemory) -> BlockReade
     )
     ahead = config.retomaton_search == "ahead"
     if config.retomaton_search == "auto":  # the keys stream by once, for however many queries
-        ahead = isinstance(external.index, ExactIndex)
+        ahead = external.index.streams_keys
     if clusters is not None:
         logger.info("%d clusters: %s", len(clusters), config.clusters)
-    return BlockReader(memory, ahead=ahead, carry=config.retomaton_carry)
+    return RetomatonReader(memory, combine, ahead=ahead, carry=config.retomaton_carry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +12,10 @@ from torch import Tensor
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.base import Index, check_k
-from fairseq.memory.index.exact.index import ExactIndex
-from fairseq.memory.index.faiss.index import FaissIndex, pair_scores_in_place
-from fairseq.memory.similarity import normalized
+from fairseq.memory.index.exact.row_scores import score_rows
+from fairseq.memory.index.opening import open_index
 from fairseq.memory.types import Candidates, Metric, Neighbors
 from fairseq.registry import lookup
-from fairseq.runtime.hardware import memory_bytes
 
 if TYPE_CHECKING:
     from fairseq.memory.sources.config import KnnConfig
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SCORES = ("recompute", "index", "dot")
-_CHUNK_BYTES = 512 << 20  # of keys read for one chunk of queries, at most
 
 
 class ExternalMemory:
@@ -54,6 +52,34 @@ class ExternalMemory:
         check_k(k, store.num_alive)
         self.store, self.index, self.k, self.score = store, index, k, score
 
+    @classmethod
+    def open(
+        cls,
+        store: str | Path | Datastore,
+        index: str | Path | None = None,
+        *,
+        k: int = 1024,
+        metric: str | Metric = Metric.L2,
+        score: str = "recompute",
+        probe: int = 8,
+    ) -> ExternalMemory:
+        """Open a datastore and, if one is named, its index.
+
+        Args:
+            store: prefix of the datastore's files, or an opened store.
+            index: name of the index file, with or without the metric as its ending; None searches the keys
+                themselves, exactly.
+            k: neighbours per position; at most the rows of the store are taken.
+            metric: ``l2``, ``ip`` or ``cos``.
+            score: see the class.
+            probe: lists of the index that a search visits.
+        Raises: ValueError or OSError when something is missing, damaged or does not fit.
+        """
+        if not isinstance(store, Datastore):
+            store = Datastore.open_any(store)
+        metric = metric if isinstance(metric, Metric) else Metric.parse(metric)
+        return cls(store, open_index(store, metric, index, probe=probe), min(k, store.num_alive), score)
+
     def lookup(self, query_ND: Tensor) -> Candidates:
         """The neighbours of each query as candidates on the query's device."""
         started = time.perf_counter()
@@ -82,32 +108,17 @@ class ExternalMemory:
             values_NK.masked_fill_(~keep_NK, -1)
         return Candidates(values_NK.to(device), found.scores_NK.to(device), keep_NK.to(device), found.ids_NK)
 
-    def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+    def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Scores of some rows for each query, as a search gives them, (N, M); -inf where the id is -1."""
         query_ND = query_ND.detach().float().cpu().contiguous()
-        if self.score == "index" and isinstance(self.index, FaissIndex):
-            return self.index.pair_scores(query_ND, ids_NM)
+        if self.score == "index":
+            return self.index.score_rows(query_ND, ids_NM)
         return self._full_scores(query_ND, ids_NM)
 
     def _full_scores(self, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
         """Similarities from the full keys; -inf where the id is -1."""
         metric = Metric.IP if self.score == "dot" else self.index.metric
-        whole = self.store.keys.whole
-        if metric is not Metric.COS and whole is not None and whole.nbytes <= memory_bytes() // 2:
-            return pair_scores_in_place(metric, query_ND, whole, ids_NK)
-        # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
-        query_ND = normalized(query_ND) if metric is Metric.COS else query_ND
-        rows = max(1, _CHUNK_BYTES // (4 * self.store.dim * max(1, ids_NK.shape[1])))
-        parts = []
-        for queries, ids in zip(torch.split(query_ND, rows), torch.split(ids_NK, rows)):
-            unique, inverse = torch.unique(ids, return_inverse=True)
-            first = int((unique[:1] < 0).sum())  # the id -1 comes first, and inverse - 1 is -1 for it
-            block_MD = self.store.keys.take(unique[first:])
-            if metric is Metric.COS:
-                block_MD = normalized(block_MD)
-            measure = Metric.IP if metric is Metric.COS else metric
-            parts.append(pair_scores_in_place(measure, queries, block_MD.numpy(), inverse - first))
-        return torch.cat(parts) if parts else torch.empty(ids_NK.shape)
+        return score_rows(self.store.keys, metric, query_ND, ids_NK)
 
 
 def by_row_where_equal(found: Neighbors) -> Neighbors:
@@ -175,31 +186,15 @@ def open_external(
         dictionary_digest=dictionary_digest,
         dictionary_size=dictionary_size,
     )
-    index = _open_index(config, store)
+    index = open_index(
+        store,
+        Metric.parse(config.faiss_metric_type),
+        config.indexfile,
+        probe=config.probe,
+        mapped=config.index_mmap,
+        gpu=not config.use_faiss_cpu,
+        memory_bytes=int(config.search_memory * 1e9),
+    )
     memory = ExternalMemory(store, index, config.num_neighbors, score or config.similarity)
     logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)
     return memory
-
-
-def _open_index(config: KnnConfig, store: Datastore) -> Index:
-    """The index a config names; without one the keys themselves are searched, exactly."""
-    metric = Metric.parse(config.faiss_metric_type)
-    if not config.indexfile:
-        if not store.has_keys:
-            raise ValueError(
-                "--no-load-keys and --knn-sim-func do_not_recomp_l2 take the scores of an index: give --indexfile "
-                "NAME, or leave them out to search the keys themselves"
-            )
-        logger.info("no --indexfile: all %d keys are compared with every query", len(store))
-        return ExactIndex(store.keys, metric, memory_bytes=int(config.search_memory * 1e9), deleted=store.deleted)
-
-    index = FaissIndex.open(config.indexfile, metric, mapped=config.index_mmap, deleted=store.deleted)
-    index.set_probe(config.probe)
-    if None not in (store.digest, index.made_of()) and store.digest != index.made_of():
-        raise ValueError(
-            f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
-            "build_dstore.py"
-        )
-    if not config.use_faiss_cpu:
-        index.use_gpus()
-    return index

@@ -16,9 +16,9 @@ from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState
 from fairseq.memory.retomaton.clusters import Clusters
-from fairseq.memory.retomaton.reader import BlockReader, read_text
+from fairseq.memory.retomaton.reader import RetomatonReader, read_text
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.types import Candidates, Metric
+from fairseq.memory.types import Candidates, Metric, ScoredPositions
 
 DIM, VOCAB = 4, 5  # few types: many rows hold the same token
 
@@ -251,13 +251,13 @@ def test_states_of_different_widths_are_joined() -> None:
     assert len(RetomatonState.joined([])) == 0
 
 
-def block_logp(automaton: Automaton, text: tuple, **more: bool) -> tuple[torch.Tensor, BlockReader]:
+def block_logp(automaton: Automaton, text: tuple, **more: bool) -> tuple[torch.Tensor, RetomatonReader]:
     query_ND, token_N, lengths_B = text
-    reader = BlockReader(a_memory(automaton), **more)
+    reader = RetomatonReader(a_memory(automaton), Interpolation(0.5), **more)
     lm_N = torch.full((len(token_N),), -2.0)
     block_N = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B)
     out = [
-        reader.logp(block_N[at], token_N[at], lm_N[at], lm_N[at], query_ND[at], Interpolation(0.5))
+        reader.logp(ScoredPositions(block_N[at], token_N[at], lm_N[at], lm_N[at], query_ND[at]))
         for at in torch.split(torch.arange(len(token_N)), int(lengths_B[:2].sum()))
     ]
     return torch.cat(out), reader
@@ -301,13 +301,13 @@ def test_blocks_that_carry_are_one_text(ahead: bool) -> None:
 
 def test_a_gap_in_the_text_ends_what_is_carried() -> None:
     automaton, (query_ND, token_N, _) = drawn(8, min_knns=1), a_text(8, [10])
-    reader = BlockReader(a_memory(automaton), carry=True)
+    reader = RetomatonReader(a_memory(automaton), Interpolation(0.5), carry=True)
     lm_N = torch.zeros(10)
     block_N = torch.tensor([0] * 5 + [2] * 5)
-    together = reader.logp(block_N, token_N, lm_N, lm_N, query_ND, Interpolation(0.5))
+    together = reader.logp(ScoredPositions(block_N, token_N, lm_N, lm_N, query_ND))
     apart = [
-        BlockReader(a_memory(automaton)).logp(
-            block_N[at], token_N[at], lm_N[at], lm_N[at], query_ND[at], Interpolation(0.5)
+        RetomatonReader(a_memory(automaton), Interpolation(0.5)).logp(
+            ScoredPositions(block_N[at], token_N[at], lm_N[at], lm_N[at], query_ND[at])
         )
         for at in (slice(0, 5), slice(5, 10))
     ]

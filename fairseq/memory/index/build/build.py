@@ -310,7 +310,7 @@ def rows_seen(config: BuildConfig, store: Datastore) -> Array:
 def training_rows(config: BuildConfig, store: Datastore, num_lists: int) -> Array:
     """Rows the index is trained on, rising."""
     # faiss would draw 256 per list (and 65536 for the compression) from more: reading more is of no use.
-    count = sample_size(len(store), max(num_lists, _MIN_PQ_ROWS), config.train_size)
+    count = sample_size(len(store), max(num_lists, preflight.MIN_PQ_ROWS), config.train_size)
     sampled: Array = np.random.default_rng(config.seed).choice(len(store), count, replace=False)
     sampled.sort()
     return sampled

@@ -19,6 +19,7 @@ from torch import Tensor
 from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.exact.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
+from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.faiss.index import has_fast_int8
 from fairseq.memory.index.lists.search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
 from fairseq.memory.index.lists.search import KeyList, Rotation, search_lists
@@ -77,6 +78,17 @@ class ExactIndex:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    streams_keys = True
+
+    def bulk_pays(self, num_queries: int) -> bool:
+        """See ``Index``: the keys are read once for all of them."""
+        return num_queries > 1
+
+    def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """See ``Index``."""
+        check_queries(query_ND, self.dim)
+        return score_rows(self.keys, self.metric, query_ND.detach().float().cpu().contiguous(), ids_NM)
 
     def search(self, query_ND: Tensor, k: int) -> Neighbors:
         """The k closest keys of each query, best first; of equally close ones the lower row."""

@@ -147,6 +147,12 @@ class FaissIndex:
         """Rows that can be found."""
         return len(self) - len(self.deleted)
 
+    streams_keys = False
+
+    def bulk_pays(self, num_queries: int) -> bool:
+        """See ``Index``."""
+        return DecodedLists.pays_for(self.inner, num_queries)
+
     def __len__(self) -> int:
         return int(self.inner.ntotal)
 
@@ -190,7 +196,7 @@ class FaissIndex:
             return self._checked(*self._search_in_bulk(query_ND, k))
         return self._checked(*self._search(query_ND, k))
 
-    def pair_scores(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
+    def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Score of each query with some rows by their compressed keys, (N, M), as a search gives it; -inf for -1.
 
         Raises: ValueError when this kind of index does not give its keys back.

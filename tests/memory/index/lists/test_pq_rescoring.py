@@ -40,7 +40,7 @@ def test_as_a_search_scores_them(factory: str, metric: Metric, few: bool, monkey
     shuffled_NM = found.ids_NK[:, torch.randperm(50, generator=torch.Generator().manual_seed(0))]
     scores = {(n, int(i)): float(s) for n in range(7) for i, s in zip(found.ids_NK[n], found.scores_NK[n])}
     shuffled_NM[2, 3] = -1
-    paired_NM = index.pair_scores(QUERIES, shuffled_NM)
+    paired_NM = index.score_rows(QUERIES, shuffled_NM)
     assert paired_NM[2, 3] == -torch.inf
     for n in range(7):
         for m in range(50):
@@ -50,12 +50,12 @@ def test_as_a_search_scores_them(factory: str, metric: Metric, few: bool, monkey
 
 def test_no_rows_have_no_scores() -> None:
     index = built("IVF4,PQ4np", Metric.L2)
-    assert index.pair_scores(QUERIES, torch.empty(7, 0, dtype=torch.int64)).shape == (7, 0)
-    assert index.pair_scores(QUERIES[:0], torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3)
+    assert index.score_rows(QUERIES, torch.empty(7, 0, dtype=torch.int64)).shape == (7, 0)
+    assert index.score_rows(QUERIES[:0], torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3)
 
 
 def test_an_index_that_gives_no_keys_back_says_so() -> None:
     index = faiss.IndexIDMap(faiss.IndexFlatL2(DIM))
     index.add_with_ids(KEYS, np.arange(ROWS))
     with pytest.raises(ValueError, match="does not give its keys back"):
-        FaissIndex(index, Metric.L2).pair_scores(QUERIES, torch.zeros(7, 1, dtype=torch.int64))
+        FaissIndex(index, Metric.L2).score_rows(QUERIES, torch.zeros(7, 1, dtype=torch.int64))

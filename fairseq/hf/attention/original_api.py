@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from fairseq.hf.extended_mind.wrapper import ExtendedMind
+from fairseq.hf.attention.wrapper import ExtendedMind
 from fairseq.memory.extended_mind.settings import MindSettings
 
 SETTINGS = {field.name for field in fields(MindSettings)} | {"remove_special_tokens"}

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 from mind_models import ids, tiny
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
-from fairseq.hf.extended_mind.build import build_memory
-from fairseq.hf.extended_mind.wrapper import ExtendedMind, extended_mind
+from fairseq.hf.attention.build import build_memory
+from fairseq.hf.attention.wrapper import ExtendedMind, extended_mind
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.extended_mind.storage import load_memory, save_memory
 

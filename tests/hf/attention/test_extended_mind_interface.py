@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 
 from mind_models import ids, tiny
 
-from fairseq.hf.extended_mind.original_api import default_settings, from_pretrained
-from fairseq.hf.extended_mind.wrapper import extended_mind
+from fairseq.hf.attention.original_api import default_settings, from_pretrained
+from fairseq.hf.attention.wrapper import extended_mind
 
 MEMORY, OTHER, PROMPT = ids(20, seed=2), ids(15, seed=4), ids(7, seed=3)
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

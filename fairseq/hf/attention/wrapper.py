@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq.hf.extended_mind.attention_sites import AttentionCall, find_sites, replace_forward, taken_over
-from fairseq.hf.extended_mind.build import (
+from fairseq.hf.attention.attention_sites import AttentionCall, find_sites, replace_forward, taken_over
+from fairseq.hf.attention.build import (
     build_memory,
     device_of,
     model_digest,
@@ -31,7 +31,7 @@ from fairseq.hf.extended_mind.build import (
     token_documents,
     with_positions,
 )
-from fairseq.hf.extended_mind.citations import Citation, cite
+from fairseq.hf.attention.citations import Citation, cite
 from fairseq.memory.extended_mind.attention import Partial, local_attention
 from fairseq.memory.extended_mind.cache import Memory
 from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, Looked, Read, ScoreRule

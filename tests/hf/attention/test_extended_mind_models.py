@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 
 from mind_models import MODELS, ROTARY, ids, oracle, plain_memories, tiny
 
-from fairseq.hf.extended_mind.wrapper import extended_mind
+from fairseq.hf.attention.wrapper import extended_mind
 
 MEMORY, PROMPT = ids(30, seed=2), ids(9, seed=3)
 

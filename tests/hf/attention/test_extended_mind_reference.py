@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import reference_models
 from transformers import LlamaConfig, LlamaForCausalLM, MptConfig, MptForCausalLM
 
-from fairseq.hf.extended_mind.wrapper import extended_mind
+from fairseq.hf.attention.wrapper import extended_mind
 
 STORED = Path(__file__).with_name("extended_mind_reference.json")
 GOLDEN = Path(os.environ.get("FAIRSEQ_GOLDEN", "missing"), "extended_mind", "tiny_models.pt")

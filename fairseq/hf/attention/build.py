@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq.hf.extended_mind.attention_sites import AttentionCall, Sites, evaluating, find_sites, taken_over
+from fairseq.hf.attention.attention_sites import AttentionCall, Sites, evaluating, find_sites, taken_over
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.extended_mind.storage import LayerStore

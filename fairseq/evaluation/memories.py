@@ -1,0 +1,151 @@
+"""The memories that a command's configs name, opened, checked against the model and made into a reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from fairseq.config import flag_names
+from fairseq.memory.retomaton.config import RetomatonConfig
+
+if TYPE_CHECKING:
+    from fairseq.evaluation.config import EvaluationConfigs
+    from fairseq.evaluation.setup import Evaluation
+    from fairseq.memory.sources.base import TextSource
+    from fairseq.memory.sources.external import ExternalMemory
+    from fairseq.memory.types import MemoryReader
+    from fairseq.sequence_scorer import SequenceScorer
+
+logger = logging.getLogger(__name__)
+
+
+def check_knn(configs: EvaluationConfigs) -> None:
+    """Raise ValueError where options of a memory are given that would not be used, or that lack what they need."""
+    retomaton, knn, given = configs.retomaton, configs.knn, configs.command.given
+    own = [field for field in dataclasses.fields(RetomatonConfig) if field.name in given]
+    if own and not retomaton.retomaton:
+        raise ValueError(f"{flag_names(own[0])[0]} belongs to --retomaton: give it too, or leave it out")
+    if retomaton.retomaton and not configs.memory.knnlm:
+        raise ValueError("--retomaton is a way to find the neighbours of --knnlm: give it and its datastore too")
+    if retomaton.clusters and not os.path.isfile(retomaton.clusters):
+        raise ValueError(
+            f"--clusters: no file at {retomaton.clusters!r}; build_dstore.py --cluster_dstore makes clusters"
+        )
+    named = [(name, value) for name in ("dstore_filename", "indexfile") if (value := getattr(knn, name))]
+    if named and not configs.memory.knnlm:
+        flag = f"--{named[0][0].replace('_', '-')}"
+        raise ValueError(f"{flag} {named[0][1]} is read with --knnlm only: give it too, or leave {flag} out")
+    if configs.bulk.save_retrieval and not configs.memory.knnlm:
+        raise ValueError("--save-retrieval keeps the neighbours that --knnlm finds: give it too")
+
+
+def check_trime(configs: EvaluationConfigs) -> None:
+    """Raise ValueError for memories that do not go together."""
+    trime, config, knn = configs.trime, configs.evaluation, configs.knn
+    assert trime is not None
+    if trime.use_long and trime.mem_size < config.context_window:
+        raise ValueError(
+            f"--mem-size {trime.mem_size} is less than --context-window {config.context_window}, so that the long-term "
+            "memory reaches no further back than the input; give a larger one, or --use-local alone"
+        )
+    if knn.weight and not trime.interpolates:
+        raise ValueError(f"--lmbda {knn.weight} has no effect without --use-interp; give both or neither")
+    if trime.interpolates and not knn.weight:
+        logger.warning("--lmbda is 0: the external memory's own distribution is mixed in with no share")
+    if trime.use_external and knn.similarity == "index" and knn.faiss_metric_type != "ip":
+        words = "--no-load-keys" if knn.no_load_keys else f"--knn-sim-func {knn.knn_sim_func}"
+        raise ValueError(
+            f"TRIME's similarity is the inner product; an index of metric {knn.faiss_metric_type!r} gives another one: "
+            f"leave out {words}, or give an index built with --dist ip and --faiss-metric-type ip"
+        )
+    if trime.use_long and config.num_shards > 1:
+        logger.warning("--num-shards: the long-term memory is empty at the start of every shard")
+    if not (trime.use_local or trime.use_long or trime.use_external):
+        logger.warning("neither --use-local nor --use-long nor --use-external: the language model alone is evaluated")
+    if configs.bulk.save_retrieval and not trime.use_external:
+        raise ValueError("--save-retrieval keeps the neighbours of the external memory: give --use-external too")
+
+
+def open_reader(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[SequenceScorer, MemoryReader | None]:
+    """The scorer, with the memories of the text, and the reader of the other memories; None for the model alone.
+
+    Raises: ValueError or OSError when a memory is missing, damaged or not of this model.
+    """
+    return (_open_knn if configs.trime is None else _open_trime)(configs, evaluation)
+
+
+def _open_knn(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[SequenceScorer, MemoryReader | None]:
+    from fairseq.evaluation.readers import CandidateReader
+    from fairseq.memory.combiners.interpolation import Interpolation
+    from fairseq.sequence_scorer import SequenceScorer
+
+    knn = configs.knn
+    scorer = SequenceScorer(
+        evaluation.models,
+        key_tap=evaluation.key_tap if configs.memory.knnlm or configs.memory.save_knnlm_dstore else None,
+        softmax_batch=configs.evaluation.softmax_batch,
+        device=evaluation.device,
+    )
+    if not configs.memory.knnlm:
+        return scorer, None
+    memory = _open_external(configs, evaluation, knn.similarity)
+    combine = Interpolation(knn.weight, knn.temperature)
+    if configs.retomaton.retomaton:
+        from fairseq.memory.retomaton.reader import open_reader as open_retomaton
+
+        return scorer, open_retomaton(configs.retomaton, memory, combine)
+    return scorer, CandidateReader(combine, memory)
+
+
+def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[SequenceScorer, MemoryReader | None]:
+    from fairseq.evaluation.readers import CandidateReader
+    from fairseq.evaluation.trime_compat import score_as_padding
+    from fairseq.memory.combiners.joint import JointNormalization
+    from fairseq.memory.sources.local import LocalMemory
+    from fairseq.memory.sources.rolling import RollingMemory
+    from fairseq.sequence_scorer import SequenceScorer, TextMemory
+
+    trime, knn, tap = configs.trime, configs.knn, evaluation.key_tap
+    assert trime is not None
+    sources: list[TextSource] = [LocalMemory()] if trime.use_local else []
+    if trime.use_long:
+        sources.append(RollingMemory(trime.mem_size, dedup=trime.dedup_memory))
+    has_memory = bool(sources) or trime.use_external
+    scorer = SequenceScorer(
+        evaluation.models,
+        key_tap=tap if has_memory else None,
+        softmax_batch=configs.evaluation.softmax_batch,
+        device=evaluation.device,
+        text_memory=TextMemory(sources, knn.temperature) if sources else None,
+        correct=None if trime.fix_tail_pads else score_as_padding,
+    )
+    if not has_memory:
+        return scorer, None
+    external = None
+    if trime.use_external:
+        external = _open_external(configs, evaluation, "index" if knn.similarity == "index" else "dot")
+    combine = JointNormalization(
+        dim=evaluation.models[0].key_dim(tap),
+        temperature=knn.temperature,
+        with_external=trime.mode != "li",
+        weight=knn.weight,
+        interpolation_temperature=trime.interp_temp,
+    )
+    return scorer, CandidateReader(combine, external)
+
+
+def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: str) -> ExternalMemory:
+    """The datastore and index that are named, checked against the model; ``score`` as in ``ExternalMemory``."""
+    from fairseq.memory.sources.external import open_external
+
+    tap, dictionary = evaluation.key_tap, evaluation.task.dictionary
+    return open_external(
+        configs.knn,
+        score=score,
+        dim=evaluation.models[0].key_dim(tap),
+        key_tap=tap,
+        dictionary_digest=dictionary.digest(),
+        dictionary_size=len(dictionary),
+    )

@@ -1,0 +1,57 @@
+"""Opening the index over a datastore, or exact search where no index is named."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fairseq.memory.index.exact.index import DEFAULT_MEMORY, ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.types import Metric
+
+if TYPE_CHECKING:
+    from fairseq.memory.datastore.datastore import Datastore
+    from fairseq.memory.index.base import Index
+
+logger = logging.getLogger(__name__)
+
+
+def open_index(
+    store: Datastore,
+    metric: Metric = Metric.L2,
+    name: str | Path | None = None,
+    *,
+    probe: int = 8,
+    mapped: bool = False,
+    gpu: bool = True,
+    memory_bytes: int = DEFAULT_MEMORY,
+) -> Index:
+    """Open the index over a store's keys.
+
+    Args:
+        name: the index file, with or without the metric as its ending; None searches the keys themselves, exactly.
+        probe: lists of the index that a search visits.
+        mapped: leave the lists on disk and read them as they are visited.
+        gpu: search on the GPUs that faiss sees, if there are any.
+        memory_bytes: what an exact search may take beside its results.
+    Raises: ValueError or OSError when the index is missing, damaged or was built over other keys.
+    """
+    if not name:
+        if not store.has_keys:
+            raise ValueError(
+                "--no-load-keys and --knn-sim-func do_not_recomp_l2 take the scores of an index: give --indexfile "
+                "NAME, or leave them out to search the keys themselves"
+            )
+        logger.info("no --indexfile: all %d keys are compared with every query", len(store))
+        return ExactIndex(store.keys, metric, memory_bytes=memory_bytes, deleted=store.deleted)
+    index = FaissIndex.open(name, metric, mapped=mapped, deleted=store.deleted)
+    index.set_probe(probe)
+    if None not in (store.digest, index.made_of()) and store.digest != index.made_of():
+        raise ValueError(
+            f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
+            "build_dstore.py"
+        )
+    if gpu:
+        index.use_gpus()
+    return index

@@ -1,0 +1,47 @@
+"""Import paths that documents of release 0.1 named: they work for one more release, with a DeprecationWarning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED = {
+    "fairseq.memory.hf": "fairseq.hf",
+    "fairseq.memory.hf.evaluation": "fairseq.hf.knn.evaluation",
+    "fairseq.memory.hf.extended_mind": "fairseq.hf.attention.wrapper",
+    "fairseq.memory.hf.extended_mind_interface": "fairseq.hf.attention.original_api",
+    "fairseq.memory.hf.knn": "fairseq.hf.knn.wrapper",
+    "fairseq.memory.hf.retomaton": "fairseq.hf.knn.retomaton",
+    "fairseq.memory.hf.saver": "fairseq.hf.knn.saver",
+}
+
+
+class _MovedModules:
+    """Finds the old names and hands on what the new modules define; importlib.abc is left aside, it takes 12 ms."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """A spec for an old name; None for all others."""
+        if fullname not in MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=fullname == "fairseq.memory.hf")
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """An ordinary module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Warn, and look every name up in the new module."""
+        new = MOVED[module.__name__]
+        text = f"{module.__name__} is now {new} and will not be found under its old name in the next release"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)  # frames of importlib do not count
+
+        module.__dict__["__getattr__"] = lambda name: getattr(importlib.import_module(new), name)
+
+
+def install() -> None:
+    """Make the old names importable; once is enough."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
