@@ -18,8 +18,9 @@ def _refuse_second_fairseq() -> None:
         # Names are enough: importlib.metadata takes 50 ms to import, as long as all else here.
         other = next((n for n in names if n.startswith("fairseq-") and n.endswith((".dist-info", ".egg-info"))), None)
         if other is not None:
+            version = other.split("-")[1].removesuffix(".dist").removesuffix(".egg")
             raise ImportError(
-                f"the distribution 'fairseq' {other.split('-')[1].removesuffix('.dist').removesuffix('.egg')} is installed beside "
+                f"the distribution 'fairseq' {version} is installed beside "
                 f"'fairseq-memory' {__version__}, and both provide the package 'fairseq'; run: pip uninstall fairseq "
                 "(or use a fresh virtual environment)"
             )
