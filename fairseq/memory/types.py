@@ -11,6 +11,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from fairseq.memory.log_space import log_add
+
 
 class Metric(str, Enum):
     """How the closeness of a query and a key is measured."""
@@ -111,4 +113,4 @@ class LogSums:
         """The sums over two memories together."""
         if other is None:
             return self
-        return LogSums(torch.logaddexp(self.hit_N, other.hit_N), torch.logaddexp(self.whole_N, other.whole_N))
+        return LogSums(log_add(self.hit_N, other.hit_N), log_add(self.whole_N, other.whole_N))
