@@ -20,7 +20,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("fairseq.training_config", "fairseq.evaluation_config", "fairseq.manifest", "fairseq.metrics"),
         *("fairseq.progress", "fairseq.distributed", "fairseq.checkpoint_keeper", "fairseq.word_loss"),
     ),
-    ("fairseq.memory.types", "fairseq.memory.scoring", "fairseq.memory.visibility", "fairseq.memory.knn_config"),
+    (
+        *("fairseq.memory.types", "fairseq.memory.log_space", "fairseq.memory.scoring", "fairseq.memory.visibility"),
+        "fairseq.memory.knn_config",
+    ),
     ("fairseq.data",),
     ("fairseq.modules",),
     ("fairseq.memory", "fairseq.memory.hf.gguf"),
