@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.files import Array
-from fairseq.memory.index.faiss_index import has_fast_int8
+from fairseq.memory.index.processor import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import ThreadBuffer, each_in_threads
 from fairseq.memory.types import Metric, Neighbors

@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.files import Array
+from fairseq.memory.index import processor
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
-from fairseq.memory.index.faiss_index import has_fast_int8
 from fairseq.memory.index.filters import Block, Filter, FloatFilter, Int8Filter
 from fairseq.memory.index.kernels import GROUP
 from fairseq.memory.index.list_search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
 from fairseq.memory.index.list_search import KeyList, Rotation, search_lists
 from fairseq.memory.index.list_search import capacity as list_capacity
+from fairseq.memory.index.processor import has_fast_int8
 from fairseq.memory.rows import Rows
 from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import ThreadBuffer, each_in_threads, map_in_threads
@@ -228,12 +229,10 @@ class _Search:
 
 def _filter(sample_MD: Tensor, metric: Metric, query_ND: Tensor) -> Filter:
     """The fastest way to pass over the keys here."""
-    many, with_offset = len(query_ND) >= _FEW_QUERIES, metric is Metric.L2
-    if many and has_fast_int8():
-        return Int8Filter(query_ND, sample_MD, with_offset=with_offset)
-    if many and torch.cpu._is_avx512_bf16_supported():
-        return FloatFilter(query_ND, sample_MD, with_offset=with_offset, dtype=torch.bfloat16)
-    return FloatFilter(query_ND, sample_MD, with_offset=with_offset)
+    dtype = processor.fast_products() if len(query_ND) >= _FEW_QUERIES else torch.float32
+    if dtype is torch.int8:
+        return Int8Filter(query_ND, sample_MD, with_offset=metric is Metric.L2)
+    return FloatFilter(query_ND, sample_MD, with_offset=metric is Metric.L2, dtype=dtype)
 
 
 def _block_rows(dim: int) -> int:

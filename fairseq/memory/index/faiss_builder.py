@@ -17,9 +17,10 @@ import torch
 
 from fairseq.disk import replacing
 from fairseq.memory.files import Array
-from fairseq.memory.index.faiss_index import FaissIndex, has_fast_int8
+from fairseq.memory.index.faiss_index import FaissIndex
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.kmeans import Assigner, kmeans
+from fairseq.memory.index.processor import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 

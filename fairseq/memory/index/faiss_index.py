@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.gpu_search import GpuSearch
 from fairseq.memory.index.list_search import search_lists
 from fairseq.memory.index.merging import alive_of
+from fairseq.memory.index.processor import has_fast_int8
 from fairseq.memory.index.table_search import TableSearch
 from fairseq.memory.index.wide_search import is_wide, wide_search
 from fairseq.memory.similarity import normalized
@@ -318,14 +318,3 @@ def _takes_selector(index: Any) -> bool:
     faiss = faiss_library()
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     return isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFPQR)
-
-
-@functools.cache
-def has_fast_int8() -> bool:
-    """Whether the processor multiplies 8-bit integers faster than floats. Not measured: timing must not decide bits."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            words = file.read().split()
-    except OSError:
-        return False
-    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(words) and hasattr(torch, "_int_mm")

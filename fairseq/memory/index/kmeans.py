@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.files import Array
-from fairseq.memory.index.faiss_index import has_fast_int8
 from fairseq.memory.index.filters import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.processor import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.threads import ThreadBuffer, each_in_threads
 from fairseq.memory.types import Metric
