@@ -40,14 +40,6 @@ def test_gradients_numerically_and_where_nothing_is_added():
     assert other.grad.tolist() == [0.0, 1.0, 0.0, 0.5]
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_a_sum_is_the_same_in_any_company(threads, size):
     a, b = logs(0, 70_001), logs(1, 70_001)

@@ -41,7 +41,7 @@ def rounding(vocabulary: int, count: int, size: float) -> float:
 
 @pytest.mark.parametrize("weight", [0.25, 1.0])
 @pytest.mark.parametrize("vocabulary", [7, 1 << 19])
-def test_equals_the_formula(by, weight, vocabulary):
+def test_equals_the_formula(by, threads, weight, vocabulary):
     scores = 3.0 * torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(1))
     found = candidates(5, 30, vocabulary)
     truth = Candidates(found.values_NM, found.scores_NM.double(), found.keep_NM)
