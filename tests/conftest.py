@@ -139,6 +139,31 @@ def clm(examples: Path, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureF
     return run
 
 
+def set_fast_products(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Take the ways of a processor that is fastest at products of this type."""
+    import torch
+
+    monkeypatch.setattr("fairseq.runtime.hardware.fast_products", lambda: getattr(torch, name))
+
+
+@pytest.fixture(params=["int8", "bfloat16", "float32"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every kind of processor in turn; the type whose products it is fastest at."""
+    set_fast_products(monkeypatch, request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One thread, and more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def no_grad() -> Iterator[None]:
     """No gradients for a module's tests and fixtures."""

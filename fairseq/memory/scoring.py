@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fairseq.memory.log_space import log_add
 from fairseq.memory.types import Candidates, LogSums
 
 # exp(-80) is nothing beside 1 in any precision, but where the result underflows exp takes 50 times as long.
@@ -66,12 +67,6 @@ def _log_of_sum(share_N: Tensor, top_N: Tensor) -> Tensor:
         return share_N.log_().add_(top_N)
     nothing_N = torch.isneginf(top_N) | (share_N == 0.0)
     return share_N.masked_fill(nothing_N, 1.0).log().add(top_N.masked_fill(nothing_N, -torch.inf))
-
-
-def log_add(a: Tensor, b: Tensor) -> Tensor:
-    """``log(exp(a) + exp(b))``; unlike torch.logaddexp its gradient is zero, not NaN, where both are -inf."""
-    neither = torch.isneginf(a) & torch.isneginf(b)
-    return torch.logaddexp(a.masked_fill(neither, 0.0), b).masked_fill(neither, -torch.inf)
 
 
 def _log_share(part: Tensor, whole: Tensor) -> Tensor:
@@ -131,7 +126,7 @@ def joint_logp_of_sums(lm_logp: Tensor, lm_norm: Tensor, memory: LogSums) -> Ten
     Source: arXiv 2205.12674, sec. 3. An empty memory gives ``lm_logp`` back, bit for bit.
     """
     excess = memory.whole_N - lm_norm
-    return log_add(lm_logp, memory.hit_N - lm_norm) - torch.logaddexp(excess, torch.zeros_like(excess))
+    return log_add(lm_logp, memory.hit_N - lm_norm) - log_add(excess, torch.zeros_like(excess))
 
 
 def joint_logp(

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fairseq.memory.log_space import log_add
+
 Array = npt.NDArray[Any]
 
 
@@ -116,7 +118,7 @@ class LogSums:
         """The sums over two memories together."""
         if other is None:
             return self
-        return LogSums(torch.logaddexp(self.hit_N, other.hit_N), torch.logaddexp(self.whole_N, other.whole_N))
+        return LogSums(log_add(self.hit_N, other.hit_N), log_add(self.whole_N, other.whole_N))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,41 @@
-"""Facts about the machine: memory and what its CPU computes fast."""
+"""Facts about the machine: its memory, and the products that its CPU computes fast.
+
+Nothing else asks for CPU features, so that tests can answer for any CPU here: they replace ``fast_products``.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
+
+import torch
 
 
 def memory_bytes() -> int:
     """The machine's memory; 0 where the system does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+@functools.cache
+def fast_products() -> torch.dtype:
+    """The narrowest type whose products the CPU computes faster than those of float32, or float32.
+
+    Not measured: timing must not decide which path is taken.
+    """
+    if not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(_flags()) and hasattr(torch, "_int_mm"):
+        return torch.int8
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def has_fast_int8() -> bool:
+    """True if the CPU multiplies 8-bit integers faster than floats."""
+    return fast_products() is torch.int8
+
+
+def _flags() -> set[str]:
+    """Features that the CPU reports; none where the system does not list them."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return set(file.read().split())
+    except OSError:
+        return set()

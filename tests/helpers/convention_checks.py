@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # The same inside a room: its subrooms and ground-floor modules, the lowest first.
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "fairseq.memory": (
+        ("log_space",),
         ("types",),
         ("similarity", "scoring"),
         ("datastore",),

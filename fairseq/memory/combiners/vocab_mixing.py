@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.log_space import log_add
 from fairseq.memory.scoring import check_temperature, check_weight
 from fairseq.memory.types import Candidates
 
@@ -94,7 +95,7 @@ class VocabularyMixer:
         mass_CV = self._zeros(logp_CV)
         mass_CV.scatter_add_(1, values_CM, share_CM)
         # All candidates of a token read the same sum and write the same result, so that their order means nothing.
-        mixed_CM = torch.logaddexp(logp_CV.gather(1, values_CM), mass_CV.gather(1, values_CM).log_())
+        mixed_CM = log_add(logp_CV.gather(1, values_CM), mass_CV.gather(1, values_CM).log_())
         logp_CV.scatter_(1, values_CM, mixed_CM)
         mass_CV.scatter_(1, values_CM, 0.0)
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.extended_mind.settings import MindSettings
-from fairseq.memory.index.faiss.index import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
+from fairseq.runtime.hardware import has_fast_int8
 from fairseq.runtime.threads import ThreadBuffer, each_in_threads
 
 _FEW_SCORES = 1 << 20

@@ -48,7 +48,7 @@ def everything(key_GSD):
         (9000, 16, 60, 70),
     ],
 )
-def test_the_nearest_are_found(memories, width, queries, k):
+def test_the_nearest_are_found(memories, width, queries, k, products):
     # Off the origin and of very different lengths, as keys of a language model are.
     key = (random(2, memories, width) + 2 * random(width, seed=1)) * (1 + random(2, memories, 1, seed=2).abs() * 5)
     query = random(2, queries, width, seed=3) - 0.5
@@ -61,7 +61,7 @@ def test_the_nearest_are_found(memories, width, queries, k):
 
 
 @pytest.mark.parametrize(("queries", "copies"), [(2, 30), (100, 30), (100, 1200)])
-def test_of_equal_memories_the_earlier_comes_first(queries, copies):
+def test_of_equal_memories_the_earlier_comes_first(queries, copies, products):
     key = random(1, 10, 8).repeat(1, copies, 1)
     found = SEARCHES["manual"](key, MindSettings()).search(random(1, queries, 8, seed=1), 5)
     best = found.ids_GNK[0, :, :1] % 10
@@ -147,7 +147,7 @@ def memory_of(key, value, **more):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("queries", [1, 700])
-def test_a_look_at_memories_is_attention_over_the_nearest(queries, softcap):
+def test_a_look_at_memories_is_attention_over_the_nearest(queries, softcap, products):
     query, key, value = random(2, 4, queries, 8), random(2, 50, 8, seed=1), random(2, 50, 6, seed=2)
     settings = MindSettings(topk=7, mask_by_sim=True, sim_threshold=0.4)
     looked = LayerLookup(memory_of(key, value), 0, settings).look(query, ScoreRule(0.3, softcap), settings)

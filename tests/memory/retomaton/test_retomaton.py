@@ -264,14 +264,14 @@ def block_logp(automaton: Automaton, text: tuple, **more: bool) -> tuple[torch.T
 
 
 @pytest.mark.parametrize("settings", [{"no_pointer": True}, {"no_pointer": True, "min_knns": 1000}])
-def test_without_pointers_it_is_knn_lm_bit_for_bit(settings: dict[str, object]) -> None:
+def test_without_pointers_it_is_knn_lm_bit_for_bit(settings: dict[str, object], products: str, threads: int) -> None:
     automaton = drawn(4, **settings)
-    text = a_text(4, [6, 6, 6, 6])
+    text = a_text(4, [6, 6, 24, 42])  # more than are searched by ways of their own; no multiple of any vector
     logp_N, reader = block_logp(automaton, text)
     found = reader.memory.external.lookup(text[0])
-    lm_N = torch.full((24,), -2.0)
+    lm_N = torch.full((78,), -2.0)
     assert torch.equal(logp_N, Interpolation(0.5)(lm_N, lm_N, found, text[1]))
-    assert reader.num_searched == reader.num_positions == 24
+    assert reader.num_searched == reader.num_positions == 78
 
 
 def test_a_large_min_knns_searches_everywhere_and_the_rows_at_hand_come_on_top() -> None:

@@ -55,7 +55,7 @@ class TrueScores:
 
     def _prepared(self, keys_MD: Tensor) -> Array:
         rows_MD = keys_MD.float()
-        prepared: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).numpy()
+        prepared: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).contiguous().numpy()
         return prepared
 
 

@@ -20,7 +20,6 @@ from fairseq.memory.datastore.chunked_array import Rows
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.exact.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
 from fairseq.memory.index.exact.row_scores import score_rows
-from fairseq.memory.index.faiss.index import has_fast_int8
 from fairseq.memory.index.lists.search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
 from fairseq.memory.index.lists.search import KeyList, Rotation, search_lists
 from fairseq.memory.index.lists.search import capacity as list_capacity
@@ -28,6 +27,8 @@ from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, 
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
+from fairseq.runtime import hardware
+from fairseq.runtime.hardware import has_fast_int8
 from fairseq.runtime.threads import ThreadBuffer, each_in_threads, map_in_threads
 
 T = TypeVar("T")
@@ -239,12 +240,10 @@ class _Search:
 
 def _filter(sample_MD: Tensor, metric: Metric, query_ND: Tensor) -> Filter:
     """The fastest way to pass over the keys here."""
-    many, with_offset = len(query_ND) >= _FEW_QUERIES, metric is Metric.L2
-    if many and has_fast_int8():
-        return Int8Filter(query_ND, sample_MD, with_offset=with_offset)
-    if many and torch.cpu._is_avx512_bf16_supported():
-        return FloatFilter(query_ND, sample_MD, with_offset=with_offset, dtype=torch.bfloat16)
-    return FloatFilter(query_ND, sample_MD, with_offset=with_offset)
+    dtype = hardware.fast_products() if len(query_ND) >= _FEW_QUERIES else torch.float32
+    if dtype is torch.int8:
+        return Int8Filter(query_ND, sample_MD, with_offset=metric is Metric.L2)
+    return FloatFilter(query_ND, sample_MD, with_offset=metric is Metric.L2, dtype=dtype)
 
 
 def _block_rows(dim: int) -> int:

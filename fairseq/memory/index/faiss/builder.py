@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairseq.memory.index.faiss.index import FaissIndex, has_fast_int8
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.ops.kmeans import Assigner, kmeans
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.atomic_files import replacing
+from fairseq.runtime.hardware import has_fast_int8
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from fairseq.memory.index.ops.merging import alive_of
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.files import read_json
+from fairseq.runtime.hardware import has_fast_int8
 
 logger = logging.getLogger(__name__)
 
@@ -324,14 +324,3 @@ def _takes_selector(index: Any) -> bool:
     faiss = faiss_library()
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     return isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFPQR)
-
-
-@functools.cache
-def has_fast_int8() -> bool:
-    """Whether the processor multiplies 8-bit integers faster than floats. Not measured: timing must not decide bits."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            words = file.read().split()
-    except OSError:
-        return False
-    return not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(words) and hasattr(torch, "_int_mm")

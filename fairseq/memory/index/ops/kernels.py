@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
+from fairseq.memory.index.ops.lane_sums import products, squared_distances
+
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 GROUP = 64
@@ -169,23 +171,16 @@ def sift_all(low_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, 
         filled_Q[q], threshold_Q[q] = filled, threshold
 
 
-@compiled(fastmath=ANY_ORDER)
+@compiled()
 def product(a_D: Any, b_D: Any) -> Any:
     """The inner product."""
-    total = np.float32(0.0)
-    for i in range(len(a_D)):
-        total += a_D[i] * b_D[i]
-    return total
+    return products(a_D, (b_D,))[0]
 
 
-@compiled(fastmath=ANY_ORDER)
+@compiled()
 def nearness(a_D: Any, b_D: Any) -> Any:
     """Minus the squared distance."""
-    total = np.float32(0.0)
-    for i in range(len(a_D)):
-        difference = a_D[i] - b_D[i]
-        total += difference * difference
-    return -total
+    return -squared_distances(a_D, (b_D,))[0]
 
 
 @compiled()
@@ -194,30 +189,6 @@ def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance
     for i in range(len(row_H)):
         query_D, key_D = query_ND[row_H[i]], keys_MD[col_H[i]]
         out_H[i] = nearness(query_D, key_D) if by_distance else product(query_D, key_D)
-
-
-@compiled(fastmath=ANY_ORDER)
-def _four_products(query_D: Any, a_D: Any, b_D: Any, c_D: Any, d_D: Any) -> Any:
-    a = b = c = d = np.float32(0.0)
-    for i in range(len(query_D)):
-        x = query_D[i]
-        a += x * a_D[i]
-        b += x * b_D[i]
-        c += x * c_D[i]
-        d += x * d_D[i]
-    return a, b, c, d
-
-
-@compiled(fastmath=ANY_ORDER)
-def _four_nearnesses(query_D: Any, a_D: Any, b_D: Any, c_D: Any, d_D: Any) -> Any:
-    a = b = c = d = np.float32(0.0)
-    for i in range(len(query_D)):
-        x = query_D[i]
-        a += (x - a_D[i]) * (x - a_D[i])
-        b += (x - b_D[i]) * (x - b_D[i])
-        c += (x - c_D[i]) * (x - c_D[i])
-        d += (x - d_D[i]) * (x - d_D[i])
-    return -a, -b, -c, -d
 
 
 @compiled()
@@ -229,8 +200,8 @@ def score_candidates(
 
     Only those whose low bound reaches ``bound_Q`` and that have no score yet (NaN) are scored.
     """
-    # Four at a time: keys come from far, and four streams of them hide the waiting. The last four may be fewer with
-    # one of them repeated, so that every score is summed in the same order.
+    # Four at a time: keys come from far, and four streams of them hide the waiting. The last four may be fewer, with
+    # one of them repeated.
     four = np.empty(4, np.int64)
     for q in range(len(filled_Q)):
         ids_C, query_D = ids_QC[q, : filled_Q[q]], query_QD[q]
@@ -250,12 +221,10 @@ def score_candidates(
                 keys = (ids_C[four[0]], ids_C[four[1]], ids_C[four[2]], ids_C[four[3]])
                 a_D, b_D = keys_MD[keys[0] - first_row], keys_MD[keys[1] - first_row]
                 c_D, d_D = keys_MD[keys[2] - first_row], keys_MD[keys[3] - first_row]
-                if by_distance:
-                    scores = _four_nearnesses(query_D, a_D, b_D, c_D, d_D)
-                else:
-                    scores = _four_products(query_D, a_D, b_D, c_D, d_D)
-                true_C[four[0]], true_C[four[1]] = scores[0], scores[1]
-                true_C[four[2]], true_C[four[3]] = scores[2], scores[3]
+                keys_4 = (a_D, b_D, c_D, d_D)
+                scores_4 = squared_distances(query_D, keys_4) if by_distance else products(query_D, keys_4)
+                for j in range(4):
+                    true_C[four[j]] = -scores_4[j] if by_distance else scores_4[j]
                 waiting = 0
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss.index import has_fast_int8
 from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
+from fairseq.runtime.hardware import has_fast_int8
 from fairseq.runtime.threads import ThreadBuffer, each_in_threads
 
 logger = logging.getLogger(__name__)

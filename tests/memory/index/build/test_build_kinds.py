@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from conftest import set_fast_products
 from dying import Died, dies_at
 from store_making import save_keys
 
@@ -81,7 +82,7 @@ def test_recall_is_that_of_plain_faiss(store, tmp_path, kind, dist):
 @pytest.mark.parametrize("kind", ["ivfpq", "ivfpq-fastscan", "PCA8,IVF8,SQ8"])
 def test_without_fast_integers_faiss_makes_the_lists(store, tmp_path, kind, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(builder, "has_fast_int8", lambda: False)
+    set_fast_products(monkeypatch, "float32")
     monkeypatch.setattr(builder, "kmeans", lambda *_, **__: pytest.fail("is slower"))
     first = build_index(config(store, tmp_path / "a", index=kind))
     assert build_index(config(store, tmp_path / "b", index=kind)).path.read_bytes() == first.path.read_bytes()

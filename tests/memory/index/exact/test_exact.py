@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from brute_force import similarities
+from conftest import set_fast_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from fairseq.memory.index.exact import candidates
 from fairseq.memory.index.exact import index as exact
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.lists import search
-from fairseq.memory.index.ops.bounded_scores import Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.ops.bounded_scores import FloatFilter, Int8Filter
 from fairseq.memory.types import Metric
 
 FILTERS = {
@@ -43,15 +44,12 @@ def rows(shape: str, count: int, dim: int, seed: int) -> np.ndarray:
 def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, query_ND: torch.Tensor, k: int) -> Any:
     """Search with a filter of that name, or in blocks taken for lists: of 64 rows and with groups of a few queries."""
 
-    def made(sample_MD: torch.Tensor, metric: Metric, query_ND: torch.Tensor) -> Filter:
-        return FILTERS[name](query_ND, sample_MD, metric is Metric.L2)
-
     def as_lists(index: ExactIndex, query_ND: torch.Tensor, k: int) -> Any:
         return exact._Blocks(index, index._rotation) if name in LISTS else None
 
     with monkeypatch.context() as patch:
-        patch.setattr(exact, "_filter", made)
-        patch.setattr(exact, "has_fast_int8", lambda: name == LISTS[0])
+        patch.setattr(exact, "_FEW_QUERIES", 1)
+        set_fast_products(patch, name.removeprefix("lists of "))
         patch.setattr(ExactIndex, "_as_lists", as_lists)
         patch.setattr(search, "_TILE_SCORES", 64 * 20)
         patch.setattr(search, "capacity", lambda k: k + 84)

@@ -86,11 +86,9 @@ def test_the_closest_has_the_highest_score():
         assert (found.scores_NK.diff(dim=1) <= 0).all()
 
 
-@pytest.mark.parametrize("low_precision", [False, True])
 @pytest.mark.parametrize("k", [1, 8, 300])
 @pytest.mark.parametrize("metric", list(Metric))
-def test_bulk_search_finds_what_faiss_finds(metric, k, low_precision, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.index.faiss.index.has_fast_int8", lambda: low_precision)
+def test_bulk_search_finds_what_faiss_finds(metric, k, products, monkeypatch):
     index = made_index(metric)
     assert DecodedLists.pays_for(index.inner, len(QUERIES))
     found = index.search(QUERIES, k)
@@ -102,10 +100,8 @@ def test_bulk_search_finds_what_faiss_finds(metric, k, low_precision, monkeypatc
     assert same.all()
 
 
-@pytest.mark.parametrize("low_precision", [False, True])
-def test_ties_are_settled_as_faiss_settles_them(low_precision, monkeypatch):
+def test_ties_are_settled_as_faiss_settles_them(products):
     """Few different codes, so that dozens of keys are equally far: the last places are contested in every search."""
-    monkeypatch.setattr("fairseq.memory.index.faiss.index.has_fast_int8", lambda: low_precision)
     keys = np.repeat(KEYS[:150], 12, axis=0)[np.random.default_rng(5).permutation(1800)]
     for metric in (Metric.L2, Metric.IP):
         inner = faiss.index_factory(
@@ -157,10 +153,8 @@ def narrow(rows: int, seed: int) -> np.ndarray:
     return ((rng.standard_normal((rows, 64)) * 0.9 ** np.arange(64)) @ turn + 2.0).astype(np.float32)
 
 
-@pytest.mark.parametrize("fast_int8", [False, True])
 @pytest.mark.parametrize("metric", list(Metric))
-def test_search_in_turned_blocks_is_brute_force(metric, fast_int8, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.index.exact.index.has_fast_int8", lambda: fast_int8)
+def test_search_in_turned_blocks_is_brute_force(metric, products, monkeypatch):
     monkeypatch.setattr("fairseq.memory.index.exact.index._BLOCK_BYTES", 4 * 64 * 700)
     keys, queries = narrow(5000, 0), torch.from_numpy(narrow(90, 1))
     deleted = np.arange(0, 5000, 7)

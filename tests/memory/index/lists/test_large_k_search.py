@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.index.faiss.index import FaissIndex, has_fast_int8
+from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.lists.adc_search import TableSearch
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.large_k_search import is_wide, wide_search
 from fairseq.memory.index.lists.search import Rotation
 from fairseq.memory.types import Metric
 
-INT8 = has_fast_int8()
+INT8 = pytest.mark.parametrize("int8", [False, True])
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def made(rows, nlist, metric, dim=8):
 
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
 @pytest.mark.parametrize("k", [40, 200, 700])
-def test_finds_what_faiss_finds(metric, k):
+def test_finds_what_faiss_finds(metric, k, products):
     index, query_ND = made(3000, 40, metric)
     opened = FaissIndex(index, metric)
     assert is_wide(k, len(opened), index.nlist)
@@ -52,35 +52,38 @@ def test_finds_what_faiss_finds(metric, k):
     assert np.mean(same) > 0.999
 
 
-def test_equal_keys_by_the_thousand_are_found_without_end():
+@INT8
+def test_equal_keys_by_the_thousand_are_found_without_end(int8):
     index, query_ND = made(3000, 40, Metric.L2)
     again = np.repeat(query_ND[:1].numpy(), 4000, 0)
     index.add(again)
-    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=INT8), query_ND, 300)
+    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=int8), query_ND, 300)
     assert (ids_NK[0] >= 3000).all()
     assert (ids_NK >= -1).all()
     assert (scores_NK[:, :-1] >= scores_NK[:, 1:]).all()
     assert all(len(set(row)) == len(row) for row in ids_NK.tolist() if -1 not in row)
 
 
-def test_lists_that_hold_less_than_k_leave_places_empty():
+@INT8
+def test_lists_that_hold_less_than_k_leave_places_empty(int8):
     index, query_ND = made(300, 40, Metric.L2)
     index.nprobe = 2
-    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=INT8), query_ND, 100)
+    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=int8), query_ND, 100)
     theirs = index.search(query_ND.numpy(), 100)[1]
     assert ((ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(scores_NK[ids_NK < 0]).all()
 
 
-def test_a_part_of_the_queries_finds_the_same():
+@INT8
+def test_a_part_of_the_queries_finds_the_same(int8):
     index, query_ND = made(3000, 40, Metric.L2)
-    lists = DecodedLists(index, fast_int8=INT8)
+    lists = DecodedLists(index, fast_int8=int8)
     whole, part = wide_search(lists, query_ND, 100), wide_search(lists, query_ND[30:37], 100)
     torch.testing.assert_close(whole[1][30:37], part[1])
 
 
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
-@pytest.mark.parametrize("int8", [False, True])
+@INT8
 @pytest.mark.parametrize("turned", [False, True])
 def test_bounds_leave_nothing_out(metric, int8, turned):
     index, query_ND = made(3000, 40, metric)

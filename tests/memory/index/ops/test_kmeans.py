@@ -24,10 +24,8 @@ def made(rows: int, seed: int) -> torch.Tensor:
 KEYS = made(3000, 0)
 
 
-@pytest.mark.parametrize("fast_int8", [True, False])
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
-def test_every_key_gets_the_centroid_that_brute_force_finds(metric, fast_int8, monkeypatch):
-    monkeypatch.setattr(module, "has_fast_int8", lambda: fast_int8)
+def test_every_key_gets_the_centroid_that_brute_force_finds(metric, products, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_ROWS", 1000)
     centroids = made(150, 1)
     product = KEYS.double() @ centroids.double().T
@@ -49,9 +47,7 @@ def test_few_centroids_and_no_keys():
         Assigner(KEYS[:0])
 
 
-@pytest.mark.parametrize("fast_int8", [True, False])
-def test_clusters_are_as_tight_as_those_of_faiss(fast_int8, monkeypatch):
-    monkeypatch.setattr(module, "has_fast_int8", lambda: fast_int8)
+def test_clusters_are_as_tight_as_those_of_faiss(products):
     ours, theirs = [], []
     for seed in range(3):  # where both start is chance
         centroids = kmeans(KEYS, 60, seed=seed, iterations=12)
