@@ -58,7 +58,7 @@ def test_exact_search_has_the_same_bits_by_any_products_in_any_company(metric, k
 
 
 def test_exact_search_takes_the_ways_that_are_forced(products, monkeypatch):
-    from fairseq.memory.index import exact
+    from fairseq.memory.index.exact import index as exact
 
     taken = []
     for name in ("Int8Filter", "FloatFilter", "_Blocks"):
