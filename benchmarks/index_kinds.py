@@ -113,13 +113,13 @@ def build_plainly(config: Any, store: Any, path: Path) -> None:
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
         lists.cp.seed = config.seed
-    prepared = (lambda x: normalized(as_tensor(x)).numpy()) if config.dist == "cos" else (lambda x: x)
+    prepare = (lambda x: normalized(as_tensor(x)).numpy()) if config.dist == "cos" else (lambda x: x)
     if not index.is_trained:
         sample = training_rows(config, store, lists.nlist if lists is not None else 0)
-        index.train(prepared(store.take_keys(sample)))
+        index.train(prepare(store.take_keys(sample)))
     for start in range(0, len(store), config.num_keys_to_add_at_a_time):
         block = store.keys.block(start, start + config.num_keys_to_add_at_a_time).float().numpy()
-        index.add(prepared(block))
+        index.add(prepare(block))
     faiss.write_index(index, str(path))
     with open(path, "rb+") as file:  # as ours is: on the disk for sure
         os.fsync(file.fileno())

@@ -77,7 +77,7 @@ def difference(words: list[str], results: list[dict[str, Any]]) -> float:
     scored = [scorer.score(batch) for batch in opened.iterator()]
     loss = {(row["k"], row["softmax_temp"], row["lmbda"]): row["loss_base2"] for row in results}
     worst = 0.0
-    for k, temperature, weight in itertools.product({row["k"] for row in results}, TEMPERATURES, WEIGHTS):
+    for k, temperature, weight in itertools.dot({row["k"] for row in results}, TEMPERATURES, WEIGHTS):
         memory.k = k
         report = PerplexityReport(opened.task.dictionary)
         evaluate(_Scored(), scored, report, CandidateReader(Interpolation(weight, temperature), memory))  # type: ignore[arg-type]

@@ -148,16 +148,16 @@ def plan(config: PlanConfig, argv: Sequence[str]) -> None:
 
     from fairseq.memory.planning.estimate import plan as make
     from fairseq.memory.planning.measure import measure
-    from fairseq.runtime.hardware import memory_bytes
+    from fairseq.runtime.hardware import total_ram_bytes
 
     rates = measure(config)
-    made = make(config, rates, memory_bytes())
+    made = make(config, rates, total_ram_bytes())
     if config.json:
         told = {"config": to_dict(config), "rates": to_dict(rates), "store_bytes": made.store_bytes}
         told |= {"store_write_seconds": made.write_seconds, "choices": [c.to_dict() for c in made.choices]}
         sys.stdout.write(json.dumps(told, indent=1) + "\n")
         return
-    sys.stdout.write(table(config, rates, made, memory_bytes()))
+    sys.stdout.write(table(config, rates, made, total_ram_bytes()))
 
 
 def _rows_in(path: str) -> Any:

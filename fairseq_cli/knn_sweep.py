@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     results = sweep(tuned, grid)
     best = best_of(results)
     final = at(best, reported) if reported else None
-    subset = tuned[0].made_of["subset"]
+    subset = tuned[0].fingerprint["subset"]
     alone = language_model_alone(tuned)
     sys.stdout.write(
         f"{grid.size} settings on {subset} ({alone.num_tokens} tokens of {', '.join(config.retrievals)})\n"
@@ -73,7 +73,7 @@ def _reported(tuned: Sequence[Retrieval], reported: Sequence[Retrieval], final: 
     """What the figure is worth: on which text it was taken."""
     from fairseq.memory.retrieval.sweep import language_model_alone, same_text
 
-    subset = tuned[0].made_of["subset"]
+    subset = tuned[0].fingerprint["subset"]
     if not reported or final is None:
         logger.warning(
             "this figure is taken on %s, the split the setting was chosen on, and flatters it: give --report the saved "
@@ -81,7 +81,7 @@ def _reported(tuned: Sequence[Retrieval], reported: Sequence[Retrieval], final: 
             subset,
         )
         return {"reported_on": subset, "tuned_on_reported_text": True}
-    split = reported[0].made_of["subset"]
+    split = reported[0].fingerprint["subset"]
     alone = language_model_alone(reported)
     sys.stdout.write(f"reported on {split} (language model alone: perplexity {alone.perplexity:.2f})\n")
     overlaps = same_text(tuned, reported)
@@ -101,10 +101,10 @@ def _texts(config: SweepConfig, retrieval: Retrieval) -> tuple[Datastore, Dictio
     if not os.path.isfile(path):
         raise ValueError(f"--explain shows words, and there is no dictionary {path}; name it by --dictionary")
     dictionary = Dictionary.load(path)
-    if dictionary.digest() != retrieval.made_of["dictionary_digest"]:
+    if dictionary.digest() != retrieval.fingerprint["dictionary_digest"]:
         raise ValueError(
             f"dictionary {path} ({len(dictionary)} types) is not the one of {retrieval.path} "
-            f"({retrieval.made_of['dictionary_size']} types); name that one by --dictionary"
+            f"({retrieval.fingerprint['dictionary_size']} types); name that one by --dictionary"
         )
     return open_store(retrieval, config.dstore_filename), dictionary
 

@@ -82,7 +82,7 @@ class Scorer:
         return float(torch.nn.functional.cross_entropy(logits, ids[-scored:], reduction="sum"))
 
 
-def made_of(ids: Any, name: str, settings: Mapping[str, Any]) -> str:
+def fingerprint(ids: Any, name: str, settings: Mapping[str, Any]) -> str:
     """Checksum of what an article's figures depend on: its tokens, and the settings that concern one memory."""
     names = ("model", "dtype", "input_lengths", "seq_len_trained", "stride", "step")
     kept = {each: settings.get(each) for each in names} | {"memory": settings["memories"][name]}
@@ -113,7 +113,7 @@ def scored_articles(scorer: Scorer, record: Path) -> Iterator[Row]:
             sizes = (settings["seq_len_trained"], settings["stride"], settings.get("step"))
             places = list(windows(len(ids), *sizes))
             for name in settings["memories"]:
-                key, totals = made_of(ids, name, settings), dict.fromkeys(map(str, settings["input_lengths"]), 0.0)
+                key, totals = fingerprint(ids, name, settings), dict.fromkeys(map(str, settings["input_lengths"]), 0.0)
                 for number, window in enumerate(places):
                     if (key, number) not in known:
                         known[key, number] = scorer.sums(ids, name, window)

@@ -100,7 +100,7 @@ def questions(folder: Path, limit: int | None) -> Iterator[tuple[str, list[Row]]
         yield from ((file.stem.partition("_")[2], list(group)) for _, group in groups)
 
 
-def made_of(row: Row, mode: str, settings: Mapping[str, Any]) -> str:
+def fingerprint(row: Row, mode: str, settings: Mapping[str, Any]) -> str:
     """Checksum of what an answer depends on beside its question: its document, and the settings of its mode."""
     elsewhere = ("data", "out", "modes", "limit", "memories")
     kept = {name: value for name, value in settings.items() if name not in elsewhere}
@@ -166,7 +166,7 @@ def main(words: list[str]) -> None:
     with open(record, "a", encoding="utf-8") as file:
         for split, rows in questions(Path(settings["data"]), settings.get("limit")):
             for mode in settings["modes"]:
-                keys = [(split, mode, made_of(row, mode, settings), row["question"]) for row in rows]
+                keys = [(split, mode, fingerprint(row, mode, settings), row["question"]) for row in rows]
                 done += [known[key] for key in keys if key in known]
                 left = [row for row, key in zip(rows, keys) if key not in known]
                 if not left:
@@ -177,7 +177,7 @@ def main(words: list[str]) -> None:
                 for row, answer in zip(left, answers):
                     line = {"split": split, "mode": mode, "said": answer, "correct": is_correct(row["answer"], answer)}
                     line |= {key: row.get(key) for key in ("title", "question", "answer", "appearances", "tokens")}
-                    line |= {"made_of": made_of(row, mode, settings), "seconds": round(seconds, 2)}
+                    line |= {"made_of": fingerprint(row, mode, settings), "seconds": round(seconds, 2)}
                     done.append(line)
                     file.write(json.dumps(line) + "\n")
                 file.flush()

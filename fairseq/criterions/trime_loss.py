@@ -15,7 +15,7 @@ from torch import Tensor
 from fairseq.criterions.base import Criterion, Loss, scored, wide_sum
 from fairseq.criterions.configs import TrimeConfig, TrimeExternalConfig, TrimeGatheredConfig
 from fairseq.memory.trime.joint_loss import InBatchMemory, joint_loss
-from fairseq.memory.trime.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, Rule
+from fairseq.memory.trime.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, VisibilityRule
 from fairseq.runtime.distributed import Gathered, gather_ragged, rank_and_world
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class TrimeLoss(Criterion):
 
     They share their memories, other ranks do not; None means all ranks."""
 
-    def __init__(self, config: TrimeConfig, rule: Rule) -> None:
+    def __init__(self, config: TrimeConfig, rule: VisibilityRule) -> None:
         super().__init__(config)
         self.rule = rule
         self.warmup_epochs = config.ce_warmup_epoch
@@ -73,7 +73,7 @@ class TrimeLoss(Criterion):
         _require_finite(total, key_ND, hidden_ND)
         return self.loss(total, batch, ori_loss=ori_loss, norm_loss=total)
 
-    def _rule(self, model: LanguageModel) -> Rule:
+    def _rule(self, model: LanguageModel) -> VisibilityRule:
         """Who sees whom in this batch."""
         if model.training and self.cross_sent_ratio > 0 and torch.rand(()).item() < self.cross_sent_ratio:
             return ELSEWHERE

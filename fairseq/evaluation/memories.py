@@ -101,7 +101,7 @@ def _open_knn(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seque
 
 def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[SequenceScorer, MemoryReader | None]:
     from fairseq.evaluation.readers import CandidateReader
-    from fairseq.evaluation.trime_compat import score_as_padding
+    from fairseq.evaluation.trime_compat import replicate_tail_padding_bug
     from fairseq.memory.combiners.joint import JointNormalization
     from fairseq.memory.sources.local import LocalMemory
     from fairseq.memory.sources.rolling import RollingMemory
@@ -119,7 +119,7 @@ def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seq
         softmax_batch=configs.evaluation.softmax_batch,
         device=evaluation.device,
         text_memory=TextMemory(sources, knn.temperature) if sources else None,
-        correct=None if trime.fix_tail_pads else score_as_padding,
+        correct=None if trime.fix_tail_pads else replicate_tail_padding_bug,
     )
     if not has_memory:
         return scorer, None

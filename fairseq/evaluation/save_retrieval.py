@@ -67,7 +67,7 @@ def saving_retrieval(
         num_types=len(evaluation.task.dictionary),
         num_rows=len(memory.store),
         near=_reads_text(configs.trime),
-        made_of=fingerprint,
+        fingerprint=fingerprint,
         about=_metadata(configs, evaluation, memory),
         # What the long-term memory held at that point is gone.
         resume=configs.trime is None or not configs.trime.use_long,

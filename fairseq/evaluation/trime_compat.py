@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def score_as_padding(model: LanguageModel, hidden_ND: Tensor, target_N: Tensor, logp_N: Tensor) -> Tensor:
+def replicate_tail_padding_bug(model: LanguageModel, hidden_ND: Tensor, target_N: Tensor, logp_N: Tensor) -> Tensor:
     """The log-probabilities with those types scored as TRIME scores them, (N,); a plain softmax has none of them."""
     if not model.has_adaptive_softmax:
         return logp_N

@@ -11,7 +11,7 @@ import os
 import torch
 
 
-def memory_bytes() -> int:
+def total_ram_bytes() -> int:
     """The machine's memory; 0 where the system does not tell."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 

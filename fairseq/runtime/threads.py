@@ -42,7 +42,7 @@ def map_in_threads(
         torch.set_num_threads(count)  # threads that start later inherit the latest setting
 
 
-def each_in_threads(
+def run_in_threads(
     function: Callable[[T], object], tasks: Sequence[T], setup: Callable[[], None] = lambda: None
 ) -> None:
     """:func:`map_in_threads` for what the function does, not for what it returns."""
@@ -50,7 +50,7 @@ def each_in_threads(
         pass
 
 
-class Spare(Generic[T]):
+class ObjectPool(Generic[T]):
     """Things that tasks take and give back, made as they are needed: one for each task that runs at the same time."""
 
     def __init__(self, fresh: Callable[[], T]) -> None:
@@ -62,7 +62,7 @@ class Spare(Generic[T]):
         self._held: list[T] = []
 
     @contextmanager
-    def one(self) -> Iterator[T]:
+    def borrow(self) -> Iterator[T]:
         """One that no other task has, while the block runs."""
         try:
             taken = self._held.pop()

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
 from fairseq.memory.scoring import joint_nll
-from fairseq.memory.trime.visibility import EXTERNAL, LONG, Rule
+from fairseq.memory.trime.visibility import EXTERNAL, LONG, VisibilityRule
 from fairseq.runtime.distributed import gather_ragged
 from fairseq.trainer import LossModule
 
@@ -24,7 +24,7 @@ CASES = {
         {"gather_grad": True, "cross_sent_ratio": 1.0},
         None,
         ((7,), (4, 3)),
-        Rule(own_past=False, earlier=True, later=True),
+        VisibilityRule(own_past=False, earlier=True, later=True),
     ),
     "external, one rank without work": ("trime_ext_loss", {"gather_grad": True}, None, ((7, 4), ()), EXTERNAL),
     "long": ("trime_long_loss", {"gather_grad": True}, None, ((7, 7), (7, 7)), LONG),

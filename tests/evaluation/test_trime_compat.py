@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from fairseq.evaluation.trime_compat import score_as_padding
+from fairseq.evaluation.trime_compat import replicate_tail_padding_bug
 from fairseq.models.config import TransformerLMConfig
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
@@ -41,7 +41,7 @@ def test_only_the_second_type_of_each_tail_changes(cutoff, changed, tied):
     model = make(cutoff, **tied)
     hidden_ND, target_N, logp_N = every_type(model)
     before = logp_N.clone()
-    ours = score_as_padding(model, hidden_ND, target_N, logp_N)
+    ours = replicate_tail_padding_bug(model, hidden_ND, target_N, logp_N)
     assert torch.equal(logp_N, before)
     for n, token in enumerate(target_N.tolist()):
         if token in changed:
@@ -54,7 +54,7 @@ def test_only_the_second_type_of_each_tail_changes(cutoff, changed, tied):
 def test_the_tail_alone_is_the_sum_over_its_types():
     model = make((10, 20))
     hidden_ND, target_N, logp_N = every_type(model)
-    ours = score_as_padding(model, hidden_ND, target_N, logp_N)
+    ours = replicate_tail_padding_bug(model, hidden_ND, target_N, logp_N)
     whole = model.vocab_logp(hidden_ND).exp()
     for token, tail in ((11, slice(10, 20)), (21, slice(20, SIZE))):
         here = target_N == token
@@ -65,7 +65,7 @@ def test_the_tail_alone_is_the_sum_over_its_types():
 def test_a_tail_of_one_type_has_no_second_one(cutoff, changed):
     model = make(cutoff)
     hidden_ND, target_N, logp_N = every_type(model)
-    ours = score_as_padding(model, hidden_ND, target_N, logp_N)
+    ours = replicate_tail_padding_bug(model, hidden_ND, target_N, logp_N)
     assert set(target_N[ours != logp_N].tolist()) == changed
 
 
@@ -73,7 +73,7 @@ def test_a_tail_of_one_type_has_no_second_one(cutoff, changed):
 def test_a_plain_softmax_has_no_tails(shared):
     model = make(share_decoder_input_output_embed=shared)
     hidden_ND, target_N, logp_N = every_type(model)
-    assert score_as_padding(model, hidden_ND, target_N, logp_N) is logp_N
+    assert replicate_tail_padding_bug(model, hidden_ND, target_N, logp_N) is logp_N
 
 
 def test_a_text_without_such_types_is_untouched_and_nothing_is_told(caplog):
@@ -81,14 +81,14 @@ def test_a_text_without_such_types_is_untouched_and_nothing_is_told(caplog):
     hidden_ND, target_N, logp_N = every_type(model)
     kept = (target_N != 11) & (target_N != 21)
     with caplog.at_level(logging.DEBUG):
-        ours = score_as_padding(model, hidden_ND[kept], target_N[kept], logp_N[kept])
+        ours = replicate_tail_padding_bug(model, hidden_ND[kept], target_N[kept], logp_N[kept])
     assert torch.equal(ours, logp_N[kept])
     assert not caplog.records
     with caplog.at_level(logging.DEBUG):
-        score_as_padding(model, hidden_ND, target_N, logp_N)
+        replicate_tail_padding_bug(model, hidden_ND, target_N, logp_N)
     assert "2 targets 11 scored by their tail alone (--fix-tail-pads)" in caplog.text
     nothing = torch.empty(0)
-    assert len(score_as_padding(model, hidden_ND[:0], target_N[:0], nothing)) == 0
+    assert len(replicate_tail_padding_bug(model, hidden_ND[:0], target_N[:0], nothing)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -97,7 +97,7 @@ def test_models_in_half_precision(dtype):
     hidden_ND, target_N, _ = every_type(make((10, 20)))
     hidden_ND = hidden_ND.to(dtype)
     logp_N, _ = model.target_logp(hidden_ND, target_N)
-    ours = score_as_padding(model, hidden_ND, target_N, logp_N)
+    ours = replicate_tail_padding_bug(model, hidden_ND, target_N, logp_N)
     assert ours.dtype == logp_N.dtype == torch.float32
     here = (target_N == 21).nonzero()[0, 0]
     assert ours[here].item() == pytest.approx(head_entry(model, hidden_ND[here], 11), rel=1e-3)

@@ -8,13 +8,13 @@ import time
 
 import torch
 
-from fairseq.runtime.threads import Spare, each_in_threads
+from fairseq.runtime.threads import ObjectPool, run_in_threads
 
 
 def test_no_two_tasks_have_the_same_thing(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     numbers = itertools.count()
-    spare, taken, lock, most = Spare(lambda: next(numbers)), set(), threading.Lock(), [0]
+    spare, taken, lock, most = ObjectPool(lambda: next(numbers)), set(), threading.Lock(), [0]
 
     def task(_):
         with spare.one() as number:
@@ -26,7 +26,7 @@ def test_no_two_tasks_have_the_same_thing(monkeypatch):
             with lock:
                 taken.remove(number)
 
-    each_in_threads(task, range(400))
+    run_in_threads(task, range(400))
     assert 1 <= next(numbers) <= 8
     assert most[0] <= 8
     assert not taken

@@ -34,7 +34,7 @@ from fairseq.hf.attention.build import (
 from fairseq.hf.attention.citations import Citation, cite
 from fairseq.memory.extended_mind.attention import Partial, local_attention
 from fairseq.memory.extended_mind.cache import Memory
-from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, Looked, Read, ScoreRule
+from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, MemoryAttention, Read, ScoreRule
 from fairseq.memory.extended_mind.settings import MindSettings, check_layers, chosen_layers
 from fairseq.memory.extended_mind.storage import load_memory, save_memory
 
@@ -47,7 +47,7 @@ class _Call:
     """One forward pass, or one generation with its forward passes as steps."""
 
     settings: MindSettings
-    wants_chosen: bool
+    record_selected: bool
     generating: bool = False
     chosen: dict[int, Chosen] = field(default_factory=dict)
     steps: list[dict[int, Chosen]] = field(default_factory=list)
@@ -273,14 +273,14 @@ class ExtendedMind:
             self._build_what_waits()
         outer = self._current.get()
         settings = (outer.settings if outer else self.settings).with_changes(**changes)
-        call = _Call(settings, output_retrieved_memory_idx or bool(outer and outer.wants_chosen))
+        call = _Call(settings, output_retrieved_memory_idx or bool(outer and outer.record_selected))
         call.generating = bool(outer and outer.generating)
         token = self._current.set(call)
         try:
             result = own(*inputs, **named)
         finally:
             self._current.reset(token)
-        if not call.wants_chosen:
+        if not call.record_selected:
             return result
         if outer is not None:
             outer.steps.append(call.chosen)
@@ -345,14 +345,14 @@ class ExtendedMind:
         if call.sink_H is not None:
             local = _with_sink(local, call.sink_H)
         memories = self._of_rows(len(call.query_BHTD), current.generating)
-        looked = self._looked(call, memories, current.settings)
-        if current.wants_chosen:
+        looked = self._attended(call, memories, current.settings)
+        if current.record_selected:
             read = looked.read()
             norm_BHT = torch.logaddexp(local.norm_BHT, looked.partial.norm_BHT).to(read.score_BHTK.device)
             current.chosen[call.layer] = Chosen(read.ids_BHTK, read.similarity_BHTK, read.score_BHTK, norm_BHT)
         return local.joined(looked.partial).transpose(1, 2).contiguous(), None
 
-    def _looked(self, call: AttentionCall, memories: Sequence[Memory], settings: MindSettings) -> Looked:
+    def _attended(self, call: AttentionCall, memories: Sequence[Memory], settings: MindSettings) -> MemoryAttention:
         """What the rows take from their memories; ``read`` tells numbers of the user's tokens."""
         rule = ScoreRule(call.rule.scale, call.rule.softcap, call.slope_H)
         before_B = None if call.first_B is None else call.first_B - call.key_BGLD.shape[2]
@@ -369,7 +369,7 @@ class ExtendedMind:
             lookup = self._lookup(memories[run[0]], call.layer)
             own = ScoreRule(rule.scale, rule.softcap, rule.slope_H, None if before_B is None else before_B[rows])
             looked = lookup.look(call.query_BHTD[rows], own, settings)
-            parts.append(Looked(looked.partial, functools.partial(lookup.in_tokens, looked.read)))
+            parts.append(MemoryAttention(looked.partial, functools.partial(lookup.in_tokens, looked.read)))
         return parts[0] if len(parts) == 1 else _stacked(parts)
 
     def _lookup(self, memory: Memory, layer: int) -> LayerLookup:
@@ -428,7 +428,7 @@ def _with_sink(local: Partial, sink_H: Tensor) -> Partial:
     return Partial(shrunk_BHTD, norm_BHT)
 
 
-def _stacked(parts: Sequence[Looked]) -> Looked:
+def _stacked(parts: Sequence[MemoryAttention]) -> MemoryAttention:
     """Rows of several memories, filled up to the most memories any of them chose."""
     outs, norms = ([getattr(part.partial, name) for part in parts] for name in ("out_BHTD", "norm_BHT"))
 
@@ -442,7 +442,7 @@ def _stacked(parts: Sequence[Looked]) -> Looked:
 
         return Read(filled("ids_BHTK", -1), filled("similarity_BHTK", -torch.inf), filled("score_BHTK", -torch.inf))
 
-    return Looked(Partial(torch.cat(outs), torch.cat(norms)), read)
+    return MemoryAttention(Partial(torch.cat(outs), torch.cat(norms)), read)
 
 
 def _flat(numbers: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -148,7 +148,7 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
     else:
         opened = FaissIndex.open(place.index, _ENDINGS[place.index.suffix])
         opened.set_probe(settings.probe)
-        if None not in (store.digest, opened.made_of()) and store.digest != opened.made_of():
+        if None not in (store.digest, opened.fingerprint()) and store.digest != opened.fingerprint():
             raise ValueError(f"{opened.name} was built over other keys than {place.prefix!r} holds now; build it again")
         index = opened
     return ExternalMemory(store, index, settings.k, score)

@@ -17,7 +17,7 @@ from fairseq.memory.datastore.layout import KEY_DTYPES
 from fairseq.memory.types import Array
 
 
-class Rows:
+class ChunkedArray:
     """The keys of a store, (rows, dim) of a floating type, or its values, (rows,) of an integer type.
 
     The arrays are used where they are, which for a memory map is on disk. numpy knows no bfloat16: such arrays are
@@ -37,13 +37,13 @@ class Rows:
             if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
                 raise ValueError(f"rows of {_kind(first)} and of {_kind(part)} cannot be put behind each other")
         self.dtype = dtype or str(first.dtype)
-        self._tensors = [typed(part, self.dtype) for part in self.parts]
+        self._tensors = [view_as(part, self.dtype) for part in self.parts]
         self._edges = [0, *accumulate(len(part) for part in self.parts)]
 
     @classmethod
-    def of(cls, rows: Array | Rows) -> Rows:
+    def of(cls, rows: Array | ChunkedArray) -> ChunkedArray:
         """Rows as they are, or those of one array."""
-        return rows if isinstance(rows, Rows) else cls([rows])
+        return rows if isinstance(rows, ChunkedArray) else cls([rows])
 
     def __len__(self) -> int:
         return self._edges[-1]
@@ -64,7 +64,7 @@ class Rows:
         return [Path(str(part.filename)) for part in self.parts if isinstance(part, np.memmap)]
 
     @property
-    def whole(self) -> Array | None:
+    def single_array(self) -> Array | None:
         """The one array, if that is all and its type float32, so that its rows can be read in place."""
         return self.parts[0] if len(self.parts) == 1 and self.dtype == "float32" else None
 
@@ -106,9 +106,9 @@ class Rows:
         ]
         return torch.cat(found) if found else self._tensors[0][:0].to(dtype)
 
-    def in_memory(self) -> Rows:
+    def in_memory(self) -> ChunkedArray:
         """The same rows read into one array."""
-        return Rows([np.concatenate([np.asarray(part) for part in self.parts])], self.dtype)
+        return ChunkedArray([np.concatenate([np.asarray(part) for part in self.parts])], self.dtype)
 
     @property
     def _taken_as(self) -> torch.dtype:
@@ -128,7 +128,7 @@ def as_tensor(array: Array) -> Tensor:
         return torch.from_numpy(array)
 
 
-def on_disk(rows: Tensor | Array, dtype: str) -> Array:
+def to_storage_dtype(rows: Tensor | Array, dtype: str) -> Array:
     """Rows in a type of keys, as they are written."""
     tensor = rows.detach().cpu() if isinstance(rows, Tensor) else as_tensor(np.ascontiguousarray(rows))
     tensor = tensor.to(getattr(torch, dtype)).contiguous()
@@ -147,7 +147,7 @@ def nonfinite(rows_ND: Tensor) -> Tensor:
     return (~(rows_ND.amin(dim=1).isfinite() & rows_ND.amax(dim=1).isfinite())).nonzero()[:, 0]
 
 
-def typed(array: Array, dtype: str) -> Tensor:
+def view_as(array: Array, dtype: str) -> Tensor:
     """A tensor of the named type over the same memory."""
     tensor = as_tensor(array)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

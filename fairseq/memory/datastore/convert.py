@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import Rows, nonfinite
+from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.layout import StoreFiles
@@ -118,7 +118,7 @@ def compact(prefix: str | Path) -> Copied:
     return Copied(source.num_alive, len(source.deleted))
 
 
-def nonfinite_rows(keys: Rows, dtype: str) -> Array:
+def nonfinite_rows(keys: ChunkedArray, dtype: str) -> Array:
     """Rows whose key holds NaN or infinity as this type, int64, rising."""
     found = [
         start + nonfinite(keys.block(start, stop).to(getattr(torch, dtype)))

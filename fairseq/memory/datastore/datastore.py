@@ -3,7 +3,7 @@
 The arrays are headerless and row-major, as kNN-LM and TRIME write them: ``<prefix>_keys.npy`` (float32),
 ``<prefix>-fp16_keys.npy`` or ``<prefix>-bf16_keys.npy``, and ``<prefix>_vals.npy`` (int64). ``<prefix>.json`` holds the
 rows, the width, the types, where the keys come from and a checksum per block, or names the parts whose rows, one behind
-the other, are the store. ``datastore_writer.py`` writes them.
+the other, are the store. ``writer.py`` writes them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import Rows, as_tensor
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.foreign_formats import OtherFiles, map_keys, map_values
 from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
@@ -35,13 +35,10 @@ from fairseq.memory.datastore.metadata import (
     values_of,
 )
 from fairseq.memory.datastore.verify import damage
-from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.types import Array
 from fairseq.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Datastore", "DatastoreWriter", "Rows", "as_tensor"]
 
 _NONE = np.empty(0, np.int64)
 
@@ -51,9 +48,9 @@ class Datastore:
     """An opened store. Its arrays stay on disk and are read as they are used, unless ``in_memory`` was called."""
 
     prefix: str
-    keys: Rows
+    keys: ChunkedArray
     """float32, float16 or bfloat16, (rows, dim)."""
-    values: Rows
+    values: ChunkedArray
     """int64, int32 or int16, (rows,)."""
     metadata: Mapping[str, Any]
     """What ``<prefix>.json`` says; empty for headerless files."""
@@ -117,7 +114,7 @@ class Datastore:
         bf16: bool = False,
         with_keys: bool = True,
     ) -> Datastore:
-        """Open files of other programs (see ``other_stores``), most of which do not say what they hold.
+        """Open files of other programs (see ``foreign_formats``), most of which do not say what they hold.
 
         Args:
             prefix: what their names begin with, or their folder.
@@ -133,7 +130,9 @@ class Datastore:
         if not with_keys:
             if not files.values.exists() or size is None or dim is None:
                 raise ValueError(_why_not_there(prefix))
-            return cls(str(prefix), _no_keys(size, dim, dtype), Rows.of(map_values(files.values, size)), {}, False)
+            return cls(
+                str(prefix), _no_keys(size, dim, dtype), ChunkedArray.of(map_values(files.values, size)), {}, False
+            )
         if not files.present():
             raise ValueError(_why_not_there(prefix))
         keys, dtype = map_keys(files, dim, size, dtype)
@@ -143,7 +142,7 @@ class Datastore:
                 "was larger than the split; verify before you trust figures",
                 files.keys,
             )
-        return cls(str(prefix), Rows([keys], dtype), Rows.of(map_values(files.values, len(keys))), {})
+        return cls(str(prefix), ChunkedArray([keys], dtype), ChunkedArray.of(map_values(files.values, len(keys))), {})
 
     @classmethod
     def open_any(
@@ -303,6 +302,6 @@ def _why_not_joined(prefix: str, saved: Mapping[int, set[int]]) -> str:
     )
 
 
-def _no_keys(rows: int, dim: int, dtype: str) -> Rows:
+def _no_keys(rows: int, dim: int, dtype: str) -> ChunkedArray:
     """Stands for keys that must not be read; takes no memory."""
-    return Rows([np.broadcast_to(np.zeros(dim, KEY_DTYPES[dtype]), (rows, dim))], dtype)
+    return ChunkedArray([np.broadcast_to(np.zeros(dim, KEY_DTYPES[dtype]), (rows, dim))], dtype)

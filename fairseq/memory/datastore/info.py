@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.memory.datastore.chunked_array import Rows, nonfinite
+from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.metadata import Part, content_digest
 
@@ -39,7 +39,7 @@ class KeyCounts:
     """That are all zeros, as the rows are that a program announced and never wrote."""
 
 
-def count_keys(keys: Rows) -> KeyCounts:
+def count_keys(keys: ChunkedArray) -> KeyCounts:
     """Read all keys and count."""
     infinite = zero = 0
     step = max(1, _BLOCK_BYTES // (4 * keys.shape[1]))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.foreign_formats import VALUE_DTYPES, map_array
 from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, StoreFiles
@@ -182,14 +182,14 @@ def all_deleted(prefix: str | Path, about: Mapping[str, Any], parts: Sequence[Pa
     return np.unique(np.concatenate(lists)) if len(lists) > 1 else lists[0]
 
 
-def keys_of(parts: Sequence[Part]) -> Rows:
+def keys_of(parts: Sequence[Part]) -> ChunkedArray:
     """The keys of all parts."""
-    return Rows([part.keys() for part in parts], parts[0].about["key_dtype"])
+    return ChunkedArray([part.keys() for part in parts], parts[0].about["key_dtype"])
 
 
-def values_of(parts: Sequence[Part]) -> Rows:
+def values_of(parts: Sequence[Part]) -> ChunkedArray:
     """The values of all parts."""
-    return Rows([part.values() for part in parts])
+    return ChunkedArray([part.values() for part in parts])
 
 
 def documents_of(parts: Sequence[Part]) -> Documents:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import nonfinite, on_disk, typed
+from fairseq.memory.datastore.chunked_array import nonfinite, to_storage_dtype, view_as
 from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, StoreFiles
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import naming
@@ -120,8 +120,8 @@ class DatastoreWriter:
                 f"datastore {self.prefix!r} was announced with {self.num_rows} rows; {self.rows_done} are there and "
                 f"{count} more came"
             )
-        keys = on_disk(keys_ND, self.dtype)
-        bad = len(nonfinite(typed(keys, self.dtype)))
+        keys = to_storage_dtype(keys_ND, self.dtype)
+        bad = len(nonfinite(view_as(keys, self.dtype)))
         if bad:
             half = self.dtype == "float16"
             hint = "too large for float16? --dstore-bf16 or float32 hold more" if half else "check the model"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import compiled, product, reached_by_entries
+from fairseq.memory.index.ops.kernels import approx_kth_largest, compiled, dot
 
 GROUPS = 256
 """Scores are looked at in so many groups first."""
@@ -69,7 +69,7 @@ def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: 
     for n in range(len(best_NK)):
         score_M, best_K, ids_K = score_NM[n], best_NK[n], ids_NK[n]
         _group_largest(score_M, columns, largest_C)
-        bound = reached_by_entries(largest_C, k)
+        bound = approx_kth_largest(largest_C, k)
         for c in range(len(largest_C)):
             if largest_C[c] < bound or largest_C[c] < best_K[-1]:
                 continue
@@ -153,7 +153,7 @@ def _multiply_again(which_J: Any, query_D: Any, key_MD: Any, inverse_M: Any, sco
             fetched += key_MD[which_J[j], d]
     for j in range(len(which_J)):
         i = which_J[j]
-        score_J[j] = product(query_D, key_MD[i]) * inverse_M[i]
+        score_J[j] = dot(query_D, key_MD[i]) * inverse_M[i]
     return fetched
 
 
@@ -214,7 +214,7 @@ def _add_weighted(out_D: Any, weight: Any, value_D: Any) -> None:
 
 
 @compiled()
-def attend_to_chosen(
+def attend_to_selected(
     query_NTD: Any, ids_NTK: Any, key_GSD: Any, value_GSD: Any, scale: float, score_NTK: Any, out_NTD: Any, norm_NT: Any
 ) -> None:
     """Attention over chosen memories for N heads (of any rows), head n reading from key-value head ``n * G // N``.
@@ -229,7 +229,7 @@ def attend_to_chosen(
             largest = np.float32(-np.inf)
             for i in range(len(score_K)):
                 if score_K[i] > -np.inf:
-                    score_K[i] += product(query_D, key_SD[ids_K[i]]) * np.float32(scale)
+                    score_K[i] += dot(query_D, key_SD[ids_K[i]]) * np.float32(scale)
                     largest = max(largest, score_K[i])
             total, out_D = np.float32(0.0), out_NTD[n, t]
             out_D[:] = 0.0
@@ -246,11 +246,11 @@ def attend_to_chosen(
 
 
 @compiled()
-def look_at_few(
+def attend_to_few(
     raw_GNM: Any, reach_GN: Any, unit_GND: Any, query_GND: Any, key_GSD: Any, inverse_GS: Any, value_GSD: Any,
     scale: float, threshold: float, ids_GNK: Any, best_GNK: Any, score_GNK: Any, out_GND: Any, norm_GN: Any,
 ) -> None:  # fmt: skip
-    """:func:`best_of_low_heads`, then :func:`attend_to_chosen` of those more similar than ``threshold``."""
+    """:func:`best_of_low_heads`, then :func:`attend_to_selected` of those more similar than ``threshold``."""
     ids_GNK[:] = -1
     best_GNK[:] = -np.inf
     best_of_low_heads(raw_GNM, reach_GN, unit_GND, key_GSD, inverse_GS, ids_GNK, best_GNK)
@@ -259,4 +259,4 @@ def look_at_few(
             for i in range(ids_GNK.shape[2]):
                 stays = ids_GNK[g, n, i] >= 0 and best_GNK[g, n, i] > threshold
                 score_GNK[g, n, i] = np.float32(0.0) if stays else np.float32(-np.inf)
-    attend_to_chosen(query_GND, ids_GNK, key_GSD, value_GSD, scale, score_GNK, out_GND, norm_GN)
+    attend_to_selected(query_GND, ids_GNK, key_GSD, value_GSD, scale, score_GNK, out_GND, norm_GN)

@@ -17,7 +17,7 @@ from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.search import SEARCHES, KernelSearch, Search, are_worth_threads
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.types import Array
-from fairseq.runtime.threads import each_in_threads
+from fairseq.runtime.threads import run_in_threads
 
 _QUERIES_OF_A_START = 8 << 10  # as much work as it takes to get threads going
 
@@ -50,7 +50,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Looked:
+class MemoryAttention:
     """What a layer took from its memories."""
 
     partial: Partial
@@ -86,7 +86,7 @@ class LayerLookup:
             self._keys = (self._few.key_GSD.numpy(), self._few.inverse_GS.numpy())
             self._value_GSD: Array = self.layer.value_GSD.numpy()
 
-    def look(self, query_BHTD: Tensor, rule: ScoreRule, settings: MindSettings) -> Looked:
+    def look(self, query_BHTD: Tensor, rule: ScoreRule, settings: MindSettings) -> MemoryAttention:
         """Attend to the nearest memories of each query."""
         rows, heads, queries = query_BHTD.shape[:3]
         kv_heads = len(self.layer.key_GSD)
@@ -99,7 +99,7 @@ class LayerLookup:
         by_loops = rule.softcap is None and not (query_BHTD.requires_grad and torch.is_grad_enabled())
         few = self._few if by_loops and rule.slope_H is None else None
         if few is not None and few.takes_at_once(query_GND.shape[1]):
-            return self._look_at_few(few, query_GND, by_row, rule.scale, settings)
+            return self._attend_to_few(few, query_GND, by_row, rule.scale, settings)
         found = self.search.search(query_GND.detach(), settings.topk).to(self.device)
         ids_BHTK, similarity_BHTK = by_row(found.ids_GNK), by_row(found.similarity_GNK)
         left_out_BHTK = ids_BHTK < 0
@@ -116,18 +116,18 @@ class LayerLookup:
             score_BHTK = score_BHTK.masked_fill(left_out_BHTK.to(score_BHTK.device), -torch.inf)
             partial = memory_attention(score_BHTK, value_BHTKD)
         partial = Partial(partial.out_BHTD.to(query_BHTD.device), partial.norm_BHT.to(query_BHTD.device))
-        return Looked(partial, lambda: Read(ids_BHTK, similarity_BHTK, score_BHTK))
+        return MemoryAttention(partial, lambda: Read(ids_BHTK, similarity_BHTK, score_BHTK))
 
-    def _look_at_few(
+    def _attend_to_few(
         self,
         search: KernelSearch,
         query_GND: Tensor,
         by_row: Callable[[Tensor], Tensor],
         scale: float,
         settings: MindSettings,
-    ) -> Looked:
+    ) -> MemoryAttention:
         """All of it in one compiled call: so many calls of torch would take longer than the work."""
-        from fairseq.memory.extended_mind.kernels import look_at_few
+        from fairseq.memory.extended_mind.kernels import attend_to_few
 
         query_GND = query_GND.detach().float().nan_to_num(0.0).contiguous()
         shape = (*query_GND.shape[:2], min(settings.topk, len(self.layer)))
@@ -136,9 +136,11 @@ class LayerLookup:
         out_GND, norm_GN = np.empty((*shape[:2], self._value_GSD.shape[2]), np.float32), np.empty(shape[:2], np.float32)
         threshold = settings.sim_threshold if settings.mask_by_sim else -np.inf
         arrays = (*search.low_products(query_GND), query_GND.numpy(), *self._keys, self._value_GSD)
-        look_at_few(*arrays, scale, threshold, ids_GNK, best_GNK, score_GNK, out_GND, norm_GN)
+        attend_to_few(*arrays, scale, threshold, ids_GNK, best_GNK, score_GNK, out_GND, norm_GN)
         partial = Partial(*(by_row(torch.from_numpy(x)) for x in (out_GND, norm_GN)))
-        return Looked(partial, lambda: Read(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK))))
+        return MemoryAttention(
+            partial, lambda: Read(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK)))
+        )
 
     def in_tokens(self, read: Callable[[], Read]) -> Read:
         """What was read, numbered by the user's tokens; -1 stays."""
@@ -161,7 +163,7 @@ class LayerLookup:
         self, query_BHTD: Tensor, ids_BHTK: Tensor, left_out_BHTK: Tensor, bias_BHTK: Tensor | None, scale: float
     ) -> tuple[Tensor, Partial]:
         """By compiled loops, which copy nothing."""
-        from fairseq.memory.extended_mind.kernels import attend_to_chosen
+        from fairseq.memory.extended_mind.kernels import attend_to_selected
 
         rows, heads, queries, width = query_BHTD.shape
         score_BHTK = torch.zeros(ids_BHTK.shape) if bias_BHTK is None else bias_BHTK.expand(ids_BHTK.shape)
@@ -175,12 +177,12 @@ class LayerLookup:
         def attend(part: slice) -> None:
             arrays = (x[:, part].numpy() for x in (query_HND, ids_HNK))
             results = (x[:, part].numpy() for x in (score_HNK, out_HND, norm_HN))
-            attend_to_chosen(*arrays, *memories, scale, *results)  # type: ignore[call-arg, arg-type]
+            attend_to_selected(*arrays, *memories, scale, *results)  # type: ignore[call-arg, arg-type]
 
         count = rows * queries
         shared = are_worth_threads(count * heads / _QUERIES_OF_A_START)
         step = -(-count // torch.get_num_threads()) if shared else count
-        each_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))])
+        run_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))])
 
         def by_row(x: Tensor) -> Tensor:
             return x.reshape(heads, rows, queries, *x.shape[2:]).transpose(0, 1)

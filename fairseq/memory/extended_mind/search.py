@@ -20,7 +20,7 @@ from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.hardware import has_fast_int8
-from fairseq.runtime.threads import ThreadBuffer, each_in_threads
+from fairseq.runtime.threads import ThreadBuffer, run_in_threads
 
 _FEW_SCORES = 1 << 20
 _BLOCK_SCORES = 256 << 10  # 1 MB, which stays in a core's cache
@@ -115,7 +115,7 @@ class KernelSearch:
             search_rows(*task, ids_GNK[task].numpy(), best_GNK[task].numpy())
 
         if are_worth_threads(heads * count * self.key_GSD.shape[1] / _SCORES_OF_A_START):
-            each_in_threads(run, tasks)
+            run_in_threads(run, tasks)
         else:
             for task in tasks:  # its products are on torch's own threads
                 run(task)
@@ -135,8 +135,8 @@ class KernelSearch:
         unit_GND, low_GND, reach_GN = self._low.queries(query_GND)
         heads, count = low_GND.shape[:2]
         raw_GNS = _few_products(heads * count, self.key_GSD.shape[1]).view(heads, count, -1)
-        for raw_NS, low_ND, low_DS in zip(raw_GNS.unbind(), low_GND.unbind(), self._low.columns):
-            torch._int_mm(low_ND, low_DS, out=raw_NS)
+        for raw_NS, quantized_ND, low_DS in zip(raw_GNS.unbind(), low_GND.unbind(), self._low.columns):
+            torch._int_mm(quantized_ND, low_DS, out=raw_NS)
         return raw_GNS.numpy(), reach_GN, unit_GND
 
     def _at_once(self, query_GND: Tensor, ids_GNK: Tensor, best_GNK: Tensor) -> None:
@@ -172,9 +172,9 @@ class KernelSearch:
             raw_NK = np.full(ids_NK.shape, LOWEST, np.int32)
             queries = (reaches[head, rows], units[head, rows])
             for columns in self._columns(len(ids_NK)):
-                low_MD, key_MD = keys.low_GSD[head, columns], key_GSD[head, columns]
-                raw_NM = self._buffer(len(ids_NK), len(low_MD))
-                torch._int_mm(low_GND[head, rows], low_MD.T, out=raw_NM)
+                quantized_MD, key_MD = keys.low_GSD[head, columns], key_GSD[head, columns]
+                raw_NM = self._buffer(len(ids_NK), len(quantized_MD))
+                torch._int_mm(low_GND[head, rows], quantized_MD.T, out=raw_NM)
                 own = (key_MD, inverse_GS[head, columns])
                 best_of_low_rows(raw_NM.numpy(), len(key_MD), columns.start, *queries, *own, raw_NK, ids_NK, best_NK)
 

@@ -1,4 +1,4 @@
-"""Searching a datastore: exactly (``exact.py``) or with a faiss index (``faiss_index.py``, built by ``build.py``)."""
+"""Search over the keys of a datastore: exact, or by a faiss index and faster paths through its lists."""
 
 # np: without the reordering of codes that polysemous search needs; nothing here uses it, and it takes most of the
 # training time (measured: 15 of 15.1 s for 3000 x 16 keys).

@@ -47,7 +47,7 @@ def open_index(
         return ExactIndex(store.keys, metric, memory_bytes=memory_bytes, deleted=store.deleted)
     index = FaissIndex.open(name, metric, mapped=mapped, deleted=store.deleted)
     index.set_probe(probe)
-    if None not in (store.digest, index.made_of()) and store.digest != index.made_of():
+    if None not in (store.digest, index.fingerprint()) and store.digest != index.fingerprint():
         raise ValueError(
             f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
             "build_dstore.py"

@@ -19,7 +19,7 @@ queries.
 Seconds: a key or a query meets c centroids in c d / A (A: products per second of faiss's flat search). Training is 10
 passes of k-means over t keys, 10 t c d / A, and the compression's own u + v min(t, 65536). Adding is n (c d / A + e). A
 query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y), or longer where reading does. u, v, e,
-s, r, x, y are measured on a small made-up store (``plan_rates.py``). Reading and writing files comes
+s, r, x, y are measured on a small made-up store (``measure.py``). Reading and writing files comes
 on top of building and searching an index.
 """
 

@@ -78,7 +78,7 @@ class Retomaton:
 
     To generate: ``step = memory.lookup(query_BD, state)``, choose tokens with the help of ``step.found``, then
     ``state = memory.follow(step, token_B)``, after ``step.select(...)`` where beams change places. Text that
-    is given is scored by ``read_text`` in ``retomaton_reading.py``.
+    is given is scored by ``read_text`` in ``reader.py``.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Retomaton:
 
 
 def row_roles(external: ExternalMemory, *, ignore_documents: bool = False) -> Array:
-    """uint8: what each row of a store is to a pointer (see ``retomaton_kernels``)."""
+    """uint8: what each row of a store is to a pointer (see ``kernels``)."""
     store, index = external.store, external.index
     from fairseq.memory.retomaton import kernels
 

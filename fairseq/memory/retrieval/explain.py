@@ -68,7 +68,7 @@ def open_store(retrieval: Retrieval, prefix: str | None) -> Datastore:
 
     Raises: ValueError when it is not there or is another one.
     """
-    saved, told = retrieval.made_of, retrieval.about["store"]
+    saved, told = retrieval.fingerprint, retrieval.about["store"]
     try:
         store = Datastore.open_any(
             prefix or told["prefix"],

@@ -107,7 +107,7 @@ class Retrieval:
     """An opened file; the arrays stay on disk and are read as they are used."""
 
     path: Path
-    made_of: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
     """What decides its content: model, text, store, index, search."""
     about: Mapping[str, Any]
     """More about the evaluation that saved it: its settings, and where its files lay."""
@@ -158,7 +158,7 @@ class Retrieval:
     @property
     def is_joint(self) -> bool:
         """Whether vocabulary and memory were normalised together (TRIME); else they were interpolated (kNN-LM)."""
-        return bool(self.made_of["joint"])
+        return bool(self.fingerprint["joint"])
 
     @cached_property
     def order(self) -> Array:

@@ -21,7 +21,7 @@ from fairseq.memory.retrieval.file import Retrieval, differences
 from fairseq.memory.retrieval.sweep_config import SweepConfig
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.metrics.word_loss import LossSums, loss_sums
-from fairseq.runtime.threads import each_in_threads
+from fairseq.runtime.threads import run_in_threads
 
 _PART_NUMBERS = 1 << 18  # neighbours held by a thread at a time, which stay in the processor's cache
 
@@ -94,7 +94,7 @@ class Grid:
                     f"--interp-temp is TRIME's; {retrieval.path} was saved by {about['program']}: give --temperature"
                 )
             return cls(ks, config.weights, temperatures)
-        fixed = retrieval.made_of.get("softmax_temp")
+        fixed = retrieval.fingerprint.get("softmax_temp")
         if fixed is not None and temperatures != (fixed,):
             raise ValueError(
                 f"--temperature {', '.join(f'{t:g}' for t in temperatures)}: the sums of the text's own memories in "
@@ -156,13 +156,13 @@ def opinions(retrieval: Retrieval, grid: Grid) -> Opinions:
                     logp_Q = combine.joint(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.near)
                 made.base[k, joint_temperature][rows] = logp_Q
 
-    each_in_threads(fill, parts)
+    run_in_threads(fill, parts)
     return made
 
 
 def _joint(retrieval: Retrieval, temperature: float) -> JointNormalization:
     return JointNormalization(
-        dim=int(retrieval.made_of["dim"]), temperature=temperature, with_external=retrieval.about["mode"] != "li"
+        dim=int(retrieval.fingerprint["dim"]), temperature=temperature, with_external=retrieval.about["mode"] != "li"
     )
 
 
@@ -234,7 +234,7 @@ def open_all(paths: Sequence[str]) -> list[Retrieval]:
     for retrieval in opened:
         retrieval.verify()
         require_alike(opened[0], retrieval, (*SHARED, "subset", "text_digest", "k"))
-        shard = tuple(retrieval.made_of["shard"])
+        shard = tuple(retrieval.fingerprint["shard"])
         if shard in shards:
             raise ValueError(f"{retrieval.path} holds the same part of the text as another file that is named")
         shards.add(shard)
@@ -249,11 +249,11 @@ def open_all(paths: Sequence[str]) -> list[Retrieval]:
 
 def require_alike(one: Retrieval, other: Retrieval, names: Sequence[str] = SHARED) -> None:
     """Raise ValueError with both values where two evaluations differ."""
-    told = differences(*({name: r.made_of.get(name) for name in names} for r in (one, other)))
+    told = differences(*({name: r.fingerprint.get(name) for name in names} for r in (one, other)))
     if told:
         raise ValueError(f"{one.path} and {other.path} are of different evaluations: {told}; save both alike")
 
 
 def same_text(one: Sequence[Retrieval], other: Sequence[Retrieval]) -> bool:
     """Whether two evaluations scored the same split."""
-    return bool(one[0].made_of["text_digest"] == other[0].made_of["text_digest"])
+    return bool(one[0].fingerprint["text_digest"] == other[0].fingerprint["text_digest"])

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 4096  # converted to the file's types at a time: a bulk of neighbours is large enough once
 
 
-def existing(path: str | os.PathLike[str], made_of: Mapping[str, Any]) -> Retrieval | None:
+def existing(path: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> Retrieval | None:
     """The complete file at ``path`` if it is there and holds what would be saved; None where there is none.
 
     Raises: ValueError when it holds anything else: it is not overwritten.
@@ -45,7 +45,7 @@ def existing(path: str | os.PathLike[str], made_of: Mapping[str, Any]) -> Retrie
     if not os.path.exists(path):
         return None
     there = Retrieval.open(path)
-    other = differences(there.made_of, json.loads(json.dumps(made_of)))
+    other = differences(there.fingerprint, json.loads(json.dumps(fingerprint)))
     if other:
         raise ValueError(
             f"--save-retrieval {os.fspath(path)} is there and holds neighbours of another evaluation (there and here: "
@@ -70,7 +70,7 @@ class RetrievalWriter:
         num_types: int,
         num_rows: int,
         near: bool,
-        made_of: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
         about: Mapping[str, Any],
         resume: bool = True,
     ) -> None:
@@ -81,7 +81,7 @@ class RetrievalWriter:
             num_types: size of the dictionary.
             num_rows: rows of the datastore.
             near: whether sums of memories of the text come with each token.
-            made_of: what decides the content, plain values; equal ones must mean equal content.
+            fingerprint: what decides the content, plain values; equal ones must mean equal content.
             about: more to keep, plain values.
             resume: False throws away what an interrupted writer left.
         Raises: OSError when the disk is too small or another writer is at work.
@@ -89,8 +89,10 @@ class RetrievalWriter:
         self.path, self.num_tokens = Path(path), num_tokens
         self._specs = specs_of(num_tokens, k, num_types=num_types, num_rows=num_rows, near=near)
         self._aside = self.path.with_name(self.path.name + ".tmp")
-        self._signature = json.loads(json.dumps({"made_of": made_of, "specs": [vars(spec) for spec in self._specs]}))
-        self._told = {"format": FORMAT, "version": str(FORMAT_VERSION), "made_of": json.dumps(made_of)}
+        self._signature = json.loads(
+            json.dumps({"made_of": fingerprint, "specs": [vars(spec) for spec in self._specs]})
+        )
+        self._told = {"format": FORMAT, "version": str(FORMAT_VERSION), "made_of": json.dumps(fingerprint)}
         self._told["about"] = json.dumps(about)
         may_create_in(self.path.absolute().parent)
         with ExitStack() as until_ready:

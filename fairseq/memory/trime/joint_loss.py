@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fairseq.memory.trime.streaming import Gradients, InBatchMemory, begin, end, one_way
-from fairseq.memory.trime.strip_gradients import Weigher
-from fairseq.memory.trime.symmetric import two_way
+from fairseq.memory.trime.streaming import Gradients, InBatchMemory, accumulate_strips, begin, end
+from fairseq.memory.trime.strip_gradients import EagerStripGradient
+from fairseq.memory.trime.symmetric import accumulate_symmetric
 
 __all__ = ["InBatchMemory", "joint_loss"]
 
-Wants = tuple[bool, bool, bool, bool]
+NeedsGrad = tuple[bool, bool, bool, bool]
 Computed = tuple[Tensor, list["Tensor | None"]]
-Compute = Callable[[InBatchMemory, Wants, Tensor, Tensor, Tensor, "Tensor | None"], Computed]
+Compute = Callable[[InBatchMemory, NeedsGrad, Tensor, Tensor, Tensor, "Tensor | None"], Computed]
 
 
 def joint_loss(
@@ -43,11 +43,11 @@ def joint_loss(
         other_key_MD: keys of memories from elsewhere (``memory.other_token_M``), gathered from other ranks.
     Source: arXiv 2205.12674, sec. 3 and 4. A position that sees no memory contributes exactly ``-lm_logp``.
     """
-    compute: Compute = stream
+    compute: Compute = compute_eager
     if key_ND.is_cuda and importlib.util.find_spec("triton") is not None:
-        from fairseq.memory.trime.triton_kernels import stream_on_gpu
+        from fairseq.memory.trime.triton_kernels import compute_on_gpu
 
-        compute = stream_on_gpu
+        compute = compute_on_gpu
         if torch.is_autocast_enabled("cuda"):  # a layer norm leaves float32, whose products are many times slower
             key_ND = key_ND.to(torch.get_autocast_dtype("cuda"))
     return apply(compute, key_ND, lm_logp_N, lm_norm_N, memory, other_key_MD)
@@ -63,8 +63,8 @@ def apply(
 ) -> Tensor:
     """:func:`joint_loss` by a given way to compute it."""
     inputs = (key_ND, lm_logp_N, lm_norm_N, other_key_MD)
-    wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
-    result: Tensor = _JointLoss.apply(compute, memory, wants, *inputs)  # type: ignore[no-untyped-call]
+    needs_grad = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    result: Tensor = _JointLoss.apply(compute, memory, needs_grad, *inputs)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -72,9 +72,9 @@ class _JointLoss(torch.autograd.Function):
     """Gradients are computed along with the loss, where all they need is at hand; backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Compute, memory: InBatchMemory, wants: Wants, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, compute: Compute, memory: InBatchMemory, needs_grad: NeedsGrad, *inputs: Any) -> Tensor:
         with torch.autocast(inputs[0].device.type, enabled=False):
-            total, gradients = compute(memory, wants, *inputs)
+            total, gradients = compute(memory, needs_grad, *inputs)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return total
@@ -88,9 +88,9 @@ class _JointLoss(torch.autograd.Function):
         return None, None, None, *(None if x is None else (x * grad).to(dtype) for x, dtype in saved)
 
 
-def stream(
+def compute_eager(
     memory: InBatchMemory,
-    wants: Wants,
+    needs_grad: NeedsGrad,
     key_ND: Tensor,
     lm_logp_N: Tensor,
     lm_norm_N: Tensor,
@@ -101,15 +101,15 @@ def stream(
     key_ND, logp_N, norm_N = key_ND.to(wide), lm_logp_N.to(wide), lm_norm_N.to(wide)
     other_key_MD = None if other_key_MD is None else other_key_MD.to(wide)
     if memory.rule.earlier and memory.rule.later and other_key_MD is None:
-        found = two_way(memory, key_ND, logp_N, norm_N, wants[0])
+        found = accumulate_symmetric(memory, key_ND, logp_N, norm_N, needs_grad[0])
         if found is not None:
             return found
     gradients = Gradients(
-        torch.zeros_like(key_ND) if wants[0] else None,
-        torch.zeros_like(other_key_MD) if wants[3] and other_key_MD is not None else None,
+        torch.zeros_like(key_ND) if needs_grad[0] else None,
+        torch.zeros_like(other_key_MD) if needs_grad[3] and other_key_MD is not None else None,
     )
-    positions = begin(memory, logp_N, norm_N)
+    sums = begin(memory, logp_N, norm_N)
     if len(key_ND):
-        one_way(memory, key_ND, other_key_MD, Weigher(positions, memory.rule), gradients)
-    total, logp_grad_N, norm_grad_N = end(positions, logp_N)
+        accumulate_strips(memory, key_ND, other_key_MD, EagerStripGradient(sums, memory.rule), gradients)
+    total, logp_grad_N, norm_grad_N = end(sums, logp_N)
     return total, [gradients.key_ND, logp_grad_N, norm_grad_N, gradients.other_MD]

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fairseq.memory.trime.visibility import Rule, Sight, Strip
+from fairseq.memory.trime.visibility import Strip, VisibilityRule, VisibleRanges
 
 # Rows of a strip, its bytes, and the width of the stairs that leave out what is above the diagonal. On a processor
 # products of fewer than 256 rows lose more speed than the triangle costs; a GPU wants few large products.
@@ -40,7 +40,7 @@ class InBatchMemory:
     """The target of each position, which is the value of its memory."""
     lengths: Sequence[int]
     """Positions in each segment, in order."""
-    rule: Rule
+    rule: VisibilityRule
     """Who may see whom."""
     scale: float
     """What inner products are multiplied by: 1 / (sqrt(D) * temperature)."""
@@ -49,12 +49,12 @@ class InBatchMemory:
 
 
 @dataclass(frozen=True)
-class Positions:
+class RunningSums:
     """What is known of each position; ``whole_N`` and ``target_N`` grow in place while strips go by."""
 
     token_N: Tensor
     other_token_M: Tensor | None
-    sight: Sight
+    visible: VisibleRanges
     norm_N: Tensor
     """The vocabulary's log-sum."""
     whole_N: Tensor
@@ -67,10 +67,10 @@ class Positions:
         """Memories from elsewhere; they stand before the batch's own in a strip's columns."""
         return 0 if self.other_token_M is None else len(self.other_token_M)
 
-    def turn(self, rule: Rule, lengths: Sequence[int]) -> Positions:
+    def turn(self, rule: VisibilityRule, lengths: Sequence[int]) -> RunningSums:
         """The same positions and sums under another rule."""
-        sight = rule.sight(lengths, self.norm_N.device)
-        return Positions(self.token_N, self.other_token_M, sight, self.norm_N, self.whole_N, self.target_N)
+        visible = rule.visible(lengths, self.norm_N.device)
+        return RunningSums(self.token_N, self.other_token_M, visible, self.norm_N, self.whole_N, self.target_N)
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Gradients:
         return self.key_ND is not None or self.other_MD is not None
 
 
-class Weigh(Protocol):
+class StripGradient(Protocol):
     """Lets the rows of a strip see its columns (those from elsewhere first) and turns similarities into gradients."""
 
     gain: float
     """What the gradients are multiplied by, to keep them in range; a power of two."""
 
-    def __call__(self, score_RW: Tensor, strip: Strip, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, score_RW: Tensor, strip: Strip, needs_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Update the positions' sums.
 
         Returns the gradients of the similarities, usually in the same memory, and a factor of each row that is still
@@ -101,34 +101,34 @@ class Weigh(Protocol):
         ...
 
 
-def begin(memory: InBatchMemory, logp_N: Tensor, norm_N: Tensor) -> Positions:
+def begin(memory: InBatchMemory, logp_N: Tensor, norm_N: Tensor) -> RunningSums:
     """Positions that have seen the vocabulary only."""
     assert len(memory.token_N) == len(logp_N) == sum(memory.lengths), (len(logp_N), memory.lengths)
-    sight = memory.rule.sight(memory.lengths, norm_N.device)
-    return Positions(memory.token_N, memory.other_token_M, sight, norm_N, torch.zeros_like(norm_N), logp_N.clone())
+    visible = memory.rule.visible(memory.lengths, norm_N.device)
+    return RunningSums(memory.token_N, memory.other_token_M, visible, norm_N, torch.zeros_like(norm_N), logp_N.clone())
 
 
-def end(positions: Positions, logp_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def end(sums: RunningSums, logp_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, and its gradients with respect to the language model's log-probabilities and log-sums."""
-    total = (positions.whole_N - positions.target_N).sum()
-    own_share_N = (logp_N - positions.target_N).exp_()  # what the vocabulary gives of the target's mass
-    return total, -own_share_N, (-positions.whole_N).exp_().sub_(own_share_N)
+    total = (sums.whole_N - sums.target_N).sum()
+    own_share_N = (logp_N - sums.target_N).exp_()  # what the vocabulary gives of the target's mass
+    return total, -own_share_N, (-sums.whole_N).exp_().sub_(own_share_N)
 
 
-def rows_and_stairs(width: int, like: Tensor) -> tuple[int, int]:
+def rows_and_causal(width: int, like: Tensor) -> tuple[int, int]:
     """Rows of a strip of that many columns, and the width of its stairs."""
-    max_rows, max_bytes, stairs = _SIZES["cuda" if like.is_cuda else "cpu"]
+    max_rows, max_bytes, causal = _SIZES["cuda" if like.is_cuda else "cpu"]
     itemsize = torch.promote_types(like.dtype, torch.float32).itemsize
-    return max(16, min(max_rows, max_bytes // (itemsize * max(width, 1)))), stairs
+    return max(16, min(max_rows, max_bytes // (itemsize * max(width, 1)))), causal
 
 
-def one_way(
-    memory: InBatchMemory, key_ND: Tensor, other_key_MD: Tensor | None, weigh: Weigh, gradients: Gradients
+def accumulate_strips(
+    memory: InBatchMemory, key_ND: Tensor, other_key_MD: Tensor | None, weigh: StripGradient, gradients: Gradients
 ) -> None:
     """Go through a batch strip by strip, each row of a strip seeing all its memories at once."""
     num_other = 0 if other_key_MD is None else len(other_key_MD)
     across = memory.rule.earlier or memory.rule.later
-    num_rows, stairs = rows_and_stairs(num_other + (len(key_ND) if across else max(memory.lengths)), key_ND)
+    num_rows, causal = rows_and_causal(num_other + (len(key_ND) if across else max(memory.lengths)), key_ND)
     strips = [s for s in memory.rule.strips(memory.lengths, num_rows) if num_other + s.high > s.low]
     if not strips:
         return
@@ -145,7 +145,7 @@ def one_way(
         parts = []
         if other_key_MD is not None:
             parts.append(_Part(slice(None), slice(0, num_other), other_key_MD, gradients.other_MD))
-        parts += _own_parts(strip, stairs, num_other, key_ND, gradients.key_ND)
+        parts += _own_parts(strip, causal, num_other, key_ND, gradients.key_ND)
         for part in parts:
             scores(query_RD[part.rows], part.key_WD, memory.scale, score_RW[part.rows, part.columns])
         weight_RW, factor_R = weigh(score_RW, strip, gradients.wanted)
@@ -169,10 +169,10 @@ class _Part:
     grad_WD: Tensor | None
 
 
-def _own_parts(strip: Strip, stairs: int, num_other: int, key_ND: Tensor, grad_ND: Tensor | None) -> list[_Part]:
+def _own_parts(strip: Strip, causal: int, num_other: int, key_ND: Tensor, grad_ND: Tensor | None) -> list[_Part]:
     left = num_other - strip.low
     found = []
-    for rows, columns in strip.pieces(stairs) if strip.high > strip.low else ():
+    for rows, columns in strip.pieces(causal) if strip.high > strip.low else ():
         inside = slice(rows.start - strip.start, rows.stop - strip.start)
         grad_WD = None if grad_ND is None else grad_ND[columns]
         place = slice(left + columns.start, left + columns.stop)

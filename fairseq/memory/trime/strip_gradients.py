@@ -11,47 +11,47 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.scoring import LOWEST
-from fairseq.memory.trime.streaming import CHUNK, Positions
-from fairseq.memory.trime.token_index import TokenPlaces
-from fairseq.memory.trime.visibility import Rule, Strip
+from fairseq.memory.trime.streaming import CHUNK, RunningSums
+from fairseq.memory.trime.token_index import TokenPositions
+from fairseq.memory.trime.visibility import Strip, VisibilityRule
 
 _MAX_PAIRS = 1 << 20
 _MAX_CHUNK_ROWS = 128
 
 
-class Weigher:
-    """See ``joint_stream.Weigh``. A row is shifted by its largest exponent: no range of scores over- or underflows."""
+class EagerStripGradient:
+    """See ``streaming.StripGradient``; a row is shifted by its largest exponent, so no score over- or underflows."""
 
     gain = 1.0
 
-    def __init__(self, positions: Positions, rule: Rule) -> None:
-        self.positions = positions
-        sight, token_N = positions.sight, positions.token_N
+    def __init__(self, sums: RunningSums, rule: VisibilityRule) -> None:
+        self.sums = sums
+        visible, token_N = sums.visible, sums.token_N
         # Under a rule that stays within segments, the same token in another segment is another token: fewer pairs.
         if len(token_N) and not rule.later:
-            token_N = token_N + sight.first_N * (token_N.max() + 1)
-        places = TokenPlaces(token_N)
-        self.runs = [(places, *places.between(token_N, sight.first_N, sight.past_N), False)]
+            token_N = token_N + visible.first_N * (token_N.max() + 1)
+        places = TokenPositions(token_N)
+        self.runs = [(places, *places.between(token_N, visible.first_N, visible.past_N), False)]
         if rule.later:
-            self.runs.append((places, *places.between(token_N, sight.later_N, len(token_N)), False))
-        if positions.other_token_M is not None:
-            others = TokenPlaces(positions.other_token_M)
-            self.runs.append((others, *others.between(positions.token_N, 0, positions.num_other), True))
-        self.above_diagonal = positions.norm_N.new_full((_MAX_CHUNK_ROWS, _MAX_CHUNK_ROWS), -torch.inf).triu()
+            self.runs.append((places, *places.between(token_N, visible.later_N, len(token_N)), False))
+        if sums.other_token_M is not None:
+            others = TokenPositions(sums.other_token_M)
+            self.runs.append((others, *others.between(sums.token_N, 0, sums.num_other), True))
+        self.above_diagonal = sums.norm_N.new_full((_MAX_CHUNK_ROWS, _MAX_CHUNK_ROWS), -torch.inf).triu()
         self.num_pairs_N = sum((count_N for _, _, count_N, _ in self.runs), torch.zeros_like(token_N))
 
-    def __call__(self, score_RW: Tensor, strip: Strip, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """See ``joint_stream.Weigh``."""
+    def __call__(self, score_RW: Tensor, strip: Strip, needs_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """See ``streaming.StripGradient``."""
         factor_R = score_RW.new_empty(strip.num_rows)
         for rows in row_groups(self.num_pairs_N, strip.rows):
             inside = slice(rows.start - strip.start, rows.stop - strip.start)
-            self._weigh_rows(score_RW[inside], rows, strip, factor_R[inside], wants_weights)
+            self._weigh_rows(score_RW[inside], rows, strip, factor_R[inside], needs_weights)
         return score_RW, factor_R
 
-    def _weigh_rows(self, score_RW: Tensor, rows: slice, strip: Strip, factor_R: Tensor, wants_weights: bool) -> None:
-        positions = self.positions
-        norm_R, whole_R, target_R = positions.norm_N[rows], positions.whole_N[rows], positions.target_N[rows]
-        row_P, flat_P = self._same_token(rows, score_RW.shape[1], positions.num_other - strip.low)
+    def _weigh_rows(self, score_RW: Tensor, rows: slice, strip: Strip, factor_R: Tensor, needs_weights: bool) -> None:
+        sums = self.sums
+        norm_R, whole_R, target_R = sums.norm_N[rows], sums.whole_N[rows], sums.target_N[rows]
+        row_P, flat_P = self._same_token(rows, score_RW.shape[1], sums.num_other - strip.low)
         flat_score = score_RW.view(-1)
         hit_P = flat_score.index_select(0, flat_P) - norm_R.index_select(0, row_P)
         torch.logaddexp(target_R, sum_by_row(hit_P, row_P, len(norm_R)), out=target_R)
@@ -59,32 +59,32 @@ class Weigher:
         shift_R -= norm_R
         torch.logaddexp(whole_R, sum_R.log_().add_(shift_R), out=whole_R)
         torch.sub(shift_R, whole_R, out=factor_R).exp_()
-        if wants_weights:
+        if needs_weights:
             share_P = (hit_P - target_R.index_select(0, row_P)).exp_() / factor_R.index_select(0, row_P)
             flat_score.scatter_add_(0, flat_P, share_P.neg_())
 
     def _exponentiate(self, score_RW: Tensor, rows: slice, strip: Strip) -> tuple[Tensor, Tensor]:
         """Make ``exp(score - shift)`` in place, 0 where a row does not see; returns the shifts and the rows' sums."""
-        norm_R = self.positions.norm_N[rows]
+        norm_R = self.sums.norm_N[rows]
         shift_R, sum_R = torch.empty_like(norm_R), torch.empty_like(norm_R)
-        left = self.positions.num_other - strip.low
+        left = self.sums.num_other - strip.low
         step = max(1, min(CHUNK // score_RW.shape[1], _MAX_CHUNK_ROWS))
         for top in range(0, len(norm_R), step):
             inside = slice(top, min(top + step, len(norm_R)))
             here = slice(rows.start + inside.start, rows.start + inside.stop)
             chunk_RW = score_RW[inside]
-            if strip.stairs:  # no row of the chunk sees beyond the chunk's last position
+            if strip.causal:  # no row of the chunk sees beyond the chunk's last position
                 chunk_RW[:, left + here.stop :].zero_()
                 chunk_RW = chunk_RW[:, : left + here.stop]
                 mixed_RW = chunk_RW[:, left + here.start :]
                 mixed_RW.tril_(-1).add_(self.above_diagonal[: len(chunk_RW), : len(chunk_RW)])
             else:
                 mixed_RW = chunk_RW[:, left + strip.mixed[0] : left + strip.mixed[1]]
-                unseen_RW = ~self.positions.sight.mask(here, slice(*strip.mixed))
+                unseen_RW = ~self.sums.visible.mask(here, slice(*strip.mixed))
                 mixed_RW.masked_fill_(unseen_RW, -torch.inf)
             torch.maximum(chunk_RW.amax(1), norm_R[inside], out=shift_R[inside])
             chunk_RW.sub_(shift_R[inside, None]).clamp_(min=LOWEST).exp_()
-            mixed_RW = mixed_RW.tril_(-1) if strip.stairs else mixed_RW.masked_fill_(unseen_RW, 0.0)
+            mixed_RW = mixed_RW.tril_(-1) if strip.causal else mixed_RW.masked_fill_(unseen_RW, 0.0)
             torch.sum(chunk_RW, 1, out=sum_R[inside])
         return shift_R, sum_R
 

@@ -2,7 +2,7 @@
 
 Keys are queries, so the similarity of n and m is that of m and n. Half of the matrix is computed twice, once for the
 log-sums and once for the gradients, instead of all of it once: 4 units of work (of N * N * D) where
-``joint_stream.one_way`` takes 6. Positions of the same segment, where only one direction counts, take that way.
+``streaming.accumulate_strips`` takes 6. Positions of the same segment, where only one direction counts, take that way.
 
 Shapes: N positions, D key width; R rows and W columns of a strip, P pairs of positions of the same token.
 """
@@ -19,16 +19,16 @@ from fairseq.memory.trime.streaming import (
     CHUNK,
     Gradients,
     InBatchMemory,
-    Positions,
+    RunningSums,
+    accumulate_strips,
     add_product,
     begin,
     end,
-    one_way,
-    rows_and_stairs,
+    rows_and_causal,
     scores,
 )
-from fairseq.memory.trime.strip_gradients import Weigher, row_groups
-from fairseq.memory.trime.token_index import TokenPlaces
+from fairseq.memory.trime.strip_gradients import EagerStripGradient, row_groups
+from fairseq.memory.trime.token_index import TokenPositions
 from fairseq.memory.trime.visibility import LOCAL, SegmentStrip, segment_strips
 
 # All rows share one exponent as shift. Within these bounds nothing that counts over- or underflows in float32.
@@ -36,29 +36,29 @@ _MAX_ABOVE = 80.0
 _MIN_LOGP = -60.0
 
 
-def two_way(
+def accumulate_symmetric(
     memory: InBatchMemory, key_ND: Tensor, logp_N: Tensor, norm_N: Tensor, wants_key: bool
 ) -> tuple[Tensor, list[Tensor | None]] | None:
     """Loss and gradients under a rule by which segments see each other.
 
-    Returns None where scores are spread too widely; ``joint_stream.one_way`` then takes longer but loses nothing.
+    Returns None where scores are spread too widely; ``accumulate_strips`` then takes longer but loses nothing.
     """
     if not len(key_ND) or not logp_N.min() >= _MIN_LOGP:
         return None
-    positions = begin(memory, logp_N, norm_N)
+    sums = begin(memory, logp_N, norm_N)
     pairs = _Pairs(memory, key_ND, norm_N)
-    pairs.look(positions)
-    if not pairs.in_range(positions):
+    pairs.look(sums)
+    if not pairs.in_range(sums):
         return None
     gradients = Gradients(torch.zeros_like(key_ND) if wants_key else None, None)
     if memory.rule.own_past:
         own = InBatchMemory(memory.token_N, memory.lengths, LOCAL, memory.scale)
-        one_way(own, key_ND, None, Weigher(positions.turn(LOCAL, memory.lengths), LOCAL), gradients)
+        accumulate_strips(own, key_ND, None, EagerStripGradient(sums.turn(LOCAL, memory.lengths), LOCAL), gradients)
     if gradients.key_ND is not None:
-        if not pairs.in_range(positions):
+        if not pairs.in_range(sums):
             return None
-        pairs.spread(positions, gradients.key_ND)
-    total, logp_grad_N, norm_grad_N = end(positions, logp_N)
+        pairs.spread(sums, gradients.key_ND)
+    total, logp_grad_N, norm_grad_N = end(sums, logp_N)
     return total, [gradients.key_ND, logp_grad_N, norm_grad_N, None]
 
 
@@ -67,21 +67,21 @@ class _Pairs:
 
     def __init__(self, memory: InBatchMemory, key_ND: Tensor, norm_N: Tensor) -> None:
         self.key_ND, self.scale = key_ND, memory.scale
-        num_rows, self.stairs = rows_and_stairs(len(key_ND), key_ND)
+        num_rows, self.causal = rows_and_causal(len(key_ND), key_ND)
         self.strips = list(segment_strips(memory.lengths, num_rows))
         sizes = ((strip.rows.stop - strip.rows.start) * strip.width for strip in self.strips)
         self.buffer = key_ND.new_empty(max(sizes, default=0))
-        before_N = LOCAL.sight(memory.lengths, key_ND.device).first_N
-        self.places = TokenPlaces(memory.token_N)
+        before_N = LOCAL.visible(memory.lengths, key_ND.device).first_N
+        self.places = TokenPositions(memory.token_N)
         self.first_N, self.count_N = self.places.between(memory.token_N, 0, before_N)
         self.shift = norm_N.min()
         self.above_N = norm_N - self.shift
 
-    def in_range(self, positions: Positions) -> bool:
+    def in_range(self, sums: RunningSums) -> bool:
         """Whether no log-sum is too far above the shift (or not a number)."""
-        return bool((self.above_N + positions.whole_N).max() <= _MAX_ABOVE)
+        return bool((self.above_N + sums.whole_N).max() <= _MAX_ABOVE)
 
-    def look(self, positions: Positions) -> None:
+    def look(self, sums: RunningSums) -> None:
         """Let all positions see each other."""
         sum_N, hit_N = torch.zeros_like(self.above_N), torch.zeros_like(self.above_N)
         ones_N = torch.ones_like(sum_N)
@@ -96,13 +96,13 @@ class _Pairs:
                 exp_P = exp_RW.view(-1).index_select(0, flat_P)
                 hit_N[rows].scatter_add_(0, row_P, exp_P)
                 hit_N.scatter_add_(0, column_P, exp_P)
-        torch.logaddexp(positions.whole_N, sum_N.log_() - self.above_N, out=positions.whole_N)
-        torch.logaddexp(positions.target_N, hit_N.log_() - self.above_N, out=positions.target_N)
+        torch.logaddexp(sums.whole_N, sum_N.log_() - self.above_N, out=sums.whole_N)
+        torch.logaddexp(sums.target_N, hit_N.log_() - self.above_N, out=sums.target_N)
 
-    def spread(self, positions: Positions, grad_ND: Tensor) -> None:
+    def spread(self, sums: RunningSums, grad_ND: Tensor) -> None:
         """Add the keys' gradients once all sums are final."""
-        whole_N = (-self.above_N - positions.whole_N).exp_()
-        target_N = (-self.above_N - positions.target_N).exp_()
+        whole_N = (-self.above_N - sums.whole_N).exp_()
+        target_N = (-self.above_N - sums.target_N).exp_()
 
         def weigh(exp_RW: Tensor, rows: slice, width: int) -> None:
             exp_RW *= torch.add(whole_N[rows, None], whole_N[:width])
@@ -122,7 +122,7 @@ class _Pairs:
     def _pieces(self, strip: SegmentStrip) -> Iterator[tuple[slice, slice, slice]]:
         """Rows within the strip, rows and columns within the batch of each block that is computed."""
         start = strip.rows.start
-        for rows, columns in strip.pieces(self.stairs):
+        for rows, columns in strip.pieces(self.causal):
             yield slice(rows.start - start, rows.stop - start), rows, columns
 
     def _exponentiate(self, strip: SegmentStrip, visit: Callable[[Tensor, slice, int], None]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class TokenPlaces:
+class TokenPositions:
     """The places of each token in a memory, sorted: those within a range of places are one run."""
 
     def __init__(self, token_M: Tensor) -> None:

@@ -14,35 +14,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fairseq.memory.trime.joint_loss import Computed, Wants, stream
-from fairseq.memory.trime.streaming import Gradients, InBatchMemory, Positions, begin, end, one_way
+from fairseq.memory.trime.joint_loss import Computed, NeedsGrad, compute_eager
+from fairseq.memory.trime.streaming import Gradients, InBatchMemory, RunningSums, accumulate_strips, begin, end
 from fairseq.memory.trime.visibility import Strip
 
 _BLOCK = 1024
 
 
-def stream_on_gpu(
+def compute_on_gpu(
     memory: InBatchMemory,
-    wants: Wants,
+    needs_grad: NeedsGrad,
     key_ND: Tensor,
     lm_logp_N: Tensor,
     lm_norm_N: Tensor,
     other_key_MD: Tensor | None,
 ) -> Computed:
-    """As ``joint_loss.stream``. Half-precision keys are multiplied as they are and summed in float32."""
+    """As ``joint_loss.compute_eager``. Half-precision keys are multiplied as they are and summed in float32."""
     if key_ND.dtype == torch.float64 or not len(key_ND):
-        return stream(memory, wants, key_ND, lm_logp_N, lm_norm_N, other_key_MD)
+        return compute_eager(memory, needs_grad, key_ND, lm_logp_N, lm_norm_N, other_key_MD)
     if not can_widen(key_ND):
         key_ND = key_ND.float()
     other_key_MD = None if other_key_MD is None else other_key_MD.to(key_ND.dtype)
     logp_N, norm_N = lm_logp_N.float().contiguous(), lm_norm_N.float().contiguous()
     gradients = Gradients(
-        torch.zeros_like(key_ND, dtype=torch.float32) if wants[0] else None,
-        torch.zeros_like(other_key_MD, dtype=torch.float32) if wants[3] and other_key_MD is not None else None,
+        torch.zeros_like(key_ND, dtype=torch.float32) if needs_grad[0] else None,
+        torch.zeros_like(other_key_MD, dtype=torch.float32) if needs_grad[3] and other_key_MD is not None else None,
     )
-    positions = begin(memory, logp_N, norm_N)
-    one_way(memory, key_ND, other_key_MD, FusedWeigher(positions, key_ND.dtype), gradients)
-    total, logp_grad_N, norm_grad_N = end(positions, logp_N)
+    sums = begin(memory, logp_N, norm_N)
+    accumulate_strips(memory, key_ND, other_key_MD, TritonStripGradient(sums, key_ND.dtype), gradients)
+    total, logp_grad_N, norm_grad_N = end(sums, logp_N)
     return total, [gradients.key_ND, logp_grad_N, norm_grad_N, gradients.other_MD]
 
 
@@ -51,40 +51,40 @@ def can_widen(key_ND: Tensor) -> bool:
     return key_ND.dtype == torch.float32 or (key_ND.is_cuda and "dtype" in torch.ops.aten.mm.overloads())
 
 
-class FusedWeigher:
-    """See ``joint_stream.Weigh``. A row starts at the vocabulary's log-sum and keeps its largest exponent."""
+class TritonStripGradient:
+    """See ``streaming.StripGradient``. A row starts at the vocabulary's log-sum and keeps its largest exponent."""
 
-    def __init__(self, positions: Positions, weight_dtype: torch.dtype) -> None:
-        self.positions = positions
+    def __init__(self, sums: RunningSums, weight_dtype: torch.dtype) -> None:
+        self.sums = sums
         self.weight_dtype = weight_dtype
         # One share in 100,000 memories is below float16's normal numbers, and the largest gradient is 1.
         self.gain = 4096.0 if weight_dtype == torch.float16 else 1.0
-        self.token_N = positions.token_N.contiguous()
-        self.other_token_M = self.token_N if positions.other_token_M is None else positions.other_token_M.contiguous()
+        self.token_N = sums.token_N.contiguous()
+        self.other_token_M = self.token_N if sums.other_token_M is None else sums.other_token_M.contiguous()
 
-    def __call__(self, score_RW: Tensor, strip: Strip, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
-        """See ``joint_stream.Weigh``."""
-        positions = self.positions
-        in_place = not wants_weights or score_RW.dtype == self.weight_dtype
+    def __call__(self, score_RW: Tensor, strip: Strip, needs_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """See ``streaming.StripGradient``."""
+        sums = self.sums
+        in_place = not needs_weights or score_RW.dtype == self.weight_dtype
         weight_RW = score_RW if in_place else torch.empty_like(score_RW, dtype=self.weight_dtype)
-        sight = positions.sight
+        visible = sums.visible
         _weigh_row[(strip.num_rows,)](
             score_RW,
             weight_RW,
             score_RW.shape[1],
             self.token_N,
             self.other_token_M,
-            positions.num_other,
+            sums.num_other,
             strip.start,
             strip.low,
-            sight.first_N,
-            sight.past_N,
-            sight.later_N,
-            positions.norm_N,
-            positions.whole_N,
-            positions.target_N,
+            visible.first_N,
+            visible.past_N,
+            visible.later_N,
+            sums.norm_N,
+            sums.whole_N,
+            sums.target_N,
             self.gain,
-            WANTS_WEIGHTS=wants_weights,
+            WANTS_WEIGHTS=needs_weights,
             BLOCK=_BLOCK,
         )
         return weight_RW, None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Sight:
+class VisibleRanges:
     """What each position sees: ``first <= m < past`` or ``m >= later``."""
 
     first_N: Tensor
@@ -41,7 +41,7 @@ class Strip:
     high: int
     mixed: tuple[int, int]
     """Columns that not all rows see; all rows see every other column."""
-    stairs: bool = False
+    causal: bool = False
     """Whether the mixed columns are the rows themselves and each row sees those before it."""
 
     @property
@@ -65,7 +65,7 @@ class Strip:
         Args:
             step: width of the stairs that follow the diagonal.
         """
-        if not self.stairs:
+        if not self.causal:
             yield self.rows, self.columns
             return
         left = self.low
@@ -76,7 +76,7 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class Rule:
+class VisibilityRule:
     """Who may see whom."""
 
     own_past: bool
@@ -86,7 +86,7 @@ class Rule:
     later: bool
     """It sees the segments after its own."""
 
-    def sight(self, lengths: Sequence[int], device: torch.device | str | None = None) -> Sight:
+    def visible(self, lengths: Sequence[int], device: torch.device | str | None = None) -> VisibleRanges:
         """The rule for segments of these lengths."""
         lengths_S = torch.tensor(lengths, dtype=torch.int64, device=device)
         ends_S = lengths_S.cumsum(0)
@@ -95,12 +95,12 @@ class Rule:
         start_N = (ends_S - lengths_S).repeat_interleave(lengths_S, output_size=num)
         past_N = torch.arange(num, device=device) if self.own_past else start_N
         first_N = torch.zeros_like(start_N) if self.earlier else start_N
-        return Sight(first_N, past_N, end_N if self.later else torch.full_like(end_N, num))
+        return VisibleRanges(first_N, past_N, end_N if self.later else torch.full_like(end_N, num))
 
     def mask(self, lengths: Sequence[int]) -> Tensor:
         """The whole rule, bool (N, N); for small batches."""
         every = slice(0, sum(lengths))
-        return self.sight(lengths).mask(every, every)
+        return self.visible(lengths).mask(every, every)
 
     def strips(self, lengths: Sequence[int], max_rows: int) -> Iterator[Strip]:
         """All positions, cut into strips, each with the columns it needs (there may be none)."""
@@ -110,7 +110,7 @@ class Rule:
             for low, end in spans:
                 for start, stop in _even_cuts(low, end, max_rows):
                     high = stop if self.own_past else low
-                    yield Strip(start, stop, low, high, (min(start, high), high), stairs=self.own_past)
+                    yield Strip(start, stop, low, high, (min(start, high), high), causal=self.own_past)
             return
         starts = [low for low, _ in spans]
         for start, stop in _even_cuts(0, num, max_rows):
@@ -128,17 +128,17 @@ class Rule:
         mixed_low = min(max(mixed_low, low), high)
         mixed_high = max(mixed_low, last[1]) if high == num else high
         one_sided = high == stop and (first == last or not self.later)
-        stairs = self.own_past and one_sided and (mixed_low, mixed_high) == (start, stop)
-        return Strip(start, stop, low, high, (mixed_low, mixed_high), stairs)
+        causal = self.own_past and one_sided and (mixed_low, mixed_high) == (start, stop)
+        return Strip(start, stop, low, high, (mixed_low, mixed_high), causal)
 
 
-LOCAL = Rule(own_past=True, earlier=False, later=False)
+LOCAL = VisibilityRule(own_past=True, earlier=False, later=False)
 """My own past: TRIME's local memory."""
-LONG = Rule(own_past=True, earlier=True, later=False)
+LONG = VisibilityRule(own_past=True, earlier=True, later=False)
 """My own past and the segments before mine, which are the text before mine: TRIME's long-term memory."""
-EXTERNAL = Rule(own_past=True, earlier=True, later=True)
+EXTERNAL = VisibilityRule(own_past=True, earlier=True, later=True)
 """My own past and every other segment: TRIME's external memory in training."""
-ELSEWHERE = Rule(own_past=False, earlier=True, later=True)
+ELSEWHERE = VisibilityRule(own_past=False, earlier=True, later=True)
 """Every other segment only: external memory with the local one dropped."""
 
 

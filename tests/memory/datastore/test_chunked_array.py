@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 
 DIM = 3
 
@@ -33,7 +33,7 @@ def as_float(parts: list[np.ndarray], dtype: str) -> np.ndarray:
 def test_blocks_and_rows_are_those_of_the_parts_put_together(sizes, dtype, data):
     parts = arrays(sizes, dtype)
     truth = as_float(parts, dtype)
-    rows = Rows(parts, dtype)
+    rows = ChunkedArray(parts, dtype)
     assert (len(rows), rows.shape, rows.dtype) == (len(truth), truth.shape, dtype)
     assert rows.nbytes == truth.size * (4 if dtype == "float32" else 2)
     np.testing.assert_array_equal(rows, truth)
@@ -52,17 +52,17 @@ def test_blocks_and_rows_are_those_of_the_parts_put_together(sizes, dtype, data)
 
 def test_a_block_within_one_part_is_a_view():
     parts = arrays([4, 6], "float32")
-    rows = Rows(parts)
+    rows = ChunkedArray(parts)
     assert rows.block(4, 10).data_ptr() == parts[1].ctypes.data
     assert rows.block(5, 7).data_ptr() == parts[1][1:].ctypes.data
-    assert rows.whole is None
-    assert Rows.of(parts[0]).whole is parts[0]
-    assert Rows.of(rows) is rows
-    assert Rows(arrays([4], "float16")).whole is None
+    assert rows.single_array is None
+    assert ChunkedArray.of(parts[0]).single_array is parts[0]
+    assert ChunkedArray.of(rows) is rows
+    assert ChunkedArray(arrays([4], "float16")).single_array is None
 
 
 def test_integers_are_taken_as_int64():
-    rows = Rows([np.array([5, -1], np.int16), np.array([7], np.int16)])
+    rows = ChunkedArray([np.array([5, -1], np.int16), np.array([7], np.int16)])
     assert rows.shape == (3,)
     taken = rows.take(np.array([2, 0, 2]))
     assert taken.dtype is torch.int64
@@ -73,13 +73,13 @@ def test_mapped_files_are_named(tmp_path):
     for name in "ab":
         np.ones((2, DIM), np.float32).tofile(tmp_path / name)
     mapped = [np.memmap(tmp_path / name, np.float32, "r", shape=(2, DIM)) for name in "ab"]
-    assert Rows(mapped).files == [tmp_path / "a", tmp_path / "b"]
-    assert Rows(mapped).in_memory().files == []
+    assert ChunkedArray(mapped).files == [tmp_path / "a", tmp_path / "b"]
+    assert ChunkedArray(mapped).in_memory().files == []
 
 
 def test_parts_of_different_kinds_are_refused():
     one = np.ones((2, DIM), np.float32)
     with pytest.raises(ValueError, match="type float32 and width 3 and of type float16 and width 3"):
-        Rows([one, one.astype(np.float16)])
+        ChunkedArray([one, one.astype(np.float16)])
     with pytest.raises(ValueError, match="type float32 and width 3 and of type float32 and width 4"):
-        Rows([one, np.ones((2, 4), np.float32)])
+        ChunkedArray([one, np.ones((2, 4), np.float32)])

@@ -183,8 +183,8 @@ def test_relative_alibi_costs_a_slope_a_place():
     query = random(1, 1, 1, 4, seed=2)
     looked = LayerLookup(memory, 0, settings).look(query, rule, settings)
     ids = looked.read().ids_BHTK[0, 0, 0]
-    product = (memory.layers[0].key_GSD[0] @ query[0, 0, 0])[ids]
-    torch.testing.assert_close(looked.read().score_BHTK[0, 0, 0], product + 0.5 * (memory.offsets()[ids] - 3))
+    dot = (memory.layers[0].key_GSD[0] @ query[0, 0, 0])[ids]
+    torch.testing.assert_close(looked.read().score_BHTK[0, 0, 0], dot + 0.5 * (memory.offsets()[ids] - 3))
 
 
 def test_what_is_gathered_is_each_heads_own():

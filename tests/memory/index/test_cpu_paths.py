@@ -70,7 +70,7 @@ def test_exact_search_takes_the_ways_that_are_forced(products, monkeypatch):
         index.search(query_ND, k)
     lists, by = taken
     assert lists.dtype is (torch.int8 if products == "int8" else torch.float32)
-    assert by.low_ND.dtype is getattr(torch, products)
+    assert by.quantized_ND.dtype is getattr(torch, products)
 
 
 def test_centroids_are_the_same_by_any_products(monkeypatch, threads):

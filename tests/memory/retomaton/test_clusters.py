@@ -12,7 +12,7 @@ import torch
 from brute_force import similarities
 from store_making import DIM, rows, save
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.ops import kmeans
 from fairseq.memory.retomaton.build_clusters import build_clusters
@@ -38,7 +38,7 @@ def members(clusters: Clusters) -> list[list[int]]:
 
 def a_store(num_rows: int = 10) -> Datastore:
     keys, values = rows(num_rows)
-    return Datastore("store", Rows.of(keys), Rows.of(values), {})
+    return Datastore("store", ChunkedArray.of(keys), ChunkedArray.of(values), {})
 
 
 def test_a_file_holds_the_same_clusters(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_clusters_of_other_rows_are_refused(tmp_path: Path) -> None:
     changed = store.values.parts[0].copy()
     changed[3] += 1
     with pytest.raises(ValueError, match="of other rows than datastore 'store' holds now"):
-        Clusters.open(tmp_path / "c.npz", Datastore("store", store.keys, Rows.of(changed), {}))
+        Clusters.open(tmp_path / "c.npz", Datastore("store", store.keys, ChunkedArray.of(changed), {}))
 
 
 def test_a_store_saved_anew_makes_its_clusters_stale(tmp_path: Path) -> None:

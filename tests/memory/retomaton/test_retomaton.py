@@ -10,7 +10,7 @@ import torch
 from automaton_reference import Automaton
 
 from fairseq.memory.combiners.interpolation import Interpolation
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.index.exact.index import ExactIndex
@@ -31,7 +31,9 @@ class _StoreOfDocuments(Datastore):
 
 def a_store(automaton: Automaton) -> Datastore:
     deleted = np.array(sorted(automaton.deleted), np.int64)
-    store = _StoreOfDocuments("store", Rows.of(automaton.keys), Rows.of(automaton.values), {}, deleted=deleted)
+    store = _StoreOfDocuments(
+        "store", ChunkedArray.of(automaton.keys), ChunkedArray.of(automaton.values), {}, deleted=deleted
+    )
     starts = sorted(automaton.starts)
     runs = np.stack([starts, np.arange(len(starts)), np.zeros(len(starts), np.int64)], 1).astype(np.int64)
     object.__setattr__(store, "documents", Documents(runs))

@@ -53,7 +53,7 @@ def part(of: dict, start: int, stop: int) -> dict:
 
 
 def writer(path: Path, *, near: bool = False, num_types: int = TYPES, num_rows: int = 100, **more) -> RetrievalWriter:
-    words = {"made_of": MADE_OF, "about": {"temperature": 2.0}} | more
+    words = {"fingerprint": MADE_OF, "about": {"temperature": 2.0}} | more
     return RetrievalWriter(path, N, K, num_types=num_types, num_rows=num_rows, near=near, **words)
 
 
@@ -73,7 +73,7 @@ def test_what_goes_in_comes_out(tmp_path, near, num_types, num_rows):
     there = Retrieval.open(tmp_path / "r")
     there.verify()
     assert (len(there), there.k, there.is_joint) == (N, K, False)
-    assert there.made_of == MADE_OF
+    assert there.fingerprint == MADE_OF
     assert there.about == {"temperature": 2.0}
     whole, found = there.part(slice(0, N)), made["found"]
     assert torch.equal(whole.target_N, made["target_N"])
@@ -136,7 +136,7 @@ def test_rows_after_the_last_record_are_written_again(tmp_path):
 def test_what_another_command_left_is_thrown_away(tmp_path, caplog):
     with writer(tmp_path / "r") as first:
         first.append(**part(tokens(), 0, 9))
-    with writer(tmp_path / "r", made_of=MADE_OF | {"text_digest": "other"}) as second:
+    with writer(tmp_path / "r", fingerprint=MADE_OF | {"text_digest": "other"}) as second:
         assert second.rows_done == 0
     assert "another command left 9 tokens unfinished" in caplog.text
     assert not progress_of(tmp_path / "r").exists()

@@ -26,7 +26,9 @@ KNN = {"joint": False, "text_digest": "valid", "subset": "valid", "shard": [0, 1
 ABOUT = {"program": "eval_lm.py", "temperature": 2.0, "weight": 0.25}
 
 
-def saved(path: Path, seed: int = 0, *, near: bool = False, about: dict | None = None, **made_of: object) -> Retrieval:
+def saved(
+    path: Path, seed: int = 0, *, near: bool = False, about: dict | None = None, **fingerprint: object
+) -> Retrieval:
     """A file of made-up tokens; the first finds nothing, none of the second's neighbours holds its target."""
     rng = np.random.default_rng(seed)
     target = torch.from_numpy(rng.integers(1, TYPES, N))
@@ -36,7 +38,13 @@ def saved(path: Path, seed: int = 0, *, near: bool = False, about: dict | None =
     scores = torch.from_numpy(-20 * rng.random((N, K), np.float32)).masked_fill(~keep, -torch.inf)
     sums = LogSums(*torch.from_numpy(-3 * rng.random((2, N), np.float32))) if near else None
     found = Candidates(values, scores, keep, torch.arange(N * K).view(N, K).masked_fill(~keep, -1))
-    words = {"num_types": TYPES, "num_rows": N * K, "near": near, "made_of": KNN | made_of, "about": about or ABOUT}
+    words = {
+        "num_types": TYPES,
+        "num_rows": N * K,
+        "near": near,
+        "fingerprint": KNN | fingerprint,
+        "about": about or ABOUT,
+    }
     with RetrievalWriter(path, N, K, **words) as writer:
         lm = (-9 * torch.from_numpy(rng.random(N, np.float32)), torch.from_numpy(rng.random(N, np.float32)))
         writer.append(torch.arange(N).flip(0) // 7, target, rng.random(N) < 0.2, *lm, sums, found)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from brute_force import similarities
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
 from fairseq.memory.datastore.merge import merge
 from fairseq.memory.index.build.build import build_index
@@ -39,7 +39,7 @@ def prefix(tmp_path) -> Path:
 
 
 def made_store(keys: np.ndarray, values: np.ndarray) -> Datastore:
-    return Datastore("store", Rows.of(keys), Rows.of(values), {})
+    return Datastore("store", ChunkedArray.of(keys), ChunkedArray.of(values), {})
 
 
 def flat_index(prefix: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_open_external_opens(prefix, caplog):
             dictionary_digest="d" * 64,
             dictionary_size=VOCAB,
         )
-    assert type(memory.store.keys.whole) is np.ndarray
+    assert type(memory.store.keys.single_array) is np.ndarray
     assert "600 rows of width 8" in caplog.text
     keys, values = rows()
     assert memory.lookup(torch.from_numpy(keys[:5])).values_NM[:, 0].tolist() == values[:5].tolist()

@@ -30,10 +30,10 @@ def _unset_memory_is_nan():
 
 
 @contextlib.contextmanager
-def sizes(rows, stairs, chunk=1 << 18, pairs=1 << 20):
+def sizes(rows, causal, chunk=1 << 18, pairs=1 << 20):
     """Other sizes of blocks, so that small batches meet every kind of edge."""
     with (
-        mock.patch.object(streaming, "_SIZES", {"cpu": (rows, 1 << 26, stairs)}),
+        mock.patch.object(streaming, "_SIZES", {"cpu": (rows, 1 << 26, causal)}),
         mock.patch.object(strip_gradients, "CHUNK", chunk),
         mock.patch.object(symmetric, "CHUNK", chunk),
         mock.patch.object(strip_gradients, "_MAX_PAIRS", pairs),

@@ -7,9 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.memory.trime.visibility import ELSEWHERE, EXTERNAL, LOCAL, LONG, Rule, SegmentStrip, segment_strips
+from fairseq.memory.trime.visibility import (
+    ELSEWHERE,
+    EXTERNAL,
+    LOCAL,
+    LONG,
+    SegmentStrip,
+    VisibilityRule,
+    segment_strips,
+)
 
-RULES = [Rule(*flags) for flags in itertools.product([False, True], repeat=3)]
+RULES = [VisibilityRule(*flags) for flags in itertools.product([False, True], repeat=3)]
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 9]), max_size=7)
 
 
@@ -69,7 +77,7 @@ def test_strips_hold_everything_a_position_sees(rule, lengths, max_rows, step):
 
 @given(lengths=LENGTHS, max_rows=st.integers(1, 12), step=st.integers(1, 6))
 def test_segment_strips_hold_each_pair_of_segments_once(lengths, max_rows, step):
-    left_NN = seen_by_loop(Rule(own_past=False, earlier=True, later=False), lengths)
+    left_NN = seen_by_loop(VisibilityRule(own_past=False, earlier=True, later=False), lengths)
     for strip in segment_strips(lengths, max_rows):
         assert strip.rows.stop - strip.rows.start <= max_rows
         computed_NN = torch.zeros_like(left_NN, dtype=torch.int)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.ops import kernels
-from fairseq.memory.index.ops.ordering import falling_order
+from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 
@@ -29,20 +29,20 @@ def capacity(k: int) -> int:
 class TrueScores:
     """The metric's scores in float32, each summed by itself: no other pair in a search changes a bit of it."""
 
-    def __init__(self, keys: Rows, metric: Metric, query_ND: Tensor) -> None:
+    def __init__(self, keys: ChunkedArray, metric: Metric, query_ND: Tensor) -> None:
         """Take float32 queries, for the cosine of length one."""
         self.keys, self.metric, self.query_ND = keys, metric, query_ND
         self.by_distance = metric is Metric.L2
 
     def rows(self, rows: slice) -> Array:
         """Keys as they are scored, float32."""
-        return self._prepared(self.keys.block(rows.start, rows.stop))
+        return self._prepare(self.keys.block(rows.start, rows.stop))
 
     def of(self, query: int, ids_H: Array) -> Array:
         """Scores of one query with some keys, (H,)."""
         scores_H = np.empty(len(ids_H), np.float32)
         row_H, at_H = np.full(len(ids_H), query), np.arange(len(ids_H))
-        keys_HD = self._prepared(self.keys.take(ids_H))
+        keys_HD = self._prepare(self.keys.take(ids_H))
         kernels.score_pairs(self.query_ND.numpy(), row_H, keys_HD, at_H, self.by_distance, scores_H)
         return scores_H
 
@@ -53,10 +53,10 @@ class TrueScores:
         length_Q = self.query_ND[rows].square().sum(1)
         return 0.5 * (true_Q + length_Q) - _ROUNDING * (length_Q + true_Q.abs())
 
-    def _prepared(self, keys_MD: Tensor) -> Array:
+    def _prepare(self, keys_MD: Tensor) -> Array:
         rows_MD = keys_MD.float()
-        prepared: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).contiguous().numpy()
-        return prepared
+        prepare: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).contiguous().numpy()
+        return prepare
 
 
 class CandidateGroup:
@@ -96,7 +96,7 @@ class CandidateGroup:
         held = (self._low_QC, self._ids_QC, self._filled_Q, self._threshold_Q, self._width_Q)
         query = column = 0
         while query < len(self):
-            query, column = kernels.take(
+            query, column = kernels.collect_candidates(
                 raw, num_rows, first_row, scale, *bounds, integral, self._k, *held, query, column
             )
             if query < len(self):
@@ -106,7 +106,7 @@ class CandidateGroup:
         """Score the candidates of a query (too many are close to each other) and keep its k best."""
         filled = self._filled_Q[query]
         true_C = self._scores.of(self.rows.start + query, self._ids_QC[query, :filled])
-        place_K = np.sort(falling_order(true_C[None], self._k)[0])
+        place_K = np.sort(argsort_descending(true_C[None], self._k)[0])
         for held_QC in (self._low_QC, self._ids_QC):
             held_QC[query, : len(place_K)] = held_QC[query, place_K]
         self._filled_Q[query] = len(place_K)
@@ -116,7 +116,7 @@ class CandidateGroup:
 
     def choose_first(self) -> None:
         """Sift for the last time; ``score`` then scores the k of each query with the highest bounds."""
-        kernels.sift_all(self._low_QC, self._ids_QC, self._filled_Q, self._k, self._threshold_Q, self._width_Q)
+        kernels.prune_all(self._low_QC, self._ids_QC, self._filled_Q, self._k, self._threshold_Q, self._width_Q)
         self._true_QC = np.full((len(self), max(1, int(self._filled_Q.max()))), np.nan, np.float32)
         self._bound_Q = np.empty(len(self), np.float32)
         kernels.reached_by(self._low_QC, self._filled_Q, self._k, self._bound_Q)
@@ -135,6 +135,6 @@ class CandidateGroup:
 
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best of what is scored, best first; of equals the lower row."""
-        place_QK = falling_order(self._true_QC, self._k)
+        place_QK = argsort_descending(self._true_QC, self._k)
         ids_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._ids_QC, place_QK, 1))
         scores_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._true_QC, place_QK, 1))

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.exact.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.lists.search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
-from fairseq.memory.index.lists.search import KeyList, Rotation, search_lists
+from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
 from fairseq.memory.index.lists.search import capacity as list_capacity
 from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
 from fairseq.memory.index.ops.kernels import GROUP
@@ -29,7 +29,7 @@ from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime import hardware
 from fairseq.runtime.hardware import has_fast_int8
-from fairseq.runtime.threads import ThreadBuffer, each_in_threads, map_in_threads
+from fairseq.runtime.threads import ThreadBuffer, map_in_threads, run_in_threads
 
 T = TypeVar("T")
 DEFAULT_MEMORY = 2 << 30
@@ -54,7 +54,7 @@ class ExactIndex:
 
     def __init__(
         self,
-        keys: Rows | Array,
+        keys: ChunkedArray | Array,
         metric: Metric = Metric.L2,
         *,
         memory_bytes: int = DEFAULT_MEMORY,
@@ -66,7 +66,7 @@ class ExactIndex:
         memory_bytes: what a search may take, beside its results; queries are searched in as many bulks as need be.
         deleted: rows that are never found, in rising order; None for none.
         """
-        self.keys = Rows.of(keys)
+        self.keys = ChunkedArray.of(keys)
         self.metric = metric
         self.memory_bytes = memory_bytes
         self.deleted = np.empty(0, np.int64) if deleted is None else deleted
@@ -163,20 +163,20 @@ class _Blocks:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def visited(self, query_ND: Tensor) -> None:
+    def probed_lists(self, query_ND: Tensor) -> None:
         """See ``Lists``."""
 
     def rotated(self, query_ND: Tensor) -> Tensor:
         """See ``Lists``."""
         return self._rotation(query_ND)
 
-    def prepared(self, number: int) -> KeyList:
+    def prepare(self, number: int) -> PreparedList:
         """See ``Lists``."""
         rows, deleted = self._rows[number], self._index.deleted
         keys_MD = self._index.keys.block(rows.start, rows.stop).float()
         keys_MD = normalized(keys_MD) if self._index.metric is Metric.COS else keys_MD
         first, past = np.searchsorted(deleted, (rows.start, rows.stop))
-        return KeyList.of(
+        return PreparedList.of(
             np.arange(rows.start, rows.stop),
             keys_MD,
             keys_MD.mean(0),
@@ -210,13 +210,13 @@ class _Search:
         for first in range(0, len(self.blocks), ahead):
             rows = self.blocks[first : first + ahead]
             blocks = list(zip(rows, map_in_threads(self._block, rows)))
-            each_in_threads(functools.partial(self._scan, blocks), self.groups)
+            run_in_threads(functools.partial(self._scan, blocks), self.groups)
         # First the k of each query that promise most: what they truly reach spares many of the others.
-        each_in_threads(lambda group: group.choose_first(), self.groups)
-        each_in_threads(self._score, self.tiles)
-        each_in_threads(lambda group: group.choose_rest(), self.groups)
-        each_in_threads(self._score, self.tiles)
-        each_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
+        run_in_threads(lambda group: group.choose_first(), self.groups)
+        run_in_threads(self._score, self.tiles)
+        run_in_threads(lambda group: group.choose_rest(), self.groups)
+        run_in_threads(self._score, self.tiles)
+        run_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
 
     def _block(self, rows: slice) -> Block:
         keys_MD = self.keys.block(rows.start, rows.stop)
@@ -224,7 +224,7 @@ class _Search:
 
     def _scan(self, blocks: list[tuple[slice, Block]], group: CandidateGroup) -> None:
         for rows, block in blocks:
-            raw_QM = self._buffer(len(group), len(block.low_MD))
+            raw_QM = self._buffer(len(group), len(block.quantized_MD))
             self.filter.scores(block, group.rows, raw_QM)
             first, past = np.searchsorted(self.deleted, (rows.start, rows.stop))
             if first < past:  # such a score reaches no threshold

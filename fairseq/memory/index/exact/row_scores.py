@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.faiss.index import pair_scores_in_place
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
-from fairseq.runtime.hardware import memory_bytes
+from fairseq.runtime.hardware import total_ram_bytes
 
 _CHUNK_BYTES = 512 << 20  # of keys read for one chunk of queries, at most
 
 
-def score_rows(keys: Rows, metric: Metric, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
+def score_rows(keys: ChunkedArray, metric: Metric, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
     """Similarity of each query with its own rows, float32 (N, K); -inf where the id is -1."""
-    whole = keys.whole
-    if metric is not Metric.COS and whole is not None and whole.nbytes <= memory_bytes() // 2:
+    whole = keys.single_array
+    if metric is not Metric.COS and whole is not None and whole.nbytes <= total_ram_bytes() // 2:
         return pair_scores_in_place(metric, query_ND, whole, ids_NK)
     # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
     query_ND = normalized(query_ND) if metric is Metric.COS else query_ND

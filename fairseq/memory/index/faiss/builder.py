@@ -181,7 +181,7 @@ class FaissBuilder:
 
     def encode(self, keys_ND: Array) -> Array:
         """Codes of some keys, (N, code_bytes) uint8."""
-        rows = self._prepared(keys_ND)
+        rows = self._prepare(keys_ND)
         if not self._sorts_by_centroids:
             codes: Array = self._base.sa_encode(rows)
             return codes
@@ -211,9 +211,9 @@ class FaissBuilder:
             # What the file does not keep: a build that goes on would draw other levels for its rows.
             self._base.hnsw.rng = faiss.RandomGenerator(self._seed + self.num_rows)
             with faiss_threads(threads):
-                self._base.add(self._prepared(keys_ND))
+                self._base.add(self._prepare(keys_ND))
         else:
-            self._base.add(self._prepared(keys_ND))
+            self._base.add(self._prepare(keys_ND))
         self._index.ntotal = self._base.ntotal
 
     def set_probe(self, probe: int) -> None:
@@ -251,7 +251,7 @@ class FaissBuilder:
         keys = np.ascontiguousarray(keys_ND, dtype=np.float32)
         return normalized(torch.from_numpy(keys)).numpy() if self._metric is Metric.COS else keys
 
-    def _prepared(self, keys_ND: Array) -> Array:
+    def _prepare(self, keys_ND: Array) -> Array:
         rows = self._scaled(keys_ND)
         for step in self._chain:
             rows = step.apply(rows)

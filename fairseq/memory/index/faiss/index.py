@@ -14,9 +14,9 @@ from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.faiss.file_marks import check_marks
 from fairseq.memory.index.faiss.gpu import GpuSearch
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
-from fairseq.memory.index.lists.adc_search import TableSearch
+from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_search import is_wide, wide_search
+from fairseq.memory.index.lists.large_k_search import is_large_k, large_k_search
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
 from fairseq.memory.index.lists.search import search_lists
 from fairseq.memory.index.ops.merging import alive_of
@@ -95,7 +95,7 @@ class FaissIndex:
         self._alive: Array | None = None
         self._by_gpu: GpuSearch | None = None
         self._lists: DecodedLists | None = None
-        self._tables: TableSearch | None = None
+        self._tables: AdcSearch | None = None
         self._rows: Any = None
 
     @classmethod
@@ -132,7 +132,7 @@ class FaissIndex:
             gone = gone[gone < index.ntotal]  # of rows it does not hold: whoever compares sizes will tell
         return cls(index, metric, str(path), deleted=gone)
 
-    def made_of(self) -> str | None:
+    def fingerprint(self) -> str | None:
         """Digest of the store the index was built over, where the file beside it tells."""
         digest: str | None = about_index(Path(self.name)).get("signature", {}).get("store", {}).get("digest")
         return digest
@@ -190,7 +190,7 @@ class FaissIndex:
                 logger.warning("%s is searched on the processor from now on: the GPU cannot (%s)", self.name, why)
                 self._by_gpu = None
         in_bulk = DecodedLists.pays_for(self.inner, len(query_ND))
-        if is_wide(k, len(self), getattr(self.inner, "nlist", 0)) and (in_bulk or TableSearch.serves(self.inner)):
+        if is_large_k(k, len(self), getattr(self.inner, "nlist", 0)) and (in_bulk or AdcSearch.serves(self.inner)):
             return self._search_widely(query_ND, k, in_bulk=in_bulk)
         if in_bulk:
             return self._checked(*self._search_in_bulk(query_ND, k))
@@ -230,10 +230,10 @@ class FaissIndex:
     def _search_widely(self, query_ND: Tensor, k: int, *, in_bulk: bool) -> Neighbors:
         """Many neighbours. Which of two keys that are equally near up to rounding comes last is not left to faiss."""
         if in_bulk:
-            ids_NK, scores_NK = wide_search(self._decoded_lists(), query_ND, k)
+            ids_NK, scores_NK = large_k_search(self._decoded_lists(), query_ND, k)
         else:
             if self._tables is None or self._tables.num_keys != len(self):  # it looks where faiss keeps the codes
-                self._tables = TableSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
+                self._tables = AdcSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
             ids_NK, scores_NK = self._tables.search(query_ND, k)
         self._check_rows(ids_NK)
         return Neighbors(ids_NK, scores_NK, equals_by_row=True)

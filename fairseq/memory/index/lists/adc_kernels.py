@@ -1,4 +1,4 @@
-"""Loops of the search by tables (``table_search.py``), compiled by numba.
+"""Loops of the search by tables (``adc_search.py``), compiled by numba.
 
 Shapes: M parts of a key, J codewords of a part, E numbers of a codeword, L lists, Q queries, P lists a query visits,
 S groups of scores (of GROUP neighbours each) of a query's lists one behind the other, D width.
@@ -13,7 +13,7 @@ import numpy as np
 from numba.core import cgutils, types
 
 from fairseq.memory.index.lists.large_k_kernels import choose, pack
-from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, GROUP, compiled, nearness, product
+from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, GROUP, compiled, dot, neg_sq_l2
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
 
@@ -81,7 +81,7 @@ def _finish(score_SP: Any, group: int, bias_S: Any, share: Any, most_S: Any) -> 
 
 @compiled()
 def write_biases(
-    centre_D: Any, words_MEJ: Any, code_SM: Any, id_S: Any, alive: Any, by_distance: bool, table_MJ: Any,
+    centroid_D: Any, words_MEJ: Any, code_SM: Any, id_S: Any, alive: Any, by_distance: bool, table_MJ: Any,
     bias_S: Any,
 ) -> None:  # fmt: skip
     """Write what is added to the sums of a list's keys, for every query: minus infinity for deleted ones.
@@ -95,7 +95,7 @@ def write_biases(
             total = np.float32(0.0)
             for e in range(width):
                 word = words_MEJ[m, e, j]
-                total -= word * (word + np.float32(2.0) * centre_D[m * width + e])
+                total -= word * (word + np.float32(2.0) * centroid_D[m * width + e])
             table_MJ[m, j] = total
     for i in range(len(bias_S)):
         total = np.float32(0.0)
@@ -123,9 +123,9 @@ def prepare_lists(
 
 
 @compiled(fastmath=ANY_ORDER)
-def share_of_list(query_D: Any, centre_D: Any, by_distance: bool) -> Any:
+def share_of_list(query_D: Any, centroid_D: Any, by_distance: bool) -> Any:
     """What all scores of a list share: minus the squared distance of its centre, or its product."""
-    return nearness(query_D, centre_D) if by_distance else product(query_D, centre_D)
+    return neg_sq_l2(query_D, centroid_D) if by_distance else dot(query_D, centroid_D)
 
 
 @compiled()

@@ -2,7 +2,7 @@
 
 A score is a sum of entries of a table: products of the query with the codewords, computed once for all lists; what
 depends on the key alone is kept with it, and the centre of a list gives all its keys the same. Tables of each list, as
-faiss makes them, take as long to make as to read; a bulk of queries is faster with matrix products (``wide_search``).
+faiss makes them, take as long to make as to read; for a bulk matrix products are faster (``large_k_search``).
 
 Shapes: N queries, P lists a query visits, L lists, S groups of scores, K neighbours, D width.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
-from fairseq.runtime.threads import Spare, each_in_threads
+from fairseq.runtime.threads import ObjectPool, run_in_threads
 
 _FEW = 8
 """So many queries are searched on the calling thread: to start others takes longer."""
@@ -31,13 +31,13 @@ def codewords(index: Any) -> Array:
     return np.ascontiguousarray(words.transpose(0, 2, 1))
 
 
-def rest_centres(index: Any) -> Array:
+def residual_centroids(index: Any) -> Array:
     """What was taken off the keys of each list before they were quantized, float32 (L, D)."""
     centre_LD: Array = index.quantizer.reconstruct_n(0, index.nlist)
     return centre_LD if index.by_residual else np.zeros_like(centre_LD)
 
 
-class TableSearch:
+class AdcSearch:
     """The codes of an index where they are, with four bytes for each key beside them."""
 
     def __init__(self, index: Any, alive: Array | None = None) -> None:
@@ -50,7 +50,7 @@ class TableSearch:
         faiss, lists = faiss_library(), index.invlists
         self._index, self._by_distance = index, index.metric_type == faiss.METRIC_L2
         self._alive = np.empty(0, np.uint8) if alive is None else alive
-        self._words_MEJ, self._centre_LD = codewords(index), rest_centres(index)
+        self._words_MEJ, self._centre_LD = codewords(index), residual_centroids(index)
         self._address_L2 = np.zeros((index.nlist, 2), np.int64)
         sizes = np.zeros(index.nlist, np.int64)
         for number in range(index.nlist):
@@ -63,7 +63,7 @@ class TableSearch:
         self._is_ready_L = np.zeros(index.nlist, np.bool_)
         self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
         self._visits = 0
-        self._rooms = Spare(self._fresh_room)
+        self._rooms = ObjectPool(self._fresh_room)
 
     @property
     def num_keys(self) -> int:
@@ -85,16 +85,16 @@ class TableSearch:
         """
         query = np.ascontiguousarray(query_ND.numpy())
         with faiss_threads(1):
-            visited_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
-        self._prepare(visited_NP)
-        if self._visits != visited_NP.shape[1]:
-            self._visits = visited_NP.shape[1]
-            self._rooms = Spare(self._fresh_room)
+            probed_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
+        self._prepare(probed_NP)
+        if self._visits != probed_NP.shape[1]:
+            self._visits = probed_NP.shape[1]
+            self._rooms = ObjectPool(self._fresh_room)
         ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
         step = max(_FEW, -(-len(query) // (2 * torch.get_num_threads())))
         parts = [slice(first, first + step) for first in range(0, len(query), step)]
         outs = (ids_NK.numpy(), scores_NK.numpy())
-        each_in_threads(lambda part: self._search(query[part], visited_NP[part], *(x[part] for x in outs)), parts)
+        run_in_threads(lambda part: self._search(query[part], probed_NP[part], *(x[part] for x in outs)), parts)
         return ids_NK, scores_NK
 
     def _search(self, query_QD: Array, visited_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
@@ -104,7 +104,7 @@ class TableSearch:
         count_Q = np.empty(len(query_QD), np.int64)
         lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
         about = (ids_QK.shape[1], *lists, self._by_distance)
-        with self._rooms.one() as (*room, packed_1C):
+        with self._rooms.borrow() as (*room, packed_1C):
             packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
             search_tables(query_QD, visited_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
             best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
@@ -113,12 +113,12 @@ class TableSearch:
             best_QC.sort(axis=1)
             unpack(best_QC, ids_QK, scores_QK)
 
-    def _prepare(self, visited_NP: Array) -> None:
+    def _prepare(self, probed_NP: Array) -> None:
         """Write the biases of lists that are visited for the first time."""
-        if not self._is_ready_L[visited_NP].all():
+        if not self._is_ready_L[probed_NP].all():
             from fairseq.memory.index.lists.adc_kernels import prepare_lists
 
-            numbers = np.unique(visited_NP[(visited_NP >= 0) & ~self._is_ready_L[visited_NP]])
+            numbers = np.unique(probed_NP[(probed_NP >= 0) & ~self._is_ready_L[probed_NP]])
             lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._alive)
             prepare_lists(numbers, *lists, self._by_distance, self._fresh_table(), self._bias)
             self._is_ready_L[numbers] = True

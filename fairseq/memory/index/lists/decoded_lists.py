@@ -1,4 +1,4 @@
-"""The lists of a faiss index of product-quantized keys, decoded for searches in bulk (``list_search.py``)."""
+"""The lists of a faiss index of product-quantized keys, decoded for searches in bulk (``search.py``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
-from fairseq.memory.index.lists.search import KeyList, Rotation
+from fairseq.memory.index.lists.search import PreparedList, Rotation
 from fairseq.memory.types import Array
 
 _MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
@@ -19,7 +19,7 @@ _LEFT_OUT = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five t
 
 
 class DecodedLists:
-    """The lists of an index of product-quantized keys, decoded on demand (see ``list_search``)."""
+    """The lists of an index of product-quantized keys, decoded on demand (see ``lists.search``)."""
 
     ties_by_id = False
 
@@ -40,7 +40,7 @@ class DecodedLists:
         self._first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
         self.room: object = None
         """What a search keeps for the next one."""
-        self._cache: dict[int, KeyList] | None = {} if 5 * index.ntotal * (index.d + 4) <= _CACHE_BYTES else None
+        self._cache: dict[int, PreparedList] | None = {} if 5 * index.ntotal * (index.d + 4) <= _CACHE_BYTES else None
         self.key_size = float(self._centroids.square().sum(1).amax())
         self._rotation = Rotation.fit(self._sample(), _LEFT_OUT)
 
@@ -52,7 +52,7 @@ class DecodedLists:
     def __len__(self) -> int:
         return int(self._index.nlist)
 
-    def visited(self, query_ND: Tensor) -> Tensor:
+    def probed_lists(self, query_ND: Tensor) -> Tensor:
         """See ``Lists``."""
         return torch.from_numpy(self._index.quantizer.search(query_ND.numpy(), self._index.nprobe)[1])
 
@@ -60,13 +60,13 @@ class DecodedLists:
         """See ``Lists``."""
         return self._rotation(query_ND)
 
-    def prepared(self, number: int) -> KeyList:
+    def prepare(self, number: int) -> PreparedList:
         """See ``Lists``."""
         if self._cache is not None and number in self._cache:
             return self._cache[number]
         ids_M = self.ids(number)
         dead_M = np.flatnonzero(np.isin(ids_M, self._deleted)) if len(self._deleted) else None
-        keys = KeyList.of(
+        keys = PreparedList.of(
             ids_M,
             self._decoded(number),
             self._centroids[number],

@@ -1,4 +1,4 @@
-"""Compiled loops of searches in lists (``list_search.py``): rounding queries, scanning scores, settling ties.
+"""Compiled loops of searches in lists (``search.py``): rounding queries, scanning scores, settling ties.
 
 Shapes: Q queries of a tile, N queries of a group, M keys of a list, E columns of the products, C candidates a query may
 hold, D width. Scores are *higher is closer*.
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, compiled, dot, neg_sq_l2
 
 LOWEST = np.float32(-3.0e38)
 """A threshold that every key reaches, deleted ones (minus infinity) excepted."""
@@ -21,8 +21,8 @@ _ROUNDING = np.float32(4e-6)
 
 @compiled(fastmath=FINITE)
 def bound_queries(
-    query_ND: Any, row_Q: Any, centre_D: Any, by_distance: bool, width: int, largest: Any, integral: bool,
-    low_QE: Any, bound_Q4: Any,
+    query_ND: Any, row_Q: Any, centroid_D: Any, by_distance: bool, width: int, largest: Any, integral: bool,
+    quantized_QE: Any, bound_Q4: Any,
 ) -> None:  # fmt: skip
     """Turn queries into what bounds their scores with the keys of one list.
 
@@ -33,11 +33,11 @@ def bound_queries(
 
     Args:
         query_ND: rotated queries; ``row_Q`` of them are wanted.
-        centre_D: rotated centre of the list.
+        centroid_D: rotated centre of the list.
         largest: of the list's keys: lengths of the longest ``r`` as rounded, of the longest ``r``, of the largest
             rounding error, the largest size of a bias.
         integral: queries are rounded to 8-bit integers.
-        low_QE: gets them, or the queries as they are.
+        quantized_QE: gets them, or the queries as they are.
         bound_Q4: gets scale, rest, shift, and the part of the shift that errors may come to: a score is below its bound
             by twice that and twice ``rest * |r_rest|`` at most.
     """
@@ -47,13 +47,13 @@ def bound_queries(
         query_D = query_ND[row_Q[i]]
         most, whole, head, along = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for d in range(width):
-            x = query_D[d] - centre_D[d]
-            along += query_D[d] * centre_D[d]
+            x = query_D[d] - centroid_D[d]
+            along += query_D[d] * centroid_D[d]
             most = max(most, abs(x))
             head += x * x
         for d in range(width, len(query_D)):
-            x = query_D[d] - centre_D[d]
-            along += query_D[d] * centre_D[d]
+            x = query_D[d] - centroid_D[d]
+            along += query_D[d] * centroid_D[d]
             whole += x * x
         rest = np.sqrt(whole)
         whole += head
@@ -62,14 +62,14 @@ def bound_queries(
         if integral:
             step = max(most, np.float32(1e-30)) / _LEVELS
             for d in range(width):
-                x = query_D[d] - centre_D[d]
+                x = query_D[d] - centroid_D[d]
                 rounded = np.rint(x / step)
-                low_QE[i, d] = rounded
+                quantized_QE[i, d] = rounded
                 error += (x - rounded * step) * (x - rounded * step)
             error = np.sqrt(error)
         else:
             for d in range(width):
-                low_QE[i, d] = query_D[d] - centre_D[d]
+                quantized_QE[i, d] = query_D[d] - centroid_D[d]
         shift = -whole if by_distance else along
         size = np.sqrt(whole)
         slack = factor * (head * longest_error + error * longest_low)
@@ -80,13 +80,13 @@ def bound_queries(
 
 # Groups are rows of a matrix: a slice would be counted in and out of use, which takes longer than passing over it.
 @compiled(fastmath={"contract"})
-def _flag_groups(raw_GP: Any, rest_GP: Any, bias_GP: Any, scale: Any, rest: Any, reach: Any, flag_G: Any) -> int:
+def _flag_groups(raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, rest: Any, reach: Any, flag_G: Any) -> int:
     """List the groups with bounds that reach ``reach``. Returns: how many there are."""
     count = 0
     for group in range(len(raw_GP)):
         reached = np.int32(0)
         for i in range(GROUP):
-            bound = np.float32(raw_GP[group, i]) * scale + (rest_GP[group, i] * rest + bias_GP[group, i])
+            bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * rest + bias_GP[group, i])
             reached += np.int32(bound >= reach)
         flag_G[count] = group
         count += reached > 0
@@ -95,12 +95,12 @@ def _flag_groups(raw_GP: Any, rest_GP: Any, bias_GP: Any, scale: Any, rest: Any,
 
 @compiled(fastmath={"contract"})
 def _list_bounds(
-    raw_GP: Any, rest_GP: Any, bias_GP: Any, group: int, scale: Any, rest: Any, reach: Any, below: Any, hit_P: Any
+    raw_GP: Any, residual_GP: Any, bias_GP: Any, group: int, scale: Any, rest: Any, reach: Any, below: Any, hit_P: Any
 ) -> int:
     """Places in a group of the bounds that reach ``reach`` and not ``below``; without a branch for each."""
     count = 0
     for i in range(GROUP):
-        bound = np.float32(raw_GP[group, i]) * scale + (rest_GP[group, i] * rest + bias_GP[group, i])
+        bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * rest + bias_GP[group, i])
         hit_P[count] = i
         count += (bound >= reach) & (bound < below)
     return count
@@ -108,34 +108,34 @@ def _list_bounds(
 
 @compiled()
 def _score(query_D: Any, key_D: Any, by_distance: bool) -> Any:
-    return nearness(query_D, key_D) if by_distance else product(query_D, key_D)
+    return neg_sq_l2(query_D, key_D) if by_distance else dot(query_D, key_D)
 
 
 @compiled(fastmath={"contract"})
 def _fill_bounds(
-    raw_GP: Any, rest_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_groups: int, every: int, bound_F: Any
+    raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_groups: int, every: int, bound_F: Any
 ) -> None:
     """Write the bounds of every so manieth group."""
     for at in range(num_groups // every):
         group = at * every
         for i in range(GROUP):
-            bound = np.float32(raw_GP[group, i]) * scale + (rest_GP[group, i] * rest + bias_GP[group, i])
+            bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * rest + bias_GP[group, i])
             bound_F[at * GROUP + i] = bound
 
 
 @compiled()
 def _promising(
-    raw_GP: Any, rest_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_rows: int, wanted: int, bound_F: Any
+    raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_rows: int, wanted: int, bound_F: Any
 ) -> Any:
     """A number that the bounds of at least so many keys reach (nearly always), and of few more; or all."""
     if num_rows <= wanted:
         return LOWEST
     every = 4 if wanted >= 32 and num_rows >= 16 * wanted else 1  # a sample tells it well enough
     num_groups = num_rows // GROUP if every > 1 else len(raw_GP)
-    _fill_bounds(raw_GP, rest_GP, bias_GP, scale, rest, num_groups, every, bound_F)
+    _fill_bounds(raw_GP, residual_GP, bias_GP, scale, rest, num_groups, every, bound_F)
     if every > 1:
-        return reached_by_entries(bound_F[: num_groups // every * GROUP], wanted // every + wanted // 8)
-    return max(LOWEST, reached_by_entries(bound_F[:num_rows], wanted))
+        return approx_kth_largest(bound_F[: num_groups // every * GROUP], wanted // every + wanted // 8)
+    return max(LOWEST, approx_kth_largest(bound_F[:num_rows], wanted))
 
 
 @compiled()
@@ -168,7 +168,7 @@ def _room_for_more(
 ) -> tuple[int, Any]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
     if filled >= k:
-        threshold = max(threshold, reached_by_entries(score_C[:filled], k))
+        threshold = max(threshold, approx_kth_largest(score_C[:filled], k))
     filled = _sift(score_C, ids_C, order_C, filled, threshold - doubt)
     if ties_by_id and filled > len(score_C) - GROUP:
         filled = _keep_first(score_C, ids_C, order_C, filled, k)
@@ -178,9 +178,9 @@ def _room_for_more(
 @compiled()
 def scan(
     raw_QGP: Any, num_rows: int, step: Any, bound_Q4: Any, row_Q: Any, order_Q: Any,
-    rest_GP: Any, bias_GP: Any, ids_M: Any, keys_MD: Any, query_ND: Any, by_distance: bool, k: int, ties_by_id: bool,
-    score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any, is_open_N: Any,
-    bound_F: Any,
+    residual_GP: Any, bias_GP: Any, ids_M: Any, keys_MD: Any, query_ND: Any, by_distance: bool, k: int,
+    ties_by_id: bool, score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any,
+    is_open_N: Any, bound_F: Any,
 ) -> None:  # fmt: skip
     """Put every key of a list that could be among the k best of a query behind its candidates, with its true score.
 
@@ -189,7 +189,7 @@ def scan(
             groups of P = GROUP neighbours, those from ``num_rows`` on mean nothing.
         bound_Q4: see ``bound_queries``.
         row_Q: which queries of the group; ``order_Q`` plus its number says when a key is visited.
-        rest_GP, bias_GP: of each key; minus infinity is the bias of a deleted key.
+        residual_GP, bias_GP: of each key; minus infinity is the bias of a deleted key.
         ties_by_id: of equal candidates the lowest ids are kept; otherwise queries of which more tie than there is room
             for are marked in ``is_open_N`` and left to others.
         score_NC, ids_NC, order_NC: candidates, ``filled_N`` of them. ``threshold_N``: k keys at least reach it; rises.
@@ -197,7 +197,7 @@ def scan(
         bound_F: room for the bounds of one query.
     """
     room = score_NC.shape[1]
-    hit_P, flag_G = np.empty(GROUP, np.int64), np.empty(len(rest_GP), np.int64)
+    hit_P, flag_G = np.empty(GROUP, np.int64), np.empty(len(residual_GP), np.int64)
     for q in range(len(row_Q)):
         n = row_Q[q]
         if is_open_N[n]:
@@ -209,8 +209,8 @@ def scan(
         is_first = threshold <= LOWEST and filled < k
         if is_first:
             # Those that promise most give the query its threshold.
-            reach = _promising(raw_GP, rest_GP, bias_GP, scale, rest, num_rows, k - filled, bound_F)
-        flagged, at = _flag_groups(raw_GP, rest_GP, bias_GP, scale, rest, reach, flag_G), 0
+            reach = _promising(raw_GP, residual_GP, bias_GP, scale, rest, num_rows, k - filled, bound_F)
+        flagged, at = _flag_groups(raw_GP, residual_GP, bias_GP, scale, rest, reach, flag_G), 0
         while at < flagged:
             group = flag_G[at]
             if filled > room - GROUP:
@@ -220,7 +220,7 @@ def scan(
                     break
                 if not is_first:
                     reach = threshold - doubt - shift
-            hits = _list_bounds(raw_GP, rest_GP, bias_GP, group, scale, rest, reach, scored, hit_P)
+            hits = _list_bounds(raw_GP, residual_GP, bias_GP, group, scale, rest, reach, scored, hit_P)
             for hit in range(hits):
                 i = group * GROUP + hit_P[hit]
                 score_C[filled] = _score(query_D, keys_MD[i], by_distance)
@@ -229,15 +229,15 @@ def scan(
             at += 1
             if is_first and at == flagged:
                 if filled >= k:
-                    threshold = max(threshold, reached_by_entries(score_C[:filled], k))
+                    threshold = max(threshold, approx_kth_largest(score_C[:filled], k))
                 if reach > LOWEST:  # once more, for those that promised less
                     is_first, scored, reach = False, reach, threshold - doubt - shift
-                    flagged, at = _flag_groups(raw_GP, rest_GP, bias_GP, scale, rest, reach, flag_G), 0
+                    flagged, at = _flag_groups(raw_GP, residual_GP, bias_GP, scale, rest, reach, flag_G), 0
         filled_N[n], threshold_N[n] = filled, threshold
 
 
 @compiled()
-def sift_group(
+def prune_group(
     score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any, k: int
 ) -> None:
     """Drop the candidates of every query that cannot be among its k best."""

@@ -1,4 +1,4 @@
-"""Loops of the search for many neighbours per query, compiled by numba; see ``wide_search``.
+"""Loops of the search for many neighbours per query, compiled by numba; see ``large_k_search``.
 
 Bounds come in groups of GROUP neighbouring keys of a list; rows of a matrix, or one behind the other.
 
@@ -16,7 +16,7 @@ import numpy as np
 from numba.core import types
 
 from fairseq.memory.index.lists.kernels import LOWEST
-from fairseq.memory.index.ops.kernels import FINITE, GROUP, compiled, nearness, product, reached_by_entries
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, compiled, dot, neg_sq_l2
 
 NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
 """A place without a neighbour; behind all others in the order of packed neighbours."""
@@ -25,7 +25,7 @@ _SEEN = 4  # the lists that hold so many times the wanted keys tell well enough 
 
 
 @compiled(fastmath=FINITE)
-def put_bounds(
+def write_upper_bounds(
     raw_VGP: Any, step: Any, bound_V4: Any, most_rest: Any, bias_GP: Any, start_V: Any, bound_SP: Any, most_S: Any
 ) -> None:
     """Write what the scores of a list's keys are at most (see ``bound_queries``), and the largest of each group.
@@ -64,7 +64,7 @@ def _least(bound_SP: Any, edge_P: Any, gap_P: Any, wanted: int, low_C: Any) -> A
         return LOWEST
     for c in range(count):  # places without a key would spoil the halving of the range
         low_C[c] = max(low_C[c], floor)
-    return reached_by_entries(low_C[:count], wanted)
+    return approx_kth_largest(low_C[:count], wanted)
 
 
 @compiled()
@@ -107,7 +107,7 @@ def choose(
                 low_C[c] = bound_C[c] - gap_P[p]
             end_QP[q, p] = count
         # So many scores reach this for certain: keys whose bounds do not are out.
-        reach, c = max(reach, reached_by_entries(low_C[:count], wanted)), 0
+        reach, c = max(reach, approx_kth_largest(low_C[:count], wanted)), 0
         for p in range(len(gap_P)):
             stop = end_QP[q, p]
             while c < stop:
@@ -153,7 +153,7 @@ def score_chosen(
         query_D = query_ND[row_V[v]]
         for i in range(begin_V[v], end_V[v]):
             m = place_F[i] - start_V[v]
-            score = nearness(query_D, keys_MD[m]) if by_distance else product(query_D, keys_MD[m])
+            score = neg_sq_l2(query_D, keys_MD[m]) if by_distance else dot(query_D, keys_MD[m])
             place_F[i] = pack(score, ids_M[m])
 
 

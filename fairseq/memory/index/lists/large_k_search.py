@@ -1,6 +1,6 @@
 """Searches the lists of an inverted-file index for more neighbours than a list or two hold.
 
-Then no list alone gives a threshold that lets few keys through (see ``list_search``). So the bounds of all scores of a
+Then no list alone gives a threshold that lets few keys through (see ``lists.search``). So the bounds of all scores of a
 query, by products in 8 bits, are written one behind the other; they tell what k scores reach for certain; and the keys
 whose bounds reach that are scored. The neighbours are those of comparing every key of the lists.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
-from fairseq.runtime.threads import Spare, ThreadBuffer, each_in_threads, map_in_threads
+from fairseq.runtime.threads import ObjectPool, ThreadBuffer, map_in_threads, run_in_threads
 
 _GROUP_SCORES = 160 << 20  # 640 MB: 9,000 queries of 18,000 scores, enough for matrix products of a fair size
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the bounds
@@ -29,19 +29,19 @@ _LISTS_OF_K = 4
 _MOST_ROWS = 1 << 32  # a row and its score are one integer
 
 
-def is_wide(k: int, num_keys: int, num_lists: int) -> bool:
+def is_large_k(k: int, num_keys: int, num_lists: int) -> bool:
     """Whether k neighbours are many beside the keys of a list."""
     return k * _LISTS_OF_K > num_keys / max(1, num_lists) and num_keys < _MOST_ROWS
 
 
-def wide_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best keys of the visited lists, best first, of equals the lower id.
 
     Returns: ids (N, k), -1 where fewer were found, and scores (N, k), minus infinity there.
     """
-    visited_NP = lists.visited(query_ND).numpy()
-    numbers_L, place_NP = np.unique(visited_NP, return_inverse=True)
-    place_NP = place_NP.reshape(visited_NP.shape)
+    probed_NP = lists.probed_lists(query_ND).numpy()
+    numbers_L, place_NP = np.unique(probed_NP, return_inverse=True)
+    place_NP = place_NP.reshape(probed_NP.shape)
     sizes = [lists.size(number) if number >= 0 else 0 for number in numbers_L.tolist()]
     size_NP = -(-np.array(sizes, np.int64) // GROUP)[place_NP]  # in groups of keys
     queries = (np.ascontiguousarray(query_ND.numpy()), np.ascontiguousarray(lists.rotated(query_ND).numpy()))
@@ -98,29 +98,29 @@ class _Group:
 
     def bound(self) -> None:
         """Write the bounds of all scores."""
-        each_in_threads(self._bound_list, self._tasks, self._lists.use_one_thread)
+        run_in_threads(self._bound_list, self._tasks, self._lists.use_one_thread)
 
     def _bound_list(self, task: tuple[int, Array]) -> None:
         from fairseq.memory.index.lists.kernels import bound_queries
-        from fairseq.memory.index.lists.large_k_kernels import put_bounds
+        from fairseq.memory.index.lists.large_k_kernels import write_upper_bounds
 
         number, visits = task
-        keys, is_integral = self._lists.prepared(number), self._lists.dtype is torch.int8
+        keys, is_integral = self._lists.prepare(number), self._lists.dtype is torch.int8
         if not len(keys.ids_M):
             return
-        most_rest = keys.rest_GP.max()
+        most_rest = keys.residual_GP.max()
         row_V, column_V = np.divmod(visits, self._place_QP.shape[1])
-        tile = max(1, _TILE_SCORES // len(keys.low_ME))
+        tile = max(1, _TILE_SCORES // len(keys.quantized_ME))
         for first in range(0, len(visits), tile):
             row_T, column_T = row_V[first : first + tile], column_V[first : first + tile]
-            low_TE = torch.zeros(len(row_T), keys.low_ME.shape[1], dtype=self._lists.dtype)
+            low_TE = torch.zeros(len(row_T), keys.quantized_ME.shape[1], dtype=self._lists.dtype)
             bound_T4 = np.empty((len(row_T), 4), np.float32)
             by_distance, about = self._lists.by_distance, (keys.width, keys.largest, is_integral)
-            bound_queries(self._turned_QD, row_T, keys.centre_D, by_distance, *about, low_TE.numpy(), bound_T4)
-            raw_TM = self._room.raw(len(row_T), len(keys.low_ME))
-            (torch._int_mm if is_integral else torch.mm)(low_TE, keys.low_ME.T, out=raw_TM)
+            bound_queries(self._turned_QD, row_T, keys.centroid_D, by_distance, *about, low_TE.numpy(), bound_T4)
+            raw_TM = self._room.raw(len(row_T), len(keys.quantized_ME))
+            (torch._int_mm if is_integral else torch.mm)(low_TE, keys.quantized_ME.T, out=raw_TM)
             own = (np.float32(keys.step), bound_T4, most_rest, keys.bias_GP, self._edge_QP[row_T, column_T])
-            put_bounds(raw_TM.view(len(row_T), -1, GROUP).numpy(), *own, self._room.bound_SP, self._room.most_S)
+            write_upper_bounds(raw_TM.view(len(row_T), -1, GROUP).numpy(), *own, self._room.bound_SP, self._room.most_S)
             self._gap_QP[row_T, column_T] = 2.0 * (bound_T4[:, 3] + bound_T4[:, 1] * most_rest)
 
     def choose(self, k: int) -> None:
@@ -136,10 +136,10 @@ class _Group:
             arrays = [np.empty(size, dtype) for dtype, both in sizes.items() for size in both]
             return (*arrays, np.empty(num_groups, np.int64))
 
-        rooms = Spare(fresh)
+        rooms = ObjectPool(fresh)
 
         def choose_some(part: slice) -> Array:
-            with rooms.one() as (place_F, *room):
+            with rooms.borrow() as (place_F, *room):
                 arrays = (self._edge_QP[part], self._gap_QP[part], k, place_F, self._end_QP[part])
                 choose(self._room.bound_SP, self._room.most_S, *arrays, *room)
                 chosen: Array = place_F[: self._end_QP[part][-1, -1]].copy()
@@ -153,7 +153,7 @@ class _Group:
 
     def score(self) -> None:
         """Score them."""
-        each_in_threads(self._score_list, self._tasks, self._lists.use_one_thread)
+        run_in_threads(self._score_list, self._tasks, self._lists.use_one_thread)
 
     def _score_list(self, task: tuple[int, Array]) -> None:
         from fairseq.memory.index.lists.large_k_kernels import score_chosen
@@ -170,7 +170,7 @@ class _Group:
 
     def best(self, ids_QK: Array, scores_QK: Array) -> None:
         """Write the k best of each query, best first."""
-        each_in_threads(functools.partial(self._best_of, ids_QK=ids_QK, scores_QK=scores_QK), self._parts())
+        run_in_threads(functools.partial(self._best_of, ids_QK=ids_QK, scores_QK=scores_QK), self._parts())
 
     def _best_of(self, part: slice, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.lists.large_k_kernels import gather_packed, unpack

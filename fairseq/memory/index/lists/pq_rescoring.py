@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
-from fairseq.memory.index.lists.adc_search import codewords, rest_centres
-from fairseq.runtime.threads import each_in_threads
+from fairseq.memory.index.lists.adc_search import codewords, residual_centroids
+from fairseq.runtime.threads import run_in_threads
 
 _MOST_BYTES = 8 << 30  # of a copy of the codes in the order of the rows
 _PAIRS_PER_TASK = 16 << 10  # to start threads takes as long as some thousands of pairs
@@ -23,12 +23,12 @@ _CHUNK_FLOATS = 64 << 20  # of decoded keys
 def row_scorer(index: Any, *, by_distance: bool) -> Any:
     """What scores rows of a faiss index: the fast one for product-quantized keys, faiss itself for all others."""
     if has_byte_codes(index) and index.ntotal * (index.code_size + 8) <= _MOST_BYTES:
-        return CodedRows(index, by_distance=by_distance)
-    return ReconstructedRows(index, by_distance=by_distance)
+        return PqScorer(index, by_distance=by_distance)
+    return ReconstructionScorer(index, by_distance=by_distance)
 
 
-class CodedRows:
-    """The codes of an IndexIVFPQ in the order of the rows: a score is a sum of a table's entries (``table_search``)."""
+class PqScorer:
+    """The codes of an IndexIVFPQ in the order of the rows: a score is a sum of a table's entries (``adc_search``)."""
 
     def __init__(self, index: Any, *, by_distance: bool) -> None:
         """Copy the codes, which takes as much memory as they do."""
@@ -36,7 +36,7 @@ class CodedRows:
 
         faiss, lists = faiss_library(), index.invlists
         self._by_distance = by_distance
-        self._words_SEJ, self._centre_LD = codewords(index), rest_centres(index)
+        self._words_SEJ, self._centre_LD = codewords(index), residual_centroids(index)
         self._code_RS = np.zeros((index.ntotal, index.pq.M), np.uint8)
         self._bias_R, self._list_R = np.zeros(index.ntotal, np.float32), np.full(index.ntotal, -1, np.int32)
         table_SJ, all_alive = np.empty((index.pq.M, index.pq.ksub), np.float32), np.empty(0, np.uint8)
@@ -64,11 +64,11 @@ class CodedRows:
         def score(part: slice) -> None:
             score_codes(coded, self._by_distance, query[part], ids[part], out[part])
 
-        each_in_threads(score, parts)
+        run_in_threads(score, parts)
         return scores_NM
 
 
-class ReconstructedRows:
+class ReconstructionScorer:
     """Keys as faiss gives them back, for every kind of index that can."""
 
     def __init__(self, index: Any, *, by_distance: bool) -> None:

@@ -1,4 +1,4 @@
-"""The loop of ``coded_rows.py``, compiled by numba. Import it where it is used: numba takes half a second to load."""
+"""The loop of ``pq_rescoring.py``, compiled by numba. Import it where it is used: numba takes half a second to load."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Searches lists of keys for many queries at once, with matrix products of rounded vectors.
 
 Each key is split at the centre of its list; the rest is turned so that few columns hold most of its length. Products of
-those columns, rounded, and lengths of all else bound every score from above (see ``scan_kernels.bound_queries``); only
+those columns, rounded, and lengths of all else bound every score from above (see ``kernels.bound_queries``); only
 keys whose bound reaches the threshold of a query, which rises as keys go by, are scored in float32. The neighbours are
 those of comparing every key.
 
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fairseq.memory.index.lists import kernels
 from fairseq.memory.index.ops.kernels import GROUP
-from fairseq.memory.index.ops.ordering import falling_order
+from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
-from fairseq.runtime.threads import ThreadBuffer, each_in_threads, map_in_threads
+from fairseq.runtime.threads import ThreadBuffer, map_in_threads, run_in_threads
 
 CANDIDATE_BYTES = 20
 """What a candidate takes: its score, its row and when it was visited."""
@@ -71,69 +71,69 @@ class Rotation:
 
 
 @dataclass(frozen=True)
-class KeyList:
+class PreparedList:
     """A list of keys, ready to be scanned."""
 
     ids_M: Array
     keys_MD: Array
     """float32, as they are scored."""
-    centre_D: Array
+    centroid_D: Array
     """Rotated."""
-    low_ME: Tensor
+    quantized_ME: Tensor
     """The columns that are multiplied; rows of zeros behind them fill up the last group."""
     width: int
     """Columns of them that mean something."""
     step: float
-    rest_GP: Array
+    residual_GP: Array
     """Length of what is not multiplied; keys are in groups of P neighbours."""
     bias_GP: Array
     """For L2 minus the squared length of key less centre, otherwise its product with the centre; minus infinity for
     keys that must not be found."""
     largest: Array
-    """See ``scan_kernels.bound_queries``."""
+    """See ``kernels.bound_queries``."""
 
     @classmethod
     def of(
         cls,
         ids_M: Array,
         keys_MD: Tensor,
-        centre_D: Tensor,
+        centroid_D: Tensor,
         rotation: Rotation,
         *,
         by_distance: bool,
         dtype: torch.dtype,
         dead_M: Array | None = None,
-    ) -> KeyList:
+    ) -> PreparedList:
         """Prepare float32 keys; ``dead_M`` are the numbers of those that must not be found."""
         count, padded = len(keys_MD), -(-max(1, len(keys_MD)) // GROUP) * GROUP
-        turned_MD = rotation(keys_MD - centre_D)
+        turned_MD = rotation(keys_MD - centroid_D)
         head_MD, width = turned_MD[:, : rotation.width], rotation.width
         square_M = turned_MD.square().sum(1)
         rest_M, bias_M = torch.zeros(padded), torch.full((padded,), -torch.inf)
         rest_M[:count] = torch.linalg.vector_norm(turned_MD[:, width:], dim=1)
-        bias_M[:count] = -square_M if by_distance else torch.mv(keys_MD - centre_D, centre_D)
+        bias_M[:count] = -square_M if by_distance else torch.mv(keys_MD - centroid_D, centroid_D)
         largest_bias = float(bias_M[:count].abs().amax()) if count else 0.0
         if dead_M is not None:
             bias_M[torch.from_numpy(dead_M)] = -torch.inf
-        step, low_ME = 1.0, torch.zeros(padded, -(-width // 4) * 4, dtype=dtype)
+        step, quantized_ME = 1.0, torch.zeros(padded, -(-width // 4) * 4, dtype=dtype)
         if dtype is torch.int8:
             step = max(float(head_MD.abs().amax()) if count else 0.0, 1e-30) / 127
             rounded_MD = (head_MD / step).round_()
-            low_ME[:count, :width] = rounded_MD
+            quantized_ME[:count, :width] = rounded_MD
             rounded_MD *= step
         else:
-            low_ME[:count, :width] = head_MD
-            rounded_MD = low_ME[:count, :width].float()
+            quantized_ME[:count, :width] = head_MD
+            rounded_MD = quantized_ME[:count, :width].float()
         longest = [
             float(torch.linalg.vector_norm(rounded_MD, dim=1).amax()) if count else 0.0,
             float(square_M.amax().sqrt()) if count else 0.0,
             float(torch.linalg.vector_norm(head_MD - rounded_MD, dim=1).amax()) if count else 0.0,
             largest_bias,
         ]
-        centre = np.ascontiguousarray(rotation(centre_D[None])[0].numpy())
+        centre = np.ascontiguousarray(rotation(centroid_D[None])[0].numpy())
         groups = (rest_M.view(-1, GROUP).numpy(), bias_M.view(-1, GROUP).numpy())
         arrays = (*groups, np.array(longest, np.float32))
-        return cls(ids_M, np.ascontiguousarray(keys_MD.numpy()), centre, low_ME, width, step, *arrays)
+        return cls(ids_M, np.ascontiguousarray(keys_MD.numpy()), centre, quantized_ME, width, step, *arrays)
 
 
 class Lists(Protocol):
@@ -146,13 +146,13 @@ class Lists(Protocol):
     dtype: torch.dtype
     """Of the columns that are multiplied: int8 or float32."""
 
-    def visited(self, query_ND: Tensor) -> Tensor | None:
+    def probed_lists(self, query_ND: Tensor) -> Tensor | None:
         """int64 (N, P): the lists each query visits, nearest first; -1 for none. None: all queries visit all lists."""
         ...
 
     def __len__(self) -> int: ...
 
-    def prepared(self, number: int) -> KeyList:
+    def prepare(self, number: int) -> PreparedList:
         """One list. Called in several threads."""
         ...
 
@@ -187,27 +187,27 @@ def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None 
     """
     count = len(query_ND)
     doubt_N = torch.zeros(count) if doubt_N is None else doubt_N
-    visited = lists.visited(query_ND)
-    visited_NP = visited.numpy() if visited is not None else None
+    probed_lists = lists.probed_lists(query_ND)
+    probed_NP = probed_lists.numpy() if probed_lists is not None else None
     threads = torch.get_num_threads()
     size = max(1, -(-count // threads))
     starts = range(0, count, size)
-    groups = [_Group(lists, query_ND, visited_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
+    groups = [_Group(lists, query_ND, probed_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
     # The nearest list holds most of the neighbours: after it few keys of the others reach a query's threshold.
-    for ranks in (slice(0, 1), slice(1, None)) if visited_NP is not None else (slice(0, None),):
-        numbers = range(len(lists)) if visited_NP is None else _numbers(visited_NP[:, ranks])
+    for ranks in (slice(0, 1), slice(1, None)) if probed_NP is not None else (slice(0, None),):
+        numbers = range(len(lists)) if probed_NP is None else _numbers(probed_NP[:, ranks])
         for first in range(0, len(numbers), _LISTS_AT_A_TIME):
             chosen = numbers[first : first + _LISTS_AT_A_TIME]
-            ready = dict(zip(chosen, map_in_threads(lists.prepared, chosen, lists.use_one_thread)))
-            each_in_threads(functools.partial(_Group.scan, ready=ready, ranks=ranks), groups)
+            ready = dict(zip(chosen, map_in_threads(lists.prepare, chosen, lists.use_one_thread)))
+            run_in_threads(functools.partial(_Group.scan, ready=ready, ranks=ranks), groups)
     ids_NK = torch.full((count, k), -1, dtype=torch.int64)
     scores_NK = torch.full((count, k), -torch.inf)
     open_parts = list(map_in_threads(lambda group: group.write_best(ids_NK, scores_NK), groups))
     return Found(ids_NK, scores_NK, torch.from_numpy(np.concatenate([np.empty(0, np.int64), *open_parts])))
 
 
-def _numbers(visited_NP: Array) -> list[int]:
-    numbers: list[int] = np.unique(visited_NP[visited_NP >= 0]).tolist()
+def _numbers(probed_NP: Array) -> list[int]:
+    numbers: list[int] = np.unique(probed_NP[probed_NP >= 0]).tolist()
     return numbers
 
 
@@ -215,12 +215,12 @@ class _Group:
     """Some queries and the candidates they hold. Scanned by one thread at a time."""
 
     def __init__(
-        self, lists: Lists, query_ND: Tensor, visited_NP: Array | None, rows: slice, k: int, doubt_N: Tensor
+        self, lists: Lists, query_ND: Tensor, probed_NP: Array | None, rows: slice, k: int, doubt_N: Tensor
     ) -> None:
         self._lists, self._k, self._first = lists, k, rows.start
         self._query_ND = np.ascontiguousarray(query_ND[rows].numpy())
         self._turned_ND = np.ascontiguousarray(lists.rotated(query_ND[rows]).numpy())
-        self._visited_NP = visited_NP[rows] if visited_NP is not None else None
+        self._visited_NP = probed_NP[rows] if probed_NP is not None else None
         count, room = len(self._query_ND), capacity(k)
         self._score_NC = np.empty((count, room), np.float32)
         self._ids_NC = np.empty((count, room), np.int64)
@@ -232,7 +232,7 @@ class _Group:
         self._buffer = ThreadBuffer(_TILE_SCORES, torch.int32 if lists.dtype is torch.int8 else torch.float32)
         self._visitors: dict[tuple[int, int | None], dict[int, tuple[Array, Array]]] = {}
 
-    def scan(self, ready: dict[int, KeyList], ranks: slice) -> None:
+    def scan(self, ready: dict[int, PreparedList], ranks: slice) -> None:
         """Scan some lists for the queries that visit them at these ranks."""
         visitors = self._visitors_at(ranks) if self._visited_NP is not None else None
         all_N = np.arange(len(self._query_ND))
@@ -240,8 +240,8 @@ class _Group:
             if not len(keys.ids_M) or (visitors is not None and number not in visitors):
                 continue
             row_N, order_N = visitors[number] if visitors is not None else (all_N, np.zeros_like(all_N))
-            tile = max(1, _TILE_SCORES // len(keys.low_ME))
-            bound_F = np.empty(len(keys.low_ME), np.float32)
+            tile = max(1, _TILE_SCORES // len(keys.quantized_ME))
+            bound_F = np.empty(len(keys.quantized_ME), np.float32)
             for start in range(0, len(row_N), tile):
                 self._scan_tile(keys, row_N[start : start + tile], order_N[start : start + tile], bound_F)
 
@@ -260,30 +260,30 @@ class _Group:
             }
         return self._visitors[key]
 
-    def _scan_tile(self, keys: KeyList, row_Q: Array, order_Q: Array, bound_F: Array) -> None:
+    def _scan_tile(self, keys: PreparedList, row_Q: Array, order_Q: Array, bound_F: Array) -> None:
         by_distance, is_integral = self._lists.by_distance, self._lists.dtype is torch.int8
-        low_QE = torch.zeros(len(row_Q), keys.low_ME.shape[1], dtype=self._lists.dtype)
+        quantized_QE = torch.zeros(len(row_Q), keys.quantized_ME.shape[1], dtype=self._lists.dtype)
         bound_Q4 = np.empty((len(row_Q), 4), np.float32)
         kernels.bound_queries(
-            self._turned_ND, row_Q, keys.centre_D, by_distance, keys.width, keys.largest, is_integral,
-            low_QE.numpy(), bound_Q4,
+            self._turned_ND, row_Q, keys.centroid_D, by_distance, keys.width, keys.largest, is_integral,
+            quantized_QE.numpy(), bound_Q4,
         )  # fmt: skip
-        raw_QM = self._buffer(len(row_Q), len(keys.low_ME))
-        (torch._int_mm if is_integral else torch.mm)(low_QE, keys.low_ME.T, out=raw_QM)
+        raw_QM = self._buffer(len(row_Q), len(keys.quantized_ME))
+        (torch._int_mm if is_integral else torch.mm)(quantized_QE, keys.quantized_ME.T, out=raw_QM)
         held = (self._score_NC, self._ids_NC, self._order_NC, self._filled_N, self._threshold_N, self._doubt_N)
         kernels.scan(
             raw_QM.view(len(row_Q), -1, GROUP).numpy(), len(keys.ids_M), np.float32(keys.step), bound_Q4,
-            row_Q, order_Q, keys.rest_GP, keys.bias_GP, keys.ids_M, keys.keys_MD, self._query_ND, by_distance,
+            row_Q, order_Q, keys.residual_GP, keys.bias_GP, keys.ids_M, keys.keys_MD, self._query_ND, by_distance,
             self._k, self._lists.ties_by_id, *held, self._is_open_N, bound_F,
         )  # fmt: skip
 
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> Array:
         """Write the k best candidates, best first. Returns: queries that are left open."""
         k, held = self._k, (self._score_NC, self._ids_NC, self._order_NC)
-        kernels.sift_group(*held, self._filled_N, self._threshold_N, self._doubt_N, k)
+        kernels.prune_group(*held, self._filled_N, self._threshold_N, self._doubt_N, k)
         most = max(1, int(self._filled_N.max(initial=0)))
         self._score_NC[:, :most][np.arange(most) >= self._filled_N[:, None]] = -np.inf
-        place_NF = falling_order(self._score_NC[:, :most])
+        place_NF = argsort_descending(self._score_NC[:, :most])
         score_NF, ids_NF, order_NF = (np.take_along_axis(x[:, :most], place_NF, 1) for x in held)
         kernels.order_equals(score_NF, ids_NF, order_NF, self._filled_N)
         if not self._lists.ties_by_id and most > k:

@@ -28,7 +28,7 @@ _BF16_ROUNDING = 2.0**-8 + 2.0**-16 + _ROUNDING  # of both factors
 class Block:
     """Keys as a filter multiplies them; rows of zeros behind them fill up the last group."""
 
-    low_MD: Tensor
+    quantized_MD: Tensor
     num_rows: int
     step: float
     """One unit of the approximate scores is this many true ones, times the queries' step."""
@@ -80,10 +80,10 @@ class Int8Filter:
         self.size_N = torch.linalg.vector_norm(balanced_ND, dim=1)
         self.columns = max(4, width // 256 * 4)
         padding = -(width + self.columns) % 4
-        self.low_ND = torch.zeros(len(query_ND), width + self.columns + padding, dtype=torch.int8)
+        self.quantized_ND = torch.zeros(len(query_ND), width + self.columns + padding, dtype=torch.int8)
         rounded_ND = balanced_ND.div_(self.step).add_(query_dither_D).floor_()
-        self.low_ND[:, :width] = rounded_ND
-        self.low_ND[:, width : width + self.columns] = _LEVELS
+        self.quantized_ND[:, :width] = rounded_ND
+        self.quantized_ND[:, width : width + self.columns] = _LEVELS
         self.remainder_D = 0.5 - query_dither_D
         self.most = most_steps(width)
         # Products of the queries with what the 8 bits of all keys leave out.
@@ -103,31 +103,33 @@ class Int8Filter:
         # The columns of the offset hold it as long as a key's entries need no longer steps.
         largest = max(float((reach_D * self.balance_D).amax()), largest_offset / (self.columns * self.step * _LEVELS))
         step = max(largest, 1e-30) / _LEVELS
-        low_MD, rest_M, size = self._rounded(keys_MD, step)
+        quantized_MD, rest_M, size = self._rounded(keys_MD, step)
         # What the queries' rounding leaves out of each key's products is one more offset.
         offset_M += rest_M.mul_(step * self.step)
         unit = step * self.step * _LEVELS
         # The columns of an offset differ by one where need be: their sum is off by half a step at most.
         share_E = torch.arange(self.columns + 1) / self.columns
         parts_ME = ((offset_M / unit)[:, None] * share_E).round_().diff(dim=1)
-        low_MD[:count, width : width + self.columns] = parts_ME.clamp_(-_LEVELS - 1, _LEVELS)
-        left_out = float((offset_M - low_MD[:count, width : width + self.columns].sum(1) * unit).abs().amax())
-        return Block(low_MD, count, step, size, offset, left_out)
+        quantized_MD[:count, width : width + self.columns] = parts_ME.clamp_(-_LEVELS - 1, _LEVELS)
+        left_out = float((offset_M - quantized_MD[:count, width : width + self.columns].sum(1) * unit).abs().amax())
+        return Block(quantized_MD, count, step, size, offset, left_out)
 
     def _rounded(self, keys_MD: Tensor, step: float) -> tuple[Tensor, Tensor, float]:
         """Keys in 8 bits, their products with what the queries' rounding leaves out, and the longest's length."""
         count, width = keys_MD.shape
-        low_MD = torch.zeros(-(-count // kernels.GROUP) * kernels.GROUP, self.low_ND.shape[1], dtype=torch.int8)
+        quantized_MD = torch.zeros(
+            -(-count // kernels.GROUP) * kernels.GROUP, self.quantized_ND.shape[1], dtype=torch.int8
+        )
         # floor((key - mean) * balance / step + dither)
         factor_D = self.balance_D / step
         add_D, rest_M = self.key_dither_D - self.mean_D * factor_D, torch.empty(count)
-        arrays = (keys_MD, factor_D, add_D, self.remainder_D, low_MD, rest_M)
+        arrays = (keys_MD, factor_D, add_D, self.remainder_D, quantized_MD, rest_M)
         size = kernels.round_rows(*(x.numpy() for x in arrays))
-        return low_MD, rest_M, (math.sqrt(size) + 0.5 * math.sqrt(width)) * step
+        return quantized_MD, rest_M, (math.sqrt(size) + 0.5 * math.sqrt(width)) * step
 
     def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
         """See ``Filter``."""
-        torch._int_mm(self.low_ND[rows], block.low_MD.T, out=out_NM)
+        torch._int_mm(self.quantized_ND[rows], block.quantized_MD.T, out=out_NM)
 
     def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
         """See ``Filter``."""
@@ -154,28 +156,30 @@ class FloatFilter:
         self.size_N = torch.linalg.vector_norm(query_ND / self.balance_D, dim=1)
         # An offset is the sum of three narrow numbers, met by ones.
         ones = query_ND.new_ones(len(query_ND), 3 if with_offset else 0)
-        self.low_ND = torch.cat([query_ND, ones], 1).to(dtype)
+        self.quantized_ND = torch.cat([query_ND, ones], 1).to(dtype)
         self.rounding = _ROUNDING if dtype is torch.float32 else _BF16_ROUNDING
 
     def block(self, keys_MD: Tensor) -> Block:
         """See ``Filter``."""
         count, width = keys_MD.shape
-        low_MD = self.low_ND.new_zeros(-(-count // kernels.GROUP) * kernels.GROUP, self.low_ND.shape[1])
-        low_MD[:count, :width] = keys_MD
+        quantized_MD = self.quantized_ND.new_zeros(
+            -(-count // kernels.GROUP) * kernels.GROUP, self.quantized_ND.shape[1]
+        )
+        quantized_MD[:count, :width] = keys_MD
         middle = largest = 0.0
         if self.with_offset:
             offset_M = -0.5 * squared_lengths(keys_MD)
             middle, largest = _centred(offset_M)
             for column in range(width, width + 3):
-                low_MD[:count, column] = offset_M
-                offset_M -= low_MD[:count, column].float()
+                quantized_MD[:count, column] = offset_M
+                offset_M -= quantized_MD[:count, column].float()
         size = math.sqrt(float(squared_lengths(keys_MD, self.balance_D).amax()))
         offset_error = self.rounding * largest + _ROUNDING * abs(middle)
-        return Block(low_MD, count, 1.0, size, middle, offset_error)
+        return Block(quantized_MD, count, 1.0, size, middle, offset_error)
 
     def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
         """See ``Filter``."""
-        torch.mm(self.low_ND[rows], block.low_MD.T, out=out_NM)
+        torch.mm(self.quantized_ND[rows], block.quantized_MD.T, out=out_NM)
 
     def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
         """See ``Filter``."""

@@ -72,7 +72,7 @@ def _range(low_C: Any) -> Any:
 
 
 @compiled()
-def reached_by_entries(low_C: Any, k: int) -> Any:
+def approx_kth_largest(low_C: Any, k: int) -> Any:
     """A number that at least k entries reach, and few more; -inf where there are fewer entries."""
     if len(low_C) < k:
         return np.float32(-np.inf)
@@ -90,9 +90,9 @@ def reached_by_entries(low_C: Any, k: int) -> Any:
 
 
 @compiled()
-def sift(low_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
+def prune(low_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
-    threshold = max(threshold, reached_by_entries(low_C[:filled], k))
+    threshold = max(threshold, approx_kth_largest(low_C[:filled], k))
     lowest = threshold - width
     kept = 0
     for i in range(filled):
@@ -102,7 +102,7 @@ def sift(low_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: f
 
 
 @compiled()
-def take(
+def collect_candidates(
     raw_QM: Any,
     num_rows: int,
     first_row: int,
@@ -145,7 +145,7 @@ def take(
             if not _any_reaches(raw_F[base + start :][:GROUP], GROUP, reach):
                 continue
             if filled > room - GROUP:
-                filled, threshold = sift(low_C, ids_C, filled, k, threshold, width)
+                filled, threshold = prune(low_C, ids_C, filled, k, threshold, width)
                 if filled > min(room - GROUP, 3 * room // 4):
                     filled_Q[query], threshold_Q[query] = filled, threshold
                     return query, start
@@ -164,21 +164,21 @@ def take(
 
 
 @compiled()
-def sift_all(low_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, width_Q: Any) -> None:
+def prune_all(low_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, width_Q: Any) -> None:
     """:func:`sift` for every query."""
     for q in range(len(filled_Q)):
-        filled, threshold = sift(low_QC[q], ids_QC[q], filled_Q[q], k, threshold_Q[q], width_Q[q])
+        filled, threshold = prune(low_QC[q], ids_QC[q], filled_Q[q], k, threshold_Q[q], width_Q[q])
         filled_Q[q], threshold_Q[q] = filled, threshold
 
 
 @compiled()
-def product(a_D: Any, b_D: Any) -> Any:
+def dot(a_D: Any, b_D: Any) -> Any:
     """The inner product."""
     return products(a_D, (b_D,))[0]
 
 
 @compiled()
-def nearness(a_D: Any, b_D: Any) -> Any:
+def neg_sq_l2(a_D: Any, b_D: Any) -> Any:
     """Minus the squared distance."""
     return -squared_distances(a_D, (b_D,))[0]
 
@@ -188,7 +188,7 @@ def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance
     """Inner product, or minus the squared distance, of H pairs of a query and a key."""
     for i in range(len(row_H)):
         query_D, key_D = query_ND[row_H[i]], keys_MD[col_H[i]]
-        out_H[i] = nearness(query_D, key_D) if by_distance else product(query_D, key_D)
+        out_H[i] = neg_sq_l2(query_D, key_D) if by_distance else dot(query_D, key_D)
 
 
 @compiled()
@@ -233,7 +233,7 @@ def reached_by(low_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
     """A number that at least k of each row's first ``filled`` entries reach, and few more; NaN reaches nothing."""
     for q in range(len(filled_Q)):
         row_C = low_QC[q, : filled_Q[q]]
-        out_Q[q] = reached_by_entries(row_C[~np.isnan(row_C)], k)
+        out_Q[q] = approx_kth_largest(row_C[~np.isnan(row_C)], k)
 
 
 @compiled(fastmath=ANY_ORDER)
@@ -249,14 +249,14 @@ def reach_and_lengths(keys_MD: Any, mean_D: Any, reach_D: Any, square_M: Any) ->
 
 
 @compiled(fastmath=ANY_ORDER)
-def round_rows(keys_MD: Any, factor_D: Any, add_D: Any, weight_D: Any, low_ME: Any, weighted_M: Any) -> Any:
-    """Write ``floor(key * factor + add)``, within 8 bits, into the first D columns of ``low_ME``.
+def round_rows(keys_MD: Any, factor_D: Any, add_D: Any, weight_D: Any, quantized_ME: Any, weighted_M: Any) -> Any:
+    """Write ``floor(key * factor + add)``, within 8 bits, into the first D columns of ``quantized_ME``.
 
     ``weighted_M`` gets the rounded rows' products with ``weight_D``. Returns: the largest squared length of them.
     """
     largest = np.float32(0.0)
     for m in range(len(keys_MD)):
-        key_D, low_D = keys_MD[m], low_ME[m]
+        key_D, low_D = keys_MD[m], quantized_ME[m]
         weighted, square = np.float32(0.0), np.float32(0.0)
         for d in range(len(key_D)):
             rounded = min(max(np.floor(key_D[d] * factor_D[d] + add_D[d]), np.float32(-128.0)), np.float32(127.0))

@@ -21,7 +21,7 @@ from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, 
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.hardware import has_fast_int8
-from fairseq.runtime.threads import ThreadBuffer, each_in_threads
+from fairseq.runtime.threads import ThreadBuffer, run_in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +71,18 @@ class Assigner:
     def assign_block(self, block_ND: Tensor, keys: Filter, near_N: Tensor) -> None:
         """Write the numbers of the centroids nearest to the keys that the filter was made of."""
         block = keys.block(self.centroids_CD)
-        count, columns = len(block_ND), len(block.low_MD)
+        count, columns = len(block_ND), len(block.quantized_MD)
         size = max(1, min(_GROUP_SCORES // columns, -(-count // torch.get_num_threads())))
         buffer = ThreadBuffer(size * columns, keys.dtype)
         scan = functools.partial(self._scan, block_ND, keys, block, buffer, near_N)
-        each_in_threads(scan, [slice(at, min(at + size, count)) for at in range(0, count, size)])
+        run_in_threads(scan, [slice(at, min(at + size, count)) for at in range(0, count, size)])
 
     def _scan(
         self, block_ND: Tensor, keys: Filter, block: Block, buffer: ThreadBuffer, near_N: Tensor, rows: slice
     ) -> None:
         from fairseq.memory.index.ops import kmeans_kernels
 
-        raw_QM = buffer(rows.stop - rows.start, len(block.low_MD))
+        raw_QM = buffer(rows.stop - rows.start, len(block.quantized_MD))
         keys.scores(block, rows, raw_QM)
         scale, _, margin_Q = keys.bounds(block, rows)
         # Two scores are both off by up to the margin. One unit more for the integers.
@@ -184,7 +184,7 @@ def _means(keys_ND: Tensor, near_N: Tensor, num_clusters: int, draw: np.random.G
         arrays = (keys_ND, order_N, edges[first : past + 1], means_CD[first:past])
         kmeans_kernels.means(*(x.numpy() for x in arrays))
 
-    each_in_threads(sum_up, range(0, num_clusters, _CLUSTERS_PER_TASK))
+    run_in_threads(sum_up, range(0, num_clusters, _CLUSTERS_PER_TASK))
     empty = (counts_C == 0).nonzero()[:, 0].tolist()
     largest = counts_C.argsort(descending=True, stable=True)[: int((counts_C > 1).sum())].tolist()
     for number, donor in zip(empty, itertools.cycle(largest)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled, nearness, product
+from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled, dot, neg_sq_l2
 
 _PART = 64
 
@@ -53,7 +53,7 @@ def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: 
                     near = start + c
                     break
                 key_D, centroid_D = keys_QD[q], centroids_CD[start + c]
-                score = nearness(key_D, centroid_D) if by_distance else product(key_D, centroid_D)
+                score = neg_sq_l2(key_D, centroid_D) if by_distance else dot(key_D, centroid_D)
                 if score > best:
                     best, near = score, start + c
         near_Q[q] = near

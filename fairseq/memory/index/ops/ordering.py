@@ -7,7 +7,7 @@ import numpy as np
 from fairseq.memory.types import Array
 
 
-def falling_order(score_NC: Array, k: int | None = None) -> Array:
+def argsort_descending(score_NC: Array, k: int | None = None) -> Array:
     """Places of each row's k largest float32 entries (by default all), int64 (N, k).
 
     The largest come first; of equals the earlier ones first, NaN last.

@@ -130,7 +130,7 @@ def test_approximate_scores_are_within_their_margin(metric, shape):
     for make in FILTERS.values():
         by = make(query_ND, keys_MD[:100], metric is Metric.L2)
         block = by.block(keys_MD)
-        raw = torch.empty(30, len(block.low_MD), dtype=by.dtype)
+        raw = torch.empty(30, len(block.quantized_MD), dtype=by.dtype)
         by.scores(block, slice(10, 40), raw)
         scale, shift, margin = by.bounds(block, slice(10, 40))
         error = (raw[:, :300].double() * scale + shift.double()[:, None] - true[10:40]).abs()

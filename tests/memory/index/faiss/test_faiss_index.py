@@ -8,13 +8,13 @@ import pytest
 import torch
 from brute_force import similarities
 
-from fairseq.memory.datastore.chunked_array import Rows
+from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.exact.candidates import TrueScores
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex, find_index, pair_scores_in_place
 from fairseq.memory.index.lists import kernels
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.search import KeyList, Rotation, search_lists
+from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 
@@ -190,17 +190,17 @@ def test_no_key_scores_above_its_bound(by_distance, dtype, turned):
     keys, queries = torch.from_numpy(narrow(500, 3)), torch.from_numpy(narrow(40, 4))
     rotation = Rotation.fit(keys - keys.mean(0), 0.05) if turned else Rotation(None, 64)
     assert (rotation.basis_DD is not None) == turned
-    listed = KeyList.of(
+    listed = PreparedList.of(
         np.arange(500), keys, keys.mean(0), rotation, by_distance=by_distance, dtype=dtype, dead_M=np.array([3])
     )
-    low, bound = torch.zeros(40, listed.low_ME.shape[1], dtype=dtype), np.empty((40, 4), np.float32)
+    low, bound = torch.zeros(40, listed.quantized_ME.shape[1], dtype=dtype), np.empty((40, 4), np.float32)
     kernels.bound_queries(
-        rotation(queries).numpy(), np.arange(40), listed.centre_D, by_distance, listed.width, listed.largest,
+        rotation(queries).numpy(), np.arange(40), listed.centroid_D, by_distance, listed.width, listed.largest,
         dtype is torch.int8, low.numpy(), bound,
     )  # fmt: skip
-    raw = (low.double() @ listed.low_ME.double().T).numpy()[:, :500] * listed.step
+    raw = (low.double() @ listed.quantized_ME.double().T).numpy()[:, :500] * listed.step
     scale, rest, shift, _ = bound.astype(np.float64).T[:, :, None]
-    above = raw * scale + rest * listed.rest_GP.reshape(-1)[:500] + listed.bias_GP.reshape(-1)[:500] + shift
+    above = raw * scale + rest * listed.residual_GP.reshape(-1)[:500] + listed.bias_GP.reshape(-1)[:500] + shift
     true = similarities(Metric.L2 if by_distance else Metric.IP, queries.numpy(), keys.numpy())
     assert (above >= true)[:, np.arange(500) != 3].all()
     assert np.isneginf(above[:, 3]).all()
@@ -276,7 +276,7 @@ def test_scores_of_pairs(metric, dtype):
     ids = torch.randint(-1, ROWS, (len(QUERIES), 5))
     truth = np.take_along_axis(similarities(metric, QUERIES.numpy(), keys), ids.clamp_min(0).numpy(), 1)
     truth[ids.numpy() < 0] = -np.inf
-    scores = TrueScores(Rows.of(keys), metric, normalized(QUERIES) if metric is Metric.COS else QUERIES)
+    scores = TrueScores(ChunkedArray.of(keys), metric, normalized(QUERIES) if metric is Metric.COS else QUERIES)
     for query, row in enumerate(ids.numpy()):
         np.testing.assert_allclose(scores.of(query, row[row >= 0]), truth[query, row >= 0], rtol=1e-5, atol=1e-4)
     if metric is not Metric.COS and dtype is np.float32:

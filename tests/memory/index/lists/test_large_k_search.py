@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.index.lists.adc_search import TableSearch
+from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_search import is_wide, wide_search
+from fairseq.memory.index.lists.large_k_search import is_large_k, large_k_search
 from fairseq.memory.index.lists.search import Rotation
 from fairseq.memory.types import Metric
 
@@ -41,7 +41,7 @@ def made(rows, nlist, metric, dim=8):
 def test_finds_what_faiss_finds(metric, k, products):
     index, query_ND = made(3000, 40, metric)
     opened = FaissIndex(index, metric)
-    assert is_wide(k, len(opened), index.nlist)
+    assert is_large_k(k, len(opened), index.nlist)
     assert DecodedLists.pays_for(index, len(query_ND))
     found = opened.search(query_ND, k)
     distances, ids = index.search(query_ND.numpy(), k)
@@ -57,7 +57,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end(int8):
     index, query_ND = made(3000, 40, Metric.L2)
     again = np.repeat(query_ND[:1].numpy(), 4000, 0)
     index.add(again)
-    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=int8), query_ND, 300)
+    ids_NK, scores_NK = large_k_search(DecodedLists(index, fast_int8=int8), query_ND, 300)
     assert (ids_NK[0] >= 3000).all()
     assert (ids_NK >= -1).all()
     assert (scores_NK[:, :-1] >= scores_NK[:, 1:]).all()
@@ -68,7 +68,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end(int8):
 def test_lists_that_hold_less_than_k_leave_places_empty(int8):
     index, query_ND = made(300, 40, Metric.L2)
     index.nprobe = 2
-    ids_NK, scores_NK = wide_search(DecodedLists(index, fast_int8=int8), query_ND, 100)
+    ids_NK, scores_NK = large_k_search(DecodedLists(index, fast_int8=int8), query_ND, 100)
     theirs = index.search(query_ND.numpy(), 100)[1]
     assert ((ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(scores_NK[ids_NK < 0]).all()
@@ -78,7 +78,7 @@ def test_lists_that_hold_less_than_k_leave_places_empty(int8):
 def test_a_part_of_the_queries_finds_the_same(int8):
     index, query_ND = made(3000, 40, Metric.L2)
     lists = DecodedLists(index, fast_int8=int8)
-    whole, part = wide_search(lists, query_ND, 100), wide_search(lists, query_ND[30:37], 100)
+    whole, part = large_k_search(lists, query_ND, 100), large_k_search(lists, query_ND[30:37], 100)
     torch.testing.assert_close(whole[1][30:37], part[1])
 
 
@@ -90,7 +90,7 @@ def test_bounds_leave_nothing_out(metric, int8, turned):
     lists = DecodedLists(index, fast_int8=int8)
     if turned:  # the last columns are not multiplied but bounded
         lists._rotation = Rotation(torch.linalg.qr(torch.randn(8, 8))[0].contiguous(), 4)
-    ids_NK, scores_NK = wide_search(lists, query_ND, 200)
+    ids_NK, scores_NK = large_k_search(lists, query_ND, 200)
     distances, ids = index.search(query_ND.numpy(), 200)
     np.testing.assert_allclose(scores_NK.numpy(), -distances if metric is Metric.L2 else distances, atol=1e-4)
     assert np.mean([len(set(a) & set(b)) / 200 for a, b in zip(ids_NK.tolist(), ids.tolist())]) > 0.999
@@ -130,7 +130,7 @@ def test_few_queries_find_what_brute_force_finds(metric, residual, count, delete
     query_ND, k = query_ND[:count], 300
     true_NR = decoded_scores(index, query_ND, index.quantizer.search(query_ND.numpy(), 6)[1], deleted)
     opened = FaissIndex(index, metric, deleted=np.array(deleted, np.int64))
-    assert TableSearch.serves(index)
+    assert AdcSearch.serves(index)
     assert not DecodedLists.pays_for(index, count)
     for _ in range(2):  # lists are prepared by the first search
         found = opened.search(query_ND, k)

@@ -38,8 +38,8 @@ def test_every_loop_sums_alike(width):
     dots = [summed(query * key) for key in keys]
     squares = [summed((query - key) ** 2) for key in keys]
     assert of_three(query, *keys) == (tuple(dots), tuple(squares))
-    assert [kernels.product(query, key) for key in keys] == dots
-    assert [-kernels.nearness(query, key) for key in keys] == squares
+    assert [kernels.dot(query, key) for key in keys] == dots
+    assert [-kernels.neg_sq_l2(query, key) for key in keys] == squares
     for by_distance, expected in ((False, dots), (True, [-x for x in squares])):
         row, pairs = np.zeros(3, np.int64), np.empty(3, np.float32)
         kernels.score_pairs(query[None], row, keys, np.arange(3), by_distance, pairs)
@@ -53,4 +53,4 @@ def test_every_loop_sums_alike(width):
 def test_rows_with_gaps_are_refused():
     rows = np.ones((4, 4), np.float32)
     with pytest.raises(numba.TypingError, match="float32 without gaps"):
-        kernels.product(rows[0], rows[:, 0])
+        kernels.dot(rows[0], rows[:, 0])
