@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class _Recorder:
 
 def _write(content: Any, recorder: _Recorder) -> None:
     try:
-        torch.save(content, recorder)
+        torch.save(content, cast("IO[bytes]", recorder))
     except Exception as error:
         if recorder.error is not None:
             raise recorder.error from error

@@ -7,7 +7,7 @@ import sys
 import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 MOVED = {
     "fairseq.memory.hf": "fairseq.hf",
@@ -27,7 +27,7 @@ class _MovedModules:
         """A spec for an old name; None for all others."""
         if fullname not in MOVED:
             return None
-        return ModuleSpec(fullname, self, is_package=fullname == "fairseq.memory.hf")
+        return ModuleSpec(fullname, cast(Any, self), is_package=fullname == "fairseq.memory.hf")
 
     def create_module(self, spec: ModuleSpec) -> None:
         """An ordinary module."""

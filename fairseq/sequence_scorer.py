@@ -110,6 +110,7 @@ class SequenceScorer:
         here, place_N = batch.to(self.device), self._places(batch)
         out = self.models[0](here.tokens_BT, key_tap=self.key_tap)
         empty, target_N = torch.empty(0), here.target_BT.view(-1)[place_N]
+        assert out.key_BTD is not None, "keys were asked of a scorer without a key tap"
         return ScoredPositions(_block_of(batch, place_N), target_N, empty, empty, out.key_BTD.flatten(0, 1)[place_N])
 
     def _places(self, batch: LMBatch) -> Tensor:

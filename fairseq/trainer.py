@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from lightning.fabric import Fabric
 
+    from fairseq.models.base import LanguageModel
     from fairseq.optim.lr_schedulers import LRSchedule
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class LossModule(nn.Module):
 
     def forward(self, *parts: Any) -> tuple[Tensor, dict[str, Any]]:
         """Loss of one batch, handed over in parts because Fabric cannot rebuild frozen values."""
-        loss: Loss = self.criterion(self.model, LMBatch(*parts))
+        loss: Loss = self.criterion(cast("LanguageModel", self.model), LMBatch(*parts))
         return loss.sum, loss.log
 
 
@@ -108,8 +109,14 @@ class Trainer:
                 sums[name] += value.double() if isinstance(value, Tensor) else value
         names = sorted(sums)
         total = dict(zip(names, sum_over_ranks(self.fabric, [float(sums[name]) for name in names])))
-        counts = [total.pop(name) for name in ("loss", "sample_size", "ntokens", "nsentences", "num_batches")]
-        return StepSums(*counts, log=total)
+        return StepSums(
+            loss=total.pop("loss"),
+            sample_size=total.pop("sample_size"),
+            num_tokens=total.pop("ntokens"),
+            num_sentences=total.pop("nsentences"),
+            num_batches=total.pop("num_batches"),
+            log=total,
+        )
 
     def _scale_and_clip(self, sample_size: float) -> float:
         """Turn gradients of the ranks' mean sum into those of the mean per token; returns their norm."""

@@ -69,14 +69,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_config(GetDataConfig)
     given = parser.parse(argv)
     config = build(GetDataConfig, given)
-    found = lookup({**CORPORA, **MODELS}, config.corpus, "corpus")
-    if isinstance(found, Corpus):
-        _get_corpus(found, config)
+    sources: dict[str, Corpus | corpora.Archive] = {**CORPORA, **MODELS}
+    source = lookup(sources, config.corpus, "corpus")
+    if isinstance(source, Corpus):
+        _get_corpus(source, config)
         return
     for name in _FOR_TEXT:
         if name in given:
             raise ValueError(f"--{name.replace('_', '-')} is for corpora; {config.corpus} is a language model")
-    _get_model(found, config)
+    _get_model(source, config)
 
 
 def _get_corpus(corpus: Corpus, config: GetDataConfig) -> None:

@@ -42,6 +42,9 @@ _TRANSLATION_FIELDS = ("source_lang", "target_lang", "left_pad_source", "left_pa
 class _Inert:
     """An object of a class that is not imported: keeps what the pickle says about it."""
 
+    parts: tuple[Any, ...]
+    state: Any
+
     def __new__(cls, *parts: Any, **named: Any) -> _Inert:
         made = super().__new__(cls)
         made.parts = parts
@@ -71,7 +74,7 @@ def read_pickle(path: str) -> Any:
     with open(path, "rb") as file:
         is_zip = zipfile.is_zipfile(file)
     try:
-        stand_ins = [_stand_in(name) for name in sorted(_globals_of(path)) if _is_foreign(name)]
+        stand_ins: list[Any] = [_stand_in(name) for name in sorted(_globals_of(path)) if _is_foreign(name)]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about protocols; what cannot be read is an error below
             # Mapped, not read: evaluation never touches the optimizer state, which is twice the size of the model.

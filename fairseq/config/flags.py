@@ -104,7 +104,8 @@ def _value_parser(annotation: Any) -> Callable[[str], Any]:
     """The function that reads a value of this annotation from text; ``X | None`` reads as ``X``."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         (annotation,) = (part for part in typing.get_args(annotation) if part is not type(None))
-    return _PARSERS.get(annotation, annotation)
+    parser: Callable[[str], Any] = _PARSERS.get(annotation, annotation)
+    return parser
 
 
 def flag_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
@@ -122,9 +123,10 @@ def field_help(config_class: type) -> dict[str, str]:
             continue
         body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
         for statement, following in zip(body, body[1:]):
-            is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-            if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                found[statement.target.id] = " ".join(str(following.value.value).split())  # type: ignore[union-attr]
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                found[statement.target.id] = " ".join(str(following.value.value).split())
     return found
 
 
@@ -180,7 +182,7 @@ class FlagParser(argparse.ArgumentParser):
         group = self.add_argument_group(title or config_class.__name__)
         hints = typing.get_type_hints(config_class)
         helps = field_help(config_class) if self._help_wanted else {}
-        for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        for field in dataclasses.fields(config_class):
             names = flag_names(field)
             if self._normal(names[0]) not in self._spellings:
                 self._add_flag(group, field, names, hints[field.name], helps.get(field.name, ""))

@@ -66,6 +66,7 @@ class TrimeLoss(Criterion):
         ori_loss = -wide_sum(logp_N)
         if warming_up:
             return self.loss(ori_loss, batch, ori_loss=ori_loss, norm_loss=torch.zeros_like(ori_loss))
+        assert out.key_BTD is not None, "a key was asked for"
         key_ND = _scored_keys(out.key_BTD, batch)
         own = InBatchMemory(target_N, _lengths(batch), self._rule(model), 1 / math.sqrt(key_ND.shape[1]))
         memory, other_key_MD = self._with_other_ranks(own, key_ND)

@@ -161,8 +161,10 @@ class ScoredPositions:
 class MemoryReader(Protocol):
     """A way to read a memory: kNN-LM, TRIME and RetoMaton each turn the model's scores into their own."""
 
-    needs_keys: bool
-    """Whether ``logp`` reads the keys of the positions."""
+    @property
+    def needs_keys(self) -> bool:
+        """True if ``logp`` reads the keys of the positions."""
+        ...
 
     @property
     def num_searched(self) -> int | None:

@@ -120,7 +120,7 @@ class PerplexityReport:
         counts = np.asarray(self.dictionary.counts, dtype=np.int64)[token]
         bounds = (0, *_BUCKETS, np.iinfo(np.int64).max)
         ranges = [(low, high, ~special & (counts >= low) & (counts < high)) for low, high in zip(bounds, bounds[1:])]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for low, high, inside in [(0, 0, special), *ranges]:
             if inside.any():
                 loss = -float(logp[inside].mean()) / math.log(2)
@@ -133,7 +133,7 @@ class PerplexityReport:
         """Per block: its number and its words with their ln p, pieces joined."""
         block, token, logp = self.arrays()
         is_joined = joined(block, self.continues[token])
-        starts = np.flatnonzero(np.r_[True, block[1:] != block[:-1]]) if len(block) else []
+        starts: list[int] = np.flatnonzero(np.r_[True, block[1:] != block[:-1]]).tolist() if len(block) else []
         for start, end in zip(starts, [*starts[1:], len(block)]):
             line: list[tuple[str, float]] = []
             text, score = "", 0.0

@@ -41,7 +41,7 @@ class LossSums:
     @property
     def perplexity(self) -> float:
         """2 to the loss."""
-        return 2.0**self.loss_base2
+        return float(2.0**self.loss_base2)
 
 
 def loss_sums(block_N: Array, continues_N: Array, logp_N: Array) -> LossSums:

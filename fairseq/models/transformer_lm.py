@@ -32,18 +32,19 @@ class TransformerDecoder(nn.Module):
         self.config = config
         self.pad = pad
         width = config.decoder_embed_dim
+        input_width = config.decoder_input_dim or width
         self.register_buffer("version", torch.full((1,), 3.0))
         self.embed_scale = 1.0 if config.no_scale_embedding else math.sqrt(width)
         self.embed_tokens = self._make_embedding(dictionary_size)
         self.embed_positions = self._make_positions()
         adaptive = isinstance(self.embed_tokens, AdaptiveInput)
-        narrow = not adaptive and config.decoder_input_dim != width
-        self.project_in_dim = nn.Linear(config.decoder_input_dim, width, bias=False) if narrow else None
+        narrow = not adaptive and input_width != width
+        self.project_in_dim = nn.Linear(input_width, width, bias=False) if narrow else None
         self.layernorm_embedding = nn.LayerNorm(width) if config.layernorm_embedding else None
         self.layers = nn.ModuleList(self._make_layer() for _ in range(num_layers(config)))
         has_final_norm = config.decoder_normalize_before and not config.no_decoder_final_norm
         self.layer_norm = nn.LayerNorm(width) if has_final_norm else None
-        self.output_width = config.decoder_output_dim
+        self.output_width = config.decoder_output_dim or width
         other_width = self.output_width != width
         self.project_out_dim = nn.Linear(width, self.output_width, bias=False) if other_width else None
         has_head = config.knn_keytype == "separated_head"
@@ -51,32 +52,38 @@ class TransformerDecoder(nn.Module):
         self.adaptive_softmax: AdaptiveSoftmax | None = None
         self.output_projection: nn.Module | None = None
         if config.adaptive_softmax_cutoff is not None:
+            shared_input = None
+            if config.tie_adaptive_weights:
+                assert isinstance(self.embed_tokens, AdaptiveInput), "the config requires an adaptive input"
+                shared_input = self.embed_tokens
             self.adaptive_softmax = AdaptiveSoftmax(
                 dictionary_size,
                 self.output_width,
                 config.adaptive_softmax_cutoff,
                 factor=config.adaptive_softmax_factor,
                 dropout=config.adaptive_softmax_dropout,
-                adaptive_input=self.embed_tokens if config.tie_adaptive_weights else None,
+                adaptive_input=shared_input,
                 tie_proj=config.tie_adaptive_proj,
             )
         elif config.share_decoder_input_output_embed:
+            assert isinstance(self.embed_tokens, nn.Embedding), "the config excludes an adaptive input"
             self.output_projection = SharedLinear(self.embed_tokens.weight)
         else:
             self.output_projection = nn.Linear(self.output_width, dictionary_size, bias=False)
 
-    def _make_embedding(self, dictionary_size: int) -> nn.Module:
+    def _make_embedding(self, dictionary_size: int) -> AdaptiveInput | nn.Embedding:
         config = self.config
+        input_width = config.decoder_input_dim or config.decoder_embed_dim
         if config.adaptive_input:
             return AdaptiveInput(
                 dictionary_size,
                 self.pad,
-                config.decoder_input_dim,
+                input_width,
                 config.adaptive_input_factor,
                 config.decoder_embed_dim,
-                config.adaptive_input_cutoff,
+                config.adaptive_input_cutoff or (),
             )
-        return nn.Embedding(dictionary_size, config.decoder_input_dim, padding_idx=self.pad)
+        return nn.Embedding(dictionary_size, input_width, padding_idx=self.pad)
 
     def _make_positions(self) -> LearnedPositionalEmbedding | SinusoidalPositionalEmbedding | None:
         config = self.config
@@ -231,7 +238,8 @@ class TransformerLanguageModel(nn.Module):
         """
         if key_tap is not None:
             _require_tap(key_tap)
-        return self.decoder(tokens_BT, key_tap, incremental_state)
+        out: LMOutput = self.decoder(tokens_BT, key_tap, incremental_state)
+        return out
 
     def target_logp(self, hidden_ND: Tensor, target_N: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """Log-probability of each target, and the vocabulary's log-sum; both (N,) in float32.
@@ -243,20 +251,25 @@ class TransformerLanguageModel(nn.Module):
         """
         if chunk is None or chunk >= len(target_N):
             return self._target_logp(hidden_ND, target_N)
-        parts = [self._target_logp(h, t) for h, t in zip(hidden_ND.split(chunk), target_N.split(chunk))]
+        parts = [self._target_logp(h, t) for h, t in zip(torch.split(hidden_ND, chunk), torch.split(target_N, chunk))]
         logps, norms = zip(*parts)
         return torch.cat(logps), torch.cat(norms)
 
     def _target_logp(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         if self.decoder.adaptive_softmax is not None:
             return self.decoder.adaptive_softmax.target_logp(hidden_ND, target_N)
-        return pick(self.decoder.output_projection(hidden_ND), target_N)
+        return pick(self._output_scores(hidden_ND), target_N)
 
     def vocab_logp(self, hidden_ND: Tensor) -> Tensor:
         """Log-probability of every type, (N, V) in float32."""
         if self.decoder.adaptive_softmax is not None:
             return self.decoder.adaptive_softmax.vocab_logp(hidden_ND)
-        return log_softmax(self.decoder.output_projection(hidden_ND))
+        return log_softmax(self._output_scores(hidden_ND))
+
+    def _output_scores(self, hidden_ND: Tensor) -> Tensor:
+        assert self.decoder.output_projection is not None, "there is an adaptive softmax instead"
+        scores_NV: Tensor = self.decoder.output_projection(hidden_ND)
+        return scores_NV
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, in any of fairseq's spellings."""

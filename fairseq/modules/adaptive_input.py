@@ -57,9 +57,13 @@ class AdaptiveInput(nn.Module):
             embedding = nn.Embedding(high - low, inner, padding_idx=pad if low <= pad < high else None)
             self.embeddings.append(nn.Sequential(embedding, nn.Linear(inner, width, bias=False)))
 
+    def bands(self) -> list[tuple[nn.Embedding, nn.Linear]]:
+        """Embedding and projection of each band, the most frequent tokens first."""
+        return [(band[0], band[1]) for band in self.embeddings]  # type: ignore[index]
+
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
-        for embedding, projection in self.embeddings:
+        for embedding, projection in self.bands():
             nn.init.normal_(embedding.weight, std=embedding.embedding_dim**-0.5)
             if embedding.padding_idx is not None:
                 nn.init.zeros_(embedding.weight[embedding.padding_idx])
@@ -76,4 +80,4 @@ class AdaptiveInput(nn.Module):
             pieces.append(band(token_N[here] - low))
         piece_ND = torch.cat(pieces)
         out_ND = torch.empty_like(piece_ND).index_copy(0, torch.cat(places), piece_ND)
-        return out_ND.unflatten(0, tokens_BT.shape)
+        return out_ND.view(*tokens_BT.shape, self.width)

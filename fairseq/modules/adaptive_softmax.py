@@ -18,7 +18,7 @@ from fairseq.modules.adaptive_input import AdaptiveInput, band_width, bands_of
 class SharedLinear(nn.Module):
     """A linear map whose matrix is another module's parameter."""
 
-    def __init__(self, weight: nn.Parameter, transpose: bool = False) -> None:
+    def __init__(self, weight: Tensor, transpose: bool = False) -> None:
         super().__init__()
         self.weight = weight
         self.transpose = transpose
@@ -31,7 +31,7 @@ class SharedLinear(nn.Module):
 class SharedHead(nn.Module):
     """The head's scores when its types share the first band of an adaptive input; tails have rows of their own."""
 
-    def __init__(self, weight: nn.Parameter, num_tails: int) -> None:
+    def __init__(self, weight: Tensor, num_tails: int) -> None:
         super().__init__()
         self.register_buffer("_float_tensor", torch.zeros(1))  # fairseq's files have one; it means nothing
         self.word_proj = SharedLinear(weight)
@@ -70,11 +70,11 @@ class AdaptiveSoftmax(nn.Module):
         if adaptive_input is None:
             self.head = nn.Linear(width, self.ends[0] + num_tails, bias=False)
         else:
-            self.head = SharedHead(adaptive_input.embeddings[0][0].weight, num_tails)
+            self.head = SharedHead(adaptive_input.bands()[0][0].weight, num_tails)
         self.tail = nn.ModuleList()
         for band in range(1, len(self.ends)):
             inner = band_width(width, factor, band, "--adaptive-softmax-factor")
-            shared = adaptive_input.embeddings[band] if adaptive_input is not None else None
+            shared = adaptive_input.bands()[band] if adaptive_input is not None else None
             project: nn.Module = nn.Linear(width, inner, bias=False)
             if shared is not None and tie_proj:
                 project = SharedLinear(shared[1].weight, transpose=True)

@@ -108,10 +108,11 @@ class MultiheadAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
         )
-        return self.out_proj(out_BHTD.transpose(1, 2).flatten(2))
+        out_BTC: Tensor = self.out_proj(out_BHTD.transpose(1, 2).flatten(2))
+        return out_BTC
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return x_BTC.view(*x_BTC.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 def _causal_tail(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:

@@ -48,6 +48,7 @@ class LearnedPositionalEmbedding(nn.Embedding):
                 f"a text of {length} tokens is longer than the {self.max_positions} positions this model has learned; "
                 "give a smaller --tokens-per-sample or --context-window"
             )
+        assert self.padding_idx is not None
         return super().forward(positions_of(tokens_BT, self.padding_idx, before_B))
 
 
@@ -59,6 +60,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
         self.width = width
         self.pad = pad
         self.max_positions = max_positions
+        self._float_tensor: Tensor
         self.register_buffer("_float_tensor", torch.zeros(1))  # fairseq's files have one; it means nothing
         # The table is made on first use and not a buffer: it would be rounded when a model turns to half precision
         # before longer texts make it grow.

@@ -12,7 +12,8 @@ from torch.nn import Parameter
 
 
 def _rms(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor) / math.sqrt(max(tensor.numel(), 1))
+    norm: Tensor = torch.linalg.vector_norm(tensor) / math.sqrt(max(tensor.numel(), 1))
+    return norm
 
 
 class Adafactor(torch.optim.Optimizer):

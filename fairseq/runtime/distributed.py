@@ -43,9 +43,9 @@ def make_fabric(runtime: RuntimeConfig, distributed: DistributedConfig, find_unu
         find_unused_parameters: some parameters may have no gradient in some batches.
     """
     from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.fabric.plugins.precision import MixedPrecision
-    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.strategies.ddp import DDPStrategy
 
     on_gpu = runs_on_gpu(runtime)
     world = distributed.distributed_world_size or (torch.cuda.device_count() if on_gpu else 1)
@@ -55,7 +55,7 @@ def make_fabric(runtime: RuntimeConfig, distributed: DistributedConfig, find_unu
         nodes = max(1, elastic.world_size() // _local_world_size())
         world = _local_world_size()
     precision = _precision(runtime, on_gpu)
-    plugins = []
+    plugins: list[Any] = []
     if precision == "16-mixed":
         scaler = torch.amp.GradScaler("cuda", init_scale=runtime.fp16_init_scale)
         plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
@@ -122,7 +122,11 @@ def gather_ragged(*tensors: Tensor, with_gradient: bool = False) -> Gathered:
     every = [torch.empty_like(own) for _ in range(world)]
     torch.distributed.all_gather(every, own)
     counts = tuple(torch.cat(every).tolist())
-    gather = (lambda x: _Gather.apply(x, counts)) if with_gradient else (lambda x: _join(x.detach(), counts))
+
+    def gather(x: Tensor) -> Tensor:
+        joined: Tensor = _Gather.apply(x, counts) if with_gradient else _join(x.detach(), counts)  # type: ignore[no-untyped-call]
+        return joined
+
     return Gathered(tuple(gather(x) if x.is_floating_point() else _join(x, counts) for x in tensors), counts)
 
 

@@ -238,7 +238,7 @@ class TrainingLoop:
                 figure = self._metric_in(figures)
                 self.last_figures = dict(figures)
                 best = figure if self.keeper.is_better(figure) else self.keeper.best
-                if self.keeper.best is not None:
+                if best is not None and self.keeper.best is not None:
                     figures[f"best_{self.checkpoints.best_checkpoint_metric}"] = best
             self.progress.validated(subset, epoch, figures)
         return figure

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
-from fairseq.memory.index.ops.lane_sums import products, squared_distances
+from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fairseq.memory.index.ops import kernels
-from fairseq.memory.index.ops.lane_sums import products, squared_distances
+from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 
 
 def summed(terms: np.ndarray) -> np.float32:
