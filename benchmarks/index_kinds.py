@@ -55,7 +55,7 @@ def main() -> None:
 
 def make_store(prefix: Path, rows: int, dim: int) -> None:
     """Keys in loose clusters, as hidden states are."""
-    from fairseq.memory.datastore.datastore import DatastoreWriter
+    from fairseq.memory.datastore.writer import DatastoreWriter
 
     centers = np.random.default_rng(0).standard_normal((_CENTERS, dim)).astype(np.float32)
     draw = np.random.default_rng(1)

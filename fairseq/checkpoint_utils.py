@@ -36,7 +36,7 @@ _NOT_OF_THE_MODEL = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and, in the middle of training, everything needed to go on."""
+    """A model and, in the middle of training, everything needed to resume."""
 
     config: dict[str, dict[str, Any]]
     """Settings by group: at least ``task`` and ``model``."""
@@ -171,7 +171,7 @@ def load_model(
 def load_model_for(
     dictionary: Dictionary, checkpoint: Checkpoint, path: str, overrides: Mapping[str, Any] | None = None
 ) -> TransformerLanguageModel:
-    """As load_model, for the words of a task. Raises: ValueError naming the file when it is not for these words."""
+    """As load_model, for a task's dictionary. Raises: ValueError naming the file when the dictionary differs."""
     try:
         model = load_model(checkpoint, len(dictionary), dictionary.pad(), overrides)
         _require_dictionary(checkpoint, dictionary.digest())
@@ -181,11 +181,11 @@ def load_model_for(
 
 
 def _require_dictionary(checkpoint: Checkpoint, digest: str) -> None:
-    """Raise ValueError when a model was trained on other words of the same number; others' checkpoints do not tell."""
+    """Raise ValueError when a model was trained with another dictionary of the same size, where that is recorded."""
     saved = checkpoint.config.get("task", {}).get("dictionary_digest")
     if saved not in (None, digest):
         raise ValueError(
-            f"the checkpoint was trained with other words than the data's dict.txt holds (digest {saved[:12]}, not "
+            f"the checkpoint was trained with another dictionary than the data's dict.txt (digest {saved[:12]}, not "
             f"{digest[:12]}); use the data folder it was trained on, or binarise the text with its dict.txt (--srcdict)"
         )
 

@@ -1,4 +1,4 @@
-"""Which configs make up each command, and fairseq's way of choosing parts by name."""
+"""The configs that make up each command, and fairseq's way of choosing parts by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TaskChoiceConfig:
 
 @dataclass(frozen=True)
 class Settings:
-    """The parsed words of a command and the values they gave (defaults are absent).
+    """A parsed command line: its arguments and the values they gave (defaults are absent).
 
     Rooms below this module get configs, never this.
     """
@@ -124,7 +124,7 @@ def _flags_of_others(chosen: Mapping[str, str]) -> dict[str, str]:
 
 
 def parse_train(argv: Sequence[str]) -> Settings:
-    """Read ``train.py``'s words. Exits with status 2 and one line on a mistake; plug-ins are imported first."""
+    """Parse ``train.py``'s arguments. Exits with status 2 and one line on a mistake; plug-ins are imported first."""
     _import_plugins("train.py", argv)
     first = FlagParser("train.py", "Train a model.")
     first.add_config(ChoicesConfig)
@@ -210,7 +210,7 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
-    """Read the words of ``eval_lm.py`` or ``eval_lm-trime.py``. Exits with status 2 and one line on a mistake."""
+    """Parse the arguments of ``eval_lm.py`` or ``eval_lm-trime.py``. Exits with status 2 and one line on a mistake."""
     _import_plugins(program, argv)
     parser = FlagParser(program, "Score text with a language model, with or without a memory.")
     parser.add_config(TaskChoiceConfig)
@@ -233,10 +233,10 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class _KeyTapConfig:
-    """Where keys are read; overrides the checkpoint's."""
+    """Tap of the memory keys; overrides the checkpoint's."""
 
     knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
-    """Which inner state is the key: last_ffn_input, model_output or separated_head."""
+    """Inner state that is the key: last_ffn_input, model_output or separated_head."""
 
 
 def _import_plugins(program: str, argv: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ class TextMemory:
     """Divides their similarities."""
 
     def sums(self, passage: Passage) -> LogSums:
-        """What they add to the passage's scored positions; then they take the passage in."""
+        """Sums that the memories add to the passage's scored positions; then the passage is appended."""
         total: LogSums | None = None
         for source in self.sources:
             total = log_sums(source.lookup(passage), passage.targets, self.temperature).plus(total)
@@ -96,7 +96,7 @@ class SequenceScorer:
         return ScoredPositions(_block_of(batch, place_N), target_N, logp_N, parts[0][1].float(), key_ND, text_sums)
 
     def _text_sums(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None) -> LogSums:
-        """What the memories of the text add, block after block."""
+        """Sums that the memories of the text add, block after block."""
         assert self.text_memory is not None
         assert key_BTD is not None, "memories of the text were given to a scorer that makes no keys"
         sums = [self.text_memory.sums(passage) for passage in _passages(batch, here, key_BTD)]

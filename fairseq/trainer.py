@@ -136,7 +136,7 @@ class Trainer:
         return float(self.schedule.lr)
 
     def start_epoch(self, epoch: int) -> None:
-        """Let the criterion know which epoch begins or goes on."""
+        """Let the criterion know which epoch starts or resumes."""
         self.criterion.start_epoch(epoch)
 
     def end_epoch(self, epoch: int, figure: float | None) -> None:
@@ -152,14 +152,14 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, reset_optimizer: bool, reset_schedule: bool) -> None:
-        """Go on from a saved state.
+        """Resume from a saved state.
 
         Raises: ValueError when the optimizer's state is missing or belongs to another optimizer.
         """
         if not reset_optimizer:
             if state["optimizer"] is None:
                 raise ValueError(
-                    "the checkpoint holds no optimizer state, so training cannot go on exactly; "
+                    "the checkpoint holds no optimizer state, so training cannot resume exactly; "
                     "give --reset-optimizer to start its state afresh"
                 )
             try:

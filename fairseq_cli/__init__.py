@@ -4,7 +4,7 @@ import os
 import sys
 
 try:
-    import fairseq  # noqa: F401  it refuses to share its name with another distribution
+    import fairseq  # noqa: F401  it rejects sharing its name with another distribution
 except ImportError as error:
     sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: {error}\n")
     sys.exit(2)

@@ -16,7 +16,7 @@ PROGRAM = "bm25_make_batches.py"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the batch file the words describe, print one line and leave a run manifest beside it."""
+    """Write the batch file, print one line and write a run manifest beside it."""
     parser = FlagParser(PROGRAM, "Line up segments so that neighbours are alike.")
     parser.add_config(MakeBatchesConfig)
     config = build(MakeBatchesConfig, parser.parse(argv))

@@ -13,7 +13,7 @@ PROGRAM = "bm25_search.py"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Search the shard the words describe, print one line and leave a run manifest beside the results."""
+    """Search one shard, print one line and write a run manifest beside the results."""
     parser = FlagParser(PROGRAM, "Find the segments most like each segment, by BM25.")
     parser.add_config(SearchConfig)
     config = build(SearchConfig, parser.parse(argv))

@@ -20,7 +20,7 @@ PROGRAM = "build_dstore.py"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Build the index the words describe, print what it is worth and leave a run manifest beside the index."""
+    """Build an index or clusters, print its recall and write a run manifest beside it."""
     parser = FlagParser(PROGRAM, "Build an index over the keys of a datastore, or clusters of them.")
     parser.add_config(BuildConfig)
     parser.add_config(ClusterConfig)
@@ -80,14 +80,14 @@ def _print_report(figures: dict[str, Any]) -> None:
 
 
 def _check_evaluation(config: BuildConfig) -> None:
-    """Raise ValueError for words of an evaluation that cannot work, before the build."""
+    """Raise ValueError for arguments of an evaluation that cannot work, before the build."""
     if config.report_evaluation:
         for words in _commands(config).values():
             _configs(words)
 
 
 def _commands(config: BuildConfig) -> dict[str, list[str]]:
-    """The words of the evaluations: without neighbours, with the true ones, with those of the index."""
+    """Arguments of the evaluations: with the true neighbours and with those of the index."""
     given = shlex.split(str(config.report_evaluation))
     store = ["--knnlm", "--dstore-filename", config.dstore_mmap, "--faiss-metric-type", config.dist]
     for name, value in (("--dstore-size", config.dstore_size),):
@@ -132,7 +132,7 @@ def _makes_clusters(given: Mapping[str, Any]) -> bool:
 
 
 def cluster(config: ClusterConfig, argv: Sequence[str]) -> None:
-    """Make the clusters a config describes, print one line and leave a run manifest beside them."""
+    """Make the clusters a config describes, print one line and write a run manifest beside them."""
     from fairseq.memory.retomaton.build_clusters import build_clusters, open_clustered_store
     from fairseq.runtime.manifest import write_manifest
 

@@ -44,12 +44,12 @@ def info(config: InfoConfig, argv: Sequence[str]) -> None:
     """Print what the store holds."""
     from fairseq.memory.datastore.info import describe
 
-    told = describe(_open(config))
+    figures = describe(_open(config))
     if config.json:
-        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        sys.stdout.write(json.dumps(figures, indent=1) + "\n")
         return
-    parts = told.pop("parts")
-    for name, value in told.items():
+    parts = figures.pop("parts")
+    for name, value in figures.items():
         sys.stdout.write(f"{name}: {value}\n")
     for part in parts if len(parts) > 1 else ():
         sys.stdout.write(f"part: {part['prefix']} ({part['rows']} rows)\n")
@@ -82,7 +82,7 @@ def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
 
 
 def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
-    """Write the store anew and print how many rows it has."""
+    """Write a copy of the store and print how many rows it has."""
     from fairseq.data.dictionary import Dictionary
     from fairseq.memory.datastore.convert import convert as write
 
@@ -95,7 +95,7 @@ def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
     store.require(key_tap=config.knn_keytype)
     done = write(store, config.out, config.dtype or store.keys.dtype, metadata, drop=config.drop_nonfinite)
     sys.stdout.write(
-        f"wrote {done.rows} rows to {config.out}; left out {done.left_out}, of which {done.nonfinite} held NaN or "
+        f"wrote {done.rows} rows to {config.out}; dropped {done.left_out}, of which {done.nonfinite} held NaN or "
         "infinity\n"
     )
     _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.left_out})
@@ -153,9 +153,9 @@ def plan(config: PlanConfig, argv: Sequence[str]) -> None:
     rates = measure(config)
     made = make(config, rates, total_ram_bytes())
     if config.json:
-        told = {"config": to_dict(config), "rates": to_dict(rates), "store_bytes": made.store_bytes}
-        told |= {"store_write_seconds": made.write_seconds, "choices": [c.to_dict() for c in made.choices]}
-        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        figures = {"config": to_dict(config), "rates": to_dict(rates), "store_bytes": made.store_bytes}
+        figures |= {"store_write_seconds": made.write_seconds, "choices": [c.to_dict() for c in made.choices]}
+        sys.stdout.write(json.dumps(figures, indent=1) + "\n")
         return
     sys.stdout.write(table(config, rates, made, total_ram_bytes()))
 
@@ -177,7 +177,7 @@ def _leave_manifest(prefix: str, config: Any, argv: Sequence[str], figures: dict
     write_manifest(f"{prefix}.run.json", program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())
 
 
-# A command: what can be set, whose docstring is its help, and what is called with that and the command's words.
+# A command: its config, whose docstring is its help, and the function called with it and the arguments.
 COMMANDS = {
     "info": Entry(InfoConfig, info),
     "verify": Entry(VerifyConfig, verify),
@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
     """Run the command that the first word names."""
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:8} {command.config.__doc__}" for name, command in COMMANDS.items()]
-        sys.stdout.write("\n".join([f"usage: {PROGRAM} COMMAND PREFIX ... (COMMAND --help tells more)", *lines, ""]))
+        sys.stdout.write("\n".join([f"usage: {PROGRAM} COMMAND PREFIX ... (COMMAND --help for options)", *lines, ""]))
         return
     name, *words = argv
     command = lookup(COMMANDS, name, "command")

@@ -1,4 +1,4 @@
-"""How every command starts and how it tells a user's mistake: one line and exit status 2."""
+"""Start of every command; user errors print one line and exit with status 2."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _NO_ROOM = {
 
 
 def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
-    """Call ``main`` with the command's words; a ValueError or OSError becomes one line and exit status 2.
+    """Call ``main`` with the arguments; a ValueError or OSError becomes one line and exit status 2.
 
-    ``FAIRSEQ_TRACEBACK=1`` shows the whole traceback instead, for those who look for a fault of ours.
+    ``FAIRSEQ_TRACEBACK=1`` shows the whole traceback instead, to debug this package.
     """
     logging.basicConfig(
         format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
@@ -36,7 +36,7 @@ def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]
     except (ValueError, OSError) as error:
         if os.environ.get("FAIRSEQ_TRACEBACK"):
             raise
-        _tell(program, _in_one_line(error))
+        _print_error(program, _in_one_line(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
@@ -44,8 +44,8 @@ def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]
 
 
 def keep_freed_memory() -> None:
-    """Let glibc hand freed tensors out again. By default they go back to the system, and to get as many pages anew
-    costs small batches on a processor a tenth of their time."""
+    """Let glibc hand freed tensors out again. By default they go back to the system, and getting as many pages
+    again costs small batches on a CPU a tenth of their time."""
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 512 << 20)
 
 
-def _tell(program: str, message: str) -> None:
+def _print_error(program: str, message: str) -> None:
     """Print the line. Processes that train together find the same mistake: the first prints it, the others log it."""
     rank = os.environ.get("LOCAL_RANK", "0")
     if rank == "0":
@@ -70,7 +70,7 @@ def _in_one_line(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename else ""
         return (
             f"{where}{_NO_ROOM[error.errno]} and run the same command again: training, saving a store and building an "
-            "index go on where they were"
+            "index resume"
         )
     if isinstance(error, FileNotFoundError) and error.filename:
         return f"no such file: {error.filename}"

@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpus:
-    """How one corpus is had."""
+    """Source of one corpus."""
 
     archive: corpora.Archive
-    """What is downloaded."""
+    """Archive that is downloaded."""
     pattern: str
     """Name of a split's text file, ``{}`` being the split."""
     unpack: Callable[[Path, dict[str, Path]], None]
     """Writes the three text files from the archive."""
     preprocess_flags: tuple[str, ...] = ()
-    """What preprocess.py is told beside the paths."""
+    """Arguments of preprocess.py besides the paths."""
 
 
 CORPORA: Mapping[str, Corpus] = {
@@ -46,7 +46,7 @@ _FOR_TEXT = ("text_dir", "text_only", "workers")
 
 @dataclass(frozen=True, kw_only=True)
 class GetDataConfig:
-    """What is fetched and where it goes."""
+    """Options of get_data.sh: corpus and folders."""
 
     corpus: str = flag("corpus")
     """wikitext-103, enwik8 or shakespeare; or the language model smollm2."""
@@ -63,7 +63,7 @@ class GetDataConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fetch one corpus or model; whatever is there already is not made again."""
+    """Fetch one corpus or model; existing parts are not made again."""
     what = "Fetch a corpus and binarise it, or a language model; DATA_MIRROR=ADDRESS names another source."
     parser = FlagParser("get_data.sh", what)
     parser.add_config(GetDataConfig)
@@ -111,7 +111,7 @@ def _get_model(archive: corpora.Archive, config: GetDataConfig) -> None:
 
 
 def _is_binarised(folder: Path) -> bool:
-    """Whether all splits are there; preprocess.py writes a split's index last."""
+    """True if all splits exist; preprocess.py writes a split's index last."""
     return all((folder / f"{split}.idx").exists() for split in corpora.SPLITS)
 
 

@@ -51,26 +51,26 @@ def main(argv: Sequence[str]) -> None:
     )
     sys.stdout.write(f"language model alone on {subset}: perplexity {alone.perplexity:.2f}\n")
     sys.stdout.write(f"best, tuned on {subset}: {best.setting.flags()} (perplexity {best.sums.perplexity:.2f})\n")
-    told: dict[str, Any] = {"tuned_on": subset, "files": list(config.retrievals), "best": best.to_dict()}
-    told |= {"language_model_alone": {"loss_base2": alone.loss_base2, "perplexity": alone.perplexity}}
-    told |= _reported(tuned, reported, final)
-    _tell(final or best)
+    figures: dict[str, Any] = {"tuned_on": subset, "files": list(config.retrievals), "best": best.to_dict()}
+    figures |= {"language_model_alone": {"loss_base2": alone.loss_base2, "perplexity": alone.perplexity}}
+    figures |= _reported(tuned, reported, final)
+    print_report(final or best)
     if texts:
-        told |= _explained(reported or tuned, best, config.explain, *texts)
+        figures |= _explained(reported or tuned, best, config.explain, *texts)
     inputs = [*config.retrievals, *config.report]
-    leave(out, results, best, told, argv=argv, config=to_dict(config), inputs=inputs)
+    leave(out, results, best, figures, argv=argv, config=to_dict(config), inputs=inputs)
 
 
-def _tell(result: Result) -> None:
+def print_report(result: Result) -> None:
     """The line that scripts read."""
     sums = result.sums
     sys.stdout.write(f"Loss (base 2): {sums.loss_base2:.4f}, Perplexity: {sums.perplexity:.2f}\n")
     if sums.num_impossible:
-        sys.stdout.write(f"{sums.num_impossible} tokens have probability 0 and are left out\n")
+        sys.stdout.write(f"{sums.num_impossible} tokens have probability 0 and are dropped\n")
 
 
 def _reported(tuned: Sequence[Retrieval], reported: Sequence[Retrieval], final: Result | None) -> dict[str, Any]:
-    """What the figure is worth: on which text it was taken."""
+    """Note on the figure: the text on which it was tuned."""
     from fairseq.memory.retrieval.sweep import language_model_alone, same_text
 
     subset = tuned[0].fingerprint["subset"]
@@ -99,7 +99,7 @@ def _texts(config: SweepConfig, retrieval: Retrieval) -> tuple[Datastore, Dictio
 
     path = config.dictionary or retrieval.about["dictionary"]
     if not os.path.isfile(path):
-        raise ValueError(f"--explain shows words, and there is no dictionary {path}; name it by --dictionary")
+        raise ValueError(f"--explain needs a dictionary and {path} does not exist; give --dictionary FILE")
     dictionary = Dictionary.load(path)
     if dictionary.digest() != retrieval.fingerprint["dictionary_digest"]:
         raise ValueError(

@@ -28,12 +28,12 @@ IGNORED: dict[str, tuple[int, str]] = ignored_flags.PREPROCESS | {
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig:
-    """Which text becomes which data."""
+    """Options of binarising: texts, dictionaries and destination."""
 
     source_lang: str | None = flag("--source-lang", "-s", default=None)
     """Source language: the text is read from PREFIX.LANG."""
     target_lang: str | None = flag("--target-lang", "-t", default=None)
-    """Target language, likewise."""
+    """Target language; language models have none."""
     only_source: bool = flag("--only-source", default=False)
     """There is one text, as for a language model; without --source-lang it is read from PREFIX itself."""
     trainpref: str | None = flag("--trainpref", default=None)
@@ -102,7 +102,7 @@ class PreprocessConfig:
                 yield (f"{prefix}.{lang}", f"{name}{pair}.{lang}") if lang else (prefix, name)
 
     def dictionary_path(self, lang: str | None) -> str:
-        """Where a language's dictionary goes."""
+        """Path of a language's dictionary."""
         return os.path.join(self.destdir, f"dict.{lang}.txt" if lang else "dict.txt")
 
 
@@ -112,7 +112,7 @@ def cli_main() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Preprocess as the words of a command line say. Raises: ValueError or OSError on a user's mistake."""
+    """Binarise text. Raises: ValueError or OSError on a user's mistake."""
     config = parse(argv)
     _check_files(config)
     dictionaries = _dictionaries(config)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> PreprocessConfig:
-    """Read the words of a command line. Exits with status 2 and one line on a mistake."""
+    """Parse the arguments. Exits with status 2 and one line on a mistake."""
     parser = FlagParser("preprocess.py", "Turn text into dictionaries and binarised data.")
     parser.add_config(PreprocessConfig)
     for name, (takes_value, _) in IGNORED.items():

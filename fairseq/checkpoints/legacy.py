@@ -1,8 +1,8 @@
-"""Checkpoints of fairseq 0.6 to 0.12, knnlm and TRIME: pickles that nobody should execute -> plain types and tensors.
+"""Checkpoints of fairseq 0.6 to 0.12, knnlm and TRIME: pickles, read as plain types and tensors without executing them.
 
 PyTorch's restricted unpickler reads them. Besides tensors and plain types it is only ever shown stand-ins that keep
 what they are given and do nothing: for ``argparse.Namespace`` and for classes of the programs that wrote such files.
-Whatever else a pickle asks for is refused, so reading a file never runs code from it.
+Everything else that a pickle asks for is rejected, so reading a file never runs code from it.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def read_pickle(path: str) -> Any:
 
 def _reason(path: str, error: Exception) -> str:
     with contextlib.suppress(Exception):
-        refused = [name for name in sorted(_globals_of(path)) if not _is_foreign(name) and not _is_usual(name)]
-        if refused:
+        rejected = [name for name in sorted(_globals_of(path)) if not _is_foreign(name) and not _is_usual(name)]
+        if rejected:
             return (
-                f"it asks to run {', '.join(refused[:3])}, which no checkpoint needs; nothing was run. "
+                f"it asks to run {', '.join(rejected[:3])}, which no checkpoint needs; nothing was run. "
                 "Get the file from a source you trust"
             )
-    told = re.search(r"WeightsUnpickler error: (.+)", str(error))  # the rest advises to run the file's code
-    first = told.group(1) if told else (str(error).strip().splitlines() or [type(error).__name__])[0]
+    match = re.search(r"WeightsUnpickler error: (.+)", str(error))  # the rest advises to run the file's code
+    first = match.group(1) if match else (str(error).strip().splitlines() or [type(error).__name__])[0]
     return f"it is damaged, cut short, or another kind of file ({first[:200]}); copy or download it again"
 
 
@@ -103,7 +103,7 @@ def _is_foreign(name: str) -> bool:
 
 
 def _is_usual(name: str) -> bool:
-    """Whether PyTorch's own files ask for it; decides the wording of an error, and nothing else."""
+    """True if PyTorch's own files ask for it; decides the wording of an error, and nothing else."""
     return bool(_USUAL.fullmatch(name))
 
 
@@ -167,7 +167,7 @@ def read_fairseq_checkpoint(path: str) -> dict[str, Any]:
 def from_fairseq(content: Any, path: str) -> dict[str, Any]:
     """Turn a file's content into ``config`` (groups of plain settings), ``model`` (weights) and ``progress``.
 
-    The optimizer's state is left behind: its schedule and place in the data cannot be continued here.
+    The optimizer's state is dropped: its schedule and place in the data cannot be continued here.
     Raises: ValueError when it is no checkpoint, or of a model that needs settings this package has not.
     """
     weights = content.get("model") if isinstance(content, Mapping) else None
@@ -206,7 +206,7 @@ def _groups_of_nested(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _follow(groups: dict[str, dict[str, Any]], value: Any) -> Any:
-    """Replace a reference such as ``${task.tokens_per_sample}``; ``???`` marks a value nobody gave."""
+    """Replace a reference such as ``${task.tokens_per_sample}``; ``???`` marks a missing value."""
     if value == "???":
         return None
     reference = re.fullmatch(r"\$\{(\w+)\.(\w+)\}", value) if isinstance(value, str) else None
@@ -217,7 +217,7 @@ def _follow(groups: dict[str, dict[str, Any]], value: Any) -> Any:
 
 
 def _language_model_settings(config: dict[str, Any], weights: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """What TransformerLMConfig needs, completed from what old versions expressed in other ways."""
+    """The fields of TransformerLMConfig, completed from settings that old versions expressed in other ways."""
     values, task = config["model"], config["task"]
     for name in _UNSUPPORTED:
         if values.get(name):
@@ -230,7 +230,7 @@ def _language_model_settings(config: dict[str, Any], weights: Mapping[str, Any],
     )
     if values.get("no_tie_adaptive_proj") is False and model.get("tie_adaptive_weights"):
         model["tie_adaptive_proj"] = True
-    if model.get("decoder_normalize_before", True):  # before there was a flag for it, the file alone told
+    if model.get("decoder_normalize_before", True):  # before there was a flag for it, only the file shows it
         model["no_decoder_final_norm"] = "decoder.layer_norm.weight" not in weights
     if model.get("adaptive_softmax_cutoff") is not None:
         model["share_decoder_input_output_embed"] = False  # fairseq does not read it then

@@ -36,7 +36,7 @@ def flag(
         names: spellings as fairseq users know them, the first one shown in help; without any, ``--field-name``.
             A name without leading dashes makes a positional argument.
         default: the field's value when the user says nothing.
-        choices: the admitted words.
+        choices: the permitted values.
         parse: turns the flag's text into the value; by default the field's annotation decides.
         const: makes the flag's value optional: given without a value it means ``const``.
     """
@@ -53,7 +53,7 @@ def int_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UnreadableError(f"{text!r} is no list of whole numbers, such as 20000,60000") from None
+        raise UnreadableError(f"{text!r} is not a comma-separated list of integers (for example 20000,60000)") from None
 
 
 def float_list(text: str) -> tuple[float, ...]:
@@ -61,14 +61,14 @@ def float_list(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.strip("()[] ").removesuffix(",").split(","))
     except ValueError:
-        raise UnreadableError(f"{text!r} is no list of numbers, such as 0.1,0.2") from None
+        raise UnreadableError(f"{text!r} is not a comma-separated list of numbers (for example 0.1,0.2)") from None
 
 
 def require_at_least(limit: float, *, between: str = "-", hint: str = "", **values: float | None) -> None:
     """Raise ValueError for a value below the limit (or NaN), named as its flag; None is no value.
 
     Args:
-        between: what parts the words of the flags' names, ``-`` or ``_``.
+        between: separator in the flags' names, ``-`` or ``_``.
         hint: what the message ends with.
     """
     for name, value in values.items():
@@ -153,7 +153,7 @@ _IGNORED = "ignored "
 
 
 class _Flag(argparse.Action):
-    """A switch that remembers it was given; unlike store_true it leaves no default behind."""
+    """A switch that is present only if it was given; unlike store_true it sets no default."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **kwargs | {"default": argparse.SUPPRESS})
@@ -214,7 +214,7 @@ class FlagParser(argparse.ArgumentParser):
         group.add_argument(*names, dest=field.name, **settings)
 
     def parse(self, argv: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """Read the words of a command line into {field: value}, holding only what was given.
+        """Parse a command line into {field: value}, holding only what was given.
 
         Args:
             elsewhere: flags that exist but not for this choice of parts -> why, for the message.
@@ -231,7 +231,7 @@ class FlagParser(argparse.ArgumentParser):
         return vars(self.parse_known_args(words)[0])
 
     def add_ignored(self, name: str, *, takes_value: bool) -> None:
-        """Accept a flag that sets nothing, unless a config has it. :meth:`pop_ignored` tells which were given."""
+        """Accept a flag that sets nothing, unless a config has it; :meth:`pop_ignored` returns those given."""
         if self._normal(name) in self._spellings:
             return
         self._spellings[self._normal(name)] = name

@@ -31,7 +31,7 @@ TRAIN: dict[str, tuple[int, str]] = COMMON | {
     "--ddp-backend": (1, _FABRIC),
     "--ddp-comm-hook": (1, _FABRIC),
     "--gradient-as-bucket-view": (0, _FABRIC),
-    "--distributed-backend": (1, "NCCL on GPUs and Gloo on processors"),
+    "--distributed-backend": (1, "NCCL on GPUs and Gloo on CPUs"),
     "--distributed-rank": (1, _LAUNCHER),
     "--distributed-init-method": (1, _LAUNCHER),
     "--distributed-port": (1, _LAUNCHER),

@@ -66,7 +66,7 @@ def import_user_dir(path: str) -> ModuleType:
 
 
 def _source(path: str) -> Path:
-    """The Python file behind a plug-in's path, which may lack the ``.py``."""
+    """The Python file at a plug-in's path, which may lack the ``.py``."""
     given = Path(path).expanduser().resolve()
     if given.is_dir():
         if not (given / "__init__.py").is_file():

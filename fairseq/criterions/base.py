@@ -1,4 +1,4 @@
-"""What a training loss is: batch and model in, a summed loss and figures to report out."""
+"""The interface of training losses: batch and model in, a summed loss and figures to report out."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Loss:
     sum: Tensor
     """Differentiable, in nats, over the scored positions."""
     sample_size: int
-    """What gradients are divided by once all batches of an update are summed: tokens, or blocks."""
+    """Divisor of the gradients once all batches of an update are summed: tokens, or blocks."""
     log: dict[str, float | Tensor]
     """Sums to report: ``loss`` and others ending so in nats, ``sample_size``, ``ntokens``, ``nsentences``.
 
-    Tensors stay on their device until somebody looks, so that a training step need not wait for the GPU."""
+    Tensors stay on their device until they are read, so that a training step need not wait for the GPU."""
 
 
 class Criterion:
-    """A training loss; subclasses give :meth:`__call__` and may refuse a model in :meth:`check`."""
+    """A training loss; subclasses give :meth:`__call__` and may reject a model in :meth:`check`."""
 
     def __init__(self, config: CriterionConfig) -> None:
         self.config = config
@@ -44,7 +44,7 @@ class Criterion:
         """Raise ValueError if this loss cannot train that model."""
 
     def start_epoch(self, epoch: int) -> None:
-        """Training begins or goes on in this epoch; the first is 1."""
+        """Training starts or resumes in this epoch; the first is 1."""
 
     def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """The loss of the scored positions of a batch (there may be none: the sum is then a 0 with a gradient)."""

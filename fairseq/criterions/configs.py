@@ -1,4 +1,4 @@
-"""What can be set about training losses (no torch here: these make the flags)."""
+"""Options of training losses. No torch here: the flags are made from these."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fairseq.config import flag
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionConfig:
-    """What every loss can be told."""
+    """Options that every loss has."""
 
     sentence_avg: bool = flag("--sentence-avg", default=False)
     """Divide gradients by the number of blocks (sentences) in an update instead of tokens."""

@@ -32,7 +32,7 @@ class TrimeLoss(Criterion):
     """
 
     ranks_per_memory: int | None = None
-    """How many consecutive ranks hold one text between them (trime_long_loss: --train-mem-size over --max-tokens).
+    """Consecutive ranks that hold one text between them (trime_long_loss: --train-mem-size over --max-tokens).
 
     They share their memories, other ranks do not; None means all ranks."""
 
@@ -105,7 +105,7 @@ external_loss = functools.partial(TrimeLoss, rule=EXTERNAL)
 
 
 def _tap(model: LanguageModel) -> str:
-    """Which of the model's states is the key."""
+    """Tap of the model's memory keys."""
     return getattr(getattr(model, "config", None), "knn_keytype", None) or DEFAULT_TAP
 
 
@@ -130,6 +130,6 @@ def _require_finite(total: Tensor, key_ND: Tensor, hidden_ND: Tensor) -> None:
     broken = sum(int((~torch.isfinite(x.detach())).any(1).sum()) for x in (key_ND, hidden_ND))
     raise ValueError(
         f"the loss of this batch is {total.item()}: of {len(key_ND)} memory keys and as many outputs of the model, "
-        f"{broken} are not finite; go on from an earlier checkpoint with a lower --lr, more --warmup-updates or a "
+        f"{broken} are not finite; resume from an earlier checkpoint with a lower --lr, more --warmup-updates or a "
         "smaller --clip-norm, and with --bf16 or float32 instead of --fp16"
     )

@@ -20,7 +20,7 @@ from fairseq.runtime.manifest import Command
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Which checkpoint is scored on which text, and what is reported."""
+    """Options of scoring: checkpoint, text and report."""
 
     path: str | None = flag("--path", default=None)
     """Checkpoint to evaluate; several separated by colons make an ensemble."""
@@ -29,7 +29,7 @@ class EvaluationConfig:
     num_shards: int = flag("--num-shards", default=1)
     """Parts the split is cut into, to be scored by as many commands."""
     shard_id: int = flag("--shard-id", default=0)
-    """Which part this command scores, from 0."""
+    """Part that this command scores, from 0."""
     context_window: int = flag("--context-window", default=0)
     """Tokens of the text before each block that the model reads but that are not scored again."""
     softmax_batch: int = flag("--softmax-batch", default=sys.maxsize)
@@ -64,7 +64,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEvaluationConfig:
-    """Whether eval_lm.py saves a datastore or scores with one."""
+    """Options of eval_lm.py for saving a datastore or scoring with one."""
 
     knnlm: bool = flag("--knnlm", default=False)
     """Interpolate with the nearest neighbours in a datastore (kNN-LM, arXiv 1911.00172)."""
@@ -90,7 +90,7 @@ class MemoryEvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BulkConfig:
-    """How a datastore is asked, and where the answers are kept."""
+    """Options for bulk retrieval and for keeping its results."""
 
     knn_bulk: int = flag("--knn-bulk", default=65536)
     """Scored positions whose neighbours are searched at once."""
@@ -104,7 +104,7 @@ class BulkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrimeEvaluationConfig:
-    """Which memories eval_lm-trime.py gives to the model (TRIME, arXiv 2205.12674)."""
+    """Options for the memories of eval_lm-trime.py (TRIME, arXiv 2205.12674)."""
 
     use_local: bool = flag("--use-local", default=False)
     """Local memory: what the model has read of its own input."""
@@ -121,8 +121,8 @@ class TrimeEvaluationConfig:
     interp_temp: float = flag("--interp-temp", default=1.0)
     """Divides the similarities (inner products) in that distribution."""
     mode: str = flag("--mode", default="gn", choices=("gn", "li", "gnli"))
-    """Where the external memory enters: gn in the joint normalisation, li in the interpolation alone (--use-interp goes
-    without saying), gnli in both (gn with --use-interp)."""
+    """Use of the external memory: gn in the joint normalisation, li in the interpolation alone (implies --use-interp),
+    gnli in both (gn with --use-interp)."""
     fix_tail_pads: bool = flag("--fix-tail-pads", default=False)
     """Score the second type of each tail of an adaptive softmax as any other. TRIME's evaluation takes it for padding
     there and counts the tail's probability alone; the published perplexities have that in them."""
@@ -142,7 +142,7 @@ class TrimeEvaluationConfig:
 
     @property
     def interpolates(self) -> bool:
-        """Whether the external memory's own distribution is mixed in."""
+        """True if the external memory's own distribution is mixed in."""
         return self.use_interp or self.mode != "gn"
 
 
@@ -157,7 +157,7 @@ class EvaluationConfigs:
     runtime: RuntimeConfig
     data: DatasetConfig
     task_options: Mapping[str, Any]
-    """What the user stated about the task; the rest comes from the checkpoint."""
+    """Task options that the user gave; the others come from the checkpoint."""
     key_tap: str | None = None
     """Inner state that the user named as key; None leaves the choice to the checkpoint."""
     memory: MemoryEvaluationConfig = MemoryEvaluationConfig()

@@ -31,7 +31,7 @@ _SECONDS_TO_JOIN = 60.0  # another shard's joining takes a moment
 
 @dataclass
 class SavingProgress:
-    """Where saving stands; kept with the rows that are safely on disk."""
+    """Position of a save, kept with the rows that are safely on disk."""
 
     batch: int = 0
     """Batches done."""
@@ -47,7 +47,7 @@ class SavingProgress:
 
 @dataclass(frozen=True)
 class StoreRows:
-    """Which rows of the whole split's store this process writes."""
+    """Rows of the whole split's store that this process writes."""
 
     first: int
     """Number of its first row."""
@@ -81,7 +81,7 @@ def store_rows(evaluation: Evaluation, stated: int | None) -> StoreRows:
 
 
 def documents_of(evaluation: Evaluation, rows: StoreRows) -> Array:
-    """Where the rows stand in the text (see ``Documents``)."""
+    """Positions of the rows in the text (see ``Documents``)."""
     blocks = evaluation.dataset.dataset.blocks
     order = np.concatenate(evaluation.batches)
     return Documents.of_blocks(blocks.starts[order], blocks.sizes[order], blocks.document_starts(), rows.skip).runs_R3
@@ -102,7 +102,7 @@ def save_datastore(
     cursor = dict(writer.cursor or {})
     at = SavingProgress(int(cursor.get("batch", 0)), int(cursor.get("seen", 0)), float(cursor.get("logp_sum", 0.0)))
     if at.batch:
-        logger.info("going on at row %d of %d", writer.rows_done, writer.num_rows)
+        logger.info("resuming at row %d of %d", writer.rows_done, writer.num_rows)
     run = scorer.score if with_scores else scorer.keys
     skip = store_rows(evaluation, None).skip
     for batch in evaluation.iterator(at.batch):
@@ -137,7 +137,7 @@ def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: 
         metadata |= {"shard_id": config.shard_id, "num_shards": config.num_shards}
         metadata |= {"first_row": rows.first, "total_rows": rows.total}
         if is_there(prefix, metadata | {"rows": rows.count, "key_dtype": knn.key_dtype}):
-            sys.stdout.write(f"{prefix} is complete already; remove {prefix}.json to save it anew\n")
+            sys.stdout.write(f"{prefix} is complete already; remove {prefix}.json to save it again\n")
             _join(configs, evaluation)
             return
     with DatastoreWriter(
@@ -193,7 +193,7 @@ def _join(configs: EvaluationConfigs, evaluation: Evaluation) -> None:
     prefix = str(configs.memory.dstore_mmap)
     try:
         metadata = join_shards(prefix, configs.evaluation.num_shards, seconds=_SECONDS_TO_JOIN)
-    except ValueError as error:  # a part of an earlier command, which may be saved anew later
+    except ValueError as error:  # a part of an earlier command, which may be saved again later
         logger.warning("the parts make no datastore yet: %s", error)
         return
     if metadata is not None:

@@ -39,7 +39,7 @@ class Evaluation:
     part: SplitPart
     context_window: int
     key_tap: str
-    """Which inner state of the first model is the memory key."""
+    """Inner state of the first model that is the memory key."""
     device: torch.device
     num_workers: int
 
@@ -50,7 +50,7 @@ class Evaluation:
 
     @property
     def num_total_tokens(self) -> int:
-        """Tokens of this part of the split, those in blocks that are left out included."""
+        """Tokens of this part of the split, including those in dropped blocks."""
         return self.part.num_total_tokens
 
     @property
@@ -131,7 +131,7 @@ def _prepared(
     overrides.pop("knn_keytype", None)  # where keys are read is no part of the model: see _key_tap
     model = load_model_for(task.dictionary, checkpoint, path, overrides)
     if runtime.any_fp16 and device.type == "cpu":
-        logger.warning("--fp16 needs a GPU; the model runs in float32 (--bf16 runs on processors)")
+        logger.warning("--fp16 needs a GPU; the model runs in float32 (--bf16 runs on CPUs)")
     elif runtime.any_fp16:
         model = model.half()
     if runtime.any_bf16:

@@ -21,7 +21,7 @@ class SplitPart:
 
     batches: list[np.ndarray[Any, Any]]
     num_blocks: int
-    """Its blocks, those that are left out as too long included."""
+    """Its blocks, including those dropped as too long."""
     num_total_tokens: int
     """Their tokens."""
     num_scored_tokens: int
@@ -29,13 +29,13 @@ class SplitPart:
     num_tokens_before: int = 0
     """Tokens that the shards before this one score, where the order of the text is kept."""
     num_all_scored_tokens: int = 0
-    """Tokens of all shards together, likewise."""
+    """Tokens of all shards together, where the order of the text is kept."""
     digest: str = ""
-    """What tells the batches of all shards together from others, likewise."""
+    """Digest of the batches of all shards together, where the order of the text is kept."""
 
 
 def block_size_for(given: int | None, trained: int, context_window: int) -> int:
-    """How many tokens a block scores.
+    """Number of tokens that a block scores.
 
     The originals disagree about --tokens-per-sample in evaluation: fairseq 0.9's forks ignore it and take the
     checkpoint's less the context, fairseq 0.12 takes the given one less the context, and the published commands

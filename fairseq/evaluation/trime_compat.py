@@ -1,4 +1,4 @@
-"""How TRIME's evaluation scores one type of each tail of an adaptive softmax; published perplexities have it in them.
+"""A bug of TRIME's evaluation, kept because the published perplexities contain it: one type of each tail is padding.
 
 A tail numbers its types from 0, and the loss that TRIME evaluates with leaves out targets whose number is that of the
 dictionary's padding, which is 1: of the second type of every tail only the tail's own probability is counted.

@@ -25,7 +25,7 @@ _BUCKETS = (10, 100, 1000, 10000)  # bounds of training counts in the frequency 
 
 @dataclass(frozen=True)
 class Figures:
-    """What an evaluation comes down to."""
+    """Summary of an evaluation."""
 
     loss_base2: float
     """Mean -log2 p per counted token (or per word, with --remove-bpe)."""
@@ -34,7 +34,7 @@ class Figures:
     num_tokens: int
     """Tokens scored."""
     num_counted: int
-    """What the mean divides by: words with --remove-bpe, else the tokens scored."""
+    """Divisor of the mean: words with --remove-bpe, else the tokens scored."""
     num_total_tokens: int
     """Tokens the evaluated part of the text has."""
     seconds: float
@@ -95,7 +95,7 @@ class PerplexityReport:
         return block[order], np.concatenate(self.tokens)[order], np.concatenate(self.logps)[order]
 
     def figures(self, num_total_tokens: int, seconds: float) -> Figures:
-        """The figures so far. Scores of minus infinity are left out with a warning, as their mean has no meaning.
+        """The figures so far. Scores of minus infinity are dropped with a warning, as their mean has no meaning.
 
         Raises: ValueError when nothing was scored.
         """
@@ -107,7 +107,7 @@ class PerplexityReport:
             )
         sums = loss_sums(block, self.continues[token], logp)
         if sums.num_impossible:
-            logger.warning("%d tokens have probability 0 and are left out of the perplexity", sums.num_impossible)
+            logger.warning("%d tokens have probability 0 and are dropped from the perplexity", sums.num_impossible)
         possible = ~np.isneginf(logp)
         buckets = self._buckets(token[possible], logp[possible])
         return Figures(

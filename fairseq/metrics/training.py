@@ -24,7 +24,7 @@ class StepSums:
     loss: float
     """The criterion's loss, in nats."""
     sample_size: float
-    """What the mean loss divides by."""
+    """Divisor of the mean loss."""
     num_tokens: float
     """Targets counted."""
     num_sentences: float
@@ -36,7 +36,7 @@ class StepSums:
     norm: float | None = None
     """Norm of the gradient before clipping."""
     clipped: bool = False
-    """Whether clipping took effect."""
+    """True if clipping took effect."""
 
 
 def perplexity(bits: float) -> float:
@@ -99,7 +99,7 @@ class Window:
 
     @property
     def seconds(self) -> float:
-        """How long the window has been open, earlier runs of a continued epoch included."""
+        """Seconds the window has been open, including earlier runs of a resumed epoch."""
         return self._clock() - self._opened
 
     def add(self, sums: Mapping[str, float]) -> None:
@@ -166,7 +166,7 @@ class TrainMeters:
         return window.figures(num_updates=num_updates, lr=lr) | walls
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued run needs to report the same figures, as plain types."""
+        """State from which a resumed run reports the same figures, as plain types."""
         windows = {"epoch": self._epoch, "inner": self._inner, "run": self._run}
         return {name: window.state_dict() for name, window in windows.items()}
 

@@ -13,16 +13,16 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class LossSums:
-    """What the mean loss of some scored tokens is made of."""
+    """Sums from which the mean loss of some scored tokens is computed."""
 
     nats: float = 0.0
     """Sum of -ln p over the tokens that are not impossible."""
     num_tokens: int = 0
     """Tokens scored."""
     num_counted: int = 0
-    """What the mean divides by: tokens that are not impossible, less pieces that a following piece continues."""
+    """Divisor of the mean: tokens that are not impossible, less pieces that a following piece continues."""
     num_impossible: int = 0
-    """Tokens of probability 0, which are left out: their mean has no meaning."""
+    """Tokens of probability 0, which are dropped: their mean has no meaning."""
 
     def plus(self, other: LossSums) -> LossSums:
         """The sums over both texts."""

@@ -37,7 +37,7 @@ class LanguageModel(Protocol):
 
     @property
     def has_adaptive_softmax(self) -> bool:
-        """Whether the output layer is an adaptive softmax (arXiv 1609.04309)."""
+        """True if the output layer is an adaptive softmax (arXiv 1609.04309)."""
         ...
 
     @property

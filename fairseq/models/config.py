@@ -1,4 +1,4 @@
-"""What can be set about the transformer language model. Light: imports no torch, because the flags are made from it."""
+"""Options of the transformer language model. No torch here: the flags are made from these."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ class TransformerLMConfig:
     no_decoder_final_norm: bool = flag("--no-decoder-final-norm", default=False)
     """No layer norm after the last layer of a pre-norm model."""
     adaptive_softmax_cutoff: tuple[int, ...] | None = flag("--adaptive-softmax-cutoff", default=None)
-    """Where the vocabulary is cut into an often used head and ever rarer tails, such as 20000,60000."""
+    """Cutoffs between the frequent head of the vocabulary and its ever rarer tails, such as 20000,60000."""
     adaptive_softmax_dropout: float = flag("--adaptive-softmax-dropout", default=0.0)
     """Share of the adaptive softmax's inputs that is dropped in training."""
     adaptive_softmax_factor: float = flag("--adaptive-softmax-factor", default=4.0)
-    """How many times narrower each tail of the softmax is than the one before."""
+    """Factor by which each tail of the softmax is narrower than the one before."""
     no_token_positional_embeddings: bool = flag("--no-token-positional-embeddings", default=False)
-    """Do not tell the model where a token stands."""
+    """Give the model no positions."""
     share_decoder_input_output_embed: bool = flag("--share-decoder-input-output-embed", default=False)
     """Use one matrix as token embedding and as output layer."""
     character_embeddings: bool = flag("--character-embeddings", default=False)
-    """Refused: embeddings made from characters are not offered."""
+    """Rejected: embeddings made from characters are not supported."""
     adaptive_input: bool = flag("--adaptive-input", default=False)
     """Give rarer tokens narrower embeddings."""
     adaptive_input_factor: float = flag("--adaptive-input-factor", default=4.0)
-    """How many times narrower each band of the embedding is than the one before."""
+    """Factor by which each band of the embedding is narrower than the one before."""
     adaptive_input_cutoff: tuple[int, ...] | None = flag("--adaptive-input-cutoff", default=None)
-    """Where the vocabulary is cut into bands of the embedding."""
+    """Cutoffs between the bands of the embedding."""
     tie_adaptive_weights: bool = flag("--tie-adaptive-weights", default=False)
     """Use the bands of the adaptive input as head and tails of the adaptive softmax."""
     tie_adaptive_proj: bool = flag("--tie-adaptive-proj", default=False)
@@ -77,7 +77,7 @@ class TransformerLMConfig:
     max_target_positions: int = flag("--max-target-positions", default=1024)
     """Longest input the model is made for; learned positions end there."""
     knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
-    """Which inner state is a memory's key; separated_head is a linear map of last_ffn_input that is learned with it."""
+    """Inner state that is the memory key; separated_head is a linear map of last_ffn_input that is learned with it."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -179,7 +179,7 @@ def model_config_from(values: Mapping[str, Any]) -> TransformerLMConfig:
     return build(TransformerLMConfig, values)
 
 
-# What a run may change when it goes on: regularisation, and what else leaves the computation of an input alone.
+# Settings that a resumed run may change: regularisation, and what else leaves the computation of an input alone.
 _MAY_CHANGE = ("drop", "max_target_positions", "decoder_layers_to_keep", "knn_keytype")
 
 
@@ -205,4 +205,6 @@ def _int_tuple(name: str, value: Any) -> tuple[int, ...] | None:
     try:
         return int_list(value.strip("()[]")) if isinstance(value, str) else tuple(int(part) for part in value)
     except (TypeError, ValueError):
-        raise ValueError(f"{_spelling(name)} {value!r} is no list of whole numbers, such as 20000,60000") from None
+        raise ValueError(
+            f"{_spelling(name)} {value!r} is not a comma-separated list of integers (for example 20000,60000)"
+        ) from None

@@ -1,4 +1,4 @@
-"""What a language model returns. Shapes: B batch, T time, D width."""
+"""Output of a language model. Shapes: B batch, T time, D width."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class LMOutput:
     """Inner states of every position."""
 
     hidden_BTD: Tensor
-    """What the output layer reads."""
+    """Input of the output layer."""
     key_BTD: Tensor | None
     """The state asked for as memory key; None when none was asked for."""

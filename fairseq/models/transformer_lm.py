@@ -124,7 +124,7 @@ class TransformerDecoder(nn.Module):
             nn.init.normal_(self.output_projection.weight, std=self.output_width**-0.5)
 
     def embed(self, tokens_BT: Tensor, state: IncrementalState | None) -> Tensor:
-        """What the first layer reads, (B, T, D)."""
+        """Input of the first layer, (B, T, D)."""
         x_BTD = self.embed_scale * self.embed_tokens(tokens_BT)
         if self.project_in_dim is not None:
             x_BTD = self.project_in_dim(x_BTD)
@@ -205,7 +205,7 @@ class TransformerLanguageModel(nn.Module):
 
     @property
     def has_adaptive_softmax(self) -> bool:
-        """Whether the output layer is an adaptive softmax."""
+        """True if the output layer is an adaptive softmax."""
         return self.decoder.adaptive_softmax is not None
 
     def key_dim(self, key_tap: str) -> int:
@@ -220,7 +220,7 @@ class TransformerLanguageModel(nn.Module):
 
     @property
     def may_skip_parameters(self) -> bool:
-        """Whether some batches give some parameters no gradient."""
+        """True if some batches give some parameters no gradient."""
         return self.config.decoder_layerdrop > 0 or self.decoder.separated_head is not None
 
     def forward(
@@ -288,7 +288,7 @@ class _NoInit(TorchFunctionMode):
 
 
 def num_layers(config: TransformerLMConfig) -> int:
-    """Layers the model has: those that are kept, if some are left out."""
+    """Layers the model has: those that are kept, if some are dropped."""
     return len(config.decoder_layers_to_keep or ()) or config.decoder_layers
 
 

@@ -89,7 +89,7 @@ class MultiheadAttention(nn.Module):
             mask_BTS: True where a query may look; broadcast over what is missing.
             is_causal: position t sees positions up to t. Texts are padded on the right only, so that padding comes
                 after every token it might disturb and needs no mask of its own.
-            incremental_state: the keys read so far, extended by these; ``name`` tells the layers apart.
+            incremental_state: the keys read so far, extended by these; ``name`` distinguishes the layers.
         """
         source_BSC = query_BTC if source_BSC is None else source_BSC
         q_BHTD = self._heads(self.q_proj(query_BTC))
@@ -112,7 +112,7 @@ class MultiheadAttention(nn.Module):
         return out_BTC
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.view(*x_BTC.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x_BTC.view(*x_BTC.shape[:2], self.num_heads, x_BTC.shape[2] // self.num_heads).transpose(1, 2)
 
 
 def _causal_tail(num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Vectors that tell where a token stands, learned or sinusoidal. Shapes: B batch, T time, D width.
+"""Embeddings of positions, learned or sinusoidal. Shapes: B batch, T time, D width.
 
 As in fairseq, the first token has position ``pad + 1`` and padding position ``pad``, whose vector is zero.
 """
@@ -76,7 +76,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
             or self._table_PD.dtype != like.dtype
         ):
             size = max(needed, self.pad + 1 + self.max_positions)
-            with torch.inference_mode(False):  # training may go on with a table that validation made
+            with torch.inference_mode(False):  # training may continue with a table that validation made
                 self._table_PD = sinusoids(size, self.width, self.pad).to(like)
         return F.embedding(positions_of(tokens_BT, self.pad, before_B), self._table_PD)
 

@@ -1,4 +1,4 @@
-"""What can be set about optimizers and learning rate schedules (no torch here: these make the flags)."""
+"""Options of optimizers and learning rate schedules. No torch here: the flags are made from these."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AdamConfig:
     """Adam with decoupled weight decay (arXiv 1412.6980, 1711.05101)."""
 
     adam_betas: tuple[float, ...] = flag("--adam-betas", default=(0.9, 0.999), parse=float_list)
-    """How much of the running means of the gradient and of its square is kept at each update."""
+    """Decay of the running means of the gradient and of its square."""
     adam_eps: float = flag("--adam-eps", default=1e-8)
     """Added to the denominator."""
     weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
@@ -36,7 +36,7 @@ class NagConfig:
     """Nesterov's accelerated gradient as simplified in arXiv 1212.0901, sec. 3.5, with decoupled weight decay."""
 
     momentum: float = flag("--momentum", default=0.99)
-    """How much of the velocity is kept at each update."""
+    """Momentum: share of the velocity kept at each update."""
     weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
     """Fraction of each weight taken off at an update, times the learning rate."""
 
@@ -49,7 +49,7 @@ class SgdConfig:
     """Stochastic gradient descent; weight decay is added to the gradient."""
 
     momentum: float = flag("--momentum", default=0.0)
-    """How much of the velocity is kept at each update."""
+    """Momentum: share of the velocity kept at each update."""
     weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
     """Fraction of each weight added to its gradient."""
 
@@ -193,7 +193,7 @@ class PlateauConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
-    """How long and how far each update goes."""
+    """Options of optimisation: limits, learning rates, clipping and accumulation."""
 
     max_epoch: int = flag("--max-epoch", "--me", default=0)
     """Stop after this epoch; 0 for no limit."""
@@ -204,7 +204,7 @@ class OptimizationConfig:
     clip_norm: float = flag("--clip-norm", default=25.0)
     """Scale gradients down to this norm; 0 leaves them alone."""
     update_freq: tuple[int, ...] = flag("--update-freq", default=(1,), parse=int_list)
-    """Batches per update and process; a list gives one number per epoch, the last one going on."""
+    """Batches per update and process; a list gives one number per epoch, the last one applies from then on."""
     lr: tuple[float, ...] = flag("--lr", "--learning-rate", default=(0.25,), parse=float_list)
     """Learning rate; a list gives one per epoch, see the schedule."""
     min_lr: float = flag("--min-lr", "--stop-min-lr", default=-1.0)

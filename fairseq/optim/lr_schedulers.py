@@ -49,7 +49,7 @@ class LRSchedule:
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether the rate is still on its way up; ``--min-lr`` ends no run before that is over."""
+        """True while the rate is warming up; ``--min-lr`` ends no run before that is over."""
         return bool(self.num_updates < getattr(self.config, "warmup_updates", 0))
 
     def step_update(self, num_updates: int) -> float:
@@ -84,7 +84,7 @@ def build_lr_scheduler(
 
 
 class FixedSchedule(LRSchedule):
-    """``--lr`` gives the rate of each epoch, the last one going on; ``--force-anneal`` shrinks it from an epoch on."""
+    """``--lr`` gives the rate of each epoch, the last one from then on; ``--force-anneal`` shrinks it later."""
 
     config: c.FixedConfig
 

@@ -1,4 +1,4 @@
-"""What can be set about a task: its data and how text is cut."""
+"""Options of a task: its data and how text is cut into blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LanguageModelingConfig:
     data: str = flag("data")
     """Folder made by preprocess.py; several separated by colons take turns by epoch."""
     sample_break_mode: str = flag("--sample-break-mode", default="none", choices=BREAK_MODES)
-    """Where blocks may end: anywhere, after whole sentences (within a document), or after every sentence."""
+    """Permitted ends of blocks: anywhere, after whole sentences (within a document), or after every sentence."""
     tokens_per_sample: int = flag("--tokens-per-sample", default=1024)
     """Largest number of tokens in a block."""
     add_bos_token: bool = flag("--add-bos-token", default=False)

@@ -107,7 +107,7 @@ class LanguageModelingTask:
         max_positions: int | None = None,
         order: np.ndarray[Any, Any] | None = None,
     ) -> list[np.ndarray[Any, Any]]:
-        """Which blocks go together, for one epoch after another.
+        """Batches of blocks, the same for every epoch.
 
         Blocks of like length share a batch; among equals the order is drawn from ``seed``.
         Raises: ValueError for a block longer than ``max_positions`` unless it may be skipped.
@@ -124,9 +124,7 @@ class LanguageModelingTask:
                 "leave such blocks out with --skip-invalid-size-inputs-valid-test"
             )
         if len(dropped):
-            logger.warning(
-                "%d of %d blocks are longer than the model's positions and are left out", len(dropped), count
-            )
+            logger.warning("%d of %d blocks are longer than the model's positions and are dropped", len(dropped), count)
         if not len(kept):
             raise ValueError(
                 f"all {count} blocks are longer than the model's {max_positions or self.max_positions} positions; "

@@ -1,4 +1,4 @@
-"""Which checkpoint files a training run writes, and which of the older ones it removes."""
+"""The checkpoint files of a training run: which are written, and which older ones are removed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fairseq.training.config import CheckpointConfig
 logger = logging.getLogger(__name__)
 
 
-class CheckpointKeeper:
+class CheckpointManager:
     """Names, links and prunes the checkpoints in ``--save-dir``; remembers the best validation figure.
 
     Each state is written once, whole, under its first name; its other names are links to the same file (or copies
     where the file system has no links). ``checkpoint_last.pt`` gets its name last, so that a run that is killed
-    in between goes on from the state before and writes the same names again.
+    in between resumes from the state before and writes the same names again.
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
@@ -48,7 +48,7 @@ class CheckpointKeeper:
         return os.path.join(self.config.save_dir, name)
 
     def restore_path(self) -> str | None:
-        """The checkpoint to go on from, or None for a new run.
+        """The checkpoint to resume from, or None for a new run.
 
         Raises: ValueError when --restore-file names one that does not exist.
         """
@@ -61,7 +61,7 @@ class CheckpointKeeper:
         return None
 
     def is_better(self, figure: float) -> bool:
-        """Whether a validation figure beats every one before."""
+        """True if a validation figure beats every one before."""
         if self.best is None:
             return True
         return figure > self.best if self.config.maximize_best_checkpoint_metric else figure < self.best
@@ -77,11 +77,11 @@ class CheckpointKeeper:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether --patience validations have passed without a better figure."""
+        """True if --patience validations have passed without a better figure."""
         return 0 < self.config.patience <= self.validations_without_better
 
     def state_dict(self) -> dict[str, float | int | None]:
-        """What a continued run must know."""
+        """State that a resumed run needs."""
         return {"best": self.best, "validations_without_better": self.validations_without_better}
 
     def load_state_dict(self, state: dict[str, float | int | None]) -> None:

@@ -1,4 +1,4 @@
-"""What can be set about a run as a whole: precision, data loading, devices, optimisation, checkpoints."""
+"""Options of a training run as a whole: validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fairseq.tasks.configs import LanguageModelingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """What is trained on, what is validated on, and when."""
+    """Options of the splits to train and validate on, and of when to validate."""
 
     train_subset: str = flag("--train-subset", default="train")
     """Split to train on."""
@@ -47,12 +47,12 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Which checkpoints are written, kept, and continued from."""
+    """Options of the checkpoints that are written, kept and resumed from."""
 
     save_dir: str = flag("--save-dir", default="checkpoints")
     """Folder of the checkpoints."""
     restore_file: str = flag("--restore-file", default="checkpoint_last.pt")
-    """Checkpoint to go on from: a name in --save-dir, or a path."""
+    """Checkpoint to resume from: a name in --save-dir, or a path."""
     finetune_from_model: str | None = flag("--finetune-from-model", default=None)
     """Checkpoint whose weights alone start a new run."""
     reset_dataloader: bool = flag("--reset-dataloader", default=False)
@@ -96,7 +96,7 @@ class CheckpointConfig:
 def require_same_parts(
     path: str, saved: Mapping[str, str | None], asked: Mapping[str, str], config: CheckpointConfig
 ) -> None:
-    """Raise ValueError when a run would go on with another loss, optimizer or schedule than it was begun with.
+    """Raise ValueError when a run would resume with another loss, optimizer or schedule than it was started with.
 
     Args:
         saved: what the checkpoint at ``path`` was trained with; None is not known.

@@ -1,4 +1,4 @@
-"""A training run from its settings to its last checkpoint: epochs, validation, saving, going on where it stopped."""
+"""A training run from its settings to its last checkpoint: epochs, validation, saving, resuming."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fairseq.runtime.distributed import make_fabric
 from fairseq.runtime.manifest import write_manifest
 from fairseq.tasks import TASKS
 from fairseq.trainer import Trainer
-from fairseq.training.checkpoint_manager import CheckpointKeeper
+from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.config import require_same_parts
 from fairseq.training.progress import Progress, copy_log_to_file
 
@@ -52,8 +52,8 @@ class TrainingLoop:
         self.task: LanguageModelingTask = TASKS[configs.chosen["task"]].load()(configs.task)
         torch.manual_seed(self.runtime.seed)
         self.model = self._model()
-        self.keeper = CheckpointKeeper(self.checkpoints)
-        self.keeper.prepare()
+        self.checkpoint_manager = CheckpointManager(self.checkpoints)
+        self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model)
         find_unused = self.model.may_skip_parameters or configs.distributed.find_unused_parameters
         self.fabric = make_fabric(self.runtime, configs.distributed, find_unused)
@@ -148,11 +148,11 @@ class TrainingLoop:
             self._train_epoch()
         self.progress.close()
         if self.fabric.is_global_zero:
-            self._leave_manifest()
+            self._write_manifest()
         logger.info("done training in %.1f seconds", self._seconds())
 
     def _check_metric(self) -> None:
-        """Let a batch tell whether validation gives --best-checkpoint-metric, where its name does not."""
+        """Find out from one batch whether validation gives --best-checkpoint-metric, where its name does not."""
         if self.valid_sets and self.checkpoints.best_checkpoint_metric not in ("loss", "ppl"):
             batches = next(iter(self.valid_sets.values()))
             sums = self.trainer.valid_pass(itertools.islice(iter(batches), 1))
@@ -193,7 +193,7 @@ class TrainingLoop:
         self.iterator.load_state_dict(state)
 
     def _wants_stop_inside(self) -> bool:
-        """Whether to validate or save before the epoch ends."""
+        """True if it is time to validate or save before the epoch ends."""
         update = self.trainer.num_updates
         intervals = (self.checkpoints.save_interval_updates, self.validation.validate_interval_updates)
         return any(n > 0 and update % n == 0 for n in intervals) or self._limit_reached()
@@ -208,8 +208,10 @@ class TrainingLoop:
         if end_of_epoch:
             self.trainer.end_epoch(epoch, figure)
             self.iterator.next_epoch()
-        better = self.keeper.note(figure)
-        names = self.keeper.names(epoch=epoch, update=update, end_of_epoch=end_of_epoch, better=better, figure=figure)
+        better = self.checkpoint_manager.note(figure)
+        names = self.checkpoint_manager.names(
+            epoch=epoch, update=update, end_of_epoch=end_of_epoch, better=better, figure=figure
+        )
         wanted = not end_of_epoch or ends or epoch % self.checkpoints.save_interval == 0 or better
         if wanted:
             self._save(names)
@@ -219,7 +221,7 @@ class TrainingLoop:
         failure = None
         if self.fabric.is_global_zero:
             try:
-                self.keeper.write(names, lambda path: save_checkpoint(path, self._checkpoint()))
+                self.checkpoint_manager.write(names, lambda path: save_checkpoint(path, self._checkpoint()))
             except OSError as error:
                 failure = error
         failure = self.fabric.broadcast(failure)
@@ -237,8 +239,8 @@ class TrainingLoop:
             if figure is None:
                 figure = self._metric_in(figures)
                 self.last_figures = dict(figures)
-                best = figure if self.keeper.is_better(figure) else self.keeper.best
-                if best is not None and self.keeper.best is not None:
+                best = figure if self.checkpoint_manager.is_better(figure) else self.checkpoint_manager.best
+                if best is not None and self.checkpoint_manager.best is not None:
                     figures[f"best_{self.checkpoints.best_checkpoint_metric}"] = best
             self.progress.validated(subset, epoch, figures)
         return figure
@@ -260,7 +262,7 @@ class TrainingLoop:
             iterator=self.iterator.state_dict(),
             progress={
                 "num_updates": state["num_updates"],
-                "keeper": self.keeper.state_dict(),
+                "keeper": self.checkpoint_manager.state_dict(),
                 "meters": self.meters.state_dict(),
                 "seconds": self._seconds(),
                 "figures": self.last_figures,
@@ -269,7 +271,7 @@ class TrainingLoop:
 
     def _restore(self) -> None:
         """Take up the run in --save-dir, if there is one. Raises: ValueError when it is another model's."""
-        path = self.keeper.restore_path()
+        path = self.checkpoint_manager.restore_path()
         if path is None:
             return
         found = load_checkpoint(path)
@@ -299,14 +301,14 @@ class TrainingLoop:
         if not options.reset_dataloader and found.iterator is not None:
             self.iterator.load_state_dict(found.iterator)
         if not options.reset_meters:
-            self.keeper.load_state_dict(progress["keeper"])
+            self.checkpoint_manager.load_state_dict(progress["keeper"])
             self.meters.load_state_dict(progress["meters"])
             self.seconds = progress["seconds"]
             self.last_figures = progress.get("figures", {})
-        logger.info("went on from %s (epoch %d, %d updates)", path, self.iterator.epoch, self.trainer.num_updates)
+        logger.info("resumed from %s (epoch %d, %d updates)", path, self.iterator.epoch, self.trainer.num_updates)
 
     def _finished(self) -> bool:
-        return self._limit_reached() or self.keeper.out_of_patience
+        return self._limit_reached() or self.checkpoint_manager.out_of_patience
 
     def _limit_reached(self) -> bool:
         limits = self.optimization
@@ -321,21 +323,21 @@ class TrainingLoop:
     def _seconds(self) -> float:
         return self.seconds + time.perf_counter() - self.started
 
-    def _leave_manifest(self) -> None:
+    def _write_manifest(self) -> None:
         if self.checkpoints.no_save:
             return
         prefixes = [self.task.prefix(self.validation.train_subset), *map(self.task.prefix, self.valid_sets)]
         files = [prefix + end for prefix in prefixes for end in (".bin", ".idx")]
         files.append(os.path.join(self.task.folders[0], "dict.txt"))
         write_manifest(
-            self.keeper.path("train.run.json"),
+            self.checkpoint_manager.path("train.run.json"),
             program=self.configs.command.program,
             argv=self.configs.command.argv,
             config={"chosen": dict(self.configs.chosen), "given": dict(self.configs.options)}
             | {"model": to_dict(self.model.config)},
             figures={
                 "num_updates": self.trainer.num_updates,
-                "best": self.keeper.best,
+                "best": self.checkpoint_manager.best,
                 "seconds": self._seconds(),
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "valid": self.last_figures,

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar or lines while it goes on, a line at each end, and copies to trackers if asked for."""
+"""Progress of a run: a bar or lines while it runs, a line at each end, and copies to trackers if asked for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def copy_log_to_file(config: CommonConfig) -> logging.Handler | None:
 
 
 class Tracker(Protocol):
-    """Where figures go besides the log."""
+    """Destination of figures besides the log."""
 
     def write(self, tag: str, figures: Figures, step: int) -> None:
         """Keep the figures of one moment; ``tag`` is train_inner, train, or a validation split."""
@@ -89,7 +89,7 @@ def _missing(option: str, package: str) -> ValueError:
 
 
 class Progress:
-    """Shows how a run goes on. Trackers are opened at once, so that a missing package stops a run before it starts.
+    """Shows the progress of a run. Trackers are opened at once, so that a missing package stops a run before it starts.
 
     Args:
         enabled: False on all processes but the first: nothing is shown or tracked.
@@ -145,14 +145,14 @@ class Progress:
             logging.getLogger(tag).info("%s", line)
 
     def track(self, tag: str, figures: Figures) -> None:
-        """Hand figures to the trackers, at the step that their ``num_updates`` tells."""
+        """Hand figures to the trackers, at the step in their ``num_updates``."""
         numbers = {name: value for name, value in figures.items() if name != "num_updates" and math.isfinite(value)}
         for tracker in self._trackers:
             tracker.write(tag, numbers, int(figures.get("num_updates", 0)))
 
     @property
     def wants_figures(self) -> bool:
-        """Whether anybody looks at figures within an epoch."""
+        """True if figures within an epoch are shown or tracked."""
         return self.form != "none" or self._tracks
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.planning.estimate import IndexRates, Rates
 from fairseq_cli import datastore
 from fairseq_cli.entry import run
@@ -86,7 +87,7 @@ def test_files_of_other_programs(said, told, tmp_path):
         *("convert", tmp_path / "old", tmp_path / "new", *sizes, "--dtype", "float32"),
         *("--knn-keytype", "last_ffn_input", "--dictionary", tmp_path / "dict.txt"),
     )
-    assert out == f"wrote 30 rows to {tmp_path / 'new'}; left out 0, of which 0 held NaN or infinity\n"
+    assert out == f"wrote 30 rows to {tmp_path / 'new'}; dropped 0, of which 0 held NaN or infinity\n"
     made = Datastore.open(tmp_path / "new")
     np.testing.assert_array_equal(made.keys, KEYS.astype(np.float16).astype(np.float32))
     assert (made.metadata["key_tap"], made.metadata["dictionary_size"]) == ("last_ffn_input", 7)
@@ -161,7 +162,7 @@ def test_keys_that_are_not_finite_are_told(told, tmp_path):
         (("delete", "{store}", "--rows", "30"), "row 30 is not in datastore"),
         (("delete", "{store}", "--rows", "0-29"), "all 30 rows of datastore"),
         (("delete", "{store}", "--documents", "7"), "document 7 has no row in datastore"),
-        (("delete", "{store}", "--documents", "a"), "'a' is no list of whole numbers"),
+        (("delete", "{store}", "--documents", "a"), "'a' is not a comma-separated list of integers"),
         (("delete", "{store}", "--rows-file", "nowhere.txt"), "no such file: nowhere.txt"),
         (("delete", "{store}", "--rows-file", __file__), "is no row; give whole numbers"),
         (("sample", "{store}", "{store}x"), "missing --rows"),

@@ -252,7 +252,9 @@ def test_mistakes_of_a_sweep(told, kept, store, data_bin, tmp_path):
     assert "--out: " in line(valid, "--out", locked / "s")
     (tmp_path / "words.txt").write_text("a 1\n")
     assert "is not the one of" in line(valid, "--explain", 1, "--dictionary", tmp_path / "words.txt")
-    assert "there is no dictionary" in line(valid, "--explain", 1, "--dictionary", tmp_path / "none")
+    assert "none does not exist; give --dictionary FILE" in line(
+        valid, "--explain", 1, "--dictionary", tmp_path / "none"
+    )
     told_about = json.loads(Path(f"{store}.json").read_text())
     for end in ("_keys.npy", "_vals.npy", "_docs.npy"):
         shutil.copy(f"{store}{end}", tmp_path / f"d{end}")

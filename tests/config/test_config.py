@@ -116,6 +116,6 @@ def test_to_dict_is_plain() -> None:
 
 def test_lists_and_dictionaries_are_never_evaluated() -> None:
     assert float_list("(0.9,0.98)") == (0.9, 0.98)
-    with pytest.raises(ValueError, match="is no list of numbers"):
+    with pytest.raises(ValueError, match="is not a comma-separated list of numbers"):
         float_list("().__class__")
     assert literal_dict("{'x': (1, 2)}") == {"x": (1, 2)}

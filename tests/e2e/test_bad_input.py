@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MODEL
 
-from fairseq.memory.datastore.datastore import DatastoreWriter
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq_cli import build_dstore, eval_lm, preprocess, train
 from fairseq_cli.entry import run
 
@@ -145,8 +145,8 @@ def test_another_dictionary(evaluated: Told, training: Told, trained: Path, fold
     path.write_text(text + "extra 1\n")
     assert "trained with a dictionary of 80 types, the data's has 81" in evaluated(data=folder)
     path.write_text(text.replace("w1 ", "x1 "))
-    assert "checkpoint_best.pt: the checkpoint was trained with other words" in evaluated(data=folder)
-    assert "trained with other words" in training("--restore-file", trained / "checkpoint_last.pt", data=folder)
+    assert "checkpoint_best.pt: the checkpoint was trained with another dictionary" in evaluated(data=folder)
+    assert "trained with another dictionary" in training("--restore-file", trained / "checkpoint_last.pt", data=folder)
     about = json.loads(Path(f"{store}.json").read_text())
     for end in ("_keys.npy", "_vals.npy"):
         os.link(f"{store}{end}", folder / f"d{end}")
@@ -298,9 +298,9 @@ def test_evaluation_flags(evaluated: Told, words: list[str], message: str) -> No
         "--max-tokens abc": "argument --max-tokens: invalid int value: 'abc'",
         "--seed x": "argument --seed: invalid int value: 'x'",
         "--seed -1": "--seed must be at least 0, got -1",
-        "--lr ''": "'' is no list of numbers",
+        "--lr ''": "'' is not a comma-separated list of numbers",
         "--lr -1": "--lr must be finite and at least 0, got -1.0",
-        "--adam-betas nonsense": "'nonsense' is no list of numbers",
+        "--adam-betas nonsense": "'nonsense' is not a comma-separated list of numbers",
         "--adam-betas (0.9,)": "--adam-betas needs two numbers",
         "--update-freq 0": "--update-freq must be at least 1, got 0",
         "--tokens-per-sample 0": "--tokens-per-sample must be at least 1, got 0",

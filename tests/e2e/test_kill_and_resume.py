@@ -20,7 +20,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY_MODEL, Command
 
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.writer import DatastoreWriter
 
 KILLS = int(os.environ.get("FAIRSEQ_KILLS", "1"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq.memory.datastore.datastore import DatastoreWriter
+from fairseq.memory.datastore.writer import DatastoreWriter
 
 DIM = 4
 META = {"key_tap": "last_ffn_input", "dictionary_digest": "d" * 64, "dictionary_size": 50, "model_digest": "m" * 20}

@@ -29,7 +29,7 @@ ADAPTIVE = {
         ({"max_target_positions": 0}, "--max-target-positions must be at least 1"),
         ({"adaptive_input": True}, "needs --adaptive-input-cutoff"),
         ({"adaptive_softmax_cutoff": (9, 5)}, "9,5 must be positive and ascending"),
-        ({"adaptive_softmax_cutoff": "9;5"}, "'9;5' is no list of whole numbers"),
+        ({"adaptive_softmax_cutoff": "9;5"}, "'9;5' is not a comma-separated list of integers"),
         ({"share_decoder_input_output_embed": True, "adaptive_softmax_cutoff": (5,)}, "--tie-adaptive-weights"),
         ({"share_decoder_input_output_embed": True, "decoder_input_dim": 8}, "is 8, --decoder-output-dim 512"),
         ({"tie_adaptive_weights": True}, "needs --adaptive-input"),

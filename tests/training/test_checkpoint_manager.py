@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from fairseq.training.checkpoint_manager import CheckpointKeeper
+from fairseq.training.checkpoint_manager import CheckpointManager
 from fairseq.training.config import CheckpointConfig
 
 
-def keeper(folder: Path, **settings: object) -> CheckpointKeeper:
-    made = CheckpointKeeper(CheckpointConfig(save_dir=str(folder), **settings))  # type: ignore[arg-type]
+def keeper(folder: Path, **settings: object) -> CheckpointManager:
+    made = CheckpointManager(CheckpointConfig(save_dir=str(folder), **settings))  # type: ignore[arg-type]
     made.prepare()
     return made
 
 
-def write(kept: CheckpointKeeper, epoch: int, update: int, figure: float | None, end: bool = True) -> list[str]:
+def write(kept: CheckpointManager, epoch: int, update: int, figure: float | None, end: bool = True) -> list[str]:
     better = kept.note(figure)
     names = kept.names(epoch=epoch, update=update, end_of_epoch=end, better=better, figure=figure)
     kept.write(names, lambda path: save(path, f"{epoch} {update}"))

@@ -8,10 +8,11 @@ import torch
 from store_making import DIM, META, rows, save
 
 from fairseq.memory.datastore.convert import convert, nonfinite_rows, sample
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import delete
 from fairseq.memory.datastore.info import count_keys, describe
 from fairseq.memory.datastore.merge import merge
+from fairseq.memory.datastore.writer import DatastoreWriter
 
 
 def as_type(keys: np.ndarray, dtype: str) -> np.ndarray:

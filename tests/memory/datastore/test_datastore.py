@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.runtime.files import BlockChecksums, locked
 
 DIM = 8

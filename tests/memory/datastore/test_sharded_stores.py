@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from store_making import DIM, META, rows, save
 
 from fairseq.memory.datastore.convert import compact
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import delete
 from fairseq.memory.datastore.merge import join_shards, merge
 from fairseq.memory.datastore.metadata import part_prefix
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.runtime.files import locked
 
 

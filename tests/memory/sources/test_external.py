@@ -10,8 +10,9 @@ import torch
 from brute_force import similarities
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.merge import merge
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.exact.index import ExactIndex

@@ -13,7 +13,7 @@ import torch
 from dying import Died, dies_at
 from store_making import save_keys
 
-from fairseq.memory.datastore.datastore import DatastoreWriter
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build import build, preflight
 from fairseq.memory.index.build.build import build_index

@@ -15,7 +15,8 @@ from conftest import set_fast_products
 from dying import Died, dies_at
 from store_making import save_keys
 
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build import build, preflight
 from fairseq.memory.index.build.build import build_index

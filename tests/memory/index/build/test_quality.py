@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.datastore.delete import delete
 from fairseq.memory.index.build import quality
 from fairseq.memory.index.build.build import build_index, training_rows

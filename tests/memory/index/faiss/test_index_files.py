@@ -7,8 +7,9 @@ import pytest
 import torch
 from store_making import save_keys
 
-from fairseq.memory.datastore.datastore import Datastore, DatastoreWriter
+from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import delete
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
