@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.ops.kmeans import Assigner, kmeans, sample_size
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.retomaton.clusters import Clusters, store_mark
@@ -66,8 +67,8 @@ class _Files:
 
 def open_clustered_store(config: ClusterConfig) -> Datastore:
     """Open the datastore. Raises: ValueError when it is missing or of another size or width than stated."""
-    kinds = {"fp16": config.dstore_fp16, "bf16": config.dstore_bf16}
-    store = Datastore.open_any(config.dstore_mmap, dim=config.dimension, size=config.dstore_size, **kinds)
+    hints = StoreHints(config.dimension, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    store = Datastore.open(config.dstore_mmap, hints)
     if config.dimension not in (None, store.dim):
         raise ValueError(
             f"--dimension {config.dimension} is not the width of datastore {store.prefix!r}, {store.dim}: leave it out"

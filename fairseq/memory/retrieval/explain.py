@@ -11,6 +11,7 @@ import torch
 
 from fairseq.data.dictionary import Dictionary
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.retrieval.file import Retrieval, store_digest
 from fairseq.memory.retrieval.sweep import Grid, Setting, opinions
 from fairseq.memory.types import Array
@@ -70,12 +71,8 @@ def open_store(retrieval: Retrieval, prefix: str | None) -> Datastore:
     """
     saved, told = retrieval.fingerprint, retrieval.about["store"]
     try:
-        store = Datastore.open_any(
-            prefix or told["prefix"],
-            dim=saved["dim"],
-            size=None if told["described"] else saved["store_rows"],
-            with_keys=False,
-        )
+        hints = StoreHints(dim=saved["dim"], size=None if told["described"] else saved["store_rows"])
+        store = Datastore.open(prefix or told["prefix"], hints, with_keys=False)
     except ValueError as error:
         raise ValueError(
             f"--explain shows neighbours in the datastore's text: {error}; or name it by --dstore-filename"

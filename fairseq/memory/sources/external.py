@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.opening import open_index
@@ -76,7 +77,7 @@ class ExternalMemory:
         Raises: ValueError or OSError when something is missing, damaged or does not fit.
         """
         if not isinstance(store, Datastore):
-            store = Datastore.open_any(store)
+            store = Datastore.open(store, StoreHints())
         metric = metric if isinstance(metric, Metric) else Metric.parse(metric)
         return cls(store, open_index(store, metric, index, probe=probe), min(k, store.num_alive), score)
 
@@ -151,14 +152,9 @@ def open_store(config: KnnConfig, *, dim: int) -> Datastore:
     if not prefix:
         raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     with_keys = config.similarity != "index"
-    store = Datastore.open_any(
-        prefix,
-        dim=dim if config.dstore_size is not None else None,
-        size=config.dstore_size,
-        fp16=config.dstore_fp16,
-        bf16=config.dstore_bf16,
-        with_keys=with_keys,
-    )
+    stated_dim = dim if config.dstore_size is not None else None
+    hints = StoreHints(stated_dim, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    store = Datastore.open(prefix, hints, with_keys=with_keys)
     return store.in_memory() if config.move_dstore_to_mem else store
 
 

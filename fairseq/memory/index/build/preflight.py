@@ -11,6 +11,7 @@ import torch
 
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.faiss.builder import FaissBuilder
@@ -27,13 +28,8 @@ MIN_PQ_ROWS = 256  # a code byte tells 256 patterns apart
 
 def open_store(config: BuildConfig) -> Datastore:
     """Open the datastore. Raises: ValueError when it is missing or of another size than stated."""
-    store = Datastore.open_any(
-        config.dstore_mmap,
-        dim=config.dimension,
-        size=config.dstore_size,
-        fp16=config.dstore_fp16,
-        bf16=config.dstore_bf16,
-    )
+    hints = StoreHints(config.dimension, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    store = Datastore.open(config.dstore_mmap, hints)
     if config.dimension is not None and config.dimension != store.dim:
         raise ValueError(
             f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: "
@@ -84,10 +80,12 @@ def check_build(config: BuildConfig, store: Datastore) -> None:
 
 
 def new_builder(config: BuildConfig, dim: int) -> FaissBuilder:
+    """A builder of the kind a config names, for keys of this width."""
     return FaissBuilder.new(config.factory(dim), dim, Metric.parse(config.dist), config.seed, build_device(config))
 
 
 def build_device(config: BuildConfig) -> str:
+    """Device that training and encoding run on."""
     return "cuda" if torch.cuda.is_available() and not config.use_faiss_cpu else "cpu"
 
 
@@ -111,6 +109,7 @@ def dropped_rows(config: BuildConfig, store: Datastore) -> Array:
 
 
 def nonfinite_error(store: Datastore, count: int, first: int) -> ValueError:
+    """The error for keys that hold NaN or infinity."""
     return ValueError(
         f"{count} keys of datastore {store.prefix!r} hold NaN or infinity, the first in row {first}; --drop_nonfinite "
         "leaves them out, fairseq-datastore convert --drop-nonfinite writes a store without them"
