@@ -45,7 +45,14 @@ _NONE = np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class Datastore:
-    """An opened store. Its arrays stay on disk and are read as they are used, unless ``in_memory`` was called."""
+    """An opened datastore. Its arrays stay on disk, memory-mapped, unless ``in_memory`` is called.
+
+    ```python
+    store = Datastore.open("store")
+    assert (len(store), store.dim, store.keys.dtype) == (1000, 16, "float32")
+    store.values.take(torch.tensor([0, 3]))  # the tokens that came next, rows 0 and 3
+    ```
+    """
 
     prefix: str
     keys: ChunkedArray
@@ -53,11 +60,11 @@ class Datastore:
     values: ChunkedArray
     """int64, int32 or int16, (rows,)."""
     metadata: Mapping[str, Any]
-    """What ``<prefix>.json`` says; empty for headerless files."""
+    """Content of ``PREFIX.json``; empty for headerless files."""
     has_keys: bool = True
-    """Whether the keys can be read; a store whose scores come from the index does without, on disk too."""
+    """False if the keys were not opened, because scores come from the index."""
     deleted: Array = field(default_factory=lambda: _NONE)
-    """int64, rising: rows that must not be found any more."""
+    """int64, ascending: rows that are never found."""
     parts: tuple[Part, ...] = ()
     """The files it is made of; empty for headerless files."""
 
@@ -66,7 +73,7 @@ class Datastore:
 
     @property
     def num_alive(self) -> int:
-        """Rows that are not deleted."""
+        """Number of rows that are not deleted."""
         return len(self) - len(self.deleted)
 
     @property
@@ -76,17 +83,17 @@ class Datastore:
 
     @property
     def digest(self) -> str | None:
-        """What tells this content from another's, whatever is deleted; None for headerless files."""
+        """SHA-256 that identifies the content, whatever rows are deleted; None for headerless files."""
         return content_digest(self.metadata)
 
     @classmethod
     def open(cls, prefix: str | Path, *, fp16: bool = False, bf16: bool = False, with_keys: bool = True) -> Datastore:
-        """Open a store that describes itself.
+        """Open a store by its metadata, ``PREFIX.json``.
 
         Args:
-            fp16: the caller expects float16 keys; without it the metadata decide.
-            bf16: likewise bfloat16 keys.
-            with_keys: False never touches the keys, which may then be missing.
+            fp16: require float16 keys; otherwise the metadata decide.
+            bf16: require bfloat16 keys.
+            with_keys: False never reads the keys, which may then be missing.
         Raises: ValueError when the store is missing, incomplete, empty, damaged or of the other key type.
         """
         if not StoreFiles.of(prefix, "float32").metadata.exists():
@@ -114,16 +121,16 @@ class Datastore:
         bf16: bool = False,
         with_keys: bool = True,
     ) -> Datastore:
-        """Open files of other programs (see ``foreign_formats``), most of which do not say what they hold.
+        """Open files of kNN-LM, TRIME, kNN-MT or knn-transformers, most of which do not say what they hold.
 
         Args:
-            prefix: what their names begin with, or their folder.
-            dim: width of the keys, unless the files tell.
-            size: rows; by default what the byte counts make.
+            prefix: start of the file names, or their folder.
+            dim: width of the keys, unless the files say it.
+            size: number of rows; by default computed from the file sizes.
             fp16: the keys are float16: TRIME's names and int64 values, or kNN-LM's names and int16 values.
             bf16: the keys are bfloat16.
-            with_keys: False never touches the keys, which may then be missing; ``size`` must be given.
-        Raises: ValueError when the files are missing or the byte counts do not fit.
+            with_keys: False never reads the keys, which may then be missing; ``size`` and ``dim`` must be given.
+        Raises: ValueError when the files are missing or their sizes do not fit.
         """
         dtype = "float16" if fp16 else "bfloat16" if bf16 else "float32"
         files = OtherFiles.find(prefix, dtype)
@@ -155,7 +162,7 @@ class Datastore:
         bf16: bool = False,
         with_keys: bool = True,
     ) -> Datastore:
-        """Open a store of ours, or of another program whose sizes are stated or told by its files. Raises: as both."""
+        """Open a store with metadata, or files of another program whose sizes are known. Raises: as both."""
         if not StoreFiles.of(prefix, "float32").metadata.exists():
             told = OtherFiles.find(prefix, "float16" if fp16 else "float32").tell_their_sizes
             if told or dim is not None:
@@ -171,7 +178,7 @@ class Datastore:
         dictionary_digest: str | None = None,
         dictionary_size: int | None = None,
     ) -> Datastore:
-        """Check that the store fits its user; what the files do not tell is not compared. Returns the store itself.
+        """Check that the store fits its user; unknown properties are not compared. Returns the store itself.
 
         Raises: ValueError with both values.
         """
@@ -214,26 +221,26 @@ class Datastore:
 
     @property
     def has_documents(self) -> bool:
-        """Whether the files tell which document each row is of."""
+        """True if the files say which document each row belongs to."""
         return any(part.about.get("documents_file") for part in self.parts)
 
     def take_keys(self, ids_N: Array) -> Array:
-        """Keys of some rows as float32, (N, dim), read in the order of the file and each row once."""
+        """Keys of some rows as float32, (N, dim); read in file order, each row once."""
         return np.asarray(self.keys.take(ids_N).numpy())
 
     @cached_property
     def documents(self) -> Documents:
-        """Where the rows stand in their text. Raises: ValueError when the table is damaged."""
+        """Positions of the rows in their text. Raises: ValueError when the table is damaged."""
         return documents_of(self.parts) if self.parts else Documents.unknown()
 
     def where(self, ids_N: Tensor | Array) -> tuple[Array, Array]:
-        """Document of some rows and place of their values in it, int64; -1 for the id -1."""
+        """Document of each row and offset of its value in it, int64; -1 for the id -1."""
         return self.documents.where(np.asarray(ids_N))
 
     def context(self, ids_N: Tensor | Array, *, before: int, after: int) -> Tensor:
-        """The text around some rows: int64 (N, before + 1 + after), each row's value in column ``before``.
+        """Text around some rows: int64 (N, before + 1 + after), each row's value in column ``before``.
 
-        -1 where the store has no token: beyond the document, before the first row, of a deleted row, or for the id -1.
+        -1 where the store has no token: beyond the document, before the first row, at a deleted row, or for the id -1.
         """
         ids_N = np.asarray(ids_N)
         steps_C = np.arange(-before, after + 1)
