@@ -54,7 +54,19 @@ class _Call:
 
 
 class ExtendedMind:
-    """A model and its memories. Attached, every call of the model attends to them; detached, the model is as before."""
+    """External memories inside attention, for a transformers decoder that was not trained for them.
+
+    Each query of each head attends to its k nearest memories and to its local keys, with one softmax. Attached, every
+    call of the model does so; detached, the model is bit-identical to before.
+
+    Source: arXiv 2406.02332.
+
+    ```python
+    mind = ExtendedMind(model, [3, 1, 4, 1, 5, 9, 2, 6], topk=2)  # token ids, or a text with tokenizer=
+    with mind:
+        model.generate(ids_BT[:, :4], max_new_tokens=4, topk=1, pad_token_id=0)  # topk for this call
+    ```
+    """
 
     def __init__(
         self,
@@ -66,14 +78,16 @@ class ExtendedMind:
         config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        """Look where the model attends, and build the memory.
+        """Find where the model attends, and build the memory.
 
         Args:
-            memory: a ``Memory``; a list of them, one for each row of a batch; or what ``build_memory`` takes.
+            model: a decoder that calls transformers' attention interface, or MPT.
+            memory: a text, token ids, a list of either (documents), a ``Memory``, or a list of those, one per row.
             tokenizer: for memories of text, to know special tokens, and to print citations.
             layers: numbers of the layers that use memories; all by default.
-            config: settings (see ``MindSettings``) as a mapping; those given by name count more.
-        Raises: ValueError for whatever does not fit; the model stays as it is.
+            config: settings (``MindSettings`` in ``fairseq/memory/extended_mind/settings.py``) as a mapping.
+            settings: settings by name; these take precedence.
+        Raises: ValueError for anything that does not fit; the model stays as it is.
         """
         self.model, self.tokenizer = model, tokenizer
         self.settings = MindSettings.merged(config, settings)
@@ -101,11 +115,11 @@ class ExtendedMind:
 
     @property
     def memories(self) -> tuple[Memory, ...]:
-        """The memories: none, one for all rows, or one for each row of a batch."""
+        """The memories: none, one for all rows, or one per row of a batch."""
         return self._memories
 
     def set_memory(self, memory: Any, **building: Any) -> None:
-        """Use other memories from now on (see ``__init__``); ``building`` is for ``build_memory``."""
+        """Replace the memories (see ``__init__``); ``building`` holds arguments of ``build_memory``."""
         self._must_not_generate()
         given = _memories_in(memory)
         memories = given or [self._built(memory, **building)]
@@ -119,12 +133,12 @@ class ExtendedMind:
         self._lookups.clear()
 
     def set_memory_later(self, source: Any) -> None:
-        """Use other memories, which are built at the next call of the model; None for none."""
+        """Replace the memories by ones that are built at the model's next call; None for none."""
         self.clear_memories()
         self.source, self._waiting = source, source is not None
 
     def add_memory(self, source: Any, **building: Any) -> None:
-        """Put more documents behind the memory all rows share."""
+        """Append documents to the memory that all rows share."""
         self._must_not_generate()
         if len(self._memories) > 1:
             raise ValueError(f"there are {len(self._memories)} memories, one for each row; set them anew instead")
@@ -145,19 +159,19 @@ class ExtendedMind:
             self.set_memory(old.followed_by(self._built(documents, **building)))
 
     def clear_memories(self) -> None:
-        """Forget everything."""
+        """Remove all memories."""
         self._must_not_generate()
         self._memories, self.source, self._waiting = (), None, False
         self._lookups.clear()
 
     def save_memory(self, path: str) -> None:
-        """Write the memory to a safetensors file, whole or not at all. Raises: ValueError unless there is just one."""
+        """Write the memory to a safetensors file, atomically. Raises: ValueError unless there is exactly one."""
         if len(self._memories) != 1:
             raise ValueError(f"there are {len(self._memories)} memories; a file holds one: save each of .memories")
         save_memory(self._memories[0], path)
 
     def load_memory(self, path: str) -> None:
-        """Use the memory of a file, which stays on disk as far as the memory type lets it."""
+        """Replace the memories by that of a file, which stays on disk as far as the memory type allows."""
         self.set_memory(load_memory(path))
 
     def _built(self, source: Any, **building: Any) -> Memory:
@@ -206,11 +220,11 @@ class ExtendedMind:
 
     @property
     def attached(self) -> bool:
-        """Whether calls of the model use the memories."""
+        """True while calls of the model use the memories."""
         return self._undo is not None
 
     def attach(self) -> ExtendedMind:
-        """Use the memories in every call of the model from now on."""
+        """Use the memories in every call of the model. Raises: ValueError when they are attached."""
         if self._undo is not None:
             raise ValueError("these memories are attached already")
         with contextlib.ExitStack() as undo:
@@ -224,7 +238,7 @@ class ExtendedMind:
         return self
 
     def detach(self) -> None:
-        """Leave the model as it was. Nothing happens when it is not attached."""
+        """Restore the model. Does nothing when not attached."""
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
@@ -322,7 +336,10 @@ class ExtendedMind:
         return tuple(chosen[layer].token_BHTK if layer in chosen else None for layer in layers)
 
     def citations(self, top: int = 3, span: int = 12, row: int = 0) -> list[Citation]:
-        """The passages that gave most to the last call with ``output_retrieved_memory_idx=True``."""
+        """The passages that contributed most to the last call with ``output_retrieved_memory_idx=True``, best first.
+
+        Raises: ValueError when there was no such call.
+        """
         if not self.retrieved:
             raise ValueError("nothing to cite: call the model with output_retrieved_memory_idx=True first")
         rows = len(next(iter(self.retrieved[-1].values())).token_BHTK)
@@ -392,7 +409,14 @@ class ExtendedMind:
 
 @contextlib.contextmanager
 def extended_mind(model: Any, memory: Any = None, **settings: Any) -> Iterator[ExtendedMind]:
-    """While the block runs, ``model`` uses ``memory``; the arguments are those of ``ExtendedMind``."""
+    """Context manager: ``model`` uses ``memory`` while the block runs. The arguments are those of ``ExtendedMind``.
+
+    ```python
+    with torch.no_grad(), extended_mind(model, [3, 1, 4, 1, 5, 9, 2, 6], topk=2) as mind:
+        model(ids_BT[:1], output_retrieved_memory_idx=True)
+        mind.citations(top=1)  # the passage that contributed most
+    ```
+    """
     with ExtendedMind(model, memory, **settings) as mind:
         yield mind
 

@@ -43,7 +43,14 @@ _NONE = np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class Datastore:
-    """An opened store. Its arrays stay on disk and are read as they are used, unless ``in_memory`` was called."""
+    """An opened datastore. Its arrays stay on disk, memory-mapped, unless ``in_memory`` is called.
+
+    ```python
+    store = Datastore.open("store")
+    assert (len(store), store.dim, store.keys.dtype) == (1000, 16, "float32")
+    store.values.take(torch.tensor([0, 3]))  # the tokens that came next, rows 0 and 3
+    ```
+    """
 
     prefix: str
     keys: ChunkedArray
@@ -51,11 +58,11 @@ class Datastore:
     values: ChunkedArray
     """int64, int32 or int16, (rows,)."""
     metadata: Mapping[str, Any]
-    """Content of ``<prefix>.json``; empty for headerless files."""
+    """Content of ``PREFIX.json``; empty for headerless files."""
     has_keys: bool = True
-    """True if the keys can be read; a store whose scores come from the index works without them, on disk too."""
+    """False if the keys were not opened, because scores come from the index."""
     deleted: Array = field(default_factory=lambda: _NONE)
-    """int64, ascending: rows that must not be found any more."""
+    """int64, ascending: rows that are never found."""
     parts: tuple[Part, ...] = ()
     """The files it is made of; empty for headerless files."""
 
@@ -64,7 +71,7 @@ class Datastore:
 
     @property
     def num_alive(self) -> int:
-        """Rows that are not deleted."""
+        """Number of rows that are not deleted."""
         return len(self) - len(self.deleted)
 
     @property
@@ -170,7 +177,7 @@ class Datastore:
         return any(part.about.get("documents_file") for part in self.parts)
 
     def take_keys(self, ids_N: Array) -> Array:
-        """Keys of some rows as float32, (N, dim), read in the order of the file and each row once."""
+        """Keys of some rows as float32, (N, dim); read in file order, each row once."""
         return np.asarray(self.keys.take(ids_N).numpy())
 
     @cached_property
@@ -179,13 +186,13 @@ class Datastore:
         return documents_of(self.parts) if self.parts else Documents.unknown()
 
     def where(self, ids_N: Tensor | Array) -> tuple[Array, Array]:
-        """Document of some rows and place of their values in it, int64; -1 for the id -1."""
+        """Document of each row and offset of its value in it, int64; -1 for the id -1."""
         return self.documents.where(np.asarray(ids_N))
 
     def context(self, ids_N: Tensor | Array, *, before: int, after: int) -> Tensor:
-        """The text around some rows: int64 (N, before + 1 + after), each row's value in column ``before``.
+        """Text around some rows: int64 (N, before + 1 + after), each row's value in column ``before``.
 
-        -1 where the store has no token: beyond the document, before the first row, of a deleted row, or for the id -1.
+        -1 where the store has no token: beyond the document, before the first row, at a deleted row, or for the id -1.
         """
         ids_N = np.asarray(ids_N)
         steps_C = np.arange(-before, after + 1)

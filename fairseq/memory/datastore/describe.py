@@ -18,7 +18,14 @@ from fairseq.runtime.files import read_json
 
 @dataclass(frozen=True)
 class StoreHints:
-    """Facts that the user states about a store; arrays of other programs need those that their files lack."""
+    """Facts that the user states about a store; arrays of other programs need those that their files lack.
+
+    ```python
+    key_ND.numpy().tofile("old_keys.npy")  # headerless, as kNN-LM and TRIME write them
+    token_N.numpy().tofile("old_vals.npy")
+    old = Datastore.open("old", StoreHints(dim=16))
+    ```
+    """
 
     dim: int | None = None
     """Width of the keys."""

@@ -74,11 +74,19 @@ class RetomatonStep:
 
 
 class Retomaton:
-    """An automaton over a datastore. It holds no state: what a sequence has read is a ``RetomatonState``.
+    """RetoMaton: candidates by following the text after the last neighbours; searches only where too few follow.
 
-    To generate: ``step = memory.lookup(query_BD, state)``, choose tokens with the help of ``step.found``, then
-    ``state = memory.follow(step, token_B)``, after ``step.select(...)`` where beams change places. Text that
-    is given is scored by ``read_text`` in ``reader.py``.
+    It holds no state: what a sequence has read is a ``RetomatonState``, a value. After ``step.select(beams)`` a state
+    follows its beams. ``read_text`` in ``fairseq/memory/retomaton/reader.py`` scores given text.
+
+    Source: arXiv 2201.12431, sec. 3.
+
+    ```python
+    automaton = Retomaton(memory, min_knns=1)
+    state = automaton.start(num_sequences=3)
+    step = automaton.lookup(query_ND, state)  # step.found: Candidates; step.searched_B: True where it searched
+    state = automaton.follow(step, target_N)  # the tokens that came next
+    ```
     """
 
     def __init__(
@@ -93,13 +101,13 @@ class Retomaton:
     ) -> None:
         """Args.
 
-        external: what is searched, and scores rows.
-        min_knns: rows that must be at hand for a search to be saved.
-        max_knns: rows at hand, at most; more of them than this asked for by ``min_knns`` means a search at every step.
-        no_pointer: follow nothing.
-        clusters: of the store's rows.
-        compat: as the original program: a row counts as often as it is reached, documents do not end, and the caller
-            reads the sequences of a batch as one (see docs/retomaton.md).
+        external: memory that is searched, and scores rows.
+        min_knns: active pointers needed to skip a search.
+        max_knns: limit on active pointers; a larger ``min_knns`` searches at every step.
+        no_pointer: follow nothing, which is kNN-LM.
+        clusters: clusters of the store's rows; None for none.
+        compat: reproduce the original program: a row counts as often as it is reached, documents do not end, and the
+            caller reads the sequences of a batch as one (docs/retomaton.md).
         Raises: ValueError when the clusters are not of the store.
         """
         if clusters is not None and clusters.num_rows != len(external.store):
@@ -116,14 +124,16 @@ class Retomaton:
         self._clusters = (_NONE, _NONE, _NONE) if held is None else (held.cluster_R, held.first_C, held.member_R)
 
     def start(self, num_sequences: int) -> RetomatonState:
-        """The state of sequences that have read nothing: their first step is a search."""
+        """State of sequences that have read nothing: their first step is a search."""
         return RetomatonState.empty(num_sequences)
 
     def lookup(self, query_BD: Tensor, state: RetomatonState, found: Neighbors | None = None) -> RetomatonStep:
-        """Candidates at the next position of each sequence: the rows at hand, and what a search finds if one is needed.
+        """Candidates at the next position of each sequence: its active pointers, and neighbours if a search is needed.
 
         Args:
-            found: what a search finds for each query, if that is known already.
+            query_BD: keys of the positions.
+            state: what each sequence has read.
+            found: neighbours of each query, if they are known already.
         """
         assert len(query_BD) == len(state), (len(query_BD), len(state))
         host_BD = query_BD.detach().float().cpu().contiguous()
@@ -147,7 +157,7 @@ class Retomaton:
         return self.external.neighbors(query_BD[searched_B])
 
     def follow(self, step: RetomatonStep, token_B: Tensor) -> RetomatonState:
-        """Where each sequence stands after its next token: rows after those candidates that hold it, and clusters."""
+        """State of each sequence after its next token: rows after the candidates that hold it, and their clusters."""
         count = len(step.rows_BM)
         if self.no_pointer:
             return RetomatonState.empty(count)

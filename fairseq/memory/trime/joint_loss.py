@@ -33,15 +33,24 @@ def joint_loss(
     memory: InBatchMemory,
     other_key_MD: Tensor | None = None,
 ) -> Tensor:
-    """-log of the targets' share when vocabulary and memory are normalised together, summed; differentiable once.
+    """TRIME's training loss: -log of the targets' share when vocabulary and memory are normalised together, summed.
+
+    Memory is linear in the number of positions. Differentiable once.
 
     Args:
         key_ND: queries and keys at once; types narrower than float32 are summed in float32.
         lm_logp_N: the language model's log-probability of each target.
         lm_norm_N: the log-sum of its scores (adaptive softmax: of its head).
-        memory: values of the memories, and who sees whom.
-        other_key_MD: keys of memories from elsewhere (``memory.other_token_M``), gathered from other ranks.
-    Source: arXiv 2205.12674, sec. 3 and 4. A position that sees no memory contributes exactly ``-lm_logp``.
+        memory: values of the memories, and which positions see them.
+        other_key_MD: keys of memories from other ranks (``memory.other_token_M``).
+    Returns: a scalar. A position that sees no memory contributes exactly ``-lm_logp``.
+    Source: arXiv 2205.12674, sec. 3 and 4.
+
+    ```python
+    states_ND = torch.randn(8, 16, requires_grad=True)
+    loss = joint_loss(states_ND, torch.full((8,), -4.0), torch.zeros(8), in_batch)
+    loss.backward()
+    ```
     """
     compute: Compute = compute_eager
     if key_ND.is_cuda and importlib.util.find_spec("triton") is not None:

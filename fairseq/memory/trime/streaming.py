@@ -34,16 +34,23 @@ CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class InBatchMemory:
-    """What a batch offers its own positions, beside their keys."""
+    """In-batch memory: every position of a training batch is a key, and its target is the value.
+
+    ```python
+    from fairseq.memory.trime.visibility import LOCAL  # LONG and EXTERNAL are the other two rules
+
+    in_batch = InBatchMemory(token_N=token_N[:8], lengths=[4, 4], rule=LOCAL, scale=16**-0.5)
+    ```
+    """
 
     token_N: Tensor
     """The target of each position, which is the value of its memory."""
     lengths: Sequence[int]
     """Positions in each segment, in order."""
     rule: VisibilityRule
-    """Who may see whom."""
+    """Which positions see which memories: ``LOCAL``, ``LONG`` or ``EXTERNAL``."""
     scale: float
-    """What inner products are multiplied by: 1 / (sqrt(D) * temperature)."""
+    """Factor of the inner products: 1 / (sqrt(D) * temperature)."""
     other_token_M: Tensor | None = None
     """Values of memories from elsewhere, which every position sees."""
 
