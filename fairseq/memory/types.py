@@ -1,4 +1,4 @@
-"""What the memory core hands around. Scores are *higher is closer* everywhere.
+"""The values that the memory core hands around. Scores are *higher is closer* everywhere.
 
 Shapes: N queries (scored positions), K neighbours, M candidates, T positions of one input, D key width.
 """
@@ -134,7 +134,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class LogSums:
-    """What a memory adds to each position's normalisation: sums of exp(score), in logarithms, -inf where empty."""
+    """Sums that a memory adds to each position's normalisation: sums of exp(score), in logarithms, -inf where empty."""
 
     hit_N: Tensor
     """float32, over the candidates whose token is the target."""

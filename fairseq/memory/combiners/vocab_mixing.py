@@ -129,7 +129,7 @@ class VocabularyMixer:
         if strangers:
             raise ValueError(
                 f"{strangers} neighbours hold tokens beyond the vocabulary of {logp_CV.shape[1]}; the datastore is of "
-                "another one: save it anew with this model"
+                "another one; save it again with this model"
             )
 
     def _zeros(self, like_CV: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def describe(prefix: str | Path, hints: StoreHints | None = None, *, with_keys: 
         raise ValueError(_why_not_opened(prefix))
     # Sizes in the names or headers are looked for under the stated type, as the files of that type are named.
     files = OtherFiles.find(prefix, stated.key_dtype)
-    if stated.dim is None and not files.tell_their_sizes:
+    if stated.dim is None and not files.state_their_sizes:
         raise ValueError(_why_not_opened(prefix))
     if with_keys:
         is_complete = files.present()

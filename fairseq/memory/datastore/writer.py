@@ -1,4 +1,4 @@
-"""Writes a datastore so that it can be killed at any moment and goes on with the same command.
+"""Crash-safe datastore writer; the same command resumes an interrupted run.
 
 Rows go to ``*.tmp`` files; a progress file says how many of them are safely on disk. The store appears under its own
 names only when it is complete, its metadata last.
@@ -145,7 +145,7 @@ class DatastoreWriter:
         """Make all rows so far survive a kill.
 
         Args:
-            cursor: plain values that tell the caller where to resume; the next writer has them as ``cursor``.
+            cursor: plain values from which the caller resumes; the next writer has them as ``cursor``.
         """
         if self._finished:
             return
@@ -176,7 +176,7 @@ class DatastoreWriter:
         if self.num_rows is not None and self.rows_done != self.num_rows:
             raise ValueError(
                 f"datastore {self.prefix!r} has {self.rows_done} of the {self.num_rows} announced rows; they are kept: "
-                "the same command goes on from its last checkpoint"
+                "the same command resumes from its last checkpoint"
             )
         self._record(finishing=True)
         self._keys.close()
@@ -235,12 +235,12 @@ class DatastoreWriter:
             )
             return None
         if state["block_bytes"] != BLOCK_BYTES:
-            logger.warning("%s was left by another release; starting anew", self._names.progress)
+            logger.warning("%s was left by another release; starting again", self._names.progress)
             return None
         sizes = {self._names.keys: self._key_bytes, self._names.values: 8}
         for path, row_bytes in sizes.items():
             if not _aside(path).exists() or _aside(path).stat().st_size < state["rows_done"] * row_bytes:
-                logger.warning("%s is shorter than its progress file says; starting anew", _aside(path))
+                logger.warning("%s is shorter than its progress file says; starting again", _aside(path))
                 return None
         return state
 

@@ -1,12 +1,12 @@
-"""RetoMaton: neighbours by following the text behind the last ones, searched only where that leads nowhere.
+"""RetoMaton: neighbours by following pointers to the next rows, searched only where too few are left.
 
 The row after row i of a datastore is i + 1: the next token of the text the store was made of. Of the candidates of one
 step those that hold the token which came next in the text being read lead on: the rows after them, and all rows in the
-same clusters as these, are at hand at the following step. Where enough rows are at hand no search is made.
+same clusters as these, are the active pointers of the next step. Where enough pointers are active no search is made.
 
 Source: arXiv 2201.12431, sec. 3.
 
-Shapes: B sequences, P rows at hand, K neighbours of a search, M candidates of a step, N positions, D key width.
+Shapes: B sequences, P active pointers, K neighbours of a search, M candidates of a step, N positions, D key width.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NONE = np.empty(0, np.int32)
 
 @dataclass(frozen=True)
 class RetomatonState:
-    """Where each of B sequences stands in the automaton: a value, which nobody changes."""
+    """State of each of B sequences in the automaton; an immutable value."""
 
     rows_BP: Tensor
-    """int64 rows at hand for the next step, the most promising first, -1 behind them; on the host."""
+    """int64 active pointers for the next step, the most promising first, then -1; on the host."""
 
     def __len__(self) -> int:
         return len(self.rows_BP)
@@ -41,7 +41,7 @@ class RetomatonState:
 
     @classmethod
     def joined(cls, states: list[RetomatonState]) -> RetomatonState:
-        """The sequences of several states, one behind the other."""
+        """The sequences of several states, one after the other."""
         width = max((state.rows_BP.shape[1] for state in states), default=0)
         parts = [torch.nn.functional.pad(s.rows_BP, (0, width - s.rows_BP.shape[1]), value=-1) for s in states]
         return cls(torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64))
@@ -57,7 +57,7 @@ class RetomatonState:
 
 @dataclass(frozen=True)
 class RetomatonStep:
-    """What B sequences are offered at one position each."""
+    """Candidates of B sequences at one position each."""
 
     found: Candidates
     """On the device of the queries; scores as those of a search."""
@@ -113,7 +113,7 @@ class Retomaton:
         if clusters is not None and clusters.num_rows != len(external.store):
             raise ValueError(
                 f"clusters of {clusters.num_rows} rows do not fit datastore {external.store.prefix!r} of "
-                f"{len(external.store)}; make them anew with build_dstore.py --cluster_dstore"
+                f"{len(external.store)}; make them again with build_dstore.py --cluster_dstore"
             )
         self.external, self.min_knns, self.max_knns = external, min_knns, max_knns
         self.no_pointer, self.compat = no_pointer, compat
@@ -149,7 +149,7 @@ class Retomaton:
         return RetomatonStep(candidates, rows_BM, searched_B)
 
     def _near(self, query_BD: Tensor, searched_B: Tensor, found: Neighbors | None) -> Neighbors:
-        """What the searches find that are needed, one row for each."""
+        """Neighbours of the queries that need a search, one row for each."""
         if found is not None:
             return Neighbors(found.ids_NK[searched_B], found.scores_NK[searched_B])
         if not bool(searched_B.any()):
@@ -197,8 +197,8 @@ def _joined(
     out_BM, out_scores_BM = torch.empty(count, width, dtype=torch.int64), torch.empty(count, width)
     count_B = torch.zeros(count, dtype=torch.int64)
     found = tuple(x.contiguous().numpy() for x in (found_at_B, near.ids_NK, near.scores_NK))
-    at_hand = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
+    active = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
     joined = tuple(x.numpy() for x in (out_BM, out_scores_BM, count_B))
-    kernels.join(found, at_hand, distinct, joined)
+    kernels.join(found, active, distinct, joined)
     most = int(count_B.max())
     return out_BM[:, :most], out_scores_BM[:, :most]

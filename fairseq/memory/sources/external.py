@@ -56,7 +56,7 @@ class ExternalMemory:
         if len(index) != len(store):
             raise ValueError(
                 f"the index holds {len(index)} rows, datastore {store.prefix!r} {len(store)}: the store grew or was "
-                "saved anew, or the build did not end; rebuild it with build_dstore.py"
+                "saved again, or the build did not end; rebuild it with build_dstore.py"
             )
         if score != "index" and not store.has_keys:
             raise ValueError(f"datastore {store.prefix!r} was opened without its keys, {score!r} scores need them")

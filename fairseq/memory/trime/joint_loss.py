@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from fairseq.memory.trime.symmetric import accumulate_symmetric
 
 __all__ = ["InBatchMemory", "joint_loss"]
 
-NeedsGrad = tuple[bool, bool, bool, bool]
+
+class NeedsGrad(NamedTuple):
+    """Inputs of the loss that need a gradient."""
+
+    key: bool
+    logp: bool
+    norm: bool
+    other: bool
+
+
 Computed = tuple[Tensor, list["Tensor | None"]]
 Compute = Callable[[InBatchMemory, NeedsGrad, Tensor, Tensor, Tensor, "Tensor | None"], Computed]
 
@@ -72,7 +81,7 @@ def apply(
 ) -> Tensor:
     """:func:`joint_loss` by a given way to compute it."""
     inputs = (key_ND, lm_logp_N, lm_norm_N, other_key_MD)
-    needs_grad = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    needs_grad = NeedsGrad(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
     result: Tensor = _JointLoss.apply(compute, memory, needs_grad, *inputs)  # type: ignore[no-untyped-call]
     return result
 
@@ -110,12 +119,12 @@ def compute_eager(
     key_ND, logp_N, norm_N = key_ND.to(wide), lm_logp_N.to(wide), lm_norm_N.to(wide)
     other_key_MD = None if other_key_MD is None else other_key_MD.to(wide)
     if memory.rule.earlier and memory.rule.later and other_key_MD is None:
-        found = accumulate_symmetric(memory, key_ND, logp_N, norm_N, needs_grad[0])
+        found = accumulate_symmetric(memory, key_ND, logp_N, norm_N, needs_grad.key)
         if found is not None:
             return found
     gradients = Gradients(
-        torch.zeros_like(key_ND) if needs_grad[0] else None,
-        torch.zeros_like(other_key_MD) if needs_grad[3] and other_key_MD is not None else None,
+        torch.zeros_like(key_ND) if needs_grad.key else None,
+        torch.zeros_like(other_key_MD) if needs_grad.other and other_key_MD is not None else None,
     )
     sums = begin(memory, logp_N, norm_N)
     if len(key_ND):
