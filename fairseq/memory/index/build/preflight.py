@@ -1,0 +1,117 @@
+"""Checks before a build: everything that can be wrong is reported before any key is read."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fairseq.memory.datastore.chunked_array import nonfinite
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.index import INDEXES
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.faiss.builder import FaissBuilder
+from fairseq.memory.types import Array, Metric
+from fairseq.runtime.files import may_create_in
+
+logger = logging.getLogger(__name__)
+
+# Keys are encoded in blocks that start at multiples of this, whatever the checkpoints and parts: a matrix product may
+# round differently in blocks of another size, and a key between two lists would then land in the other one.
+BLOCK_ROWS = 16_384
+MIN_PQ_ROWS = 256  # a code byte tells 256 patterns apart
+
+
+def open_store(config: BuildConfig) -> Datastore:
+    """Open the datastore. Raises: ValueError when it is missing or of another size than stated."""
+    store = Datastore.open_any(
+        config.dstore_mmap,
+        dim=config.dimension,
+        size=config.dstore_size,
+        fp16=config.dstore_fp16,
+        bf16=config.dstore_bf16,
+    )
+    if config.dimension is not None and config.dimension != store.dim:
+        raise ValueError(
+            f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: "
+            "leave it out"
+        )
+    return store.require(size=config.dstore_size)
+
+
+def check_build(config: BuildConfig, store: Datastore) -> None:
+    """Raise ValueError or OSError for what cannot work, before anything is computed."""
+    rows, dim = len(store), store.dim
+    per_code = {"ivfpq": 1, "ivfpq-fastscan": 2}.get(config.index)
+    if per_code and dim % (per_code * config.code_size):
+        divisors = [d for d in range(1, dim + 1) if dim % (per_code * d) == 0]
+        if not divisors:
+            raise ValueError(f"the width {dim} is odd, {config.index} takes columns in pairs; use --index ivfpq")
+        nearest = min(divisors, key=lambda d: abs(d - config.code_size))
+        raise ValueError(f"--code_size {config.code_size} does not divide the width {dim}; give {nearest}, say")
+    builder = new_builder(config, dim)
+    if builder.num_lists > rows:
+        name = f"--ncentroids {config.ncentroids}" if config.index in INDEXES else f"--index {config.index}: IVF"
+        raise ValueError(f"{name} is more than the datastore's {rows} rows; give about {max(1, rows // 100)}")
+    if builder.learns and "PQ" in config.factory(dim) and rows < MIN_PQ_ROWS:
+        raise ValueError(
+            f"the datastore has {rows} rows, compression learns from at least {MIN_PQ_ROWS}; use --index flat"
+        )
+    if builder.num_lists > config.train_size:
+        raise ValueError(f"--train_size {config.train_size} is less than --ncentroids {builder.num_lists}; raise it")
+    for flag, given in (("--num_shards", config.num_shards > 1), ("--on_disk", config.on_disk)):
+        if given and not builder.by_codes:
+            raise ValueError(
+                f"--index {config.index} is no sum of its parts, as {flag} needs it; leave {flag} out, or choose ivfpq"
+            )
+    if config.on_disk and (not builder.has_lists or "fs" in config.factory(dim)):
+        raise ValueError(f"--index {config.index} has no lists that --on_disk can keep; leave it out, or choose ivfpq")
+    if config.num_shards > -(-rows // BLOCK_ROWS):
+        raise ValueError(
+            f"--num_shards {config.num_shards} is too many for {rows} rows; give at most {-(-rows // BLOCK_ROWS)}"
+        )
+    folder = Path(f"{config.faiss_index}.{config.dist}").parent
+    may_create_in(folder)
+    needed, free = (3 if config.on_disk else 2) * rows * builder.row_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"building needs about {needed} bytes, {str(folder.resolve())!r} has {free} free; free some or choose "
+            "another disk"
+        )
+
+
+def new_builder(config: BuildConfig, dim: int) -> FaissBuilder:
+    return FaissBuilder.new(config.factory(dim), dim, Metric.parse(config.dist), config.seed, build_device(config))
+
+
+def build_device(config: BuildConfig) -> str:
+    return "cuda" if torch.cuda.is_available() and not config.use_faiss_cpu else "cpu"
+
+
+def dropped_rows(config: BuildConfig, store: Datastore) -> Array:
+    """Rows whose keys are not finite. Raises: ValueError when there are any and they are not to be dropped."""
+    none = np.empty(0, np.int64)
+    if store.parts and not config.drop_nonfinite:
+        return none  # our writer lets none in; encoding looks again
+    found = [
+        nonfinite(store.keys.block(start, start + BLOCK_ROWS)).numpy() + start
+        for start in range(0, len(store), BLOCK_ROWS)
+    ]
+    rows = np.concatenate(found) if found else none
+    if len(rows) and not config.drop_nonfinite:
+        raise nonfinite_error(store, len(rows), int(rows[0]))
+    if len(rows):
+        logger.warning("%d keys hold NaN or infinity and are left out", len(rows))
+    if len(rows) == len(store):
+        raise ValueError(f"all {len(rows)} keys of datastore {store.prefix!r} hold NaN or infinity; save it again")
+    return rows
+
+
+def nonfinite_error(store: Datastore, count: int, first: int) -> ValueError:
+    return ValueError(
+        f"{count} keys of datastore {store.prefix!r} hold NaN or infinity, the first in row {first}; --drop_nonfinite "
+        "leaves them out, fairseq-datastore convert --drop-nonfinite writes a store without them"
+    )
