@@ -52,7 +52,7 @@ class GpuSearch:
         elif kind not in _KINDS:
             why = f"faiss has no {kind} for GPUs"
         if why is not None:
-            logger.info("%s is searched on the processor: %s", name, why)
+            logger.info("%s is searched on the CPU: %s", name, why)
             return None
         free = min(torch.cuda.mem_get_info(device)[0] for device in range(count))
         return cls(index, range(count), max(1 << 28, int(_MEMORY_SHARE * free) - _SCRATCH_BYTES))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes
+from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ObjectPool, run_in_threads
@@ -69,14 +69,6 @@ class AdcSearch:
     def num_keys(self) -> int:
         """Keys that were in the lists when they were looked at."""
         return len(self._bias)
-
-    @staticmethod
-    def serves(index: Any) -> bool:
-        """Whether the index is of such keys, in memory."""
-        if not has_byte_codes(index):
-            return False
-        lists = faiss_library().downcast_InvertedLists(index.invlists)
-        return type(lists).__name__ == "ArrayInvertedLists" and lists.code_size == index.pq.M
 
     def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best keys of the visited lists, best first, of equals the lower row; few queries on the calling thread.

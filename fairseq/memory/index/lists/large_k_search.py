@@ -25,13 +25,6 @@ from fairseq.runtime.threads import ObjectPool, ThreadBuffer, map_in_threads, ru
 
 _GROUP_SCORES = 160 << 20  # 640 MB: 9,000 queries of 18,000 scores, enough for matrix products of a fair size
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the bounds
-_LISTS_OF_K = 4
-_MOST_ROWS = 1 << 32  # a row and its score are one integer
-
-
-def is_large_k(k: int, num_keys: int, num_lists: int) -> bool:
-    """Whether k neighbours are many beside the keys of a list."""
-    return k * _LISTS_OF_K > num_keys / max(1, num_lists) and num_keys < _MOST_ROWS
 
 
 def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
