@@ -73,7 +73,9 @@ def build_memory(
     place_S = torch.nonzero(kept_N)[:, 0]
     if not len(place_S):
         raise ValueError(f"all {len(token_N)} tokens of the memory are special; give text, or remove_special_ids=False")
-    recorder = _Recorder(sites, settings.positions, LayerStore(len(place_S), device_of(settings, model), folder))
+    recorder = _KeyValueRecorder(
+        sites, settings.positions, LayerStore(len(place_S), device_of(settings, model), folder)
+    )
     with taken_over(model, recorder), recorder.listening(model), evaluating(model), torch.no_grad():
         step = batch_size or max(1, _BATCH_TOKENS // window)
         for start in range(0, len(windows), step):
@@ -197,7 +199,7 @@ def _read(
     token_N: Tensor,
     kept_N: Tensor,
     windows: Sequence[tuple[int, int, int]],
-    recorder: _Recorder,
+    recorder: _KeyValueRecorder,
     reach: int,
 ) -> None:
     device, total = next(model.parameters()).device, len(token_N)
@@ -225,7 +227,7 @@ class _TakenError(RuntimeError):
         self.key_BGTD = key_BGTD
 
 
-class _Recorder:
+class _KeyValueRecorder:
     """Keeps keys and values of the new tokens of each window."""
 
     def __init__(self, sites: Sites, positions: str, store: LayerStore) -> None:

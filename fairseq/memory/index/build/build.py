@@ -21,6 +21,7 @@ import torch
 
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.index.build import preflight
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.build.files import (
     BuildFiles,
@@ -33,7 +34,6 @@ from fairseq.memory.index.build.files import (
     seconds_spent,
     signature_of,
 )
-from fairseq.memory.index.build import preflight
 from fairseq.memory.index.faiss.builder import FaissBuilder
 from fairseq.memory.index.faiss.file_marks import file_mark
 from fairseq.memory.index.faiss.on_disk_lists import assemble_on_disk

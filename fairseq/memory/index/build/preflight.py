@@ -84,10 +84,12 @@ def check_build(config: BuildConfig, store: Datastore) -> None:
 
 
 def new_builder(config: BuildConfig, dim: int) -> FaissBuilder:
+    """The empty, untrained index of a config."""
     return FaissBuilder.new(config.factory(dim), dim, Metric.parse(config.dist), config.seed, build_device(config))
 
 
 def build_device(config: BuildConfig) -> str:
+    """``cuda`` where there is a GPU and the config allows it, otherwise ``cpu``."""
     return "cuda" if torch.cuda.is_available() and not config.use_faiss_cpu else "cpu"
 
 
@@ -111,6 +113,7 @@ def dropped_rows(config: BuildConfig, store: Datastore) -> Array:
 
 
 def nonfinite_error(store: Datastore, count: int, first: int) -> ValueError:
+    """The error for keys that hold NaN or infinity."""
     return ValueError(
         f"{count} keys of datastore {store.prefix!r} hold NaN or infinity, the first in row {first}; --drop_nonfinite "
         "leaves them out, fairseq-datastore convert --drop-nonfinite writes a store without them"

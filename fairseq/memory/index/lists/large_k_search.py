@@ -44,7 +44,7 @@ def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tenso
     held, lists.room = lists.room, None  # a search at the same time takes memory of its own
     room = held if isinstance(held, _Room) and len(held.most_S) >= size else _Room(size + size // 8, lists.dtype)
     for part in groups:
-        group = _Group(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
+        group = _LargeKGroup(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
         group.bound()
         group.choose(k)
         group.score()
@@ -62,7 +62,7 @@ class _Room:
         self.raw = ThreadBuffer(_TILE_SCORES, torch.int32 if dtype is torch.int8 else torch.float32)
 
 
-class _Group:
+class _LargeKGroup:
     """Queries whose bounds are held at the same time."""
 
     def __init__(

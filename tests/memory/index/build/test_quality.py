@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.datastore.delete import delete
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.build import quality
 from fairseq.memory.index.build.build import build_index, training_rows
 from fairseq.memory.index.build.config import BuildConfig
