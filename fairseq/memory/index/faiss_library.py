@@ -6,12 +6,27 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fairseq.memory.types import Array, Metric
+
+
+class SwigIndex(Protocol):
+    """A faiss index of any kind; lists, codes and graphs are attributes of some kinds only."""
+
+    d: int
+    ntotal: int
+    metric_type: int
+    is_trained: bool
+
+    def search(self, query_ND: Array, k: int, *, params: object = None) -> tuple[Array, Array]:
+        """Distances or products, and rows, (N, k) each."""
+        ...
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 @functools.cache
@@ -23,12 +38,12 @@ def faiss_library() -> Any:
     return faiss
 
 
-def has_byte_codes(index: Any) -> bool:
+def has_byte_codes(index: SwigIndex) -> bool:
     """Whether a faiss index has lists of product-quantized keys, a byte for each part of a key."""
     return type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
 
 
-def has_codes_in_ram(index: Any) -> bool:
+def has_codes_in_ram(index: SwigIndex) -> bool:
     """Whether a faiss index has such lists, and their codes are arrays in RAM rather than in a mapped file."""
     if not has_byte_codes(index):
         return False

@@ -16,7 +16,7 @@ from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.faiss.file_marks import check_marks
 from fairseq.memory.index.faiss.gpu import GpuSearch
 from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy, faiss_strategy
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes, has_codes_in_ram
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, has_byte_codes, has_codes_in_ram
 from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.large_k_search import large_k_search
@@ -62,7 +62,7 @@ def find_index(name: str | Path, metric: Metric) -> Path:
 class FaissIndex:
     """A faiss index whose scores are turned to *higher is closer* and whose results are checked."""
 
-    def __init__(self, index: Any, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
         """Wrap an index that faiss made.
 
         Args:
@@ -313,14 +313,14 @@ def about_index(path: Path) -> dict[str, Any]:
     return read_json(about) if about.is_file() else {}
 
 
-def lists_of(index: Any) -> Any:
+def lists_of(index: SwigIndex) -> Any:
     """The part of a faiss index that has lists; None for one without."""
     faiss = faiss_library()
     found = faiss.try_extract_index_ivf(index)
     return None if found is None else faiss.downcast_index(found)
 
 
-def _takes_selector(index: Any) -> bool:
+def _takes_selector(index: SwigIndex) -> bool:
     """Whether an index with lists can pass over rows; those that look again at what another one found cannot."""
     faiss = faiss_library()
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index

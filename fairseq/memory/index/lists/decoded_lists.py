@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
 from fairseq.memory.index.lists.search import PreparedList, Rotation
 from fairseq.memory.types import Array
 
@@ -22,7 +20,7 @@ class DecodedLists:
 
     ties_by_id = False
 
-    def __init__(self, index: Any, *, fast_int8: bool, deleted: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, *, fast_int8: bool, deleted: Array | None = None) -> None:
         """Take a faiss IndexIVFPQ.
 
         Args:
