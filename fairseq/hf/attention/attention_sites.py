@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from fairseq.hf.hooks.patching import replace_forward
+from fairseq.hf.hooks.protocols import KeyValueCache
 from fairseq.memory.extended_mind.attention import LocalRule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +136,7 @@ def taken_over(model: nn.Module, handler: Handler) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for module in modules:
             if type(module).__name__ == "MptAttention":
-                undo.callback(_replace_forward(module, functools.partial(_mpt_forward, module, module.forward)))
+                undo.callback(replace_forward(module, functools.partial(_mpt_forward, module, module.forward)))
         for config, before in configs:
             undo.callback(setattr, config, "_attn_implementation_internal", before)
             config._attn_implementation_internal = _NAME + _base(before)
@@ -148,22 +153,6 @@ def _base(implementation: str | None) -> str:
         return "eager"
     logger.warning("attention %r cannot be joined with memories: sdpa is used instead", implementation)
     return "sdpa"
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Give one module another forward; returns what undoes it."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-
-    def undo() -> None:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-    return undo
-
-
-replace_forward = _replace_forward
 
 
 @dataclass
@@ -191,7 +180,7 @@ class Sites:
 
 
 @torch.no_grad()
-def find_sites(model: Any) -> Sites:
+def find_sites(model: PreTrainedModel) -> Sites:
     """Run one token through the model to see where it attends.
 
     Raises: ValueError when the model is no decoder, or attends where nothing can be put between.
@@ -230,7 +219,7 @@ def _mpt_forward(
     own_forward: Callable[..., Any],
     hidden_states: Tensor,
     position_bias: Tensor,
-    cache: Any = None,
+    cache: KeyValueCache | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.cache import Memory
-from fairseq.memory.extended_mind.lookup import Chosen
+from fairseq.memory.extended_mind.lookup import SelectedMemories
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,13 @@ class Citation:
 
 
 def cite(
-    steps: Iterable[Mapping[int, Chosen]], memory: Memory, *, top: int, span: int, row: int = 0, tokenizer: Any = None
+    steps: Iterable[Mapping[int, SelectedMemories]],
+    memory: Memory,
+    *,
+    top: int,
+    span: int,
+    row: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Citation]:
     """The ``top`` passages of at most ``span`` tokens that gave most, none within another, the heaviest first.
 

@@ -12,12 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fairseq.hf.attention.build import MemorySource, input_vocabulary
 from fairseq.hf.attention.wrapper import ExtendedMind
+from fairseq.hf.hooks.protocols import Tokenizer
+from fairseq.memory.extended_mind.cache import Memory
 from fairseq.memory.extended_mind.settings import MindSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SETTINGS = {field.name for field in fields(MindSettings)} | {"remove_special_tokens"}
 _PREFIX = "extended-"  # of the original's model types
@@ -35,12 +41,12 @@ class MindInterface(nn.Module):
         return mind.source
 
     @memory_ids.setter
-    def memory_ids(self, source: Any) -> None:
+    def memory_ids(self, source: MemorySource | None) -> None:
         mind: ExtendedMind = self.__dict__["mind"]
         mind.set_memory_later(source)
 
     @property
-    def memories(self) -> Any:
+    def memories(self) -> tuple[Memory, ...] | None:
         """The memories as far as they have been made; None without."""
         mind: ExtendedMind = self.__dict__["mind"]
         return mind.memories or None
@@ -52,7 +58,9 @@ class MindInterface(nn.Module):
 
     clear_memory = clear_memories
 
-    def generate_cache(self, input_ids: Any, stride: int | None = None, max_len: int | None = None) -> Any:
+    def generate_cache(
+        self, input_ids: MemorySource, stride: int | None = None, max_len: int | None = None
+    ) -> tuple[Memory, ...]:
         """Make memories now, in windows of another stride and length than the settings say; returns them."""
         mind: ExtendedMind = self.__dict__["mind"]
         mind.set_memory(input_ids, settings=mind.settings.with_changes(stride=stride, max_len=max_len))
@@ -62,9 +70,9 @@ class MindInterface(nn.Module):
 def from_pretrained(
     name: str,
     *,
-    external_memories: Any = None,
+    external_memories: MemorySource | None = None,
     memory_config: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a decoder with memories attached for good: the interface of the Extended Mind models.
@@ -100,8 +108,12 @@ def from_pretrained(
 
 
 def with_memories(
-    model: Any, external_memories: Any = None, config: Mapping[str, Any] | None = None, *, tokenizer: Any = None
-) -> Any:
+    model: PreTrainedModel,
+    external_memories: MemorySource | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> PreTrainedModel:
     """Give a loaded model memories, and the members of ``MindInterface``, for good.
 
     The defaults of what ``config`` leaves out are those of the original's model of that kind.
@@ -117,10 +129,10 @@ def with_memories(
     return model
 
 
-def default_settings(model: Any) -> dict[str, Any]:
+def default_settings(model: PreTrainedModel) -> dict[str, Any]:
     """The original's defaults, which differ between MPT and the others."""
     config = model.config
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = input_vocabulary(model)
     if config.model_type == "mpt":
         special, others = [0, 50278], {"mask_by_sim": True, "remove_special_ids": False}
     else:

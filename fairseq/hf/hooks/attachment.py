@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fairseq.hf.hooks.capture import Capture
 from fairseq.hf.hooks.names import KeyType
+from fairseq.hf.hooks.protocols import ModelOutput
 from fairseq.hf.hooks.taps import Tap, find_tap, output_embedding
 
 Self = TypeVar("Self", bound="Attachment")
@@ -160,7 +161,7 @@ class Attachment:
         """The call the model is to get."""
         return named
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
+    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
         """Look at a call that has been made, given its keys; returns what the caller is to get."""
         raise NotImplementedError
 
@@ -190,7 +191,7 @@ class Attachment:
         self._call = ForwardCall(named, self.is_seq2seq)
         return (), changed | {"return_dict": True}
 
-    def _after(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    def _after(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: ModelOutput) -> Any:
         call = self._call
         if call is None:
             return None

@@ -47,7 +47,7 @@ class Capture:
         value = inputs[0] if inputs else next(iter(named.values()))
         self._held = value.detach()
 
-    def _see_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _see_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         value = output[0] if isinstance(output, tuple) else output  # a mixture of experts returns its routing too
         self._held = value.detach()
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 from torch import nn
 
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.hf.hooks.taps import output_embedding
 
 _NUMBERS_PER_PARAMETER = 256
@@ -29,7 +29,7 @@ def model_digest(model: nn.Module) -> str:
     return whole.hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Hexadecimal digest of a tokenizer's vocabulary: every token and its number."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.attachment import ForwardCall
+from fairseq.hf.hooks.patching import replace_attribute
+from fairseq.hf.hooks.protocols import KeyValueCache, ModelOutput
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import find_members
 from fairseq.hf.knn.wrapper import KNNWrapper
@@ -114,7 +116,7 @@ class RetomatonWrapper(KNNWrapper):
         self._step = self._pending.before(named)
         return super()._changed_call(named)
 
-    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: Any) -> Tensor | None:
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> Tensor | None:
         ids_BT = call.input_ids
         state = None
         if self._step is not None and ids_BT is not None and len(ids_BT) == len(self._step.rows_BM):
@@ -205,25 +207,25 @@ class _Pending:
     """The latest step of the sequences in each key-value cache, until it is known which tokens they go on with."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._steps: weakref.WeakKeyDictionary[Any, tuple[int, RetomatonStep]] = weakref.WeakKeyDictionary()
-        self._model = model
+        self._steps: weakref.WeakKeyDictionary[KeyValueCache, tuple[int, RetomatonStep]] = weakref.WeakKeyDictionary()
         self._reorder: Any = getattr(model, "_reorder_cache", None)
         # ``generate`` reorders the cache by this method where a model has one: beams take their steps along.
-        model._reorder_cache = self.reorder  # type: ignore[assignment]
+        self._restore = replace_attribute(model, "_reorder_cache", self.reorder)
 
     def before(self, named: Mapping[str, Any]) -> RetomatonStep | None:
         """The step that the given cache goes on from; None where a sequence begins, or was cut in the meantime."""
         cache = _cache(named)
         length, step = self._steps.pop(cache, (0, None)) if cache is not None else (0, None)
-        return step if step is not None and length == cache.get_seq_length() else None
+        is_whole = cache is not None and length == cache.get_seq_length()
+        return step if is_whole else None
 
-    def after(self, output: Any, step: RetomatonStep) -> None:
+    def after(self, output: ModelOutput, step: RetomatonStep) -> None:
         """Keep a step with the cache that came out of the call."""
         cache = _cache(output)
         if cache is not None:
             self._steps[cache] = (cache.get_seq_length(), step)
 
-    def reorder(self, cache: Any, beam_idx: Tensor) -> Any:
+    def reorder(self, cache: KeyValueCache, beam_idx: Tensor) -> KeyValueCache:
         """Reorder a cache as ``generate`` would, and the steps of its sequences with it."""
         held = self._steps.pop(cache, None)
         if self._reorder is not None:
@@ -236,14 +238,14 @@ class _Pending:
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        self._model.__dict__.pop("_reorder_cache", None)
+        self._restore()
         self._steps.clear()
 
 
-def _cache(named: Mapping[str, Any]) -> Any:
+def _cache(named: Mapping[str, Any] | ModelOutput) -> KeyValueCache | None:
     """The key-value cache among arguments or results, if there is one that tells its length."""
     for name in ("cache", "past_key_values"):
-        found = named.get(name)
-        if found is not None and hasattr(found, "get_seq_length"):
-            return found
+        cache: KeyValueCache | None = named.get(name)
+        if cache is not None and hasattr(cache, "get_seq_length"):
+            return cache
     return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
 from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import key_type
+from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import about_store, index_name, store_prefix
 from fairseq.memory.datastore.documents import Documents
@@ -51,7 +52,7 @@ class KNNSaver(Attachment):
         *,
         name: str | None = None,
         dtype: str = "float16",
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Args.
 
@@ -157,7 +158,7 @@ class KNNSaver(Attachment):
         mask = "decoder_attention_mask" if self.is_seq2seq else "attention_mask"
         return ForwardCall({"labels": labels, mask: attention_mask}, self.is_seq2seq)
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
+    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
         self._keep(call, key_BTD)
         return output
 

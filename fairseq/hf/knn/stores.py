@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fairseq.hf.hooks.identity import model_digest, model_type, tokenizer_digest, vocabulary_size
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
@@ -23,7 +24,7 @@ from fairseq.memory.index.base import Index
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Array, Metric
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def open_store(place: StorePlace, *, with_keys: bool) -> Datastore:
     return Datastore.open(place.prefix, hints, with_keys=with_keys)
 
 
-def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Any = None) -> None:
+def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Tokenizer | None = None) -> None:
     """Compare a store with the model that is to use it; what the files do not tell is not compared.
 
     Raises: ValueError with both values.
@@ -194,7 +195,7 @@ def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Any = No
         logger.warning("%s was saved with other weights than this model's; its keys may lie elsewhere", name)
 
 
-def about_store(model: nn.Module, tap: Tap, tokenizer: Any = None) -> dict[str, Any]:
+def about_store(model: nn.Module, tap: Tap, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Metadata of a store saved with a model."""
     about = {"key_tap": tap.kind.value, "model_type": model_type(model), "model_digest": model_digest(model)}
     about |= {"dictionary_size": vocabulary_size(model)}  # type: ignore[dict-item]
@@ -219,9 +220,9 @@ def _prefixes(folder: Path) -> list[str]:
     return sorted(str(path).removesuffix("_vals.npy") for path in folder.glob("*_vals.npy"))
 
 
-def _low(part: Any) -> int:
+def _low(part: Array) -> int:
     return int(part.min())
 
 
-def _high(part: Any) -> int:
+def _high(part: Array) -> int:
     return int(part.max())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
 from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import Dist, dist, key_type
+from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
@@ -60,7 +61,7 @@ class KNNWrapper(Attachment):
         probe: int = 32,
         *,
         indexfile: str | Path | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Args.
 
@@ -156,7 +157,7 @@ class KNNWrapper(Attachment):
         named["labels"] = None
         return named
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
+    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
         logits_BLV = output.logits.detach()
         logits_BLV = logits_BLV if logits_BLV.is_contiguous() else logits_BLV.contiguous()
         logp_N = self._mix(call, key_BTD, logits_BLV, output)
@@ -167,7 +168,7 @@ class KNNWrapper(Attachment):
         loss = -logp_N.sum() / (len(logp_N) if count is None else torch.as_tensor(count, device=logp_N.device))
         return type(output)(**(dict(output) | {"loss": loss, "logits": logits_BLV}))
 
-    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: Any) -> Tensor | None:
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> Tensor | None:
         """Turn logits into log-probabilities, in place. Returns those of the labels that count, (N,), if there are any.
 
         Positions are looked up in groups, so that there are never more than so many candidates.

@@ -23,7 +23,7 @@ _QUERIES_OF_A_START = 8 << 10  # as much work as it takes to get threads going
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedMemories:
     """Memories that the queries of one layer attended to, best first."""
 
     token_BHTK: Tensor
@@ -41,8 +41,8 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Read:
-    """Memories that a layer read: as in ``Chosen``, numbered as memories."""
+class RetrievedMemories:
+    """Memories that a layer read: as in ``SelectedMemories``, numbered as memories."""
 
     ids_BHTK: Tensor
     similarity_BHTK: Tensor
@@ -54,7 +54,7 @@ class MemoryAttention:
     """What a layer took from its memories."""
 
     partial: Partial
-    read: Callable[[], Read]
+    read: Callable[[], RetrievedMemories]
     """Which they were; called only where somebody asks."""
 
 
@@ -116,7 +116,7 @@ class LayerLookup:
             score_BHTK = score_BHTK.masked_fill(left_out_BHTK.to(score_BHTK.device), -torch.inf)
             partial = memory_attention(score_BHTK, value_BHTKD)
         partial = Partial(partial.out_BHTD.to(query_BHTD.device), partial.norm_BHT.to(query_BHTD.device))
-        return MemoryAttention(partial, lambda: Read(ids_BHTK, similarity_BHTK, score_BHTK))
+        return MemoryAttention(partial, lambda: RetrievedMemories(ids_BHTK, similarity_BHTK, score_BHTK))
 
     def _attend_to_few(
         self,
@@ -139,10 +139,10 @@ class LayerLookup:
         attend_to_few(*arrays, scale, threshold, ids_GNK, best_GNK, score_GNK, out_GND, norm_GN)
         partial = Partial(*(by_row(torch.from_numpy(x)) for x in (out_GND, norm_GN)))
         return MemoryAttention(
-            partial, lambda: Read(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK)))
+            partial, lambda: RetrievedMemories(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK)))
         )
 
-    def in_tokens(self, read: Callable[[], Read]) -> Read:
+    def in_tokens(self, read: Callable[[], RetrievedMemories]) -> RetrievedMemories:
         """What was read, numbered by the user's tokens; -1 stays."""
         found = read()
         if not len(self.place_S):

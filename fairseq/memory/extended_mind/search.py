@@ -41,7 +41,7 @@ _RowSearch = Callable[[int, slice, Array, Array], None]
 
 
 @dataclass(frozen=True)
-class Found:
+class NearestMemories:
     """The memories nearest to each query, best first."""
 
     ids_GNK: Tensor
@@ -49,15 +49,15 @@ class Found:
     similarity_GNK: Tensor
     """float32 cosine similarity; -inf where the id is -1."""
 
-    def to(self, device: torch.device) -> Found:
+    def to(self, device: torch.device) -> NearestMemories:
         """The same on another device."""
-        return Found(self.ids_GNK.to(device), self.similarity_GNK.to(device))
+        return NearestMemories(self.ids_GNK.to(device), self.similarity_GNK.to(device))
 
 
 class Search(Protocol):
     """A way to search the keys of one layer."""
 
-    def search(self, query_GND: Tensor, k: int) -> Found:
+    def search(self, query_GND: Tensor, k: int) -> NearestMemories:
         """The ``min(k, S)`` nearest memories of each query; queries may have any length and are on the keys' device."""
         ...
 
@@ -69,7 +69,7 @@ class PlainSearch:
         """Scale keys to length one once."""
         self.unit_GSD = normalized(key_GSD.float())
 
-    def search(self, query_GND: Tensor, k: int) -> Found:
+    def search(self, query_GND: Tensor, k: int) -> NearestMemories:
         """See ``Search``."""
         query_GND = normalized(query_GND.float())
         size = self.unit_GSD.shape[1]
@@ -78,7 +78,7 @@ class PlainSearch:
             torch.topk(torch.bmm(part_GND, self.unit_GSD.mT), min(k, size), dim=-1)
             for part_GND in torch.split(query_GND, step, dim=1)
         ]
-        return Found(torch.cat([p.indices for p in parts], 1), torch.cat([p.values for p in parts], 1))
+        return NearestMemories(torch.cat([p.indices for p in parts], 1), torch.cat([p.values for p in parts], 1))
 
 
 _few_products = ThreadBuffer(_FEW_SCORES, torch.int32)
@@ -96,17 +96,17 @@ class KernelSearch:
         dtype = torch.float32 if self._low is None else torch.int32
         self._buffer = ThreadBuffer(_BLOCK_SCORES, dtype)
 
-    def search(self, query_GND: Tensor, k: int) -> Found:
+    def search(self, query_GND: Tensor, k: int) -> NearestMemories:
         """See ``Search``."""
         query_GND = query_GND.float().nan_to_num(0.0).contiguous()
         heads, count, k = len(self.key_GSD), query_GND.shape[1], min(k, self.key_GSD.shape[1])
         ids_GNK = torch.full((heads, count, k), -1, dtype=torch.int64)
         best_GNK = torch.full((heads, count, k), -torch.inf)
         if not k:
-            return Found(ids_GNK, best_GNK)
+            return NearestMemories(ids_GNK, best_GNK)
         if self.takes_at_once(count):
             self._at_once(query_GND, ids_GNK, best_GNK)
-            return Found(ids_GNK, best_GNK)
+            return NearestMemories(ids_GNK, best_GNK)
         search_rows = self._plainly(query_GND) if self._low is None else self._by_low(self._low, query_GND)
         step = max(8, _BLOCK_SCORES // min(self.key_GSD.shape[1], _BLOCK_COLUMNS))
         tasks = [(g, slice(start, start + step)) for g in range(heads) for start in range(0, count, step)]
@@ -119,7 +119,7 @@ class KernelSearch:
         else:
             for task in tasks:  # its products are on torch's own threads
                 run(task)
-        return Found(ids_GNK, best_GNK)
+        return NearestMemories(ids_GNK, best_GNK)
 
     def takes_at_once(self, count: int) -> bool:
         """Whether so many queries of each head are few: calls and threads would cost more than the work."""
@@ -230,14 +230,14 @@ class _PerHead:
     def __init__(self, search: list[Callable[[Tensor, int], Neighbors]], size: int) -> None:
         self._search, self._size = search, size
 
-    def search(self, query_GND: Tensor, k: int) -> Found:
+    def search(self, query_GND: Tensor, k: int) -> NearestMemories:
         """See ``Search``."""
         query_GND, k = query_GND.detach().float().cpu().nan_to_num(0.0).contiguous(), min(k, self._size)
         if not k:
             empty = query_GND.new_empty((*query_GND.shape[:2], 0))
-            return Found(empty.long(), empty)
+            return NearestMemories(empty.long(), empty)
         found = [search(query_ND, k) for search, query_ND in zip(self._search, query_GND)]
-        return Found(torch.stack([f.ids_NK for f in found]), torch.stack([f.scores_NK for f in found]))
+        return NearestMemories(torch.stack([f.ids_NK for f in found]), torch.stack([f.scores_NK for f in found]))
 
 
 def _numbers(key_SD: Tensor) -> Tensor:

@@ -116,5 +116,5 @@ def check_layers(by_layer: Sequence[bool] | None, num_layers: int) -> None:
         )
 
 
-def _is_whole(number: Any) -> bool:
+def _is_whole(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)

@@ -337,7 +337,7 @@ def test_other_mistakes_are_refused(llama, tmp_path):
         ExtendedMind(llama, "a text")
     with pytest.raises(ValueError, match="adds positions to its inputs"):
         ExtendedMind(tiny("gpt2"), MEMORY, positions="relative")
-    with pytest.raises(ValueError, match="positions 'origin', the settings say 'relative'"):
+    with pytest.raises(ValueError, match="positions 'origin', the settings have 'relative'; build it again"):
         ExtendedMind(llama, build_memory(llama, MEMORY), positions="relative")
     with extended_mind(llama, MEMORY), pytest.raises(ValueError, match="has memories attached already"):
         ExtendedMind(llama, MEMORY)

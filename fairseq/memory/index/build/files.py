@@ -117,7 +117,7 @@ def is_trained(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
     )
 
 
-def record(files: BuildFiles, signature: Mapping[str, Any], **more: Any) -> None:
+def record(files: BuildFiles, signature: Mapping[str, Any], **more: object) -> None:
     """Write how far a part is."""
     write_json(files.progress, {"signature": signature, **more})
 

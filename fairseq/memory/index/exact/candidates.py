@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
-from fairseq.memory.index.ops import kernels
+from fairseq.memory.index.exact import kernels
+from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 
-CANDIDATE_BYTES = 16
-"""What a candidate takes: its low bound, its row and its score."""
 # Scores computed in two ways differ by a few units in the seventh place of what they are sums of.
 _ROUNDING = 2e-6
-
-
-def capacity(k: int) -> int:
-    """Candidates a query may hold before they are sifted."""
-    return max(4 * k, 256)
 
 
 class TrueScores:
@@ -47,7 +41,7 @@ class TrueScores:
         return scores_H
 
     def as_filtered(self, true_Q: Tensor, rows: slice) -> Tensor:
-        """What keys of these scores reach at least in the scores of a filter (see ``filters``), query by query."""
+        """What keys of these scores reach at least in the scores of a filter (``bounded_scores``), query by query."""
         if not self.by_distance:
             return true_Q - _ROUNDING * true_Q.abs()
         length_Q = self.query_ND[rows].square().sum(1)

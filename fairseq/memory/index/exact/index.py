@@ -18,12 +18,11 @@ from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.base import check_k, check_queries
-from fairseq.memory.index.exact.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
+from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.row_scores import score_rows
-from fairseq.memory.index.lists.search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
 from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
-from fairseq.memory.index.lists.search import capacity as list_capacity
 from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.ops.candidate_room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
@@ -111,8 +110,7 @@ class ExactIndex:
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
         ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
         scores_NK = torch.empty(len(query_ND), k)
-        of_lists = LIST_CANDIDATE_BYTES * list_capacity(k)
-        bulk = max(1, self.memory_bytes // (max(CANDIDATE_BYTES * capacity(k), of_lists) + 12 * self.dim))
+        bulk = max(1, self.memory_bytes // (CANDIDATE_BYTES * capacity(k) + 12 * self.dim))
         blocks = self._as_lists(query_ND, k)
         for part in _slices(len(query_ND), bulk):
             if blocks is not None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads
 from fairseq.memory.index.ops.kmeans import Assigner, kmeans
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
@@ -42,11 +42,12 @@ _BLOCK_SIZE = 32
 class FaissBuilder:
     """An index that is trained, filled and saved."""
 
-    def __init__(self, index: Any, factory: str, metric: Metric, seed: int, device: str = "cpu") -> None:
+    def __init__(self, index: SwigIndex, factory: str, metric: Metric, seed: int, device: str = "cpu") -> None:
         """Wrap a faiss index; use ``new`` or ``load``."""
         faiss = faiss_library()
         self._index, self._factory, self._metric, self._seed, self._device = index, factory, metric, seed, device
-        self._base, self._chain = index, []
+        base: Any = index
+        self._base, self._chain = base, []
         if isinstance(index, faiss.IndexPreTransform):
             self._base = faiss.downcast_index(index.index)
             self._chain = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
@@ -258,7 +259,7 @@ class FaissBuilder:
         return np.ascontiguousarray(rows)
 
 
-def write_index(index: Any, path: Path) -> None:
+def write_index(index: SwigIndex, path: Path) -> None:
     """Write a faiss index so that the name stands for a whole file or none."""
     # Through Python's file: faiss's own writer does not notice when the last bytes find no room (faiss 1.15).
     with replacing(path) as aside, open(aside, "wb") as file:

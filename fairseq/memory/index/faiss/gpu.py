@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
 from fairseq.memory.index.ops.merging import merged
+from fairseq.memory.types import Array
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _KINDS = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexIVFFlat", "IndexIVFPQ
 class GpuSearch:
     """An index dealt out to GPUs."""
 
-    def __init__(self, index: Any, devices: Sequence[int], part_bytes: int) -> None:
+    def __init__(self, index: SwigIndex, devices: Sequence[int], part_bytes: int) -> None:
         """Args.
 
         index: of one of the kinds GPUs can search.
@@ -41,7 +42,7 @@ class GpuSearch:
         self._resources: list[Any] = []
 
     @classmethod
-    def of(cls, index: Any, name: str) -> GpuSearch | None:
+    def of(cls, index: SwigIndex, name: str) -> GpuSearch | None:
         """For the GPUs at hand; None, after one line that says why, where the processor searches."""
         faiss = faiss_library()
         count = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
@@ -52,7 +53,7 @@ class GpuSearch:
         elif kind not in _KINDS:
             why = f"faiss has no {kind} for GPUs"
         if why is not None:
-            logger.info("%s is searched on the processor: %s", name, why)
+            logger.info("%s is searched on the CPU: %s", name, why)
             return None
         free = min(torch.cuda.mem_get_info(device)[0] for device in range(count))
         return cls(index, range(count), max(1 << 28, int(_MEMORY_SHARE * free) - _SCRATCH_BYTES))
@@ -81,7 +82,7 @@ class GpuSearch:
         ids_NK, scores_NK, doubt_N = merged(found, sizes, k)
         return scores_NK, ids_NK, doubt_N
 
-    def _renumbered(self, ids_NL: Any, number: int) -> Any:
+    def _renumbered(self, ids_NL: Array, number: int) -> Array:
         """Rows of the whole index; those of a part of an index without lists are numbered from 0."""
         if faiss_library().try_extract_index_ivf(self._index) is not None:
             return ids_NL
@@ -102,7 +103,8 @@ class GpuSearch:
         if self._num_parts == 1:
             return self._index
         if faiss.try_extract_index_ivf(self._index) is None:
-            part = type(self._index)(self._index.d)
+            kind: Any = type(self._index)
+            part = kind(self._index.d)
             keys = self._index.reconstruct_n(0, self._index.ntotal)[number :: self._num_parts]
             part.metric_type = self._index.metric_type
             part.add(np.ascontiguousarray(keys))
@@ -112,7 +114,7 @@ class GpuSearch:
         self._index.copy_subset_to(part, faiss.InvertedLists.SUBSET_TYPE_ID_MOD, self._num_parts, number)
         return part
 
-    def _on_gpu(self, part: Any, device: int) -> Any:
+    def _on_gpu(self, part: SwigIndex, device: int) -> Any:
         faiss = faiss_library()
         if not self._resources:
             self._resources = [faiss.StandardGpuResources() for _ in self._devices]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from torch import Tensor
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.faiss.file_marks import check_marks
 from fairseq.memory.index.faiss.gpu import GpuSearch
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
+from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy, faiss_strategy
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, has_byte_codes, has_codes_in_ram
 from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_search import is_large_k, large_k_search
+from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
 from fairseq.memory.index.lists.search import search_lists
 from fairseq.memory.index.ops.merging import alive_of
@@ -27,31 +30,12 @@ from fairseq.runtime.hardware import has_fast_int8
 
 logger = logging.getLogger(__name__)
 
-# So few are searched by one thread: faiss's threads and torch's, which wait for work in a loop, would take the
-# processors from each other at every step of a generation.
-_FEW_QUERIES = 4
 _LEAST_IN_VIEW = 16  # faiss's own default for graphs
 _NONE = np.empty(0, np.int64)
 # Kinds without lists that pass over rows when they are told to (tested); others ignore it or refuse.
 _SELECTING = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexRaBitQ"}
 # A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
 _ROUNDING = 5e-7
-
-
-def pair_scores_in_place(metric: Metric, query_ND: Tensor, keys: Array, ids_NK: Tensor) -> Tensor:
-    """Similarity (L2 or inner product) of each query with its own rows of float32 ``keys``; -inf where the id is -1.
-
-    The rows are read where they are, in a memory map too; torch would copy them first.
-    """
-    faiss = faiss_library()
-    function = {Metric.L2: faiss.fvec_L2sqr_by_idx, Metric.IP: faiss.fvec_inner_products_by_idx}[metric]
-    ids_NK = ids_NK.contiguous()
-    scores_NK = torch.full(ids_NK.shape, torch.inf if metric is Metric.L2 else -torch.inf)
-    count, k = ids_NK.shape
-    pointers = (faiss.swig_ptr(a) for a in (scores_NK.numpy(), query_ND.contiguous().numpy(), keys, ids_NK.numpy()))
-    if count and k and len(keys):
-        function(*pointers, query_ND.shape[1], count, k)
-    return scores_NK.neg_() if metric is Metric.L2 else scores_NK.masked_fill_(ids_NK < 0, -torch.inf)
 
 
 def find_index(name: str | Path, metric: Metric) -> Path:
@@ -85,7 +69,7 @@ class FaissIndex:
     ```
     """
 
-    def __init__(self, index: Any, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
         """Wrap an index that faiss made.
 
         Args:
@@ -162,8 +146,8 @@ class FaissIndex:
     streams_keys = False
 
     def bulk_pays(self, num_queries: int) -> bool:
-        """True if this many queries cost less in one search than one by one."""
-        return DecodedLists.pays_for(self.inner, num_queries)
+        """See ``Index``."""
+        return choose_strategy(replace(self._traits(), on_gpu=False), num_queries, k=1).decodes_lists
 
     def __len__(self) -> int:
         return int(self.inner.ntotal)
@@ -197,19 +181,35 @@ class FaissIndex:
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu()
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
-        if self._by_gpu is not None:
+        traits = self._traits()
+        strategy = choose_strategy(traits, len(query_ND), k)
+        if strategy is SearchStrategy.GPU:
             try:
-                return self._checked(*self._search_on_gpus(self._by_gpu, query_ND, k))
+                return self._checked(*self._search_on_gpus(query_ND, k))
             except RuntimeError as error:  # codes of a size that GPUs lack, or no memory left
                 why = str(error).rpartition("Error: ")[2]
-                logger.warning("%s is searched on the processor from now on: the GPU cannot (%s)", self.name, why)
+                logger.warning("%s is searched on the CPU from now on: the GPU cannot (%s)", self.name, why)
                 self._by_gpu = None
-        in_bulk = DecodedLists.pays_for(self.inner, len(query_ND))
-        if is_large_k(k, len(self), getattr(self.inner, "nlist", 0)) and (in_bulk or AdcSearch.serves(self.inner)):
-            return self._search_widely(query_ND, k, in_bulk=in_bulk)
-        if in_bulk:
-            return self._checked(*self._search_in_bulk(query_ND, k))
-        return self._checked(*self._search(query_ND, k))
+                strategy = choose_strategy(replace(traits, on_gpu=False), len(query_ND), k)
+        if strategy is SearchStrategy.LARGE_K_IN_BULK:
+            return self._ordered_by_row(*large_k_search(self._decoded_lists(), query_ND, k))
+        if strategy is SearchStrategy.LARGE_K_BY_TABLES:
+            return self._ordered_by_row(*self._adc_search().search(query_ND, k))
+        if strategy is SearchStrategy.LISTS_IN_BULK:
+            return self._checked(*self._search_lists(query_ND, k))
+        return self._checked(*self._search_by_faiss(query_ND, k, strategy))
+
+    def _traits(self) -> IndexTraits:
+        lists = lists_of(self.inner)
+        return IndexTraits(
+            num_keys=len(self),
+            num_lists=0 if lists is None else lists.nlist,
+            num_probed=0 if lists is None else lists.nprobe,
+            has_lists=lists is not None,
+            has_byte_codes=has_byte_codes(self.inner),
+            codes_in_ram=has_codes_in_ram(self.inner),
+            on_gpu=self._by_gpu is not None,
+        )
 
     def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Scores of some rows for each query by their compressed keys, float32 (N, M); -inf for the id -1.
@@ -223,14 +223,12 @@ class FaissIndex:
         scores_NM: Tensor = self._rows(normalized(query_ND) if self.metric is Metric.COS else query_ND, ids_NM)
         return scores_NM
 
-    def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_by_faiss(self, query_ND: Tensor, k: int, strategy: SearchStrategy) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""
-        if len(query_ND) <= _FEW_QUERIES and lists_of(self.inner) is not None:
-            with faiss_threads(1):
-                return self._search_by_faiss(query_ND, k)
-        return self._search_by_faiss(query_ND, k)
+        with faiss_threads(1) if strategy is SearchStrategy.FAISS_ON_ONE_THREAD else nullcontext():
+            return self._search_by_faiss_threads(query_ND, k)
 
-    def _search_by_faiss(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_by_faiss_threads(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         query = np.ascontiguousarray(query_ND.numpy())
         parameters = self._parameters(k)
         if parameters is not None or not len(self.deleted):
@@ -242,16 +240,15 @@ class FaissIndex:
         scores_NK = torch.from_numpy(distances_NK)
         return torch.from_numpy(ids_NK), scores_NK.neg_() if self.metric is Metric.L2 else scores_NK
 
-    def _search_widely(self, query_ND: Tensor, k: int, *, in_bulk: bool) -> Neighbors:
-        """Many neighbours. Which of two keys that are equally near up to rounding comes last is not left to faiss."""
-        if in_bulk:
-            ids_NK, scores_NK = large_k_search(self._decoded_lists(), query_ND, k)
-        else:
-            if self._tables is None or self._tables.num_keys != len(self):  # it looks where faiss keeps the codes
-                self._tables = AdcSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
-            ids_NK, scores_NK = self._tables.search(query_ND, k)
+    def _ordered_by_row(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
+        """Many neighbours, of which equals are in the order of their rows, rather than in the order of faiss."""
         self._check_rows(ids_NK)
         return Neighbors(ids_NK, scores_NK, equals_by_row=True)
+
+    def _adc_search(self) -> AdcSearch:
+        if self._tables is None or self._tables.num_keys != len(self):  # it reads the codes where faiss keeps them
+            self._tables = AdcSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
+        return self._tables
 
     def _decoded_lists(self) -> DecodedLists:
         if self._lists is None:
@@ -282,7 +279,10 @@ class FaissIndex:
             return faiss.SearchParametersHNSW(efSearch=max(k, self.inner.hnsw.efSearch), **more)
         return faiss.SearchParameters(**more) if more and kind in _SELECTING else None
 
-    def _search_on_gpus(self, gpus: GpuSearch, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_on_gpus(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        gpus = self._by_gpu
+        assert gpus is not None
+
         def find(more: int) -> tuple[Tensor, Tensor]:
             scores_NK, ids_NK, doubt_N = gpus.search(query_ND, more)
             if len(doubt_N):
@@ -293,14 +293,15 @@ class FaissIndex:
 
         return alive_of(find, self.deleted, k, len(self))
 
-    def _search_in_bulk(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_lists(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
         lists = self._decoded_lists()
         doubt_N = _ROUNDING * (query_ND.square().sum(1) + lists.key_size)
         found = search_lists(lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
         ids_NK, scores_NK, open_N = found.ids_NK, found.scores_NK, found.open_N
         if len(open_N):
-            ids_NK[open_N], scores_NK[open_N] = self._search(query_ND[open_N], k)
+            strategy = faiss_strategy(self._traits(), len(open_N))
+            ids_NK[open_N], scores_NK[open_N] = self._search_by_faiss(query_ND[open_N], k, strategy)
         logger.debug("%d of %d queries searched by faiss itself", len(open_N), len(query_ND))
         return ids_NK, scores_NK
 
@@ -327,14 +328,14 @@ def about_index(path: Path) -> dict[str, Any]:
     return read_json(about) if about.is_file() else {}
 
 
-def lists_of(index: Any) -> Any:
+def lists_of(index: SwigIndex) -> Any:
     """The part of a faiss index that has lists; None for one without."""
     faiss = faiss_library()
     found = faiss.try_extract_index_ivf(index)
     return None if found is None else faiss.downcast_index(found)
 
 
-def _takes_selector(index: Any) -> bool:
+def _takes_selector(index: SwigIndex) -> bool:
     """Whether an index with lists can pass over rows; those that look again at what another one found cannot."""
     faiss = faiss_library()
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index

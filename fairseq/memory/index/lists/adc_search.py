@@ -9,13 +9,11 @@ Shapes: N queries, P lists a query visits, L lists, S groups of scores, K neighb
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ObjectPool, run_in_threads
@@ -24,14 +22,14 @@ _FEW = 8
 """So many queries are searched on the calling thread: to start others takes longer."""
 
 
-def codewords(index: Any) -> Array:
+def codewords(index: SwigIndex) -> Array:
     """Codewords of an index of product-quantized keys, float32 (parts, numbers of a codeword, codewords)."""
     pq = index.pq
     words = faiss_library().vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
     return np.ascontiguousarray(words.transpose(0, 2, 1))
 
 
-def residual_centroids(index: Any) -> Array:
+def residual_centroids(index: SwigIndex) -> Array:
     """What was taken off the keys of each list before they were quantized, float32 (L, D)."""
     centre_LD: Array = index.quantizer.reconstruct_n(0, index.nlist)
     return centre_LD if index.by_residual else np.zeros_like(centre_LD)
@@ -40,7 +38,7 @@ def residual_centroids(index: Any) -> Array:
 class AdcSearch:
     """The codes of an index where they are, with four bytes for each key beside them."""
 
-    def __init__(self, index: Any, alive: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, alive: Array | None = None) -> None:
         """Look where the codes are.
 
         Args:
@@ -69,14 +67,6 @@ class AdcSearch:
     def num_keys(self) -> int:
         """Keys that were in the lists when they were looked at."""
         return len(self._bias)
-
-    @staticmethod
-    def serves(index: Any) -> bool:
-        """Whether the index is of such keys, in memory."""
-        if not has_byte_codes(index):
-            return False
-        lists = faiss_library().downcast_InvertedLists(index.invlists)
-        return type(lists).__name__ == "ArrayInvertedLists" and lists.code_size == index.pq.M
 
     def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best keys of the visited lists, best first, of equals the lower row; few queries on the calling thread.

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
 from fairseq.memory.index.lists.search import PreparedList, Rotation
 from fairseq.memory.types import Array
 
-_MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
 _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
 _SAMPLE_ROWS = 16_384
 _LEFT_OUT = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five times as many are scored
@@ -23,7 +20,7 @@ class DecodedLists:
 
     ties_by_id = False
 
-    def __init__(self, index: Any, *, fast_int8: bool, deleted: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, *, fast_int8: bool, deleted: Array | None = None) -> None:
         """Take a faiss IndexIVFPQ.
 
         Args:
@@ -43,11 +40,6 @@ class DecodedLists:
         self._cache: dict[int, PreparedList] | None = {} if 5 * index.ntotal * (index.d + 4) <= _CACHE_BYTES else None
         self.key_size = float(self._centroids.square().sum(1).amax())
         self._rotation = Rotation.fit(self._sample(), _LEFT_OUT)
-
-    @staticmethod
-    def pays_for(index: Any, num_queries: int) -> bool:
-        """Whether decoding lists for so many queries costs less than faiss's own search."""
-        return has_byte_codes(index) and num_queries * index.nprobe >= _MIN_QUERIES_PER_LIST * index.nlist
 
     def __len__(self) -> int:
         return int(self._index.nlist)

@@ -25,13 +25,6 @@ from fairseq.runtime.threads import ObjectPool, ThreadBuffer, map_in_threads, ru
 
 _GROUP_SCORES = 160 << 20  # 640 MB: 9,000 queries of 18,000 scores, enough for matrix products of a fair size
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the bounds
-_LISTS_OF_K = 4
-_MOST_ROWS = 1 << 32  # a row and its score are one integer
-
-
-def is_large_k(k: int, num_keys: int, num_lists: int) -> bool:
-    """Whether k neighbours are many beside the keys of a list."""
-    return k * _LISTS_OF_K > num_keys / max(1, num_lists) and num_keys < _MOST_ROWS
 
 
 def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -51,7 +44,7 @@ def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tenso
     held, lists.room = lists.room, None  # a search at the same time takes memory of its own
     room = held if isinstance(held, _Room) and len(held.most_S) >= size else _Room(size + size // 8, lists.dtype)
     for part in groups:
-        group = _Group(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
+        group = _LargeKGroup(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
         group.bound()
         group.choose(k)
         group.score()
@@ -69,7 +62,7 @@ class _Room:
         self.raw = ThreadBuffer(_TILE_SCORES, torch.int32 if dtype is torch.int8 else torch.float32)
 
 
-class _Group:
+class _LargeKGroup:
     """Queries whose bounds are held at the same time."""
 
     def __init__(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, has_byte_codes
 from fairseq.memory.index.lists.adc_search import codewords, residual_centroids
 from fairseq.runtime.threads import run_in_threads
 
@@ -20,7 +20,7 @@ _PAIRS_PER_TASK = 16 << 10  # to start threads takes as long as some thousands o
 _CHUNK_FLOATS = 64 << 20  # of decoded keys
 
 
-def row_scorer(index: Any, *, by_distance: bool) -> Any:
+def row_scorer(index: SwigIndex, *, by_distance: bool) -> Any:
     """What scores rows of a faiss index: the fast one for product-quantized keys, faiss itself for all others."""
     if has_byte_codes(index) and index.ntotal * (index.code_size + 8) <= _MOST_BYTES:
         return PqScorer(index, by_distance=by_distance)
@@ -30,7 +30,7 @@ def row_scorer(index: Any, *, by_distance: bool) -> Any:
 class PqScorer:
     """The codes of an IndexIVFPQ in the order of the rows: a score is a sum of a table's entries (``adc_search``)."""
 
-    def __init__(self, index: Any, *, by_distance: bool) -> None:
+    def __init__(self, index: SwigIndex, *, by_distance: bool) -> None:
         """Copy the codes, which takes as much memory as they do."""
         from fairseq.memory.index.lists.adc_kernels import write_biases
 
@@ -71,7 +71,7 @@ class PqScorer:
 class ReconstructionScorer:
     """Keys as faiss gives them back, for every kind of index that can."""
 
-    def __init__(self, index: Any, *, by_distance: bool) -> None:
+    def __init__(self, index: SwigIndex, *, by_distance: bool) -> None:
         """Have the index remember where its rows are. Raises: ValueError when it cannot give keys back."""
         lists = faiss_library().try_extract_index_ivf(index)
         if lists is not None:

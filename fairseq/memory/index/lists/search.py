@@ -23,20 +23,14 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.lists import kernels
+from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ThreadBuffer, map_in_threads, run_in_threads
 
-CANDIDATE_BYTES = 20
-"""What a candidate takes: its score, its row and when it was visited."""
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the scan
 _LISTS_AT_A_TIME = 64
-
-
-def capacity(k: int) -> int:
-    """Candidates a query may hold before they are sifted."""
-    return max(4 * k, 256) + GROUP
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,7 @@ class Lists(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class ListNeighbors:
     """What a search in lists found."""
 
     ids_NK: Tensor
@@ -177,7 +171,7 @@ class Found:
     """int64: queries whose neighbours must be found in another way, since too many keys are equally close."""
 
 
-def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> Found:
+def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> ListNeighbors:
     """The k best keys of the visited lists, best first, of equals the lower id.
 
     Args:
@@ -192,18 +186,18 @@ def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None 
     threads = torch.get_num_threads()
     size = max(1, -(-count // threads))
     starts = range(0, count, size)
-    groups = [_Group(lists, query_ND, probed_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
+    groups = [_ScanGroup(lists, query_ND, probed_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
     # The nearest list holds most of the neighbours: after it few keys of the others reach a query's threshold.
     for ranks in (slice(0, 1), slice(1, None)) if probed_NP is not None else (slice(0, None),):
         numbers = range(len(lists)) if probed_NP is None else _numbers(probed_NP[:, ranks])
         for first in range(0, len(numbers), _LISTS_AT_A_TIME):
             chosen = numbers[first : first + _LISTS_AT_A_TIME]
             ready = dict(zip(chosen, map_in_threads(lists.prepare, chosen, lists.use_one_thread)))
-            run_in_threads(functools.partial(_Group.scan, ready=ready, ranks=ranks), groups)
+            run_in_threads(functools.partial(_ScanGroup.scan, ready=ready, ranks=ranks), groups)
     ids_NK = torch.full((count, k), -1, dtype=torch.int64)
     scores_NK = torch.full((count, k), -torch.inf)
     open_parts = list(map_in_threads(lambda group: group.write_best(ids_NK, scores_NK), groups))
-    return Found(ids_NK, scores_NK, torch.from_numpy(np.concatenate([np.empty(0, np.int64), *open_parts])))
+    return ListNeighbors(ids_NK, scores_NK, torch.from_numpy(np.concatenate([np.empty(0, np.int64), *open_parts])))
 
 
 def _numbers(probed_NP: Array) -> list[int]:
@@ -211,7 +205,7 @@ def _numbers(probed_NP: Array) -> list[int]:
     return numbers
 
 
-class _Group:
+class _ScanGroup:
     """Some queries and the candidates they hold. Scanned by one thread at a time."""
 
     def __init__(

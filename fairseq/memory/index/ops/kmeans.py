@@ -1,7 +1,7 @@
 """k-means, and the nearest of some centroids: what the lists of an index and RetoMaton's clusters are made by.
 
 Nearly all of its time goes into products of keys and centroids. Where the processor multiplies 8-bit integers fast,
-they are taken of rounded keys, whose error is bounded (see ``filters``); centroids that may still be the nearest are
+they are taken of rounded keys, whose error is bounded (``bounded_scores``); centroids that may still be the nearest are
 compared again in float32, so that the answer is that of full precision.
 
 Shapes: N keys, C centroids, D width, Q keys of a group.
