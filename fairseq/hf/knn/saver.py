@@ -17,7 +17,7 @@ from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import key_type
 from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
 from fairseq.hf.hooks.taps import Tap
-from fairseq.hf.knn.stores import about_store, index_name, store_prefix
+from fairseq.hf.knn.stores import index_name, store_metadata, store_prefix
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.build.build import BuiltIndex, build_index
@@ -40,8 +40,9 @@ class KNNSaver(Attachment):
                 model(input_ids=batch, labels=batch)
         saver.build_index(ncentroids=1024)
 
-    A run that was killed goes on: the same calls are made again from the beginning, and those whose rows are on disk
-    already (their tokens are compared) write nothing; ``has_saved`` tells beforehand, so that they may be left out.
+    A run that was killed resumes: the same calls are made again from the beginning, and those whose rows are on disk
+    already (their tokens are compared) write nothing; ``has_saved`` reports them beforehand, so that they can be
+    skipped.
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class KNNSaver(Attachment):
         knn_keytype: ``last_ffn_input`` (default), ``last_ffn_output`` or ``final_hidden``.
         name: of the store's files in the folder; by default made of the model's type and the sizes.
         dtype: type of the keys on disk: float16, bfloat16 or float32.
-        tokenizer: the text's; a model with another one is then refused.
+        tokenizer: the text's; a model with another one is then rejected.
         Raises: ValueError when a number is impossible.
         """
         super().__init__(key_type(knn_keytype))
         for what, value in (("dstore_size", dstore_size), ("dimension", dimension)):
             if value is not None and value < 1:
-                raise ValueError(f"{what} must be at least 1, got {value}; it may be left out")
+                raise ValueError(f"{what} must be at least 1, got {value}; drop it or correct it")
         self._rows, self._dim, self._folder, self._name = dstore_size, dimension, dstore_dir, name
         self._dtype, self._tokenizer = dtype, tokenizer
         self._writer: DatastoreWriter | None = None
@@ -81,7 +82,7 @@ class KNNSaver(Attachment):
         return self._writer.rows_done if self._writer else 0
 
     def has_saved(self, labels: Tensor, attention_mask: Tensor | None = None) -> bool:
-        """Whether the next call's rows are on disk already, so that it need not be made. Asking moves on behind it.
+        """True if the next call's rows are on disk already, so that it need not be made; it then counts as made.
 
         Raises: ValueError when the rows on disk are of another text.
         """
@@ -101,7 +102,7 @@ class KNNSaver(Attachment):
         probe: int = 32,
         train_size: int = 1_000_000,
     ) -> BuiltIndex:
-        """Build the index over the store that was saved; an interrupted build goes on. Raises: ValueError, OSError."""
+        """Build the index over the store that was saved; an interrupted build resumes. Raises: ValueError, OSError."""
         if self.prefix is None:
             raise ValueError("no store was saved yet; build_index comes after break_out()")
         return build_index(
@@ -119,11 +120,11 @@ class KNNSaver(Attachment):
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         if self._dim is not None and self._dim != tap.dim:
-            raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {self._dim}; leave it out")
+            raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {self._dim}; drop it")
         name = store_prefix(self._folder, model_type(model), self._rows, tap.dim)
         prefix = name if self._name is None else str(Path(self._folder) / self._name)
         self._writer = DatastoreWriter(
-            prefix, self._rows, tap.dim, self._dtype, about_store(model, tap, self._tokenizer)
+            prefix, self._rows, tap.dim, self._dtype, store_metadata(model, tap, self._tokenizer)
         )
         self.prefix = prefix
         self._resumed_at, self._seen, self._num_sequences = self._writer.rows_done, 0, 0
@@ -178,7 +179,7 @@ class KNNSaver(Attachment):
             self._recorded = time.perf_counter()
 
     def _counting(self, call: ForwardCall) -> Tensor:
-        """Where a row is made, (B, T): the token to predict counts, and neither it nor the position is padding."""
+        """True where a row is made, (B, T): the token to predict counts, and neither it nor the position is padding."""
         target_BT = call.target()
         assert target_BT is not None
         counts_BT = target_BT != IGNORED
@@ -206,7 +207,7 @@ class KNNSaver(Attachment):
         if not torch.equal(held_N, value_N.long()):
             raise ValueError(
                 f"the unfinished datastore {self.prefix!r} holds other tokens from row {self._seen} on: it is of "
-                f"another text or order; remove {self.prefix}.progress.json to start anew"
+                f"another text or order; remove {self.prefix}.progress.json to start again"
             )
         self._seen += len(value_N)
 

@@ -31,8 +31,8 @@ def open_index(
 
     Args:
         name: the index file, with or without the metric as its ending; None searches the keys themselves, exactly.
-        probe: lists of the index that a search visits.
-        mapped: leave the lists on disk and read them as they are visited.
+        probe: lists of the index that a search probes.
+        mapped: leave the lists on disk and read them as they are probed.
         gpu: search on the GPUs that faiss sees, if there are any.
         memory_bytes: what an exact search may take beside its results.
     Raises: ValueError or OSError when the index is missing, damaged or was built over other keys.
@@ -41,7 +41,7 @@ def open_index(
         if not store.has_keys:
             raise ValueError(
                 "--no-load-keys and --knn-sim-func do_not_recomp_l2 take the scores of an index: give --indexfile "
-                "NAME, or leave them out to search the keys themselves"
+                "NAME, or drop them to search the keys themselves"
             )
         logger.info("no --indexfile: all %d keys are compared with every query", len(store))
         return ExactIndex(store.keys, metric, memory_bytes=memory_bytes, deleted=store.deleted)
