@@ -10,7 +10,7 @@ TEST_WORKERS ?= 2
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint type unit format bench clean distclean
+.PHONY: help setup demo test lint type unit format bench docs wheel clean distclean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -47,8 +47,18 @@ format: $(INSTALLED)  ## rewrite the sources in the project's style
 bench: $(INSTALLED)  ## run the benchmarks one after another; each prints its figures as JSON
 	@for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; python $$script || exit 1; done
 
+docs: $(INSTALLED)  ## build the documentation site into site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python docs/make_api.py
+	mkdocs build --strict
+
+wheel: $(INSTALLED)  ## build a wheel into dist/
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 clean:  ## remove what tests and tools leave behind
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	find fairseq fairseq_cli tests benchmarks train_scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## also remove .venv

@@ -29,14 +29,10 @@ PROGRAM = "fairseq-datastore"
 
 def _open(config: StoreConfig) -> Datastore:
     from fairseq.memory.datastore.datastore import Datastore
+    from fairseq.memory.datastore.describe import StoreHints
 
-    store = Datastore.open_any(
-        config.prefix,
-        dim=config.dimension,
-        size=config.dstore_size,
-        fp16=config.dstore_fp16,
-        bf16=config.dstore_bf16,
-    )
+    hints = StoreHints(config.dimension, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    store = Datastore.open(config.prefix, hints)
     return store.require(size=config.dstore_size)
 
 

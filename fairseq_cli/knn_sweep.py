@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     config = build(SweepConfig, parser.parse(argv))
 
     from fairseq.memory.retrieval.sweep import Grid, at, best_of, language_model_alone, open_all, require_alike, sweep
-    from fairseq.memory.retrieval.sweep_outputs import leave
+    from fairseq.memory.retrieval.sweep_outputs import write_outputs
     from fairseq.runtime.atomic_files import require_writable
 
     out = config.out or f"{config.retrievals[0]}.sweep"
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     if texts:
         figures |= _explained(reported or tuned, best, config.explain, *texts)
     inputs = [*config.retrievals, *config.report]
-    leave(out, results, best, figures, argv=argv, config=to_dict(config), inputs=inputs)
+    write_outputs(out, results, best, figures, argv=argv, config=to_dict(config), inputs=inputs)
 
 
 def print_report(result: Result) -> None:

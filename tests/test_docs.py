@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fairseq.config import FlagParser, build
 from fairseq.config.plugins import import_user_dir
@@ -120,7 +123,12 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_named_modules_exist(path: Path) -> None:
     names = re.findall(r"`((?:fairseq|fairseq_cli|tests|docs|benchmarks|train_scripts)/[\w/.-]+)`", path.read_text())
     invented = {"fairseq/criterions/my_loss.py", "fairseq/tasks/my_task.py", "fairseq/memory/index/my_index.py"}
-    invented |= {"fairseq/memory/sources/my_source.py", "fairseq/memory/combiners/my.py", "benchmarks/results/"}
+    invented |= {
+        "fairseq/memory/sources/my_source.py",
+        "fairseq/memory/combiners/my.py",
+        "benchmarks/results/",
+        "docs/my_page.md",
+    }
     assert [name for name in names if name not in invented and not (ROOT / name).exists()] == []
 
 
@@ -142,3 +150,34 @@ def test_the_plug_in_example_multiplies_the_loss(tmp_path: Path, monkeypatch: py
     weighted = build_criterion("weighted_cross_entropy", {"my_weight": 3.0}, model)(model, batch)
     torch.testing.assert_close(weighted.sum, 3 * plain.sum)
     assert weighted.sample_size == plain.sample_size == 10
+
+
+SITE = ROOT / "mkdocs.yml"
+
+
+def pages_of(entry: object) -> list[str]:
+    """The pages of a navigation entry, those of its sections included."""
+    if isinstance(entry, str):
+        return [entry]
+    children = entry.values() if isinstance(entry, dict) else entry
+    return [page for child in children for page in pages_of(child)]  # type: ignore[attr-defined]
+
+
+def test_every_page_is_in_the_navigation_of_the_site_and_exists() -> None:
+    site = yaml.safe_load(SITE.read_text(encoding="utf-8"))
+    elsewhere = site["extra"]["pages"]
+    pages = pages_of(site["nav"])
+    assert len(pages) == len(set(pages))
+    own = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert set(pages) == own | set(elsewhere)
+    assert [file for file in elsewhere.values() if not (ROOT / file).is_file()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_blocks_compile_and_their_imports_exist(path: Path) -> None:
+    for text in blocks(path, "python"):
+        for node in ast.walk(ast.parse(text, str(path))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fairseq"):
+                module = importlib.import_module(node.module or "")
+                missing = [a.name for a in node.names if a.name != "*" and not hasattr(module, a.name)]
+                assert missing == [], node.module

@@ -28,7 +28,7 @@ from clm_training import Blocks, train
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from fairseq.evaluation.outputs import tell
+from fairseq.evaluation.outputs import print_report
 from fairseq.hf.knn.evaluation import TokenScores, evaluate
 from fairseq.hf.knn.retomaton import RetomatonWrapper
 from fairseq.metrics.perplexity import Figures
@@ -177,7 +177,7 @@ def report(
     loss = -float(logp[~impossible].mean())
     counted = len(logp) - int(impossible.sum())
     figures = Figures(loss / math.log(2), math.exp(loss), len(logp), counted, num_tokens, scores.seconds)
-    tell(figures)
+    print_report(figures)
     told = {name: value for name, value in figures.to_dict().items() if name != "buckets"}
     told |= {"subset": data.eval_subset, "eval_loss": loss}
     if isinstance(memory, RetomatonWrapper):

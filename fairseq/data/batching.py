@@ -1,4 +1,4 @@
-"""Which blocks share a batch."""
+"""Grouping of blocks into batches."""
 
 from __future__ import annotations
 

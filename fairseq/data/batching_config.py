@@ -1,4 +1,4 @@
-"""What can be set about which training blocks meet in a batch."""
+"""Options of batches: sizes, and the training blocks that meet in one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fairseq.config import flag, require_at_least
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
-    """Which blocks are trained on together. By default any, as chance has it."""
+    """Options of the blocks that are trained on together; by default at random."""
 
     keep_order: bool = flag("--keep-order", default=False)
     """Fill batches with blocks that follow each other in the text; epochs shuffle batches, not what is in them."""
@@ -34,7 +34,7 @@ class BatchingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """How blocks of text become batches."""
+    """Options of batch sizes and data loading."""
 
     num_workers: int = flag("--num-workers", default=1)
     """Threads that prepare batches ahead; 0 prepares them in the main thread."""

@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class BinarizeReport:
-    """What a file was made of."""
+    """Counts of a binarised file."""
 
     num_sentences: int
     num_tokens: int
@@ -73,7 +73,7 @@ def read_piece(piece: Piece) -> str:
 
 
 def count_piece(piece: Piece) -> Counter[str]:
-    """How often each symbol occurs."""
+    """Count of each symbol."""
     return Counter(read_piece(piece).split())
 
 
@@ -116,7 +116,7 @@ class _CountingNumbers(dict[str, int]):
 
 
 def count_symbols(paths: Iterable[str], workers: int = 1) -> Counter[str]:
-    """How often each symbol occurs in these files."""
+    """Count of each symbol in these files."""
     counts: Counter[str] = Counter()
     pieces = [piece for path in paths for piece in pieces_of(path)]
     with _mapped(count_piece, pieces, workers) as results:

@@ -1,4 +1,4 @@
-"""Symbols and their numbers, in fairseq's ``dict.txt`` format: ``symbol count`` per line, special symbols left out."""
+"""Symbols and their numbers, in fairseq's ``dict.txt`` format: ``symbol count`` per line, no special symbols."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Dictionary:
         return hashlib.sha256("\n".join(self.symbols).encode("utf-8")).hexdigest()
 
     def encode_line(self, line: str, add_eos: bool = True) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Numbers of a line's symbols (split at white space), ended by </s> unless told otherwise."""
+        """Numbers of a line's symbols (split at white space), ended by </s> by default."""
         numbers = [self.index(symbol) for symbol in line.split()]
         return np.array([*numbers, self.eos()] if add_eos else numbers, dtype=np.int32)
 

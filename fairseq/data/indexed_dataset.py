@@ -162,7 +162,7 @@ class MMapIndexedDatasetBuilder:
 
     def __exit__(self, *error: object) -> None:
         """Remove what was written unless it was finalised."""
-        with contextlib.suppress(OSError):  # what could not be written was told when it was to be
+        with contextlib.suppress(OSError):  # what could not be written was reported when it was written
             self._file.close()
         if os.path.exists(self.bin_path + ".tmp"):
             os.remove(self.bin_path + ".tmp")

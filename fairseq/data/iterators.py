@@ -21,7 +21,7 @@ class EpochBatchIterator:
     """Walks through the batches of an epoch; each step takes one batch for every rank.
 
     In step s, rank r of W gets the epoch's batch ``s * W + r``, so that W ranks do together what one process does with
-    ``--update-freq W``. The state counts batches of all ranks: a run may go on with another number of ranks.
+    ``--update-freq W``. The state counts batches of all ranks: a run may resume with another number of ranks.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class EpochBatchIterator:
 
     @property
     def end_of_epoch(self) -> bool:
-        """Whether no batch is left in this epoch."""
+        """True if no batch is left in this epoch."""
         return self._consumed >= len(self._batches)
 
     def next_epoch(self) -> None:
@@ -125,7 +125,7 @@ class EpochBatchIterator:
         return LMBatch.empty() if indices is None else self._collate(indices)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the iterator stands, in plain numbers and independent of the number of ranks."""
+        """Position of the iterator, in plain numbers and independent of the number of ranks."""
         state = {"epoch": self.epoch, "batches_consumed": self._consumed, "num_batches": len(self._batches)}
         return state | ({"group": self._group} if self._group > 1 else {})
 
@@ -135,7 +135,7 @@ class EpochBatchIterator:
         consumed, before, now = int(state["batches_consumed"]), int(state["num_batches"]), len(self._batches)
         if before != now and consumed:
             logger.warning(
-                "the epoch had %d batches and now has %d (other data or batch size): going on at the same share of it, "
+                "the epoch had %d batches and now has %d (other data or batch size): resuming at the same share of it, "
                 "some blocks of this epoch may be seen twice or not at all",
                 before,
                 now,

@@ -12,7 +12,7 @@ from fairseq.data.types import LMBatch
 class LMContextWindowDataset:
     """Each block with up to ``context_window`` tokens of the blocks before it, which are read but not scored.
 
-    The text a model sees is that of the *kept* blocks: one that is left out as too long is context for none.
+    The text a model sees is that of the *kept* blocks: one that is dropped as too long is context for none.
     Nothing is remembered between calls, so blocks can be asked for in any order and by any process.
     """
 

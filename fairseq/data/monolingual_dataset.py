@@ -41,7 +41,7 @@ class MonolingualDataset:
         return self.blocks[i]
 
     def source(self, i: int) -> Tokens:
-        """What is read to predict them: the block shifted right by one."""
+        """Inputs that predict them: the block shifted right by one."""
         start = int(self.blocks.starts[i])
         size = int(self.blocks.sizes[i])
         if start > 0:

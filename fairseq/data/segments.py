@@ -71,7 +71,7 @@ def _items(path: str | os.PathLike[str]) -> Iterator[Any]:
             try:
                 item, place = decode(text, place)
             except ValueError as error:
-                # The object goes on behind what was read so far, or is broken: more of the file decides.
+                # The object continues after what was read so far, or is broken: more of the file decides.
                 more = file.read(max(_CHUNK_CHARS, len(text) - place))
                 if not more:
                     if place == len(text) and not is_list:

@@ -53,11 +53,11 @@ class TokenBlockDataset:
 
     @property
     def document_unit(self) -> str:
-        """What counts as a document: the whole ``text``, a ``document`` between separators, or a ``block``."""
+        """Unit of a document: the whole ``text``, a ``document`` between separators, or a ``block``."""
         return {"none": "text", "complete_doc": "document"}.get(self._break_mode, "block")
 
     def document_starts(self) -> npt.NDArray[np.int64]:
-        """Where in the stream each document begins."""
+        """Start of each document in the stream."""
         starts, sizes = self._uncut
         if self.document_unit == "text":
             return np.zeros(1, dtype=np.int64)

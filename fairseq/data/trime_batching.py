@@ -1,4 +1,4 @@
-"""Which blocks meet in a batch when training with memory (arXiv 2205.12674, sec. 4.1): neighbours of some kind.
+"""Batches for training with memory (arXiv 2205.12674, sec. 4.1): neighbours of some kind meet.
 
 An order of all blocks is cut into batches as any other; neighbours in the order meet. Epochs shuffle groups of
 consecutive batches, never what is in them, and the ranks of one step hold the batches of whole groups.
@@ -31,7 +31,7 @@ def training_order(config: BatchingConfig, num_blocks: int) -> Indices | None:
 
 
 def ranks_together(config: BatchingConfig, max_tokens: int | None, world_size: int) -> int:
-    """How many ranks hold consecutive batches in a step, and so share a memory: ranks 0 to n-1, n to 2n-1, ...
+    """Number of ranks that hold consecutive batches in a step, and so share a memory: ranks 0 to n-1, n to 2n-1, ...
 
     With --predefined-batches all of them, with --keep-order one, unless --train-mem-size says how many tokens.
     Raises: ValueError when --train-mem-size is no multiple of --max-tokens, or the ranks cannot be parted that way.

@@ -1,4 +1,4 @@
-"""What the data layer hands to models.
+"""Batches that the data layer hands to models.
 
 Shapes: B blocks (rows), T positions of the longest row.
 """

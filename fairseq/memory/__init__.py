@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fairseq.memory.combiners.joint import JointNormalization
     from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
     from fairseq.memory.datastore.datastore import Datastore
+    from fairseq.memory.datastore.describe import StoreHints
     from fairseq.memory.datastore.writer import DatastoreWriter
     from fairseq.memory.index.build.build import build_index
     from fairseq.memory.index.build.config import BuildConfig
@@ -45,6 +46,7 @@ __all__ = [
     "Retomaton",
     "RollingMemory",
     "ScoredPositions",
+    "StoreHints",
     "VocabularyMixer",
     "build_index",
     "joint_loss",
@@ -73,6 +75,7 @@ __getattr__, __dir__ = lazy_names(
         "Retomaton": "fairseq.memory.retomaton.automaton",
         "RollingMemory": "fairseq.memory.sources.rolling",
         "ScoredPositions": "fairseq.memory.types",
+        "StoreHints": "fairseq.memory.datastore.describe",
         "VocabularyMixer": "fairseq.memory.combiners.vocab_mixing",
         "build_index": "fairseq.memory.index.build.build",
         "joint_loss": "fairseq.memory.trime.joint_loss",

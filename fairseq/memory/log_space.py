@@ -10,7 +10,7 @@ def log_add(a: Tensor, b: Tensor) -> Tensor:
     """``log(exp(a) + exp(b))``, elementwise; minus infinity with a zero gradient, never NaN, where both are that.
 
     No bit of a result depends on how many others are computed with it. Those of torch.logaddexp do: full vectors take
-    another logarithm than the elements behind them, and how many those are is decided by the processor and the number
+    another logarithm than the elements after them, and how many those are depends on the CPU and the number
     of threads. Its exp and log1p are one function for both.
     """
     neither = torch.isneginf(a) & torch.isneginf(b)

@@ -95,9 +95,18 @@ def log_sums(found: Candidates, target_N: Tensor, temperature: float) -> LogSums
 
 
 def knn_logp(found: Candidates, target_N: Tensor, temperature: float) -> Tensor:
-    """Log-probability the neighbours give to the target, (N,); -inf where none holds it.
+    """Log-probability that the candidates alone give to each target, (N,); -inf where none holds it.
 
-    Source: arXiv 1911.00172, sec. 2.  Raises: ValueError if temperature <= 0.
+    Args:
+        found: candidates of N positions.
+        target_N: int64 tokens.
+        temperature: divides the scores.
+    Raises: ValueError if temperature <= 0.
+    Source: arXiv 1911.00172, sec. 2.
+
+    ```python
+    knn_logp(memory.lookup(query_ND), target_N, temperature=1.0)
+    ```
     """
     sums = log_sums(found, target_N, temperature)
     return _log_share(sums.hit_N, sums.whole_N)

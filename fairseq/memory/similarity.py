@@ -1,4 +1,4 @@
-"""What similarities are made of: rows of length one for the cosine, and TRIME's scaled products."""
+"""Parts of similarities: rows of length one for the cosine, and TRIME's scaled products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the memory core hands around. Scores are *higher is closer* everywhere.
+"""The values that the memory core hands around. Scores are *higher is closer* everywhere.
 
 Shapes: N queries (scored positions), K neighbours, M candidates, T positions of one input, D key width.
 """
@@ -20,7 +20,12 @@ Array = npt.NDArray[Any]
 
 
 class Metric(str, Enum):
-    """How the closeness of a query and a key is measured."""
+    """Similarity of a query and a key. Scores are *higher is closer* for every metric.
+
+    ```python
+    assert Metric.parse("l2") is Metric.L2
+    ```
+    """
 
     L2 = "l2"  # minus the squared Euclidean distance
     IP = "ip"  # inner product
@@ -28,7 +33,7 @@ class Metric(str, Enum):
 
     @classmethod
     def parse(cls, name: str) -> Metric:
-        """Read a metric's name. Raises: ValueError with the known names."""
+        """Metric of a name: ``l2``, ``ip`` or ``cos``. Raises: ValueError with the known names."""
         try:
             return cls(name)
         except ValueError:
@@ -37,14 +42,20 @@ class Metric(str, Enum):
 
 @dataclass(frozen=True)
 class Neighbors:
-    """What a search returns, best first."""
+    """Result of a search: K rows of a store for each of N queries, best first.
+
+    ```python
+    found = ExactIndex(key_ND.numpy()).search(query_ND, k=4)
+    found.ids_NK, found.scores_NK  # int64 and float32, (N, 4)
+    ```
+    """
 
     ids_NK: Tensor
     """int64 row numbers in the store, -1 where fewer than K were found."""
     scores_NK: Tensor
     """float32, higher is closer; -inf where the id is -1."""
     equals_by_row: bool = False
-    """Whether it is known that equally close ones are in the order of their rows."""
+    """True if equally close neighbours are known to be in row order."""
 
     def __post_init__(self) -> None:
         assert self.ids_NK.shape == self.scores_NK.shape, (self.ids_NK.shape, self.scores_NK.shape)
@@ -53,7 +64,17 @@ class Neighbors:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a memory offers to N positions: M tokens each (or one shared row of M), with a score and a permission."""
+    """Tokens that a memory offers to N positions: M each (or one shared row of M), with scores and a mask.
+
+    Every method is a source of candidates and a combiner that turns them into one log-probability.
+
+    ```python
+    candidates = Candidates(
+        values_NM=torch.tensor([[7, 9]]), scores_NM=torch.tensor([[-1.0, -2.0]]), keep_NM=torch.tensor([[True, True]])
+    )
+    candidates.same_token(torch.tensor([9]))  # tensor([[False, True]])
+    ```
+    """
 
     values_NM: Tensor
     """int64 or int32 token of each candidate; (N, M), or (1, M) when all positions share the candidates."""
@@ -62,20 +83,20 @@ class Candidates:
     keep_NM: Tensor
     """bool, True where position n may use candidate m; (N, M)."""
     rows_NM: Tensor | None = None
-    """int64 row of the datastore that each candidate is, -1 where none was found; None without a datastore."""
+    """int64 row of the datastore behind each candidate, -1 where none was found; None without a datastore."""
 
     def __post_init__(self) -> None:
         assert self.scores_NM.shape == self.keep_NM.shape, (self.scores_NM.shape, self.keep_NM.shape)
         assert self.keep_NM.dtype == torch.bool, self.keep_NM.dtype
 
     def same_token(self, target_N: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
-        """(N, M): whether the candidate's token is the position's target; as 0 and 1 in a ``dtype`` of numbers."""
+        """(N, M): True (or 1 in a numeric ``dtype``) where the candidate's token is the position's target."""
         out_NM = torch.empty(self.scores_NM.shape, dtype=dtype, device=target_N.device)
         # In 32 bits: comparing is vectorized where the types are of one width.
         return torch.eq(self.values_NM.int(), target_N.int()[:, None], out=out_NM)
 
     def keeps_all(self) -> bool:
-        """Whether every position may use every candidate."""
+        """True if every position may use every candidate."""
         if self.keep_NM.numel() and self.keep_NM.stride() == (0, 0):  # one permission for all of them
             return bool(self.keep_NM[0, 0])
         return not self.keep_NM.numel() or bool(self.keep_NM.contiguous().view(torch.uint8).amin())
@@ -83,7 +104,13 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Passage:
-    """One input of the model, without padding: its positions as queries and as memories."""
+    """One input of the model, without padding: its positions are queries and memories at once.
+
+    ```python
+    passage = Passage(number=0, key_TD=key_ND[:8], value_T=token_N[:8], num_context=2)
+    passage.queries.shape  # torch.Size([6, 16]): context is read, not scored
+    ```
+    """
 
     number: int
     """Place of its scored part in the text: the next passage continues it if its number is one higher."""
@@ -107,7 +134,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class LogSums:
-    """What a memory adds to each position's normalisation: sums of exp(score), in logarithms, -inf where empty."""
+    """Sums that a memory adds to each position's normalisation: sums of exp(score), in logarithms, -inf where empty."""
 
     hit_N: Tensor
     """float32, over the candidates whose token is the target."""
@@ -123,7 +150,13 @@ class LogSums:
 
 @dataclass(frozen=True)
 class ScoredPositions:
-    """Scored positions of a text, with what the language model says of each."""
+    """Scored positions of a text, with the language model's log-probabilities: what a ``MemoryReader`` reads.
+
+    ```python
+    scored = ScoredPositions(torch.zeros(3, dtype=torch.int64), target_N, lm_logp_N, lm_norm_N, key_ND=query_ND)
+    assert len(scored) == 3
+    ```
+    """
 
     block_N: Tensor
     """int64 number of the block each position stands in."""
@@ -136,20 +169,20 @@ class ScoredPositions:
     key_ND: Tensor | None = None
     """Memory key of each position, in the model's precision; None when no reader needs it."""
     text_sums: LogSums | None = None
-    """What the memories of the text itself add to each position; None without such memories."""
+    """Contribution of the memories of the text itself; None without such memories."""
 
     def __len__(self) -> int:
         return len(self.target_N)
 
     @property
     def keys(self) -> Tensor:
-        """Keys of all positions, (N, D); asking for keys that were not computed is a programming error."""
+        """Keys of all positions, (N, D). Asking for keys that were not computed is a programming error."""
         assert self.key_ND is not None, "a reader that needs keys was given to a scorer that makes none"
         return self.key_ND
 
     @classmethod
     def joined(cls, parts: Sequence[ScoredPositions]) -> ScoredPositions:
-        """Several batches as one; at least one."""
+        """Several batches as one. ``parts`` must not be empty."""
         names = ("block_N", "target_N", "logp_N", "norm_N")
         columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         key_ND = torch.cat([part.keys for part in parts]) if parts[0].key_ND is not None else None
@@ -159,7 +192,21 @@ class ScoredPositions:
 
 
 class MemoryReader(Protocol):
-    """A way to read a memory: kNN-LM, TRIME and RetoMaton each turn the model's scores into their own."""
+    """Interface of a method: kNN-LM, TRIME and RetoMaton each turn the model's log-probabilities into their own.
+
+    The evaluation loop takes any object with these members (``fairseq/evaluation/loop.py``).
+
+    ```python
+    class Halved:
+        needs_keys, num_searched = False, None
+
+        def logp(self, scored):
+            return scored.logp_N - math.log(2)
+
+
+    reader: MemoryReader = Halved()
+    ```
+    """
 
     @property
     def needs_keys(self) -> bool:
@@ -168,12 +215,12 @@ class MemoryReader(Protocol):
 
     @property
     def num_searched(self) -> int | None:
-        """Positions searched so far; None for a reader that searches every position."""
+        """Number of positions searched so far; None if every position is searched."""
         ...
 
     def logp(self, scored: ScoredPositions) -> Tensor:
         """Log-probability of the targets with the memory mixed in, float32 (N,).
 
-        ``scored`` holds whole blocks, in the order of the text where the reader carries state across blocks.
+        ``scored`` holds whole blocks; in text order if the reader carries state across blocks.
         """
         ...

@@ -49,7 +49,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def may_write_in(folder: str | os.PathLike[str]) -> bool:
-    """Whether files may be added to a folder: its mode allows it and so does the system (root honours the mode)."""
+    """True if files may be added to a folder: its mode allows it and so does the system (root honours the mode)."""
     return os.path.isdir(folder) and bool(os.stat(folder).st_mode & 0o222) and os.access(folder, os.W_OK)
 
 

@@ -15,7 +15,7 @@ class RuntimeConfig:
     seed: int = flag("--seed", default=1)
     """Seed of initial weights, dropout and data order."""
     cpu: bool = flag("--cpu", default=False)
-    """Use the processor even when a GPU is there."""
+    """Use the CPU even when there is a GPU."""
     fp16: bool = flag("--fp16", default=False)
     """Half precision (on a GPU: mixed for training, float16 weights for evaluation)."""
     memory_efficient_fp16: bool = flag("--memory-efficient-fp16", default=False)
@@ -38,21 +38,21 @@ class RuntimeConfig:
 
     @property
     def any_fp16(self) -> bool:
-        """Whether some form of float16 was asked for."""
+        """True if some form of float16 was requested."""
         return self.fp16 or self.memory_efficient_fp16
 
     @property
     def any_bf16(self) -> bool:
-        """Whether some form of bfloat16 was asked for."""
+        """True if some form of bfloat16 was requested."""
         return self.bf16 or self.memory_efficient_bf16
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
-    """How many processes train one model. Under torchrun its own settings count."""
+    """Options of data-parallel training; under torchrun its own settings apply."""
 
     distributed_world_size: int | None = flag("--distributed-world-size", "--nprocs-per-node", default=None)
-    """Processes on this machine; by default one per GPU, or one on a processor."""
+    """Processes on this machine; by default one per GPU, or one on a CPU."""
     find_unused_parameters: bool = flag("--find-unused-parameters", default=False)
     """Let every rank look for parameters that had no gradient (always on with an adaptive softmax)."""
 
@@ -62,7 +62,7 @@ class DistributedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CommonConfig:
-    """How a command tells what it is doing."""
+    """Options of logging and progress."""
 
     no_progress_bar: bool = flag("--no-progress-bar", default=False)
     """Write lines instead of a bar."""

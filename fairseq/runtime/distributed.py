@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def runs_on_gpu(runtime: RuntimeConfig) -> bool:
-    """Whether a model is to run on a CUDA device."""
+    """True if a model is to run on a CUDA device."""
     return torch.cuda.is_available() and not runtime.cpu
 
 
 def _precision(runtime: RuntimeConfig, on_gpu: bool) -> str:
     """Fabric's name for the training precision."""
     if runtime.any_fp16 and not on_gpu:
-        logger.warning("--fp16 needs a GPU; training goes on in float32 (--bf16 runs on processors)")
+        logger.warning("--fp16 needs a GPU; training runs in float32 (--bf16 runs on CPUs)")
         return "32-true"
     if runtime.memory_efficient_fp16:
         return "16-true"
@@ -95,7 +95,7 @@ class Gathered:
     """Rows that each rank has in them."""
 
     def rows_of(self, first_rank: int, last_rank: int) -> slice:
-        """Where the rows from one rank up to another (not included) are."""
+        """Range of the rows from one rank up to another (not included)."""
         return slice(sum(self.counts[:first_rank]), sum(self.counts[:last_rank]))
 
 

@@ -91,7 +91,7 @@ class BlockChecksums:
     """CRC-32 of each block of a growing file; its state is plain, so that it outlives a kill."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        """Start anew, or where ``state()`` of another one was taken."""
+        """Start at nothing, or where ``state()`` of another one was taken."""
         state = state or {"blocks": [], "crc": 0, "filled": 0}
         self._blocks: list[int] = list(state["blocks"])
         self._crc: int = state["crc"]
@@ -109,7 +109,7 @@ class BlockChecksums:
                 self._crc = self._filled = 0
 
     def state(self) -> dict[str, Any]:
-        """Where it stands, as plain types."""
+        """Its state, as plain types."""
         return {"blocks": list(self._blocks), "crc": self._crc, "filled": self._filled}
 
     def digests(self) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 
 def total_ram_bytes() -> int:
-    """The machine's memory; 0 where the system does not tell."""
+    """The machine's memory in bytes; 0 where the system does not report it."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 

@@ -103,10 +103,10 @@ def _commit() -> str | None:
     folder = Path(__file__).resolve().parent
     try:
         words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        told = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+        output = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return told.stdout.strip() or None
+    return output.stdout.strip() or None
 
 
 def _hardware() -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_a_killed_search_goes_on(tmp_path):
     done = partial.read_text().count("\n")
     assert 0 < done < 3000
     second = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "going on at segment " in second.stderr
+    assert "resuming at segment " in second.stderr
     resumed = (tmp_path / "results" / "shard0.json").read_bytes()
     (tmp_path / "results").rename(tmp_path / "resumed")
     search(tmp_path)

@@ -17,7 +17,7 @@ def test_no_two_tasks_have_the_same_thing(monkeypatch):
     spare, taken, lock, most = ObjectPool(lambda: next(numbers)), set(), threading.Lock(), [0]
 
     def task(_):
-        with spare.one() as number:
+        with spare.borrow() as number:
             with lock:
                 assert number not in taken
                 taken.add(number)

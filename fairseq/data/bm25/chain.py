@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fairseq.data.bm25.results import Neighbors
+from fairseq.data.bm25.results import SegmentNeighbors
 
 Indices = npt.NDArray[np.int64]
 
@@ -13,11 +13,11 @@ Indices = npt.NDArray[np.int64]
 _LOOK_BACK = 8
 
 
-def chain(neighbors: Neighbors, seed: int) -> Indices:
+def chain(neighbors: SegmentNeighbors, seed: int) -> Indices:
     """Every segment once: each is followed by its best neighbour that is not in the line yet.
 
     Then by one that has it as a neighbour; then what follows is looked for among the neighbours of the segments
-    before it; and when those have none left either, the line goes on with a segment drawn by chance.
+    before it; and when those have none left either, the chain continues with a segment drawn at random.
     """
     count = len(neighbors)
     if not count:
@@ -36,7 +36,7 @@ def chain(neighbors: Neighbors, seed: int) -> Indices:
     return np.array(line, dtype=np.int64)
 
 
-def _next(line: list[int], neighbors: Neighbors, turned: Neighbors, free: bytearray) -> int | None:
+def _next(line: list[int], neighbors: SegmentNeighbors, turned: SegmentNeighbors, free: bytearray) -> int | None:
     for segment in reversed(line[-_LOOK_BACK:]):
         for table in (neighbors, turned):
             for candidate in table.of(segment):
@@ -45,7 +45,7 @@ def _next(line: list[int], neighbors: Neighbors, turned: Neighbors, free: bytear
     return None
 
 
-def reverse(neighbors: Neighbors) -> Neighbors:
+def reverse(neighbors: SegmentNeighbors) -> SegmentNeighbors:
     """For each segment those that have it as a neighbour, the ones that rank it highest first."""
     count = len(neighbors)
     lengths = np.diff(neighbors.starts)
@@ -54,10 +54,10 @@ def reverse(neighbors: Neighbors) -> Neighbors:
     by_rank = np.argsort(ranks, kind="stable")
     order = by_rank[np.argsort(neighbors.ids[by_rank], kind="stable")]
     starts = np.concatenate([[0], np.cumsum(np.bincount(neighbors.ids, minlength=count))])
-    return Neighbors(owners[order], starts.astype(np.int64))
+    return SegmentNeighbors(owners[order], starts.astype(np.int64))
 
 
-def neighbor_rate(order: Indices, neighbors: Neighbors) -> float:
+def neighbor_rate(order: Indices, neighbors: SegmentNeighbors) -> float:
     """Share of the pairs next to each other in ``order`` of which one is a retrieved neighbour of the other."""
     if len(order) < 2:
         return 0.0

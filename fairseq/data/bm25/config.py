@@ -1,4 +1,4 @@
-"""What can be set about finding the segments most like each segment, and about lining them up."""
+"""Options of BM25 search over segments, and of ordering them by similarity."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class SearchConfig:
     num_shards: int = flag("--num_shards", default=1)
     """Parts the search is cut into, for as many processes or machines."""
     shard_id: int = flag("--shard_id", default=0)
-    """Which of the parts this process does, counted from 0."""
+    """Shard that this process searches, from 0."""
     num_neighbors: int = flag("--num_neighbors", "--topk", default=20)
     """Neighbours kept per segment, itself excluded."""
     backend: str | None = flag("--backend", default=None, choices=BACKENDS)
-    """What searches: bm25s (needs no Java), or pyserini (Lucene's own scores); by default pyserini for a Lucene index
+    """Search backend: bm25s (needs no Java), or pyserini (Lucene's own scores); by default pyserini for a Lucene index
     and bm25s for anything else."""
 
     def __post_init__(self) -> None:
@@ -47,4 +47,4 @@ class MakeBatchesConfig:
     batch_file: str = flag("--batch_file")
     """JSON list to write, for train.py --predefined-batches."""
     seed: int = flag("--seed", default=1)
-    """Chooses where to go on when no neighbour is left."""
+    """Chooses the next segment when no neighbour is left."""

@@ -70,7 +70,7 @@ class Bm25Index:
             self._weights_FD[row, self._documents[start:end]] = self._weights[start:end]
 
     def _places(self, terms: Numbers) -> Iterator[tuple[int, int]]:
-        """Where the documents and weights of each term begin and end."""
+        """Bounds of the documents and weights of each term."""
         return zip(self._starts[terms].tolist(), self._starts[terms + 1].tolist())
 
     def _terms(self, text: str) -> tuple[Numbers, Numbers]:
@@ -147,7 +147,7 @@ def open_index(folder: Path, segments_path: Path) -> Bm25Index:
         raise ValueError(
             f"index {str(folder)!r} was built of other segments ({about['num_segments']} of them, {about['path']}, "
             f"sha256 {about['sha256'][:12]}) than {str(segments_path)!r} (sha256 {digest[:12]}); remove the folder to "
-            "build it anew, or give another --index_path"
+            "build it again, or give another --index_path"
         )
     return Bm25Index(_bm25s().BM25.load(folder, mmap=True), digest)
 

@@ -13,7 +13,7 @@ _SAVED_COMMIT = "segments_"  # Lucene's commit points are called segments_1, seg
 
 
 def is_lucene_index(folder: Path) -> bool:
-    """Whether the folder holds an index of Lucene's."""
+    """True if the folder holds an index of Lucene's."""
     return folder.is_dir() and any(path.name.startswith(_SAVED_COMMIT) for path in folder.iterdir())
 
 
@@ -40,7 +40,7 @@ class LuceneIndex:
         if num_segments != self.num_documents:
             raise ValueError(
                 f"the Lucene index {str(folder)!r} holds {self.num_documents} documents, {str(segments_path)!r} "
-                f"{num_segments} segments; build the index anew from a folder that holds this file alone"
+                f"{num_segments} segments; build the index again from a folder that holds this file alone"
             )
         self.segments_sha256 = file_sha256(segments_path)
 
@@ -66,6 +66,6 @@ def _searcher(folder: Path) -> Any:
         ) from error
     from jnius import autoclass  # type: ignore[import-not-found, unused-ignore]
 
-    # Each distinct word of a query is a clause, and Lucene refuses more than 1024 unless told otherwise.
+    # Each distinct word of a query is a clause, and Lucene rejects more than 1024 by default.
     autoclass("org.apache.lucene.search.IndexSearcher").setMaxClauseCount(1 << 20)
     return LuceneSearcher(str(folder))

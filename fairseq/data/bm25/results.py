@@ -1,4 +1,4 @@
-"""What a search found, on disk: written so that a killed search goes on, read with all checks.
+"""Results of a search on disk: a killed search resumes, and reading checks everything.
 
 A results folder holds ``shard<i>.json`` for each shard, an object of segment number (a string, as JSON wants) to the
 list of its neighbours' numbers (integers), best first; and ``search.json``, which says what was searched and how.
@@ -90,7 +90,7 @@ def _claim(folder: Path, search: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Neighbors:
+class SegmentNeighbors:
     """The neighbours of all segments: those of segment i are ``ids[starts[i] : starts[i + 1]]``, best first."""
 
     ids: Numbers
@@ -107,7 +107,7 @@ class Neighbors:
         return found
 
 
-def read_results(folder: Path) -> Neighbors:
+def read_results(folder: Path) -> SegmentNeighbors:
     """Read all shards. Lists that name their own segment are freed of it.
 
     Raises: ValueError when segments are missing or there twice, when a neighbour is no segment, when there is none.
@@ -134,15 +134,17 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("shard*.json") if _SHARD.fullmatch(path.name))
 
 
-def _in_order(segments: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> Neighbors:
+def _in_order(
+    segments: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]
+) -> SegmentNeighbors:
     owners = np.repeat(segments, lengths)
     kept = ids != owners
     if not kept.all():
-        logger.warning("%d segments were found for themselves; that is left out", int((~kept).sum()))
+        logger.warning("%d segments were found for themselves; those results are dropped", int((~kept).sum()))
     owners, ids = owners[kept], ids[kept]
     order = np.argsort(owners, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(segments)))])
-    return Neighbors(ids[order].astype(np.int32), starts.astype(np.int64))
+    return SegmentNeighbors(ids[order].astype(np.int32), starts.astype(np.int64))
 
 
 def _require_each_once(folder: Path, segments: npt.NDArray[np.int64]) -> None:

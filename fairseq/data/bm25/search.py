@@ -1,4 +1,4 @@
-"""Searches a shard of the segments for their neighbours, going on where a killed search stood."""
+"""Search of the neighbours of a shard of the segments; a killed search resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOG_SECONDS = 20.0
 
 
 class SegmentIndex(Protocol):
-    """What can be searched."""
+    """The interface of search backends."""
 
     queries_at_once: int
     segments_sha256: str
@@ -36,7 +36,7 @@ class SegmentIndex(Protocol):
 
 @dataclass(frozen=True)
 class Searched:
-    """What a search did."""
+    """Summary of a search."""
 
     path: Path
     num_segments: int
@@ -72,7 +72,7 @@ def search_shard(config: SearchConfig) -> Searched:
             logger.info("%s is complete already; remove it to search again", writer.path)
             return Searched(writer.path, stop - start, 0, ready - started, 0.0)
         if writer.num_done:
-            logger.info("going on at segment %d of %d to %d", start + writer.num_done, start, stop - 1)
+            logger.info("resuming at segment %d of %d to %d", start + writer.num_done, start, stop - 1)
         first = start + writer.num_done
         _search(index, segments_path, writer, first, stop, config.num_neighbors)
         writer.finish()
@@ -80,7 +80,7 @@ def search_shard(config: SearchConfig) -> Searched:
 
 
 def backend_of(config: SearchConfig) -> str:
-    """What is to search. Raises: ValueError when the index is not of the kind that was asked for."""
+    """The index to search. Raises: ValueError when the index is not of the kind that was asked for."""
     lucene = is_lucene_index(Path(config.index_path))
     if lucene and config.backend == "bm25s":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What get_data.sh fetches: the papers' and the demo's corpora as lines of tokens, and a small language model."""
+"""Sources of get_data.sh: the papers' and the demo's corpora as lines of tokens, and a small language model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ SMOLLM2 = Archive(
 )
 
 # Whole plays are held out: one whose people also speak in a training play (Falstaff's company) and one that shares
-# nobody with the rest, so that a memory is tried on both.
+# no speaker with the rest, so that a memory is tried on both.
 HELD_OUT_PLAYS = {"valid": ("henry_iv_part_2",), "test": ("macbeth",)}
 _POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets")
 _NUM_PLAYS = 37
@@ -189,7 +189,7 @@ _TOKEN = re.compile(r"--|'?[a-z]+(?:['-][a-z]+)*|[0-9]+|\S")
 
 
 def tokenize_play(text: str) -> list[str]:
-    """Lines of lower-case tokens, from the first act on (without title and list of persons), empty lines left out.
+    """Lines of lower-case tokens, from the first act on (without title and list of persons), empty lines dropped.
 
     Words keep their apostrophes and hyphens (``reliev'd``, ``'tis``, ``good-night``); other signs stand alone.
     Raises: ValueError when no first act, prologue or induction is found.

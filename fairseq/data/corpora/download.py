@@ -89,7 +89,7 @@ def _fetch_with_retries(url: str, part: Path) -> None:
             moved_on = part.exists() and part.stat().st_size > before
             if attempt == _ATTEMPTS or not moved_on:
                 raise
-            logger.warning("%s broke off (%s); going on from byte %d", url, _reason(error), part.stat().st_size)
+            logger.warning("%s broke off (%s); resuming from byte %d", url, _reason(error), part.stat().st_size)
 
 
 def _fetch_rest(url: str, part: Path) -> None:

@@ -75,12 +75,22 @@ def from_pretrained(
     tokenizer: Tokenizer | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Load a decoder by ``AutoModelForCausalLM`` and give it memories.
+    """Load a decoder with memories attached for good: the interface of the Extended Mind models.
+
+    ``model.memory_ids = ids`` replaces the memories, ``model.clear_memories()`` removes them.
 
     Args:
-        external_memories: token ids (or whatever ``build_memory`` takes), read at the first call.
-        memory_config: settings; a part of them is enough. Settings may be given by name too, which counts more.
+        name: folder or name for ``AutoModelForCausalLM``.
+        external_memories: token ids (or whatever ``ExtendedMind`` takes), read at the first call.
+        memory_config: settings, or a part of them. Settings may be given by name too; these take precedence.
+        tokenizer: for memories of text.
         kwargs: for ``AutoModelForCausalLM.from_pretrained``.
+
+    ```python
+    model.save_pretrained("tiny-gpt2")
+    loaded = from_pretrained("tiny-gpt2", external_memories=[3, 1, 4, 1, 5, 9], topk=2)
+    loaded.generate(ids_BT[:1, :4], max_new_tokens=4, pad_token_id=0)
+    ```
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 

@@ -50,7 +50,19 @@ class _Call:
 
 
 class ExtendedMind(MemorySet):
-    """A model and its memories. Attached, every call of the model attends to them; detached, the model is as before."""
+    """External memories inside attention, for a transformers decoder that was not trained for them.
+
+    Each query of each head attends to its k nearest memories and to its local keys, with one softmax. Attached, every
+    call of the model does so; detached, the model is bit-identical to before.
+
+    Source: arXiv 2406.02332.
+
+    ```python
+    mind = ExtendedMind(model, [3, 1, 4, 1, 5, 9, 2, 6], topk=2)  # token ids, or a text with tokenizer=
+    with mind:
+        model.generate(ids_BT[:, :4], max_new_tokens=4, topk=1, pad_token_id=0)  # topk for this call
+    ```
+    """
 
     def __init__(
         self,
@@ -62,14 +74,16 @@ class ExtendedMind(MemorySet):
         config: Mapping[str, Any] | None = None,
         **settings: object,
     ) -> None:
-        """Find the attentions of the model, and build the memory.
+        """Find where the model attends, and build the memory.
 
         Args:
-            memory: a ``Memory``; a list of them, one for each row of a batch; or what ``build_memory`` takes.
+            model: a decoder that calls transformers' attention interface, or MPT.
+            memory: a text, token ids, a list of either (documents), a ``Memory``, or a list of those, one per row.
             tokenizer: for memories of text, to know special tokens, and to print citations.
             layers: numbers of the layers that use memories; all by default.
-            config: settings (see ``MindSettings``) as a mapping; those given by name count more.
-        Raises: ValueError for whatever does not fit; the model stays as it is.
+            config: settings (``MindSettings`` in ``fairseq/memory/extended_mind/settings.py``) as a mapping.
+            settings: settings by name; these take precedence.
+        Raises: ValueError for anything that does not fit; the model stays as it is.
         """
         super().__init__(model, tokenizer=tokenizer, layers=layers, config=config, **settings)
         self.retrieved: list[dict[int, SelectedMemories]] = []
@@ -92,7 +106,7 @@ class ExtendedMind(MemorySet):
         return self._undo is not None
 
     def attach(self) -> ExtendedMind:
-        """Use the memories in every call of the model from now on."""
+        """Use the memories in every call of the model. Raises: ValueError when they are attached."""
         if self._undo is not None:
             raise ValueError("these memories are attached already")
         with contextlib.ExitStack() as undo:
@@ -106,7 +120,7 @@ class ExtendedMind(MemorySet):
         return self
 
     def detach(self) -> None:
-        """Leave the model as it was. Nothing happens when it is not attached."""
+        """Restore the model. Does nothing when not attached."""
         undo, self._undo = self._undo, None
         if undo is not None:
             undo.close()
@@ -204,13 +218,16 @@ class ExtendedMind(MemorySet):
         return tuple(selected[layer].token_BHTK if layer in selected else None for layer in layers)
 
     def citations(self, top: int = 3, span: int = 12, row: int = 0) -> list[Citation]:
-        """The passages that gave most to the last call with ``output_retrieved_memory_idx=True``."""
+        """The passages that contributed most to the last call with ``output_retrieved_memory_idx=True``, best first.
+
+        Raises: ValueError when there was no such call.
+        """
         if not self.retrieved:
             raise ValueError("nothing to cite: call the model with output_retrieved_memory_idx=True first")
         rows = len(next(iter(self.retrieved[-1].values())).token_BHTK)
         return cite(
             self.retrieved,
-            self.of_rows(rows, generating=True)[row],
+            self._memories_of(rows, generating=True)[row],
             top=top,
             span=span,
             row=row,
@@ -231,7 +248,7 @@ class ExtendedMind(MemorySet):
         local = local_attention(call.query_BHTD, call.key_BGLD, call.value_BGLD, call.rule)
         if call.sink_H is not None:
             local = _with_sink(local, call.sink_H)
-        memories = self.of_rows(len(call.query_BHTD), generating=current.generating)
+        memories = self._memories_of(len(call.query_BHTD), generating=current.generating)
         attended = self._attended(call, memories, current.settings)
         if current.record_selected:
             read = attended.read()
@@ -255,7 +272,7 @@ class ExtendedMind(MemorySet):
         parts = []
         for run in runs:
             rows = slice(run[0], run[-1] + 1)
-            lookup = self.lookup(memories[run[0]], call.layer)
+            lookup = self._lookup(memories[run[0]], call.layer)
             own = ScoreRule(rule.scale, rule.softcap, rule.slope_H, None if before_B is None else before_B[rows])
             attended = lookup.attend(call.query_BHTD[rows], own, settings)
             parts.append(MemoryAttention(attended.partial, functools.partial(lookup.in_tokens, attended.read)))
@@ -263,12 +280,19 @@ class ExtendedMind(MemorySet):
 
     def _of_rows(self, rows: int) -> list[Memory]:
         current = self._current.get()
-        return self.of_rows(rows, generating=current is not None and current.generating)
+        return self._memories_of(rows, generating=current is not None and current.generating)
 
 
 @contextlib.contextmanager
 def extended_mind(model: PreTrainedModel, memory: Memories | None = None, **settings: Any) -> Iterator[ExtendedMind]:
-    """While the block runs, ``model`` uses ``memory``; the arguments are those of ``ExtendedMind``."""
+    """Context manager: ``model`` uses ``memory`` while the block runs. The arguments are those of ``ExtendedMind``.
+
+    ```python
+    with torch.no_grad(), extended_mind(model, [3, 1, 4, 1, 5, 9, 2, 6], topk=2) as mind:
+        model(ids_BT[:1], output_retrieved_memory_idx=True)
+        mind.citations(top=1)  # the passage that contributed most
+    ```
+    """
     with ExtendedMind(model, memory, **settings) as mind:
         yield mind
 

@@ -90,21 +90,21 @@ class Attachment:
 
     @property
     def model(self) -> nn.Module:
-        """The model it is in. Raises: ValueError when it is in none."""
+        """The model it is attached to. Raises: ValueError when it is attached to none."""
         if self._model is None:
             raise ValueError(f"this {type(self).__name__} is not in a model; break_into(model) comes first")
         return self._model
 
     @property
     def tap(self) -> Tap:
-        """The place in the model that keys are taken at. Raises: ValueError when this is in no model."""
+        """Place in the model where keys are read. Raises: ValueError when it is attached to none."""
         assert self.model is not None
         assert self._capture is not None
         return self._capture.tap
 
     @property
     def is_seq2seq(self) -> bool:
-        """True if the model has an encoder, and its labels are the tokens to predict rather than its inputs."""
+        """True if the model has an encoder; its labels are then the tokens to predict, not its inputs."""
         return bool(getattr(self.model.config, "is_encoder_decoder", False))
 
     def break_into(self: Self, model: nn.Module) -> Self:
@@ -126,7 +126,7 @@ class Attachment:
         return self
 
     def break_out(self) -> None:
-        """Leave the model as it was. Out of a model already: nothing happens."""
+        """Restore the model. Does nothing when attached to none."""
         self._leave(failed=False)
 
     def __call__(self: Self, model: nn.Module) -> Self:
@@ -167,7 +167,7 @@ class Attachment:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let calls of the model pass unseen while the block runs: what it returns is then its own."""
+        """Context manager: forward calls return the model's own output while the block runs."""
         before, self._paused = self._paused, True
         try:
             yield

@@ -48,11 +48,17 @@ def windows_of(ids: Sequence[int] | Tensor, size: int, stride: int | None = None
     """Cut a text into windows that score each token but the first once.
 
     Args:
-        size: tokens of a window.
+        ids: token ids of the text.
+        size: tokens per window.
         stride: tokens from one window's start to the next; by default ``size``: then the first token of each window is
-            not scored either, as nothing in the window is before it.
+            not scored either, because nothing in the window is before it.
         tail: keep the tokens that do not fill a last window; False cuts the text to a multiple of ``size`` first.
-    Raises: ValueError when the stride is not within 1 and the size.
+    Raises: ValueError unless 1 <= stride <= size.
+
+    ```python
+    windows = windows_of(range(40), size=16, stride=8)
+    [(len(window.ids_T), window.num_context) for window in windows]  # [(8, 0), (16, 8), (16, 8), ...]
+    ```
     """
     stride = size if stride is None else stride
     if not 1 <= stride <= size:
@@ -105,13 +111,22 @@ def evaluate(
     *,
     batch_size: int = 8,
 ) -> TokenScores:
-    """Score the tokens of windows with a model, and a memory that is in it, if any.
+    """Score the tokens of windows with a model, and with the memory attached to it, if any.
+
+    Positions are collected and looked up in bulk, which is several times faster than at each call.
 
     Args:
         model: in evaluation mode; a decoder without an encoder.
-        memory: a wrapper that was broken into the model.
-        batch_size: windows the model reads at once; shorter ones are padded on the right.
-    Raises: ValueError when the memory is in another model.
+        windows: from ``windows_of``.
+        memory: a ``KNNWrapper`` or ``RetomatonWrapper`` attached to the model; None for the model alone.
+        batch_size: windows per forward call; shorter ones are padded on the right.
+    Returns: log-probabilities in text order, with ``perplexity`` and ``tokens_per_second``.
+    Raises: ValueError when the memory is attached to another model.
+
+    ```python
+    with KNNWrapper(dstore_dir="gpt2-store", k=8, lmbda=0.25)(model) as knn:
+        print(evaluate(model, windows, knn).perplexity)
+    ```
     """
     if memory is not None and memory.model is not model:
         raise ValueError(f"the {type(memory).__name__} is in another model; break it into the one that is evaluated")
@@ -186,9 +201,14 @@ class _Collected:
 
 
 def save_datastore(model: nn.Module, windows: Iterable[Window], saver: KNNSaver, *, batch_size: int = 8) -> int:
-    """Run a model over windows so that a saver, which was broken into it, keeps their keys. Returns the rows so far.
+    """Run a model over windows so that the saver attached to it keeps their keys. Returns the number of rows so far.
 
-    What an interrupted run has saved is not computed again. ``saver.break_out()`` then completes the store.
+    Windows whose rows an interrupted run has saved are skipped. ``saver.break_out()`` then completes the store.
+
+    ```python
+    with KNNSaver(dstore_dir="windows-store")(model) as saver:
+        save_datastore(model, windows, saver)
+    ```
     """
     only_keys = saver.tap.kind is not KeyType.final_hidden and "logits_to_keep" in parameters_of(model)
     few_scores = {"logits_to_keep": 1} if only_keys else {}

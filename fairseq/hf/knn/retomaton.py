@@ -27,13 +27,18 @@ _AHEAD = 4096
 
 
 class RetomatonWrapper(KNNWrapper):
-    """kNN-LM that follows the successors of the last neighbours, and searches where these are too few.
+    """RetoMaton for a transformers model: follows the text after the last neighbours; searches where too few follow.
 
-    Each sequence has a state of its own: it is carried from call to call by the key-value cache that is given to the
-    model, follows beams when they change places, and starts again with an empty cache. ``num_positions``,
-    ``num_searched`` and ``saved_share`` count the searches that the automaton saved since ``break_into``.
+    Each sequence has a state of its own. It travels with the key-value cache, follows beams, and begins empty with an
+    empty cache. ``num_positions``, ``num_searched`` and ``saved_share`` count since ``break_into``.
 
-    Source: arXiv 2201.12431.
+    Source: arXiv 2201.12431, sec. 3.
+
+    ```python
+    with RetomatonWrapper(dstore_dir="gpt2-store", k=8, min_knns=4)(model) as reto:
+        model.generate(ids_BT[:, :4], max_new_tokens=4, pad_token_id=0)
+    print(f"{reto.saved_share:.0%} of the searches saved")
+    ```
     """
 
     def __init__(
@@ -49,12 +54,12 @@ class RetomatonWrapper(KNNWrapper):
         """Args.
 
         no_pointer: follow nothing; every position is searched.
-        min_knns: rows that must be at hand for a search to be saved.
-        max_knns: rows that are at hand, at most.
+        min_knns: active pointers needed to skip a search.
+        max_knns: limit on active pointers.
         members: file of the clusters, ours or a ``members_*.pkl``; by default the one beside the store, if any.
-        compat: give the original program's numbers: a row counts as often as it is reached, and the sequences of a
-            batch are read as one that starts again at each call.
-        knn: what ``KNNWrapper`` takes.
+        compat: reproduce the original program: a row counts as often as it is reached, and the sequences of a batch are
+            read as one that begins empty at each call.
+        knn: arguments of ``KNNWrapper``.
         Raises: ValueError when a number is impossible.
         """
         super().__init__(**knn)
@@ -68,13 +73,13 @@ class RetomatonWrapper(KNNWrapper):
 
     @property
     def automaton(self) -> Retomaton:
-        """The automaton over the store, open while this is in a model."""
+        """The automaton over the store, open while this is attached to a model."""
         assert self._automaton is not None, "not in a model"
         return self._automaton
 
     @property
     def saved_share(self) -> float:
-        """Share of positions that needed no search; 0 before the first."""
+        """Share of positions that needed no search, 0 to 1; 0 before the first."""
         return 1.0 - self.num_searched / max(1, self.num_positions)
 
     def target_logp(

@@ -30,19 +30,17 @@ _SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
 class KNNSaver(Attachment):
-    """Keeps the keys of every forward call that has labels, in a store that describes itself.
+    """Saves a datastore: keeps a key and the next token for every position of every forward call that has labels.
 
-    ::
+    To resume an interrupted run, make the same calls again from the beginning: rows that are on disk are compared, not
+    rewritten. ``has_saved`` says beforehand whether a call can be skipped.
 
-        saver = KNNSaver(dstore_dir="checkpoints/gpt2")
-        with saver(model):
-            for batch in batches:
-                model(input_ids=batch, labels=batch)
-        saver.build_index(ncentroids=1024)
+    Source: arXiv 1911.00172, sec. 2.
 
-    A run that was killed resumes: the same calls are made again from the beginning, and those whose rows are on disk
-    already (their tokens are compared) write nothing; ``has_saved`` reports them beforehand, so that they can be
-    skipped.
+    ```python
+    with KNNSaver(dstore_dir="gpt2-store")(model) as saver:
+        model(input_ids=ids_BT, labels=ids_BT)  # one call per batch of your text
+    ```
     """
 
     def __init__(
@@ -62,7 +60,7 @@ class KNNSaver(Attachment):
         dstore_dir: folder of the store.
         dimension: width of the keys, checked if given.
         knn_keytype: ``last_ffn_input`` (default), ``last_ffn_output`` or ``final_hidden``.
-        name: of the store's files in the folder; by default made of the model's type and the sizes.
+        name: name of the store's files in the folder; by default made of the model's type and the sizes.
         dtype: type of the keys on disk: float16, bfloat16 or float32.
         tokenizer: the text's; a model with another one is then rejected.
         Raises: ValueError when a number is impossible.
@@ -78,11 +76,11 @@ class KNNSaver(Attachment):
 
     @property
     def rows_done(self) -> int:
-        """Rows that are written, those of an earlier run that was killed included."""
+        """Number of rows written, those of an interrupted earlier run included."""
         return self._writer.rows_done if self._writer else 0
 
     def has_saved(self, labels: Tensor, attention_mask: Tensor | None = None) -> bool:
-        """True if the next call's rows are on disk already, so that it need not be made; it then counts as made.
+        """True if the next call's rows are on disk, so that it can be skipped; asking counts as making the call.
 
         Raises: ValueError when the rows on disk are of another text.
         """
@@ -102,7 +100,7 @@ class KNNSaver(Attachment):
         probe: int = 32,
         train_size: int = 1_000_000,
     ) -> BuiltIndex:
-        """Build the index over the store that was saved; an interrupted build resumes. Raises: ValueError, OSError."""
+        """Build an index over the saved store, or resume an interrupted build. Raises: ValueError, OSError."""
         if self.prefix is None:
             raise ValueError("no store was saved yet; build_index comes after break_out()")
         return build_index(

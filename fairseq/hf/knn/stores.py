@@ -18,6 +18,7 @@ from fairseq.hf.hooks.identity import model_digest, model_type, tokenizer_digest
 from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.datastore.layout import StoreFiles
 from fairseq.memory.index.base import Index
 from fairseq.memory.index.exact.index import ExactIndex
@@ -158,8 +159,9 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
 def open_store(place: StorePlace, *, with_keys: bool) -> Datastore:
     """Open the store alone. Raises: ValueError when its files are not as their name says."""
     if place.rows is None or place.dim is None:
-        return Datastore.open_any(place.prefix, with_keys=with_keys)
-    return Datastore.open_headerless(place.prefix, dim=place.dim, size=place.rows, fp16=True, with_keys=with_keys)
+        return Datastore.open(place.prefix, StoreHints(), with_keys=with_keys)
+    hints = StoreHints(dim=place.dim, size=place.rows, fp16=True)
+    return Datastore.open(place.prefix, hints, with_keys=with_keys)
 
 
 def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Tokenizer | None = None) -> None:

@@ -26,17 +26,19 @@ _QUERIES_AT_ONCE = 8192
 
 
 class KNNWrapper(Attachment):
-    """Mixes the k nearest rows of a datastore into a model's predictions (arXiv 1911.00172).
+    """kNN-LM for a transformers model: mixes the k nearest rows of a datastore into every prediction.
 
-    ::
+    While it is attached, ``logits`` are log-probabilities: of the mixture where a position counts (its label is not
+    -100; without labels, where the attention mask is not 0), of the model alone elsewhere. ``loss`` is the mixture's.
+    Outputs carry no gradient. With ``lmbda`` 0 they are bit-identical to the model's own. ``generate`` works:
+    greedy, sampling, beams.
 
-        knn = KNNWrapper(dstore_dir="checkpoints/gpt2", k=1024, lmbda=0.25)
-        with knn(model):                      # or knn.break_into(model) ... knn.break_out()
-            model.generate(**inputs)          # greedy, sampling, beams
+    Source: arXiv 1911.00172, eq. 3.
 
-    While it is in a model, ``logits`` are log-probabilities: of the mixture where a position counts (its label is not
-    -100; without labels, where the attention mask is not 0), of the model alone elsewhere. ``loss`` is that of the
-    mixture. Outputs carry no gradient. With ``lmbda`` 0 they are the model's own, to the last bit.
+    ```python
+    with KNNWrapper(dstore_dir="gpt2-store", k=8, lmbda=0.25)(model):
+        model.generate(ids_BT[:, :4], max_new_tokens=4, pad_token_id=0)
+    ```
     """
 
     flattens_batches = False
@@ -64,19 +66,18 @@ class KNNWrapper(Attachment):
         """Args.
 
         dstore_size: rows of the store, checked if given; chooses among several in the folder.
-        dstore_dir: folder of the store and its index, or the store's prefix. Without an index the keys themselves are
-            searched, exactly.
+        dstore_dir: folder of the store and its index, or the store's prefix. Without an index the search is exact.
         dimension: width of the keys, as ``dstore_size``.
         knn_sim_func: ``l2`` (default), or ``dot`` for the inner product with the full keys.
         knn_keytype: ``last_ffn_input`` (default), ``last_ffn_output`` or ``final_hidden``.
-        no_load_keys: never touch the full keys, which may then be missing.
-        move_dstore_to_mem: read the store into memory first.
+        no_load_keys: never read the full keys, which may then be missing.
+        move_dstore_to_mem: read the store into RAM first.
         knn_gpu: candidates are mixed in on the model's device either way; the search runs where the index is.
         recompute_dists: compute distances from the full keys; the index's are those of its compressed keys.
         k: neighbours per position.
         lmbda: their share of the probability, 0 to 1.
-        knn_temp: divides their similarities.
-        probe: lists of the index that are searched.
+        knn_temp: divides their scores.
+        probe: lists of the index that a search probes.
         indexfile: the index, if it has another name than the store's.
         tokenizer: the text's; a store saved with another one is then rejected.
         Raises: ValueError when a number is impossible or settings exclude each other.
@@ -102,7 +103,7 @@ class KNNWrapper(Attachment):
 
     @property
     def memory(self) -> ExternalMemory:
-        """Store and index, open while this is in a model."""
+        """Store and index, open while this is attached to a model."""
         assert self._memory is not None, "not in a model"
         return self._memory
 
@@ -111,12 +112,13 @@ class KNNWrapper(Attachment):
     ) -> Tensor:
         """Log-probability of tokens by model and neighbours, (N,), float32 on the CPU.
 
-        A bulk of positions is searched much faster than one at a time: collect the keys of many calls.
+        Collect the keys of many calls: a bulk is searched much faster than one position at a time.
 
         Args:
             key_ND: keys of the positions.
             lm_logp_N: the model's own log-probability of the tokens.
-            lengths_B: how many of the positions follow each other in a text; it means nothing here.
+            target_N: the tokens.
+            lengths_B: positions per sequence; ignored here.
         """
         parts = []
         chunks = (torch.split(each, _QUERIES_AT_ONCE) for each in (key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()))

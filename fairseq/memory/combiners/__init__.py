@@ -1,1 +1,1 @@
-"""How candidates and the language model's scores become one log-probability."""
+"""Ways to combine candidates with the language model's scores into one log-probability."""

@@ -12,7 +12,18 @@ from fairseq.memory.types import Candidates, LogSums
 
 @dataclass(frozen=True)
 class Interpolation:
-    """``log((1 - weight) p_lm + weight p_knn)`` (kNN-LM, arXiv 1911.00172)."""
+    """``log((1 - weight) p_lm + weight p_knn)``: the combiner of kNN-LM.
+
+    p_knn is a softmax of score / temperature over the candidates, summed per token.
+
+    Raises: ValueError when a field is out of range.
+    Source: arXiv 1911.00172, eq. 3.
+
+    ```python
+    combine = Interpolation(weight=0.25, temperature=10.0)
+    combine(lm_logp_N, lm_norm_N, memory.lookup(query_ND), target_N)  # log-probabilities, (N,)
+    ```
+    """
 
     weight: float
     """Share of the neighbours, 0 to 1."""

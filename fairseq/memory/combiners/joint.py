@@ -13,10 +13,19 @@ from fairseq.memory.types import Candidates, LogSums
 
 @dataclass(frozen=True)
 class JointNormalization:
-    """One normalisation of vocabulary, text and external memories (arXiv 2205.12674, sec. 3), then interpolation.
+    """One normalisation over the vocabulary and every memory, then optional interpolation: the combiner of TRIME.
 
-    Joint similarities are inner products over the root of the width; the interpolated ones are inner products as they
-    are, as in kNN-LM.
+    Joint scores are inner products divided by the root of the width; the interpolated ones are plain inner products, as
+    in kNN-LM.
+
+    Raises: ValueError when a field is out of range.
+    Source: arXiv 2205.12674, sec. 3.
+
+    ```python
+    combine = JointNormalization(dim=16)
+    external = ExternalMemory.open("store", k=8, metric="ip")
+    combine(lm_logp_N, lm_norm_N, external.lookup(query_ND), target_N)  # log-probabilities, (N,)
+    ```
     """
 
     dim: int

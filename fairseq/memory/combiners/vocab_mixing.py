@@ -20,7 +20,18 @@ _CHUNK_NUMBERS = 1 << 20  # scores worked on at a time: 4 MB in float32
 
 
 class VocabularyMixer:
-    """``log((1 - weight) p_lm + weight p_memory)`` for every token; holds one chunk's worth of memory between calls."""
+    """``log((1 - weight) p_lm + weight p_memory)`` for every token of the vocabulary, in place: what generation needs.
+
+    Holds one chunk's worth of memory between calls, whatever the vocabulary.
+
+    Source: arXiv 1911.00172, eq. 3.
+
+    ```python
+    scores_NV = lm_logits_NV.clone()
+    VocabularyMixer(weight=0.25).mix_(scores_NV, None, memory.lookup(query_ND))
+    torch.testing.assert_close(scores_NV.logsumexp(1), torch.zeros(3))  # they are log-probabilities now
+    ```
+    """
 
     def __init__(self, weight: float, temperature: float = 1.0) -> None:
         """Args.
@@ -44,12 +55,12 @@ class VocabularyMixer:
     ) -> Tensor | None:
         """Turn some rows of scores into the mixture's log-probabilities, in place; the others stay as they are.
 
-        A row that may use none of its candidates is the language model's alone.
+        A row that may use none of its candidates becomes the language model's log-probabilities.
 
         Args:
-            scores_RV: what the language model says, before or after a softmax; any floating type.
-            rows_N: which rows; None for all.
-            found: their candidates, of N rows.
+            scores_RV: the language model's scores, before or after a softmax; any floating type.
+            rows_N: numbers of the rows; None for all.
+            found: their candidates, for N rows.
             target_N: a token of each of these rows.
         Returns: the log-probabilities of ``target_N`` in float32, (N,), whatever type the scores have.
         Source: arXiv 1911.00172, eq. 3.
@@ -118,7 +129,7 @@ class VocabularyMixer:
         if strangers:
             raise ValueError(
                 f"{strangers} neighbours hold tokens beyond the vocabulary of {logp_CV.shape[1]}; the datastore is of "
-                "another one: save it anew with this model"
+                "another one; save it again with this model"
             )
 
     def _zeros(self, like_CV: Tensor) -> Tensor:

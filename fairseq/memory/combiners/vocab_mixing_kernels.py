@@ -1,4 +1,4 @@
-"""The loop of ``vocab_mixing.py`` on a processor, compiled by numba. Import it where it is used.
+"""The loop of ``vocab_mixing.py`` on a CPU, compiled by numba. Import it where it is used.
 
 Shapes: C rows, M candidates, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Rows of one or more arrays on disk, one behind the other, none of them copied."""
+"""Rows of one or more arrays on disk, one after the other, without copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ChunkedArray:
     """
 
     def __init__(self, parts: Sequence[Array], dtype: str | None = None) -> None:
-        """Put ``parts``, at least one, behind each other.
+        """Concatenate ``parts``, at least one, without copying.
 
         Args:
             dtype: name of their type; by default what the arrays say, so it is needed for bfloat16 alone.
@@ -35,7 +35,9 @@ class ChunkedArray:
         first = self.parts[0]
         for part in self.parts[1:]:
             if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
-                raise ValueError(f"rows of {_kind(first)} and of {_kind(part)} cannot be put behind each other")
+                raise ValueError(
+                    f"rows of {_kind(first)} and of {_kind(part)} cannot be concatenated; convert one of the stores"
+                )
         self.dtype = dtype or str(first.dtype)
         self._tensors = [view_as(part, self.dtype) for part in self.parts]
         self._edges = [0, *accumulate(len(part) for part in self.parts)]
@@ -122,7 +124,7 @@ class ChunkedArray:
 
 
 def as_tensor(array: Array) -> Tensor:
-    """A tensor over the same memory; read-only maps are fine as long as nobody writes into it."""
+    """A tensor over the same memory; read-only maps are fine as long as it is not written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
@@ -141,7 +143,7 @@ def nonfinite(rows_ND: Tensor) -> Tensor:
     """Numbers of the rows that hold NaN or infinity, int64."""
     if not rows_ND.numel():
         return torch.empty(0, dtype=torch.int64)
-    # One pass that writes nothing, several times as fast as the others, tells almost always that there is none.
+    # One pass that writes nothing, several times as fast as the others, almost always shows that there is none.
     if all(bool(bound.isfinite()) for bound in rows_ND.aminmax()):
         return torch.empty(0, dtype=torch.int64)
     return (~(rows_ND.amin(dim=1).isfinite() & rows_ND.amax(dim=1).isfinite())).nonzero()[:, 0]

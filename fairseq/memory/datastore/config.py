@@ -1,4 +1,4 @@
-"""What can be set about looking after datastores: the commands of fairseq-datastore."""
+"""Options of the commands of fairseq-datastore."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def count(text: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
-    """Which datastore."""
+    """Options that name a datastore."""
 
     prefix: str = flag("prefix")
-    """What its files begin with; for files of other programs the folder, where that is how they name them."""
+    """Prefix of its files; for files of other programs their folder, where they are named so."""
     dstore_size: int | None = flag("--dstore-size", default=None)
-    """Rows; needed for files of other programs that do not tell."""
+    """Rows; needed for files of other programs that do not state them."""
     dimension: int | None = flag("--dimension", default=None)
-    """Width of the keys; needed for files of other programs that do not tell."""
+    """Width of the keys; needed for files of other programs that do not state them."""
     dstore_fp16: bool = flag("--dstore-fp16", default=False)
-    """The keys are float16; our own stores tell."""
+    """The keys are float16; our own stores record it."""
     dstore_bf16: bool = flag("--dstore-bf16", default=False)
-    """The keys are bfloat16; our own stores tell."""
+    """The keys are bfloat16; our own stores record it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, dstore_size=self.dstore_size, dimension=self.dimension)
@@ -68,7 +68,7 @@ class VerifyConfig(StoreConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(StoreConfig):
-    """Write a datastore anew: with keys of another type, in one file, or from files of another program."""
+    """Write a copy of a datastore: with keys of another type, in one file, or from files of another program."""
 
     out: str = flag("out")
     """Prefix of the new datastore."""
@@ -89,7 +89,7 @@ class MergeConfig:
     prefix: str = flag("prefix")
     """Prefix of the whole."""
     stores: tuple[str, ...] = flag("stores", default=())
-    """Prefixes of the datastores to put behind each other; none joins the parts PREFIX.partI-of-N."""
+    """Prefixes of the datastores to concatenate; without any, the shards PREFIX.partI-of-N are joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class DeleteConfig:
     documents: tuple[int, ...] = flag("--documents", default=(), parse=int_list)
     """Documents, such as 3,7: every row of theirs."""
     compact: bool = flag("--compact", default=False)
-    """Then rewrite the datastore without the deleted rows; its indexes must be built anew."""
+    """Then rewrite the datastore without the deleted rows; its indexes must be built again."""
 
     def __post_init__(self) -> None:
         if not (self.rows or self.rows_file or self.documents or self.compact):
@@ -119,7 +119,7 @@ class SampleConfig(StoreConfig):
     out: str = flag("out")
     """Prefix of the new datastore."""
     rows: int = flag("--rows")
-    """How many."""
+    """Number of rows."""
     seed: int = flag("--seed", default=1)
     """Chooses them."""
 

@@ -1,6 +1,6 @@
-"""Writes a datastore anew: in another type, from another program's files, a sample of it, or without deleted rows.
+"""Copies of a datastore: in another type, from another program's files, a sample, or without deleted rows.
 
-A copy that was killed goes on with the same command; what was there stays until the copy is whole.
+The same command resumes an interrupted copy; an older store stays until the copy is complete.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _OF_THE_FILES = frozenset(
 
 @dataclass(frozen=True)
 class Copied:
-    """What a copy did."""
+    """Summary of a copy."""
 
     rows: int
     """Rows of the copy."""
     left_out: int
     """Rows of the source that are not in it."""
     nonfinite: int = 0
-    """How many of those held NaN or infinity."""
+    """Number of those that held NaN or infinity."""
 
 
 class Selection:
@@ -56,7 +56,7 @@ class Selection:
         self._listed, self._kept = listed, kept
 
     def count(self, total: int) -> int:
-        """How many of ``total`` rows they are."""
+        """Number of the ``total`` rows that are chosen."""
         return len(self._listed) if self._kept else total - len(self._listed)
 
     def within(self, start: int, stop: int) -> Array:
@@ -155,14 +155,14 @@ def _copy(
     if not in_place and metadata_file.exists():
         if not is_there(prefix, about | {"rows": count, "key_dtype": dtype}):
             raise ValueError(f"{metadata_file} is that of another datastore; choose another name, or remove it first")
-        logger.info("%s is complete already; remove it to make it anew", prefix)
+        logger.info("%s is complete already; remove it to make it again", prefix)
         return count
     with DatastoreWriter(prefix, count, source.dim, dtype, about, documents=documents) as writer:
         if source.parts and len(all_deleted(source.prefix, source.metadata, source.parts)) != len(source.deleted):
             raise ValueError(f"rows of datastore {source.prefix!r} were deleted just now; give the command again")
         start, saved = int((writer.cursor or {}).get("row", 0)), time.perf_counter()
         if start:
-            logger.info("going on at row %d of %d", start, len(source))
+            logger.info("resuming at row %d of %d", start, len(source))
         for first, stop in _blocks(len(source), source.dim, start):
             writer.append(*_rows(source, chosen.within(first, stop), first, stop))
             if time.perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
@@ -180,7 +180,7 @@ def _rows(source: Datastore, ids: Array, first: int, stop: int) -> tuple[Tensor,
 
 
 def _documents(source: Datastore, chosen: Selection) -> Array | None:
-    """Where the chosen rows stand in their text; None where that is where they stand in the store."""
+    """Positions of the chosen rows in their text; None where those are their positions in the store."""
     if chosen.count(len(source)) == len(source):
         return source.documents.runs_R3 if source.has_documents else None
     runs, rows = [], 0
@@ -192,7 +192,7 @@ def _documents(source: Datastore, chosen: Selection) -> Array | None:
 
 
 def _fingerprint(source: Datastore) -> str:
-    """What tells the rows that are copied from others: the content where it is known, else the files."""
+    """Identity of the rows that are copied: the content where it is known, else the files."""
     files = [*source.keys.files, *source.values.files]
     content = source.digest or [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(content).encode() + source.deleted.tobytes()).hexdigest()

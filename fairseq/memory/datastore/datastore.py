@@ -2,8 +2,8 @@
 
 The arrays are headerless and row-major, as kNN-LM and TRIME write them: ``<prefix>_keys.npy`` (float32),
 ``<prefix>-fp16_keys.npy`` or ``<prefix>-bf16_keys.npy``, and ``<prefix>_vals.npy`` (int64). ``<prefix>.json`` holds the
-rows, the width, the types, where the keys come from and a checksum per block, or names the parts whose rows, one behind
-the other, are the store. ``writer.py`` writes them.
+rows, the width, the types, the tap of the keys and a checksum per block, or names the shards whose rows, one after the
+other, are the store. ``writer.py`` writes them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
+from fairseq.memory.datastore.describe import StoreDescription, StoreHints, describe
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.foreign_formats import OtherFiles, map_keys, map_values
-from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
+from fairseq.memory.datastore.layout import KEY_DTYPES
 from fairseq.memory.datastore.metadata import (
     Part,
     all_deleted,
@@ -30,13 +31,10 @@ from fairseq.memory.datastore.metadata import (
     documents_of,
     keys_of,
     parts_of,
-    read_about,
-    shards_of,
     values_of,
 )
 from fairseq.memory.datastore.verify import damage
 from fairseq.memory.types import Array
-from fairseq.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,14 @@ _NONE = np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class Datastore:
-    """An opened store. Its arrays stay on disk and are read as they are used, unless ``in_memory`` was called."""
+    """An opened datastore. Its arrays stay on disk, memory-mapped, unless ``in_memory`` is called.
+
+    ```python
+    store = Datastore.open("store")
+    assert (len(store), store.dim, store.keys.dtype) == (1000, 16, "float32")
+    store.values.take(torch.tensor([0, 3]))  # the tokens that came next, rows 0 and 3
+    ```
+    """
 
     prefix: str
     keys: ChunkedArray
@@ -53,11 +58,11 @@ class Datastore:
     values: ChunkedArray
     """int64, int32 or int16, (rows,)."""
     metadata: Mapping[str, Any]
-    """What ``<prefix>.json`` says; empty for headerless files."""
+    """Content of ``PREFIX.json``; empty for headerless files."""
     has_keys: bool = True
-    """Whether the keys can be read; a store whose scores come from the index does without, on disk too."""
+    """False if the keys were not opened, because scores come from the index."""
     deleted: Array = field(default_factory=lambda: _NONE)
-    """int64, rising: rows that must not be found any more."""
+    """int64, ascending: rows that are never found."""
     parts: tuple[Part, ...] = ()
     """The files it is made of; empty for headerless files."""
 
@@ -66,7 +71,7 @@ class Datastore:
 
     @property
     def num_alive(self) -> int:
-        """Rows that are not deleted."""
+        """Number of rows that are not deleted."""
         return len(self) - len(self.deleted)
 
     @property
@@ -76,91 +81,45 @@ class Datastore:
 
     @property
     def digest(self) -> str | None:
-        """What tells this content from another's, whatever is deleted; None for headerless files."""
+        """Digest of the content, whatever is deleted; None for headerless files."""
         return content_digest(self.metadata)
 
     @classmethod
-    def open(cls, prefix: str | Path, *, fp16: bool = False, bf16: bool = False, with_keys: bool = True) -> Datastore:
-        """Open a store that describes itself.
+    def open(cls, prefix: str | Path, hints: StoreHints | None = None, *, with_keys: bool = True) -> Datastore:
+        """Open a store of ours, or with hints also arrays that another program wrote.
 
         Args:
-            fp16: the caller expects float16 keys; without it the metadata decide.
-            bf16: likewise bfloat16 keys.
+            prefix: start of the files' names; for other programs the folder, where they name it so.
+            hints: facts that the files may lack (see ``describe``); None opens only a store that describes itself.
             with_keys: False never touches the keys, which may then be missing.
-        Raises: ValueError when the store is missing, incomplete, empty, damaged or of the other key type.
+        Raises: ValueError when the store is missing, incomplete, empty, damaged or of another type or size than
+            stated.
         """
-        if not StoreFiles.of(prefix, "float32").metadata.exists():
-            raise ValueError(_why_not_there(prefix))
-        about = read_about(prefix)
-        dtype = about["key_dtype"]
-        for flag, expected, wanted in (("fp16", "float16", fp16), ("bf16", "bfloat16", bf16)):
-            if wanted and dtype != expected:
-                raise ValueError(
-                    f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-{flag} was given; leave it out"
-                )
-        parts = parts_of(prefix, about)
+        description = describe(prefix, hints, with_keys=with_keys)
+        if description.foreign is not None:
+            return cls._of_foreign(description, description.foreign, with_keys=with_keys)
+        metadata = description.metadata
+        parts = parts_of(prefix, metadata)
         values = values_of(parts)
-        keys = keys_of(parts) if with_keys else _no_keys(about["rows"], about["dim"], dtype)
-        return cls(str(prefix), keys, values, about, with_keys, all_deleted(prefix, about, parts), parts)
+        keys = keys_of(parts) if with_keys else _no_keys(metadata["rows"], metadata["dim"], metadata["key_dtype"])
+        return cls(str(prefix), keys, values, metadata, with_keys, all_deleted(prefix, metadata, parts), parts)
 
     @classmethod
-    def open_headerless(
-        cls,
-        prefix: str | Path,
-        *,
-        dim: int | None = None,
-        size: int | None = None,
-        fp16: bool = False,
-        bf16: bool = False,
-        with_keys: bool = True,
-    ) -> Datastore:
-        """Open files of other programs (see ``foreign_formats``), most of which do not say what they hold.
-
-        Args:
-            prefix: what their names begin with, or their folder.
-            dim: width of the keys, unless the files tell.
-            size: rows; by default what the byte counts make.
-            fp16: the keys are float16: TRIME's names and int64 values, or kNN-LM's names and int16 values.
-            bf16: the keys are bfloat16.
-            with_keys: False never touches the keys, which may then be missing; ``size`` must be given.
-        Raises: ValueError when the files are missing or the byte counts do not fit.
-        """
-        dtype = "float16" if fp16 else "bfloat16" if bf16 else "float32"
-        files = OtherFiles.find(prefix, dtype)
+    def _of_foreign(cls, description: StoreDescription, files: OtherFiles, *, with_keys: bool) -> Datastore:
+        hints, prefix = description.hints, description.prefix
         if not with_keys:
-            if not files.values.exists() or size is None or dim is None:
-                raise ValueError(_why_not_there(prefix))
-            return cls(
-                str(prefix), _no_keys(size, dim, dtype), ChunkedArray.of(map_values(files.values, size)), {}, False
-            )
-        if not files.present():
-            raise ValueError(_why_not_there(prefix))
-        keys, dtype = map_keys(files, dim, size, dtype)
+            assert hints.size is not None
+            assert hints.dim is not None
+            values = ChunkedArray.of(map_values(files.values, hints.size))
+            return cls(prefix, _no_keys(hints.size, hints.dim, hints.key_dtype), values, {}, False)
+        keys, dtype = map_keys(files, hints.dim, hints.size, hints.key_dtype)
         if not keys[-1].any():
             logger.warning(
                 "the last key of %s is all zeros: the program that wrote it may have stopped early, or --dstore-size "
                 "was larger than the split; verify before you trust figures",
                 files.keys,
             )
-        return cls(str(prefix), ChunkedArray([keys], dtype), ChunkedArray.of(map_values(files.values, len(keys))), {})
-
-    @classmethod
-    def open_any(
-        cls,
-        prefix: str | Path,
-        *,
-        dim: int | None = None,
-        size: int | None = None,
-        fp16: bool = False,
-        bf16: bool = False,
-        with_keys: bool = True,
-    ) -> Datastore:
-        """Open a store of ours, or of another program whose sizes are stated or told by its files. Raises: as both."""
-        if not StoreFiles.of(prefix, "float32").metadata.exists():
-            told = OtherFiles.find(prefix, "float16" if fp16 else "float32").tell_their_sizes
-            if told or dim is not None:
-                return cls.open_headerless(prefix, dim=dim, size=size, fp16=fp16, bf16=bf16, with_keys=with_keys)
-        return cls.open(prefix, fp16=fp16, bf16=bf16, with_keys=with_keys)
+        return cls(prefix, ChunkedArray([keys], dtype), ChunkedArray.of(map_values(files.values, len(keys))), {})
 
     def require(
         self,
@@ -171,7 +130,7 @@ class Datastore:
         dictionary_digest: str | None = None,
         dictionary_size: int | None = None,
     ) -> Datastore:
-        """Check that the store fits its user; what the files do not tell is not compared. Returns the store itself.
+        """Check that the store fits its user; facts that the files lack are not compared. Returns the store itself.
 
         Raises: ValueError with both values.
         """
@@ -186,7 +145,7 @@ class Datastore:
         saved_tap = self.metadata.get("key_tap")
         if key_tap is not None and saved_tap is not None and key_tap != saved_tap:
             raise ValueError(
-                f"{name} holds keys of {saved_tap}; --knn-keytype says {key_tap}: give {saved_tap}, or save it anew"
+                f"{name} holds keys of {saved_tap}; --knn-keytype says {key_tap}: give {saved_tap}, or save it again"
             )
         if dictionary_size is not None:
             self._require_dictionary(name, dictionary_digest, dictionary_size)
@@ -197,7 +156,7 @@ class Datastore:
         if digest is not None and saved_digest is not None and digest != saved_digest:
             raise ValueError(
                 f"{name} was saved with another dictionary ({saved_size} types, digest {saved_digest[:12]}) than the "
-                f"data's ({size} types, digest {digest[:12]}); binarise with the store's dictionary or save anew"
+                f"data's ({size} types, digest {digest[:12]}); use the store's dictionary or save it again"
             )
         if self.values.dtype == "int16" and size > np.iinfo(np.int16).max:
             raise ValueError(
@@ -214,26 +173,26 @@ class Datastore:
 
     @property
     def has_documents(self) -> bool:
-        """Whether the files tell which document each row is of."""
+        """True if the files record the document of each row."""
         return any(part.about.get("documents_file") for part in self.parts)
 
     def take_keys(self, ids_N: Array) -> Array:
-        """Keys of some rows as float32, (N, dim), read in the order of the file and each row once."""
+        """Keys of some rows as float32, (N, dim); read in file order, each row once."""
         return np.asarray(self.keys.take(ids_N).numpy())
 
     @cached_property
     def documents(self) -> Documents:
-        """Where the rows stand in their text. Raises: ValueError when the table is damaged."""
+        """Positions of the rows in their text. Raises: ValueError when the table is damaged."""
         return documents_of(self.parts) if self.parts else Documents.unknown()
 
     def where(self, ids_N: Tensor | Array) -> tuple[Array, Array]:
-        """Document of some rows and place of their values in it, int64; -1 for the id -1."""
+        """Document of each row and offset of its value in it, int64; -1 for the id -1."""
         return self.documents.where(np.asarray(ids_N))
 
     def context(self, ids_N: Tensor | Array, *, before: int, after: int) -> Tensor:
-        """The text around some rows: int64 (N, before + 1 + after), each row's value in column ``before``.
+        """Text around some rows: int64 (N, before + 1 + after), each row's value in column ``before``.
 
-        -1 where the store has no token: beyond the document, before the first row, of a deleted row, or for the id -1.
+        -1 where the store has no token: beyond the document, before the first row, at a deleted row, or for the id -1.
         """
         ids_N = np.asarray(ids_N)
         steps_C = np.arange(-before, after + 1)
@@ -259,47 +218,6 @@ class Datastore:
         keys = self.keys.in_memory() if self.has_keys else self.keys
         values = self.values.in_memory()
         return Datastore(self.prefix, keys, values, self.metadata, self.has_keys, self.deleted, self.parts)
-
-
-def _why_not_there(prefix: str | Path) -> str:
-    """What to tell about a store that cannot be opened by its metadata."""
-    found = [names for names in (StoreFiles.of(prefix, dtype) for dtype in KEY_DTYPES) if names.keys.exists()]
-    saved = shards_of(prefix)
-    if saved and not found:
-        return _why_not_joined(str(prefix), saved)
-    progress = StoreFiles.of(prefix, "float32").progress
-    if progress.exists():
-        state = read_json(progress)
-        rows, of = state.get("rows_done", 0), state.get("signature", {}).get("rows") or "?"
-        return f"datastore {str(prefix)!r} is not complete ({rows} of {of} rows); resume with the same command"
-    if found and not found[0].values.exists():
-        return (
-            f"datastore {str(prefix)!r} is not complete: {found[0].keys} exists, {found[0].values} does not; copy it "
-            "too, or save the store again"
-        )
-    if found or OtherFiles.find(prefix, "float32").present():
-        names = str(found[0].keys if found else OtherFiles.find(prefix, "float32").keys)
-        return (
-            f"{names} has no metadata ({prefix}.json) and its type or size is not as stated; files of the "
-            "original programs need their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
-            "hold float16; fairseq-datastore convert makes them a store that needs none"
-        )
-    return (
-        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; eval_lm.py "
-        "--save-knnlm-dstore saves one"
-    )
-
-
-def _why_not_joined(prefix: str, saved: Mapping[int, set[int]]) -> str:
-    """What to tell about a store of which parts are there."""
-    count = max(saved, key=lambda count: len(saved[count]))
-    missing = sorted(set(range(count)) - saved[count])
-    if not missing:
-        return f"datastore {prefix!r} lies in {count} parts: join them with fairseq-datastore merge {prefix}"
-    return (
-        f"datastore {prefix!r} is not complete: of its {count} parts {', '.join(map(str, missing))} are not saved; the "
-        "same command with the --shard-id of each saves them"
-    )
 
 
 def _no_keys(rows: int, dim: int, dtype: str) -> ChunkedArray:

@@ -19,7 +19,7 @@ from fairseq.runtime.files import locked, may_create_in, write_json
 
 @dataclass(frozen=True)
 class Deleted:
-    """What a deletion did."""
+    """Summary of a deletion."""
 
     new: int
     """Rows that were not deleted before."""
@@ -75,7 +75,7 @@ def _rows_of(store: Datastore, documents: Sequence[int]) -> Array:
         return np.empty(0, np.int64)
     if not store.has_documents:
         raise ValueError(
-            f"datastore {store.prefix!r} does not tell which document its rows are of; give --rows, or save it again"
+            f"datastore {store.prefix!r} does not record the documents of its rows; give --rows, or save it again"
         )
     held = np.unique(store.documents.runs_R3[:, 1])
     missing = np.setdiff1d(documents, held)

@@ -1,4 +1,4 @@
-"""Where the rows of a datastore stand in their text.
+"""Positions of the rows of a datastore in their text.
 
 Rows follow the text, so a table of runs is enough: it costs nothing to make and three numbers per document.
 """
@@ -23,7 +23,7 @@ class Documents:
 
     @classmethod
     def unknown(cls) -> Documents:
-        """Of a store that does not tell: one document, a row's place being its number."""
+        """Of a store without documents: one document, in which a row's position is its number."""
         return cls(np.zeros((1, 3), np.int64))
 
     @classmethod
@@ -44,7 +44,7 @@ class Documents:
 
     @classmethod
     def joined(cls, parts: Iterable[tuple[Documents, int, int]]) -> Documents:
-        """Of stores put behind each other, given (documents, first row, number of the first document) of each."""
+        """Of concatenated stores, given (documents, first row, number of the first document) of each."""
         return cls(np.concatenate([part.runs_R3 + [row, document, 0] for part, row, document in parts]))
 
     @classmethod

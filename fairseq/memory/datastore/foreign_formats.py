@@ -5,7 +5,7 @@
 | kNN-LM | ``<prefix>_keys.npy``, float32 or float16 | ``<prefix>_vals.npy``, int64, with float16 keys int16 |
 | TRIME | ``<prefix>_keys.npy`` float32, ``<prefix>-fp16_keys.npy`` float16 | ``<prefix>_vals.npy``, int64 |
 | kNN-MT | ``<folder>/keys.npy``, float32 or float16 | ``<folder>/vals.npy``, int64 or int32 |
-| knn-transformers | ``<folder>/dstore_<model>_<rows>_<width>_keys.npy``, float16 | likewise ``_vals.npy``, int32 |
+| knn-transformers | ``<folder>/dstore_<model>_<rows>_<width>_keys.npy``, float16 | the same with ``_vals.npy``, int32 |
 
 The arrays have no header, despite their names; files that do have NumPy's header are read by it.
 """
@@ -29,7 +29,7 @@ _MAGIC = b"\x93NUMPY"
 
 @dataclass(frozen=True)
 class OtherFiles:
-    """Two files that may be a store, and what their names tell."""
+    """Two files that may be a store, and the sizes in their names."""
 
     keys: Path
     values: Path
@@ -44,8 +44,8 @@ class OtherFiles:
             names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
         if not names.keys.exists() and Path(prefix).is_dir():
             return cls._in_folder(Path(prefix))
-        told = _SIZES_IN_NAME.fullmatch(Path(prefix).name)
-        return cls(names.keys, names.values, *(map(int, told.groups()) if told else ()))
+        match = _SIZES_IN_NAME.fullmatch(Path(prefix).name)
+        return cls(names.keys, names.values, *(map(int, match.groups()) if match else ()))
 
     @classmethod
     def _in_folder(cls, folder: Path) -> OtherFiles:
@@ -58,12 +58,12 @@ class OtherFiles:
         return cls(folder / "keys.npy", folder / "vals.npy")
 
     @property
-    def tell_their_sizes(self) -> bool:
-        """Whether rows and width need not be stated."""
+    def state_their_sizes(self) -> bool:
+        """True if the files state their rows and width."""
         return self.rows is not None or (_has_header(self.keys) and _has_header(self.values))
 
     def present(self) -> bool:
-        """Whether both are there."""
+        """True if both files exist."""
         return self.keys.exists() and self.values.exists()
 
 
@@ -77,9 +77,9 @@ def map_keys(files: OtherFiles, dim: int | None, size: int | None, dtype: str) -
     else:
         rows, width, kind = _sizes(files, dim, size, dtype)
         keys = map_array(files.keys, (rows, width), kind)
-    for what, told, stated in (("rows", rows, size), ("columns", width, dim)):
-        if stated is not None and stated != told:
-            raise ValueError(f"{files.keys} holds {told} {what}, {stated} were stated; leave the size out")
+    for what, held, stated in (("rows", rows, size), ("columns", width, dim)):
+        if stated is not None and stated != held:
+            raise ValueError(f"{files.keys} holds {held} {what}, {stated} were stated; leave the size out")
     return keys, kind
 
 
@@ -128,7 +128,7 @@ def _sizes(files: OtherFiles, dim: int | None, size: int | None, dtype: str) -> 
             f"{numbers * 2} as float16 or {numbers * 4} as float32: it is truncated, or was given another name"
         )
     if dim is None:
-        raise ValueError(f"{files.keys} does not tell how wide its rows are; state the width (--dimension)")
+        raise ValueError(f"{files.keys} does not state the width of its rows; give --dimension")
     row_bytes = dim * KEY_DTYPES[dtype].itemsize
     rows = held // row_bytes if size is None else size
     if rows < 1:

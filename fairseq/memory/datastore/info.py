@@ -1,4 +1,4 @@
-"""What a datastore holds, for its owner."""
+"""Summary of a datastore."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _BLOCK_BYTES = 32 << 20
 
 def describe(store: Datastore) -> dict[str, Any]:
     """Figures and metadata as plain types; digests of files come as they are in the metadata."""
-    told: dict[str, Any] = {"prefix": store.prefix, "rows": len(store), "deleted": len(store.deleted)}
-    told |= {"alive": store.num_alive, "dim": store.dim, "key_dtype": store.keys.dtype}
-    told |= {"value_dtype": store.values.dtype, "bytes": store.keys.nbytes + store.values.nbytes}
-    told |= {"digest": store.digest, "described": bool(store.metadata)}
+    summary: dict[str, Any] = {"prefix": store.prefix, "rows": len(store), "deleted": len(store.deleted)}
+    summary |= {"alive": store.num_alive, "dim": store.dim, "key_dtype": store.keys.dtype}
+    summary |= {"value_dtype": store.values.dtype, "bytes": store.keys.nbytes + store.values.nbytes}
+    summary |= {"digest": store.digest, "described": bool(store.metadata)}
     held = {"num_documents": store.metadata.get("num_documents")} if store.has_documents else {}
     files = {"checksums", "block_bytes", "keys_file", "values_file", "documents_file", "parts", "complete"}
-    more = {name: value for name, value in store.metadata.items() if name not in told.keys() | files}
+    more = {name: value for name, value in store.metadata.items() if name not in summary.keys() | files}
     parts = [_part(part) for part in store.parts]
-    return told | more | held | {"parts": parts}
+    return summary | more | held | {"parts": parts}
 
 
 def _part(part: Part) -> dict[str, Any]:

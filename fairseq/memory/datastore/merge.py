@@ -62,7 +62,7 @@ def join_shards(prefix: str | Path, num_shards: int, seconds: float = 0.0) -> di
 
 
 def merge(prefix: str | Path, stores: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """Put several stores behind each other, or join the shards of ``prefix`` where none is named.
+    """Concatenate several stores, or join the shards of ``prefix`` where none is named.
 
     Documents are numbered on. Rows that are deleted in a store stay so. Returns: the metadata of the whole.
     Raises: ValueError when a store is missing, incomplete or does not fit the others.
@@ -136,8 +136,8 @@ def _why_not_one(prefix: str, saved: dict[int, set[int]], complete: list[int]) -
     if not saved:
         return f"there is no {prefix}.part0-of-N.json: nothing to join; name the stores, as in merge {prefix} A B"
     if complete:
-        told = " and ".join(map(str, sorted(complete)))
-        return f"{prefix!r} lies in {told} parts; remove the parts that are out of date, then merge"
+        counts = " and ".join(map(str, sorted(complete)))
+        return f"{prefix!r} lies in {counts} shards; remove the shards that are out of date, then merge"
     missing = {count: sorted(set(range(count)) - shards) for count, shards in saved.items()}
-    told = "; ".join(f"of {count} parts {', '.join(map(str, ids))}" for count, ids in sorted(missing.items()))
-    return f"{prefix!r} is not complete, missing are {told}: save them first"
+    listed = "; ".join(f"of {count} parts {', '.join(map(str, ids))}" for count, ids in sorted(missing.items()))
+    return f"{prefix!r} is not complete, missing are {listed}; save them first"

@@ -1,4 +1,4 @@
-"""What the JSON file of a datastore says, and stores whose arrays lie in several files.
+"""The JSON file of a datastore, and stores whose arrays lie in several files.
 
 A part is a store by itself: its own arrays, metadata and checksums. The JSON file of the whole lists the parts by name,
 relative to its folder, with what must not change: rows and digest.
@@ -29,7 +29,7 @@ class Part:
 
     prefix: str
     about: Mapping[str, Any]
-    """What the part's JSON file says."""
+    """Content of the part's JSON file."""
     first_row: int = 0
     first_document: int = 0
 
@@ -52,24 +52,24 @@ class Part:
         return map_array(self.names.values, (self.rows,), self.about["value_dtype"])
 
     def documents(self) -> Documents:
-        """Where its rows stand, as it numbers documents itself."""
-        told = self.about.get("documents_file")
-        return Documents.read(self.names.documents, self.rows) if told else Documents.unknown()
+        """Positions of its rows in their text, in its own numbering of documents."""
+        has_documents = self.about.get("documents_file")
+        return Documents.read(self.names.documents, self.rows) if has_documents else Documents.unknown()
 
 
 def part_prefix(prefix: str | Path, shard_id: int, num_shards: int) -> str:
-    """What the files of one shard's part begin with."""
+    """Prefix of the files of one shard."""
     return f"{prefix}.part{shard_id}-of-{num_shards}"
 
 
 def shards_of(prefix: str | Path) -> dict[int, set[int]]:
-    """Which parts of a store are complete: number of shards -> their ids."""
+    """Shards of a store that are complete: number of shards -> their ids."""
     folder, name = Path(prefix).parent, re.escape(Path(prefix).name)
     found: dict[int, set[int]] = {}
     for path in folder.iterdir() if folder.is_dir() else ():
-        told = re.fullmatch(name + r"\.part(\d+)-of-(\d+)\.json", path.name)
-        if told:
-            found.setdefault(int(told[2]), set()).add(int(told[1]))
+        match = re.fullmatch(name + r"\.part(\d+)-of-(\d+)\.json", path.name)
+        if match:
+            found.setdefault(int(match[2]), set()).add(int(match[1]))
     return found
 
 
@@ -95,10 +95,10 @@ def read_about(prefix: str | Path) -> dict[str, Any]:
 
 
 def is_there(prefix: str | Path, about: Mapping[str, Any]) -> bool:
-    """Whether a complete store is there of which all this is true."""
+    """True if a complete store with this metadata exists."""
     path = StoreFiles.of(prefix, "float32").metadata
-    there = read_json(path) if path.exists() else {}
-    return bool(there.get("complete")) and all(there.get(name) == value for name, value in about.items())
+    existing = read_json(path) if path.exists() else {}
+    return bool(existing.get("complete")) and all(existing.get(name) == value for name, value in about.items())
 
 
 def parts_of(prefix: str | Path, about: Mapping[str, Any]) -> tuple[Part, ...]:
@@ -115,7 +115,7 @@ def parts_of(prefix: str | Path, about: Mapping[str, Any]) -> tuple[Part, ...]:
         if content_digest(part.about) != entry["digest"]:
             raise ValueError(
                 f"{path!r} holds {part.rows} rows other than the {entry['rows']} that {prefix}.json lists: it was "
-                "written anew; run fairseq-datastore merge again"
+                "written again; run fairseq-datastore merge again"
             )
         require_alike(Part(str(prefix), about), part, ("dim", "key_dtype", "value_dtype"))
         found.append(Part(path, part.about, part.first_row, int(entry["first_document"])))
@@ -123,7 +123,7 @@ def parts_of(prefix: str | Path, about: Mapping[str, Any]) -> tuple[Part, ...]:
 
 
 def content_digest(about: Mapping[str, Any]) -> str | None:
-    """What tells one content from another: a digest of the checksums of keys and values; None without checksums."""
+    """Identity of the content: a digest of the checksums of keys and values; None without checksums."""
     if "parts" in about:
         content: object = [entry["digest"] for entry in about["parts"]]
     else:
@@ -135,11 +135,11 @@ def content_digest(about: Mapping[str, Any]) -> str | None:
 
 
 def require_alike(one: Part, other: Part, names: Sequence[str]) -> None:
-    """Raise ValueError with both values where two parts differ; what one of them does not tell is not compared."""
+    """Raise ValueError with both values where two parts differ; facts that one of them lacks are not compared."""
     for name in names:
         a, b = one.about.get(name), other.about.get(name)
         if a is not None and b is not None and a != b:
-            way_out = "fairseq-datastore convert --dtype makes them alike" if name == "key_dtype" else "save one anew"
+            way_out = "fairseq-datastore convert --dtype makes them alike" if name == "key_dtype" else "save one again"
             raise ValueError(
                 f"{one.prefix!r} and {other.prefix!r} cannot be one datastore: {name} is {_short(a)} in the first and "
                 f"{_short(b)} in the second; {way_out}"
@@ -193,5 +193,5 @@ def values_of(parts: Sequence[Part]) -> ChunkedArray:
 
 
 def documents_of(parts: Sequence[Part]) -> Documents:
-    """Where the rows of all parts stand."""
+    """Positions of the rows of all parts in their texts."""
     return Documents.joined((part.documents(), part.first_row, part.first_document) for part in parts)

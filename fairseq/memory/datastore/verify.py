@@ -56,7 +56,7 @@ def _single_bytes(difference: int, length: int) -> list[int]:
 
 @functools.cache
 def _tables() -> tuple[list[int], list[int]]:
-    """What each byte does to a CRC-32, and which byte it was by the top byte of that."""
+    """Effect of each byte on a CRC-32, and the byte by the top byte of its effect."""
     table = [zlib.crc32(bytes([byte])) ^ zlib.crc32(b"\0") for byte in range(256)]
     by_top = [0] * 256
     for byte, value in enumerate(table):

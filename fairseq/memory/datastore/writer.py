@@ -1,4 +1,4 @@
-"""Writes a datastore so that it can be killed at any moment and goes on with the same command.
+"""Crash-safe datastore writer; the same command resumes an interrupted run.
 
 Rows go to ``*.tmp`` files; a progress file says how many of them are safely on disk. The store appears under its own
 names only when it is complete, its metadata last.
@@ -41,9 +41,16 @@ class NonFiniteError(ValueError):
 
 
 class DatastoreWriter:
-    """Appends rows; ``checkpoint`` makes them survive a kill, ``finish`` makes them a store.
+    """Crash-safe writer of a datastore: one key and one value (the token that came next) per row.
 
-    Use it as a context manager or call ``finish``: both let go of the lock.
+    ``append`` adds rows, ``checkpoint`` makes them survive a kill, ``finish`` turns them into a store. A writer with
+    the same arguments resumes from the last checkpoint. Use it as a context manager: that releases the lock.
+
+    ```python
+    with DatastoreWriter("store", num_rows=1000, dim=16) as writer:
+        writer.append(key_ND, token_N)
+        writer.finish()
+    ```
     """
 
     def __init__(
@@ -56,15 +63,18 @@ class DatastoreWriter:
         resume: bool = True,
         documents: Array | None = None,
     ) -> None:
-        """Start, or go on where an interrupted writer with the same arguments stood (``rows_done``, ``cursor``).
+        """Start, or resume an interrupted writer with the same arguments (see ``rows_done`` and ``cursor``).
 
         Args:
-            num_rows: rows the store will hold; None for as many as come.
-            metadata: plain values that say where the rows come from, kept in the JSON file. The names a reader checks
-                are key_tap, dictionary_digest and dictionary_size. Equal metadata must mean equal rows.
-            resume: False throws away what an interrupted writer left.
-            documents: the runs of ``Documents``: where the rows stand in their text.
-        Raises: ValueError for impossible arguments; OSError when the disk is too small or another writer is at work.
+            prefix: start of the file names: ``PREFIX_keys.npy``, ``PREFIX_vals.npy``, ``PREFIX.json``.
+            num_rows: rows the store will hold; None for as many as are appended.
+            dim: width of the keys.
+            dtype: type of the keys on disk: ``float32``, ``float16`` or ``bfloat16``.
+            metadata: plain values that say where the rows come from, kept in the JSON file. Readers check key_tap,
+                dictionary_digest and dictionary_size. Equal metadata must mean equal rows.
+            resume: False discards what an interrupted writer left.
+            documents: int64 (runs, 3): first row, document and offset of each run of rows (docs/formats.md).
+        Raises: ValueError for impossible arguments; OSError when the disk is too small or another writer is active.
         """
         if (num_rows is not None and num_rows < 1) or dim < 1:
             raise ValueError(f"a datastore needs at least one row and one column, got {num_rows} x {dim}")
@@ -105,9 +115,9 @@ class DatastoreWriter:
                 raise
 
     def append(self, keys_ND: Array | Tensor, values_N: Array | Tensor) -> None:
-        """Add rows at the end.
+        """Add rows at the end: keys (N, dim) and values (N,).
 
-        Raises: ValueError when shapes do not fit, more rows come than announced or a key is not finite.
+        Raises: ValueError when shapes do not fit, more rows come than announced, or a key is not finite.
         """
         if self._finished:
             return  # an interrupted writer had written all rows; only its renames were left, and they are done
@@ -135,7 +145,7 @@ class DatastoreWriter:
         """Make all rows so far survive a kill.
 
         Args:
-            cursor: plain values by which the caller finds its place again; given back as ``cursor``.
+            cursor: plain values from which the caller resumes; the next writer has them as ``cursor``.
         """
         if self._finished:
             return
@@ -143,7 +153,7 @@ class DatastoreWriter:
         self._record(finishing=False)
 
     def written_values(self, start: int, stop: int) -> Array:
-        """Values of rows that are done, int64: by them a caller without a cursor knows its place in the text again."""
+        """Values of written rows, int64; a caller without a cursor finds its place in the text by them."""
         names = StoreFiles.of(self.prefix, self.dtype)
         if not self._finished:
             self._values.flush()
@@ -166,7 +176,7 @@ class DatastoreWriter:
         if self.num_rows is not None and self.rows_done != self.num_rows:
             raise ValueError(
                 f"datastore {self.prefix!r} has {self.rows_done} of the {self.num_rows} announced rows; they are kept: "
-                "the same command goes on from its last checkpoint"
+                "the same command resumes from its last checkpoint"
             )
         self._record(finishing=True)
         self._keys.close()
@@ -176,7 +186,7 @@ class DatastoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the files and the lock; unfinished rows stay for the next writer, up to the last checkpoint."""
+        """Close the files and release the lock; the next writer resumes from the last checkpoint."""
         self._open.close()
 
     def _write(self, part: str, file: IO[bytes], rows: Array) -> None:
@@ -225,12 +235,12 @@ class DatastoreWriter:
             )
             return None
         if state["block_bytes"] != BLOCK_BYTES:
-            logger.warning("%s was left by another release; starting anew", self._names.progress)
+            logger.warning("%s was left by another release; starting again", self._names.progress)
             return None
         sizes = {self._names.keys: self._key_bytes, self._names.values: 8}
         for path, row_bytes in sizes.items():
             if not _aside(path).exists() or _aside(path).stat().st_size < state["rows_done"] * row_bytes:
-                logger.warning("%s is shorter than its progress file says; starting anew", _aside(path))
+                logger.warning("%s is shorter than its progress file says; starting again", _aside(path))
                 return None
         return state
 

@@ -27,15 +27,23 @@ def open_index(
     gpu: bool = True,
     memory_bytes: int = DEFAULT_MEMORY,
 ) -> Index:
-    """Open the index over a store's keys.
+    """The index over a store's keys: a faiss file if one is named, exact search otherwise.
 
     Args:
+        store: an opened datastore.
+        metric: metric of the index.
         name: the index file, with or without the metric as its ending; None searches the keys themselves, exactly.
         probe: lists of the index that a search probes.
         mapped: leave the lists on disk and read them as they are probed.
-        gpu: search on the GPUs that faiss sees, if there are any.
-        memory_bytes: what an exact search may take beside its results.
+        gpu: search on the GPUs that faiss sees, if any.
+        memory_bytes: limit on the working memory of exact search.
+    Returns: an object with ``search(query_ND, k)`` and ``score_rows(query_ND, ids_NM)``.
     Raises: ValueError or OSError when the index is missing, damaged or was built over other keys.
+
+    ```python
+    index = open_index(store, Metric.L2)  # no file: exact
+    index = open_index(store, Metric.L2, "store.index", probe=4)
+    ```
     """
     if not name:
         if not store.has_keys:

@@ -34,7 +34,7 @@ class PlanConfig:
     search_memory: float = flag("--search-memory", default=2.0)
     """GB that exact search may take."""
     folder: str = flag("--folder", default=".")
-    """Where the files would lie: its disk is measured."""
+    """Folder for the files; its disk is measured."""
     json: bool = flag("--json", default=False)
     """Print a JSON object."""
 

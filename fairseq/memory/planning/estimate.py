@@ -1,4 +1,4 @@
-"""What a datastore and an index over it will take, before either is built: bytes by formula, seconds by measured rates.
+"""Cost of a datastore and an index over it, before either is built: bytes by formula, seconds by measured rates.
 
 n keys of width d, of ``b`` bytes per number; c lists (``--ncentroids``), m bytes of a compressed key (``--code_size``),
 p lists visited (``--probe``), q queries for k neighbours, t training keys. Bytes on disk and in memory:
@@ -82,7 +82,7 @@ class IndexRates:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured on this machine."""
+    """Rates measured on this machine."""
 
     read_bytes: float
     """Bytes a second from the disk."""
@@ -102,7 +102,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one way to search takes. Bytes and seconds."""
+    """Cost of one kind of index, in bytes and seconds."""
 
     kind: str
     disk: int

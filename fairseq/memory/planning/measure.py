@@ -1,4 +1,4 @@
-"""How fast this machine does what a plan is made of: a few seconds of each, on made-up keys of the planned width."""
+"""Speed of this machine at the steps of a plan: a few seconds of each, on made-up keys of the planned width."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fairseq-datastore plan prints."""
+"""The table that fairseq-datastore plan prints."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def table(config: PlanConfig, rates: Rates, made: Plan, memory_bytes: int) -> st
         f"search: {config.queries} queries, k {config.k}, --probe {config.probe} of --ncentroids {config.ncentroids}",
         "",
     ]
-    rows = [_HEAD]
+    rows: list[tuple[str, ...]] = [_HEAD]
     for choice in made.choices:
         rate = config.queries / choice.search_seconds if choice.search_seconds else None
         sizes = (choice.disk, choice.disk_building, choice.memory, choice.memory_building, choice.gpu_memory)

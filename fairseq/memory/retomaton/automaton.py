@@ -1,12 +1,12 @@
-"""RetoMaton: neighbours by following the text behind the last ones, searched only where that leads nowhere.
+"""RetoMaton: neighbours by following pointers to the next rows, searched only where too few are left.
 
 The row after row i of a datastore is i + 1: the next token of the text the store was made of. Of the candidates of one
 step those that hold the token which came next in the text being read lead on: the rows after them, and all rows in the
-same clusters as these, are at hand at the following step. Where enough rows are at hand no search is made.
+same clusters as these, are the active pointers of the next step. Where enough pointers are active no search is made.
 
 Source: arXiv 2201.12431, sec. 3.
 
-Shapes: B sequences, P rows at hand, K neighbours of a search, M candidates of a step, N positions, D key width.
+Shapes: B sequences, P active pointers, K neighbours of a search, M candidates of a step, N positions, D key width.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NONE = np.empty(0, np.int32)
 
 @dataclass(frozen=True)
 class RetomatonState:
-    """Where each of B sequences stands in the automaton: a value, which nobody changes."""
+    """State of each of B sequences in the automaton; an immutable value."""
 
     rows_BP: Tensor
-    """int64 rows at hand for the next step, the most promising first, -1 behind them; on the host."""
+    """int64 active pointers for the next step, the most promising first, then -1; on the host."""
 
     def __len__(self) -> int:
         return len(self.rows_BP)
@@ -41,7 +41,7 @@ class RetomatonState:
 
     @classmethod
     def joined(cls, states: list[RetomatonState]) -> RetomatonState:
-        """The sequences of several states, one behind the other."""
+        """The sequences of several states, one after the other."""
         width = max((state.rows_BP.shape[1] for state in states), default=0)
         parts = [torch.nn.functional.pad(s.rows_BP, (0, width - s.rows_BP.shape[1]), value=-1) for s in states]
         return cls(torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64))
@@ -57,7 +57,7 @@ class RetomatonState:
 
 @dataclass(frozen=True)
 class RetomatonStep:
-    """What B sequences are offered at one position each."""
+    """Candidates of B sequences at one position each."""
 
     found: Candidates
     """On the device of the queries; scores as those of a search."""
@@ -74,11 +74,19 @@ class RetomatonStep:
 
 
 class Retomaton:
-    """An automaton over a datastore. It holds no state: what a sequence has read is a ``RetomatonState``.
+    """RetoMaton: candidates by following the text after the last neighbours; searches only where too few follow.
 
-    To generate: ``step = memory.lookup(query_BD, state)``, choose tokens with the help of ``step.found``, then
-    ``state = memory.follow(step, token_B)``, after ``step.select(...)`` where beams change places. Text that
-    is given is scored by ``read_text`` in ``reader.py``.
+    It holds no state: what a sequence has read is a ``RetomatonState``, a value. After ``step.select(beams)`` a state
+    follows its beams. ``read_text`` in ``fairseq/memory/retomaton/reader.py`` scores given text.
+
+    Source: arXiv 2201.12431, sec. 3.
+
+    ```python
+    automaton = Retomaton(memory, min_knns=1)
+    state = automaton.start(num_sequences=3)
+    step = automaton.lookup(query_ND, state)  # step.found: Candidates; step.searched_B: True where it searched
+    state = automaton.follow(step, target_N)  # the tokens that came next
+    ```
     """
 
     def __init__(
@@ -93,19 +101,19 @@ class Retomaton:
     ) -> None:
         """Args.
 
-        external: what is searched, and scores rows.
-        min_knns: rows that must be at hand for a search to be saved.
-        max_knns: rows at hand, at most; more of them than this asked for by ``min_knns`` means a search at every step.
-        no_pointer: follow nothing.
-        clusters: of the store's rows.
-        compat: as the original program: a row counts as often as it is reached, documents do not end, and the caller
-            reads the sequences of a batch as one (see docs/retomaton.md).
+        external: memory that is searched, and scores rows.
+        min_knns: active pointers needed to skip a search.
+        max_knns: limit on active pointers; a larger ``min_knns`` searches at every step.
+        no_pointer: follow nothing, which is kNN-LM.
+        clusters: clusters of the store's rows; None for none.
+        compat: reproduce the original program: a row counts as often as it is reached, documents do not end, and the
+            caller reads the sequences of a batch as one (docs/retomaton.md).
         Raises: ValueError when the clusters are not of the store.
         """
         if clusters is not None and clusters.num_rows != len(external.store):
             raise ValueError(
                 f"clusters of {clusters.num_rows} rows do not fit datastore {external.store.prefix!r} of "
-                f"{len(external.store)}; make them anew with build_dstore.py --cluster_dstore"
+                f"{len(external.store)}; make them again with build_dstore.py --cluster_dstore"
             )
         self.external, self.min_knns, self.max_knns = external, min_knns, max_knns
         self.no_pointer, self.compat = no_pointer, compat
@@ -116,14 +124,16 @@ class Retomaton:
         self._clusters = (_NONE, _NONE, _NONE) if held is None else (held.cluster_R, held.first_C, held.member_R)
 
     def start(self, num_sequences: int) -> RetomatonState:
-        """The state of sequences that have read nothing: their first step is a search."""
+        """State of sequences that have read nothing: their first step is a search."""
         return RetomatonState.empty(num_sequences)
 
     def lookup(self, query_BD: Tensor, state: RetomatonState, found: Neighbors | None = None) -> RetomatonStep:
-        """Candidates at the next position of each sequence: the rows at hand, and what a search finds if one is needed.
+        """Candidates at the next position of each sequence: its active pointers, and neighbours if a search is needed.
 
         Args:
-            found: what a search finds for each query, if that is known already.
+            query_BD: keys of the positions.
+            state: what each sequence has read.
+            found: neighbours of each query, if they are known already.
         """
         assert len(query_BD) == len(state), (len(query_BD), len(state))
         host_BD = query_BD.detach().float().cpu().contiguous()
@@ -139,7 +149,7 @@ class Retomaton:
         return RetomatonStep(candidates, rows_BM, searched_B)
 
     def _near(self, query_BD: Tensor, searched_B: Tensor, found: Neighbors | None) -> Neighbors:
-        """What the searches find that are needed, one row for each."""
+        """Neighbours of the queries that need a search, one row for each."""
         if found is not None:
             return Neighbors(found.ids_NK[searched_B], found.scores_NK[searched_B])
         if not bool(searched_B.any()):
@@ -147,7 +157,7 @@ class Retomaton:
         return self.external.neighbors(query_BD[searched_B])
 
     def follow(self, step: RetomatonStep, token_B: Tensor) -> RetomatonState:
-        """Where each sequence stands after its next token: rows after those candidates that hold it, and clusters."""
+        """State of each sequence after its next token: rows after the candidates that hold it, and their clusters."""
         count = len(step.rows_BM)
         if self.no_pointer:
             return RetomatonState.empty(count)
@@ -187,8 +197,8 @@ def _joined(
     out_BM, out_scores_BM = torch.empty(count, width, dtype=torch.int64), torch.empty(count, width)
     count_B = torch.zeros(count, dtype=torch.int64)
     found = tuple(x.contiguous().numpy() for x in (found_at_B, near.ids_NK, near.scores_NK))
-    at_hand = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
+    active = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
     joined = tuple(x.numpy() for x in (out_BM, out_scores_BM, count_B))
-    kernels.join(found, at_hand, distinct, joined)
+    kernels.join(found, active, distinct, joined)
     most = int(count_B.max())
     return out_BM[:, :most], out_scores_BM[:, :most]

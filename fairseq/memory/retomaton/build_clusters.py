@@ -1,6 +1,6 @@
 """Makes clusters of a datastore's rows in two steps, each of which survives a kill: k-means on a sample, then sorting.
 
-Sorting appends the cluster of each row to a file, so that a row is neither left out nor sorted twice.
+Sorting appends the cluster of each row to a file, so that no row is dropped or sorted twice.
 
 Shapes: R rows of the store, C clusters, D width.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.ops.kmeans import Assigner, kmeans, sample_size
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.retomaton.clusters import Clusters, store_mark
@@ -37,7 +38,7 @@ _ROWS_PER_CLUSTER = 100
 
 @dataclass(frozen=True)
 class BuiltClusters:
-    """What was made."""
+    """Summary of the clusters that were made."""
 
     path: Path
     rows: int
@@ -66,8 +67,8 @@ class _Files:
 
 def open_clustered_store(config: ClusterConfig) -> Datastore:
     """Open the datastore. Raises: ValueError when it is missing or of another size or width than stated."""
-    kinds = {"fp16": config.dstore_fp16, "bf16": config.dstore_bf16}
-    store = Datastore.open_any(config.dstore_mmap, dim=config.dimension, size=config.dstore_size, **kinds)
+    hints = StoreHints(config.dimension, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    store = Datastore.open(config.dstore_mmap, hints)
     if config.dimension not in (None, store.dim):
         raise ValueError(
             f"--dimension {config.dimension} is not the width of datastore {store.prefix!r}, {store.dim}: leave it out"
@@ -76,7 +77,7 @@ def open_clustered_store(config: ClusterConfig) -> Datastore:
 
 
 def build_clusters(config: ClusterConfig) -> BuiltClusters:
-    """Make the clusters a config describes, going on where an interrupted run of the same stood.
+    """Make the clusters a config describes, resuming an interrupted run of the same.
 
     Raises: ValueError or OSError when something cannot work, before any long work.
     """
@@ -92,7 +93,7 @@ def build_clusters(config: ClusterConfig) -> BuiltClusters:
     signature["iterations"] = config.cluster_iterations
     with locked(files.lock, f"clusters {str(files.clusters)!r}"):
         if _complete(files, signature):
-            logger.info("%s is complete already; remove it to make it anew", files.clusters)
+            logger.info("%s is complete already; remove it to make it again", files.clusters)
         else:
             centroids_CD = _centroids(config, store, files, signature)
             cluster_R = _sorted(store, files, signature, centroids_CD)
@@ -123,7 +124,7 @@ def _check(store: Datastore, count: int, sampled: int) -> None:
 def _complete(files: _Files, signature: Mapping[str, Any]) -> bool:
     if not files.clusters.exists():
         return False
-    Clusters.read(files.clusters)  # a damaged file is told, not written over
+    Clusters.read(files.clusters)  # a damaged file is reported, not overwritten
     with np.load(files.clusters) as held:
         return "signature" in held and str(held["signature"]) == repr(dict(signature))
 
@@ -155,10 +156,10 @@ def _sorted(store: Datastore, files: _Files, signature: Mapping[str, Any], centr
     """The cluster of each row; those an interrupted run has sorted are read."""
     done = int(read_json(files.progress)["rows_done"]) if files.sorted.exists() else 0
     if done and files.sorted.stat().st_size < 4 * done:
-        logger.warning("%s is shorter than its progress file says; sorting anew", files.sorted)
+        logger.warning("%s is shorter than its progress file says; sorting again", files.sorted)
         done = 0
     if done:
-        logger.info("going on at row %d of %d", done, len(store))
+        logger.info("resuming at row %d of %d", done, len(store))
     nearest = Assigner(centroids_CD)
     with naming(files.sorted), open(files.sorted, "r+b" if done else "wb") as file:
         file.truncate(4 * done)

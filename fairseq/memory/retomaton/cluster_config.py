@@ -1,4 +1,4 @@
-"""What can be set about clusters of a datastore's rows."""
+"""Options of clusters of a datastore's rows."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class ClusterConfig:
 
     @property
     def path(self) -> Path:
-        """Where the clusters go."""
+        """File for the clusters."""
         return Path(self.clusters or f"{self.dstore_mmap}.clusters.npz")

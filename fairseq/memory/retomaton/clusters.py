@@ -23,12 +23,12 @@ from fairseq.runtime.atomic_files import writing
 _FORMAT = "fairseq-memory clusters"
 _VERSION = 1
 _ENDS_BYTES = 1 << 20
-_REBUILD = "make them anew with build_dstore.py --cluster_dstore"
+_REBUILD = "make them again with build_dstore.py --cluster_dstore"
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Which rows belong together."""
+    """Clusters of a store's rows."""
 
     cluster_R: Array
     """int32: the cluster of each row; -1 for a row of none."""
@@ -37,7 +37,7 @@ class Clusters:
     member_R: Array
     """int32, or int64 for large stores: the rows cluster by cluster, rising within each."""
     store: str = ""
-    """What tells the store from others (:func:`store_mark`); empty where the file did not say."""
+    """Identity of the store (:func:`store_mark`); empty where the file has none."""
 
     def __len__(self) -> int:
         return len(self.first_C) - 1
@@ -77,7 +77,7 @@ class Clusters:
         return cls.of_assignment(cluster_R, len(members), store)
 
     def save(self, path: str | Path, about: dict[str, Any] | None = None) -> None:
-        """Write a ``.npz`` file that appears whole or not at all; ``about`` adds arrays or numbers that tell more."""
+        """Write a ``.npz`` file that appears whole or not at all; ``about`` adds further arrays or numbers."""
         with writing(path, binary=True) as file:
             np.savez(
                 file,
@@ -122,7 +122,7 @@ class Clusters:
         return clusters
 
     def _fit_together(self) -> bool:
-        """Whether every number points into the arrays: compiled loops read them unchecked."""
+        """True if every number points into the arrays: compiled loops read them unchecked."""
         cluster_R, first_C, member_R = self.cluster_R, self.first_C, self.member_R
         kinds = [cluster_R.dtype == np.int32, first_C.dtype == np.int64, member_R.dtype in (np.int32, np.int64)]
         if not all(kinds) or {cluster_R.ndim, first_C.ndim, member_R.ndim} != {1} or not len(first_C):
@@ -136,7 +136,7 @@ class Clusters:
 
 
 def store_mark(store: Datastore) -> str:
-    """What tells the rows of a store from others': its digest; without one, its size and both ends of its values."""
+    """Identity of the rows of a store: its digest; without one, its size and both ends of its values."""
     if store.digest is not None:
         return store.digest
     count = _ENDS_BYTES // 8

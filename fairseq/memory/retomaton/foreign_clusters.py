@@ -24,7 +24,7 @@ _MODEL_NAME = re.compile(r"(?:dstore|index)_(.+)_(\d+)_(\d+)(?:_keys\.npy|_vals\
 
 
 def _latin_bytes(text: str, encoding: str) -> bytes:
-    """What old pickles make bytes by."""
+    """Function by which old pickles make bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
     return text.encode("latin1")
@@ -62,10 +62,10 @@ class _Unpickler(pickle.Unpickler):
 def read_members(path: str | Path, store: Datastore) -> Clusters:
     """Read a ``members_*.pkl``. Raises: ValueError when it is missing, damaged, of another store, or names a class."""
     path = Path(path)
-    told = _NAME.fullmatch(path.name)
-    if told and (int(told[2]), int(told[3])) != (len(store), store.dim):
+    match = _NAME.fullmatch(path.name)
+    if match and (int(match[2]), int(match[3])) != (len(store), store.dim):
         raise ValueError(
-            f"{path} is by its name of a store of {told[2]} rows of width {told[3]}; datastore {store.prefix!r} has "
+            f"{path} is by its name of a store of {match[2]} rows of width {match[3]}; datastore {store.prefix!r} has "
             f"{len(store)} of {store.dim}"
         )
     try:
@@ -88,7 +88,7 @@ def _lists(held: Any) -> list[Array]:
     if isinstance(held, Mapping):
         held = [held[key] for key in sorted(held)]
     if isinstance(held, np.ndarray) and held.ndim == 2 and held.dtype != object:
-        held = [row[row >= 0] for row in held]  # of one length, -1 behind the shorter ones
+        held = [row[row >= 0] for row in held]  # of one length, the shorter ones filled up with -1
     if not isinstance(held, (list, tuple, np.ndarray)) or not len(held):
         raise ValueError(f"it holds a {type(held).__name__}, not the rows of each cluster")
     return [_rows(cluster) for cluster in held]
@@ -115,7 +115,7 @@ class OriginalFiles:
     """The store, index and clusters of knn-transformers that one folder holds for a model."""
 
     prefix: Path
-    """What the store's names begin with."""
+    """Prefix of the store's names."""
     model: str
     rows: int
     dim: int
@@ -132,14 +132,14 @@ class OriginalFiles:
         """
         folder = Path(folder)
         names = sorted(path.name for path in folder.glob("dstore_*_vals.npy"))
-        found = [(name, told) for name in names if (told := _MODEL_NAME.fullmatch(name))]
-        found = [(name, told) for name, told in found if model in (None, told[1])]
+        found = [(name, match) for name in names if (match := _MODEL_NAME.fullmatch(name))]
+        found = [(name, match) for name, match in found if model in (None, match[1])]
         if len(found) != 1:
             listed = ", ".join(name for name, _ in found) or "none"
             wanted = f" of model {model}" if model else ""
             raise ValueError(f"{str(folder)!r} holds {listed} as a store{wanted}; name one store's MODEL of the names")
-        name, told = found[0]
-        mark = f"{told[1]}_{told[2]}_{told[3]}"
+        name, match = found[0]
+        mark = f"{match[1]}_{match[2]}_{match[3]}"
         index = folder / f"index_{mark}.indexed"
         members = sorted(folder.glob(f"members_{mark}_*.pkl"))
         if len(members) > 1:
@@ -147,7 +147,7 @@ class OriginalFiles:
             raise ValueError(f"{str(folder)!r} holds several files of clusters: {listed}; name one of them")
         return cls(
             folder / name.removesuffix("_vals.npy"),
-            *(told[1], int(told[2]), int(told[3])),
+            *(match[1], int(match[2]), int(match[3])),
             index if index.is_file() else None,
             members[0] if members else None,
         )

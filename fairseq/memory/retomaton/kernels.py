@@ -62,7 +62,7 @@ def _extended(
     cluster_R: Any, first_C: Any, member_R: Any, role_R: Any, distinct: bool, slots_H: Any, seen_H: Any, out_P: Any,
     count: int,
 ) -> int:  # fmt: skip
-    """Write the other members of the pointers' clusters behind the pointers; returns the number of all."""
+    """Write the other members of the pointers' clusters after the pointers; returns the number of all."""
     seen_H[:] = -1
     for i in range(count):
         cluster = cluster_R[out_P[i]]
@@ -80,7 +80,7 @@ def _extended(
 
 @compiled()
 def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, out_BP: Any, count_B: Any) -> None:
-    """Where each sequence may go on after its token: successors of the candidates that hold it, and their clusters.
+    """Pointers of each sequence after its token: successors of the candidates that hold it, and their clusters.
 
     Args:
         step: (rows_BM, values_BM, scores_BM, token_B): the candidates, of which a row of -1 is none, and the tokens.
@@ -109,7 +109,7 @@ def join(found: Any, at_hand: Any, distinct: bool, joined: Any) -> None:
     Args:
         found: (found_at_B, ids_SK, scores_SK): which search is the sequence's, -1 for none, and what searches found.
         at_hand: (rows_BP, scores_BP): the pointers, -1 for none.
-        distinct: a pointer that the search found too is left out.
+        distinct: a pointer that the search found too is dropped.
         joined: (rows_BM, scores_BM, count_B): rows, -1 for none, and how many; M is at least K + P.
     """
     found_at_B, ids_SK, near_SK = found

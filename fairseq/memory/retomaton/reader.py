@@ -29,7 +29,7 @@ Use = Callable[[Tensor, Candidates], None]
 
 @dataclass(frozen=True)
 class ReadText:
-    """What reading some text came to."""
+    """Result of reading some text."""
 
     state: RetomatonState
     """Of each sequence, after its last token."""
@@ -63,7 +63,7 @@ def read_text(
     starts_B = lengths_B.cumsum(0) - lengths_B
     states, num_searched = [], 0
     for group in _groups(lengths_B, memory.external.k if ahead else 0):
-        # The longest first: those that go on at a step are then the first ones.
+        # The longest first: those that continue at a step are then the first ones.
         group = group[lengths_B[group].argsort(descending=True, stable=True)]
         places = _Places(query_ND, token_N, starts_B[group], lengths_B[group])
         done = _read_group(memory, places, use, state.select(group), ahead=ahead)
@@ -93,7 +93,7 @@ class _Places:
     lengths_B: Tensor
 
     def neighbors(self, memory: Retomaton) -> tuple[Neighbors, Tensor]:
-        """What searches find for all positions, and which of them is that of each of the N positions."""
+        """Neighbours of all positions, and the row of them for each of the N positions."""
         runs = [
             torch.arange(first, first + size) for first, size in zip(self.starts_B.tolist(), self.lengths_B.tolist())
         ]
@@ -167,7 +167,10 @@ class RetomatonReader:
 
 
 def open_reader(config: RetomatonConfig, external: ExternalMemory, combine: Combiner) -> RetomatonReader:
-    """What a config describes, over an opened store. Raises: ValueError when the clusters are not of the store."""
+    """The reader that a config describes, over an opened store.
+
+    Raises: ValueError when the clusters are not of the store.
+    """
     clusters = open_clusters(config.clusters, external.store) if config.clusters else None
     memory = Retomaton(
         external,

@@ -1,4 +1,4 @@
-"""Which tokens a memory helped and harmed most, and which neighbours did it."""
+"""Tokens that a memory helped and harmed most, with the neighbours that did it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from fairseq.data.dictionary import Dictionary
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.retrieval.file import Retrieval, store_digest
 from fairseq.memory.retrieval.sweep import Grid, Setting, opinions
 from fairseq.memory.types import Array
@@ -29,7 +30,7 @@ class Neighbor:
     share: float
     """Its part of the memory's own distribution."""
     is_hit: bool
-    """Whether it holds the target."""
+    """True if it holds the target."""
     text: str
     """Its token in brackets, in the text around it."""
 
@@ -56,11 +57,11 @@ class Change:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types; minus infinity as None."""
-        told: dict[str, Any] = {"text": self.text, "block": self.block}
+        record: dict[str, Any] = {"text": self.text, "block": self.block}
         for name in ("logp_before", "logp_after", "memory_logp", "gain"):
             value = getattr(self, name)
-            told[name] = value if np.isfinite(value) else None
-        return told | {"neighbors": [dict(vars(neighbor)) for neighbor in self.neighbors]}
+            record[name] = value if np.isfinite(value) else None
+        return record | {"neighbors": [dict(vars(neighbor)) for neighbor in self.neighbors]}
 
 
 def open_store(retrieval: Retrieval, prefix: str | None) -> Datastore:
@@ -68,14 +69,10 @@ def open_store(retrieval: Retrieval, prefix: str | None) -> Datastore:
 
     Raises: ValueError when it is not there or is another one.
     """
-    saved, told = retrieval.fingerprint, retrieval.about["store"]
+    saved, place = retrieval.fingerprint, retrieval.about["store"]
     try:
-        store = Datastore.open_any(
-            prefix or told["prefix"],
-            dim=saved["dim"],
-            size=None if told["described"] else saved["store_rows"],
-            with_keys=False,
-        )
+        hints = StoreHints(dim=saved["dim"], size=None if place["described"] else saved["store_rows"])
+        store = Datastore.open(prefix or place["prefix"], hints, with_keys=False)
     except ValueError as error:
         raise ValueError(
             f"--explain shows neighbours in the datastore's text: {error}; or name it by --dstore-filename"
@@ -113,7 +110,7 @@ def explain(
 
 
 def _in_text(retrieval: Retrieval, rows: Array, dictionary: Dictionary) -> Iterator[str]:
-    """Some scored tokens in the scored text around them; blocks that were left out break it."""
+    """Some scored tokens in the scored text around them; dropped blocks break it."""
     order = retrieval.order
     target_N, block_N = (np.asarray(retrieval.arrays[name])[order] for name in ("target", "block"))
     places = np.empty_like(order)

@@ -83,7 +83,7 @@ def specs_of(num_tokens: int, k: int, *, num_types: int, num_rows: int, near: bo
 
 @dataclass(frozen=True)
 class SavedPart:
-    """What was saved about some scored tokens; the neighbours are those of a search for K."""
+    """Saved results of some scored tokens; the neighbours are those of a search for K."""
 
     target_N: Tensor
     """int64."""
@@ -108,7 +108,7 @@ class Retrieval:
 
     path: Path
     fingerprint: Mapping[str, Any]
-    """What decides its content: model, text, store, index, search."""
+    """Everything that decides its content: model, text, store, index, search."""
     about: Mapping[str, Any]
     """More about the evaluation that saved it: its settings, and where its files lay."""
     arrays: Mapping[str, Array]
@@ -127,10 +127,10 @@ class Retrieval:
         """Map a file, complete or not. Raises: ValueError when it is cut short or of another kind."""
         header, first = _header(path)
         try:
-            told = header.pop("__metadata__")
-            if told["format"] != FORMAT:
-                raise KeyError(told["format"])
-            content = {name: json.loads(told[name]) for name in ("version", "made_of", "about", "checksums")}
+            metadata = header.pop("__metadata__")
+            if metadata["format"] != FORMAT:
+                raise KeyError(metadata["format"])
+            content = {name: json.loads(metadata[name]) for name in ("version", "made_of", "about", "checksums")}
             specs = {
                 name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
             }
@@ -157,7 +157,7 @@ class Retrieval:
 
     @property
     def is_joint(self) -> bool:
-        """Whether vocabulary and memory were normalised together (TRIME); else they were interpolated (kNN-LM)."""
+        """True if vocabulary and memory were normalised together (TRIME); else they were interpolated (kNN-LM)."""
         return bool(self.fingerprint["joint"])
 
     @cached_property
@@ -166,7 +166,7 @@ class Retrieval:
         return np.argsort(self.arrays["block"], kind="stable")
 
     def part(self, rows: slice) -> SavedPart:
-        """What was saved about some rows, copied into memory."""
+        """Saved results of some rows, copied into memory."""
         arrays = {name: as_tensor(np.array(array[rows])) for name, array in self.arrays.items() if name != "ids"}
         near = LogSums(arrays["near_hit"], arrays["near_whole"]) if "near_hit" in arrays else None
         scores_NK = arrays["scores"]
@@ -185,13 +185,13 @@ class Retrieval:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """What differs between two descriptions, with both values, as a clause of a message; empty when nothing does."""
+    """Differences between two descriptions, with both values, as a clause of a message; empty when nothing does."""
     names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
     return ", ".join(f"{name} {_short(one.get(name))} and {_short(other.get(name))}" for name in names)
 
 
 def store_digest(store: Datastore) -> str:
-    """What tells the store's content from another's; of files of other programs a checksum of the values."""
+    """Identity of the store's content; for files of other programs a checksum of the values."""
     return store.digest or f"crc {zlib.crc32(np.asarray(store.values, np.int64).tobytes()):08x} of the values"
 
 
@@ -230,5 +230,5 @@ def _why_not_there(path: Path) -> str:
     if progress_of(path).exists():
         state = read_json(progress_of(path))
         done, of = state.get("rows_done", 0), state.get("num_tokens", "?")
-        return f"{path} is not complete ({done} of {of} tokens); the command that saves it goes on when run again"
+        return f"{path} is not complete ({done} of {of} tokens); run the command that saves it again to resume"
     return f"no file {path}; eval_lm.py --knnlm --save-retrieval {path} saves one"

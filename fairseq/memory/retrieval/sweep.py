@@ -23,12 +23,12 @@ from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.metrics.word_loss import LossSums, loss_sums
 from fairseq.runtime.threads import run_in_threads
 
-_PART_NUMBERS = 1 << 18  # neighbours held by a thread at a time, which stay in the processor's cache
+_PART_NUMBERS = 1 << 18  # neighbours held by a thread at a time, which stay in the CPU's cache
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How neighbours are mixed in."""
+    """Settings of the interpolation."""
 
     k: int
     weight: float
@@ -55,14 +55,14 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """As plain types, under the names of the flags."""
         setting = self.setting
-        told: dict[str, Any] = {"k": setting.k, "lmbda": setting.weight}
+        row: dict[str, Any] = {"k": setting.k, "lmbda": setting.weight}
         if setting.joint_temperature is None:
-            told["softmax_temp"] = setting.temperature
+            row["softmax_temp"] = setting.temperature
         else:
-            told |= {"softmax_temp": setting.joint_temperature, "interp_temp": setting.temperature}
+            row |= {"softmax_temp": setting.joint_temperature, "interp_temp": setting.temperature}
         sums = self.sums
-        told |= {"loss_base2": sums.loss_base2, "perplexity": sums.perplexity, "num_tokens": sums.num_tokens}
-        return told | {"num_counted": sums.num_counted, "num_impossible": sums.num_impossible}
+        row |= {"loss_base2": sums.loss_base2, "perplexity": sums.perplexity, "num_tokens": sums.num_tokens}
+        return row | {"num_counted": sums.num_counted, "num_impossible": sums.num_impossible}
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Grid:
     def of(cls, config: SweepConfig, retrieval: Retrieval) -> Grid:
         """The grid a config names, the rest filled in from the saved evaluation.
 
-        Raises: ValueError for what the saved neighbours cannot tell.
+        Raises: ValueError for settings that the saved neighbours do not cover.
         """
         about = retrieval.about
         ks = config.k or (retrieval.k,)
         if max(ks) > retrieval.k:
             raise ValueError(
                 f"--k {max(ks)} is more than the {retrieval.k} neighbours per token in {retrieval.path}; give at most "
-                f"{retrieval.k}, or save them anew with --k {max(ks)}"
+                f"{retrieval.k}, or save them again with --k {max(ks)}"
             )
         temperatures = config.temperature or (about["temperature"],)
         if not retrieval.is_joint:
@@ -98,19 +98,19 @@ class Grid:
         if fixed is not None and temperatures != (fixed,):
             raise ValueError(
                 f"--temperature {', '.join(f'{t:g}' for t in temperatures)}: the sums of the text's own memories in "
-                f"{retrieval.path} were taken at --softmax-temp {fixed:g}; leave it out, or save anew at another one"
+                f"{retrieval.path} were taken at --softmax-temp {fixed:g}; drop it, or save again at another one"
             )
         return cls(ks, config.weights, config.interp_temp or (about["interp_temp"],), temperatures)
 
     @property
     def size(self) -> int:
-        """How many settings there are."""
+        """Number of settings."""
         return len(self.ks) * len(self.weights) * len(self.temperatures) * len(self.joint_temperatures)
 
 
 @dataclass(frozen=True)
 class Opinions:
-    """What the model and the memory say about every scored token, before they are mixed; each (N,) float32."""
+    """Log-probabilities of every scored token by the model and by the memory; each (N,) float32."""
 
     base: Mapping[tuple[int, float | None], Tensor]
     """ln p that the memory's own distribution is mixed into, by (k, joint temperature)."""
@@ -199,7 +199,7 @@ def language_model_alone(retrievals: Sequence[Retrieval]) -> LossSums:
 
 
 def best_of(results: Sequence[Result]) -> Result:
-    """The lowest loss; a setting under which more tokens are impossible, and so left out, is never better."""
+    """The lowest loss; a setting under which more tokens are impossible, and so dropped, is never better."""
     return min(results, key=lambda result: (result.sums.num_impossible, result.sums.loss_base2))
 
 
@@ -210,7 +210,7 @@ def at(result: Result, retrievals: Sequence[Retrieval]) -> Result:
         if setting.k > retrieval.k:
             raise ValueError(
                 f"the best setting has --k {setting.k}, and {retrieval.path} holds {retrieval.k} neighbours per token; "
-                f"save it anew with --k {setting.k}, or sweep --k up to {retrieval.k}"
+                f"save it again with --k {setting.k}, or sweep --k up to {retrieval.k}"
             )
     grid = Grid((setting.k,), (setting.weight,), (setting.temperature,), (setting.joint_temperature,))
     return sweep(retrievals, grid)[0]
@@ -221,7 +221,7 @@ SHARED = (
     *("context_window", "store_digest", "deleted", "index", "metric", "score", "dim"),
     *("use_local", "use_long", "mem_size", "dedup_memory", "fix_tail_pads", "softmax_temp"),
 )
-"""What two evaluations must have in common for a setting of one to mean something in the other."""
+"""Facts that two evaluations must share for a setting of one to mean something in the other."""
 
 
 def open_all(paths: Sequence[str]) -> list[Retrieval]:
@@ -240,20 +240,20 @@ def open_all(paths: Sequence[str]) -> list[Retrieval]:
         shards.add(shard)
     counts = {count for _, count in shards}
     if len(counts) > 1 or len(shards) != next(iter(counts)):
-        told = ", ".join(f"{number} of {count}" for number, count in sorted(shards))
+        listed = ", ".join(f"{number} of {count}" for number, count in sorted(shards))
         raise ValueError(
-            f"the files hold the shards {told} (--shard-id of --num-shards); name those of all shards of one evaluation"
+            f"the files hold the shards {listed} (--shard-id of --num-shards); name all shards of one evaluation"
         )
     return opened
 
 
 def require_alike(one: Retrieval, other: Retrieval, names: Sequence[str] = SHARED) -> None:
     """Raise ValueError with both values where two evaluations differ."""
-    told = differences(*({name: r.fingerprint.get(name) for name in names} for r in (one, other)))
-    if told:
-        raise ValueError(f"{one.path} and {other.path} are of different evaluations: {told}; save both alike")
+    difference = differences(*({name: r.fingerprint.get(name) for name in names} for r in (one, other)))
+    if difference:
+        raise ValueError(f"{one.path} and {other.path} are of different evaluations: {difference}; save both alike")
 
 
 def same_text(one: Sequence[Retrieval], other: Sequence[Retrieval]) -> bool:
-    """Whether two evaluations scored the same split."""
+    """True if two evaluations scored the same split."""
     return bool(one[0].fingerprint["text_digest"] == other[0].fingerprint["text_digest"])

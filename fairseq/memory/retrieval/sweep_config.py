@@ -1,4 +1,4 @@
-"""What can be set about evaluating many settings from one search."""
+"""Options of a sweep: many settings evaluated from one search."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ class SweepConfig:
     report: tuple[str, ...] = flag("--report", default=(), parse=names)
     """File (or files, separated by commas) of another split on which the best setting is evaluated."""
     explain: int = flag("--explain", default=0)
-    """How many of the tokens that gained most, and of those that lost most, to show with their neighbours."""
+    """Number of the tokens that gained most, and of those that lost most, to show with their neighbours."""
     dstore_filename: str | None = flag("--dstore-filename", default=None)
     """The datastore for --explain, where it is not at its old place."""
     dictionary: str | None = flag("--dictionary", default=None)
     """The dict.txt for --explain, where it is not at its old place."""
     out: str | None = flag("--out", default=None)
-    """What the names of the results begin with, followed by .json, .csv and .png; by default the file and .sweep."""
+    """Prefix of the names of the results, followed by .json, .csv and .png; by default the file and .sweep."""
 
     def __post_init__(self) -> None:
         if not self.retrievals:

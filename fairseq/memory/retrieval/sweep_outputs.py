@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def leave(
+def write_outputs(
     out: str,
     results: Sequence[Result],
     best: Result,
-    told: dict[str, Any],
+    figures: dict[str, Any],
     *,
     argv: Sequence[str],
     config: dict[str, Any],
@@ -31,15 +31,16 @@ def leave(
 ) -> None:
     """Write ``out`` with .json, .csv, .png (where matplotlib is installed) and the run manifest."""
     rows = [{name: _finite(value) for name, value in result.to_dict().items()} for result in results]
-    write_atomically(f"{out}.json", json.dumps(told | {"settings": rows}, indent=1, default=_finite) + "\n")
+    write_atomically(f"{out}.json", json.dumps(figures | {"settings": rows}, indent=1, default=_finite) + "\n")
     text = io.StringIO()
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_atomically(f"{out}.csv", text.getvalue())
-    drawn = _heat_map(f"{out}.png", results, best, str(told["tuned_on"]))
-    manifest = {"program": "fairseq-knn-sweep", "argv": argv, "config": config, "figures": told}
-    write_manifest(f"{out}.run.json", **manifest, inputs=inputs)
+    drawn = _heat_map(f"{out}.png", results, best, str(figures["tuned_on"]))
+    write_manifest(
+        f"{out}.run.json", program="fairseq-knn-sweep", argv=argv, config=config, figures=figures, inputs=inputs
+    )
     logger.info("%s.json, .csv%s: %d settings", out, ", .png" if drawn else "", len(rows))
 
 

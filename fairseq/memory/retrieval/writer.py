@@ -1,4 +1,4 @@
-"""Writes the file of ``retrieval.py`` part by part, so that it can be killed at any moment and goes on.
+"""Crash-safe writer of the file of ``file.py``; an interrupted run resumes.
 
 The file grows under ``<path>.tmp``; ``<path>.progress.json`` says how many of its rows are safely on disk. It gets its
 name when it is whole. Memory does not grow with it.
@@ -74,7 +74,7 @@ class RetrievalWriter:
         about: Mapping[str, Any],
         resume: bool = True,
     ) -> None:
-        """Start, or go on where an interrupted writer of the same content stood (``rows_done``).
+        """Start, or resume where an interrupted writer of the same content stopped (``rows_done``).
 
         Args:
             num_tokens: scored tokens the file will hold.
@@ -92,8 +92,8 @@ class RetrievalWriter:
         self._signature = json.loads(
             json.dumps({"made_of": fingerprint, "specs": [vars(spec) for spec in self._specs]})
         )
-        self._told = {"format": FORMAT, "version": str(FORMAT_VERSION), "made_of": json.dumps(fingerprint)}
-        self._told["about"] = json.dumps(about)
+        self._file_metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "made_of": json.dumps(fingerprint)}
+        self._file_metadata["about"] = json.dumps(about)
         may_create_in(self.path.absolute().parent)
         with ExitStack() as until_ready:
             until_ready.enter_context(locked(Path(f"{self.path}.lock"), f"{str(self.path)!r}"))
@@ -121,8 +121,8 @@ class RetrievalWriter:
         near: LogSums | None,
         found: Candidates,
     ) -> None:
-        """Add scored tokens behind those that are there, and put them safely on disk."""
-        assert found.rows_NM is not None, "the memory does not tell which rows of a store its candidates are"
+        """Append scored tokens and put them safely on disk."""
+        assert found.rows_NM is not None, "the memory does not record the rows of its candidates"
         count = len(target_N)
         assert self.rows_done + count <= self.num_tokens, (self.rows_done, count, self.num_tokens)
         for start in range(0, count, _ROWS_AT_ONCE):
@@ -144,14 +144,14 @@ class RetrievalWriter:
         self._record()
 
     def saved(self) -> Retrieval:
-        """What is there so far, as a reader sees it; rows from ``rows_done`` on mean nothing."""
+        """The content so far, as a reader sees it; rows from ``rows_done`` on mean nothing."""
         return Retrieval.read(self._aside)
 
     def finish(self) -> None:
         """Give the file its name. Raises: ValueError when rows are missing; what is there is kept."""
         if self.rows_done != self.num_tokens:
             raise ValueError(
-                f"{self.path} has {self.rows_done} of {self.num_tokens} tokens; they are kept: the same command goes on"
+                f"{self.path} has {self.rows_done} of {self.num_tokens} tokens; they are kept: the same command resumes"
             )
         self._write_at(0, memoryview(self._header({name: sums.digests() for name, sums in self._sums.items()})))
         with naming(self._aside):
@@ -196,7 +196,7 @@ class RetrievalWriter:
                 "%s: another command left %d tokens unfinished; they are thrown away", self.path, state["rows_done"]
             )
         elif not self._aside.exists() or self._aside.stat().st_size < sum(spec.nbytes for spec in self._specs):
-            logger.warning("%s is shorter than its progress file says; starting anew", self._aside)
+            logger.warning("%s is shorter than its progress file says; starting again", self._aside)
         else:
             return state
         progress_of(self.path).unlink()
@@ -231,7 +231,7 @@ class RetrievalWriter:
 
     def _header(self, checksums: Mapping[str, list[str]]) -> bytes:
         """The header of a safetensors file; its length does not depend on the checksums."""
-        content: dict[str, Any] = {"__metadata__": self._told | {"checksums": json.dumps(checksums)}}
+        content: dict[str, Any] = {"__metadata__": self._file_metadata | {"checksums": json.dumps(checksums)}}
         content |= _entries(self._specs)
         text = json.dumps(content).encode()
         text += b" " * (-len(text) % 8)

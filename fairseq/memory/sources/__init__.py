@@ -1,1 +1,1 @@
-"""Where candidates come from. A source offers ``lookup``; see ``base.py``."""
+"""Sources of candidates. A source offers ``lookup``; see ``base.py``."""

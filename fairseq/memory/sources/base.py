@@ -1,4 +1,4 @@
-"""What every source of candidates can do.
+"""The interface of sources of candidates.
 
 Shapes: N scored positions, D key width.
 """

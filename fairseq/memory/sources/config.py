@@ -1,4 +1,4 @@
-"""What can be set about retrieving neighbours from a datastore and mixing them in."""
+"""Options for kNN retrieval and interpolation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KnnConfig:
     dstore_bf16: bool = flag("--dstore-bf16", default=False)
     """The datastore's keys are bfloat16."""
     indexfile: str | None = flag("--indexfile", default=None)
-    """The faiss index over the datastore; the ending .l2, .ip or .cos may be left out."""
+    """The faiss index over the datastore; the ending .l2, .ip or .cos is optional."""
     faiss_metric_type: str = flag("--faiss-metric-type", default="l2", choices=("l2", "ip", "cos"))
     """Metric of the index: minus the squared distance, inner product or cosine."""
     knn_sim_func: str | None = flag("--knn-sim-func", default=None, choices=("do_not_recomp_l2", "dot"))
@@ -40,7 +40,7 @@ class KnnConfig:
     index_mmap: bool = flag("--index-mmap", default=False)
     """Leave the lists of the index on disk and read them as they are visited, for an index larger than the memory."""
     use_faiss_cpu: bool = flag("--use-faiss-cpu", default=False)
-    """Search the index on the processor even where faiss could on a GPU."""
+    """Search the index on the CPU even where faiss could on a GPU."""
     search_memory: float = flag("--search-memory", default=2.0)
     """GB that a search of the keys themselves (no --indexfile) may take; with less, the keys are read more often."""
     move_dstore_to_mem: bool = flag("--move-dstore-to-mem", default=False)
@@ -67,7 +67,7 @@ class KnnConfig:
 
     @property
     def similarity(self) -> str:
-        """Where a neighbour's score comes from: ``recompute``, ``index`` or ``dot`` (see ExternalMemory)."""
+        """Origin of a neighbour's score: ``recompute``, ``index`` or ``dot`` (see ExternalMemory)."""
         if self.knn_sim_func == "dot":
             return "dot"
         return "index" if self.no_load_keys or self.knn_sim_func == "do_not_recomp_l2" else "recompute"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.opening import open_index
@@ -26,11 +27,21 @@ SCORES = ("recompute", "index", "dot")
 
 
 class ExternalMemory:
-    """Looks up the nearest rows of a store for many positions at once: an index answers a bulk much faster."""
+    """The k nearest rows of a datastore, as candidates. Look up many positions at once: a bulk is much faster.
+
+    Source: arXiv 1911.00172, sec. 2.
+
+    ```python
+    memory = ExternalMemory.open("store", k=8)  # exact; name an index file to search that
+    candidates = memory.lookup(query_ND)  # values, scores and mask, (N, 8)
+    ```
+    """
 
     def __init__(self, store: Datastore, index: Index, k: int, score: str = "recompute") -> None:
         """Args.
 
+        store: an opened datastore.
+        index: an index over its keys.
         k: neighbours per position.
         score: ``recompute`` computes the index's metric from the full keys, ``index`` takes the index's own scores
             (compressed keys), ``dot`` computes the inner product from the full keys.
@@ -45,7 +56,7 @@ class ExternalMemory:
         if len(index) != len(store):
             raise ValueError(
                 f"the index holds {len(index)} rows, datastore {store.prefix!r} {len(store)}: the store grew or was "
-                "saved anew, or the build did not end; rebuild it with build_dstore.py"
+                "saved again, or the build did not end; rebuild it with build_dstore.py"
             )
         if score != "index" and not store.has_keys:
             raise ValueError(f"datastore {store.prefix!r} was opened without its keys, {score!r} scores need them")
@@ -67,21 +78,21 @@ class ExternalMemory:
 
         Args:
             store: prefix of the datastore's files, or an opened store.
-            index: name of the index file, with or without the metric as its ending; None searches the keys
-                themselves, exactly.
+            index: name of the index file, with or without the metric as its ending; None searches the keys themselves,
+                exactly.
             k: neighbours per position; at most the rows of the store are taken.
             metric: ``l2``, ``ip`` or ``cos``.
             score: see the class.
-            probe: lists of the index that a search visits.
+            probe: lists of the index that a search probes.
         Raises: ValueError or OSError when something is missing, damaged or does not fit.
         """
         if not isinstance(store, Datastore):
-            store = Datastore.open_any(store)
+            store = Datastore.open(store, StoreHints())
         metric = metric if isinstance(metric, Metric) else Metric.parse(metric)
         return cls(store, open_index(store, metric, index, probe=probe), min(k, store.num_alive), score)
 
     def lookup(self, query_ND: Tensor) -> Candidates:
-        """The neighbours of each query as candidates on the query's device."""
+        """Candidates for N positions, given their keys (N, D); on the device of the keys."""
         started = time.perf_counter()
         device = query_ND.device
         found = self.neighbors(query_ND)
@@ -92,13 +103,13 @@ class ExternalMemory:
         return candidates
 
     def neighbors(self, query_ND: Tensor) -> Neighbors:
-        """The k nearest rows of each query with their scores, on the host; a row that was not found is -1."""
+        """The k nearest rows of each query with their scores, on the CPU; the id is -1 where no row was found."""
         query_ND = query_ND.detach().float().cpu().contiguous()
         found = by_row_where_equal(self.index.search(query_ND, self.k))
         return found if self.score == "index" else Neighbors(found.ids_NK, self._full_scores(query_ND, found.ids_NK))
 
     def candidates(self, found: Neighbors, device: torch.device | str = "cpu") -> Candidates:
-        """The tokens of some rows with their scores."""
+        """Candidates of a search result: the rows' tokens, scores and mask, on ``device``."""
         # An id of -1 (the visited lists held fewer than k rows) must never be read as the last row.
         keep_NK = found.ids_NK >= 0
         if bool(keep_NK.all()):
@@ -151,14 +162,9 @@ def open_store(config: KnnConfig, *, dim: int) -> Datastore:
     if not prefix:
         raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     with_keys = config.similarity != "index"
-    store = Datastore.open_any(
-        prefix,
-        dim=dim if config.dstore_size is not None else None,
-        size=config.dstore_size,
-        fp16=config.dstore_fp16,
-        bf16=config.dstore_bf16,
-        with_keys=with_keys,
-    )
+    stated_dim = dim if config.dstore_size is not None else None
+    hints = StoreHints(stated_dim, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    store = Datastore.open(prefix, hints, with_keys=with_keys)
     return store.in_memory() if config.move_dstore_to_mem else store
 
 

@@ -12,9 +12,16 @@ from fairseq.memory.types import Candidates, Passage
 
 
 class LocalMemory:
-    """Offers each scored position the positions before it in the same input, context included.
+    """Local memory: each scored position is offered the positions before it in the same input, context included.
+
+    Scores are inner products divided by the root of the width.
 
     Source: arXiv 2205.12674, sec. 3.1.
+
+    ```python
+    candidates = LocalMemory().lookup(passage)
+    candidates.keep_NM.sum(1)  # tensor([2, 3, 4, 5, 6, 7]): the context, and what was scored before
+    ```
     """
 
     def __init__(self) -> None:
@@ -22,7 +29,7 @@ class LocalMemory:
         self._num_context = 0
 
     def lookup(self, passage: Passage) -> Candidates:
-        """See ``TextSource``."""
+        """Candidates for the scored positions of a passage; none sees itself or a later one."""
         scores_NT = scaled_products(passage.queries, passage.key_TD)
         return Candidates(passage.value_T[None], scores_NT, self._past(scores_NT, passage.num_context))
 
@@ -35,7 +42,7 @@ class LocalMemory:
         return kept
 
     def append(self, passage: Passage) -> None:
-        """Nothing is remembered: the next input brings its own context."""
+        """Does nothing: the next input brings its own context."""
 
     def reset(self) -> None:
-        """Nothing is remembered."""
+        """Does nothing."""

@@ -12,21 +12,35 @@ from fairseq.memory.types import Candidates, Passage
 
 
 class RollingMemory:
-    """Keeps the last ``size`` scored positions of the text; a gap in the text empties it.
+    """Long-term memory: the last ``size`` scored positions of earlier passages. A gap in the text empties it.
 
-    Source: arXiv 2205.12674, sec. 3.1. As in TRIME, the context of a passage is held here and is in its local memory
-    too, so that a candidate may count twice; ``dedup`` leaves here what the context repeats.
+    As in TRIME, the context of a passage is in this memory and in its local one too, so a candidate may count twice;
+    ``dedup`` drops here what the context repeats.
+
+    Source: arXiv 2205.12674, sec. 3.1.
+
+    ```python
+    rolling = RollingMemory(size=512)
+    rolling.append(passage)  # after it was scored
+    following = Passage(number=1, key_TD=key_ND[6:14], value_T=token_N[6:14], num_context=2)
+    rolling.lookup(following).scores_NM.shape  # torch.Size([6, 6])
+    ```
     """
 
     def __init__(self, size: int, *, dedup: bool = False) -> None:
-        """Raises: ValueError when size is not positive."""
+        """Args.
+
+        size: positions that are kept, at least 1.
+        dedup: drop the positions that the passage holds as its context.
+        Raises: ValueError when size is not positive.
+        """
         if size < 1:
             raise ValueError(f"a long-term memory needs --mem-size of at least 1, got {size}")
         self.size, self.dedup = size, dedup
         self.reset()
 
     def reset(self) -> None:
-        """See ``TextSource``."""
+        """Forget everything: another text begins."""
         self._keys: torch.Tensor | None = None
         self._values = torch.empty(0, dtype=torch.int64)
         self._end = 0
@@ -36,7 +50,7 @@ class RollingMemory:
         return min(self._end, self.size)
 
     def lookup(self, passage: Passage) -> Candidates:
-        """See ``TextSource``."""
+        """Candidates for the scored positions of a passage: the same earlier positions for all of them."""
         if self._next is not None and passage.number != self._next:
             self.reset()
         query_ND = passage.queries
@@ -51,7 +65,7 @@ class RollingMemory:
         return Candidates(value_1M, scores_NM, scores_NM.new_ones(1, 1, dtype=torch.bool).expand_as(scores_NM))
 
     def append(self, passage: Passage) -> None:
-        """See ``TextSource``."""
+        """Add the scored positions of a passage, after it was scored."""
         key_ND, value_N = passage.queries[-self.size :], passage.targets[-self.size :]
         self._next = passage.number + 1
         if self._keys is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from fairseq.memory.trime.symmetric import accumulate_symmetric
 
 __all__ = ["InBatchMemory", "joint_loss"]
 
-NeedsGrad = tuple[bool, bool, bool, bool]
+
+class NeedsGrad(NamedTuple):
+    """Inputs of the loss that need a gradient."""
+
+    key: bool
+    logp: bool
+    norm: bool
+    other: bool
+
+
 Computed = tuple[Tensor, list["Tensor | None"]]
 Compute = Callable[[InBatchMemory, NeedsGrad, Tensor, Tensor, Tensor, "Tensor | None"], Computed]
 
@@ -33,15 +42,24 @@ def joint_loss(
     memory: InBatchMemory,
     other_key_MD: Tensor | None = None,
 ) -> Tensor:
-    """-log of the targets' share when vocabulary and memory are normalised together, summed; differentiable once.
+    """TRIME's training loss: -log of the targets' share when vocabulary and memory are normalised together, summed.
+
+    Memory is linear in the number of positions. Differentiable once.
 
     Args:
         key_ND: queries and keys at once; types narrower than float32 are summed in float32.
         lm_logp_N: the language model's log-probability of each target.
         lm_norm_N: the log-sum of its scores (adaptive softmax: of its head).
-        memory: values of the memories, and who sees whom.
-        other_key_MD: keys of memories from elsewhere (``memory.other_token_M``), gathered from other ranks.
-    Source: arXiv 2205.12674, sec. 3 and 4. A position that sees no memory contributes exactly ``-lm_logp``.
+        memory: values of the memories, and which positions see them.
+        other_key_MD: keys of memories from other ranks (``memory.other_token_M``).
+    Returns: a scalar. A position that sees no memory contributes exactly ``-lm_logp``.
+    Source: arXiv 2205.12674, sec. 3 and 4.
+
+    ```python
+    states_ND = torch.randn(8, 16, requires_grad=True)
+    loss = joint_loss(states_ND, torch.full((8,), -4.0), torch.zeros(8), in_batch)
+    loss.backward()
+    ```
     """
     compute: Compute = compute_eager
     if key_ND.is_cuda and importlib.util.find_spec("triton") is not None:
@@ -63,7 +81,7 @@ def apply(
 ) -> Tensor:
     """:func:`joint_loss` by a given way to compute it."""
     inputs = (key_ND, lm_logp_N, lm_norm_N, other_key_MD)
-    needs_grad = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs)
+    needs_grad = NeedsGrad(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
     result: Tensor = _JointLoss.apply(compute, memory, needs_grad, *inputs)  # type: ignore[no-untyped-call]
     return result
 
@@ -101,12 +119,12 @@ def compute_eager(
     key_ND, logp_N, norm_N = key_ND.to(wide), lm_logp_N.to(wide), lm_norm_N.to(wide)
     other_key_MD = None if other_key_MD is None else other_key_MD.to(wide)
     if memory.rule.earlier and memory.rule.later and other_key_MD is None:
-        found = accumulate_symmetric(memory, key_ND, logp_N, norm_N, needs_grad[0])
+        found = accumulate_symmetric(memory, key_ND, logp_N, norm_N, needs_grad.key)
         if found is not None:
             return found
     gradients = Gradients(
-        torch.zeros_like(key_ND) if needs_grad[0] else None,
-        torch.zeros_like(other_key_MD) if needs_grad[3] and other_key_MD is not None else None,
+        torch.zeros_like(key_ND) if needs_grad.key else None,
+        torch.zeros_like(other_key_MD) if needs_grad.other and other_key_MD is not None else None,
     )
     sums = begin(memory, logp_N, norm_N)
     if len(key_ND):

@@ -25,32 +25,39 @@ from torch import Tensor
 
 from fairseq.memory.trime.visibility import Strip, VisibilityRule, VisibleRanges
 
-# Rows of a strip, its bytes, and the width of the stairs that leave out what is above the diagonal. On a processor
+# Rows of a strip, its bytes, and the width of the stairs that skip what is above the diagonal. On a CPU
 # products of fewer than 256 rows lose more speed than the triangle costs; a GPU wants few large products.
 _SIZES = {"cpu": (1024, 1 << 26, 256), "cuda": (4096, 1 << 30, 2048)}
-# Elements treated at a time: about a processor's second-level cache, so that several cheap passes cost little.
+# Elements treated at a time: about a CPU's second-level cache, so that several cheap passes cost little.
 CHUNK = 1 << 18
 
 
 @dataclass(frozen=True)
 class InBatchMemory:
-    """What a batch offers its own positions, beside their keys."""
+    """In-batch memory: every position of a training batch is a key, and its target is the value.
+
+    ```python
+    from fairseq.memory.trime.visibility import LOCAL  # LONG and EXTERNAL are the other two rules
+
+    in_batch = InBatchMemory(token_N=token_N[:8], lengths=[4, 4], rule=LOCAL, scale=16**-0.5)
+    ```
+    """
 
     token_N: Tensor
     """The target of each position, which is the value of its memory."""
     lengths: Sequence[int]
     """Positions in each segment, in order."""
     rule: VisibilityRule
-    """Who may see whom."""
+    """Which positions see which memories: ``LOCAL``, ``LONG`` or ``EXTERNAL``."""
     scale: float
-    """What inner products are multiplied by: 1 / (sqrt(D) * temperature)."""
+    """Factor of the inner products: 1 / (sqrt(D) * temperature)."""
     other_token_M: Tensor | None = None
     """Values of memories from elsewhere, which every position sees."""
 
 
 @dataclass(frozen=True)
 class RunningSums:
-    """What is known of each position; ``whole_N`` and ``target_N`` grow in place while strips go by."""
+    """Sums of each position; ``whole_N`` and ``target_N`` grow in place while strips go by."""
 
     token_N: Tensor
     other_token_M: Tensor | None
@@ -75,14 +82,14 @@ class RunningSums:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Where the keys' gradients are added up; None for what needs none."""
+    """Buffers that collect the keys' gradients; None for what needs none."""
 
     key_ND: Tensor | None
     other_MD: Tensor | None
 
     @property
     def wanted(self) -> bool:
-        """Whether there is anything to add to."""
+        """True if there is anything to add to."""
         return self.key_ND is not None or self.other_MD is not None
 
 
@@ -90,7 +97,7 @@ class StripGradient(Protocol):
     """Lets the rows of a strip see its columns (those from elsewhere first) and turns similarities into gradients."""
 
     gain: float
-    """What the gradients are multiplied by, to keep them in range; a power of two."""
+    """Factor that keeps the gradients in range; a power of two."""
 
     def __call__(self, score_RW: Tensor, strip: Strip, needs_weights: bool) -> tuple[Tensor, Tensor | None]:
         """Update the positions' sums.
@@ -115,20 +122,20 @@ def end(sums: RunningSums, logp_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, -own_share_N, (-sums.whole_N).exp_().sub_(own_share_N)
 
 
-def rows_and_causal(width: int, like: Tensor) -> tuple[int, int]:
+def strip_shape(width: int, like: Tensor) -> tuple[int, int]:
     """Rows of a strip of that many columns, and the width of its stairs."""
-    max_rows, max_bytes, causal = _SIZES["cuda" if like.is_cuda else "cpu"]
+    max_rows, max_bytes, stair_width = _SIZES["cuda" if like.is_cuda else "cpu"]
     itemsize = torch.promote_types(like.dtype, torch.float32).itemsize
-    return max(16, min(max_rows, max_bytes // (itemsize * max(width, 1)))), causal
+    return max(16, min(max_rows, max_bytes // (itemsize * max(width, 1)))), stair_width
 
 
 def accumulate_strips(
-    memory: InBatchMemory, key_ND: Tensor, other_key_MD: Tensor | None, weigh: StripGradient, gradients: Gradients
+    memory: InBatchMemory, key_ND: Tensor, other_key_MD: Tensor | None, to_gradient: StripGradient, gradients: Gradients
 ) -> None:
     """Go through a batch strip by strip, each row of a strip seeing all its memories at once."""
     num_other = 0 if other_key_MD is None else len(other_key_MD)
     across = memory.rule.earlier or memory.rule.later
-    num_rows, causal = rows_and_causal(num_other + (len(key_ND) if across else max(memory.lengths)), key_ND)
+    num_rows, stair_width = strip_shape(num_other + (len(key_ND) if across else max(memory.lengths)), key_ND)
     strips = [s for s in memory.rule.strips(memory.lengths, num_rows) if num_other + s.high > s.low]
     if not strips:
         return
@@ -145,16 +152,16 @@ def accumulate_strips(
         parts = []
         if other_key_MD is not None:
             parts.append(_Part(slice(None), slice(0, num_other), other_key_MD, gradients.other_MD))
-        parts += _own_parts(strip, causal, num_other, key_ND, gradients.key_ND)
+        parts += _own_parts(strip, stair_width, num_other, key_ND, gradients.key_ND)
         for part in parts:
             scores(query_RD[part.rows], part.key_WD, memory.scale, score_RW[part.rows, part.columns])
-        weight_RW, factor_R = weigh(score_RW, strip, gradients.wanted)
+        weight_RW, factor_R = to_gradient(score_RW, strip, gradients.wanted)
         if gradients.wanted:
             weighted_RD = query_RD
             if factor_R is not None:
                 weighted_RD = torch.mul(query_RD, factor_R[:, None], out=query_buffer[: strip.num_rows])
             sum_RD = sum_buffer[: strip.num_rows]
-            _spread(weight_RW, parts, weighted_RD, memory.scale / weigh.gain, sum_RD)
+            _spread(weight_RW, parts, weighted_RD, memory.scale / to_gradient.gain, sum_RD)
             if gradients.key_ND is not None:
                 gradients.key_ND[strip.rows] += sum_RD if factor_R is None else sum_RD.mul_(factor_R[:, None])
 
@@ -169,10 +176,10 @@ class _Part:
     grad_WD: Tensor | None
 
 
-def _own_parts(strip: Strip, causal: int, num_other: int, key_ND: Tensor, grad_ND: Tensor | None) -> list[_Part]:
+def _own_parts(strip: Strip, stair_width: int, num_other: int, key_ND: Tensor, grad_ND: Tensor | None) -> list[_Part]:
     left = num_other - strip.low
     found = []
-    for rows, columns in strip.pieces(causal) if strip.high > strip.low else ():
+    for rows, columns in strip.pieces(stair_width) if strip.high > strip.low else ():
         inside = slice(rows.start - strip.start, rows.stop - strip.start)
         grad_WD = None if grad_ND is None else grad_ND[columns]
         place = slice(left + columns.start, left + columns.stop)

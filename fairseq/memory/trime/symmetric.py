@@ -24,8 +24,8 @@ from fairseq.memory.trime.streaming import (
     add_product,
     begin,
     end,
-    rows_and_causal,
     scores,
+    strip_shape,
 )
 from fairseq.memory.trime.strip_gradients import EagerStripGradient, row_groups
 from fairseq.memory.trime.token_index import TokenPositions
@@ -47,7 +47,7 @@ def accumulate_symmetric(
         return None
     sums = begin(memory, logp_N, norm_N)
     pairs = _Pairs(memory, key_ND, norm_N)
-    pairs.look(sums)
+    pairs.accumulate(sums)
     if not pairs.in_range(sums):
         return None
     gradients = Gradients(torch.zeros_like(key_ND) if wants_key else None, None)
@@ -67,7 +67,7 @@ class _Pairs:
 
     def __init__(self, memory: InBatchMemory, key_ND: Tensor, norm_N: Tensor) -> None:
         self.key_ND, self.scale = key_ND, memory.scale
-        num_rows, self.causal = rows_and_causal(len(key_ND), key_ND)
+        num_rows, self.stair_width = strip_shape(len(key_ND), key_ND)
         self.strips = list(segment_strips(memory.lengths, num_rows))
         sizes = ((strip.rows.stop - strip.rows.start) * strip.width for strip in self.strips)
         self.buffer = key_ND.new_empty(max(sizes, default=0))
@@ -78,10 +78,10 @@ class _Pairs:
         self.above_N = norm_N - self.shift
 
     def in_range(self, sums: RunningSums) -> bool:
-        """Whether no log-sum is too far above the shift (or not a number)."""
+        """True if no log-sum is too far above the shift (or not a number)."""
         return bool((self.above_N + sums.whole_N).max() <= _MAX_ABOVE)
 
-    def look(self, sums: RunningSums) -> None:
+    def accumulate(self, sums: RunningSums) -> None:
         """Let all positions see each other."""
         sum_N, hit_N = torch.zeros_like(self.above_N), torch.zeros_like(self.above_N)
         ones_N = torch.ones_like(sum_N)
@@ -122,7 +122,7 @@ class _Pairs:
     def _pieces(self, strip: SegmentStrip) -> Iterator[tuple[slice, slice, slice]]:
         """Rows within the strip, rows and columns within the batch of each block that is computed."""
         start = strip.rows.start
-        for rows, columns in strip.pieces(self.causal):
+        for rows, columns in strip.pieces(self.stair_width):
             yield slice(rows.start - start, rows.stop - start), rows, columns
 
     def _exponentiate(self, strip: SegmentStrip, visit: Callable[[Tensor, slice, int], None]) -> Tensor:

@@ -37,8 +37,8 @@ def compute_on_gpu(
     other_key_MD = None if other_key_MD is None else other_key_MD.to(key_ND.dtype)
     logp_N, norm_N = lm_logp_N.float().contiguous(), lm_norm_N.float().contiguous()
     gradients = Gradients(
-        torch.zeros_like(key_ND, dtype=torch.float32) if needs_grad[0] else None,
-        torch.zeros_like(other_key_MD, dtype=torch.float32) if needs_grad[3] and other_key_MD is not None else None,
+        torch.zeros_like(key_ND, dtype=torch.float32) if needs_grad.key else None,
+        torch.zeros_like(other_key_MD, dtype=torch.float32) if needs_grad.other and other_key_MD is not None else None,
     )
     sums = begin(memory, logp_N, norm_N)
     accumulate_strips(memory, key_ND, other_key_MD, TritonStripGradient(sums, key_ND.dtype), gradients)
@@ -47,7 +47,7 @@ def compute_on_gpu(
 
 
 def can_widen(key_ND: Tensor) -> bool:
-    """Whether products of such keys can be had in float32 without a copy of the keys (CUDA, PyTorch 2.8 and later)."""
+    """True if such keys can be multiplied in float32 without a copy of the keys (CUDA, PyTorch 2.8 and later)."""
     return key_ND.dtype == torch.float32 or (key_ND.is_cuda and "dtype" in torch.ops.aten.mm.overloads())
 
 

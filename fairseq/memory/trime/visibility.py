@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VisibleRanges:
-    """What each position sees: ``first <= m < past`` or ``m >= later``."""
+    """Memories that each position sees: ``first <= m < past`` or ``m >= later``."""
 
     first_N: Tensor
     past_N: Tensor
@@ -42,7 +42,7 @@ class Strip:
     mixed: tuple[int, int]
     """Columns that not all rows see; all rows see every other column."""
     causal: bool = False
-    """Whether the mixed columns are the rows themselves and each row sees those before it."""
+    """True if the mixed columns are the rows themselves and each row sees those before it."""
 
     @property
     def rows(self) -> slice:
@@ -56,11 +56,11 @@ class Strip:
 
     @property
     def num_rows(self) -> int:
-        """How many positions."""
+        """Number of positions."""
         return self.end - self.start
 
     def pieces(self, step: int) -> Iterator[tuple[slice, slice]]:
-        """Blocks (rows, columns) that hold everything seen; blocks above the diagonal, where no row sees, are left out.
+        """Blocks (rows, columns) that hold everything seen; blocks above the diagonal, where no row sees, are skipped.
 
         Args:
             step: width of the stairs that follow the diagonal.

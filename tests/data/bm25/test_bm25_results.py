@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq.data.bm25.chain import chain, neighbor_rate, reverse
-from fairseq.data.bm25.results import Neighbors, ShardWriter, read_results
+from fairseq.data.bm25.results import SegmentNeighbors, ShardWriter, read_results
 
 SEARCH = {"num_segments": 4, "num_neighbors": 2}
 
 
 def table(lists):
     starts = np.cumsum([0, *map(len, lists)])
-    return Neighbors(np.array([i for found in lists for i in found], dtype=np.int32), starts)
+    return SegmentNeighbors(np.array([i for found in lists for i in found], dtype=np.int32), starts)
 
 
 def lists_of(neighbors):

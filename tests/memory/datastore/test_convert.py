@@ -10,6 +10,7 @@ from store_making import DIM, META, rows, save
 from fairseq.memory.datastore.convert import convert, nonfinite_rows, sample
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import delete
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.datastore.info import count_keys, describe
 from fairseq.memory.datastore.merge import merge
 from fairseq.memory.datastore.writer import DatastoreWriter
@@ -59,7 +60,7 @@ def test_keys_that_are_not_finite_are_counted_and_refused_or_dropped(tmp_path, d
     bad = [4, 11, 12, 20] if dtype == "float16" else [4, 11, 12]
     keys.tofile(tmp_path / "d_keys.npy")
     values.tofile(tmp_path / "d_vals.npy")
-    store = Datastore.open_headerless(tmp_path / "d", dim=DIM)
+    store = Datastore.open(tmp_path / "d", StoreHints(dim=DIM))
     assert nonfinite_rows(store.keys, dtype).tolist() == bad
     with pytest.raises(ValueError, match=f"{len(bad)} of the 30 keys of .* hold NaN or infinity as {dtype}; --drop-"):
         convert(store, tmp_path / "x", dtype, {}, drop=False)
@@ -151,5 +152,5 @@ def test_what_is_told_of_a_store(tmp_path):
     keys[20:], keys[3, 1], keys[4, 0] = 0, np.nan, -np.inf
     keys.tofile(tmp_path / "d_keys.npy")
     values.tofile(tmp_path / "d_vals.npy")
-    counts = count_keys(Datastore.open_headerless(tmp_path / "d", dim=DIM).keys)
+    counts = count_keys(Datastore.open(tmp_path / "d", StoreHints(dim=DIM)).keys)
     assert (counts.nonfinite, counts.zero) == (2, 10)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.runtime.files import BlockChecksums, locked
 
@@ -77,7 +78,7 @@ def test_headerless_files_of_trime(tmp_path, fp16):
     keys.astype(np.float16 if fp16 else np.float32).tofile(tmp_path / name)
     values.astype(np.int64).tofile(tmp_path / "d_vals.npy")
     for size in (20, None):
-        store = Datastore.open_headerless(tmp_path / "d", dim=DIM, size=size, fp16=fp16)
+        store = Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=size, fp16=fp16))
         assert len(store) == 20
         np.testing.assert_array_equal(store.values, values)
         store.require(dim=DIM, size=20, dictionary_size=50, dictionary_digest="x", key_tap="model_output")
@@ -88,14 +89,14 @@ def test_values_of_16_bits_wrap_and_are_refused_for_a_larger_dictionary(tmp_path
     keys, _ = rows(4)
     keys.astype(np.float16).tofile(tmp_path / "k_keys.npy")
     np.array([1, 2, 40_000, 3]).astype(np.int16).tofile(tmp_path / "k_vals.npy")
-    store = Datastore.open_headerless(tmp_path / "k", dim=DIM, size=4, fp16=True)
+    store = Datastore.open(tmp_path / "k", StoreHints(dim=DIM, size=4, fp16=True))
     assert store.values.dtype == "int16"
     with pytest.raises(ValueError, match=r"int16, which wraps above 32767, and the dictionary has 50000 types"):
         store.require(dictionary_size=50_000)
     with pytest.raises(ValueError, match=r"tokens -25536 to 3, the dictionary has 30000 types"):
         store.require(dictionary_size=30_000)
     np.array([1, 2, 4, 3]).astype(np.int16).tofile(tmp_path / "k_vals.npy")
-    Datastore.open_headerless(tmp_path / "k", dim=DIM, size=4, fp16=True).require(dictionary_size=32_000)
+    Datastore.open(tmp_path / "k", StoreHints(dim=DIM, size=4, fp16=True)).require(dictionary_size=32_000)
 
 
 def test_headerless_sizes_are_checked_before_any_work(tmp_path):
@@ -103,18 +104,18 @@ def test_headerless_sizes_are_checked_before_any_work(tmp_path):
     keys.tofile(tmp_path / "d_keys.npy")
     values.astype(np.int64).tofile(tmp_path / "d_vals.npy")
     with pytest.raises(ValueError, match=r"holds 640 bytes; 21 rows of 8 float32 values take 672.*it holds 20 rows"):
-        Datastore.open_headerless(tmp_path / "d", dim=DIM, size=21)
+        Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=21))
     with pytest.raises(ValueError, match=r"d_keys.npy holds 640 bytes; 20 rows of 9 float32 values take 720"):
-        Datastore.open_headerless(tmp_path / "d", dim=9, size=20)
+        Datastore.open(tmp_path / "d", StoreHints(dim=9, size=20))
     with pytest.raises(ValueError, match="leave out --dstore-fp16"):
-        Datastore.open_headerless(tmp_path / "d", dim=DIM, size=20, fp16=True)
+        Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=20, fp16=True))
     keys.astype(np.float16).tofile(tmp_path / "d_keys.npy")
     with pytest.raises(ValueError, match="add --dstore-fp16"):
-        Datastore.open_headerless(tmp_path / "d", dim=DIM, size=20)
+        Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=20))
     keys.tofile(tmp_path / "d_keys.npy")
     values[:11].astype(np.int64).tofile(tmp_path / "d_vals.npy")
     with pytest.raises(ValueError, match="d_vals.npy holds 88 bytes; 20 values take 160 as int64, 80 as int32"):
-        Datastore.open_headerless(tmp_path / "d", dim=DIM, size=20)
+        Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=20))
 
 
 def test_rows_of_zeros_at_the_end_are_told(tmp_path, caplog):
@@ -122,7 +123,7 @@ def test_rows_of_zeros_at_the_end_are_told(tmp_path, caplog):
     keys[15:] = 0
     keys.tofile(tmp_path / "d_keys.npy")
     values.astype(np.int64).tofile(tmp_path / "d_vals.npy")
-    Datastore.open_headerless(tmp_path / "d", dim=DIM, size=20)
+    Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=20))
     assert "the last key of" in caplog.text
 
 
@@ -145,7 +146,7 @@ def test_missing_incomplete_truncated_and_foreign_stores(tmp_path):
         Datastore.open(tmp_path / "nothing")
     save(tmp_path / "s")
     with pytest.raises(ValueError, match="holds float32 keys and --dstore-fp16 was given"):
-        Datastore.open(tmp_path / "s", fp16=True)
+        Datastore.open(tmp_path / "s", StoreHints(fp16=True))
     with open(tmp_path / "s_keys.npy", "r+b") as file:
         file.truncate(1000)
     with pytest.raises(ValueError, match=r"s_keys.npy holds 1000 bytes; 100 rows of float32 take 3200"):
@@ -170,7 +171,7 @@ def test_an_empty_store_is_refused(tmp_path):
     (tmp_path / "d_keys.npy").touch()
     (tmp_path / "d_vals.npy").touch()
     with pytest.raises(ValueError, match="the store is empty"):
-        Datastore.open_headerless(tmp_path / "d", dim=DIM)
+        Datastore.open(tmp_path / "d", StoreHints(dim=DIM))
 
 
 def test_a_flipped_byte_is_found(tmp_path):
@@ -345,7 +346,7 @@ def test_the_golden_sample_opens_in_both_layouts():
     if not golden:
         pytest.skip("FAIRSEQ_GOLDEN is not set")
     prefix = Path(golden) / "trime" / "dstore-sample" / "dstore"
-    full = Datastore.open_headerless(prefix, dim=128, size=2048)
-    half = Datastore.open_headerless(prefix, dim=128, size=2048, fp16=True)
+    full = Datastore.open(prefix, StoreHints(dim=128, size=2048))
+    half = Datastore.open(prefix, StoreHints(dim=128, size=2048, fp16=True))
     np.testing.assert_allclose(full.keys, np.asarray(half.keys, np.float32), atol=4e-3)
     full.require(dictionary_size=17_551)

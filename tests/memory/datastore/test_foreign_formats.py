@@ -7,6 +7,7 @@ import pytest
 from store_making import DIM, rows
 
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.build.preflight import open_store as open_for_building
 from fairseq.memory.sources.config import KnnConfig
@@ -63,7 +64,7 @@ def test_a_store_of_another_program_is_read(tmp_path, layout, half):
     flag = {"fp16": half} if sizes else {}
     expected = KEYS.astype("float16" if half else "float32").astype("float32")
     for stated in (sizes, STATED):
-        store = Datastore.open_any(prefix, **stated, **flag)
+        store = Datastore.open(prefix, StoreHints(**stated, **flag))
         assert (len(store), store.dim) == (ROWS, DIM)
         assert store.keys.dtype == ("float16" if half else "float32")
         np.testing.assert_array_equal(store.take_keys(np.arange(ROWS)), expected)
@@ -94,7 +95,7 @@ def test_a_store_of_another_program_is_read(tmp_path, layout, half):
 def test_sizes_that_do_not_fit_are_told(tmp_path, layout, stated, message):
     prefix, _ = layout(tmp_path, False)
     with pytest.raises(ValueError, match=message):
-        Datastore.open_any(prefix, **stated)
+        Datastore.open(prefix, StoreHints(**stated))
 
 
 def damage(path: Path, size: int | None = None, content: bytes = b"") -> None:
@@ -120,14 +121,14 @@ def test_damaged_files_are_told(tmp_path, layout, name, change, message):
     prefix, stated = layout(tmp_path, False)
     damage(tmp_path / name, **change)
     with pytest.raises(ValueError, match=message):
-        Datastore.open_any(prefix, **stated)
+        Datastore.open(prefix, StoreHints(**stated))
 
 
 def test_arrays_of_other_types_and_shapes_are_refused(tmp_path):
     prefix, _ = with_headers(tmp_path, False)
     np.save(tmp_path / "vals.npy", VALUES[:5])
     with pytest.raises(ValueError, match="holds 5 int64, the keys are 20 rows"):
-        Datastore.open_any(prefix)
+        Datastore.open(prefix, StoreHints())
     for keys, message in (
         (KEYS.astype(np.float64), "holds float64; keys are float32 or float16"),
         (KEYS[None], r"holds an array of shape \(1, 20, 4\); keys are"),
@@ -136,7 +137,7 @@ def test_arrays_of_other_types_and_shapes_are_refused(tmp_path):
     ):
         np.save(tmp_path / "keys.npy", keys)
         with pytest.raises(ValueError, match=message):
-            Datastore.open_any(prefix)
+            Datastore.open(prefix, StoreHints())
 
 
 def test_swapped_files_are_told(tmp_path):
@@ -145,11 +146,11 @@ def test_swapped_files_are_told(tmp_path):
     (tmp_path / "d_vals.npy").rename(tmp_path / "d_keys.npy")
     (tmp_path / "x").rename(tmp_path / "d_vals.npy")
     with pytest.raises(ValueError, match=r"d_keys.npy holds 160 bytes; 20 rows of 4 float32 values take 320"):
-        Datastore.open_any(prefix, **stated)
+        Datastore.open(prefix, StoreHints(**stated))
 
 
 def test_a_folder_of_several_stores_is_not_guessed_at(tmp_path):
     its_folder(tmp_path, True)
     KEYS.astype("float16").tofile(tmp_path / f"dstore_bart_{ROWS}_{DIM}_keys.npy")
     with pytest.raises(ValueError, match=r"several stores: dstore_bart_20_4, dstore_gpt2-large_20_4; name one"):
-        Datastore.open_any(tmp_path)
+        Datastore.open(tmp_path, StoreHints())

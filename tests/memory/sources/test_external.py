@@ -11,6 +11,7 @@ from brute_force import similarities
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.datastore.merge import merge
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.build.build import build_index
@@ -60,7 +61,7 @@ QUERIES = torch.from_numpy(np.random.default_rng(1).standard_normal((30, DIM), d
 @pytest.mark.parametrize("score", ["recompute", "index", "dot"])
 @pytest.mark.parametrize("metric", list(Metric))
 def test_candidates_are_the_nearest_rows(metric, score, k, dtype, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.sources.external._CHUNK_BYTES", 4 * DIM * k * 9)  # several uneven chunks
+    monkeypatch.setattr("fairseq.memory.index.exact.row_scores._CHUNK_BYTES", 4 * DIM * k * 9)  # several uneven chunks
     keys = rows()[0].astype(dtype)
     store = made_store(keys, np.arange(ROWS))  # each row's value is its number
     found = ExternalMemory(store, ExactIndex(keys, metric), k, score).lookup(QUERIES)
@@ -188,7 +189,7 @@ def test_scores_of_the_index_do_without_the_keys(prefix, more):
     stated = config(prefix, **more, dstore_size=ROWS)
     assert torch.equal(open_external(stated, dim=DIM).lookup(QUERIES).values_NM, found.values_NM)
     with pytest.raises(ValueError, match="opened without its keys, 'dot' scores need them"):
-        ExternalMemory(Datastore.open_headerless(prefix, dim=DIM, size=ROWS, with_keys=False), GappyIndex(), 1, "dot")
+        ExternalMemory(Datastore.open(prefix, StoreHints(dim=DIM, size=ROWS), with_keys=False), GappyIndex(), 1, "dot")
 
 
 def test_everything_is_checked_when_it_is_opened(prefix):

@@ -15,7 +15,17 @@ _FACTORY = re.compile(r"[A-Z]+\w*([,(]+[A-Z]\w*\)?)*")
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """A faiss index over the keys of a datastore."""
+    """Options for building a faiss index over the keys of a datastore. Every field is a flag of ``build_dstore.py``.
+
+    Raises: ValueError for a value that is impossible.
+
+    ```python
+    config = BuildConfig(
+        dstore_mmap="store", faiss_index="store.index", ncentroids=8, code_size=8, no_report=True
+    )
+    assert config.factory(dim=16) == "IVF8,PQ8np"
+    ```
+    """
 
     dstore_mmap: str = flag("--dstore_mmap")
     """Prefix of the datastore."""
@@ -94,6 +104,6 @@ class BuildConfig:
             raise ValueError("--merge requires --num_shards (how many parts to merge)")
 
     def factory(self, dim: int) -> str:
-        """The faiss factory string of the index over keys of a width."""
+        """The faiss factory string for keys of width ``dim``."""
         sizes = {"ncentroids": self.ncentroids, "code_size": self.code_size, "half_codes": 2 * self.code_size}
         return INDEXES[self.index].format(dim=dim, **sizes) if self.index in INDEXES else self.index

@@ -11,6 +11,7 @@ import torch
 
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.faiss.builder import FaissBuilder
@@ -27,13 +28,8 @@ MIN_PQ_ROWS = 256  # a code byte distinguishes 256 patterns
 
 def open_store(config: BuildConfig) -> Datastore:
     """Open the datastore. Raises: ValueError when it is missing or of another size than stated."""
-    store = Datastore.open_any(
-        config.dstore_mmap,
-        dim=config.dimension,
-        size=config.dstore_size,
-        fp16=config.dstore_fp16,
-        bf16=config.dstore_bf16,
-    )
+    hints = StoreHints(config.dimension, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    store = Datastore.open(config.dstore_mmap, hints)
     if config.dimension is not None and config.dimension != store.dim:
         raise ValueError(
             f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: drop it"
@@ -84,12 +80,12 @@ def check_build(config: BuildConfig, store: Datastore) -> None:
 
 
 def new_builder(config: BuildConfig, dim: int) -> FaissBuilder:
-    """The empty, untrained index of a config."""
+    """A builder of the kind a config names, for keys of this width."""
     return FaissBuilder.new(config.factory(dim), dim, Metric.parse(config.dist), config.seed, build_device(config))
 
 
 def build_device(config: BuildConfig) -> str:
-    """``cuda`` where there is a GPU and the config allows it, otherwise ``cpu``."""
+    """Device that training and encoding run on."""
     return "cuda" if torch.cuda.is_available() and not config.use_faiss_cpu else "cpu"
 
 

@@ -49,7 +49,15 @@ _NEAREST = 64
 
 
 class ExactIndex:
-    """Compares every key with every query, by passes over blocks of the (memory-mapped) keys."""
+    """Exact search over the keys themselves, without an index file; the reference for all other indexes.
+
+    Keys are read block by block, so a memory-mapped store may be larger than RAM.
+
+    ```python
+    index = ExactIndex(store.keys, Metric.IP)
+    index.search(query_ND, k=4).ids_NK
+    ```
+    """
 
     def __init__(
         self,
@@ -61,9 +69,10 @@ class ExactIndex:
     ) -> None:
         """Args.
 
-        keys: (rows, dim), any floating type; read as they are needed.
-        memory_bytes: what a search may take, beside its results; queries are searched in as many bulks as need be.
-        deleted: rows that are never found, in rising order; None for none.
+        keys: (rows, dim), any floating type; memory-mapped arrays are read as needed.
+        metric: similarity of query and key.
+        memory_bytes: limit on working memory, results excluded; queries are searched in as many bulks as that needs.
+        deleted: int64 rows that are never found, ascending; None for none.
         """
         self.keys = ChunkedArray.of(keys)
         self.metric = metric
@@ -82,16 +91,19 @@ class ExactIndex:
     streams_keys = True
 
     def bulk_pays(self, num_queries: int) -> bool:
-        """See ``Index``: the keys are read once for all of them."""
+        """True for more than one query: the keys are read once for all of them."""
         return num_queries > 1
 
     def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
-        """See ``Index``."""
+        """Scores of some rows for each query, float32 (N, M); -inf for the id -1."""
         check_queries(query_ND, self.dim)
         return score_rows(self.keys, self.metric, query_ND.detach().float().cpu().contiguous(), ids_NM)
 
     def search(self, query_ND: Tensor, k: int) -> Neighbors:
-        """The k closest keys of each query, best first; of equally close ones the lower row."""
+        """The k closest keys of each query (N, D), best first; the lower row wins a tie.
+
+        Raises: ValueError if k exceeds the rows that are not deleted, or the width does not fit.
+        """
         check_k(k, len(self) - len(self.deleted))
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu().contiguous()

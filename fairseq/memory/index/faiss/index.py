@@ -60,14 +60,24 @@ def find_index(name: str | Path, metric: Metric) -> Path:
 
 
 class FaissIndex:
-    """A faiss index whose scores are converted to *higher is closer* and whose results are checked."""
+    """A faiss index whose scores are *higher is closer* and whose results are checked. ``build_index`` makes the file.
+
+    ```python
+    index = FaissIndex.open("store.index", Metric.L2)
+    index.set_probe(4)  # lists per query
+    index.search(query_ND, k=4).scores_NK
+    ```
+    """
 
     def __init__(self, index: SwigIndex, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
         """Wrap an index that faiss made.
 
         Args:
-            deleted: rows that are never found; None for none.
-        Raises: ValueError when it measures by another metric than ``metric``.
+            index: a faiss index.
+            metric: its metric; for ``cos`` an inner-product index over keys of length one.
+            name: shown in messages.
+            deleted: int64 rows that are never found; None for none.
+        Raises: ValueError when the index has another metric than ``metric``.
         """
         faiss = faiss_library()
         expected = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
@@ -91,9 +101,11 @@ class FaissIndex:
         """Read an index file.
 
         Args:
+            name: the file, with or without the metric as its ending.
+            metric: metric the index was built with.
             mapped: leave the lists on disk and read them as they are probed.
-            deleted: rows of the store that must not be found any more.
-        Raises: ValueError when it is missing, damaged or of another metric, or its files are not of one another.
+            deleted: rows of the store that must not be found.
+        Raises: ValueError when it is missing, damaged, of another metric, or its files do not belong together.
         """
         faiss = faiss_library()
         path = find_index(name, metric)
@@ -126,7 +138,7 @@ class FaissIndex:
         return cls(index, metric, str(path), deleted=dropped)
 
     def fingerprint(self) -> str | None:
-        """Digest of the store the index was built over, if the metadata beside it has one."""
+        """Digest of the store the index was built over; None if the file beside the index does not say."""
         digest: str | None = index_metadata(Path(self.name)).get("signature", {}).get("store", {}).get("digest")
         return digest
 
@@ -137,13 +149,13 @@ class FaissIndex:
 
     @property
     def num_alive(self) -> int:
-        """Rows that can be found."""
+        """Number of rows that can be found."""
         return len(self) - len(self.deleted)
 
     streams_keys = False
 
     def bulk_pays(self, num_queries: int) -> bool:
-        """See ``Index``."""
+        """True if this many queries cost less in one search than one by one."""
         return choose_strategy(replace(self._traits(), on_gpu=False), num_queries, k=1).decodes_lists
 
     def __len__(self) -> int:
@@ -153,9 +165,9 @@ class FaissIndex:
         return f"{self.name}: {len(self)} rows of width {self.dim}, {self.metric.value}"
 
     def set_probe(self, probe: int) -> None:
-        """Set the number of lists that a search probes; a larger number than there are means all.
+        """Set the lists probed per query; more than exist means all.
 
-        A graph keeps as many rows in view, at least 16. An index of another kind has nothing to set.
+        A graph keeps this many rows in view, at least 16. Other kinds have nothing to set.
         """
         if probe < 1:
             raise ValueError(f"--probe must be at least 1, got {probe}")
@@ -166,11 +178,14 @@ class FaissIndex:
             self.inner.hnsw.efSearch = max(_LEAST_IN_VIEW, probe)
 
     def use_gpus(self) -> None:
-        """Search on the GPUs that faiss sees from now on; without any, or for a kind they lack, it says so once."""
+        """Search on the GPUs that faiss sees; logs one line if there is none or the kind is not supported."""
         self._by_gpu = GpuSearch.of(self.inner, self.name)
 
     def search(self, query_ND: Tensor, k: int) -> Neighbors:
-        """The k closest keys of each query, best first; ids of -1 where the probed lists held fewer."""
+        """The k closest keys of each query (N, D), best first; ids are -1 where the probed lists held fewer.
+
+        Raises: ValueError if k exceeds the rows that are not deleted, or the width does not fit.
+        """
         check_k(k, self.num_alive)
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu()
@@ -206,7 +221,7 @@ class FaissIndex:
         )
 
     def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
-        """Score of each query with some rows by their compressed keys, (N, M), as a search gives it; -inf for -1.
+        """Scores of some rows for each query by their compressed keys, float32 (N, M); -inf for the id -1.
 
         Raises: ValueError when this kind of index does not give its keys back.
         """

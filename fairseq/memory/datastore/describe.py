@@ -1,0 +1,131 @@
+"""The one place that decides what a user's PREFIX means: a store of ours, or arrays of another program.
+
+Where it means neither, the error names what exists, what is missing and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fairseq.memory.datastore.foreign_formats import OtherFiles
+from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
+from fairseq.memory.datastore.metadata import read_about, shards_of
+from fairseq.runtime.files import read_json
+
+
+@dataclass(frozen=True)
+class StoreHints:
+    """Facts that the user states about a store; arrays of other programs need those that their files lack.
+
+    ```python
+    key_ND.numpy().tofile("old_keys.npy")  # headerless, as kNN-LM and TRIME write them
+    token_N.numpy().tofile("old_vals.npy")
+    old = Datastore.open("old", StoreHints(dim=16))
+    ```
+    """
+
+    dim: int | None = None
+    """Width of the keys."""
+    size: int | None = None
+    """Rows; by default those that the byte counts make."""
+    fp16: bool = False
+    """The keys are float16: TRIME's names and int64 values, or kNN-LM's names and int16 values."""
+    bf16: bool = False
+    """The keys are bfloat16."""
+
+    @property
+    def key_dtype(self) -> str:
+        """Type of the keys as stated, float32 by default."""
+        return "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
+
+
+@dataclass(frozen=True)
+class StoreDescription:
+    """A store that was found: its metadata, or the foreign files that make it up."""
+
+    prefix: str
+    hints: StoreHints
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Content of ``<prefix>.json``; empty for foreign files."""
+    foreign: OtherFiles | None = None
+    """Arrays of another program; None for a store of ours."""
+
+
+def describe(prefix: str | Path, hints: StoreHints | None = None, *, with_keys: bool = True) -> StoreDescription:
+    """Find the store that a prefix (or the folder of another program's store) means. Opens no array.
+
+    Args:
+        hints: facts about arrays of other programs; None accepts only a store that describes itself.
+        with_keys: False accepts foreign values without keys; size and width must then be stated.
+    Raises: ValueError when nothing fits, or a store of ours has another key type than stated; with the way out.
+    """
+    stated = hints or StoreHints()
+    if StoreFiles.of(prefix, "float32").metadata.exists():
+        metadata = read_about(prefix)
+        _require_stated_type(prefix, metadata["key_dtype"], stated)
+        return StoreDescription(str(prefix), stated, metadata=metadata)
+    if hints is None:
+        raise ValueError(_why_not_opened(prefix))
+    # Sizes in the names or headers are looked for under the stated type, as the files of that type are named.
+    files = OtherFiles.find(prefix, stated.key_dtype)
+    if stated.dim is None and not files.state_their_sizes:
+        raise ValueError(_why_not_opened(prefix))
+    if with_keys:
+        is_complete = files.present()
+    else:
+        is_complete = files.values.exists() and stated.size is not None and stated.dim is not None
+    if not is_complete:
+        raise ValueError(_why_not_opened(prefix))
+    return StoreDescription(str(prefix), stated, foreign=files)
+
+
+def _require_stated_type(prefix: str | Path, dtype: str, stated: StoreHints) -> None:
+    for flag, expected, given in (("fp16", "float16", stated.fp16), ("bf16", "bfloat16", stated.bf16)):
+        if given and dtype != expected:
+            raise ValueError(
+                f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-{flag} was given; leave it out"
+            )
+
+
+def _why_not_opened(prefix: str | Path) -> str:
+    """The reason why a store cannot be opened by its metadata, with the way out."""
+    found = [names for names in (StoreFiles.of(prefix, dtype) for dtype in KEY_DTYPES) if names.keys.exists()]
+    saved = shards_of(prefix)
+    if saved and not found:
+        return _why_not_joined(str(prefix), saved)
+    progress = StoreFiles.of(prefix, "float32").progress
+    if progress.exists():
+        state = read_json(progress)
+        rows, of = state.get("rows_done", 0), state.get("signature", {}).get("rows") or "?"
+        return f"datastore {str(prefix)!r} is not complete ({rows} of {of} rows); resume with the same command"
+    if found and not found[0].values.exists():
+        return (
+            f"datastore {str(prefix)!r} is not complete: {found[0].keys} exists, {found[0].values} does not; copy it "
+            "too, or save the store again"
+        )
+    if found or OtherFiles.find(prefix, "float32").present():
+        names = str(found[0].keys if found else OtherFiles.find(prefix, "float32").keys)
+        return (
+            f"{names} has no metadata ({prefix}.json) and its type or size is not as stated; files of the "
+            "original programs need their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
+            "hold float16; fairseq-datastore convert makes them a store that needs none"
+        )
+    return (
+        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; eval_lm.py "
+        "--save-knnlm-dstore saves one"
+    )
+
+
+def _why_not_joined(prefix: str, saved: Mapping[int, set[int]]) -> str:
+    """The reason for a store of which only shards exist, with the way out."""
+    count = max(saved, key=lambda count: len(saved[count]))
+    missing = sorted(set(range(count)) - saved[count])
+    if not missing:
+        return f"datastore {prefix!r} lies in {count} parts: join them with fairseq-datastore merge {prefix}"
+    return (
+        f"datastore {prefix!r} is not complete: of its {count} parts {', '.join(map(str, missing))} are not saved; the "
+        "same command with the --shard-id of each saves them"
+    )
