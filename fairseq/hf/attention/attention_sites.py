@@ -1,4 +1,4 @@
-"""Where a Hugging Face model attends, and how that is taken over for a while without touching its code.
+"""The attentions of a Hugging Face model, and handlers that take them over without touching the model's code.
 
 Models that call transformers' attention interface look a function up by the name in their config: while a handler has
 taken over, the name is ours. MPT does not use the interface; its attention modules get another ``forward`` for a while.
@@ -37,7 +37,7 @@ _MASKS: Mapping[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_ma
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's attention: what it is given, and how the model itself would go on."""
+    """One layer's attention: its inputs, its rules, and the model's own attention."""
 
     layer: int
     module: nn.Module
@@ -59,7 +59,7 @@ class Handler(Protocol):
     """Takes over the attention of some layers."""
 
     def wants(self, layer: int) -> bool:
-        """Whether this layer is taken over in this call; otherwise the model's own code runs."""
+        """True where this layer is taken over in this call; otherwise the model's own code runs."""
         ...
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +88,7 @@ def _dispatch(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What models call in place of their attention function, with its parameters."""
+    """The function that models call in place of their attention function, with its parameters."""
     own = _own_attention(implementation, module)
     plain = functools.partial(own, module, query, key, value, attention_mask, **kwargs)
     handler, layer = _HANDLERS.get(module), getattr(module, "layer_idx", None)

@@ -102,7 +102,7 @@ def token_documents(source: MemorySource, tokenizer: Tokenizer | None = None) ->
     """A source of memories as token ids, one tensor per document."""
     if isinstance(source, str):
         if tokenizer is None:
-            raise ValueError("a memory of text needs tokenizer=; or give token ids")
+            raise ValueError("a memory of text needs a tokenizer; give tokenizer= or token ids")
         return [torch.tensor(tokenizer(source)["input_ids"], dtype=torch.int64)]
     if isinstance(source, Tensor):
         if source.ndim == 2 and len(source) > 1:
@@ -132,9 +132,9 @@ def _within(documents: list[Tensor], limit: int | None, keep: str) -> list[Tenso
     if keep != "newest":
         raise ValueError(
             f"a memory of {total} tokens is longer than the limit of {limit}; shorten it, raise limit=, or give "
-            'keep="newest" to leave out the oldest'
+            'keep="newest" to drop the oldest'
         )
-    logger.warning("memory of %d tokens: the oldest %d are left out (limit)", total, total - limit)
+    logger.warning("memory of %d tokens: the oldest %d are dropped (limit)", total, total - limit)
     kept = torch.cat(documents)[total - limit :]
     sizes = [len(ids) for ids in documents]
     first = 0
@@ -169,7 +169,7 @@ def input_vocabulary(model: PreTrainedModel) -> int:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens the model can read at once, as its config tells; None where it does not."""
+    """Tokens the model can read at once, by its config; None where the config has no such field."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(getattr(config, name, None), int):
@@ -178,13 +178,13 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def device_of(settings: MindSettings, model: nn.Module) -> str:
-    """Where memories are kept."""
+    """The device that memories are kept on."""
     wanted = settings.memory_device
     return str(next(model.parameters()).device) if wanted == "model" else "cpu" if wanted == "disk" else wanted
 
 
 def model_digest(model: nn.Module) -> str:
-    """A word that tells one model's weights from another's, whatever type they are loaded in; by samples of each."""
+    """Digest of samples of a model's weights, the same whatever type they are loaded in."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
@@ -255,7 +255,7 @@ class _KeyValueRecorder:
         self._elsewhere.clear()
 
     def layers(self) -> dict[int, LayerMemory]:
-        """What has been kept. Raises: ValueError when positions were to be moved and there is nothing to move."""
+        """The recorded keys and values. Raises: ValueError when there are no positions to move, as was wanted."""
         if self._positions == "relative" and not (self._moved or self._sites.has_alibi):
             raise ValueError(
                 "this model adds positions to its inputs, so memories have theirs for good; only "
@@ -287,7 +287,7 @@ class _KeyValueRecorder:
         return True
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Keep this layer's keys and values, and go on as the model does."""
+        """Keep this layer's keys and values; the output is the model's own."""
         if self._taking:
             raise _TakenError(call.key_BGLD)
         key_BGTD = call.key_BGLD if call.slope_H is not None else self._key_elsewhere(call)

@@ -62,11 +62,11 @@ class MemorySet:
 
     @property
     def memories(self) -> tuple[Memory, ...]:
-        """The memories: none, one for all rows, or one for each row of a batch."""
+        """The memories: none, one for all rows, or one per row of a batch."""
         return self._memories
 
     def set_memory(self, memory: Memories, **building: Any) -> None:
-        """Use other memories from now on (see ``__init__``); ``building`` is for ``build_memory``."""
+        """Replace the memories (see ``__init__``); ``building`` holds arguments of ``build_memory``."""
         self._check_may_change()
         given = _memories_in(memory)
         memories = given or [self._built(memory, **building)]  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ class MemorySet:
         self._lookups.clear()
 
     def set_memory_later(self, source: MemorySource | None) -> None:
-        """Use other memories, which are built at the next call of the model; None for none."""
+        """Replace the memories by ones that are built at the model's next call; None for none."""
         self.clear_memories()
         self.source, self._waiting = source, source is not None
 
@@ -106,29 +106,29 @@ class MemorySet:
             self.set_memory(old.followed_by(self._built(documents, **building)))
 
     def clear_memories(self) -> None:
-        """Forget everything."""
+        """Remove all memories."""
         self._check_may_change()
         self._memories, self.source, self._waiting = (), None, False
         self._lookups.clear()
 
     def save_memory(self, path: str) -> None:
-        """Write the memory to a safetensors file, whole or not at all. Raises: ValueError unless there is just one."""
+        """Write the memory to a safetensors file, atomically. Raises: ValueError unless there is exactly one."""
         if len(self._memories) != 1:
             raise ValueError(f"there are {len(self._memories)} memories; a file holds one: save each of .memories")
         save_memory(self._memories[0], path)
 
     def load_memory(self, path: str) -> None:
-        """Use the memory of a file, which stays on disk as far as the memory type lets it."""
+        """Replace the memories by that of a file, which stays on disk as far as the memory type allows."""
         self.set_memory(load_memory(path))
 
-    def lookup(self, memory: Memory, layer: int) -> LayerLookup:
+    def _lookup(self, memory: Memory, layer: int) -> LayerLookup:
         """The search in one layer of a memory, prepared at its first use."""
         key = (id(memory), layer)
         if key not in self._lookups:
             self._lookups[key] = LayerLookup(memory, layer, self.settings)
         return self._lookups[key]
 
-    def of_rows(self, rows: int, *, generating: bool) -> list[Memory]:
+    def _memories_of(self, rows: int, *, generating: bool) -> list[Memory]:
         """The memory of each row. While generating, beams of a sequence follow each other and share its memory."""
         count = len(self._memories)
         if count == 1:

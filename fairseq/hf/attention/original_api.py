@@ -30,7 +30,7 @@ _PREFIX = "extended-"  # of the original's model types
 
 
 class MindInterface(nn.Module):
-    """What a model with memories has beside its own members."""
+    """The members of a model with memories beside its own."""
 
     mind: ExtendedMind
 
@@ -98,11 +98,11 @@ def from_pretrained(
     kwargs.pop("trust_remote_code", None)  # none of the model's own code is needed
     stored: dict[str, Any] = {}
     if "config" not in kwargs:
-        about, _ = PreTrainedConfig.get_config_dict(name)
-        stored = _stored_settings(about)
-        kind = str(about.get("model_type", ""))
+        model_config, _ = PreTrainedConfig.get_config_dict(name)
+        stored = _stored_settings(model_config)
+        kind = str(model_config.get("model_type", ""))
         if kind.startswith(_PREFIX):
-            kwargs["config"] = CONFIG_MAPPING[kind.removeprefix(_PREFIX)].from_dict(_without_prefix(about))
+            kwargs["config"] = CONFIG_MAPPING[kind.removeprefix(_PREFIX)].from_dict(_without_prefix(model_config))
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     return with_memories(model, external_memories, stored | dict(memory_config or {}) | named, tokenizer=tokenizer)
 
@@ -116,7 +116,7 @@ def with_memories(
 ) -> PreTrainedModel:
     """Give a loaded model memories, and the members of ``MindInterface``, for good.
 
-    The defaults of what ``config`` leaves out are those of the original's model of that kind.
+    Settings that ``config`` lacks have the defaults of the original's model of that kind.
     """
     settings = default_settings(model) | dict(config or {})
     mind = ExtendedMind(model, tokenizer=tokenizer, config=settings)
@@ -143,20 +143,23 @@ def default_settings(model: PreTrainedModel) -> dict[str, Any]:
     return {"tokenizer_all_special_ids": list(dict.fromkeys(special)), **others}
 
 
-def _stored_settings(about: Mapping[str, Any]) -> dict[str, Any]:
+def _stored_settings(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in a model's config: Llama's in a mapping of their own, MPT's among those of its attention."""
-    found = dict(about.get("memory_config") or {})
-    found |= {key: value for key, value in (about.get("attn_config") or {}).items() if key in SETTINGS}
-    if "use_external_mind" in about:
-        found["use_external_mind"] = about["use_external_mind"]
-    by_layer, depth = found.get("use_external_mind_by_layer"), about.get("n_layers") or about.get("num_hidden_layers")
+    stored = dict(model_config.get("memory_config") or {})
+    stored |= {key: value for key, value in (model_config.get("attn_config") or {}).items() if key in SETTINGS}
+    if "use_external_mind" in model_config:
+        stored["use_external_mind"] = model_config["use_external_mind"]
+    by_layer, depth = (
+        stored.get("use_external_mind_by_layer"),
+        model_config.get("n_layers") or model_config.get("num_hidden_layers"),
+    )
     if by_layer is not None and depth and len(by_layer) > depth:
-        found["use_external_mind_by_layer"] = by_layer[:depth]  # MPT's default has 32 entries whatever the depth
-    return found
+        stored["use_external_mind_by_layer"] = by_layer[:depth]  # MPT's default has 32 entries whatever the depth
+    return stored
 
 
-def _without_prefix(about: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in about.items() if key not in ("memory_config", "auto_map")}
+def _without_prefix(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in model_config.items() if key not in ("memory_config", "auto_map")}
     plain["model_type"] = plain["model_type"].removeprefix(_PREFIX)
     if "max_seq_len_inference" in plain:
         plain.setdefault("max_seq_len", plain.pop("max_seq_len_inference"))

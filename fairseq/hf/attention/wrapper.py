@@ -45,7 +45,7 @@ class _Call:
     settings: MindSettings
     record_selected: bool
     generating: bool = False
-    chosen: dict[int, SelectedMemories] = field(default_factory=dict)
+    selected: dict[int, SelectedMemories] = field(default_factory=dict)
     steps: list[dict[int, SelectedMemories]] = field(default_factory=list)
 
 
@@ -74,7 +74,7 @@ class ExtendedMind(MemorySet):
         config: Mapping[str, Any] | None = None,
         **settings: object,
     ) -> None:
-        """Find the attentions of the model, and build the memory.
+        """Find where the model attends, and build the memory.
 
         Args:
             model: a decoder that calls transformers' attention interface, or MPT.
@@ -179,12 +179,12 @@ class ExtendedMind(MemorySet):
         if not call.record_selected:
             return result
         if outer is not None:
-            outer.steps.append(call.chosen)
+            outer.steps.append(call.selected)
         else:
-            self.retrieved = [call.chosen]
+            self.retrieved = [call.selected]
             if isinstance(result, tuple):
                 raise ValueError("output_retrieved_memory_idx=True needs return_dict=True: a tuple has no place for it")
-            numbers = self._numbers(call.chosen)
+            numbers = self._numbers(call.selected)
             result["retrieved_memory_idx"] = numbers
             result["attentions"] = (result.get("attentions"), _flat(numbers))
         return result
@@ -194,7 +194,7 @@ class ExtendedMind(MemorySet):
     ) -> Any:
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
         if output_retrieved_memory_idx and self.model.config._attn_implementation != "extended_mind_eager":
-            named.pop("output_attentions", None)  # there are none to tell, and asking for them is an error
+            named.pop("output_attentions", None)  # there are none to return, and asking for them is an error
         self._build_waiting()
         call = _Call(self.settings.with_changes(**changes), output_retrieved_memory_idx, generating=True)
         token = self._current.set(call)
@@ -213,9 +213,9 @@ class ExtendedMind(MemorySet):
                 result["attentions"] = tuple(zip(own_attentions, map(_flat, numbers)))
         return result
 
-    def _numbers(self, chosen: Mapping[int, SelectedMemories]) -> tuple[Tensor | None, ...]:
+    def _numbers(self, selected: Mapping[int, SelectedMemories]) -> tuple[Tensor | None, ...]:
         layers = range(self.sites.num_layers)
-        return tuple(chosen[layer].token_BHTK if layer in chosen else None for layer in layers)
+        return tuple(selected[layer].token_BHTK if layer in selected else None for layer in layers)
 
     def citations(self, top: int = 3, span: int = 12, row: int = 0) -> list[Citation]:
         """The passages that contributed most to the last call with ``output_retrieved_memory_idx=True``, best first.
@@ -227,7 +227,7 @@ class ExtendedMind(MemorySet):
         rows = len(next(iter(self.retrieved[-1].values())).token_BHTK)
         return cite(
             self.retrieved,
-            self.of_rows(rows, generating=True)[row],
+            self._memories_of(rows, generating=True)[row],
             top=top,
             span=span,
             row=row,
@@ -237,7 +237,7 @@ class ExtendedMind(MemorySet):
     # The model's attention
 
     def wants(self, layer: int) -> bool:
-        """Whether a layer uses memories in this call."""
+        """True if a layer uses memories in this call."""
         call = self._current.get()
         return bool(self._memories) and call is not None and call.settings.uses(layer)
 
@@ -248,18 +248,18 @@ class ExtendedMind(MemorySet):
         local = local_attention(call.query_BHTD, call.key_BGLD, call.value_BGLD, call.rule)
         if call.sink_H is not None:
             local = _with_sink(local, call.sink_H)
-        memories = self.of_rows(len(call.query_BHTD), generating=current.generating)
-        looked = self._attended(call, memories, current.settings)
+        memories = self._memories_of(len(call.query_BHTD), generating=current.generating)
+        attended = self._attended(call, memories, current.settings)
         if current.record_selected:
-            read = looked.read()
-            norm_BHT = torch.logaddexp(local.norm_BHT, looked.partial.norm_BHT).to(read.score_BHTK.device)
-            current.chosen[call.layer] = SelectedMemories(
+            read = attended.read()
+            norm_BHT = torch.logaddexp(local.norm_BHT, attended.partial.norm_BHT).to(read.score_BHTK.device)
+            current.selected[call.layer] = SelectedMemories(
                 read.ids_BHTK, read.similarity_BHTK, read.score_BHTK, norm_BHT
             )
-        return local.joined(looked.partial).transpose(1, 2).contiguous(), None
+        return local.joined(attended.partial).transpose(1, 2).contiguous(), None
 
     def _attended(self, call: AttentionCall, memories: Sequence[Memory], settings: MindSettings) -> MemoryAttention:
-        """What the rows take from their memories; ``read`` tells numbers of the user's tokens."""
+        """Attention of each row to its memories; ``read`` returns numbers of the user's tokens."""
         rule = ScoreRule(call.rule.scale, call.rule.softcap, call.slope_H)
         before_B = None if call.first_B is None else call.first_B - call.key_BGLD.shape[2]
         # Rows that follow each other and share a memory look together.
@@ -272,15 +272,15 @@ class ExtendedMind(MemorySet):
         parts = []
         for run in runs:
             rows = slice(run[0], run[-1] + 1)
-            lookup = self.lookup(memories[run[0]], call.layer)
+            lookup = self._lookup(memories[run[0]], call.layer)
             own = ScoreRule(rule.scale, rule.softcap, rule.slope_H, None if before_B is None else before_B[rows])
-            looked = lookup.look(call.query_BHTD[rows], own, settings)
-            parts.append(MemoryAttention(looked.partial, functools.partial(lookup.in_tokens, looked.read)))
+            attended = lookup.attend(call.query_BHTD[rows], own, settings)
+            parts.append(MemoryAttention(attended.partial, functools.partial(lookup.in_tokens, attended.read)))
         return parts[0] if len(parts) == 1 else _stacked(parts)
 
     def _of_rows(self, rows: int) -> list[Memory]:
         current = self._current.get()
-        return self.of_rows(rows, generating=current is not None and current.generating)
+        return self._memories_of(rows, generating=current is not None and current.generating)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What is broken into a model: it sees each forward call before and after, and leaves the model as it was."""
+"""Base class for wrappers: hooks every forward call and restores the model when detached."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ForwardCall:
 
     @property
     def input_ids(self) -> Tensor | None:
-        """What the decoder reads, (B, T), unless it is given embeddings."""
+        """The decoder's input ids, (B, T); None if it is given embeddings."""
         ids: Tensor | None = self.named.get("decoder_input_ids" if self.is_seq2seq else "input_ids")
         return ids
 
@@ -57,7 +57,7 @@ class ForwardCall:
         return torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
 
     def is_text(self, num_positions: int) -> Tensor | None:
-        """Where there is no padding, (B, T), by the attention mask; None where the call does not tell."""
+        """True where there is no padding, (B, T), by the attention mask; None for a call without one."""
         mask = self.named.get("decoder_attention_mask" if self.is_seq2seq else "attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < num_positions:
             return None
@@ -175,7 +175,7 @@ class Attachment:
             self._paused = before
 
     def _is_idle(self) -> bool:
-        """Whether calls pass unseen."""
+        """True while calls pass unseen."""
         return self._paused
 
     def _before(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:

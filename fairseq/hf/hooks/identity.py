@@ -1,4 +1,4 @@
-"""What tells one model or tokenizer from another, for the metadata of a store."""
+"""Digests that identify a model or a tokenizer, for the metadata of a store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBERS_PER_PARAMETER = 256
 def model_digest(model: nn.Module) -> str:
     """Hexadecimal digest of all parameters' names and shapes and of some numbers of each, in bfloat16.
 
-    Some numbers are enough to tell training runs apart, and a type of half the width usually rounds them alike.
+    Some numbers are enough to distinguish training runs, and a type of half the width usually rounds them to the same.
     """
     whole = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -35,7 +35,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """How many tokens the model gives a score to."""
+    """Number of tokens the model gives a score to."""
     head = output_embedding(model)
     weight = getattr(head, "weight", None)
     if weight is not None:

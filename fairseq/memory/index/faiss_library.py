@@ -32,19 +32,19 @@ class SwigIndex(Protocol):
 @functools.cache
 def faiss_library() -> Any:
     """The faiss module."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells at INFO which processor it found
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports at INFO which CPU it found
     import faiss
 
     return faiss
 
 
 def has_byte_codes(index: SwigIndex) -> bool:
-    """Whether a faiss index has lists of product-quantized keys, a byte for each part of a key."""
+    """True if a faiss index has lists of product-quantized keys, a byte for each part of a key."""
     return type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
 
 
 def has_codes_in_ram(index: SwigIndex) -> bool:
-    """Whether a faiss index has such lists, and their codes are arrays in RAM rather than in a mapped file."""
+    """True if a faiss index has such lists, and their codes are arrays in RAM rather than in a mapped file."""
     if not has_byte_codes(index):
         return False
     lists = faiss_library().downcast_InvertedLists(index.invlists)

@@ -37,14 +37,14 @@ def _any_reaches(scores_G: Any, size: int, threshold: Any) -> Any:
 
 
 @compiled()
-def prune(low_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
+def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
-    threshold = max(threshold, approx_kth_largest(low_C[:filled], k))
+    threshold = max(threshold, approx_kth_largest(lower_C[:filled], k))
     lowest = threshold - width
     kept = 0
     for i in range(filled):
-        low_C[kept], ids_C[kept] = low_C[i], ids_C[i]
-        kept += low_C[i] >= lowest
+        lower_C[kept], ids_C[kept] = lower_C[i], ids_C[i]
+        kept += lower_C[i] >= lowest
     return kept, threshold
 
 
@@ -58,7 +58,7 @@ def collect_candidates(
     margin_Q: Any,
     integral: bool,
     k: int,
-    low_QC: Any,
+    lower_QC: Any,
     ids_QC: Any,
     filled_Q: Any,
     threshold_Q: Any,
@@ -72,19 +72,19 @@ def collect_candidates(
         raw_QM: approximate scores: a true one is within ``margin`` of ``scale * raw + shift``. M is a multiple of
             GROUP, columns from ``num_rows`` on mean nothing.
         first_row: row number of the first column.
-        low_QC, ids_QC: of each candidate a bound that its score is not below, and its row; ``filled_Q`` of them.
+        lower_QC, ids_QC: of each candidate a bound that its score is not below, and its row; ``filled_Q`` of them.
         threshold_Q: k keys at least reach this; rises.
         width_Q: how far scores may be above their low bounds; grows.
         query, column: where to begin.
-    Returns: where a query's candidates left too little room, to go on there; query Q at the end.
+    Returns: where a query's candidates left too little room, to resume there; query Q at the end.
     """
     raw_F = raw_QM.reshape(-1)
-    room = low_QC.shape[1]
+    room = lower_QC.shape[1]
     while query < len(filled_Q):
         shift, margin = shift_Q[query], margin_Q[query]
         width = max(width_Q[query], np.float32(2.0 * margin))
         width_Q[query] = width
-        low_C, ids_C = low_QC[query], ids_QC[query]
+        lower_C, ids_C = lower_QC[query], ids_QC[query]
         filled, threshold = filled_Q[query], threshold_Q[query]
         reach = raw_QM.dtype.type(_raw_threshold(threshold, scale, shift, margin, integral))
         base = query * raw_QM.shape[1]
@@ -92,7 +92,7 @@ def collect_candidates(
             if not _any_reaches(raw_F[base + start :][:GROUP], GROUP, reach):
                 continue
             if filled > room - GROUP:
-                filled, threshold = prune(low_C, ids_C, filled, k, threshold, width)
+                filled, threshold = prune(lower_C, ids_C, filled, k, threshold, width)
                 if filled > min(room - GROUP, 3 * room // 4):
                     filled_Q[query], threshold_Q[query] = filled, threshold
                     return query, start
@@ -101,9 +101,9 @@ def collect_candidates(
                 scores_P = raw_F[base + part :][:_PART]
                 if not _any_reaches(scores_P, _PART, reach):
                     continue
-                # Without a branch, whose outcome the processor could not foresee.
+                # Without a branch, whose outcome the CPU could not predict.
                 for i in range(min(_PART, num_rows - part)):
-                    low_C[filled], ids_C[filled] = scores_P[i] * scale + (shift - margin), first_row + part + i
+                    lower_C[filled], ids_C[filled] = scores_P[i] * scale + (shift - margin), first_row + part + i
                     filled += scores_P[i] >= reach
         filled_Q[query], threshold_Q[query] = filled, threshold
         query, column = query + 1, 0
@@ -111,10 +111,10 @@ def collect_candidates(
 
 
 @compiled()
-def prune_all(low_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, width_Q: Any) -> None:
-    """:func:`sift` for every query."""
+def prune_all(lower_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, width_Q: Any) -> None:
+    """:func:`prune` for every query."""
     for q in range(len(filled_Q)):
-        filled, threshold = prune(low_QC[q], ids_QC[q], filled_Q[q], k, threshold_Q[q], width_Q[q])
+        filled, threshold = prune(lower_QC[q], ids_QC[q], filled_Q[q], k, threshold_Q[q], width_Q[q])
         filled_Q[q], threshold_Q[q] = filled, threshold
 
 
@@ -128,7 +128,7 @@ def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance
 
 @compiled()
 def score_candidates(
-    query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, bound_Q: Any, low_QC: Any, ids_QC: Any,
+    query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, bound_Q: Any, lower_QC: Any, ids_QC: Any,
     filled_Q: Any, true_QC: Any,
 ) -> None:  # fmt: skip
     """Score the candidates whose rows are among ``keys_MD``, which start at ``first_row``; ids rise along a query.
@@ -140,12 +140,12 @@ def score_candidates(
     four = np.empty(4, np.int64)
     for q in range(len(filled_Q)):
         ids_C, query_D = ids_QC[q, : filled_Q[q]], query_QD[q]
-        low_C, true_C, bound = low_QC[q], true_QC[q], bound_Q[q]
+        lower_C, true_C, bound = lower_QC[q], true_QC[q], bound_Q[q]
         waiting = 0
         past = np.searchsorted(ids_C, first_row + len(keys_MD))
         for i in range(np.searchsorted(ids_C, first_row), past + 1):
             if i < past:
-                if low_C[i] < bound or not np.isnan(true_C[i]):
+                if lower_C[i] < bound or not np.isnan(true_C[i]):
                     continue
                 four[waiting] = i
                 waiting += 1
@@ -164,8 +164,8 @@ def score_candidates(
 
 
 @compiled()
-def reached_by(low_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
+def reached_by(lower_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
     """A number that at least k of each row's first ``filled`` entries reach, and few more; NaN reaches nothing."""
     for q in range(len(filled_Q)):
-        row_C = low_QC[q, : filled_Q[q]]
+        row_C = lower_QC[q, : filled_Q[q]]
         out_Q[q] = approx_kth_largest(row_C[~np.isnan(row_C)], k)

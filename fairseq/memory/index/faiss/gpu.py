@@ -43,7 +43,7 @@ class GpuSearch:
 
     @classmethod
     def of(cls, index: SwigIndex, name: str) -> GpuSearch | None:
-        """For the GPUs at hand; None, after one line that says why, where the processor searches."""
+        """A search on the available GPUs; None, after one line that says why, where the CPU searches."""
         faiss = faiss_library()
         count = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
         kind = type(index).__name__
@@ -59,16 +59,17 @@ class GpuSearch:
         return cls(index, range(count), max(1 << 28, int(_MEMORY_SHARE * free) - _SCRATCH_BYTES))
 
     def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and ids (N, k), and the queries whose result is in doubt, which the processor should search again."""
+        """Scores and ids (N, k), and the queries whose result is in doubt, which the CPU should search again."""
         index = self._index
         is_l2 = index.metric_type == faiss_library().METRIC_L2
         row_bytes = index.sa_code_size() + 16
         fits = -(-index.ntotal * row_bytes // self._part_bytes)
-        # Twice as many as the neighbours ask for: rows are dealt out evenly, and a part holds half of what it may tell.
+        # Twice as many as the neighbours ask for: rows are dealt out evenly, and a part holds half of what it may
+        # return.
         needed = max(1, fits, -(-2 * k // MOST_NEIGHBORS) if k > MOST_NEIGHBORS else 1)
         if needed != self._num_parts:
             self._num_parts, self._resident = needed, {}
-        found, sizes = [], []
+        results, sizes = [], []
         query = np.ascontiguousarray(query_ND.numpy())
         for number in range(needed):
             part = self._part(number, keep=fits <= len(self._devices))
@@ -78,8 +79,8 @@ class GpuSearch:
             distances_NL, ids_NL = part.search(query, min(k, MOST_NEIGHBORS, max(1, sizes[-1])))
             scores_NL = torch.from_numpy(distances_NL)
             ids = torch.from_numpy(self._renumbered(ids_NL, number))
-            found.append((ids, scores_NL.neg() if is_l2 else scores_NL))
-        ids_NK, scores_NK, doubt_N = merged(found, sizes, k)
+            results.append((ids, scores_NL.neg() if is_l2 else scores_NL))
+        ids_NK, scores_NK, doubt_N = merged(results, sizes, k)
         return scores_NK, ids_NK, doubt_N
 
     def _renumbered(self, ids_NL: Array, number: int) -> Array:

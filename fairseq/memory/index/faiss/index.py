@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _LEAST_IN_VIEW = 16  # faiss's own default for graphs
 _NONE = np.empty(0, np.int64)
-# Kinds without lists that pass over rows when they are told to (tested); others ignore it or refuse.
+# Kinds without lists that skip the rows of a selector (tested); others ignore it or raise.
 _SELECTING = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexRaBitQ"}
 # A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
 _ROUNDING = 5e-7
@@ -83,7 +83,9 @@ class FaissIndex:
         expected = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
         if index.metric_type != expected:
             has = "l2" if index.metric_type == faiss.METRIC_L2 else "ip"
-            raise ValueError(f"{name} measures by {has}, --faiss-metric-type says {metric.value}; give {has}")
+            raise ValueError(
+                f"{name} uses metric {has} but --faiss-metric-type is {metric.value}; pass --faiss-metric-type {has}"
+            )
         self.inner, self.metric, self.name = index, metric, name
         self.deleted: Array = np.unique(np.asarray([] if deleted is None else deleted, dtype=np.int64))
         self._alive: Array | None = None
@@ -109,12 +111,17 @@ class FaissIndex:
         path = find_index(name, metric)
         ending = path.suffix[1:]
         if ending in [each.value for each in Metric] and ending != metric.value:
-            raise ValueError(f"{path} is of metric {ending}, --faiss-metric-type says {metric.value}; give {ending}")
-        about = about_index(path)
-        if about.get("metric", metric.value) != metric.value:
-            has = about["metric"]
-            raise ValueError(f"{path} is of metric {has}, --faiss-metric-type says {metric.value}; give {has}")
-        check_marks(path, about)
+            raise ValueError(
+                f"{path} uses metric {ending} but --faiss-metric-type is {metric.value}; "
+                f"pass --faiss-metric-type {ending}"
+            )
+        metadata = index_metadata(path)
+        if metadata.get("metric", metric.value) != metric.value:
+            has = metadata["metric"]
+            raise ValueError(
+                f"{path} uses metric {has} but --faiss-metric-type is {metric.value}; pass --faiss-metric-type {has}"
+            )
+        check_marks(path, metadata)
         flags = faiss.IO_FLAG_ONDISK_SAME_DIR | (faiss.IO_FLAG_MMAP if mapped else 0)
         try:
             index = faiss.read_index(str(path), flags)
@@ -123,14 +130,16 @@ class FaissIndex:
                 f"{path} is not a whole faiss index: cut short, damaged or another kind of file; rebuild it with "
                 "build_dstore.py"
             ) from error
-        gone = np.union1d(_NONE if deleted is None else deleted, np.asarray(about.get("left_out", _NONE), np.int64))
-        if len(gone) and gone.max() >= index.ntotal:
-            gone = gone[gone < index.ntotal]  # of rows it does not hold: whoever compares sizes will tell
-        return cls(index, metric, str(path), deleted=gone)
+        dropped = np.union1d(
+            _NONE if deleted is None else deleted, np.asarray(metadata.get("left_out", _NONE), np.int64)
+        )
+        if len(dropped) and dropped.max() >= index.ntotal:
+            dropped = dropped[dropped < index.ntotal]  # rows it does not hold: a comparison of sizes will report them
+        return cls(index, metric, str(path), deleted=dropped)
 
     def fingerprint(self) -> str | None:
         """Digest of the store the index was built over; None if the file beside the index does not say."""
-        digest: str | None = about_index(Path(self.name)).get("signature", {}).get("store", {}).get("digest")
+        digest: str | None = index_metadata(Path(self.name)).get("signature", {}).get("store", {}).get("digest")
         return digest
 
     @property
@@ -146,7 +155,7 @@ class FaissIndex:
     streams_keys = False
 
     def bulk_pays(self, num_queries: int) -> bool:
-        """See ``Index``."""
+        """True if this many queries cost less in one search than one by one."""
         return choose_strategy(replace(self._traits(), on_gpu=False), num_queries, k=1).decodes_lists
 
     def __len__(self) -> int:
@@ -264,7 +273,7 @@ class FaissIndex:
         return self._alive
 
     def _parameters(self, k: int) -> Any:
-        """What makes faiss pass over deleted rows and keep k in view; None where nothing need be said, or can be."""
+        """Parameters by which faiss skips deleted rows and keeps k in view; None where none are needed, or possible."""
         faiss = faiss_library()
         kind = type(self.inner).__name__
         more: dict[str, Any] = {}
@@ -322,10 +331,10 @@ class FaissIndex:
         return Neighbors(ids_NK, scores_NK)
 
 
-def about_index(path: Path) -> dict[str, Any]:
-    """What the file beside an index says of it; nothing where there is none."""
-    about = Path(f"{path}.json")
-    return read_json(about) if about.is_file() else {}
+def index_metadata(path: Path) -> dict[str, Any]:
+    """The metadata file beside an index; empty where there is none."""
+    metadata = Path(f"{path}.json")
+    return read_json(metadata) if metadata.is_file() else {}
 
 
 def lists_of(index: SwigIndex) -> Any:
@@ -336,7 +345,7 @@ def lists_of(index: SwigIndex) -> Any:
 
 
 def _takes_selector(index: SwigIndex) -> bool:
-    """Whether an index with lists can pass over rows; those that look again at what another one found cannot."""
+    """True if an index with lists can skip rows; those that refine the results of another one cannot."""
     faiss = faiss_library()
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     return isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFPQR)

@@ -1,4 +1,4 @@
-"""Puts an index together whose lists are kept in a file of their own, without holding them in memory."""
+"""Assembly of an index whose lists are kept in a file of their own, without holding them in memory."""
 
 from __future__ import annotations
 

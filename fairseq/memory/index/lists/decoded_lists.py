@@ -12,7 +12,7 @@ from fairseq.memory.types import Array
 
 _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
 _SAMPLE_ROWS = 16_384
-_LEFT_OUT = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five times as many are scored
+_DROPPED_SHARE = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five times as many are scored
 
 
 class DecodedLists:
@@ -24,7 +24,7 @@ class DecodedLists:
         """Take a faiss IndexIVFPQ.
 
         Args:
-            fast_int8: whether the processor multiplies 8-bit integers faster than floats.
+            fast_int8: whether the CPU multiplies 8-bit integers faster than floats.
             deleted: rows that must not be found, in rising order.
         """
         faiss = faiss_library()
@@ -36,10 +36,10 @@ class DecodedLists:
         self._codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
         self._first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
         self.room: object = None
-        """What a search keeps for the next one."""
+        """Memory that a search keeps for the next one."""
         self._cache: dict[int, PreparedList] | None = {} if 5 * index.ntotal * (index.d + 4) <= _CACHE_BYTES else None
         self.key_size = float(self._centroids.square().sum(1).amax())
-        self._rotation = Rotation.fit(self._sample(), _LEFT_OUT)
+        self._rotation = Rotation.fit(self._sample(), _DROPPED_SHARE)
 
     def __len__(self) -> int:
         return int(self._index.nlist)
@@ -89,8 +89,8 @@ class DecodedLists:
         """Rows of the store in one list."""
         lists = self._index.invlists
         size = lists.list_size(number)
-        found = faiss_library().rev_swig_ptr(lists.get_ids(number), size) if size else np.empty(0, np.int64)
-        return np.array(found, np.int64)
+        rows = faiss_library().rev_swig_ptr(lists.get_ids(number), size) if size else np.empty(0, np.int64)
+        return np.array(rows, np.int64)
 
     def _decoded(self, number: int) -> Tensor:
         """Keys of one list, float32 (M, D)."""
@@ -99,12 +99,12 @@ class DecodedLists:
         if not size:
             return torch.empty(0, self._index.d)
         codes = torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size))
-        chosen = codes.view(size, -1).to(torch.int32) + self._first_of_part
-        keys_MD = self._codewords.index_select(0, chosen.view(-1)).view(size, self._index.d)
+        places = codes.view(size, -1).to(torch.int32) + self._first_of_part
+        keys_MD = self._codewords.index_select(0, places.view(-1)).view(size, self._index.d)
         return keys_MD + self._centroids[number] if self._index.by_residual else keys_MD
 
     def _sample(self) -> Tensor:
-        """Some keys less the centres of their lists."""
+        """Some keys less the centroids of their lists."""
         numbers = torch.randperm(self._index.nlist, generator=torch.Generator().manual_seed(0)).tolist()
         parts, count = [], 0
         for number in numbers:

@@ -23,7 +23,7 @@ GROUP = 64
 
 _HALVINGS = 10
 
-# float32 sums may be taken in any order: that is what lets the processor add 8 or 16 numbers at once.
+# float32 sums may be taken in any order: that lets the CPU add 8 or 16 numbers at once.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
 # And so may the largest of numbers be found where none of them is NaN.
 FINITE = ANY_ORDER | {"nnan"}
@@ -44,24 +44,24 @@ def compiled(**options: Any) -> Callable[[Kernel], Kernel]:
 
 
 @compiled(fastmath=FINITE)
-def _range(low_C: Any) -> Any:
-    least = most = low_C[0]
-    for i in range(len(low_C)):
-        least, most = min(least, low_C[i]), max(most, low_C[i])
+def _range(score_C: Any) -> Any:
+    least = most = score_C[0]
+    for i in range(len(score_C)):
+        least, most = min(least, score_C[i]), max(most, score_C[i])
     return least, most
 
 
 @compiled()
-def approx_kth_largest(low_C: Any, k: int) -> Any:
+def approx_kth_largest(score_C: Any, k: int) -> Any:
     """A number that at least k entries reach, and few more; -inf where there are fewer entries."""
-    if len(low_C) < k:
+    if len(score_C) < k:
         return np.float32(-np.inf)
-    least, most = _range(low_C)
+    least, most = _range(score_C)
     for _ in range(_HALVINGS):  # counting is vectorized: this takes a tenth of the time of selecting the k-th
         middle = np.float32(0.5) * (least + most)
         count = np.int32(0)
-        for i in range(len(low_C)):
-            count += np.int32(low_C[i] >= middle)
+        for i in range(len(score_C)):
+            count += np.int32(score_C[i] >= middle)
         if count >= k:
             least = middle
         else:
@@ -101,11 +101,11 @@ def round_rows(keys_MD: Any, factor_D: Any, add_D: Any, weight_D: Any, quantized
     """
     largest = np.float32(0.0)
     for m in range(len(keys_MD)):
-        key_D, low_D = keys_MD[m], quantized_ME[m]
+        key_D, quantized_D = keys_MD[m], quantized_ME[m]
         weighted, square = np.float32(0.0), np.float32(0.0)
         for d in range(len(key_D)):
             rounded = min(max(np.floor(key_D[d] * factor_D[d] + add_D[d]), np.float32(-128.0)), np.float32(127.0))
-            low_D[d] = np.int8(rounded)
+            quantized_D[d] = np.int8(rounded)
             weighted += rounded * weight_D[d]
             square += rounded * rounded
         weighted_M[m] = weighted

@@ -239,10 +239,10 @@ def test_names_and_metrics_of_index_files(tmp_path):
     assert torch.equal(opened.search(QUERIES, 3).ids_NK, index.search(QUERIES, 3).ids_NK)
     with pytest.raises(ValueError, match=r"knn.index.ip is there: give --faiss-metric-type ip"):
         FaissIndex.open(tmp_path / "knn.index", Metric.L2)
-    with pytest.raises(ValueError, match=r"is of metric ip, --faiss-metric-type says l2"):
+    with pytest.raises(ValueError, match=r"uses metric ip but --faiss-metric-type is l2; pass --faiss-metric-type ip"):
         FaissIndex.open(tmp_path / "knn.index.ip", Metric.L2)
     (tmp_path / "knn.index.ip").rename(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"measures by ip, --faiss-metric-type says l2"):
+    with pytest.raises(ValueError, match=r"uses metric ip but --faiss-metric-type is l2; pass --faiss-metric-type ip"):
         FaissIndex.open(tmp_path / "plain", Metric.L2)
     with pytest.raises(ValueError, match=r"no index at .*build it with build_dstore.py"):
         FaissIndex.open(tmp_path / "nothing", Metric.L2)
