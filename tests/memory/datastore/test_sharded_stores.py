@@ -61,13 +61,13 @@ def test_shards_that_are_missing_are_named(tmp_path):
     assert join_shards(tmp_path / "d", 3) is None
     with pytest.raises(ValueError, match="of its 3 parts 1 are not saved"):
         Datastore.open(tmp_path / "d")
-    with pytest.raises(ValueError, match="missing are of 3 parts 1: save them first"):
+    with pytest.raises(ValueError, match="missing are of 3 parts 1; save them first"):
         merge(tmp_path / "d")
     os.rename(tmp_path / "aside", tmp_path / "d.part1-of-3.json")
     with pytest.raises(ValueError, match="lies in 3 parts: join them with fairseq-datastore merge"):
         Datastore.open(tmp_path / "d")
     shards(tmp_path / "d", [6, 6])
-    with pytest.raises(ValueError, match="lies in 2 and 3 parts; remove the parts that are out of date"):
+    with pytest.raises(ValueError, match="lies in 2 and 3 shards; remove the shards that are out of date"):
         merge(tmp_path / "d")
     with pytest.raises(ValueError, match="nothing to join; name the stores"):
         merge(tmp_path / "nothing")
@@ -150,7 +150,7 @@ def test_a_part_that_was_saved_anew_is_seen(tmp_path):
     delete(tmp_path / "ab", np.array([7]))
     digest = Datastore.open(tmp_path / "ab").digest
     save(tmp_path / "b", 6, seed=1)
-    with pytest.raises(ValueError, match="holds 6 rows other than the 5 that .*ab.json lists: it was written anew"):
+    with pytest.raises(ValueError, match="holds 6 rows other than the 5 that .*ab.json lists: it was written again"):
         Datastore.open(tmp_path / "ab")
     merge(tmp_path / "ab", [tmp_path / "a", tmp_path / "b"])
     store = Datastore.open(tmp_path / "ab")
@@ -221,7 +221,7 @@ def test_deleting_documents(tmp_path):
             delete(tmp_path / "d", np.array([0, row]))
     assert Datastore.open(tmp_path / "d").deleted.tolist() == [2, 3, 4]
     save(tmp_path / "plain", 4)
-    with pytest.raises(ValueError, match="does not tell which document its rows are of; give --rows"):
+    with pytest.raises(ValueError, match="does not record the documents of its rows; give --rows"):
         delete(tmp_path / "plain", documents=[0])
 
 

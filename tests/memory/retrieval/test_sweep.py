@@ -112,7 +112,7 @@ def test_shards_add_up_and_must_be_complete(tmp_path):
     assert both.sums == one.plus(other)
     assert both.sums.num_tokens == 2 * N
     assert [r.path for r in open_all(paths)] == [Path(path) for path in paths]
-    with pytest.raises(ValueError, match="the files hold the shards 0 of 2 .* name those of all shards"):
+    with pytest.raises(ValueError, match="the files hold the shards 0 of 2 .* name all shards"):
         open_all(paths[:1])
     with pytest.raises(ValueError, match="r0 holds the same part of the text as another"):
         open_all([paths[0], paths[0]])
@@ -197,7 +197,7 @@ def test_what_the_saved_neighbours_cannot_tell(tmp_path):
     knn = saved(tmp_path / "knn")
     words = {"retrievals": ("r",)}
     assert Grid.of(SweepConfig(**words), knn) == Grid((K,), number_grid("0:0.9:0.05"), (2.0,))
-    with pytest.raises(ValueError, match=f"--k 99 is more than the {K} neighbours per token in .*save them anew"):
+    with pytest.raises(ValueError, match=f"--k 99 is more than the {K} neighbours per token in .*save them again"):
         Grid.of(SweepConfig(**words, k=(8, 99)), knn)
     with pytest.raises(ValueError, match="--interp-temp is TRIME's"):
         Grid.of(SweepConfig(**words, interp_temp=(1.0,)), knn)
