@@ -110,7 +110,7 @@ def test_a_killed_writer_is_gone_on_with(tmp_path, stop):
     first.close()  # a kill lets go of the lock as this does, and leaves the rest
     assert not (tmp_path / "r").exists()
     if stop:
-        with pytest.raises(ValueError, match=rf"r is not complete \({stop} of {N} tokens\); run the command that saves it"):
+        with pytest.raises(ValueError, match=rf"r is not complete \({stop} of {N} tokens\); run the command"):
             Retrieval.open(tmp_path / "r")
     with writer(tmp_path / "r") as second:
         assert second.rows_done == stop
