@@ -225,7 +225,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in datastore.COMMANDS)
-    assert "none joins" in " ".join(done.stdout.split())
+    assert "without any" in " ".join(done.stdout.split())
 
 
 def test_plan(said, told, tmp_path, monkeypatch):
