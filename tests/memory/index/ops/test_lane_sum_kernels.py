@@ -1,8 +1,14 @@
 """Sums over columns against the order that is written down, in NumPy, to the last bit."""
 
+import importlib
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from fairseq.memory.index.exact import kernels as exact_kernels
 from fairseq.memory.index.ops import kernels
@@ -55,3 +61,31 @@ def test_rows_with_gaps_are_refused():
     rows = np.ones((4, 4), np.float32)
     with pytest.raises(numba.TypingError, match="float32 without gaps"):
         kernels.dot(rows[0], rows[:, 0])
+
+
+@pytest.mark.parametrize("module", ["ops.kernels", "exact.kernels", "lists.kernels", "lists.adc_kernels"])
+def test_no_kernel_leaves_its_arithmetic_to_its_first_caller(module):
+    functions = vars(importlib.import_module(f"fairseq.memory.index.{module}")).values()
+    kernels_of_module = [function for function in functions if hasattr(function, "targetoptions")]
+    assert kernels_of_module
+    assert all("fastmath" in kernel.targetoptions for kernel in kernels_of_module)
+
+
+def test_sums_are_the_same_when_a_caller_that_may_fuse_is_compiled_first(tmp_path):
+    """In a process of its own with an empty cache: what is compiled first is what counts."""
+    rng = np.random.default_rng(0)
+    query, keys = rng.standard_normal(64, dtype=np.float32), rng.standard_normal((200, 64), dtype=np.float32)
+    np.savez(tmp_path / "rows.npz", query=query, keys=keys)
+    code = f"""
+import numpy as np
+from fairseq.memory.index.lists.adc_kernels import share_of_list
+from fairseq.memory.index.ops.kernels import dot, neg_sq_l2
+rows = np.load({str(tmp_path / "rows.npz")!r})
+share_of_list(rows["query"], rows["keys"][0], True)
+sums = [[function(rows["query"], key) for key in rows["keys"]] for function in (dot, neg_sq_l2)]
+np.save({str(tmp_path / "sums.npy")!r}, np.array(sums, np.float32))
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
+    expected = [[summed(query * key) for key in keys], [-summed((query - key) ** 2) for key in keys]]
+    assert np.load(tmp_path / "sums.npy").tolist() == np.array(expected).tolist()
