@@ -7,7 +7,7 @@ Shapes: N queries, M columns of scores (memories of a block), S memories, C grou
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,15 @@ SHORTEST = 1e-12
 """Shorter queries are zero, as for torch.nn.functional.normalize."""
 
 ANY_ORDER = {"reassoc", "contract", "nsz", "nnan", "ninf"}  # queries and keys are finite here
+
+
+class BestOfRows(NamedTuple):
+    """The best memories of each query so far."""
+
+    raw_NK: Any
+    """int32 products in 8 bits."""
+    ids_NK: Any
+    best_NK: Any
 
 
 @compiled(fastmath=ANY_ORDER)
@@ -160,17 +169,17 @@ def _multiply_again(which_J: Any, query_D: Any, key_MD: Any, inverse_M: Any, sco
 
 @compiled()
 def best_of_quantized_rows(
-    raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, raw_NK: Any,
-    ids_NK: Any, best_NK: Any,
-) -> Any:  # fmt: skip
+    raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, best: Any
+) -> Any:
     """:func:`best_of_rows` of products in 8 bits: those that may be among the best are multiplied again as they are.
 
     Args:
         raw_NM: int32 products of rounded vectors.
         reach_N: int32, twice how far such a product may be off, up to a constant of each query.
-        raw_NK: int32, such products of the best of the blocks so far.
+        best: ``BestOfRows`` of the blocks so far, as a plain tuple, which numba recognises faster.
     Returns: a number without meaning, so that no read is optimised away.
     """
+    raw_NK, ids_NK, best_NK = best
     k, fetched = best_NK.shape[1], np.float32(0.0)
     largest_C, group_C = np.empty(min(columns, GROUPS), np.int32), np.empty(GROUPS, np.int64)
     which_J, score_J = np.empty(columns, np.int64), np.empty(columns, np.float32)
@@ -204,10 +213,10 @@ def best_of_quantized_heads(
     raw_NK = np.empty(ids_GNK.shape[1:], np.int32)
     for g in range(len(raw_GNM)):
         raw_NK[:] = LOWEST
+        best = (raw_NK, ids_GNK[g], best_GNK[g])
         best_of_quantized_rows(
-            raw_GNM[g], raw_GNM.shape[2], 0, reach_GN[g], query_GND[g], key_GMD[g], inverse_GM[g], raw_NK, ids_GNK[g],
-            best_GNK[g],
-        )  # fmt: skip
+            raw_GNM[g], raw_GNM.shape[2], 0, reach_GN[g], query_GND[g], key_GMD[g], inverse_GM[g], best
+        )
 
 
 @compiled(fastmath=ANY_ORDER)

@@ -167,22 +167,20 @@ class KernelSearch:
         return search_rows
 
     def _by_quantized(self, keys: QuantizedKeys, query_GND: Tensor) -> _RowSearch:
-        from fairseq.memory.extended_mind.kernels import LOWEST, best_of_quantized_rows
+        from fairseq.memory.extended_mind.kernels import LOWEST, BestOfRows, best_of_quantized_rows
 
         units, quantized_GND, reaches = keys.queries(query_GND)
         key_GSD, inverse_GS = self.key_GSD.numpy(), self.inverse_GS.numpy()
 
         def search_rows(head: int, rows: slice, ids_NK: Array, best_NK: Array) -> None:
-            raw_NK = np.full(ids_NK.shape, LOWEST, np.int32)
-            queries = (reaches[head, rows], units[head, rows])
+            best = tuple(BestOfRows(np.full(ids_NK.shape, LOWEST, np.int32), ids_NK, best_NK))
+            reach_N, query_ND = reaches[head, rows], units[head, rows]
             for columns in self._columns(len(ids_NK)):
                 quantized_MD, key_MD = keys.quantized_GSD[head, columns], key_GSD[head, columns]
                 raw_NM = self._buffer(len(ids_NK), len(quantized_MD))
                 torch._int_mm(quantized_GND[head, rows], quantized_MD.T, out=raw_NM)
-                own = (key_MD, inverse_GS[head, columns])
-                best_of_quantized_rows(
-                    raw_NM.numpy(), len(key_MD), columns.start, *queries, *own, raw_NK, ids_NK, best_NK
-                )
+                raw, inverse_M = raw_NM.numpy(), inverse_GS[head, columns]
+                best_of_quantized_rows(raw, len(key_MD), columns.start, reach_N, query_ND, key_MD, inverse_M, best)
 
         return search_rows
 

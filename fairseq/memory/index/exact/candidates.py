@@ -64,16 +64,18 @@ class CandidateGroup:
         """
         self.rows, self._k, self._scores = rows, k, scores
         count = rows.stop - rows.start
-        self._lower_QC = np.empty((count, capacity(k)), np.float32)
-        self._ids_QC = np.empty((count, capacity(k)), np.int64)
-        self._filled_Q = np.zeros(count, np.int64)
-        self._threshold_Q = np.full(count, -np.inf, np.float32)  # k keys at least reach this
-        self._width_Q = np.zeros(count, np.float32)  # how far scores may be above their low bounds
+        self._candidates = kernels.BoundedCandidates(
+            lower_QC=np.empty((count, capacity(k)), np.float32),
+            ids_QC=np.empty((count, capacity(k)), np.int64),
+            filled_Q=np.zeros(count, np.int64),
+            threshold_Q=np.full(count, -np.inf, np.float32),
+            width_Q=np.zeros(count, np.float32),
+        )
         self._true_QC = np.empty((0, 0), np.float32)
-        self._bound_Q = self._threshold_Q
+        self._bound_Q: Array = self._candidates.threshold_Q
 
     def __len__(self) -> int:
-        return len(self._filled_Q)
+        return len(self._candidates.filled_Q)
 
     def take(
         self, raw_QM: Tensor, num_rows: int, first_row: int, scale: float, shift_Q: Tensor, margin_Q: Tensor
@@ -86,49 +88,49 @@ class CandidateGroup:
         """
         integral = not raw_QM.is_floating_point()
         raw = (raw_QM if integral else raw_QM.float()).numpy()
-        bounds = (shift_Q.double().numpy(), margin_Q.double().numpy())
-        held = (self._lower_QC, self._ids_QC, self._filled_Q, self._threshold_Q, self._width_Q)
+        bounds = kernels.BlockBounds(scale, shift_Q.double().numpy(), margin_Q.double().numpy(), integral)
+        candidates = tuple(self._candidates)
         query = column = 0
         while query < len(self):
             query, column = kernels.collect_candidates(
-                raw, num_rows, first_row, scale, *bounds, integral, self._k, *held, query, column
+                raw, num_rows, first_row, tuple(bounds), self._k, candidates, query, column
             )
             if query < len(self):
                 self._settle(query)
 
     def _settle(self, query: int) -> None:
         """Score the candidates of a query (too many are close to each other) and keep its k best."""
-        filled = self._filled_Q[query]
-        true_C = self._scores.of(self.rows.start + query, self._ids_QC[query, :filled])
+        filled = self._candidates.filled_Q[query]
+        true_C = self._scores.of(self.rows.start + query, self._candidates.ids_QC[query, :filled])
         place_K = np.sort(argsort_descending(true_C[None], self._k)[0])
-        for held_QC in (self._lower_QC, self._ids_QC):
-            held_QC[query, : len(place_K)] = held_QC[query, place_K]
-        self._filled_Q[query] = len(place_K)
+        for array_QC in (self._candidates.lower_QC, self._candidates.ids_QC):
+            array_QC[query, : len(place_K)] = array_QC[query, place_K]
+        self._candidates.filled_Q[query] = len(place_K)
         at = self.rows.start + query
         least = self._scores.as_filtered(torch.from_numpy(true_C[place_K]).amin()[None], slice(at, at + 1))
-        self._threshold_Q[query] = max(self._threshold_Q[query], float(least))
+        self._candidates.threshold_Q[query] = max(self._candidates.threshold_Q[query], float(least))
 
     def select_first(self) -> None:
         """Prune for the last time; ``score`` then scores the k of each query with the highest bounds."""
-        kernels.prune_all(self._lower_QC, self._ids_QC, self._filled_Q, self._k, self._threshold_Q, self._width_Q)
-        self._true_QC = np.full((len(self), max(1, int(self._filled_Q.max()))), np.nan, np.float32)
+        kernels.prune_all(tuple(self._candidates), self._k)
+        self._true_QC = np.full((len(self), max(1, int(self._candidates.filled_Q.max()))), np.nan, np.float32)
         self._bound_Q = np.empty(len(self), np.float32)
-        kernels.reached_by(self._lower_QC, self._filled_Q, self._k, self._bound_Q)
+        kernels.reached_by(self._candidates.lower_QC, self._candidates.filled_Q, self._k, self._bound_Q)
 
     def select_remaining(self) -> None:
         """``score`` then scores those that could be better than the k-th of what is scored."""
         true_Q = np.empty(len(self), np.float32)
-        kernels.reached_by(self._true_QC, self._filled_Q, self._k, true_Q)
-        self._bound_Q = self._scores.as_filtered(torch.from_numpy(true_Q), self.rows).numpy() - self._width_Q
+        kernels.reached_by(self._true_QC, self._candidates.filled_Q, self._k, true_Q)
+        self._bound_Q = self._scores.as_filtered(torch.from_numpy(true_Q), self.rows).numpy() - self._candidates.width_Q
 
     def score(self, keys_MD: Array, first_row: int) -> None:
         """Score the selected candidates among some keys."""
         query_QD = self._scores.query_ND[self.rows].numpy()
-        held = (self._lower_QC, self._ids_QC, self._filled_Q, self._true_QC)
-        kernels.score_candidates(query_QD, keys_MD, first_row, self._scores.by_distance, self._bound_Q, *held)
+        by_distance, candidates = self._scores.by_distance, tuple(self._candidates)
+        kernels.score_candidates(query_QD, keys_MD, first_row, by_distance, self._bound_Q, candidates, self._true_QC)
 
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best of what is scored, best first; of equals the lower row."""
         place_QK = argsort_descending(self._true_QC, self._k)
-        ids_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._ids_QC, place_QK, 1))
+        ids_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._candidates.ids_QC, place_QK, 1))
         scores_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._true_QC, place_QK, 1))

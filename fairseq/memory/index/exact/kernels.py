@@ -7,7 +7,7 @@ Shapes: N or Q queries, M columns of scores (keys), C candidates a query may hol
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,29 @@ from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 
 _PART = 16
+
+
+class BoundedCandidates(NamedTuple):
+    """The candidates of a group of queries, each with a bound that its score is not below."""
+
+    lower_QC: Any
+    ids_QC: Any
+    filled_Q: Any
+    """Candidates of each query."""
+    threshold_Q: Any
+    """A score that k keys at least reach; rises."""
+    width_Q: Any
+    """Largest distance of a score above its lower bound; grows."""
+
+
+class BlockBounds(NamedTuple):
+    """A true score is within ``margin`` of ``scale * raw + shift``."""
+
+    scale: float
+    shift_Q: Any
+    margin_Q: Any
+    integral: bool
+    """The raw scores are integers."""
 
 
 @compiled()
@@ -50,34 +73,19 @@ def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width
 
 @compiled()
 def collect_candidates(
-    raw_QM: Any,
-    num_rows: int,
-    first_row: int,
-    scale: float,
-    shift_Q: Any,
-    margin_Q: Any,
-    integral: bool,
-    k: int,
-    lower_QC: Any,
-    ids_QC: Any,
-    filled_Q: Any,
-    threshold_Q: Any,
-    width_Q: Any,
-    query: int,
-    column: int,
+    raw_QM: Any, num_rows: int, first_row: int, bounds: Any, k: int, candidates: Any, query: int, column: int
 ) -> tuple[int, int]:
     """Put every key of a block that could be among the k best behind the candidates of its query.
 
     Args:
-        raw_QM: approximate scores: a true one is within ``margin`` of ``scale * raw + shift``. M is a multiple of
-            GROUP, columns from ``num_rows`` on mean nothing.
+        raw_QM: approximate scores. M is a multiple of GROUP, columns from ``num_rows`` on mean nothing.
         first_row: row number of the first column.
-        lower_QC, ids_QC: of each candidate a bound that its score is not below, and its row; ``filled_Q`` of them.
-        threshold_Q: k keys at least reach this; rises.
-        width_Q: how far scores may be above their low bounds; grows.
+        bounds, candidates: ``BlockBounds`` and ``BoundedCandidates`` as plain tuples, which numba recognises faster.
         query, column: where to begin.
     Returns: where a query's candidates left too little room, to resume there; query Q at the end.
     """
+    scale, shift_Q, margin_Q, integral = bounds
+    lower_QC, ids_QC, filled_Q, threshold_Q, width_Q = candidates
     raw_F = raw_QM.reshape(-1)
     room = lower_QC.shape[1]
     while query < len(filled_Q):
@@ -111,8 +119,9 @@ def collect_candidates(
 
 
 @compiled()
-def prune_all(lower_QC: Any, ids_QC: Any, filled_Q: Any, k: int, threshold_Q: Any, width_Q: Any) -> None:
+def prune_all(candidates: Any, k: int) -> None:
     """:func:`prune` for every query."""
+    lower_QC, ids_QC, filled_Q, threshold_Q, width_Q = candidates
     for q in range(len(filled_Q)):
         filled, threshold = prune(lower_QC[q], ids_QC[q], filled_Q[q], k, threshold_Q[q], width_Q[q])
         filled_Q[q], threshold_Q[q] = filled, threshold
@@ -128,13 +137,13 @@ def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance
 
 @compiled()
 def score_candidates(
-    query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, bound_Q: Any, lower_QC: Any, ids_QC: Any,
-    filled_Q: Any, true_QC: Any,
-) -> None:  # fmt: skip
+    query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, bound_Q: Any, candidates: Any, true_QC: Any
+) -> None:
     """Score the candidates whose rows are among ``keys_MD``, which start at ``first_row``; ids rise along a query.
 
     Only those whose low bound reaches ``bound_Q`` and that have no score yet (NaN) are scored.
     """
+    lower_QC, ids_QC, filled_Q, _, _ = candidates
     # Four at a time: keys come from far, and four streams of them hide the waiting. The last four may be fewer, with
     # one of them repeated.
     four = np.empty(4, np.int64)

@@ -6,7 +6,7 @@ S groups of scores (of GROUP neighbours each) of a query's lists one behind the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -27,6 +27,31 @@ def _to_pointer(typing_context: Any, address: Any) -> Any:
 
 _pointer: Any = numba.extending.intrinsic(_to_pointer)
 _array_at: Any = getattr(numba, "carray")  # noqa: B009  # numba's types do not declare it
+
+
+class ListArrays(NamedTuple):
+    """The lists of an index of product-quantized keys."""
+
+    words_MEJ: Any
+    """Codewords."""
+    centroid_LD: Any
+    address_L2: Any
+    """Addresses of the codes and of the ids of each list."""
+    first_L: Any
+    """First bias of each list, L + 1 numbers."""
+    bias: Any
+    """See ``write_biases``; those of lists that were probed before are written."""
+
+
+class TableRoom(NamedTuple):
+    """Memory for the query with most keys."""
+
+    table_MJ: Any
+    score_SP: Any
+    most_S: Any
+    edge_1P: Any
+    end_1P: Any
+    place_F: Any
 
 
 @compiled()
@@ -109,11 +134,9 @@ def write_biases(
 
 
 @compiled()
-def prepare_lists(
-    number_L: Any, words_MEJ: Any, centroid_LD: Any, address_L2: Any, first_L: Any, alive: Any, by_distance: bool,
-    table_MJ: Any, bias: Any,
-) -> None:  # fmt: skip
-    """:func:`write_biases` for some lists; the arguments are those of :func:`search_tables`."""
+def prepare_lists(number_L: Any, lists: Any, alive: Any, by_distance: bool, table_MJ: Any) -> None:
+    """:func:`write_biases` for some lists; ``lists`` as in :func:`search_tables`."""
+    words_MEJ, centroid_LD, address_L2, first_L, bias = lists
     for number in number_L:
         size = first_L[number + 1] - first_L[number]
         if size:
@@ -131,19 +154,18 @@ def share_of_list(query_D: Any, centroid_D: Any, by_distance: bool) -> Any:
 
 @compiled()
 def search_tables(
-    query_QD: Any, probed_QP: Any, wanted: int, words_MEJ: Any, centroid_LD: Any, address_L2: Any, first_L: Any,
-    bias: Any, by_distance: bool, table_MJ: Any, score_SP: Any, most_S: Any, edge_1P: Any,
-    end_1P: Any, place_F: Any, place_C: Any, bound_C: Any, lower_C: Any, flag_S: Any, packed_QC: Any, count_Q: Any,
+    query_QD: Any, probed_QP: Any, wanted: int, lists: Any, by_distance: bool, room: Any, selection_room: Any,
+    packed_QC: Any, count_Q: Any,
 ) -> None:  # fmt: skip
     """Write the ``wanted`` best keys of each query's lists, and few others, as packed neighbours in no order.
 
     Args:
-        words_MEJ: codewords.
-        address_L2: where the codes of each list and its ids are in memory.
-        first_L: where the biases of each list begin, L + 1 numbers; those of the probed lists are written.
+        lists, room, selection_room: ``ListArrays``, ``TableRoom`` and ``SelectionRoom`` as plain tuples: numba takes
+            5 us to recognise a named one, and a search with one query less than 400.
         packed_QC, count_Q: get the neighbours, and how many there are.
-        others: room for the query with most keys, as ``choose`` wants it.
     """
+    words_MEJ, centroid_LD, address_L2, first_L, bias = lists
+    table_MJ, score_SP, most_S, edge_1P, end_1P, place_F = room
     parts = words_MEJ.shape[0]
     score_F, gap_1P = score_SP.reshape(-1), np.zeros((1, probed_QP.shape[1]), np.float32)
     for q in range(len(query_QD)):
@@ -161,7 +183,7 @@ def search_tables(
             share = share_of_list(query_D, centroid_LD[number], by_distance)
             _sum_up(table_MJ.reshape(-1), code_SM, score_F, group * GROUP)
             edge_1P[0, p + 1] = _finish(score_SP, group, bias_S, share, most_S)
-        select_candidates(score_SP, most_S, edge_1P, gap_1P, wanted, place_F, end_1P, place_C, bound_C, lower_C, flag_S)
+        select_candidates(score_SP, most_S, edge_1P, gap_1P, wanted, place_F, end_1P, selection_room)
         first = 0
         for p in range(probed_QP.shape[1]):
             number = probed_QP[q, p]

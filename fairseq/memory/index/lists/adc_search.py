@@ -9,6 +9,8 @@ Shapes: N queries, P lists a query probes, L lists, S groups of scores, K neighb
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_t
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ObjectPool, run_in_threads
+
+if TYPE_CHECKING:
+    from fairseq.memory.index.lists.adc_kernels import TableRoom
+    from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
 
 _FEW = 8
 """So many queries are searched on the calling thread: to start others takes longer."""
@@ -45,19 +51,21 @@ class AdcSearch:
             index: an IndexIVFPQ of 8-bit codes, in memory; once keys are added to it this must not be used any more.
             alive: a bit for each row that may be found, the lowest first; None where all may.
         """
+        from fairseq.memory.index.lists.adc_kernels import ListArrays
+
         faiss, lists = faiss_library(), index.invlists
         self._index, self._by_distance = index, index.metric_type == faiss.METRIC_L2
         self._alive = np.empty(0, np.uint8) if alive is None else alive
-        self._words_MEJ, self._centroid_LD = codewords(index), residual_centroids(index)
-        self._address_L2 = np.zeros((index.nlist, 2), np.int64)
+        address_L2 = np.zeros((index.nlist, 2), np.int64)
         sizes = np.zeros(index.nlist, np.int64)
         for number in range(index.nlist):
             sizes[number] = size = lists.list_size(number)
             if size:
                 arrays = (lists.get_codes(number), size * lists.code_size), (lists.get_ids(number), size)
-                self._address_L2[number] = [faiss.rev_swig_ptr(*each).ctypes.data for each in arrays]
-        self._first_L = np.concatenate([[0], sizes.cumsum()])
-        self._bias = np.empty(self._first_L[-1], np.float32)
+                address_L2[number] = [faiss.rev_swig_ptr(*each).ctypes.data for each in arrays]
+        first_L = np.concatenate([[0], sizes.cumsum()])
+        bias = np.empty(first_L[-1], np.float32)
+        self._lists = ListArrays(codewords(index), residual_centroids(index), address_L2, first_L, bias)
         self._is_ready_L = np.zeros(index.nlist, np.bool_)
         self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
         self._num_probed = 0
@@ -65,8 +73,8 @@ class AdcSearch:
 
     @property
     def num_keys(self) -> int:
-        """Keys that were in the lists when they were looked at."""
-        return len(self._bias)
+        """Keys that were in the lists at the start."""
+        return len(self._lists.bias)
 
     def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best keys of the probed lists, best first, of equals the lower row; few queries on the calling thread.
@@ -92,11 +100,11 @@ class AdcSearch:
         from fairseq.memory.index.lists.large_k_kernels import NOTHING, unpack
 
         count_Q = np.empty(len(query_QD), np.int64)
-        lists = (self._words_MEJ, self._centroid_LD, self._address_L2, self._first_L, self._bias)
-        about = (ids_QK.shape[1], *lists, self._by_distance)
-        with self._rooms.borrow() as (*room, packed_1C):
+        lists, wanted = tuple(self._lists), ids_QK.shape[1]
+        with self._rooms.borrow() as (table_room, selection_room, packed_1C):
             packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
-            search_tables(query_QD, probed_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
+            room, selection = tuple(table_room), tuple(selection_room)
+            search_tables(query_QD, probed_QP, wanted, lists, self._by_distance, room, selection, packed_QC, count_Q)
             best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
             if len(count_Q) > 1:
                 best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = NOTHING
@@ -109,20 +117,33 @@ class AdcSearch:
             from fairseq.memory.index.lists.adc_kernels import prepare_lists
 
             numbers = np.unique(probed_NP[(probed_NP >= 0) & ~self._is_ready_L[probed_NP]])
-            lists = (self._words_MEJ, self._centroid_LD, self._address_L2, self._first_L, self._alive)
-            prepare_lists(numbers, *lists, self._by_distance, self._fresh_table(), self._bias)
+            prepare_lists(numbers, tuple(self._lists), self._alive, self._by_distance, self._fresh_table())
             self._is_ready_L[numbers] = True
 
-    def _fresh_room(self) -> tuple[Array, ...]:
-        """Memory for any query, as ``search_tables`` wants it."""
+    def _fresh_room(self) -> tuple[TableRoom, SelectionRoom, Array]:
+        """Memory for any query, and for the packed neighbours of one."""
+        from fairseq.memory.index.lists.adc_kernels import TableRoom
+        from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
+
         num_probed = self._num_probed
         groups = int(self._most_L[min(num_probed, len(self._most_L)) - 1])
-        score_SP, most_S = np.empty((groups, GROUP), np.float32), np.empty(groups, np.float32)
-        edge_1P, end_1P = np.zeros((1, num_probed + 1), np.int64), np.zeros((1, num_probed), np.int64)
         bounds = (groups + 1) * GROUP
-        places, numbers = ([np.empty(bounds, dtype) for _ in range(2)] for dtype in (np.int64, np.float32))
-        flag_S, packed_1C = np.empty(groups + 1, np.int64), np.empty((1, bounds), np.int64)
-        return (self._fresh_table(), score_SP, most_S, edge_1P, end_1P, *places, *numbers, flag_S, packed_1C)
+        table_room = TableRoom(
+            table_MJ=self._fresh_table(),
+            score_SP=np.empty((groups, GROUP), np.float32),
+            most_S=np.empty(groups, np.float32),
+            edge_1P=np.zeros((1, num_probed + 1), np.int64),
+            end_1P=np.zeros((1, num_probed), np.int64),
+            place_F=np.empty(bounds, np.int64),
+        )
+        selection_room = SelectionRoom(
+            place_C=np.empty(bounds, np.int64),
+            bound_C=np.empty(bounds, np.float32),
+            lower_C=np.empty(bounds, np.float32),
+            flag_S=np.empty(groups + 1, np.int64),
+        )
+        return table_room, selection_room, np.empty((1, bounds), np.int64)
 
     def _fresh_table(self) -> Array:
-        return np.empty((len(self._words_MEJ), self._words_MEJ.shape[2]), np.float32)
+        parts, _, words = self._lists.words_MEJ.shape
+        return np.empty((parts, words), np.float32)

@@ -6,7 +6,7 @@ hold, D width. Scores are *higher is closer*.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,46 @@ LOWEST = np.float32(-3.0e38)
 _LEVELS = np.float32(127.0)
 # Float32 sums that are computed in two ways differ by a few units in the seventh place of what they are sums of.
 _ROUNDING = np.float32(4e-6)
+
+
+class CandidateHeap(NamedTuple):
+    """The candidates of a group of queries."""
+
+    score_NC: Any
+    ids_NC: Any
+    order_NC: Any
+    """Rank in the order in which faiss would scan the keys."""
+    filled_N: Any
+    """Candidates of each query."""
+    threshold_N: Any
+    """A score that k keys at least reach; rises."""
+    doubt_N: Any
+    """Candidates so close below the threshold are kept as well."""
+    is_open_N: Any
+    """True for queries of which more keys tie than there is room for; others find their neighbours."""
+
+
+class ScannedKeys(NamedTuple):
+    """The keys of a list, in groups of P = GROUP neighbours."""
+
+    residual_GP: Any
+    bias_GP: Any
+    """Minus infinity for a deleted key."""
+    ids_M: Any
+    keys_MD: Any
+
+
+class ScannedQueries(NamedTuple):
+    """The queries of a tile."""
+
+    query_ND: Any
+    """Queries of the group."""
+    row_Q: Any
+    """Their numbers in the group."""
+    order_Q: Any
+    """Plus the number of a key: the order in which faiss would scan it."""
+    bound_Q4: Any
+    """See ``bound_queries``."""
 
 
 @compiled(fastmath=FINITE)
@@ -187,25 +227,31 @@ def _prune_candidates(
 
 @compiled()
 def scan(
-    raw_QGP: Any, num_rows: int, step: Any, bound_Q4: Any, row_Q: Any, order_Q: Any,
-    residual_GP: Any, bias_GP: Any, ids_M: Any, keys_MD: Any, query_ND: Any, by_distance: bool, k: int,
-    ties_by_id: bool, score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any,
-    is_open_N: Any, bound_F: Any,
-) -> None:  # fmt: skip
+    raw_QGP: Any,
+    step: Any,
+    queries: Any,
+    keys: Any,
+    heap: Any,
+    by_distance: bool,
+    k: int,
+    ties_by_id: bool,
+    bound_F: Any,
+) -> None:
     """Put every key of a list that could be among the k best of a query behind its candidates, with its true score.
 
     Args:
         raw_QGP: products of the rounded vectors, a unit of which is ``step`` times the query's scale; keys are in
-            groups of P = GROUP neighbours, those from ``num_rows`` on mean nothing.
-        bound_Q4: see ``bound_queries``.
-        row_Q: which queries of the group; ``order_Q`` plus its number gives the order in which faiss would scan a key.
-        residual_GP, bias_GP: of each key; minus infinity is the bias of a deleted key.
+            groups of P = GROUP neighbours, those behind the list's last mean nothing.
+        queries, keys, heap: ``ScannedQueries``, ``ScannedKeys`` and ``CandidateHeap`` as plain tuples: numba takes 5 us
+            to recognise a named one, which is 3% of a search in bulk.
         ties_by_id: of equal candidates the lowest ids are kept; otherwise queries of which more tie than there is room
-            for are marked in ``is_open_N`` and left to others.
-        score_NC, ids_NC, order_NC: candidates, ``filled_N`` of them. ``threshold_N``: k keys at least reach it; rises.
-        doubt_N: candidates so close below the threshold are kept as well.
+            for are marked as open.
         bound_F: room for the bounds of one query.
     """
+    query_ND, row_Q, order_Q, bound_Q4 = queries
+    residual_GP, bias_GP, ids_M, keys_MD = keys
+    score_NC, ids_NC, order_NC, filled_N, threshold_N, doubt_N, is_open_N = heap
+    num_rows = len(ids_M)
     room = score_NC.shape[1]
     hit_P, flag_G = np.empty(GROUP, np.int64), np.empty(len(residual_GP), np.int64)
     for q in range(len(row_Q)):
@@ -247,10 +293,9 @@ def scan(
 
 
 @compiled()
-def prune_group(
-    score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, threshold_N: Any, doubt_N: Any, k: int
-) -> None:
-    """Drop the candidates of every query that cannot be among its k best."""
+def prune_group(heap: Any, k: int) -> None:
+    """Drop the candidates of every query that cannot be among its k best; ``heap`` as in :func:`scan`."""
+    score_NC, ids_NC, order_NC, filled_N, threshold_N, doubt_N, _ = heap
     for n in range(len(filled_N)):
         filled_N[n], threshold_N[n] = _prune_candidates(
             score_NC[n], ids_NC[n], order_NC[n], filled_N[n], k, threshold_N[n], doubt_N[n], False

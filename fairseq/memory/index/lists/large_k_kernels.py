@@ -9,7 +9,7 @@ were chosen for all queries, C bounds of a query, K neighbours, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -22,6 +22,16 @@ NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
 """A place without a neighbour; behind all others in the order of packed neighbours."""
 _LOW_HALF = np.int64(0xFFFFFFFF)
 _SEEN = 4  # the lists that hold so many times the wanted keys show well enough where the best begin
+
+
+class SelectionRoom(NamedTuple):
+    """Memory for the bounds of the query with most, and a group more."""
+
+    place_C: Any
+    bound_C: Any
+    lower_C: Any
+    flag_S: Any
+    """Groups of that query, and one more."""
 
 
 @compiled(fastmath=FINITE)
@@ -86,9 +96,8 @@ def _list_group(bound_SP: Any, group: int, reach: Any, place_C: Any, bound_C: An
 
 @compiled()
 def select_candidates(
-    bound_SP: Any, most_S: Any, edge_QP: Any, gap_QP: Any, wanted: int, place_F: Any, end_QP: Any, place_C: Any,
-    bound_C: Any, lower_C: Any, flag_S: Any,
-) -> None:  # fmt: skip
+    bound_SP: Any, most_S: Any, edge_QP: Any, gap_QP: Any, wanted: int, place_F: Any, end_QP: Any, room: Any
+) -> None:
     """List the keys of each query that may be among the ``wanted`` best: at least those, if there are so many.
 
     Args:
@@ -96,9 +105,9 @@ def select_candidates(
         gap_QP: how far scores may be below their bounds.
         place_F: gets the places of the bounds among all, query after query.
         end_QP: gets where the places of each list's keys end.
-        place_C, bound_C, lower_C: room for the bounds of the query with most, and a group more; ``flag_S`` for its
-            groups, and one more.
+        room: a ``SelectionRoom`` as a plain tuple (see ``kernels.scan``).
     """
+    place_C, bound_C, lower_C, flag_S = room
     kept = 0
     for q in range(len(edge_QP)):
         edge_P, gap_P = edge_QP[q], gap_QP[q]

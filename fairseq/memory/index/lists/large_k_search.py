@@ -120,23 +120,28 @@ class _LargeKGroup:
 
     def select(self, k: int) -> None:
         """Find the keys that may be among the k best of each query."""
-        from fairseq.memory.index.lists.large_k_kernels import select_candidates
+        from fairseq.memory.index.lists.large_k_kernels import SelectionRoom, select_candidates
 
         parts = self._parts()
         num_groups, num_bounds = self._most + 1, (self._most + 1) * GROUP
         most_selected = max((part.stop - part.start for part in parts), default=0) * num_bounds
 
-        def fresh() -> tuple[Array, ...]:
-            sizes = {np.int64: (most_selected, num_bounds), np.float32: (num_bounds, num_bounds)}
-            arrays = [np.empty(size, dtype) for dtype, both in sizes.items() for size in both]
-            return (*arrays, np.empty(num_groups, np.int64))
+        def fresh() -> tuple[Array, SelectionRoom]:
+            room = SelectionRoom(
+                place_C=np.empty(num_bounds, np.int64),
+                bound_C=np.empty(num_bounds, np.float32),
+                lower_C=np.empty(num_bounds, np.float32),
+                flag_S=np.empty(num_groups, np.int64),
+            )
+            return np.empty(most_selected, np.int64), room
 
         rooms = ObjectPool(fresh)
 
         def select_some(part: slice) -> Array:
-            with rooms.borrow() as (place_F, *room):
-                arrays = (self._edge_QP[part], self._gap_QP[part], k, place_F, self._end_QP[part])
-                select_candidates(self._room.bound_SP, self._room.most_S, *arrays, *room)
+            bound_SP, most_S, edge_QP = self._room.bound_SP, self._room.most_S, self._edge_QP[part]
+            with rooms.borrow() as (place_F, room):
+                gap_QP, end_QP = self._gap_QP[part], self._end_QP[part]
+                select_candidates(bound_SP, most_S, edge_QP, gap_QP, k, place_F, end_QP, tuple(room))
                 selected: Array = place_F[: self._end_QP[part][-1, -1]].copy()
             return selected
 

@@ -216,13 +216,15 @@ class _ScanGroup:
         self._rotated_ND = np.ascontiguousarray(lists.rotated(query_ND[rows]).numpy())
         self._probed_NP = probed_NP[rows] if probed_NP is not None else None
         count, room = len(self._query_ND), capacity(k)
-        self._score_NC = np.empty((count, room), np.float32)
-        self._ids_NC = np.empty((count, room), np.int64)
-        self._order_NC = np.empty((count, room), np.int64)
-        self._filled_N = np.zeros(count, np.int64)
-        self._threshold_N = np.full(count, kernels.LOWEST, np.float32)
-        self._doubt_N = doubt_N.numpy()
-        self._is_open_N = np.zeros(count, np.bool_)
+        self._heap = kernels.CandidateHeap(
+            score_NC=np.empty((count, room), np.float32),
+            ids_NC=np.empty((count, room), np.int64),
+            order_NC=np.empty((count, room), np.int64),
+            filled_N=np.zeros(count, np.int64),
+            threshold_N=np.full(count, kernels.LOWEST, np.float32),
+            doubt_N=doubt_N.numpy(),
+            is_open_N=np.zeros(count, np.bool_),
+        )
         self._buffer = ThreadBuffer(_TILE_SCORES, torch.int32 if lists.dtype is torch.int8 else torch.float32)
         self._queries_of_list: dict[tuple[int, int | None], dict[int, tuple[Array, Array]]] = {}
 
@@ -264,38 +266,47 @@ class _ScanGroup:
         )  # fmt: skip
         raw_QM = self._buffer(len(row_Q), len(keys.quantized_ME))
         (torch._int_mm if is_integral else torch.mm)(quantized_QE, keys.quantized_ME.T, out=raw_QM)
-        held = (self._score_NC, self._ids_NC, self._order_NC, self._filled_N, self._threshold_N, self._doubt_N)
+        queries = kernels.ScannedQueries(self._query_ND, row_Q, order_Q, bound_Q4)
+        scanned = kernels.ScannedKeys(keys.residual_GP, keys.bias_GP, keys.ids_M, keys.keys_MD)
+        raw_QGP, step = raw_QM.view(len(row_Q), -1, GROUP).numpy(), np.float32(keys.step)
         kernels.scan(
-            raw_QM.view(len(row_Q), -1, GROUP).numpy(), len(keys.ids_M), np.float32(keys.step), bound_Q4,
-            row_Q, order_Q, keys.residual_GP, keys.bias_GP, keys.ids_M, keys.keys_MD, self._query_ND, by_distance,
-            self._k, self._lists.ties_by_id, *held, self._is_open_N, bound_F,
-        )  # fmt: skip
+            raw_QGP,
+            step,
+            tuple(queries),
+            tuple(scanned),
+            tuple(self._heap),
+            by_distance,
+            self._k,
+            self._lists.ties_by_id,
+            bound_F,
+        )
 
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> Array:
         """Write the k best candidates, best first. Returns: queries that are left open."""
-        k, held = self._k, (self._score_NC, self._ids_NC, self._order_NC)
-        kernels.prune_group(*held, self._filled_N, self._threshold_N, self._doubt_N, k)
-        most = max(1, int(self._filled_N.max(initial=0)))
-        self._score_NC[:, :most][np.arange(most) >= self._filled_N[:, None]] = -np.inf
-        place_NF = argsort_descending(self._score_NC[:, :most])
-        score_NF, ids_NF, order_NF = (np.take_along_axis(x[:, :most], place_NF, 1) for x in held)
-        kernels.order_equals(score_NF, ids_NF, order_NF, self._filled_N)
+        k, heap = self._k, self._heap
+        kernels.prune_group(tuple(heap), k)
+        most = max(1, int(heap.filled_N.max(initial=0)))
+        heap.score_NC[:, :most][np.arange(most) >= heap.filled_N[:, None]] = -np.inf
+        place_NF = argsort_descending(heap.score_NC[:, :most])
+        rows_of_heap = (heap.score_NC, heap.ids_NC, heap.order_NC)
+        score_NF, ids_NF, order_NF = (np.take_along_axis(x[:, :most], place_NF, 1) for x in rows_of_heap)
+        kernels.order_equals(score_NF, ids_NF, order_NF, heap.filled_N)
         if not self._lists.ties_by_id and most > k:
             self._settle(score_NF, ids_NF, order_NF)
-        ids_NF[np.arange(most) >= self._filled_N[:, None]] = -1
+        ids_NF[np.arange(most) >= heap.filled_N[:, None]] = -1
         rows, count_best = slice(self._first, self._first + len(score_NF)), min(k, most)
         ids_NK[rows, :count_best] = torch.from_numpy(ids_NF[:, :count_best])
         scores_NK[rows, :count_best] = torch.from_numpy(score_NF[:, :count_best])
-        open_N: Array = np.flatnonzero(self._is_open_N) + self._first
+        open_N: Array = np.flatnonzero(heap.is_open_N) + self._first
         return open_N
 
     def _settle(self, score_NF: Array, ids_NF: Array, order_NF: Array) -> None:
         """Ties around place k as faiss would have them; what is close but not equal is left open."""
         k, edge_N1 = self._k, score_NF[:, self._k - 1 : self._k]
         with np.errstate(invalid="ignore"):
-            close_NF = np.abs(score_NF - edge_N1) <= self._doubt_N[:, None]
+            close_NF = np.abs(score_NF - edge_N1) <= self._heap.doubt_N[:, None]
         is_close_N = close_NF[:, k:].any(1)
         is_equal_N = ~(close_NF & (score_NF != edge_N1)).any(1)
         tied_H = np.flatnonzero(is_close_N & is_equal_N)
-        kernels.settle_ties(score_NF, ids_NF, order_NF, self._filled_N, k, tied_H, self._lists.by_distance)
-        self._is_open_N |= is_close_N & ~is_equal_N
+        kernels.settle_ties(score_NF, ids_NF, order_NF, self._heap.filled_N, k, tied_H, self._lists.by_distance)
+        self._heap.is_open_N[:] |= is_close_N & ~is_equal_N

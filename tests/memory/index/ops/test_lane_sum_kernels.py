@@ -51,9 +51,10 @@ def test_every_loop_sums_alike(width):
         row, pairs = np.zeros(3, np.int64), np.empty(3, np.float32)
         exact_kernels.score_pairs(query[None], row, keys, np.arange(3), by_distance, pairs)
         assert pairs.tolist() == expected
-        chosen = (np.zeros(1, np.float32), np.ones((1, 3), np.float32), np.arange(3)[None], np.array([3]))
+        unused = np.zeros(1, np.float32)
+        candidates = (np.ones((1, 3), np.float32), np.arange(3)[None], np.array([3]), unused, unused)
         true = np.full((1, 3), np.nan, np.float32)
-        exact_kernels.score_candidates(query[None], keys, 0, by_distance, *chosen, true)
+        exact_kernels.score_candidates(query[None], keys, 0, by_distance, np.zeros(1, np.float32), candidates, true)
         assert true[0].tolist() == expected
 
 
