@@ -122,7 +122,7 @@ class Malicious:
     ("name", "content", "message"),
     [
         ("valid.bin", b"12345", "valid.bin has 5 bytes, its .idx says"),
-        ("valid.idx", b"", "valid.idx is no fairseq mmap index"),
+        ("valid.idx", b"", "valid.idx is not a fairseq mmap index"),
         ("valid.idx", b"MMIDIDX\0\0" + bytes([1, *7 * [0], 8, 9, *7 * [0]]), "9 sentences need 134"),
         ("valid.idx", None, "split 'valid' is not whole"),
         ("dict.txt", None, "holds no dict.txt"),

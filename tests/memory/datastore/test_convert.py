@@ -53,7 +53,7 @@ def test_several_parts_become_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_keys_that_are_not_finite_are_counted_and_refused_or_dropped(tmp_path, dtype):
+def test_keys_that_are_not_finite_are_counted_and_rejected_or_dropped(tmp_path, dtype):
     keys, values = rows(30)
     keys[4, 1], keys[11, 0], keys[12] = np.nan, np.inf, -np.inf
     keys[20, 2] = 1e6  # infinite in float16 alone
@@ -137,7 +137,7 @@ def test_every_row_is_drawn_alike(tmp_path):
     assert counts.max() < 40  # 20 are expected
 
 
-def test_what_is_told_of_a_store(tmp_path):
+def test_what_is_reported_of_a_store(tmp_path):
     save(tmp_path / "a", 30, documents=(10, 20))
     delete(tmp_path / "a", np.array([3]))
     told = describe(Datastore.open(tmp_path / "a"))

@@ -92,7 +92,7 @@ def test_a_store_of_another_program_is_read(tmp_path, layout, half):
         (knn_transformers, {"size": 7}, "holds 20 rows, 7 were stated"),
     ],
 )
-def test_sizes_that_do_not_fit_are_told(tmp_path, layout, stated, message):
+def test_sizes_that_do_not_fit_are_reported(tmp_path, layout, stated, message):
     prefix, _ = layout(tmp_path, False)
     with pytest.raises(ValueError, match=message):
         Datastore.open(prefix, StoreHints(**stated))
@@ -117,14 +117,14 @@ def damage(path: Path, size: int | None = None, content: bytes = b"") -> None:
         (knn_lm, "d_vals.npy", {"content": b"x" * 33}, "33 bytes; 20 values take 160 as int64"),
     ],
 )
-def test_damaged_files_are_told(tmp_path, layout, name, change, message):
+def test_damaged_files_are_reported(tmp_path, layout, name, change, message):
     prefix, stated = layout(tmp_path, False)
     damage(tmp_path / name, **change)
     with pytest.raises(ValueError, match=message):
         Datastore.open(prefix, StoreHints(**stated))
 
 
-def test_arrays_of_other_types_and_shapes_are_refused(tmp_path):
+def test_arrays_of_other_types_and_shapes_are_rejected(tmp_path):
     prefix, _ = with_headers(tmp_path, False)
     np.save(tmp_path / "vals.npy", VALUES[:5])
     with pytest.raises(ValueError, match="holds 5 int64, the keys are 20 rows"):
@@ -140,7 +140,7 @@ def test_arrays_of_other_types_and_shapes_are_refused(tmp_path):
             Datastore.open(prefix, StoreHints())
 
 
-def test_swapped_files_are_told(tmp_path):
+def test_swapped_files_are_reported(tmp_path):
     prefix, stated = knn_lm(tmp_path, False)
     (tmp_path / "d_keys.npy").rename(tmp_path / "x")
     (tmp_path / "d_vals.npy").rename(tmp_path / "d_keys.npy")

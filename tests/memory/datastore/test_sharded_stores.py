@@ -73,7 +73,7 @@ def test_shards_that_are_missing_are_named(tmp_path):
         merge(tmp_path / "nothing")
 
 
-def test_shards_of_different_texts_are_refused(tmp_path):
+def test_shards_of_different_texts_are_rejected(tmp_path):
     shards(tmp_path / "d", [3, 4])
     about = json.loads((tmp_path / "d.part1-of-2.json").read_text())
     (tmp_path / "d.part1-of-2.json").write_text(json.dumps(about | {"first_row": 7}))
@@ -124,7 +124,7 @@ def test_stores_are_put_behind_each_other_without_copying(tmp_path):
         ({"dtype": "float16"}, "key_dtype is 'float32' in the first and 'float16' in the second; .* convert --dtype"),
     ],
 )
-def test_stores_that_do_not_fit_are_refused(tmp_path, about, message):
+def test_stores_that_do_not_fit_are_rejected(tmp_path, about, message):
     save(tmp_path / "a", 5)
     save(tmp_path / "b", 5, **about)
     with pytest.raises(ValueError, match=message):
@@ -132,7 +132,7 @@ def test_stores_that_do_not_fit_are_refused(tmp_path, about, message):
     assert not (tmp_path / "ab.json").exists()
 
 
-def test_widths_that_differ_are_refused(tmp_path):
+def test_widths_that_differ_are_rejected(tmp_path):
     save(tmp_path / "a", 5)
     with DatastoreWriter(tmp_path / "b", 5, DIM + 1, metadata=META) as writer:
         writer.append(np.ones((5, DIM + 1), np.float32), np.ones(5, np.int64))
