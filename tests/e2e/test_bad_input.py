@@ -283,7 +283,7 @@ def test_damaged_stores_and_indexes(evaluated: Told, told: Told, store: Path, tm
         "--max-target-positions 0": "--max-target-positions must be at least 1, got 0",
         "--num-shards 999 --shard-id 0": "nothing to score: of the 0 blocks in this part of valid none",
         "--eval-file /": "--eval-file / is a folder",
-        f"--eval-file {FILE}/x": "takes no new files",
+        f"--eval-file {FILE}/x": "accepts no new files",
     }
 )
 def test_evaluation_flags(evaluated: Told, words: list[str], message: str) -> None:

@@ -108,8 +108,8 @@ def test_rates_are_measured(tmp_path, monkeypatch):
     [
         ({"k": 5000}, "--k 5000 is larger than --keys 4000"),
         ({"ncentroids": 5000}, "--ncentroids 5000 is more than --keys 4000; give about 40"),
-        ({"code_size": 12}, "--code-size 12 does not divide half the width 32; give 8, say"),
-        ({"dim": 7}, "it is odd"),
+        ({"code_size": 12}, "--code-size 12 does not divide half the width 32; give 8, for example"),
+        ({"dim": 7}, "give an even --dim"),
         ({"keys": 0}, "--keys must be at least 1"),
         ({"search_memory": 0.0}, "--search-memory 0.0 is not a positive number"),
     ],
