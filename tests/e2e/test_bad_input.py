@@ -127,7 +127,7 @@ class Malicious:
         ("valid.idx", None, "split 'valid' is not whole"),
         ("dict.txt", None, "holds no dict.txt"),
         ("dict.txt", b"", "dict.txt holds no symbol"),
-        ("dict.txt", b"w1 5\n\xff\n", "dict.txt, line 2: no utf-8 text"),
+        ("dict.txt", b"w1 5\n\xff\n", "dict.txt, line 2: not utf-8 text"),
         ("dict.txt", b"w1 5\n", "dict.txt has 5 types; the text was binarised with another dictionary"),
     ],
 )
@@ -270,8 +270,8 @@ def test_damaged_stores_and_indexes(evaluated: Told, told: Told, store: Path, tm
     words = (*KNN, "--dstore-filename", tmp_path / "old", "--dstore-size")
     assert "old_vals.npy does not; copy it too" in evaluated(*words, 50)
     np.full(50, 5).tofile(tmp_path / "old_vals.npy")
-    assert "51 rows of 16 float32 values take 3264: at this width it holds 50 rows" in evaluated(*words, 51)
-    assert "these are float32 keys: leave out --dstore-fp16" in evaluated(*words, 50, "--dstore-fp16")
+    assert "51 rows of 16 float32 values take 3264; at this width it holds 50 rows" in evaluated(*words, 51)
+    assert "these are float32 keys: drop --dstore-fp16" in evaluated(*words, 50, "--dstore-fp16")
 
 
 @mistakes(

@@ -14,7 +14,7 @@ class SearchConfig:
     """Options of the search for the segments with the highest BM25 scores."""
 
     index_path: str = flag("--index_path")
-    """Folder of the index: one that pyserini.index.lucene built, or one of ours, which is built if it is missing."""
+    """Folder of the index, built by pyserini.index.lucene or by this program, which builds it if it is missing."""
     segments_path: str = flag("--segments_path")
     """JSON file of the segments (train.py --output-segments-to-file); each is a query."""
     results_path: str = flag("--results_path")

@@ -107,7 +107,7 @@ def test_headerless_sizes_are_checked_before_any_work(tmp_path):
         Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=21))
     with pytest.raises(ValueError, match=r"d_keys.npy holds 640 bytes; 20 rows of 9 float32 values take 720"):
         Datastore.open(tmp_path / "d", StoreHints(dim=9, size=20))
-    with pytest.raises(ValueError, match="leave out --dstore-fp16"):
+    with pytest.raises(ValueError, match="drop --dstore-fp16"):
         Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=20, fp16=True))
     keys.astype(np.float16).tofile(tmp_path / "d_keys.npy")
     with pytest.raises(ValueError, match="add --dstore-fp16"):
@@ -179,8 +179,8 @@ def test_a_flipped_byte_is_found(tmp_path):
     with open(tmp_path / "s_keys.npy", "r+b") as file:
         file.seek(500)
         file.write(b"\x7f")
-    told = r"s_keys.npy: the block of bytes 0 to 3199 differs from what was saved \(byte 500 if only one does\)"
-    with pytest.raises(ValueError, match=told):
+    message = r"s_keys.npy: the block of bytes 0 to 3199 differs from what was saved \(byte 500 if only one does\)"
+    with pytest.raises(ValueError, match=message):
         Datastore.open(tmp_path / "s").verify()
 
 
@@ -204,7 +204,7 @@ def test_wrong_rows_are_rejected(tmp_path):
         with pytest.raises(ValueError, match="1 of the keys .*too large for float16"):
             writer.append(np.where(np.arange(10)[:, None] == 3, 1e6, keys), values)
         writer.append(keys[:6], values[:6])
-        with pytest.raises(ValueError, match="announced with 10 rows; 6 are there and 10 more came"):
+        with pytest.raises(ValueError, match="announced with 10 rows; 6 are written and 10 more were appended"):
             writer.append(keys, values)
         with pytest.raises(ValueError, match="has 6 of the 10 announced rows"):
             writer.finish()
@@ -324,7 +324,7 @@ def write_slowly(prefix, started):
 
 
 def test_kill_at_random_points_gives_the_same_bytes(tmp_path):
-    fork = multiprocessing.get_context("fork")  # starting Python anew would take most of the time
+    fork = multiprocessing.get_context("fork")  # starting Python again would take most of the time
     delays = np.random.default_rng().uniform(0.0, 0.3, 8)
     for delay in delays:
         started = fork.Event()

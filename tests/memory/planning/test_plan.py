@@ -1,4 +1,4 @@
-"""What a plan says against files that are really made, and against sums done by hand."""
+"""Estimates of a plan against real files and sums computed by hand."""
 
 from __future__ import annotations
 
@@ -123,5 +123,5 @@ def test_counts():
     assert count("103e6") == 103_000_000
     assert count("1.5e3") == 1500
     for text in ("1.5", "many", "nan", "inf"):
-        with pytest.raises(UnreadableError, match="is no whole number"):
+        with pytest.raises(UnreadableError, match="is not a whole number"):
             count(text)
