@@ -72,11 +72,11 @@ def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
 class _Recorder:
     """A file that remembers why a write failed: PyTorch's writer reports any failure as a RuntimeError."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         """Write, remembering a failure."""
         try:
             return int(self.file.write(data))
@@ -89,7 +89,7 @@ class _Recorder:
         self.file.flush()
 
 
-def _write(content: Any, recorder: _Recorder) -> None:
+def _write(content: object, recorder: _Recorder) -> None:
     try:
         torch.save(content, cast("IO[bytes]", recorder))
     except Exception as error:
@@ -108,7 +108,7 @@ def _sync_folder(path: str) -> None:
             os.close(folder)
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: object, where: str) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, Mapping):

@@ -45,23 +45,23 @@ class _Inert:
     parts: tuple[Any, ...]
     state: Any
 
-    def __new__(cls, *parts: Any, **named: Any) -> _Inert:
+    def __new__(cls, *parts: object, **named: object) -> _Inert:
         made = super().__new__(cls)
         made.parts = parts
         made.state = {}
         return made
 
-    def __init__(self, *parts: Any, **named: Any) -> None:
+    def __init__(self, *parts: object, **named: object) -> None:
         """Take anything."""
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
 
 class _PlainDict(_Inert):
     """Stands in for a dictionary with defaults: makes one without."""
 
-    def __new__(cls, *parts: Any) -> Any:
+    def __new__(cls, *parts: object) -> Any:
         return {}
 
 
@@ -136,7 +136,7 @@ def _globals_in(file: IO[bytes]) -> Iterator[str]:
             strings.append(value)
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Settings as dictionaries, lists, strings, numbers and None; what cannot be expressed so becomes None."""
     if isinstance(value, _Inert):
         state = value.state if isinstance(value.state, dict) else {}

@@ -25,10 +25,10 @@ C = TypeVar("C")
 
 def flag(
     *names: str,
-    default: Any = dataclasses.MISSING,
+    default: object = dataclasses.MISSING,
     choices: Sequence[str] | None = None,
     parse: Callable[[str], Any] | None = None,
-    const: Any = None,
+    const: object = None,
 ) -> Any:
     """Declare a config field that is also a flag.
 
@@ -130,7 +130,7 @@ def field_help(config_class: type) -> dict[str, str]:
     return found
 
 
-def build(config_class: type[C], given: Mapping[str, Any], **more: Any) -> C:
+def build(config_class: type[C], given: Mapping[str, Any], **more: object) -> C:
     """Make a config from the values the user gave (others keep their defaults); ``more`` wins over both.
 
     Raises: ValueError from the class's own checks, or when a value without default is missing.
@@ -158,7 +158,7 @@ class _Flag(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **kwargs | {"default": argparse.SUPPRESS})
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, True)
 
 
@@ -187,7 +187,14 @@ class FlagParser(argparse.ArgumentParser):
             if self._normal(names[0]) not in self._spellings:
                 self._add_flag(group, field, names, hints[field.name], helps.get(field.name, ""))
 
-    def _add_flag(self, group: Any, field: dataclasses.Field[Any], names: Any, annotation: Any, text: str) -> None:
+    def _add_flag(
+        self,
+        group: argparse._ArgumentGroup,
+        field: dataclasses.Field[Any],
+        names: tuple[str, ...],
+        annotation: Any,
+        text: str,
+    ) -> None:
         shown = field.default
         if shown is not dataclasses.MISSING and shown is not None and shown is not False and text:
             text = f"{text} (default: {shown})"

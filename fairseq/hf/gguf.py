@@ -12,18 +12,18 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-"""What a converted folder holds at least."""
+"""The files that every converted folder holds."""
 
 _EXTRA = "fairseq-memory[hf]"
 
 
 def is_converted(folder: Path) -> bool:
-    """Whether the folder is a whole model; it gets its name last, so one missing file means another folder."""
+    """True if the folder is a whole model; it gets its name last, so one missing file means another folder."""
     return all((folder / name).exists() for name in FILES)
 
 
 def check_target(folder: Path) -> None:
-    """Raise ValueError when a library is missing or the folder is another's: what can be told before a download."""
+    """Raise ValueError when a library is missing or the folder is in use: checks that need no download."""
     try:
         import gguf  # noqa: F401
         import transformers  # noqa: F401
@@ -64,7 +64,7 @@ def _read(source: Path) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    # Releases that can keep a file's blocks have GgufConfig and must be told not to; those before it always unpack.
+    # Releases that can keep a file's blocks have GgufConfig, which is set to unpack; those before it always unpack.
     unpack = {}
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)

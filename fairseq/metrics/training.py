@@ -85,7 +85,7 @@ def valid_figures(sums: StepSums, seconds: float, num_updates: int) -> Figures:
     }
 
 
-class Window:
+class MeterWindow:
     """Sums over the updates since it was opened, and the seconds it was open."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -137,7 +137,7 @@ class TrainMeters:
     """The figures of training: of the epoch so far, and of the updates since they were last shown."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._epoch, self._inner, self._run = Window(clock), Window(clock), Window(clock)
+        self._epoch, self._inner, self._run = MeterWindow(clock), MeterWindow(clock), MeterWindow(clock)
 
     def begin_epoch(self) -> None:
         """Start the epoch's figures afresh (not when an epoch is continued)."""
@@ -161,7 +161,7 @@ class TrainMeters:
         """Figures of the epoch so far."""
         return self._with_run(self._epoch, num_updates, lr)
 
-    def _with_run(self, window: Window, num_updates: int, lr: float) -> Figures:
+    def _with_run(self, window: MeterWindow, num_updates: int, lr: float) -> Figures:
         walls = {"train_wall": self._run.sums.get("train_wall", 0.0), "wall": self._run.seconds}
         return window.figures(num_updates=num_updates, lr=lr) | walls
 

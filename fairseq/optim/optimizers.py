@@ -82,7 +82,7 @@ class NAG(torch.optim.SGD):
             group["decoupled_weight_decay"] = decoupled_weight_decay
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update; weights that have no gradient are left alone, by the decay as well."""
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Where a Hugging Face model attends, and how that is taken over for a while without touching its code.
+"""The attentions of a Hugging Face model, and handlers that take them over without touching the model's code.
 
 Models that call transformers' attention interface look a function up by the name in their config: while a handler has
 taken over, the name is ours. MPT does not use the interface; its attention modules get another ``forward`` for a while.
@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from fairseq.hf.hooks.patching import replace_forward
+from fairseq.hf.hooks.protocols import KeyValueCache
 from fairseq.memory.extended_mind.attention import LocalRule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ _MASKS: Mapping[str, Callable[..., Any]] = {"sdpa": sdpa_mask, "eager": eager_ma
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's attention: what it is given, and how the model itself would go on."""
+    """One layer's attention: its inputs, its rules, and the model's own attention."""
 
     layer: int
     module: nn.Module
@@ -54,7 +59,7 @@ class Handler(Protocol):
     """Takes over the attention of some layers."""
 
     def wants(self, layer: int) -> bool:
-        """Whether this layer is taken over in this call; otherwise the model's own code runs."""
+        """True where this layer is taken over in this call; otherwise the model's own code runs."""
         ...
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +88,7 @@ def _dispatch(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What models call in place of their attention function, with its parameters."""
+    """The function that models call in place of their attention function, with its parameters."""
     own = _own_attention(implementation, module)
     plain = functools.partial(own, module, query, key, value, attention_mask, **kwargs)
     handler, layer = _HANDLERS.get(module), getattr(module, "layer_idx", None)
@@ -131,7 +136,7 @@ def taken_over(model: nn.Module, handler: Handler) -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         for module in modules:
             if type(module).__name__ == "MptAttention":
-                undo.callback(_replace_forward(module, functools.partial(_mpt_forward, module, module.forward)))
+                undo.callback(replace_forward(module, functools.partial(_mpt_forward, module, module.forward)))
         for config, before in configs:
             undo.callback(setattr, config, "_attn_implementation_internal", before)
             config._attn_implementation_internal = _NAME + _base(before)
@@ -148,22 +153,6 @@ def _base(implementation: str | None) -> str:
         return "eager"
     logger.warning("attention %r cannot be joined with memories: sdpa is used instead", implementation)
     return "sdpa"
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Give one module another forward; returns what undoes it."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-
-    def undo() -> None:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-    return undo
-
-
-replace_forward = _replace_forward
 
 
 @dataclass
@@ -191,7 +180,7 @@ class Sites:
 
 
 @torch.no_grad()
-def find_sites(model: Any) -> Sites:
+def find_sites(model: PreTrainedModel) -> Sites:
     """Run one token through the model to see where it attends.
 
     Raises: ValueError when the model is no decoder, or attends where nothing can be put between.
@@ -230,7 +219,7 @@ def _mpt_forward(
     own_forward: Callable[..., Any],
     hidden_states: Tensor,
     position_bias: Tensor,
-    cache: Any = None,
+    cache: KeyValueCache | None = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:

@@ -13,18 +13,25 @@ import contextlib
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.hf.attention.attention_sites import AttentionCall, Sites, evaluating, find_sites, taken_over
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.extended_mind.storage import LayerStore
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
+
+MemorySource = Union[str, Tensor, Sequence[int], Sequence["str | Tensor | Sequence[int]"]]  # noqa: UP007 - a name in it
+"""Token ids (a list, (N,) or (1, N)), a text, or a list of either: documents, none of which sees another."""
 
 _BATCH_TOKENS = 4096
 _SAMPLES = 16
@@ -33,10 +40,10 @@ _NO_LIMIT = 1 << 62
 
 
 def build_memory(
-    model: Any,
-    source: Any,
+    model: PreTrainedModel,
+    source: MemorySource,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     settings: MindSettings | None = None,
     sites: Sites | None = None,
     batch_size: int | None = None,
@@ -46,7 +53,7 @@ def build_memory(
     """Let the model read a text and keep what its layers remember.
 
     Args:
-        source: token ids (list, (N,) or (1, N)), a text, or a list of either: documents, none of which sees another.
+        source: see ``MemorySource``.
         tokenizer: needed for text.
         batch_size: windows that are read at once; by default as many as have 4096 tokens.
         keep: ``all``, or ``newest`` to read only the last ``settings.limit`` tokens of a longer text, with a warning.
@@ -55,7 +62,7 @@ def build_memory(
     Raises: ValueError for a text that is empty or longer than allowed, and for tokens outside the vocabulary.
     """
     settings, sites = settings or MindSettings(), sites or find_sites(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = input_vocabulary(model)
     documents = [_checked(ids, vocabulary) for ids in token_documents(source, tokenizer)]
     special = special_ids(model, tokenizer, settings) if settings.remove_special_ids else ()
     documents = _within(documents, settings.limit, keep)
@@ -73,7 +80,9 @@ def build_memory(
     place_S = torch.nonzero(kept_N)[:, 0]
     if not len(place_S):
         raise ValueError(f"all {len(token_N)} tokens of the memory are special; give text, or remove_special_ids=False")
-    recorder = _Recorder(sites, settings.positions, LayerStore(len(place_S), device_of(settings, model), folder))
+    recorder = _KeyValueRecorder(
+        sites, settings.positions, LayerStore(len(place_S), device_of(settings, model), folder)
+    )
     with taken_over(model, recorder), recorder.listening(model), evaluating(model), torch.no_grad():
         step = batch_size or max(1, _BATCH_TOKENS // window)
         for start in range(0, len(windows), step):
@@ -89,11 +98,11 @@ def build_memory(
     )
 
 
-def token_documents(source: Any, tokenizer: Any = None) -> list[Tensor]:
+def token_documents(source: MemorySource, tokenizer: Tokenizer | None = None) -> list[Tensor]:
     """A source of memories as token ids, one tensor per document."""
     if isinstance(source, str):
         if tokenizer is None:
-            raise ValueError("a memory of text needs tokenizer=; or give token ids")
+            raise ValueError("a memory of text needs a tokenizer; give tokenizer= or token ids")
         return [torch.tensor(tokenizer(source)["input_ids"], dtype=torch.int64)]
     if isinstance(source, Tensor):
         if source.ndim == 2 and len(source) > 1:
@@ -102,7 +111,7 @@ def token_documents(source: Any, tokenizer: Any = None) -> list[Tensor]:
     items = list(source)
     if items and all(isinstance(item, int) for item in items):
         return [torch.tensor(items, dtype=torch.int64)]
-    return [ids for item in items for ids in token_documents(item, tokenizer)]
+    return [ids for item in items for ids in token_documents(item, tokenizer)]  # type: ignore[arg-type]
 
 
 def _checked(ids_N: Tensor, vocabulary: int) -> Tensor:
@@ -123,9 +132,9 @@ def _within(documents: list[Tensor], limit: int | None, keep: str) -> list[Tenso
     if keep != "newest":
         raise ValueError(
             f"a memory of {total} tokens is longer than the limit of {limit}; shorten it, raise limit=, or give "
-            'keep="newest" to leave out the oldest'
+            'keep="newest" to drop the oldest'
         )
-    logger.warning("memory of %d tokens: the oldest %d are left out (limit)", total, total - limit)
+    logger.warning("memory of %d tokens: the oldest %d are dropped (limit)", total, total - limit)
     kept = torch.cat(documents)[total - limit :]
     sizes = [len(ids) for ids in documents]
     first = 0
@@ -137,9 +146,9 @@ def _within(documents: list[Tensor], limit: int | None, keep: str) -> list[Tenso
     return [part for part in torch.split(kept, sizes) if len(part)]
 
 
-def special_ids(model: Any, tokenizer: Any, settings: MindSettings) -> tuple[int, ...]:
+def special_ids(model: PreTrainedModel, tokenizer: Tokenizer | None, settings: MindSettings) -> tuple[int, ...]:
     """Tokens whose memories are removed. Raises: ValueError for one outside the vocabulary."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = input_vocabulary(model)
     given = settings.tokenizer_all_special_ids
     if given is not None:
         wrong = [number for number in given if not 0 <= number < vocabulary]
@@ -153,8 +162,14 @@ def special_ids(model: Any, tokenizer: Any, settings: MindSettings) -> tuple[int
     return tuple(number for number in flat if number is not None and 0 <= number < vocabulary)
 
 
-def context_length(model: Any) -> int | None:
-    """Tokens the model can read at once, as its config tells; None where it does not."""
+def input_vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that the model has an input embedding for."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.num_embeddings)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens the model can read at once, by its config; None where the config has no such field."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(getattr(config, name, None), int):
@@ -162,14 +177,14 @@ def context_length(model: Any) -> int | None:
     return None
 
 
-def device_of(settings: MindSettings, model: Any) -> str:
-    """Where memories are kept."""
+def device_of(settings: MindSettings, model: nn.Module) -> str:
+    """The device that memories are kept on."""
     wanted = settings.memory_device
     return str(next(model.parameters()).device) if wanted == "model" else "cpu" if wanted == "disk" else wanted
 
 
-def model_digest(model: Any) -> str:
-    """A word that tells one model's weights from another's, whatever type they are loaded in; by samples of each."""
+def model_digest(model: nn.Module) -> str:
+    """Digest of samples of a model's weights, the same whatever type they are loaded in."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
@@ -193,11 +208,11 @@ def _windows(first: int, size: int, stride: int, window: int) -> Iterator[tuple[
 
 
 def _read(
-    model: Any,
+    model: nn.Module,
     token_N: Tensor,
     kept_N: Tensor,
     windows: Sequence[tuple[int, int, int]],
-    recorder: _Recorder,
+    recorder: _KeyValueRecorder,
     reach: int,
 ) -> None:
     device, total = next(model.parameters()).device, len(token_N)
@@ -225,7 +240,7 @@ class _TakenError(RuntimeError):
         self.key_BGTD = key_BGTD
 
 
-class _Recorder:
+class _KeyValueRecorder:
     """Keeps keys and values of the new tokens of each window."""
 
     def __init__(self, sites: Sites, positions: str, store: LayerStore) -> None:
@@ -240,7 +255,7 @@ class _Recorder:
         self._elsewhere.clear()
 
     def layers(self) -> dict[int, LayerMemory]:
-        """What has been kept. Raises: ValueError when positions were to be moved and there is nothing to move."""
+        """The recorded keys and values. Raises: ValueError when there are no positions to move, as was wanted."""
         if self._positions == "relative" and not (self._moved or self._sites.has_alibi):
             raise ValueError(
                 "this model adds positions to its inputs, so memories have theirs for good; only "
@@ -249,7 +264,7 @@ class _Recorder:
         return self._store.layers()
 
     @contextlib.contextmanager
-    def listening(self, model: Any) -> Iterator[None]:
+    def listening(self, model: nn.Module) -> Iterator[None]:
         """While the block runs, inputs of attentions and position embeddings are noted."""
         hooks = [m.register_forward_pre_hook(self._note_inputs, with_kwargs=True) for m in self._sites.modules.values()]
         hooks += [m.register_forward_hook(self._note_rotary, with_kwargs=True) for m in rotary_modules(model)]
@@ -262,7 +277,7 @@ class _Recorder:
     def _note_inputs(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._inputs[module] = (inputs, named)
 
-    def _note_rotary(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def _note_rotary(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: object) -> None:
         moved = with_positions(module, inputs, named, lambda _: self.place_BT)
         if moved is not None and isinstance(output, tuple):
             self._elsewhere.append((output[0], module.forward(*moved[0], **moved[1])))
@@ -272,7 +287,7 @@ class _Recorder:
         return True
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Keep this layer's keys and values, and go on as the model does."""
+        """Keep this layer's keys and values; the output is the model's own."""
         if self._taking:
             raise _TakenError(call.key_BGLD)
         key_BGTD = call.key_BGLD if call.slope_H is not None else self._key_elsewhere(call)
@@ -296,7 +311,7 @@ class _Recorder:
         self._moved = self._moved or (key_BGTD.shape[2] > 1 and not torch.equal(key_BGTD, call.key_BGLD))
         return key_BGTD
 
-    def _moved_value(self, name: str, value: Any) -> Any:
+    def _moved_value(self, name: str, value: object) -> object:
         if name == "position_ids" and isinstance(value, Tensor):
             return self.place_BT
         if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
@@ -306,13 +321,13 @@ class _Recorder:
         return value
 
 
-def rotary_modules(model: Any) -> list[nn.Module]:
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
     """Modules that make the position embeddings of rotary attention."""
     return [module for module in model.modules() if "Rotary" in type(module).__name__]
 
 
 def with_positions(
-    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], change: Any
+    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A module's inputs with other ``position_ids``; None when it has none."""
     bound = inspect.signature(module.forward).bind(*inputs, **named)

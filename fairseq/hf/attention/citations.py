@@ -1,16 +1,16 @@
-"""Which parts of the user's documents an answer read."""
+"""Citations: the passages of the user's documents that an answer read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.cache import Memory
-from fairseq.memory.extended_mind.lookup import Chosen
+from fairseq.memory.extended_mind.lookup import SelectedMemories
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,28 @@ class Citation:
 
 
 def cite(
-    steps: Iterable[Mapping[int, Chosen]], memory: Memory, *, top: int, span: int, row: int = 0, tokenizer: Any = None
+    steps: Iterable[Mapping[int, SelectedMemories]],
+    memory: Memory,
+    *,
+    top: int,
+    span: int,
+    row: int = 0,
+    tokenizer: Tokenizer | None = None,
 ) -> list[Citation]:
     """The ``top`` passages of at most ``span`` tokens that gave most, none within another, the heaviest first.
 
-    What a token gives is its share of the attention times the length of its value: attention rests on places with short
-    values when it looks for nothing (arXiv 2004.10102). The first token of a document is such a place, and left out.
+    The contribution of a token is its share of the attention times the length of its value: attention rests on places
+    with short values when it looks for nothing (arXiv 2004.10102). The first token of a document is such a sink, and
+    dropped.
     """
     weight_N = torch.zeros(len(memory.token_N))
     for step in steps:
-        for layer, chosen in step.items():
-            token_HTK, value_GSD = chosen.token_BHTK[row].cpu(), memory.layers[layer].value_GSD
+        for layer, selected in step.items():
+            token_HTK, value_GSD = selected.token_BHTK[row].cpu(), memory.layers[layer].value_GSD
             length_GS = torch.linalg.vector_norm(value_GSD.float().cpu(), dim=-1)
             length_HS = length_GS.repeat_interleave(len(token_HTK) // len(length_GS), 0)
             at_HTK = torch.searchsorted(memory.place_S, token_HTK.clamp(min=0)).clamp_(max=len(memory) - 1)
-            given_HTK = chosen.weights()[row].cpu() * length_HS.gather(1, at_HTK.flatten(1)).view_as(token_HTK)
+            given_HTK = selected.weights()[row].cpu() * length_HS.gather(1, at_HTK.flatten(1)).view_as(token_HTK)
             weight_N.index_add_(
                 0, token_HTK.clamp(min=0).flatten(), given_HTK.masked_fill(token_HTK < 0, 0.0).flatten()
             )

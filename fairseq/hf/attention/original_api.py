@@ -12,19 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fairseq.hf.attention.build import MemorySource, input_vocabulary
 from fairseq.hf.attention.wrapper import ExtendedMind
+from fairseq.hf.hooks.protocols import Tokenizer
+from fairseq.memory.extended_mind.cache import Memory
 from fairseq.memory.extended_mind.settings import MindSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SETTINGS = {field.name for field in fields(MindSettings)} | {"remove_special_tokens"}
 _PREFIX = "extended-"  # of the original's model types
 
 
 class MindInterface(nn.Module):
-    """What a model with memories has beside its own members."""
+    """The members of a model with memories beside its own."""
 
     mind: ExtendedMind
 
@@ -35,12 +41,12 @@ class MindInterface(nn.Module):
         return mind.source
 
     @memory_ids.setter
-    def memory_ids(self, source: Any) -> None:
+    def memory_ids(self, source: MemorySource | None) -> None:
         mind: ExtendedMind = self.__dict__["mind"]
         mind.set_memory_later(source)
 
     @property
-    def memories(self) -> Any:
+    def memories(self) -> tuple[Memory, ...] | None:
         """The memories as far as they have been made; None without."""
         mind: ExtendedMind = self.__dict__["mind"]
         return mind.memories or None
@@ -52,7 +58,9 @@ class MindInterface(nn.Module):
 
     clear_memory = clear_memories
 
-    def generate_cache(self, input_ids: Any, stride: int | None = None, max_len: int | None = None) -> Any:
+    def generate_cache(
+        self, input_ids: MemorySource, stride: int | None = None, max_len: int | None = None
+    ) -> tuple[Memory, ...]:
         """Make memories now, in windows of another stride and length than the settings say; returns them."""
         mind: ExtendedMind = self.__dict__["mind"]
         mind.set_memory(input_ids, settings=mind.settings.with_changes(stride=stride, max_len=max_len))
@@ -62,9 +70,9 @@ class MindInterface(nn.Module):
 def from_pretrained(
     name: str,
     *,
-    external_memories: Any = None,
+    external_memories: MemorySource | None = None,
     memory_config: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a decoder with memories attached for good: the interface of the Extended Mind models.
@@ -90,21 +98,25 @@ def from_pretrained(
     kwargs.pop("trust_remote_code", None)  # none of the model's own code is needed
     stored: dict[str, Any] = {}
     if "config" not in kwargs:
-        about, _ = PreTrainedConfig.get_config_dict(name)
-        stored = _stored_settings(about)
-        kind = str(about.get("model_type", ""))
+        model_config, _ = PreTrainedConfig.get_config_dict(name)
+        stored = _stored_settings(model_config)
+        kind = str(model_config.get("model_type", ""))
         if kind.startswith(_PREFIX):
-            kwargs["config"] = CONFIG_MAPPING[kind.removeprefix(_PREFIX)].from_dict(_without_prefix(about))
+            kwargs["config"] = CONFIG_MAPPING[kind.removeprefix(_PREFIX)].from_dict(_without_prefix(model_config))
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     return with_memories(model, external_memories, stored | dict(memory_config or {}) | named, tokenizer=tokenizer)
 
 
 def with_memories(
-    model: Any, external_memories: Any = None, config: Mapping[str, Any] | None = None, *, tokenizer: Any = None
-) -> Any:
+    model: PreTrainedModel,
+    external_memories: MemorySource | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+) -> PreTrainedModel:
     """Give a loaded model memories, and the members of ``MindInterface``, for good.
 
-    The defaults of what ``config`` leaves out are those of the original's model of that kind.
+    Settings that ``config`` lacks have the defaults of the original's model of that kind.
     """
     settings = default_settings(model) | dict(config or {})
     mind = ExtendedMind(model, tokenizer=tokenizer, config=settings)
@@ -117,10 +129,10 @@ def with_memories(
     return model
 
 
-def default_settings(model: Any) -> dict[str, Any]:
+def default_settings(model: PreTrainedModel) -> dict[str, Any]:
     """The original's defaults, which differ between MPT and the others."""
     config = model.config
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = input_vocabulary(model)
     if config.model_type == "mpt":
         special, others = [0, 50278], {"mask_by_sim": True, "remove_special_ids": False}
     else:
@@ -131,20 +143,23 @@ def default_settings(model: Any) -> dict[str, Any]:
     return {"tokenizer_all_special_ids": list(dict.fromkeys(special)), **others}
 
 
-def _stored_settings(about: Mapping[str, Any]) -> dict[str, Any]:
+def _stored_settings(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in a model's config: Llama's in a mapping of their own, MPT's among those of its attention."""
-    found = dict(about.get("memory_config") or {})
-    found |= {key: value for key, value in (about.get("attn_config") or {}).items() if key in SETTINGS}
-    if "use_external_mind" in about:
-        found["use_external_mind"] = about["use_external_mind"]
-    by_layer, depth = found.get("use_external_mind_by_layer"), about.get("n_layers") or about.get("num_hidden_layers")
+    stored = dict(model_config.get("memory_config") or {})
+    stored |= {key: value for key, value in (model_config.get("attn_config") or {}).items() if key in SETTINGS}
+    if "use_external_mind" in model_config:
+        stored["use_external_mind"] = model_config["use_external_mind"]
+    by_layer, depth = (
+        stored.get("use_external_mind_by_layer"),
+        model_config.get("n_layers") or model_config.get("num_hidden_layers"),
+    )
     if by_layer is not None and depth and len(by_layer) > depth:
-        found["use_external_mind_by_layer"] = by_layer[:depth]  # MPT's default has 32 entries whatever the depth
-    return found
+        stored["use_external_mind_by_layer"] = by_layer[:depth]  # MPT's default has 32 entries whatever the depth
+    return stored
 
 
-def _without_prefix(about: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: value for key, value in about.items() if key not in ("memory_config", "auto_map")}
+def _without_prefix(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in model_config.items() if key not in ("memory_config", "auto_map")}
     plain["model_type"] = plain["model_type"].removeprefix(_PREFIX)
     if "max_seq_len_inference" in plain:
         plain.setdefault("max_seq_len", plain.pop("max_seq_len_inference"))

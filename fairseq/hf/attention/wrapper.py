@@ -12,31 +12,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fairseq.hf.attention.attention_sites import AttentionCall, find_sites, replace_forward, taken_over
-from fairseq.hf.attention.build import (
-    build_memory,
-    device_of,
-    model_digest,
-    rotary_modules,
-    special_ids,
-    token_documents,
-    with_positions,
-)
+from fairseq.hf.attention.attention_sites import AttentionCall, taken_over
+from fairseq.hf.attention.build import rotary_modules, with_positions
 from fairseq.hf.attention.citations import Citation, cite
+from fairseq.hf.attention.memory_set import Memories, MemorySet
+from fairseq.hf.hooks.patching import replace_attribute, replace_forward, wrapped
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.attention import Partial, local_attention
 from fairseq.memory.extended_mind.cache import Memory
-from fairseq.memory.extended_mind.lookup import Chosen, LayerLookup, MemoryAttention, Read, ScoreRule
-from fairseq.memory.extended_mind.settings import MindSettings, check_layers, chosen_layers
-from fairseq.memory.extended_mind.storage import load_memory, save_memory
+from fairseq.memory.extended_mind.lookup import MemoryAttention, RetrievedMemories, ScoreRule, SelectedMemories
+from fairseq.memory.extended_mind.settings import MindSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PER_CALL = ("topk", "use_external_mind", "mask_by_sim", "sim_threshold")
 """Settings that ``model(...)`` and ``model.generate(...)`` take for one call."""
@@ -49,11 +45,11 @@ class _Call:
     settings: MindSettings
     record_selected: bool
     generating: bool = False
-    chosen: dict[int, Chosen] = field(default_factory=dict)
-    steps: list[dict[int, Chosen]] = field(default_factory=list)
+    selected: dict[int, SelectedMemories] = field(default_factory=dict)
+    steps: list[dict[int, SelectedMemories]] = field(default_factory=list)
 
 
-class ExtendedMind:
+class ExtendedMind(MemorySet):
     """External memories inside attention, for a transformers decoder that was not trained for them.
 
     Each query of each head attends to its k nearest memories and to its local keys, with one softmax. Attached, every
@@ -70,13 +66,13 @@ class ExtendedMind:
 
     def __init__(
         self,
-        model: Any,
-        memory: Any = None,
+        model: PreTrainedModel,
+        memory: Memories | None = None,
         *,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         layers: Sequence[int] | None = None,
         config: Mapping[str, Any] | None = None,
-        **settings: Any,
+        **settings: object,
     ) -> None:
         """Find where the model attends, and build the memory.
 
@@ -89,130 +85,16 @@ class ExtendedMind:
             settings: settings by name; these take precedence.
         Raises: ValueError for anything that does not fit; the model stays as it is.
         """
-        self.model, self.tokenizer = model, tokenizer
-        self.settings = MindSettings.merged(config, settings)
-        self.sites = find_sites(model)
-        if layers is not None:
-            by_layer = chosen_layers(layers, self.sites.num_layers)
-            self.settings = self.settings.with_changes(use_external_mind_by_layer=by_layer)
-        check_layers(self.settings.use_external_mind_by_layer, self.sites.num_layers)
-        special_ids(model, tokenizer, self.settings)
-        self.retrieved: list[dict[int, Chosen]] = []
-        """What the last call that asked for it chose: by step and layer."""
-        self.source: Any = None
-        """What the memories are of: what was given last to be read."""
-        self._memories: tuple[Memory, ...] = ()
-        self._waiting = False
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._lookups: dict[tuple[int, int], LayerLookup] = {}
+        super().__init__(model, tokenizer=tokenizer, layers=layers, config=config, **settings)
+        self.retrieved: list[dict[int, SelectedMemories]] = []
+        """Memories of the last call that recorded them, by step and layer."""
         self._generating = 0
         self._undo: contextlib.ExitStack | None = None
         self._current: ContextVar[_Call | None] = ContextVar("extended_mind_call", default=None)
         if memory is not None:
             self.set_memory(memory)
 
-    # Memories
-
-    @property
-    def memories(self) -> tuple[Memory, ...]:
-        """The memories: none, one for all rows, or one per row of a batch."""
-        return self._memories
-
-    def set_memory(self, memory: Any, **building: Any) -> None:
-        """Replace the memories (see ``__init__``); ``building`` holds arguments of ``build_memory``."""
-        self._must_not_generate()
-        given = _memories_in(memory)
-        memories = given or [self._built(memory, **building)]
-        for each in memories:
-            self._check(each)
-        device = device_of(self.settings, self.model)
-        memories = [each.to(device) for each in memories]
-        if given and self.settings.memory_device == "disk":
-            memories = self._on_disk(memories)
-        self._memories, self.source, self._waiting = tuple(memories), memory, False
-        self._lookups.clear()
-
-    def set_memory_later(self, source: Any) -> None:
-        """Replace the memories by ones that are built at the model's next call; None for none."""
-        self.clear_memories()
-        self.source, self._waiting = source, source is not None
-
-    def add_memory(self, source: Any, **building: Any) -> None:
-        """Append documents to the memory that all rows share."""
-        self._must_not_generate()
-        if len(self._memories) > 1:
-            raise ValueError(f"there are {len(self._memories)} memories, one for each row; set them anew instead")
-        if not self._memories:
-            self.set_memory(source, **building)
-            return
-        old = self._memories[0]
-        documents = token_documents(source, self.tokenizer)
-        total, limit = len(old.token_N) + sum(map(len, documents)), self.settings.limit
-        if limit is not None and total > limit:
-            raise ValueError(f"a memory of {total} tokens is longer than the limit of {limit}; raise limit=")
-        if old.positions == "relative":
-            # All of them move when text comes behind them.
-            starts = [*old.document_starts, len(old.token_N)]
-            before = [old.token_N[start:stop] for start, stop in zip(starts, starts[1:])]
-            self.set_memory([*before, *documents], **building)
-        else:
-            self.set_memory(old.followed_by(self._built(documents, **building)))
-
-    def clear_memories(self) -> None:
-        """Remove all memories."""
-        self._must_not_generate()
-        self._memories, self.source, self._waiting = (), None, False
-        self._lookups.clear()
-
-    def save_memory(self, path: str) -> None:
-        """Write the memory to a safetensors file, atomically. Raises: ValueError unless there is exactly one."""
-        if len(self._memories) != 1:
-            raise ValueError(f"there are {len(self._memories)} memories; a file holds one: save each of .memories")
-        save_memory(self._memories[0], path)
-
-    def load_memory(self, path: str) -> None:
-        """Replace the memories by that of a file, which stays on disk as far as the memory type allows."""
-        self.set_memory(load_memory(path))
-
-    def _built(self, source: Any, **building: Any) -> Memory:
-        if self.settings.memory_device == "disk":
-            building = {"folder": self._new_folder()} | building
-        building = {"tokenizer": self.tokenizer, "settings": self.settings, "sites": self.sites} | building
-        with self._detached():
-            return build_memory(self.model, source, **building)
-
-    def _on_disk(self, memories: Sequence[Memory]) -> list[Memory]:
-        """The memories in files of a temporary folder, mapped."""
-        folder = self._new_folder()
-        paths = [f"{folder}/{number}.safetensors" for number in range(len(memories))]
-        for memory, path in zip(memories, paths):
-            save_memory(memory, path)
-        return [load_memory(path) for path in paths]
-
-    def _new_folder(self) -> str:
-        self._folder = tempfile.TemporaryDirectory(prefix="extended-mind-")  # the one before goes
-        return self._folder.name
-
-    def _build_what_waits(self) -> None:
-        if self._waiting:
-            self.set_memory(self.source)
-
-    def _check(self, memory: Memory) -> None:
-        mine = model_digest(self.model)
-        if memory.model_digest != mine:
-            raise ValueError(f"this memory is of model {memory.model_digest}, not of {mine}; build it with this model")
-        if memory.positions != self.settings.positions:
-            raise ValueError(
-                f"this memory has positions {memory.positions!r}, the settings say {self.settings.positions!r}; "
-                "build it anew or set the same"
-            )
-        limit = self.settings.limit
-        if limit is not None and len(memory.token_N) > limit:
-            raise ValueError(
-                f"a memory of {len(memory.token_N)} tokens is longer than the limit of {limit}; raise limit="
-            )
-
-    def _must_not_generate(self) -> None:
+    def _check_may_change(self) -> None:
         if self._generating:
             raise ValueError("the memory cannot change while the model generates with it; wait until generate returns")
 
@@ -230,10 +112,10 @@ class ExtendedMind:
         with contextlib.ExitStack() as undo:
             undo.enter_context(taken_over(self.model, self))
             self._hook_positions(undo)
-            undo.callback(replace_forward(self.model, _wrapped(self.model.forward, self._forward)))
+            undo.callback(replace_forward(self.model, wrapped(self.model.forward, self._forward)))
             generate = getattr(self.model, "generate", None)
             if generate is not None:
-                undo.callback(_set_for_a_while(self.model, "generate", _wrapped(generate, self._generate)))
+                undo.callback(replace_attribute(self.model, "generate", wrapped(generate, self._generate)))
             self._undo = undo.pop_all()
         return self
 
@@ -280,11 +162,11 @@ class ExtendedMind:
     # Calls
 
     def _forward(
-        self, own: Callable[..., Any], *inputs: Any, output_retrieved_memory_idx: bool = False, **named: Any
+        self, own: Callable[..., Any], *inputs: object, output_retrieved_memory_idx: bool = False, **named: object
     ) -> Any:
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
         if self._current.get() is None:
-            self._build_what_waits()
+            self._build_waiting()
         outer = self._current.get()
         settings = (outer.settings if outer else self.settings).with_changes(**changes)
         call = _Call(settings, output_retrieved_memory_idx or bool(outer and outer.record_selected))
@@ -297,23 +179,23 @@ class ExtendedMind:
         if not call.record_selected:
             return result
         if outer is not None:
-            outer.steps.append(call.chosen)
+            outer.steps.append(call.selected)
         else:
-            self.retrieved = [call.chosen]
+            self.retrieved = [call.selected]
             if isinstance(result, tuple):
                 raise ValueError("output_retrieved_memory_idx=True needs return_dict=True: a tuple has no place for it")
-            numbers = self._numbers(call.chosen)
+            numbers = self._numbers(call.selected)
             result["retrieved_memory_idx"] = numbers
             result["attentions"] = (result.get("attentions"), _flat(numbers))
         return result
 
     def _generate(
-        self, own: Callable[..., Any], *inputs: Any, output_retrieved_memory_idx: bool = False, **named: Any
+        self, own: Callable[..., Any], *inputs: object, output_retrieved_memory_idx: bool = False, **named: object
     ) -> Any:
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
         if output_retrieved_memory_idx and self.model.config._attn_implementation != "extended_mind_eager":
-            named.pop("output_attentions", None)  # there are none to tell, and asking for them is an error
-        self._build_what_waits()
+            named.pop("output_attentions", None)  # there are none to return, and asking for them is an error
+        self._build_waiting()
         call = _Call(self.settings.with_changes(**changes), output_retrieved_memory_idx, generating=True)
         token = self._current.set(call)
         self._generating += 1
@@ -331,9 +213,9 @@ class ExtendedMind:
                 result["attentions"] = tuple(zip(own_attentions, map(_flat, numbers)))
         return result
 
-    def _numbers(self, chosen: Mapping[int, Chosen]) -> tuple[Tensor | None, ...]:
+    def _numbers(self, selected: Mapping[int, SelectedMemories]) -> tuple[Tensor | None, ...]:
         layers = range(self.sites.num_layers)
-        return tuple(chosen[layer].token_BHTK if layer in chosen else None for layer in layers)
+        return tuple(selected[layer].token_BHTK if layer in selected else None for layer in layers)
 
     def citations(self, top: int = 3, span: int = 12, row: int = 0) -> list[Citation]:
         """The passages that contributed most to the last call with ``output_retrieved_memory_idx=True``, best first.
@@ -344,13 +226,18 @@ class ExtendedMind:
             raise ValueError("nothing to cite: call the model with output_retrieved_memory_idx=True first")
         rows = len(next(iter(self.retrieved[-1].values())).token_BHTK)
         return cite(
-            self.retrieved, self._of_rows(rows, True)[row], top=top, span=span, row=row, tokenizer=self.tokenizer
+            self.retrieved,
+            self._memories_of(rows, generating=True)[row],
+            top=top,
+            span=span,
+            row=row,
+            tokenizer=self.tokenizer,
         )
 
     # The model's attention
 
     def wants(self, layer: int) -> bool:
-        """Whether a layer uses memories in this call."""
+        """True if a layer uses memories in this call."""
         call = self._current.get()
         return bool(self._memories) and call is not None and call.settings.uses(layer)
 
@@ -361,16 +248,18 @@ class ExtendedMind:
         local = local_attention(call.query_BHTD, call.key_BGLD, call.value_BGLD, call.rule)
         if call.sink_H is not None:
             local = _with_sink(local, call.sink_H)
-        memories = self._of_rows(len(call.query_BHTD), current.generating)
-        looked = self._attended(call, memories, current.settings)
+        memories = self._memories_of(len(call.query_BHTD), generating=current.generating)
+        attended = self._attended(call, memories, current.settings)
         if current.record_selected:
-            read = looked.read()
-            norm_BHT = torch.logaddexp(local.norm_BHT, looked.partial.norm_BHT).to(read.score_BHTK.device)
-            current.chosen[call.layer] = Chosen(read.ids_BHTK, read.similarity_BHTK, read.score_BHTK, norm_BHT)
-        return local.joined(looked.partial).transpose(1, 2).contiguous(), None
+            read = attended.read()
+            norm_BHT = torch.logaddexp(local.norm_BHT, attended.partial.norm_BHT).to(read.score_BHTK.device)
+            current.selected[call.layer] = SelectedMemories(
+                read.ids_BHTK, read.similarity_BHTK, read.score_BHTK, norm_BHT
+            )
+        return local.joined(attended.partial).transpose(1, 2).contiguous(), None
 
     def _attended(self, call: AttentionCall, memories: Sequence[Memory], settings: MindSettings) -> MemoryAttention:
-        """What the rows take from their memories; ``read`` tells numbers of the user's tokens."""
+        """Attention of each row to its memories; ``read`` returns numbers of the user's tokens."""
         rule = ScoreRule(call.rule.scale, call.rule.softcap, call.slope_H)
         before_B = None if call.first_B is None else call.first_B - call.key_BGLD.shape[2]
         # Rows that follow each other and share a memory look together.
@@ -385,30 +274,17 @@ class ExtendedMind:
             rows = slice(run[0], run[-1] + 1)
             lookup = self._lookup(memories[run[0]], call.layer)
             own = ScoreRule(rule.scale, rule.softcap, rule.slope_H, None if before_B is None else before_B[rows])
-            looked = lookup.look(call.query_BHTD[rows], own, settings)
-            parts.append(MemoryAttention(looked.partial, functools.partial(lookup.in_tokens, looked.read)))
+            attended = lookup.attend(call.query_BHTD[rows], own, settings)
+            parts.append(MemoryAttention(attended.partial, functools.partial(lookup.in_tokens, attended.read)))
         return parts[0] if len(parts) == 1 else _stacked(parts)
 
-    def _lookup(self, memory: Memory, layer: int) -> LayerLookup:
-        key = (id(memory), layer)
-        if key not in self._lookups:
-            self._lookups[key] = LayerLookup(memory, layer, self.settings)
-        return self._lookups[key]
-
-    def _of_rows(self, rows: int, generating: bool | None = None) -> list[Memory]:
-        """The memory of each row. While generating, beams of a sequence follow each other and share its memory."""
+    def _of_rows(self, rows: int) -> list[Memory]:
         current = self._current.get()
-        generating = bool(current and current.generating) if generating is None else generating
-        count = len(self._memories)
-        if count == 1:
-            return [self._memories[0]] * rows
-        if rows != count and not (generating and rows % count == 0):
-            raise ValueError(f"a batch of {rows} rows and {count} memories; give one memory, or one for each row")
-        return [self._memories[row * count // rows] for row in range(rows)]
+        return self._memories_of(rows, generating=current is not None and current.generating)
 
 
 @contextlib.contextmanager
-def extended_mind(model: Any, memory: Any = None, **settings: Any) -> Iterator[ExtendedMind]:
+def extended_mind(model: PreTrainedModel, memory: Memories | None = None, **settings: Any) -> Iterator[ExtendedMind]:
     """Context manager: ``model`` uses ``memory`` while the block runs. The arguments are those of ``ExtendedMind``.
 
     ```python
@@ -421,31 +297,6 @@ def extended_mind(model: Any, memory: Any = None, **settings: Any) -> Iterator[E
         yield mind
 
 
-def _memories_in(source: Any) -> list[Memory] | None:
-    """What is a memory already, or several; None for what has to be built."""
-    if isinstance(source, Memory):
-        return [source]
-    is_several = isinstance(source, (list, tuple)) and source and all(isinstance(each, Memory) for each in source)
-    return list(source) if is_several else None
-
-
-def _wrapped(own: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """``wrapper(own, ...)`` with the signature of ``own``, which transformers reads."""
-    return functools.wraps(own)(functools.partial(wrapper, own))
-
-
-def _set_for_a_while(model: Any, name: str, value: Any) -> Callable[[], None]:
-    had, before = name in model.__dict__, model.__dict__.get(name)
-    setattr(model, name, value)
-
-    def undo() -> None:
-        delattr(model, name)
-        if had:
-            setattr(model, name, before)
-
-    return undo
-
-
 def _with_sink(local: Partial, sink_H: Tensor) -> Partial:
     norm_BHT = torch.logaddexp(local.norm_BHT, sink_H.float()[:, None].expand_as(local.norm_BHT))
     shrunk_BHTD = local.out_BHTD * (local.norm_BHT - norm_BHT).exp()[..., None].to(local.out_BHTD.dtype)
@@ -456,7 +307,7 @@ def _stacked(parts: Sequence[MemoryAttention]) -> MemoryAttention:
     """Rows of several memories, filled up to the most memories any of them chose."""
     outs, norms = ([getattr(part.partial, name) for part in parts] for name in ("out_BHTD", "norm_BHT"))
 
-    def read() -> Read:
+    def read() -> RetrievedMemories:
         each = [part.read() for part in parts]
         most = max(part.ids_BHTK.shape[-1] for part in each)
 
@@ -464,7 +315,9 @@ def _stacked(parts: Sequence[MemoryAttention]) -> MemoryAttention:
             tensors = [getattr(part, name) for part in each]
             return torch.cat([nn.functional.pad(x, (0, most - x.shape[-1]), value=value) for x in tensors])
 
-        return Read(filled("ids_BHTK", -1), filled("similarity_BHTK", -torch.inf), filled("score_BHTK", -torch.inf))
+        return RetrievedMemories(
+            filled("ids_BHTK", -1), filled("similarity_BHTK", -torch.inf), filled("score_BHTK", -torch.inf)
+        )
 
     return MemoryAttention(Partial(torch.cat(outs), torch.cat(norms)), read)
 

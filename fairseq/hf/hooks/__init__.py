@@ -1,1 +1,1 @@
-"""What every wrapper of a Hugging Face model is made of: attaching, capturing states, finding layers."""
+"""The parts of every wrapper of a Hugging Face model: attaching, capturing states, finding layers."""

@@ -1,4 +1,4 @@
-"""What is broken into a model: it sees each forward call before and after, and leaves the model as it was."""
+"""Base class for wrappers: hooks every forward call and restores the model when detached."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fairseq.hf.hooks.capture import Capture
 from fairseq.hf.hooks.names import KeyType
+from fairseq.hf.hooks.protocols import ModelOutput
 from fairseq.hf.hooks.taps import Tap, find_tap, output_embedding
 
 Self = TypeVar("Self", bound="Attachment")
@@ -39,7 +40,7 @@ class ForwardCall:
 
     @property
     def input_ids(self) -> Tensor | None:
-        """What the decoder reads, (B, T), unless it is given embeddings."""
+        """The decoder's input ids, (B, T); None if it is given embeddings."""
         ids: Tensor | None = self.named.get("decoder_input_ids" if self.is_seq2seq else "input_ids")
         return ids
 
@@ -56,7 +57,7 @@ class ForwardCall:
         return torch.nn.functional.pad(self.labels[:, 1:], (0, 1), value=IGNORED)
 
     def is_text(self, num_positions: int) -> Tensor | None:
-        """Where there is no padding, (B, T), by the attention mask; None where the call does not tell."""
+        """True where there is no padding, (B, T), by the attention mask; None for a call without one."""
         mask = self.named.get("decoder_attention_mask" if self.is_seq2seq else "attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < num_positions:
             return None
@@ -160,7 +161,7 @@ class Attachment:
         """The call the model is to get."""
         return named
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
+    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
         """Look at a call that has been made, given its keys; returns what the caller is to get."""
         raise NotImplementedError
 
@@ -174,7 +175,7 @@ class Attachment:
             self._paused = before
 
     def _is_idle(self) -> bool:
-        """Whether calls pass unseen."""
+        """True while calls pass unseen."""
         return self._paused
 
     def _before(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -190,7 +191,7 @@ class Attachment:
         self._call = ForwardCall(named, self.is_seq2seq)
         return (), changed | {"return_dict": True}
 
-    def _after(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    def _after(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: ModelOutput) -> Any:
         call = self._call
         if call is None:
             return None

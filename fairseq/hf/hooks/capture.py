@@ -16,7 +16,7 @@ class Capture:
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
-        self._held: Tensor | None = None
+        self._captured: Tensor | None = None
         if tap.takes_input:
             self._handle = tap.module.register_forward_pre_hook(self._see_input, with_kwargs=True)
         else:
@@ -24,20 +24,20 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what an earlier call that failed may have left."""
-        self._held = None
+        self._captured = None
 
     def take(self, batch_size: int) -> Tensor:
         """The keys of a forward call, (B, T, D), detached; some layers put all sequences into one row before the tap.
 
         Raises: ValueError when the call did not pass the tap.
         """
-        held, self._held = self._held, None
-        if held is None:
+        captured, self._captured = self._captured, None
+        if captured is None:
             raise ValueError(
                 f"the forward call did not pass {self.tap.path} ({type(self.tap.module).__name__}), where keys of "
                 f"{self.tap.kind.value} come from; take another key type, final_hidden for one"
             )
-        return held.view(batch_size, -1, held.shape[-1]) if held.ndim != 3 else held
+        return captured.view(batch_size, -1, captured.shape[-1]) if captured.ndim != 3 else captured
 
     def remove(self) -> None:
         """Leave the model as it was; what was captured may still be taken."""
@@ -45,11 +45,11 @@ class Capture:
 
     def _see_input(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         value = inputs[0] if inputs else next(iter(named.values()))
-        self._held = value.detach()
+        self._captured = value.detach()
 
-    def _see_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def _see_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         value = output[0] if isinstance(output, tuple) else output  # a mixture of experts returns its routing too
-        self._held = value.detach()
+        self._captured = value.detach()
 
 
 @contextmanager

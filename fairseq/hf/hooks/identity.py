@@ -1,14 +1,14 @@
-"""What tells one model or tokenizer from another, for the metadata of a store."""
+"""Digests that identify a model or a tokenizer, for the metadata of a store."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 from torch import nn
 
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.hf.hooks.taps import output_embedding
 
 _NUMBERS_PER_PARAMETER = 256
@@ -17,7 +17,7 @@ _NUMBERS_PER_PARAMETER = 256
 def model_digest(model: nn.Module) -> str:
     """Hexadecimal digest of all parameters' names and shapes and of some numbers of each, in bfloat16.
 
-    Some numbers are enough to tell training runs apart, and a type of half the width usually rounds them alike.
+    Some numbers are enough to distinguish training runs, and a type of half the width usually rounds them to the same.
     """
     whole = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -29,13 +29,13 @@ def model_digest(model: nn.Module) -> str:
     return whole.hexdigest()
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """Hexadecimal digest of a tokenizer's vocabulary: every token and its number."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """How many tokens the model gives a score to."""
+    """Number of tokens the model gives a score to."""
     head = output_embedding(model)
     weight = getattr(head, "weight", None)
     if weight is not None:

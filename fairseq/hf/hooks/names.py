@@ -8,7 +8,7 @@ from fairseq.registry import lookup
 
 
 class KeyType(str, Enum):
-    """Where in the model a memory key comes from."""
+    """The place in the model that a memory key comes from."""
 
     last_ffn_input = "last_ffn_input"  # what the last decoder layer's feed-forward block reads, after its layer norm
     last_ffn_output = "last_ffn_output"  # what that block returns, before the residual sum
@@ -21,7 +21,7 @@ class KeyType(str, Enum):
 
 
 class Dist(str, Enum):
-    """How the similarity of a query and a neighbour is measured."""
+    """The similarity of a query and a neighbour."""
 
     l2 = "l2"  # minus the squared distance
     dot = "dot"  # inner product with the full key

@@ -1,4 +1,4 @@
-"""Where the memory keys of a model are: one line per architecture, and a search for those without a line.
+"""The places of memory keys in models: one line per architecture, and a search for those without a line.
 
 A tap is a module and a side of it. ``last_ffn_input`` is what the feed-forward block of the last decoder layer reads
 (after its layer norm in models that normalise first), ``last_ffn_output`` what it returns, before it is added to the
@@ -64,13 +64,13 @@ class Tap:
     path: str
     module: nn.Module
     takes_input: bool
-    """Whether the key is what the module reads, rather than what it returns."""
+    """The key is the module's input, rather than its output."""
     dim: int
     """Width of the keys."""
 
 
 def find_tap(model: nn.Module, kind: KeyType) -> Tap:
-    """Where a model's keys of a kind are.
+    """The place of a model's keys of a kind.
 
     Args:
         model: a transformers model with an output embedding.
@@ -111,7 +111,7 @@ def discover(model: nn.Module) -> FeedForward:
     lists = list(_layer_lists(model))
     wanted = _num_layers(model)
     fitting = [(path, block) for path, layers in lists if (block := _block_in(path, layers)) is not None]
-    # Best a decoder's list of as many layers as the config tells, then any list of so many, then any.
+    # Best a decoder's list of as many layers as the config states, then any list of so many, then any.
     by_length = [(path, block) for path, block in fitting if _length(model, path) == wanted]
     of_decoder = [(path, block) for path, block in by_length if "decoder" in path]
     for chosen in (of_decoder, by_length, fitting):

@@ -62,7 +62,7 @@ def windows_of(ids: Sequence[int] | Tensor, size: int, stride: int | None = None
     """
     stride = size if stride is None else stride
     if not 1 <= stride <= size:
-        raise ValueError(f"stride {stride} is not within 1 and the window's {size} tokens; tokens would be left out")
+        raise ValueError(f"stride {stride} is not within 1 and the window's {size} tokens; tokens would be skipped")
     ids_N = torch.as_tensor(ids, dtype=torch.int64)
     if not tail:
         ids_N = ids_N[: len(ids_N) // size * size]
@@ -153,12 +153,14 @@ def _collect(
     batch_size: int,
     scores: TokenScores,
 ) -> None:
-    held = _Held()
+    collected = _Collected()
 
     def look_up() -> None:
-        if len(held):
-            key_ND, lm_logp_N, target_N = (torch.cat(each) for each in (held.keys, held.lm_logp, held.targets))
-            lengths_B = torch.tensor([len(key_ND)] if memory.flattens_batches else held.lengths)
+        if len(collected):
+            key_ND, lm_logp_N, target_N = (
+                torch.cat(each) for each in (collected.keys, collected.lm_logp, collected.targets)
+            )
+            lengths_B = torch.tensor([len(key_ND)] if memory.flattens_batches else collected.lengths)
             scores.logp_parts.append(memory.target_logp(key_ND, lm_logp_N, target_N, lengths_B))
             scores.target_parts.append(target_N)
 
@@ -167,14 +169,14 @@ def _collect(
             logits_BTV = model(**batch.inputs(model)).logits
             lm_logp_N = batch.target_logp(logits_BTV).cpu()
             key_ND = batch.scored(capture.take(len(logits_BTV))).float().cpu()
-        held.add(key_ND, lm_logp_N, batch)
-        if memory.flattens_batches or len(held) >= min(_BULK, _BULK_BYTES // (4 * key_ND.shape[1])):
+        collected.add(key_ND, lm_logp_N, batch)
+        if memory.flattens_batches or len(collected) >= min(_BULK, _BULK_BYTES // (4 * key_ND.shape[1])):
             look_up()
-            held = _Held()
+            collected = _Collected()
     look_up()
 
 
-class _Held:
+class _Collected:
     """Positions whose keys wait for their lookup."""
 
     def __init__(self) -> None:
@@ -226,9 +228,9 @@ class _Batch:
     ids_BT: Tensor
     is_text_BT: Tensor
     is_scored_BT: Tensor
-    """Whether the token at a place is to be predicted, from the place before."""
+    """True where the token is to be predicted, from the place before."""
     continues: list[bool]
-    """Whether a window's scored tokens follow those of the window before it."""
+    """True for a window whose scored tokens follow those of the window before it."""
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> _Batch:
@@ -251,7 +253,7 @@ class _Batch:
         return self.ids_BT[self.is_scored_BT]
 
     def inputs(self, model: nn.Module) -> dict[str, Any]:
-        """What the model is called with. A mask is left out where nothing is masked: models are faster without."""
+        """Arguments of the model. Without a mask where nothing is masked: models are faster so."""
         device = next(model.parameters()).device
         mask = {} if bool(self.is_text_BT.all()) else {"attention_mask": self.is_text_BT.long().to(device)}
         return {"input_ids": self.ids_BT.to(device), "use_cache": False} | mask

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.attachment import ForwardCall
+from fairseq.hf.hooks.patching import replace_attribute
+from fairseq.hf.hooks.protocols import KeyValueCache, ModelOutput
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import find_members
 from fairseq.hf.knn.wrapper import KNNWrapper
@@ -87,10 +89,10 @@ class RetomatonWrapper(KNNWrapper):
         logp_N = lm_logp_N.float().cpu().clone()
         target_N = target_N.cpu()
 
-        def use(place_B: Tensor, found: Candidates) -> None:
+        def use(place_B: Tensor, candidates: Candidates) -> None:
             lm_logp_B = logp_N[place_B]
-            mixed_B = interpolate(lm_logp_B, knn_logp(found, target_N[place_B], self.knn_temp), self.lmbda)
-            logp_N[place_B] = torch.where(found.keep_NM.any(1), mixed_B, lm_logp_B)
+            mixed_B = interpolate(lm_logp_B, knn_logp(candidates, target_N[place_B], self.knn_temp), self.lmbda)
+            logp_N[place_B] = torch.where(candidates.keep_NM.any(1), mixed_B, lm_logp_B)
 
         lengths_B = torch.tensor([len(key_ND)]) if lengths_B is None else lengths_B
         self._read(key_ND.cpu(), target_N, lengths_B, use, None)
@@ -114,7 +116,7 @@ class RetomatonWrapper(KNNWrapper):
         self._step = self._pending.before(named)
         return super()._changed_call(named)
 
-    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: Any) -> Tensor | None:
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> Tensor | None:
         ids_BT = call.input_ids
         state = None
         if self._step is not None and ids_BT is not None and len(ids_BT) == len(self._step.rows_BM):
@@ -139,9 +141,9 @@ class RetomatonWrapper(KNNWrapper):
             lengths_B, state = lengths_B.sum()[None], None
         logp_N = torch.empty(len(rows_N), device=scores_RV.device)
 
-        def use(place_B: Tensor, found: Candidates) -> None:
+        def use(place_B: Tensor, candidates: Candidates) -> None:
             place_B = place_B.to(scores_RV.device)
-            mixed_B = self._mixer.mix_(scores_RV, rows_N[place_B], found, target_N[place_B])
+            mixed_B = self._mixer.mix_(scores_RV, rows_N[place_B], candidates, target_N[place_B])
             assert mixed_B is not None
             logp_N[place_B] = mixed_B
 
@@ -165,8 +167,8 @@ class RetomatonWrapper(KNNWrapper):
             first_N = all_N[all_N != last_B[sequence_N]]
             next_R = call.kept(torch.nn.functional.pad(ids_BT[:, 1:], (0, 1)), num_scores).reshape(-1)
 
-            def use(place_B: Tensor, found: Candidates) -> None:
-                self._mixer.mix_(scores_RV, first_N[place_B.to(first_N.device)], found)
+            def use(place_B: Tensor, candidates: Candidates) -> None:
+                self._mixer.mix_(scores_RV, first_N[place_B.to(first_N.device)], candidates)
 
             lengths_B = torch.bincount((first_N // num_scores).cpu(), minlength=len(last_B))
             state = self._read(key_RD[first_N], next_R[first_N], lengths_B, use, state)
@@ -194,7 +196,7 @@ class RetomatonWrapper(KNNWrapper):
         return done.state
 
     def _pays_ahead(self, num_positions: int) -> bool:
-        """Whether to search all positions at once, before it is known which need it: in bulk a search costs less."""
+        """True if all positions should be searched at once, before it is known which need it: a bulk costs less."""
         index = self.memory.index
         if self.flattens_batches:  # the original's figures hang on how its searches round
             return False
@@ -202,48 +204,48 @@ class RetomatonWrapper(KNNWrapper):
 
 
 class _Pending:
-    """The latest step of the sequences in each key-value cache, until it is known which tokens they go on with."""
+    """The latest step of the sequences in each key-value cache, until their next tokens are known."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._steps: weakref.WeakKeyDictionary[Any, tuple[int, RetomatonStep]] = weakref.WeakKeyDictionary()
-        self._model = model
+        self._steps: weakref.WeakKeyDictionary[KeyValueCache, tuple[int, RetomatonStep]] = weakref.WeakKeyDictionary()
         self._reorder: Any = getattr(model, "_reorder_cache", None)
         # ``generate`` reorders the cache by this method where a model has one: beams take their steps along.
-        model._reorder_cache = self.reorder  # type: ignore[assignment]
+        self._restore = replace_attribute(model, "_reorder_cache", self.reorder)
 
     def before(self, named: Mapping[str, Any]) -> RetomatonStep | None:
-        """The step that the given cache goes on from; None where a sequence begins, or was cut in the meantime."""
+        """The step that the given cache ends with; None where a sequence begins, or was cut in the meantime."""
         cache = _cache(named)
         length, step = self._steps.pop(cache, (0, None)) if cache is not None else (0, None)
-        return step if step is not None and length == cache.get_seq_length() else None
+        is_whole = cache is not None and length == cache.get_seq_length()
+        return step if is_whole else None
 
-    def after(self, output: Any, step: RetomatonStep) -> None:
+    def after(self, output: ModelOutput, step: RetomatonStep) -> None:
         """Keep a step with the cache that came out of the call."""
         cache = _cache(output)
         if cache is not None:
             self._steps[cache] = (cache.get_seq_length(), step)
 
-    def reorder(self, cache: Any, beam_idx: Tensor) -> Any:
+    def reorder(self, cache: KeyValueCache, beam_idx: Tensor) -> KeyValueCache:
         """Reorder a cache as ``generate`` would, and the steps of its sequences with it."""
-        held = self._steps.pop(cache, None)
+        waiting = self._steps.pop(cache, None)
         if self._reorder is not None:
             cache = self._reorder(cache, beam_idx)
         else:
             cache.reorder_cache(beam_idx)
-        if held is not None:
-            self._steps[cache] = (held[0], held[1].select(beam_idx))
+        if waiting is not None:
+            self._steps[cache] = (waiting[0], waiting[1].select(beam_idx))
         return cache
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        self._model.__dict__.pop("_reorder_cache", None)
+        self._restore()
         self._steps.clear()
 
 
-def _cache(named: Mapping[str, Any]) -> Any:
-    """The key-value cache among arguments or results, if there is one that tells its length."""
+def _cache(named: Mapping[str, Any] | ModelOutput) -> KeyValueCache | None:
+    """The key-value cache among arguments or results, if there is one that has a length."""
     for name in ("cache", "past_key_values"):
-        found = named.get(name)
-        if found is not None and hasattr(found, "get_seq_length"):
-            return found
+        cache: KeyValueCache | None = named.get(name)
+        if cache is not None and hasattr(cache, "get_seq_length"):
+            return cache
     return None

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
 from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import key_type
+from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
 from fairseq.hf.hooks.taps import Tap
-from fairseq.hf.knn.stores import about_store, index_name, store_prefix
+from fairseq.hf.knn.stores import index_name, store_metadata, store_prefix
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.build.build import BuiltIndex, build_index
@@ -51,7 +52,7 @@ class KNNSaver(Attachment):
         *,
         name: str | None = None,
         dtype: str = "float16",
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Args.
 
@@ -67,7 +68,7 @@ class KNNSaver(Attachment):
         super().__init__(key_type(knn_keytype))
         for what, value in (("dstore_size", dstore_size), ("dimension", dimension)):
             if value is not None and value < 1:
-                raise ValueError(f"{what} must be at least 1, got {value}; it may be left out")
+                raise ValueError(f"{what} must be at least 1, got {value}; drop it or correct it")
         self._rows, self._dim, self._folder, self._name = dstore_size, dimension, dstore_dir, name
         self._dtype, self._tokenizer = dtype, tokenizer
         self._writer: DatastoreWriter | None = None
@@ -117,11 +118,11 @@ class KNNSaver(Attachment):
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         if self._dim is not None and self._dim != tap.dim:
-            raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {self._dim}; leave it out")
+            raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {self._dim}; drop it")
         name = store_prefix(self._folder, model_type(model), self._rows, tap.dim)
         prefix = name if self._name is None else str(Path(self._folder) / self._name)
         self._writer = DatastoreWriter(
-            prefix, self._rows, tap.dim, self._dtype, about_store(model, tap, self._tokenizer)
+            prefix, self._rows, tap.dim, self._dtype, store_metadata(model, tap, self._tokenizer)
         )
         self.prefix = prefix
         self._resumed_at, self._seen, self._num_sequences = self._writer.rows_done, 0, 0
@@ -157,7 +158,7 @@ class KNNSaver(Attachment):
         mask = "decoder_attention_mask" if self.is_seq2seq else "attention_mask"
         return ForwardCall({"labels": labels, mask: attention_mask}, self.is_seq2seq)
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
+    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
         self._keep(call, key_BTD)
         return output
 
@@ -176,7 +177,7 @@ class KNNSaver(Attachment):
             self._recorded = time.perf_counter()
 
     def _counting(self, call: ForwardCall) -> Tensor:
-        """Where a row is made, (B, T): the token to predict counts, and neither it nor the position is padding."""
+        """True where a row is made, (B, T): the token to predict counts, and neither it nor the position is padding."""
         target_BT = call.target()
         assert target_BT is not None
         counts_BT = target_BT != IGNORED
@@ -204,7 +205,7 @@ class KNNSaver(Attachment):
         if not torch.equal(held_N, value_N.long()):
             raise ValueError(
                 f"the unfinished datastore {self.prefix!r} holds other tokens from row {self._seen} on: it is of "
-                f"another text or order; remove {self.prefix}.progress.json to start anew"
+                f"another text or order; remove {self.prefix}.progress.json to start again"
             )
         self._seen += len(value_N)
 

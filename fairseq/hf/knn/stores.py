@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fairseq.hf.hooks.identity import model_digest, model_type, tokenizer_digest, vocabulary_size
+from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
@@ -23,7 +24,7 @@ from fairseq.memory.index.base import Index
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Array, Metric
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class StorePlace:
 
     prefix: str
     rows: int | None
-    """What the name tells; None for stores that describe themselves."""
+    """From the name; None for stores that describe themselves."""
     dim: int | None
     index: Path | None
 
@@ -54,7 +55,7 @@ class StorePlace:
         Args:
             where: its folder, or the prefix of its files.
             model: type of the model; other models' stores in the folder are passed over.
-            rows: if stated, stores whose names tell another number are passed over; so for ``dim``.
+            rows: if stated, stores of another number in their names are skipped; so for ``dim``.
         Raises: ValueError when there is none or more than one.
         """
         if _is_store(str(where)):
@@ -79,22 +80,22 @@ class StorePlace:
 
     @classmethod
     def _of(cls, prefix: str) -> StorePlace:
-        told = _NAME.fullmatch(Path(prefix).name)
-        if told is None or StoreFiles.of(prefix, "float32").metadata.exists():
+        sizes_in_name = _NAME.fullmatch(Path(prefix).name)
+        if sizes_in_name is None or StoreFiles.of(prefix, "float32").metadata.exists():
             return cls(prefix, None, None, find_index(prefix))
-        rows = int(told["rows"]) if told["rows"] else None
-        return cls(prefix, rows, int(told["dim"]), find_index(prefix))
+        rows = int(sizes_in_name["rows"]) if sizes_in_name["rows"] else None
+        return cls(prefix, rows, int(sizes_in_name["dim"]), find_index(prefix))
 
     def _fits(self, model: str, rows: int | None, dim: int | None) -> bool:
-        told = _NAME.fullmatch(Path(self.prefix).name)
-        if told is None:
+        sizes_in_name = _NAME.fullmatch(Path(self.prefix).name)
+        if sizes_in_name is None:
             return True
-        sizes = ((rows, told["rows"]), (dim, told["dim"]))
-        return told["model"] == model and all(not (want and has) or want == int(has) for want, has in sizes)
+        sizes = ((rows, sizes_in_name["rows"]), (dim, sizes_in_name["dim"]))
+        return sizes_in_name["model"] == model and all(not (want and has) or want == int(has) for want, has in sizes)
 
 
 def index_name(prefix: str | Path) -> str:
-    """What the index over a store is called, without its ending."""
+    """Name of the index over a store, without its ending."""
     path = Path(prefix)
     stem = "index_" + path.name.removeprefix("dstore_") if path.name.startswith("dstore_") else path.name + ".index"
     return str(path.with_name(stem))
@@ -121,16 +122,16 @@ def find_members(prefix: str | Path) -> Path | None:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """How a store is to be searched."""
+    """Options for searching a store."""
 
     k: int = 1024
     probe: int = 32
     score: str | None = None
     """``recompute``, ``index`` or ``dot`` as in ExternalMemory; by default the index's scores where there is one."""
     load_keys: bool = True
-    """Whether the full keys may be read."""
+    """The full keys may be read."""
     in_memory: bool = False
-    """Whether the store is read into memory first."""
+    """Read the store into RAM first."""
 
 
 def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
@@ -139,7 +140,7 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
     needs_keys = score != "index"
     if needs_keys and not settings.load_keys:
         missing = f"there is no index beside {place.prefix!r}" if not place.index else f"{score} scores were asked for"
-        raise ValueError(f"no_load_keys forbids the full keys, and they are needed: {missing}; leave it out")
+        raise ValueError(f"no_load_keys forbids the full keys, and they are needed: {missing}; drop it")
     store = open_store(place, with_keys=needs_keys)
     # Values are read at random, a thousand for each query: from memory that takes a fraction of the time.
     store = store.in_memory() if settings.in_memory else replace(store, values=store.values.in_memory())
@@ -163,42 +164,42 @@ def open_store(place: StorePlace, *, with_keys: bool) -> Datastore:
     return Datastore.open(place.prefix, hints, with_keys=with_keys)
 
 
-def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Any = None) -> None:
-    """Compare a store with the model that is to use it; what the files do not tell is not compared.
+def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Tokenizer | None = None) -> None:
+    """Compare a store with the model that is to use it, as far as its files state what it was saved with.
 
     Raises: ValueError with both values.
     """
     store.require(dim=tap.dim, key_tap=tap.kind.value)
-    size, about, name = vocabulary_size(model), store.metadata, f"datastore {store.prefix!r}"
-    saved_size = about.get("dictionary_size")
+    size, metadata, name = vocabulary_size(model), store.metadata, f"datastore {store.prefix!r}"
+    saved_size = metadata.get("dictionary_size")
     if saved_size is not None and saved_size != size:
         raise ValueError(
             f"{name} was saved with a vocabulary of {saved_size} tokens, the model has {size}; use the model it was "
-            "saved with, or save it anew"
+            "saved with, or save it again"
         )
-    saved = about.get("dictionary_digest")
+    saved = metadata.get("dictionary_digest")
     given = tokenizer_digest(tokenizer) if tokenizer is not None else None
     if saved is not None and given is not None and saved != given:
         raise ValueError(
             f"{name} was saved with another tokenizer (digest {saved[:12]}) than this one (digest {given[:12]}): its "
-            "tokens are numbered otherwise; use the tokenizer it was saved with, or save it anew"
+            "tokens are numbered otherwise; use the tokenizer it was saved with, or save it again"
         )
-    if not about:
+    if not metadata:
         low, high = (f(g(part) for part in store.values.chunks) for f, g in ((min, _low), (max, _high)))
         if low < 0 or high >= size:
             raise ValueError(
                 f"{name} holds tokens {low} to {high}, the model's vocabulary has {size}: it is of another tokenizer"
             )
-    saved_model = about.get("model_digest")
+    saved_model = metadata.get("model_digest")
     if saved_model is not None and saved_model != model_digest(model):
         logger.warning("%s was saved with other weights than this model's; its keys may lie elsewhere", name)
 
 
-def about_store(model: nn.Module, tap: Tap, tokenizer: Any = None) -> dict[str, Any]:
+def store_metadata(model: nn.Module, tap: Tap, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Metadata of a store saved with a model."""
-    about = {"key_tap": tap.kind.value, "model_type": model_type(model), "model_digest": model_digest(model)}
-    about |= {"dictionary_size": vocabulary_size(model)}  # type: ignore[dict-item]
-    return about | ({} if tokenizer is None else {"dictionary_digest": tokenizer_digest(tokenizer)})
+    metadata = {"key_tap": tap.kind.value, "model_type": model_type(model), "model_digest": model_digest(model)}
+    metadata |= {"dictionary_size": vocabulary_size(model)}  # type: ignore[dict-item]
+    return metadata | ({} if tokenizer is None else {"dictionary_digest": tokenizer_digest(tokenizer)})
 
 
 def with_index(place: StorePlace, index: str | Path | None) -> StorePlace:
@@ -215,13 +216,13 @@ def _is_store(prefix: str) -> bool:
 
 
 def _prefixes(folder: Path) -> list[str]:
-    """What the stores in a folder are called."""
+    """Prefixes of the stores in a folder."""
     return sorted(str(path).removesuffix("_vals.npy") for path in folder.glob("*_vals.npy"))
 
 
-def _low(part: Any) -> int:
+def _low(part: Array) -> int:
     return int(part.min())
 
 
-def _high(part: Any) -> int:
+def _high(part: Array) -> int:
     return int(part.max())

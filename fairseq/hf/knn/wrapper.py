@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
 from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import Dist, dist, key_type
+from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
@@ -41,7 +42,7 @@ class KNNWrapper(Attachment):
     """
 
     flattens_batches = False
-    """Whether what a batch is made of changes the figures, as it does in an original program."""
+    """The figures depend on how sequences are batched, as they do in an original program."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class KNNWrapper(Attachment):
         probe: int = 32,
         *,
         indexfile: str | Path | None = None,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Args.
 
@@ -85,12 +86,12 @@ class KNNWrapper(Attachment):
         similarity = dist(knn_sim_func)
         if no_load_keys and (recompute_dists or similarity is Dist.dot):
             what = "recompute_dists" if recompute_dists else "knn_sim_func='dot'"
-            raise ValueError(f"{what} needs the full keys and no_load_keys forbids them; leave one out")
+            raise ValueError(f"{what} needs the full keys and no_load_keys forbids them; drop one")
         if probe < 1:
             raise ValueError(f"probe must be at least 1, got {probe}")
         for what, value in (("dstore_size", dstore_size), ("dimension", dimension)):
             if value is not None and value < 1:
-                raise ValueError(f"{what} must be at least 1, got {value}; it may be left out")
+                raise ValueError(f"{what} must be at least 1, got {value}; drop it or correct it")
         check_k(k, k)
         self.k, self.lmbda, self.knn_temp, self.knn_gpu = k, lmbda, knn_temp, knn_gpu
         self._mixer = VocabularyMixer(lmbda, knn_temp)
@@ -122,15 +123,15 @@ class KNNWrapper(Attachment):
         parts = []
         chunks = (torch.split(each, _QUERIES_AT_ONCE) for each in (key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()))
         for keys, lm_logp, target in zip(*chunks):
-            found = self.memory.lookup(keys)
-            mixed = interpolate(lm_logp, knn_logp(found, target, self.knn_temp), self.lmbda)
-            parts.append(torch.where(found.keep_NM.any(1), mixed, lm_logp))
+            candidates = self.memory.lookup(keys)
+            mixed = interpolate(lm_logp, knn_logp(candidates, target, self.knn_temp), self.lmbda)
+            parts.append(torch.where(candidates.keep_NM.any(1), mixed, lm_logp))
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         folder, rows, dim, indexfile = self._place
         if dim is not None and dim != tap.dim:
-            raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {dim}; leave it out")
+            raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {dim}; drop it")
         place = with_index(StorePlace.find(folder, model_type(model), rows, dim), indexfile)
         memory = open_memory(place, self._settings)
         memory.store.require(size=rows)
@@ -156,7 +157,7 @@ class KNNWrapper(Attachment):
         named["labels"] = None
         return named
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: Any) -> Any:
+    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
         logits_BLV = output.logits.detach()
         logits_BLV = logits_BLV if logits_BLV.is_contiguous() else logits_BLV.contiguous()
         logp_N = self._mix(call, key_BTD, logits_BLV, output)
@@ -167,7 +168,7 @@ class KNNWrapper(Attachment):
         loss = -logp_N.sum() / (len(logp_N) if count is None else torch.as_tensor(count, device=logp_N.device))
         return type(output)(**(dict(output) | {"loss": loss, "logits": logits_BLV}))
 
-    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: Any) -> Tensor | None:
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> Tensor | None:
         """Turn logits into log-probabilities, in place. Returns those of the labels that count, (N,), if there are any.
 
         Positions are looked up in groups, so that there are never more than so many candidates.

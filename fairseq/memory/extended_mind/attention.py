@@ -38,7 +38,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class LocalRule:
-    """Which local keys a query sees, and how scores are made of products."""
+    """The local keys that a query sees, and the map from products to scores."""
 
     mask_B1TL: Tensor | None
     """Boolean, true where a query may look, or numbers to add to the scores; None for all keys, or causal."""
@@ -96,7 +96,7 @@ def _masked(score_BHTL: Tensor, rule: LocalRule, start: int) -> Tensor:
 
 
 def _fused_local(query_BHTD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, rule: LocalRule) -> Partial | None:
-    """By torch's kernels that tell the normaliser, on a CPU or a GPU; None where they do not apply."""
+    """By torch's kernels that return the normaliser, on a CPU or a GPU; None where they do not apply."""
     mask_B1TL, queries = rule.mask_B1TL, query_BHTD.shape[2]
     width_differs = query_BHTD.shape[-1] != value_BGLD.shape[-1]
     needs_gradient = any(x.requires_grad for x in (query_BHTD, key_BGLD, value_BGLD)) and torch.is_grad_enabled()
@@ -147,7 +147,7 @@ def memory_scores(
 
 
 def memory_attention(score_BHTK: Tensor, value_BHTKD: Tensor) -> Partial:
-    """Attention over chosen memories, whose scores are -inf where they are left out."""
+    """Attention over selected memories, whose scores are -inf where they are dropped."""
     norm_BHT = torch.logsumexp(score_BHTK, -1) if score_BHTK.shape[-1] else score_BHTK.new_full((1, 1, 1), -torch.inf)
     weight_BHTK = (score_BHTK - norm_BHT[..., None]).exp().nan_to_num(0.0)
     return Partial(torch.einsum("bhtk,bhtkd->bhtd", weight_BHTK, value_BHTKD.float()), norm_BHT)

@@ -17,7 +17,7 @@ Change = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """What one layer remembers. With grouped-query attention there are fewer heads here than queries have."""
+    """The memories of one layer. With grouped-query attention there are fewer heads here than queries have."""
 
     key_GSD: Tensor
     value_GSD: Tensor
@@ -48,7 +48,7 @@ class Memory:
     model_digest: str
     """Of the model that read the text."""
     positions: str
-    """Where memories stand (see ``settings.POSITIONS``)."""
+    """The positions of memories (see ``settings.POSITIONS``)."""
     reach: int = 0
     """With ``relative`` positions: the farthest a memory may stand before the local text."""
 
@@ -109,7 +109,7 @@ class Memory:
         return document, token - self.document_starts[document]
 
     def offsets(self) -> Tensor | None:
-        """How much farther each memory is than the place before the local text, (S,) int64, <= 0; None at origin."""
+        """Distance of each memory from the place before the local text, (S,) int64, <= 0; None at origin."""
         if self.positions == "origin":
             return None
         return (self.place_S - (len(self.token_N) - 1)).clamp_(min=1 - self.reach)

@@ -80,19 +80,19 @@ def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: 
 
 @compiled(fastmath=ANY_ORDER)
 def round_queries(
-    query_GND: Any, step_GD: Any, error_G: Any, longest_G: Any, unit_GND: Any, low_GND: Any, reach_GN: Any
+    query_GND: Any, step_GD: Any, error_G: Any, longest_G: Any, unit_GND: Any, quantized_GND: Any, reach_GN: Any
 ) -> None:
     """Scale queries to length one, and write them in 8 bits for products with 8-bit keys.
 
     Args:
         query_GND: finite.
         step_GD: steps of the keys' dimensions.
-        error_G, longest_G: length of the largest rest that rounding left of a key, and of the longest rounded key.
+        error_G, longest_G: length of the largest rounding error of a key, and of the longest rounded key.
         reach_GN: int32, twice how far a product may be off, in the units of the products.
     """
     for g in range(len(query_GND)):
         for n in range(query_GND.shape[1]):
-            query_D, unit_D, low_D = query_GND[g, n], unit_GND[g, n], low_GND[g, n]
+            query_D, unit_D, quantized_D = query_GND[g, n], unit_GND[g, n], quantized_GND[g, n]
             square = np.float32(0.0)
             for d in range(len(query_D)):
                 square += query_D[d] * query_D[d]
@@ -106,15 +106,16 @@ def round_queries(
             for d in range(len(query_D)):
                 weight = unit_D[d] * step_GD[g, d]
                 rounded = np.rint(weight / step)
-                low_D[d] = np.int8(rounded)
+                quantized_D[d] = np.int8(rounded)
                 left += (weight - rounded * step) ** 2
-            # A key is off by the length of its rest, or half a step in each dimension; a query by what is left of it.
+            # A key is off by the length of its rounding error, or half a step in each dimension; a query by the length
+            # of its own error.
             margin = min(error_G[g], halves) + np.sqrt(left) * longest_G[g] + np.float32(1e-6)
             reach_GN[g, n] = np.int32(min(np.ceil(2 * margin / step), np.float32(-LOWEST // 2)))
 
 
 @compiled()
-def _reached_by(values_C: Any, k: int) -> Any:
+def _approx_kth_largest(values_C: Any, k: int) -> Any:
     """A number that at least k values reach, and few more; ``LOWEST`` where there are fewer values."""
     if len(values_C) < k:
         return LOWEST
@@ -158,7 +159,7 @@ def _multiply_again(which_J: Any, query_D: Any, key_MD: Any, inverse_M: Any, sco
 
 
 @compiled()
-def best_of_low_rows(
+def best_of_quantized_rows(
     raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, raw_NK: Any,
     ids_NK: Any, best_NK: Any,
 ) -> Any:  # fmt: skip
@@ -168,7 +169,7 @@ def best_of_low_rows(
         raw_NM: int32 products of rounded vectors.
         reach_N: int32, twice how far such a product may be off, up to a constant of each query.
         raw_NK: int32, such products of the best of the blocks so far.
-    Returns: a number without meaning, so that no read is left out.
+    Returns: a number without meaning, so that no read is optimised away.
     """
     k, fetched = best_NK.shape[1], np.float32(0.0)
     largest_C, group_C = np.empty(min(columns, GROUPS), np.int32), np.empty(GROUPS, np.int64)
@@ -177,7 +178,9 @@ def best_of_low_rows(
         raw_M, raw_K, best_K, ids_K = raw_NM[n], raw_NK[n], best_NK[n], ids_NK[n]
         _group_largest(raw_M, columns, largest_C)
         # Of many that are wanted, several are in a group.
-        reached = _reached_by(largest_C, k) if 4 * k <= len(largest_C) else _reached_by(raw_M[:columns], k)
+        reached = (
+            _approx_kth_largest(largest_C, k) if 4 * k <= len(largest_C) else _approx_kth_largest(raw_M[:columns], k)
+        )
         # k products of this block reach that. What is below the k-th best so far by more than products may be off is
         # no nearer.
         bound = max(reached, raw_K[-1], LOWEST + reach_N[n]) - reach_N[n]
@@ -194,14 +197,14 @@ def best_of_low_rows(
 
 
 @compiled()
-def best_of_low_heads(
+def best_of_quantized_heads(
     raw_GNM: Any, reach_GN: Any, query_GND: Any, key_GMD: Any, inverse_GM: Any, ids_GNK: Any, best_GNK: Any
 ) -> None:
-    """:func:`best_of_low_rows` of all heads, with all their memories: one call costs less than many."""
+    """:func:`best_of_quantized_rows` of all heads, with all their memories: one call costs less than many."""
     raw_NK = np.empty(ids_GNK.shape[1:], np.int32)
     for g in range(len(raw_GNM)):
         raw_NK[:] = LOWEST
-        best_of_low_rows(
+        best_of_quantized_rows(
             raw_GNM[g], raw_GNM.shape[2], 0, reach_GN[g], query_GND[g], key_GMD[g], inverse_GM[g], raw_NK, ids_GNK[g],
             best_GNK[g],
         )  # fmt: skip
@@ -219,7 +222,7 @@ def attend_to_selected(
 ) -> None:
     """Attention over chosen memories for N heads (of any rows), head n reading from key-value head ``n * G // N``.
 
-    ``score_NTK`` holds what is added to each score, -inf where a memory is left out, and gets the scores.
+    ``score_NTK`` holds what is added to each score, -inf where a memory is dropped, and gets the scores.
     """
     heads_each = len(query_NTD) // len(key_GSD)
     for n in range(len(query_NTD)):
@@ -250,10 +253,10 @@ def attend_to_few(
     raw_GNM: Any, reach_GN: Any, unit_GND: Any, query_GND: Any, key_GSD: Any, inverse_GS: Any, value_GSD: Any,
     scale: float, threshold: float, ids_GNK: Any, best_GNK: Any, score_GNK: Any, out_GND: Any, norm_GN: Any,
 ) -> None:  # fmt: skip
-    """:func:`best_of_low_heads`, then :func:`attend_to_selected` of those more similar than ``threshold``."""
+    """:func:`best_of_quantized_heads`, then :func:`attend_to_selected` of those more similar than ``threshold``."""
     ids_GNK[:] = -1
     best_GNK[:] = -np.inf
-    best_of_low_heads(raw_GNM, reach_GN, unit_GND, key_GSD, inverse_GS, ids_GNK, best_GNK)
+    best_of_quantized_heads(raw_GNM, reach_GN, unit_GND, key_GSD, inverse_GS, ids_GNK, best_GNK)
     for g in range(len(ids_GNK)):
         for n in range(ids_GNK.shape[1]):
             for i in range(ids_GNK.shape[2]):

@@ -1,4 +1,4 @@
-"""One layer's look at the memories: search, score, attend, and tell which of the user's tokens were read.
+"""Memory attention for one layer: retrieve, score, attend, and report which user tokens were retrieved.
 
 Shapes: B rows, H query heads, G key-value heads, T queries, K chosen, S memories, D width.
 """
@@ -23,7 +23,7 @@ _QUERIES_OF_A_START = 8 << 10  # as much work as it takes to get threads going
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedMemories:
     """Memories that the queries of one layer attended to, best first."""
 
     token_BHTK: Tensor
@@ -31,7 +31,7 @@ class Chosen:
     similarity_BHTK: Tensor
     """float32 cosine similarity."""
     score_BHTK: Tensor
-    """float32 score in the softmax; -inf where it was left out for its similarity."""
+    """float32 score in the softmax; -inf where it was dropped for its similarity."""
     norm_BHT: Tensor
     """float32, log of the sum of exp(score) over memories and local keys."""
 
@@ -41,8 +41,8 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Read:
-    """Memories that a layer read: as in ``Chosen``, numbered as memories."""
+class RetrievedMemories:
+    """Memories that a layer read: as in ``SelectedMemories``, numbered as memories."""
 
     ids_BHTK: Tensor
     similarity_BHTK: Tensor
@@ -51,16 +51,16 @@ class Read:
 
 @dataclass(frozen=True)
 class MemoryAttention:
-    """What a layer took from its memories."""
+    """Attention of a layer's queries to its memories."""
 
     partial: Partial
-    read: Callable[[], Read]
-    """Which they were; called only where somebody asks."""
+    read: Callable[[], RetrievedMemories]
+    """The memories that were retrieved; called only where they are recorded."""
 
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How scores of memories are made of products."""
+    """The map from products to scores of memories."""
 
     scale: float
     softcap: float | None = None
@@ -86,12 +86,12 @@ class LayerLookup:
             self._keys = (self._few.key_GSD.numpy(), self._few.inverse_GS.numpy())
             self._value_GSD: Array = self.layer.value_GSD.numpy()
 
-    def look(self, query_BHTD: Tensor, rule: ScoreRule, settings: MindSettings) -> MemoryAttention:
+    def attend(self, query_BHTD: Tensor, rule: ScoreRule, settings: MindSettings) -> MemoryAttention:
         """Attend to the nearest memories of each query."""
         rows, heads, queries = query_BHTD.shape[:3]
         kv_heads = len(self.layer.key_GSD)
-        here_BHTD = query_BHTD.to(self.device)
-        query_GND = here_BHTD.transpose(0, 1).reshape(kv_heads, -1, query_BHTD.shape[-1])
+        on_device_BHTD = query_BHTD.to(self.device)
+        query_GND = on_device_BHTD.transpose(0, 1).reshape(kv_heads, -1, query_BHTD.shape[-1])
 
         def by_row(x_GN: Tensor) -> Tensor:
             return x_GN.reshape(heads, rows, queries, *x_GN.shape[2:]).transpose(0, 1)
@@ -100,23 +100,23 @@ class LayerLookup:
         few = self._few if by_loops and rule.slope_H is None else None
         if few is not None and few.takes_at_once(query_GND.shape[1]):
             return self._attend_to_few(few, query_GND, by_row, rule.scale, settings)
-        found = self.search.search(query_GND.detach(), settings.topk).to(self.device)
-        ids_BHTK, similarity_BHTK = by_row(found.ids_GNK), by_row(found.similarity_GNK)
-        left_out_BHTK = ids_BHTK < 0
+        nearest = self.search.search(query_GND.detach(), settings.topk).to(self.device)
+        ids_BHTK, similarity_BHTK = by_row(nearest.ids_GNK), by_row(nearest.similarity_GNK)
+        dropped_BHTK = ids_BHTK < 0
         if settings.mask_by_sim:
-            left_out_BHTK = left_out_BHTK | (similarity_BHTK <= settings.sim_threshold)
+            dropped_BHTK = dropped_BHTK | (similarity_BHTK <= settings.sim_threshold)
         bias_BHTK = self._bias(ids_BHTK, rule)
         if self.compiled and by_loops:
-            score_BHTK, partial = self._attend(here_BHTD, ids_BHTK, left_out_BHTK, bias_BHTK, rule.scale)
+            score_BHTK, partial = self._attend(on_device_BHTD, ids_BHTK, dropped_BHTK, bias_BHTK, rule.scale)
         else:
             key_BHTKD, value_BHTKD = gathered(self.layer, ids_BHTK)
             key_BHTKD, value_BHTKD = key_BHTKD.to(query_BHTD.device), value_BHTKD.to(query_BHTD.device)
             bias_BHTK = bias_BHTK.to(query_BHTD.device) if bias_BHTK is not None else None
             score_BHTK = memory_scores(query_BHTD, key_BHTKD, rule.scale, bias_BHTK, rule.softcap)
-            score_BHTK = score_BHTK.masked_fill(left_out_BHTK.to(score_BHTK.device), -torch.inf)
+            score_BHTK = score_BHTK.masked_fill(dropped_BHTK.to(score_BHTK.device), -torch.inf)
             partial = memory_attention(score_BHTK, value_BHTKD)
         partial = Partial(partial.out_BHTD.to(query_BHTD.device), partial.norm_BHT.to(query_BHTD.device))
-        return MemoryAttention(partial, lambda: Read(ids_BHTK, similarity_BHTK, score_BHTK))
+        return MemoryAttention(partial, lambda: RetrievedMemories(ids_BHTK, similarity_BHTK, score_BHTK))
 
     def _attend_to_few(
         self,
@@ -135,20 +135,20 @@ class LayerLookup:
         best_GNK, score_GNK = np.empty(shape, np.float32), np.empty(shape, np.float32)
         out_GND, norm_GN = np.empty((*shape[:2], self._value_GSD.shape[2]), np.float32), np.empty(shape[:2], np.float32)
         threshold = settings.sim_threshold if settings.mask_by_sim else -np.inf
-        arrays = (*search.low_products(query_GND), query_GND.numpy(), *self._keys, self._value_GSD)
+        arrays = (*search.quantized_products(query_GND), query_GND.numpy(), *self._keys, self._value_GSD)
         attend_to_few(*arrays, scale, threshold, ids_GNK, best_GNK, score_GNK, out_GND, norm_GN)
         partial = Partial(*(by_row(torch.from_numpy(x)) for x in (out_GND, norm_GN)))
         return MemoryAttention(
-            partial, lambda: Read(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK)))
+            partial, lambda: RetrievedMemories(*(by_row(torch.from_numpy(x)) for x in (ids_GNK, best_GNK, score_GNK)))
         )
 
-    def in_tokens(self, read: Callable[[], Read]) -> Read:
-        """What was read, numbered by the user's tokens; -1 stays."""
-        found = read()
+    def in_tokens(self, read: Callable[[], RetrievedMemories]) -> RetrievedMemories:
+        """The retrieved memories, numbered by the user's tokens; -1 stays."""
+        nearest = read()
         if not len(self.place_S):
-            return found
-        place_BHTK = self.place_S.to(found.ids_BHTK.device)[found.ids_BHTK.clamp(min=0)]
-        return replace(found, ids_BHTK=place_BHTK.masked_fill(found.ids_BHTK < 0, -1))
+            return nearest
+        place_BHTK = self.place_S.to(nearest.ids_BHTK.device)[nearest.ids_BHTK.clamp(min=0)]
+        return replace(nearest, ids_BHTK=place_BHTK.masked_fill(nearest.ids_BHTK < 0, -1))
 
     def _bias(self, ids_BHTK: Tensor, rule: ScoreRule) -> Tensor | None:
         """ALiBi's part of a score: memories stand before the first local key."""
@@ -160,14 +160,14 @@ class LayerLookup:
         return rule.slope_H.to(self.device)[:, None, None] * distance_BHTK
 
     def _attend(
-        self, query_BHTD: Tensor, ids_BHTK: Tensor, left_out_BHTK: Tensor, bias_BHTK: Tensor | None, scale: float
+        self, query_BHTD: Tensor, ids_BHTK: Tensor, dropped_BHTK: Tensor, bias_BHTK: Tensor | None, scale: float
     ) -> tuple[Tensor, Partial]:
         """By compiled loops, which copy nothing."""
         from fairseq.memory.extended_mind.kernels import attend_to_selected
 
         rows, heads, queries, width = query_BHTD.shape
         score_BHTK = torch.zeros(ids_BHTK.shape) if bias_BHTK is None else bias_BHTK.expand(ids_BHTK.shape)
-        score_HNK = score_BHTK.masked_fill(left_out_BHTK, -torch.inf).transpose(0, 1).flatten(1, 2).contiguous()
+        score_HNK = score_BHTK.masked_fill(dropped_BHTK, -torch.inf).transpose(0, 1).flatten(1, 2).contiguous()
         query_HND = query_BHTD.detach().float().transpose(0, 1).reshape(heads, -1, width).contiguous()
         ids_HNK = ids_BHTK.transpose(0, 1).reshape(heads, rows * queries, -1).contiguous()
         out_HND = torch.empty(heads, rows * queries, self.layer.value_GSD.shape[-1])

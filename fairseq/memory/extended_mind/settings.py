@@ -1,4 +1,4 @@
-"""What can be set about external memories, and defaults that fill in whatever a user leaves out."""
+"""Options for external memories, with a default for each."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 MEMORY_TYPES = ("manual", "exact", "faiss")
-"""How memories are searched: our own kernels over memories in memory, the streaming exact search (memories may stay
+"""Searches for memories: our own kernels over memories in RAM, the streaming exact search (memories may stay
 on disk), or a faiss index."""
 
 POSITIONS = ("origin", "relative")
-"""Where memories stand: all at the place before the local text (rotary keys unrotated, ALiBi distance from -1), which
+"""Positions of memories: all at the place before the local text (rotary keys unrotated, ALiBi distance from -1), which
 is the paper's way, or one behind the other before it, within half the model's context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MindSettings:
-    """How memories are chosen and used."""
+    """Options for selecting and using memories."""
 
     topk: int = 10
     """Memories each query of each head attends to; 0 leaves the model as it is."""
@@ -26,13 +26,13 @@ class MindSettings:
     sim_threshold: float = 0.25
     """Cosine similarity that memories must exceed with ``mask_by_sim``."""
     use_external_mind: bool = True
-    """Whether memories are used at all."""
+    """Use memories at all."""
     use_external_mind_by_layer: tuple[bool, ...] | None = None
-    """Whether each layer uses memories; None for all of them."""
+    """One switch per layer: use memories there; None for all layers."""
     memory_type: str = "manual"
     """One of ``MEMORY_TYPES``."""
     memory_device: str = "cpu"
-    """Where memories are kept and searched: ``cpu``, ``cuda``, ...; ``model`` for where the model is."""
+    """Device on which memories are kept and searched: ``cpu``, ``cuda``, ...; ``model`` for that of the model."""
     tokenizer_all_special_ids: tuple[int, ...] | None = None
     """Tokens that ``remove_special_ids`` removes; None for those that the tokenizer or the model's config names."""
     remove_special_ids: bool = True
@@ -44,11 +44,11 @@ class MindSettings:
     max_len: int = 3072
     """Longest window, in tokens; at most the model's context."""
     limit: int | None = 100_000
-    """Most tokens of one memory; a longer one is refused. None for no limit."""
+    """Most tokens of one memory; a longer one is rejected. None for no limit."""
     faiss_index: str = "Flat"
     """faiss factory string of the index over each head's keys."""
     faiss_probe: int = 8
-    """Lists such an index visits, if it has lists."""
+    """Lists such an index probes, if it has lists."""
 
     def __post_init__(self) -> None:
         if not _is_whole(self.topk) or self.topk < 0:
@@ -89,7 +89,7 @@ class MindSettings:
         return replace(self, **changes) if changes else self
 
     def uses(self, layer: int) -> bool:
-        """Whether a layer attends to memories."""
+        """True if a layer attends to memories."""
         by_layer = self.use_external_mind_by_layer
         return self.use_external_mind and self.topk > 0 and (by_layer is None or by_layer[layer])
 
@@ -116,5 +116,5 @@ def check_layers(by_layer: Sequence[bool] | None, num_layers: int) -> None:
         )
 
 
-def _is_whole(number: Any) -> bool:
+def _is_whole(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)

@@ -31,7 +31,7 @@ def save_memory(memory: Memory, path: str | Path) -> None:
     tensors = {"tokens": memory.token_N, "places": memory.place_S}
     for number, layer in memory.layers.items():
         tensors |= {f"layers.{number}.keys": layer.key_GSD, f"layers.{number}.values": layer.value_GSD}
-    about = {
+    description = {
         "model_digest": memory.model_digest,
         "positions": memory.positions,
         "reach": memory.reach,
@@ -42,7 +42,7 @@ def save_memory(memory: Memory, path: str | Path) -> None:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             aside,
-            metadata={"format": FORMAT, "memory": json.dumps(about)},
+            metadata={"format": FORMAT, "memory": json.dumps(description)},
         )
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
@@ -63,22 +63,22 @@ def load_memory(path: str | Path) -> Memory:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} is no memory: its format is {metadata.get('format')!r}, not {FORMAT!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        about: dict[str, Any] = json.loads(metadata["memory"])
+        description: dict[str, Any] = json.loads(metadata["memory"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); save the memory again") from None
-    if about["positions"] not in POSITIONS:
-        raise ValueError(f"{path} has positions {about['positions']!r}; known: {', '.join(POSITIONS)}")
+    if description["positions"] not in POSITIONS:
+        raise ValueError(f"{path} has positions {description['positions']!r}; known: {', '.join(POSITIONS)}")
     return Memory(
         layers={
             number: LayerMemory(tensors[f"layers.{number}.keys"], tensors[f"layers.{number}.values"])
-            for number in about["layers"]
+            for number in description["layers"]
         },
         token_N=tensors["tokens"],
         place_S=tensors["places"],
-        document_starts=tuple(about["document_starts"]),
-        model_digest=about["model_digest"],
-        positions=about["positions"],
-        reach=about["reach"],
+        document_starts=tuple(description["document_starts"]),
+        model_digest=description["model_digest"],
+        positions=description["positions"],
+        reach=description["reach"],
     )
 
 

@@ -3,7 +3,8 @@
 # np: without the reordering of codes that polysemous search needs; nothing here uses it, and it takes most of the
 # training time (measured: 15 of 15.1 s for 3000 x 16 keys).
 # fsr: 4-bit codes of what a key differs from its list's centroid in, as PQ has it.
-# RR: RaBitQ keeps a bit per column, which tells most when no column outweighs the others: they are mixed first.
+# RR: RaBitQ keeps a bit per column, which is most informative when no column outweighs the others: they are mixed
+# first.
 INDEXES: dict[str, str] = {
     "flat": "Flat",
     "ivfpq": "IVF{ncentroids},PQ{code_size}np",

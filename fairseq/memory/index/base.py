@@ -14,7 +14,7 @@ class Index(Protocol):
 
     @property
     def metric(self) -> Metric:
-        """How closeness is measured."""
+        """The measure of closeness."""
         ...
 
     @property
@@ -29,7 +29,7 @@ class Index(Protocol):
 
     @property
     def streams_keys(self) -> bool:
-        """Whether a search is one pass over all keys, however many queries it answers."""
+        """A search is one pass over all keys, however many queries it answers."""
         ...
 
     def __len__(self) -> int: ...
@@ -43,7 +43,7 @@ class Index(Protocol):
         ...
 
     def bulk_pays(self, num_queries: int) -> bool:
-        """Whether this many queries cost less in one search than one by one."""
+        """True if this many queries cost less in one search than one by one."""
         ...
 
 

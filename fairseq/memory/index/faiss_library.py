@@ -6,21 +6,49 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fairseq.memory.types import Array, Metric
+
+
+class SwigIndex(Protocol):
+    """A faiss index of any kind; lists, codes and graphs are attributes of some kinds only."""
+
+    d: int
+    ntotal: int
+    metric_type: int
+    is_trained: bool
+
+    def search(self, query_ND: Array, k: int, *, params: object = None) -> tuple[Array, Array]:
+        """Distances or products, and rows, (N, k) each."""
+        ...
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 @functools.cache
 def faiss_library() -> Any:
     """The faiss module."""
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it tells at INFO which processor it found
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # it reports at INFO which CPU it found
     import faiss
 
     return faiss
 
 
-def has_byte_codes(index: Any) -> bool:
-    """Whether a faiss index has lists of product-quantized keys, a byte for each part of a key."""
+def has_byte_codes(index: SwigIndex) -> bool:
+    """True if a faiss index has lists of product-quantized keys, a byte for each part of a key."""
     return type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
+
+
+def has_codes_in_ram(index: SwigIndex) -> bool:
+    """True if a faiss index has such lists, and their codes are arrays in RAM rather than in a mapped file."""
+    if not has_byte_codes(index):
+        return False
+    lists = faiss_library().downcast_InvertedLists(index.invlists)
+    return type(lists).__name__ == "ArrayInvertedLists" and lists.code_size == index.pq.M
 
 
 @contextmanager
@@ -33,3 +61,19 @@ def faiss_threads(count: int) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def pair_scores_in_place(metric: Metric, query_ND: Tensor, keys: Array, ids_NK: Tensor) -> Tensor:
+    """Similarity (L2 or inner product) of each query with its own rows of float32 ``keys``; -inf where the id is -1.
+
+    The rows are read where they are, in a memory map too; torch would copy them first.
+    """
+    faiss = faiss_library()
+    function = {Metric.L2: faiss.fvec_L2sqr_by_idx, Metric.IP: faiss.fvec_inner_products_by_idx}[metric]
+    ids_NK = ids_NK.contiguous()
+    scores_NK = torch.full(ids_NK.shape, torch.inf if metric is Metric.L2 else -torch.inf)
+    count, k = ids_NK.shape
+    pointers = (faiss.swig_ptr(a) for a in (scores_NK.numpy(), query_ND.contiguous().numpy(), keys, ids_NK.numpy()))
+    if count and k and len(keys):
+        function(*pointers, query_ND.shape[1], count, k)
+    return scores_NK.neg_() if metric is Metric.L2 else scores_NK.masked_fill_(ids_NK < 0, -torch.inf)

@@ -49,7 +49,7 @@ def open_index(
         if not store.has_keys:
             raise ValueError(
                 "--no-load-keys and --knn-sim-func do_not_recomp_l2 take the scores of an index: give --indexfile "
-                "NAME, or leave them out to search the keys themselves"
+                "NAME, or drop them to search the keys themselves"
             )
         logger.info("no --indexfile: all %d keys are compared with every query", len(store))
         return ExactIndex(store.keys, metric, memory_bytes=memory_bytes, deleted=store.deleted)

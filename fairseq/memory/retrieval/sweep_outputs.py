@@ -44,7 +44,7 @@ def write_outputs(
     logger.info("%s.json, .csv%s: %d settings", out, ", .png" if drawn else "", len(rows))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """JSON has no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -333,11 +333,11 @@ def test_other_mistakes_are_refused(llama, tmp_path):
         ExtendedMind(llama, torch.empty(1, 0))
     with pytest.raises(ValueError, match="all 2 tokens of the memory are special"):
         ExtendedMind(llama, [1, 2])
-    with pytest.raises(ValueError, match="needs tokenizer="):
+    with pytest.raises(ValueError, match="needs a tokenizer; give tokenizer="):
         ExtendedMind(llama, "a text")
     with pytest.raises(ValueError, match="adds positions to its inputs"):
         ExtendedMind(tiny("gpt2"), MEMORY, positions="relative")
-    with pytest.raises(ValueError, match="positions 'origin', the settings say 'relative'"):
+    with pytest.raises(ValueError, match="positions 'origin', the settings have 'relative'; build it again"):
         ExtendedMind(llama, build_memory(llama, MEMORY), positions="relative")
     with extended_mind(llama, MEMORY), pytest.raises(ValueError, match="has memories attached already"):
         ExtendedMind(llama, MEMORY)
@@ -366,7 +366,7 @@ def test_the_newest_of_a_long_memory_is_kept_when_asked_for(llama, caplog):
     memory = build_memory(llama, documents, settings=settings, keep="newest")
     assert memory.token_N.tolist() == sum(documents, [])[-13:]
     assert memory.document_starts == (0, 7)
-    assert "the oldest 10 are left out" in caplog.text
+    assert "the oldest 10 are dropped" in caplog.text
 
 
 def test_the_same_weights_in_another_type_are_the_same_model(llama):

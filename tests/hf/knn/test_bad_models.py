@@ -141,7 +141,7 @@ def test_no_load_keys_without_an_index(model, folder):
         ({"probe": 0}, "probe must be at least 1"),
         ({"knn_keytype": "last_fnn_input"}, "did you mean 'last_ffn_input'"),
         ({"knn_sim_func": "cosine"}, "known: dot, l2"),
-        ({"no_load_keys": True, "recompute_dists": True}, "leave one out"),
+        ({"no_load_keys": True, "recompute_dists": True}, "drop one"),
         ({"dstore_size": -1}, "dstore_size must be"),
     ],
 )

@@ -150,7 +150,7 @@ def memory_of(key, value, **more):
 def test_a_look_at_memories_is_attention_over_the_nearest(queries, softcap, products):
     query, key, value = random(2, 4, queries, 8), random(2, 50, 8, seed=1), random(2, 50, 6, seed=2)
     settings = MindSettings(topk=7, mask_by_sim=True, sim_threshold=0.4)
-    looked = LayerLookup(memory_of(key, value), 0, settings).look(query, ScoreRule(0.3, softcap), settings)
+    attended = LayerLookup(memory_of(key, value), 0, settings).attend(query, ScoreRule(0.3, softcap), settings)
     own_key, own_value = key.repeat_interleave(2, 0), value.repeat_interleave(2, 0)
     cosine = torch.cosine_similarity(query[:, :, :, None], own_key[None, :, None], dim=-1)
     see = (cosine.argsort(-1, descending=True).argsort(-1) < 7) & (cosine > 0.4)
@@ -158,19 +158,19 @@ def test_a_look_at_memories_is_attention_over_the_nearest(queries, softcap, prod
     score = score if softcap is None else softcap * torch.tanh(score / softcap)
     score = score.masked_fill(~see, -torch.inf)
     expected = torch.einsum("bhts,hsd->bhtd", score.softmax(-1).nan_to_num(0), own_value)
-    torch.testing.assert_close(looked.partial.out_BHTD, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(looked.partial.norm_BHT, score.logsumexp(-1), atol=1e-5, rtol=1e-5)
-    assert torch.equal(torch.isfinite(looked.read().score_BHTK), looked.read().similarity_BHTK > 0.4)
+    torch.testing.assert_close(attended.partial.out_BHTD, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attended.partial.norm_BHT, score.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(torch.isfinite(attended.read().score_BHTK), attended.read().similarity_BHTK > 0.4)
 
 
 def test_compiled_and_plain_attention_agree_in_halves_too():
     query, key, value = random(1, 4, 5, 8), random(2, 30, 8, seed=1), random(2, 30, 8, seed=2)
     settings, rule = MindSettings(topk=6), ScoreRule(0.3, slope_H=torch.rand(4), before_B=torch.tensor([-5]))
-    full = LayerLookup(memory_of(key, value), 0, settings).look(query, rule, settings)
+    full = LayerLookup(memory_of(key, value), 0, settings).attend(query, rule, settings)
     half = memory_of(key.bfloat16(), value.bfloat16())
-    near = LayerLookup(half, 0, settings).look(query.bfloat16(), rule, settings)
+    near = LayerLookup(half, 0, settings).attend(query.bfloat16(), rule, settings)
     torch.testing.assert_close(full.partial.out_BHTD, near.partial.out_BHTD.float(), atol=0.05, rtol=0.05)
-    exact = LayerLookup(half.to(dtype=torch.float32), 0, settings).look(query.bfloat16().float(), rule, settings)
+    exact = LayerLookup(half.to(dtype=torch.float32), 0, settings).attend(query.bfloat16().float(), rule, settings)
     torch.testing.assert_close(exact.partial.out_BHTD, near.partial.out_BHTD.float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(exact.partial.norm_BHT, near.partial.norm_BHT, atol=1e-5, rtol=1e-5)
 
@@ -181,10 +181,10 @@ def test_relative_alibi_costs_a_slope_a_place():
     assert memory.offsets().tolist() == [-3, -3, -3, -2, -1, 0]
     settings, rule = MindSettings(topk=6), ScoreRule(1.0, slope_H=torch.tensor([0.5]), before_B=torch.tensor([-3]))
     query = random(1, 1, 1, 4, seed=2)
-    looked = LayerLookup(memory, 0, settings).look(query, rule, settings)
-    ids = looked.read().ids_BHTK[0, 0, 0]
+    attended = LayerLookup(memory, 0, settings).attend(query, rule, settings)
+    ids = attended.read().ids_BHTK[0, 0, 0]
     dot = (memory.layers[0].key_GSD[0] @ query[0, 0, 0])[ids]
-    torch.testing.assert_close(looked.read().score_BHTK[0, 0, 0], dot + 0.5 * (memory.offsets()[ids] - 3))
+    torch.testing.assert_close(attended.read().score_BHTK[0, 0, 0], dot + 0.5 * (memory.offsets()[ids] - 3))
 
 
 def test_what_is_gathered_is_each_heads_own():

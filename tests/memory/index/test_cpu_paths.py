@@ -26,7 +26,6 @@ PIECES = (1, 31, 32, 70)  # 32 queries and more are searched in another way than
 # Lesser processors that libraries can be held to, and what would be surprised by them: whatever promises bits.
 MIXING = (
     "tests/memory/test_log_space.py",
-    "tests/memory/combiners/test_vocab_mixing.py",
     "tests/memory/retomaton/test_retomaton.py::test_without_pointers_it_is_knn_lm_bit_for_bit",
 )
 LESSER = {

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss import index as faiss_index
 from fairseq.memory.index.faiss.builder import FaissBuilder
 from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.faiss.strategy import SearchStrategy
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.ops.merging import alive_of
 from fairseq.memory.types import Metric
@@ -75,9 +77,9 @@ def test_the_way_by_matrix_products_finds_what_faiss_finds(metric, monkeypatch):
     deleted = np.arange(0, ROWS, 3)
     query = torch.from_numpy(KEYS)
     index = index_of("ivfpq", metric, deleted)
-    assert DecodedLists.pays_for(index.inner, len(query))
+    assert index.bulk_pays(len(query))
     found = index.search(query, 9)
-    monkeypatch.setattr(DecodedLists, "pays_for", lambda *_: False)
+    monkeypatch.setattr(faiss_index, "choose_strategy", lambda *_: SearchStrategy.FAISS)
     truth = index.search(query, 9)
     torch.testing.assert_close(found.scores_NK, truth.scores_NK, rtol=1e-4, atol=1e-4)
 

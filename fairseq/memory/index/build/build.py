@@ -51,7 +51,7 @@ _SECONDS_TO_JOIN = 3600.0
 
 @dataclasses.dataclass(frozen=True)
 class BuiltIndex:
-    """What was built."""
+    """A finished index, or the part that one command encoded."""
 
     path: Path
     rows: int
@@ -81,7 +81,7 @@ def build_index(config: BuildConfig) -> BuiltIndex:
     signature = signature_of(config, store)
     with locked(files.lock, f"index {str(files.index)!r}"):
         if is_complete(files, signature):
-            logger.info("%s is complete already; remove it to build it anew", files.index)
+            logger.info("%s is complete already; remove it to build it again", files.index)
             _clean(config)
             return _built(files, store)
         job = _Build(config, store, files, signature, preflight.dropped_rows(config, store))
@@ -100,8 +100,8 @@ def build_index(config: BuildConfig) -> BuiltIndex:
         missing = job.missing_parts()
         if missing and config.merge:
             raise ValueError(
-                f"{files.index} lacks the parts {', '.join(map(str, missing))} of {config.num_shards}; the same "
-                "command with the --shard_id of each makes them"
+                f"{files.index} lacks the parts {', '.join(map(str, missing))} of {config.num_shards}; run the same "
+                "command with the --shard_id of each"
             )
         if missing:
             return BuiltIndex(files.codes, len(job.rows), files.codes.stat().st_size, job.trained, job.added, missing)
@@ -110,14 +110,14 @@ def build_index(config: BuildConfig) -> BuiltIndex:
 
 
 def _built(files: BuildFiles, store: Datastore) -> BuiltIndex:
-    about = read_json(files.about)
-    size = sum(mark["bytes"] for mark in about.get("files", {}).values()) or files.index.stat().st_size
-    trained, added = (float(about.get(name, 0.0)) for name in ("train_seconds", "add_seconds"))
+    metadata = read_json(files.metadata)
+    size = sum(mark["bytes"] for mark in metadata.get("files", {}).values()) or files.index.stat().st_size
+    trained, added = (float(metadata.get(name, 0.0)) for name in ("train_seconds", "add_seconds"))
     return BuiltIndex(files.index, len(store), size, trained, added)
 
 
 def _clean(config: BuildConfig) -> None:
-    """Throw away what a complete index needs no more."""
+    """Remove what a complete index needs no more."""
     for shard in range(config.num_shards):
         BuildFiles.of(config, shard).remove_unfinished()
     BuildFiles.of(config).remove_trained()
@@ -129,15 +129,15 @@ class _Build:
     builder: FaissBuilder
 
     def __init__(
-        self, config: BuildConfig, store: Datastore, files: BuildFiles, signature: Mapping[str, Any], left_out: Array
+        self, config: BuildConfig, store: Datastore, files: BuildFiles, signature: Mapping[str, Any], dropped: Array
     ) -> None:
-        self.config, self.store, self.files, self.signature, self.left_out = config, store, files, signature, left_out
+        self.config, self.store, self.files, self.signature, self.dropped = config, store, files, signature, dropped
         self.rows = self._rows_of(config.shard_id)
         if config.num_shards > 1:
             require_one_build(files, signature)
         remove_leftovers_of_another(files, signature)
         self.done = rows_done(files, signature)
-        self.trained, self.added = seconds_spent(files.trained_about), seconds_spent(files.progress)
+        self.trained, self.added = seconds_spent(files.trained_metadata), seconds_spent(files.progress)
 
     def _rows_of(self, shard: int) -> range:
         """Rows of a part: whole blocks, so that every code is what a build in one piece makes."""
@@ -147,15 +147,15 @@ class _Build:
 
     @property
     def copies(self) -> bool:
-        """Whether the keys go into the index as they are."""
+        """True if the keys go into the index as they are."""
         return self.config.num_shards == 1 and self.builder.copies
 
     def check_starting_point(self) -> None:
-        """Raise ValueError when rows would be left out."""
+        """Raise ValueError when rows would be skipped."""
         if self.config.starting_point > self.rows.start + self.done:
             raise ValueError(
-                f"--starting_point {self.config.starting_point} would leave out rows {self.rows.start + self.done} to "
-                f"{self.config.starting_point - 1}: {self.done} rows are encoded so far. An interrupted build goes on "
+                f"--starting_point {self.config.starting_point} would skip rows {self.rows.start + self.done} to "
+                f"{self.config.starting_point - 1}: {self.done} rows are encoded so far. An interrupted build resumes "
                 "by itself; leave the flag at 0"
             )
 
@@ -169,7 +169,7 @@ class _Build:
             self.builder = preflight.new_builder(self.config, self.store.dim)
             if self.builder.learns:
                 sample = training_rows(self.config, self.store, self.builder.num_lists)
-                sample = sample[~np.isin(sample, self.left_out)]
+                sample = sample[~np.isin(sample, self.dropped)]
                 logger.info(
                     "training %s on %d of %d keys", self.config.factory(self.store.dim), len(sample), len(self.store)
                 )
@@ -180,7 +180,7 @@ class _Build:
                 self.builder.train(keys_ND)
             self.builder.save(self.files.trained)
             self.trained = time.perf_counter() - started
-            write_json(self.files.trained_about, {"signature": self.signature, "seconds": self.trained})
+            write_json(self.files.trained_metadata, {"signature": self.signature, "seconds": self.trained})
 
     def _load(self) -> bool:
         """Read the trained index, if it is there."""
@@ -190,18 +190,18 @@ class _Build:
         try:
             self.builder = FaissBuilder.load(self.files.trained, *words, preflight.build_device(self.config))
         except ValueError as error:
-            logger.warning("%s; training anew", error)
+            logger.warning("%s; training again", error)
             return False
-        self.trained = seconds_spent(self.files.trained_about)
+        self.trained = seconds_spent(self.files.trained_metadata)
         return True
 
     def _block(self, start: int) -> Array:
-        """A block of keys as float32; zeros where keys are left out."""
+        """A block of keys as float32; zeros where keys are dropped."""
         block_ND = self.store.keys.block(start, min(start + preflight.BLOCK_ROWS, self.rows.stop)).float()
-        low, high = np.searchsorted(self.left_out, (start, start + len(block_ND)))
+        low, high = np.searchsorted(self.dropped, (start, start + len(block_ND)))
         if high > low:
             block_ND = block_ND.clone()
-            block_ND[torch.from_numpy(self.left_out[low:high] - start)] = 0.0
+            block_ND[torch.from_numpy(self.dropped[low:high] - start)] = 0.0
         bad = nonfinite(block_ND)
         if len(bad):
             raise preflight.nonfinite_error(self.store, len(bad), start + int(bad[0]))
@@ -212,7 +212,7 @@ class _Build:
         """Append the codes of all rows that are not done to the codes file."""
         code_bytes, began = self.builder.code_bytes, time.perf_counter() - self.added
         if self.done:
-            logger.info("going on at row %d of %d", self.done, len(self.rows))
+            logger.info("resuming at row %d of %d", self.done, len(self.rows))
         with naming(self.files.codes), open(self.files.codes, "r+b" if self.done else "wb") as file:
             file.truncate(self.done * code_bytes)
             file.seek(self.done * code_bytes)
@@ -240,8 +240,8 @@ class _Build:
             try:
                 self.builder = FaissBuilder.load(self.files.codes, *words)
             except ValueError as error:
-                logger.warning("%s; adding all rows anew", error)
-            logger.info("going on at row %d of %d", self.builder.num_rows, len(self.rows))
+                logger.warning("%s; adding all rows again", error)
+            logger.info("resuming at row %d of %d", self.builder.num_rows, len(self.rows))
         self.done = self.builder.num_rows  # of what was saved before it was recorded nothing is lost
         recorded, saved_at, saving = self.done, time.perf_counter(), 0.0
         for start in range(self.done, len(self.rows), preflight.BLOCK_ROWS):
@@ -260,20 +260,20 @@ class _Build:
 
     def missing_parts(self) -> tuple[int, ...]:
         """Parts whose rows are not all encoded."""
-        found: list[int] = []
+        missing: list[int] = []
         if self.config.num_shards == 1:
             return ()
         for shard in range(self.config.num_shards):
             if rows_done(BuildFiles.of(self.config, shard), self.signature) < len(self._rows_of(shard)):
-                found.append(shard)
-        return tuple(found)
+                missing.append(shard)
+        return tuple(missing)
 
     def assemble(self) -> None:
         """Put all codes into the index and give it its name. Raises: ValueError when rows are missing."""
         began = time.perf_counter()
         if not hasattr(self, "builder") and not self._load():
             raise ValueError(f"{self.files.trained} is missing or of another build; copy it beside the parts")
-        self.files.about.unlink(missing_ok=True)  # what it says of an older index ends with that index
+        self.files.metadata.unlink(missing_ok=True)  # what it says of an older index ends with that index
         endings = ["", ".ivfdata"] if self.config.on_disk else [""]
         parts = [BuildFiles.of(self.config, shard) for shard in range(self.config.num_shards)]
         if self.copies:
@@ -290,18 +290,19 @@ class _Build:
                         self.builder.add_codes(np.array(part[start : start + (1 << 20)]))
         if self.builder.num_rows != len(self.store):
             raise ValueError(
-                f"{self.files.index} holds {self.builder.num_rows} rows, the datastore {len(self.store)}; build it anew"
+                f"{self.files.index} holds {self.builder.num_rows} rows, the datastore {len(self.store)}; "
+                "build it again"
             )
         if not self.config.on_disk:
             self.builder.set_probe(self.config.probe)
             self.builder.save_finished(self.files.index)
         spent = [seconds_spent(part.progress) for part in parts]
-        about = {"rows": len(self.store), "dim": self.store.dim, "metric": self.config.dist}
-        about |= {"files": {end: file_mark(Path(f"{self.files.index}{end}")) for end in endings}}
-        about |= {"train_seconds": self.trained, "add_seconds": sum(spent) + time.perf_counter() - began}
-        if len(self.left_out):
-            about["left_out"] = self.left_out.tolist()
-        write_json(self.files.about, about | {"signature": self.signature})
+        metadata = {"rows": len(self.store), "dim": self.store.dim, "metric": self.config.dist}
+        metadata |= {"files": {end: file_mark(Path(f"{self.files.index}{end}")) for end in endings}}
+        metadata |= {"train_seconds": self.trained, "add_seconds": sum(spent) + time.perf_counter() - began}
+        if len(self.dropped):
+            metadata["left_out"] = self.dropped.tolist()
+        write_json(self.files.metadata, metadata | {"signature": self.signature})
         _clean(self.config)
 
     def _codes(self, path: Path) -> Array:

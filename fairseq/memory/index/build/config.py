@@ -1,4 +1,4 @@
-"""What can be set about building an index over a datastore."""
+"""Options for building an index over a datastore."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fairseq.config import flag, require_at_least
 from fairseq.memory.index import INDEXES
 from fairseq.registry import lookup
 
-# The words of a faiss factory string begin with a capital: that tells them from the kinds here and their misspellings.
+# The words of a faiss factory string begin with a capital, unlike the kinds here and their misspellings.
 _FACTORY = re.compile(r"[A-Z]+\w*([,(]+[A-Z]\w*\)?)*")
 
 
@@ -42,16 +42,16 @@ class BuildConfig:
     """Bytes a compressed key takes with ivfpq and ivfpq-fastscan; must divide the width (twice as much with the
     latter)."""
     probe: int = flag("--probe", default=8)
-    """Lists a search visits unless it says otherwise."""
+    """Lists a search probes by default."""
     train_size: int = flag("--train_size", "--num_keys_to_train_on", default=1_000_000)
     """Randomly chosen keys the lists and the compression are learned from, at most; 256 per list are enough."""
     seed: int = flag("--seed", default=1)
     """Chooses the training keys and starts the clustering."""
     num_keys_to_add_at_a_time: int = flag("--num_keys_to_add_at_a_time", default=500_000)
-    """Keys between two points at which a killed build can go on."""
+    """Keys between two points from which a killed build can resume."""
     starting_point: int = flag("--starting_point", default=0)
-    """Row from which keys are still to be added. An interrupted build goes on by itself, so 0 is always right; a
-    row beyond what is done would leave rows out and is an error."""
+    """Row from which keys are still to be added. An interrupted build resumes by itself, so 0 is always right; a
+    row beyond what is done would skip rows and is an error."""
     dstore_size: int | None = flag("--dstore_size", default=None)
     """Rows of the datastore; needed for files of the original programs only, checked otherwise."""
     dimension: int | None = flag("--dimension", default=None)
@@ -61,11 +61,11 @@ class BuildConfig:
     dstore_bf16: bool = flag("--dstore_bf16", default=False)
     """The datastore's keys are bfloat16."""
     drop_nonfinite: bool = flag("--drop_nonfinite", default=False)
-    """Leave out keys that hold NaN or infinity, which are refused otherwise: such rows are never found."""
+    """Drop keys that hold NaN or infinity, which are rejected otherwise: such rows are never found."""
     num_shards: int = flag("--num_shards", default=1)
     """Parts the rows are cut into, to be encoded by as many commands with the same other flags."""
     shard_id: int = flag("--shard_id", default=0)
-    """Which part this command encodes, from 0. The one that ends last puts the index together."""
+    """The part this command encodes, from 0. The command that ends last assembles the index."""
     merge: bool = flag("--merge", default=False)
     """Only put the index together, of the parts that --num_shards commands left beside it."""
     on_disk: bool = flag("--on_disk", default=False)
@@ -84,7 +84,7 @@ class BuildConfig:
     report_k: int = flag("--report_k", default=1024)
     """Neighbours per query of that measurement."""
     report_probes: tuple[int, ...] = flag("--report_probes", default=(1, 8, 32, 128))
-    """Numbers of visited lists to measure it with, beside --probe."""
+    """Numbers of probed lists to measure it with, beside --probe."""
     report_evaluation: str | None = flag("--report_evaluation", default=None)
     """Words of an eval_lm.py command (data, --path, --k, --lmbda, ...): report the perplexity with the index and with
     exact search."""
@@ -101,7 +101,7 @@ class BuildConfig:
         if not 0 <= self.shard_id < self.num_shards:
             raise ValueError(f"--shard_id {self.shard_id} is not in 0..{self.num_shards - 1} (--num_shards)")
         if self.merge and self.num_shards == 1:
-            raise ValueError("--merge puts parts together: give --num_shards, how many there are")
+            raise ValueError("--merge requires --num_shards (how many parts to merge)")
 
     def factory(self, dim: int) -> str:
         """The faiss factory string for keys of width ``dim``."""

@@ -21,11 +21,11 @@ class BuildFiles:
     """The names a build uses; all but the first three are gone when it has ended."""
 
     index: Path
-    about: Path
+    metadata: Path
     lists: Path
     """The lists of an index whose lists are kept on disk."""
     trained: Path
-    trained_about: Path
+    trained_metadata: Path
     codes: Path
     """Codes of one part's rows; of a kind without codes the index so far."""
     progress: Path
@@ -44,30 +44,30 @@ class BuildFiles:
         return cls(*(Path(name + end) for end in ends))
 
     def remove_unfinished(self) -> None:
-        """Throw away what is not the finished index."""
+        """Remove what is not the finished index."""
         for path in (self.codes, self.progress):
             path.unlink(missing_ok=True)
 
     def remove_trained(self) -> None:
-        """Throw away the trained, empty index."""
-        for path in (self.trained_about, self.trained):
+        """Remove the trained, empty index."""
+        for path in (self.trained_metadata, self.trained):
             path.unlink(missing_ok=True)
 
 
 def signature_of(config: BuildConfig, store: Datastore) -> dict[str, Any]:
-    """What decides the content of the index: builds of equal signature go on from one another."""
-    about: dict[str, Any] = {"factory": config.factory(store.dim), "metric": config.dist, "seed": config.seed}
-    about["train_size"] = config.train_size
-    about |= {name: True for name in ("drop_nonfinite", "on_disk") if getattr(config, name)}
+    """Everything that the content of the index depends on: builds of equal signature resume one another."""
+    metadata: dict[str, Any] = {"factory": config.factory(store.dim), "metric": config.dist, "seed": config.seed}
+    metadata["train_size"] = config.train_size
+    metadata |= {name: True for name in ("drop_nonfinite", "on_disk") if getattr(config, name)}
     kept = {"rows": len(store), "dim": store.dim, "key_dtype": store.keys.dtype, "digest": store.digest}
     if kept["digest"] is None:
         kept["modified"] = [os.stat(path).st_mtime for path in store.keys.files]
-    return about | {"store": kept}
+    return metadata | {"store": kept}
 
 
 def is_complete(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
-    """Whether the index is there."""
-    return files.index.exists() and files.about.exists() and read_json(files.about).get("signature") == signature
+    """True if the index is complete."""
+    return files.index.exists() and files.metadata.exists() and read_json(files.metadata).get("signature") == signature
 
 
 def rows_done(files: BuildFiles, signature: Mapping[str, Any]) -> int:
@@ -80,21 +80,21 @@ def rows_done(files: BuildFiles, signature: Mapping[str, Any]) -> int:
     if not files.codes.exists():
         return 0
     if files.codes.stat().st_size < state["rows_done"] * state["code_bytes"]:
-        logger.warning("%s is shorter than its progress file says; encoding anew", files.codes)
+        logger.warning("%s is shorter than its progress file says; encoding again", files.codes)
         return 0
     return int(state["rows_done"])
 
 
 def remove_leftovers_of_another(files: BuildFiles, signature: Mapping[str, Any]) -> None:
-    """Throw away what an interrupted build of another index left under the same names."""
+    """Remove an interrupted build of another index under the same names."""
     if files.progress.exists() and read_json(files.progress).get("signature") != signature:
-        logger.warning("%s: another command left an unfinished build; it is thrown away", files.index)
+        logger.warning("%s: another command left an unfinished build; it is removed", files.index)
         files.remove_unfinished()
 
 
 def require_one_build(files: BuildFiles, signature: Mapping[str, Any]) -> None:
     """Raise ValueError with both values where the parts beside this one are of another build."""
-    other = read_json(files.trained_about).get("signature", {}) if files.trained_about.exists() else signature
+    other = read_json(files.trained_metadata).get("signature", {}) if files.trained_metadata.exists() else signature
     for name in (other.keys() | signature.keys()) - {"store"}:
         if other.get(name) != signature.get(name):
             raise ValueError(
@@ -103,21 +103,21 @@ def require_one_build(files: BuildFiles, signature: Mapping[str, Any]) -> None:
             )
     if other != signature:
         raise ValueError(
-            f"{files.trained} is of parts over other keys: the datastore was saved anew since, or it is another one; "
+            f"{files.trained} is of parts over other keys: the datastore was saved again since, or it is another one; "
             "remove their files and build all parts again"
         )
 
 
 def is_trained(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
-    """Whether the trained, empty index of this build is there."""
+    """True if the trained, empty index of this build exists."""
     return (
         files.trained.exists()
-        and files.trained_about.exists()
-        and read_json(files.trained_about).get("signature") == signature
+        and files.trained_metadata.exists()
+        and read_json(files.trained_metadata).get("signature") == signature
     )
 
 
-def record(files: BuildFiles, signature: Mapping[str, Any], **more: Any) -> None:
+def record(files: BuildFiles, signature: Mapping[str, Any], **more: object) -> None:
     """Write how far a part is."""
     write_json(files.progress, {"signature": signature, **more})
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # Keys are encoded in blocks that start at multiples of this, whatever the checkpoints and parts: a matrix product may
 # round differently in blocks of another size, and a key between two lists would then land in the other one.
 BLOCK_ROWS = 16_384
-MIN_PQ_ROWS = 256  # a code byte tells 256 patterns apart
+MIN_PQ_ROWS = 256  # a code byte distinguishes 256 patterns
 
 
 def open_store(config: BuildConfig) -> Datastore:
@@ -32,8 +32,7 @@ def open_store(config: BuildConfig) -> Datastore:
     store = Datastore.open(config.dstore_mmap, hints)
     if config.dimension is not None and config.dimension != store.dim:
         raise ValueError(
-            f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: "
-            "leave it out"
+            f"datastore {store.prefix!r} has keys of width {store.dim}; --dimension says {config.dimension}: drop it"
         )
     return store.require(size=config.dstore_size)
 
@@ -61,10 +60,11 @@ def check_build(config: BuildConfig, store: Datastore) -> None:
     for flag, given in (("--num_shards", config.num_shards > 1), ("--on_disk", config.on_disk)):
         if given and not builder.by_codes:
             raise ValueError(
-                f"--index {config.index} is no sum of its parts, as {flag} needs it; leave {flag} out, or choose ivfpq"
+                f"--index {config.index} cannot be built from parts, as {flag} requires; drop {flag} or use "
+                "--index ivfpq"
             )
     if config.on_disk and (not builder.has_lists or "fs" in config.factory(dim)):
-        raise ValueError(f"--index {config.index} has no lists that --on_disk can keep; leave it out, or choose ivfpq")
+        raise ValueError(f"--index {config.index} has no lists that --on_disk can keep; drop it or use --index ivfpq")
     if config.num_shards > -(-rows // BLOCK_ROWS):
         raise ValueError(
             f"--num_shards {config.num_shards} is too many for {rows} rows; give at most {-(-rows // BLOCK_ROWS)}"
@@ -94,15 +94,15 @@ def dropped_rows(config: BuildConfig, store: Datastore) -> Array:
     none = np.empty(0, np.int64)
     if store.shards and not config.drop_nonfinite:
         return none  # our writer lets none in; encoding looks again
-    found = [
+    nonfinite_rows = [
         nonfinite(store.keys.block(start, start + BLOCK_ROWS)).numpy() + start
         for start in range(0, len(store), BLOCK_ROWS)
     ]
-    rows = np.concatenate(found) if found else none
+    rows = np.concatenate(nonfinite_rows) if nonfinite_rows else none
     if len(rows) and not config.drop_nonfinite:
         raise nonfinite_error(store, len(rows), int(rows[0]))
     if len(rows):
-        logger.warning("%d keys hold NaN or infinity and are left out", len(rows))
+        logger.warning("%d keys hold NaN or infinity and are dropped", len(rows))
     if len(rows) == len(store):
         raise ValueError(f"all {len(rows)} keys of datastore {store.prefix!r} hold NaN or infinity; save it again")
     return rows
@@ -112,5 +112,5 @@ def nonfinite_error(store: Datastore, count: int, first: int) -> ValueError:
     """The error for keys that hold NaN or infinity."""
     return ValueError(
         f"{count} keys of datastore {store.prefix!r} hold NaN or infinity, the first in row {first}; --drop_nonfinite "
-        "leaves them out, fairseq-datastore convert --drop-nonfinite writes a store without them"
+        "drops them, fairseq-datastore convert --drop-nonfinite writes a store without them"
     )

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
-from fairseq.memory.index.ops import kernels
+from fairseq.memory.index.exact import kernels
+from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 
-CANDIDATE_BYTES = 16
-"""What a candidate takes: its low bound, its row and its score."""
 # Scores computed in two ways differ by a few units in the seventh place of what they are sums of.
 _ROUNDING = 2e-6
-
-
-def capacity(k: int) -> int:
-    """Candidates a query may hold before they are sifted."""
-    return max(4 * k, 256)
 
 
 class TrueScores:
@@ -47,7 +41,7 @@ class TrueScores:
         return scores_H
 
     def as_filtered(self, true_Q: Tensor, rows: slice) -> Tensor:
-        """What keys of these scores reach at least in the scores of a filter (see ``filters``), query by query."""
+        """Lower bounds, in the scores of a filter (``bounded_scores``), for keys of these true scores."""
         if not self.by_distance:
             return true_Q - _ROUNDING * true_Q.abs()
         length_Q = self.query_ND[rows].square().sum(1)
@@ -60,17 +54,17 @@ class TrueScores:
 
 
 class CandidateGroup:
-    """Some queries and the candidates they hold. Of each candidate a bound is known that its score is not below."""
+    """Some queries and the candidates they hold, each with a lower bound of its score."""
 
     def __init__(self, rows: slice, k: int, scores: TrueScores) -> None:
         """Args.
 
         rows: which of the queries.
-        scores: settles what too many candidates leave open.
+        scores: scores candidates where too many are close to each other.
         """
         self.rows, self._k, self._scores = rows, k, scores
         count = rows.stop - rows.start
-        self._low_QC = np.empty((count, capacity(k)), np.float32)
+        self._lower_QC = np.empty((count, capacity(k)), np.float32)
         self._ids_QC = np.empty((count, capacity(k)), np.int64)
         self._filled_Q = np.zeros(count, np.int64)
         self._threshold_Q = np.full(count, -np.inf, np.float32)  # k keys at least reach this
@@ -84,7 +78,7 @@ class CandidateGroup:
     def take(
         self, raw_QM: Tensor, num_rows: int, first_row: int, scale: float, shift_Q: Tensor, margin_Q: Tensor
     ) -> None:
-        """Take in what of a block could be among the k best; see ``Filter.bounds``.
+        """Collect the keys of a block that could be among the k best; see ``Filter.bounds``.
 
         Args:
             num_rows: columns that mean something.
@@ -93,7 +87,7 @@ class CandidateGroup:
         integral = not raw_QM.is_floating_point()
         raw = (raw_QM if integral else raw_QM.float()).numpy()
         bounds = (shift_Q.double().numpy(), margin_Q.double().numpy())
-        held = (self._low_QC, self._ids_QC, self._filled_Q, self._threshold_Q, self._width_Q)
+        held = (self._lower_QC, self._ids_QC, self._filled_Q, self._threshold_Q, self._width_Q)
         query = column = 0
         while query < len(self):
             query, column = kernels.collect_candidates(
@@ -107,30 +101,30 @@ class CandidateGroup:
         filled = self._filled_Q[query]
         true_C = self._scores.of(self.rows.start + query, self._ids_QC[query, :filled])
         place_K = np.sort(argsort_descending(true_C[None], self._k)[0])
-        for held_QC in (self._low_QC, self._ids_QC):
+        for held_QC in (self._lower_QC, self._ids_QC):
             held_QC[query, : len(place_K)] = held_QC[query, place_K]
         self._filled_Q[query] = len(place_K)
         at = self.rows.start + query
         least = self._scores.as_filtered(torch.from_numpy(true_C[place_K]).amin()[None], slice(at, at + 1))
         self._threshold_Q[query] = max(self._threshold_Q[query], float(least))
 
-    def choose_first(self) -> None:
-        """Sift for the last time; ``score`` then scores the k of each query with the highest bounds."""
-        kernels.prune_all(self._low_QC, self._ids_QC, self._filled_Q, self._k, self._threshold_Q, self._width_Q)
+    def select_first(self) -> None:
+        """Prune for the last time; ``score`` then scores the k of each query with the highest bounds."""
+        kernels.prune_all(self._lower_QC, self._ids_QC, self._filled_Q, self._k, self._threshold_Q, self._width_Q)
         self._true_QC = np.full((len(self), max(1, int(self._filled_Q.max()))), np.nan, np.float32)
         self._bound_Q = np.empty(len(self), np.float32)
-        kernels.reached_by(self._low_QC, self._filled_Q, self._k, self._bound_Q)
+        kernels.reached_by(self._lower_QC, self._filled_Q, self._k, self._bound_Q)
 
-    def choose_rest(self) -> None:
+    def select_remaining(self) -> None:
         """``score`` then scores those that could be better than the k-th of what is scored."""
         true_Q = np.empty(len(self), np.float32)
         kernels.reached_by(self._true_QC, self._filled_Q, self._k, true_Q)
         self._bound_Q = self._scores.as_filtered(torch.from_numpy(true_Q), self.rows).numpy() - self._width_Q
 
     def score(self, keys_MD: Array, first_row: int) -> None:
-        """Score what is chosen among some keys."""
+        """Score the selected candidates among some keys."""
         query_QD = self._scores.query_ND[self.rows].numpy()
-        held = (self._low_QC, self._ids_QC, self._filled_Q, self._true_QC)
+        held = (self._lower_QC, self._ids_QC, self._filled_Q, self._true_QC)
         kernels.score_candidates(query_QD, keys_MD, first_row, self._scores.by_distance, self._bound_Q, *held)
 
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:

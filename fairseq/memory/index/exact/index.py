@@ -18,12 +18,11 @@ from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.base import check_k, check_queries
-from fairseq.memory.index.exact.candidates import CANDIDATE_BYTES, CandidateGroup, TrueScores, capacity
+from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.row_scores import score_rows
-from fairseq.memory.index.lists.search import CANDIDATE_BYTES as LIST_CANDIDATE_BYTES
 from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
-from fairseq.memory.index.lists.search import capacity as list_capacity
 from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.ops.candidate_room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
@@ -35,11 +34,11 @@ T = TypeVar("T")
 DEFAULT_MEMORY = 2 << 30
 _BLOCK_BYTES = 8 << 20  # of keys in float32
 _MAX_BLOCK_ROWS = 4096
-_GROUP_SCORES = 512 << 10  # of a group of queries with a block: 2 MB, which stay in the processor's cache
+_GROUP_SCORES = 512 << 10  # of a group of queries with a block: 2 MB, which stay in the CPU's cache
 _TILE_BYTES = 8 << 20  # of keys that are scored again at a time, for all queries
 _FEW_QUERIES = 32  # reading the keys costs more than their products: nothing is gained by rounding them first
 _SAMPLE_ROWS = 4096
-_LEFT_OUT = 0.03  # see Rotation.fit
+_DROPPED_SHARE = 0.03  # see Rotation.fit
 # Scoring at once what may be near, as in lists, pays while that is little: with k 64 and a width of 128 it takes 0.86
 # of the time of scoring the best when all keys have gone by.
 _FEW_PRODUCTS = 1 << 15
@@ -111,13 +110,12 @@ class ExactIndex:
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
         ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
         scores_NK = torch.empty(len(query_ND), k)
-        of_lists = LIST_CANDIDATE_BYTES * list_capacity(k)
-        bulk = max(1, self.memory_bytes // (max(CANDIDATE_BYTES * capacity(k), of_lists) + 12 * self.dim))
+        bulk = max(1, self.memory_bytes // (CANDIDATE_BYTES * capacity(k) + 12 * self.dim))
         blocks = self._as_lists(query_ND, k)
         for part in _slices(len(query_ND), bulk):
             if blocks is not None:
-                found = search_lists(blocks, query_ND[part], k)
-                ids_NK[part], scores_NK[part] = found.ids_NK, found.scores_NK
+                neighbors = search_lists(blocks, query_ND[part], k)
+                ids_NK[part], scores_NK[part] = neighbors.ids_NK, neighbors.scores_NK
             else:
                 _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
         return Neighbors(ids_NK, scores_NK)
@@ -128,12 +126,12 @@ class ExactIndex:
             return None
         if k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None:
             return _Blocks(self, self._rotation)
-        if self._bounds_are_wide is None:  # told by the first queries for all: it takes a few hundredths of a second
+        if self._bounds_are_wide is None:  # decided by the first queries for all: it takes a few hundredths of a second
             self._bounds_are_wide = self._has_wide_bounds(query_ND)
         return _Blocks(self, self._rotation) if self._bounds_are_wide else None
 
     def _has_wide_bounds(self, query_ND: Tensor) -> bool:
-        """Whether many scores of the best are closer to each other than their bounds, in a sample."""
+        """True if many of the best scores of a sample are closer to each other than their bounds."""
         sample_MD, query_QD = self.sample, query_ND[:_FEW_QUERIES]
         count = min(_NEAREST, len(sample_MD) - 1)
         if count < 1 or not has_fast_int8():
@@ -150,8 +148,8 @@ class ExactIndex:
 
     @functools.cached_property
     def _rotation(self) -> Rotation:
-        """Turns keys of which a part of the columns, so turned, tells nearly all; learned from a sample."""
-        return Rotation.fit(self.sample - self.sample.mean(0), _LEFT_OUT)
+        """Rotates keys so that few columns hold nearly all of their length; learned from a sample."""
+        return Rotation.fit(self.sample - self.sample.mean(0), _DROPPED_SHARE)
 
     @functools.cached_property
     def sample(self) -> Tensor:
@@ -162,7 +160,7 @@ class ExactIndex:
 
 
 class _Blocks:
-    """The blocks of a store as lists that all queries visit. See ``ExactIndex._as_lists``."""
+    """The blocks of a store as lists that all queries probe. See ``ExactIndex._as_lists``."""
 
     ties_by_id = True
 
@@ -224,9 +222,9 @@ class _Search:
             blocks = list(zip(rows, map_in_threads(self._block, rows)))
             run_in_threads(functools.partial(self._scan, blocks), self.groups)
         # First the k of each query that promise most: what they truly reach spares many of the others.
-        run_in_threads(lambda group: group.choose_first(), self.groups)
+        run_in_threads(lambda group: group.select_first(), self.groups)
         run_in_threads(self._score, self.tiles)
-        run_in_threads(lambda group: group.choose_rest(), self.groups)
+        run_in_threads(lambda group: group.select_remaining(), self.groups)
         run_in_threads(self._score, self.tiles)
         run_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
 
@@ -251,7 +249,7 @@ class _Search:
 
 
 def _filter(sample_MD: Tensor, metric: Metric, query_ND: Tensor) -> Filter:
-    """The fastest way to pass over the keys here."""
+    """The fastest way to pass over the keys on this CPU."""
     dtype = hardware.fast_products() if len(query_ND) >= _FEW_QUERIES else torch.float32
     if dtype is torch.int8:
         return Int8Filter(query_ND, sample_MD, with_offset=metric is Metric.L2)

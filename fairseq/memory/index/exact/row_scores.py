@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
-from fairseq.memory.index.faiss.index import pair_scores_in_place
+from fairseq.memory.index.faiss_library import pair_scores_in_place
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
 from fairseq.runtime.hardware import total_ram_bytes

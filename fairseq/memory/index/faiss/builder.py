@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads
 from fairseq.memory.index.ops.kmeans import Assigner, kmeans
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
@@ -42,11 +42,12 @@ _BLOCK_SIZE = 32
 class FaissBuilder:
     """An index that is trained, filled and saved."""
 
-    def __init__(self, index: Any, factory: str, metric: Metric, seed: int, device: str = "cpu") -> None:
+    def __init__(self, index: SwigIndex, factory: str, metric: Metric, seed: int, device: str = "cpu") -> None:
         """Wrap a faiss index; use ``new`` or ``load``."""
         faiss = faiss_library()
         self._index, self._factory, self._metric, self._seed, self._device = index, factory, metric, seed, device
-        self._base, self._chain = index, []
+        base: Any = index
+        self._base, self._chain = base, []
         if isinstance(index, faiss.IndexPreTransform):
             self._base = faiss.downcast_index(index.index)
             self._chain = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
@@ -70,8 +71,8 @@ class FaissBuilder:
         except RuntimeError as error:
             why = str(error).rpartition("Error: ")[2] or str(error)
             raise ValueError(
-                f"faiss makes no index {factory!r} over keys of width {dim} with metric {metric.value} "
-                f"({' '.join(why.split())}); docs/indexes.md tells which there are"
+                f"faiss cannot make an index {factory!r} over keys of width {dim} with metric {metric.value} "
+                f"({' '.join(why.split())}); see docs/indexes.md"
             ) from None
         made = cls(index, factory, metric, seed, device)
         kind = type(made._base).__name__
@@ -104,12 +105,12 @@ class FaissBuilder:
 
     @property
     def by_codes(self) -> bool:
-        """Whether rows can be encoded apart and put in as codes."""
+        """True if rows can be encoded separately and added as codes."""
         return type(self._base).__name__ in _CODED
 
     @property
     def copies(self) -> bool:
-        """Whether a key's code is the key itself, so that encoding apart saves nothing."""
+        """True if a key's code is the key itself, so that encoding separately saves nothing."""
         return not self._chain and type(self._base).__name__.startswith("IndexFlat")
 
     @property
@@ -132,12 +133,12 @@ class FaissBuilder:
 
     @property
     def has_lists(self) -> bool:
-        """Whether keys are sorted into lists."""
+        """True if keys are sorted into lists."""
         return isinstance(self._base, faiss_library().IndexIVF)
 
     @property
     def learns(self) -> bool:
-        """Whether the index must be trained."""
+        """True if the index must be trained."""
         return not self._index.is_trained
 
     @property
@@ -151,7 +152,7 @@ class FaissBuilder:
         return self._index
 
     def index(self, metric: Metric, name: str) -> FaissIndex:
-        """What has been added so far, to be searched."""
+        """The rows added so far, as an index to be searched."""
         self._index.ntotal = self._base.ntotal
         return FaissIndex(self._index, metric, name)
 
@@ -170,7 +171,7 @@ class FaissBuilder:
                 centroids = kmeans(rows, self._base.nlist, metric=metric, **settings)
                 self._base.quantizer.add(centroids.numpy())
             elif self.has_lists and not has_fast_int8():
-                logger.info("faiss makes the lists: this processor multiplies 8-bit integers no faster than floats")
+                logger.info("faiss makes the lists: this CPU multiplies 8-bit integers no faster than floats")
             self._base.train(rows)
         except RuntimeError as error:
             why = str(error).rpartition("Error: ")[2]
@@ -208,7 +209,7 @@ class FaissBuilder:
             self.add_codes(self.encode(keys_ND))
             return
         if hasattr(self._base, "hnsw"):
-            # What the file does not keep: a build that goes on would draw other levels for its rows.
+            # The file does not keep it: a resumed build would draw other levels for its rows.
             self._base.hnsw.rng = faiss.RandomGenerator(self._seed + self.num_rows)
             with faiss_threads(threads):
                 self._base.add(self._prepare(keys_ND))
@@ -217,13 +218,13 @@ class FaissBuilder:
         self._index.ntotal = self._base.ntotal
 
     def set_probe(self, probe: int) -> None:
-        """Lists a search visits by default."""
+        """Lists a search probes by default."""
         if self.has_lists:
             self._base.nprobe = min(probe, self._base.nlist)
 
     @property
     def _sorts_by_centroids(self) -> bool:
-        """Whether the lists' centroids are compared one by one and we do that faster than faiss.
+        """True if the lists' centroids are compared one by one and we do that faster than faiss.
 
         In float32 faiss needs two thirds of our time (measured, one thread).
         """
@@ -258,7 +259,7 @@ class FaissBuilder:
         return np.ascontiguousarray(rows)
 
 
-def write_index(index: Any, path: Path) -> None:
+def write_index(index: SwigIndex, path: Path) -> None:
     """Write a faiss index so that the name stands for a whole file or none."""
     # Through Python's file: faiss's own writer does not notice when the last bytes find no room (faiss 1.15).
     with replacing(path) as aside, open(aside, "wb") as file:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
 from fairseq.memory.index.ops.merging import merged
+from fairseq.memory.types import Array
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _KINDS = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexIVFFlat", "IndexIVFPQ
 class GpuSearch:
     """An index dealt out to GPUs."""
 
-    def __init__(self, index: Any, devices: Sequence[int], part_bytes: int) -> None:
+    def __init__(self, index: SwigIndex, devices: Sequence[int], part_bytes: int) -> None:
         """Args.
 
         index: of one of the kinds GPUs can search.
@@ -41,8 +42,8 @@ class GpuSearch:
         self._resources: list[Any] = []
 
     @classmethod
-    def of(cls, index: Any, name: str) -> GpuSearch | None:
-        """For the GPUs at hand; None, after one line that says why, where the processor searches."""
+    def of(cls, index: SwigIndex, name: str) -> GpuSearch | None:
+        """A search on the available GPUs; None, after one line that says why, where the CPU searches."""
         faiss = faiss_library()
         count = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
         kind = type(index).__name__
@@ -52,22 +53,23 @@ class GpuSearch:
         elif kind not in _KINDS:
             why = f"faiss has no {kind} for GPUs"
         if why is not None:
-            logger.info("%s is searched on the processor: %s", name, why)
+            logger.info("%s is searched on the CPU: %s", name, why)
             return None
         free = min(torch.cuda.mem_get_info(device)[0] for device in range(count))
         return cls(index, range(count), max(1 << 28, int(_MEMORY_SHARE * free) - _SCRATCH_BYTES))
 
     def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and ids (N, k), and the queries whose result is in doubt, which the processor should search again."""
+        """Scores and ids (N, k), and the queries whose result is in doubt, which the CPU should search again."""
         index = self._index
         is_l2 = index.metric_type == faiss_library().METRIC_L2
         row_bytes = index.sa_code_size() + 16
         fits = -(-index.ntotal * row_bytes // self._part_bytes)
-        # Twice as many as the neighbours ask for: rows are dealt out evenly, and a part holds half of what it may tell.
+        # Twice as many as the neighbours ask for: rows are dealt out evenly, and a part holds half of what it may
+        # return.
         needed = max(1, fits, -(-2 * k // MOST_NEIGHBORS) if k > MOST_NEIGHBORS else 1)
         if needed != self._num_parts:
             self._num_parts, self._resident = needed, {}
-        found, sizes = [], []
+        results, sizes = [], []
         query = np.ascontiguousarray(query_ND.numpy())
         for number in range(needed):
             part = self._part(number, keep=fits <= len(self._devices))
@@ -77,11 +79,11 @@ class GpuSearch:
             distances_NL, ids_NL = part.search(query, min(k, MOST_NEIGHBORS, max(1, sizes[-1])))
             scores_NL = torch.from_numpy(distances_NL)
             ids = torch.from_numpy(self._renumbered(ids_NL, number))
-            found.append((ids, scores_NL.neg() if is_l2 else scores_NL))
-        ids_NK, scores_NK, doubt_N = merged(found, sizes, k)
+            results.append((ids, scores_NL.neg() if is_l2 else scores_NL))
+        ids_NK, scores_NK, doubt_N = merged(results, sizes, k)
         return scores_NK, ids_NK, doubt_N
 
-    def _renumbered(self, ids_NL: Any, number: int) -> Any:
+    def _renumbered(self, ids_NL: Array, number: int) -> Array:
         """Rows of the whole index; those of a part of an index without lists are numbered from 0."""
         if faiss_library().try_extract_index_ivf(self._index) is not None:
             return ids_NL
@@ -102,7 +104,8 @@ class GpuSearch:
         if self._num_parts == 1:
             return self._index
         if faiss.try_extract_index_ivf(self._index) is None:
-            part = type(self._index)(self._index.d)
+            kind: Any = type(self._index)
+            part = kind(self._index.d)
             keys = self._index.reconstruct_n(0, self._index.ntotal)[number :: self._num_parts]
             part.metric_type = self._index.metric_type
             part.add(np.ascontiguousarray(keys))
@@ -112,7 +115,7 @@ class GpuSearch:
         self._index.copy_subset_to(part, faiss.InvertedLists.SUBSET_TYPE_ID_MOD, self._num_parts, number)
         return part
 
-    def _on_gpu(self, part: Any, device: int) -> Any:
+    def _on_gpu(self, part: SwigIndex, device: int) -> Any:
         faiss = faiss_library()
         if not self._resources:
             self._resources = [faiss.StandardGpuResources() for _ in self._devices]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from torch import Tensor
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.faiss.file_marks import check_marks
 from fairseq.memory.index.faiss.gpu import GpuSearch
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads
+from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy, faiss_strategy
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, has_byte_codes, has_codes_in_ram
 from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_search import is_large_k, large_k_search
+from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
 from fairseq.memory.index.lists.search import search_lists
 from fairseq.memory.index.ops.merging import alive_of
@@ -27,31 +30,12 @@ from fairseq.runtime.hardware import has_fast_int8
 
 logger = logging.getLogger(__name__)
 
-# So few are searched by one thread: faiss's threads and torch's, which wait for work in a loop, would take the
-# processors from each other at every step of a generation.
-_FEW_QUERIES = 4
 _LEAST_IN_VIEW = 16  # faiss's own default for graphs
 _NONE = np.empty(0, np.int64)
-# Kinds without lists that pass over rows when they are told to (tested); others ignore it or refuse.
+# Kinds without lists that skip the rows of a selector (tested); others ignore it or raise.
 _SELECTING = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexRaBitQ"}
 # A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
 _ROUNDING = 5e-7
-
-
-def pair_scores_in_place(metric: Metric, query_ND: Tensor, keys: Array, ids_NK: Tensor) -> Tensor:
-    """Similarity (L2 or inner product) of each query with its own rows of float32 ``keys``; -inf where the id is -1.
-
-    The rows are read where they are, in a memory map too; torch would copy them first.
-    """
-    faiss = faiss_library()
-    function = {Metric.L2: faiss.fvec_L2sqr_by_idx, Metric.IP: faiss.fvec_inner_products_by_idx}[metric]
-    ids_NK = ids_NK.contiguous()
-    scores_NK = torch.full(ids_NK.shape, torch.inf if metric is Metric.L2 else -torch.inf)
-    count, k = ids_NK.shape
-    pointers = (faiss.swig_ptr(a) for a in (scores_NK.numpy(), query_ND.contiguous().numpy(), keys, ids_NK.numpy()))
-    if count and k and len(keys):
-        function(*pointers, query_ND.shape[1], count, k)
-    return scores_NK.neg_() if metric is Metric.L2 else scores_NK.masked_fill_(ids_NK < 0, -torch.inf)
 
 
 def find_index(name: str | Path, metric: Metric) -> Path:
@@ -85,7 +69,7 @@ class FaissIndex:
     ```
     """
 
-    def __init__(self, index: Any, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, metric: Metric, name: str = "index", *, deleted: Array | None = None) -> None:
         """Wrap an index that faiss made.
 
         Args:
@@ -99,7 +83,9 @@ class FaissIndex:
         expected = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
         if index.metric_type != expected:
             has = "l2" if index.metric_type == faiss.METRIC_L2 else "ip"
-            raise ValueError(f"{name} measures by {has}, --faiss-metric-type says {metric.value}; give {has}")
+            raise ValueError(
+                f"{name} uses metric {has} but --faiss-metric-type is {metric.value}; pass --faiss-metric-type {has}"
+            )
         self.inner, self.metric, self.name = index, metric, name
         self.deleted: Array = np.unique(np.asarray([] if deleted is None else deleted, dtype=np.int64))
         self._alive: Array | None = None
@@ -125,12 +111,17 @@ class FaissIndex:
         path = find_index(name, metric)
         ending = path.suffix[1:]
         if ending in [each.value for each in Metric] and ending != metric.value:
-            raise ValueError(f"{path} is of metric {ending}, --faiss-metric-type says {metric.value}; give {ending}")
-        about = about_index(path)
-        if about.get("metric", metric.value) != metric.value:
-            has = about["metric"]
-            raise ValueError(f"{path} is of metric {has}, --faiss-metric-type says {metric.value}; give {has}")
-        check_marks(path, about)
+            raise ValueError(
+                f"{path} uses metric {ending} but --faiss-metric-type is {metric.value}; "
+                f"pass --faiss-metric-type {ending}"
+            )
+        metadata = index_metadata(path)
+        if metadata.get("metric", metric.value) != metric.value:
+            has = metadata["metric"]
+            raise ValueError(
+                f"{path} uses metric {has} but --faiss-metric-type is {metric.value}; pass --faiss-metric-type {has}"
+            )
+        check_marks(path, metadata)
         flags = faiss.IO_FLAG_ONDISK_SAME_DIR | (faiss.IO_FLAG_MMAP if mapped else 0)
         try:
             index = faiss.read_index(str(path), flags)
@@ -139,14 +130,16 @@ class FaissIndex:
                 f"{path} is not a whole faiss index: cut short, damaged or another kind of file; rebuild it with "
                 "build_dstore.py"
             ) from error
-        gone = np.union1d(_NONE if deleted is None else deleted, np.asarray(about.get("left_out", _NONE), np.int64))
-        if len(gone) and gone.max() >= index.ntotal:
-            gone = gone[gone < index.ntotal]  # of rows it does not hold: whoever compares sizes will tell
-        return cls(index, metric, str(path), deleted=gone)
+        dropped = np.union1d(
+            _NONE if deleted is None else deleted, np.asarray(metadata.get("left_out", _NONE), np.int64)
+        )
+        if len(dropped) and dropped.max() >= index.ntotal:
+            dropped = dropped[dropped < index.ntotal]  # rows it does not hold: a comparison of sizes will report them
+        return cls(index, metric, str(path), deleted=dropped)
 
     def fingerprint(self) -> str | None:
         """Digest of the store the index was built over; None if the file beside the index does not say."""
-        digest: str | None = about_index(Path(self.name)).get("signature", {}).get("store", {}).get("digest")
+        digest: str | None = index_metadata(Path(self.name)).get("signature", {}).get("store", {}).get("digest")
         return digest
 
     @property
@@ -163,7 +156,7 @@ class FaissIndex:
 
     def bulk_pays(self, num_queries: int) -> bool:
         """True if this many queries cost less in one search than one by one."""
-        return DecodedLists.pays_for(self.inner, num_queries)
+        return choose_strategy(replace(self._traits(), on_gpu=False), num_queries, k=1).decodes_lists
 
     def __len__(self) -> int:
         return int(self.inner.ntotal)
@@ -197,19 +190,35 @@ class FaissIndex:
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu()
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
-        if self._by_gpu is not None:
+        traits = self._traits()
+        strategy = choose_strategy(traits, len(query_ND), k)
+        if strategy is SearchStrategy.GPU:
             try:
-                return self._checked(*self._search_on_gpus(self._by_gpu, query_ND, k))
+                return self._checked(*self._search_on_gpus(query_ND, k))
             except RuntimeError as error:  # codes of a size that GPUs lack, or no memory left
                 why = str(error).rpartition("Error: ")[2]
-                logger.warning("%s is searched on the processor from now on: the GPU cannot (%s)", self.name, why)
+                logger.warning("%s is searched on the CPU from now on: the GPU cannot (%s)", self.name, why)
                 self._by_gpu = None
-        in_bulk = DecodedLists.pays_for(self.inner, len(query_ND))
-        if is_large_k(k, len(self), getattr(self.inner, "nlist", 0)) and (in_bulk or AdcSearch.serves(self.inner)):
-            return self._search_widely(query_ND, k, in_bulk=in_bulk)
-        if in_bulk:
-            return self._checked(*self._search_in_bulk(query_ND, k))
-        return self._checked(*self._search(query_ND, k))
+                strategy = choose_strategy(replace(traits, on_gpu=False), len(query_ND), k)
+        if strategy is SearchStrategy.LARGE_K_IN_BULK:
+            return self._ordered_by_row(*large_k_search(self._decoded_lists(), query_ND, k))
+        if strategy is SearchStrategy.LARGE_K_BY_TABLES:
+            return self._ordered_by_row(*self._adc_search().search(query_ND, k))
+        if strategy is SearchStrategy.LISTS_IN_BULK:
+            return self._checked(*self._search_lists(query_ND, k))
+        return self._checked(*self._search_by_faiss(query_ND, k, strategy))
+
+    def _traits(self) -> IndexTraits:
+        lists = lists_of(self.inner)
+        return IndexTraits(
+            num_keys=len(self),
+            num_lists=0 if lists is None else lists.nlist,
+            num_probed=0 if lists is None else lists.nprobe,
+            has_lists=lists is not None,
+            has_byte_codes=has_byte_codes(self.inner),
+            codes_in_ram=has_codes_in_ram(self.inner),
+            on_gpu=self._by_gpu is not None,
+        )
 
     def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Scores of some rows for each query by their compressed keys, float32 (N, M); -inf for the id -1.
@@ -223,14 +232,12 @@ class FaissIndex:
         scores_NM: Tensor = self._rows(normalized(query_ND) if self.metric is Metric.COS else query_ND, ids_NM)
         return scores_NM
 
-    def _search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_by_faiss(self, query_ND: Tensor, k: int, strategy: SearchStrategy) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""
-        if len(query_ND) <= _FEW_QUERIES and lists_of(self.inner) is not None:
-            with faiss_threads(1):
-                return self._search_by_faiss(query_ND, k)
-        return self._search_by_faiss(query_ND, k)
+        with faiss_threads(1) if strategy is SearchStrategy.FAISS_ON_ONE_THREAD else nullcontext():
+            return self._search_by_faiss_threads(query_ND, k)
 
-    def _search_by_faiss(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_by_faiss_threads(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         query = np.ascontiguousarray(query_ND.numpy())
         parameters = self._parameters(k)
         if parameters is not None or not len(self.deleted):
@@ -242,16 +249,15 @@ class FaissIndex:
         scores_NK = torch.from_numpy(distances_NK)
         return torch.from_numpy(ids_NK), scores_NK.neg_() if self.metric is Metric.L2 else scores_NK
 
-    def _search_widely(self, query_ND: Tensor, k: int, *, in_bulk: bool) -> Neighbors:
-        """Many neighbours. Which of two keys that are equally near up to rounding comes last is not left to faiss."""
-        if in_bulk:
-            ids_NK, scores_NK = large_k_search(self._decoded_lists(), query_ND, k)
-        else:
-            if self._tables is None or self._tables.num_keys != len(self):  # it looks where faiss keeps the codes
-                self._tables = AdcSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
-            ids_NK, scores_NK = self._tables.search(query_ND, k)
+    def _ordered_by_row(self, ids_NK: Tensor, scores_NK: Tensor) -> Neighbors:
+        """Many neighbours, of which equals are in the order of their rows, rather than in the order of faiss."""
         self._check_rows(ids_NK)
         return Neighbors(ids_NK, scores_NK, equals_by_row=True)
+
+    def _adc_search(self) -> AdcSearch:
+        if self._tables is None or self._tables.num_keys != len(self):  # it reads the codes where faiss keeps them
+            self._tables = AdcSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
+        return self._tables
 
     def _decoded_lists(self) -> DecodedLists:
         if self._lists is None:
@@ -267,7 +273,7 @@ class FaissIndex:
         return self._alive
 
     def _parameters(self, k: int) -> Any:
-        """What makes faiss pass over deleted rows and keep k in view; None where nothing need be said, or can be."""
+        """Parameters by which faiss skips deleted rows and keeps k in view; None where none are needed, or possible."""
         faiss = faiss_library()
         kind = type(self.inner).__name__
         more: dict[str, Any] = {}
@@ -282,7 +288,10 @@ class FaissIndex:
             return faiss.SearchParametersHNSW(efSearch=max(k, self.inner.hnsw.efSearch), **more)
         return faiss.SearchParameters(**more) if more and kind in _SELECTING else None
 
-    def _search_on_gpus(self, gpus: GpuSearch, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_on_gpus(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        gpus = self._by_gpu
+        assert gpus is not None
+
         def find(more: int) -> tuple[Tensor, Tensor]:
             scores_NK, ids_NK, doubt_N = gpus.search(query_ND, more)
             if len(doubt_N):
@@ -293,14 +302,15 @@ class FaissIndex:
 
         return alive_of(find, self.deleted, k, len(self))
 
-    def _search_in_bulk(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_lists(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
         lists = self._decoded_lists()
         doubt_N = _ROUNDING * (query_ND.square().sum(1) + lists.key_size)
         found = search_lists(lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
         ids_NK, scores_NK, open_N = found.ids_NK, found.scores_NK, found.open_N
         if len(open_N):
-            ids_NK[open_N], scores_NK[open_N] = self._search(query_ND[open_N], k)
+            strategy = faiss_strategy(self._traits(), len(open_N))
+            ids_NK[open_N], scores_NK[open_N] = self._search_by_faiss(query_ND[open_N], k, strategy)
         logger.debug("%d of %d queries searched by faiss itself", len(open_N), len(query_ND))
         return ids_NK, scores_NK
 
@@ -321,21 +331,21 @@ class FaissIndex:
         return Neighbors(ids_NK, scores_NK)
 
 
-def about_index(path: Path) -> dict[str, Any]:
-    """What the file beside an index says of it; nothing where there is none."""
-    about = Path(f"{path}.json")
-    return read_json(about) if about.is_file() else {}
+def index_metadata(path: Path) -> dict[str, Any]:
+    """The metadata file beside an index; empty where there is none."""
+    metadata = Path(f"{path}.json")
+    return read_json(metadata) if metadata.is_file() else {}
 
 
-def lists_of(index: Any) -> Any:
+def lists_of(index: SwigIndex) -> Any:
     """The part of a faiss index that has lists; None for one without."""
     faiss = faiss_library()
     found = faiss.try_extract_index_ivf(index)
     return None if found is None else faiss.downcast_index(found)
 
 
-def _takes_selector(index: Any) -> bool:
-    """Whether an index with lists can pass over rows; those that look again at what another one found cannot."""
+def _takes_selector(index: SwigIndex) -> bool:
+    """True if an index with lists can skip rows; those that refine the results of another one cannot."""
     faiss = faiss_library()
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     return isinstance(inner, faiss.IndexIVF) and not isinstance(inner, faiss.IndexIVFPQR)

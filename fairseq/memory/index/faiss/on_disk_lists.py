@@ -1,4 +1,4 @@
-"""Puts an index together whose lists are kept in a file of their own, without holding them in memory."""
+"""Assembly of an index whose lists are kept in a file of their own, without holding them in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fairseq.memory.index.faiss.builder import FaissBuilder, write_index
-from fairseq.memory.index.faiss_library import faiss_library
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import replacing
 
@@ -78,5 +78,5 @@ def _write_slice(builder: FaissBuilder, codes: Array, first_row: int, path: Path
     write_index(part, path)
 
 
-def _lists_of(index: Any) -> Any:
+def _lists_of(index: SwigIndex) -> Any:
     return faiss_library().downcast_index(faiss_library().extract_index_ivf(index))

@@ -1,6 +1,6 @@
 """Loops of the search by tables (``adc_search.py``), compiled by numba.
 
-Shapes: M parts of a key, J codewords of a part, E numbers of a codeword, L lists, Q queries, P lists a query visits,
+Shapes: M parts of a key, J codewords of a part, E numbers of a codeword, L lists, Q queries, P lists a query probes,
 S groups of scores (of GROUP neighbours each) of a query's lists one behind the other, D width.
 """
 
@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numba.core import cgutils, types
 
-from fairseq.memory.index.lists.large_k_kernels import choose, pack
+from fairseq.memory.index.lists.large_k_kernels import pack, select_candidates
 from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, GROUP, compiled, dot, neg_sq_l2
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
@@ -26,12 +26,12 @@ def _to_pointer(typing_context: Any, address: Any) -> Any:
 
 
 _pointer: Any = numba.extending.intrinsic(_to_pointer)
-_array_at: Any = getattr(numba, "carray")  # noqa: B009  # numba's types do not tell of it
+_array_at: Any = getattr(numba, "carray")  # noqa: B009  # numba's types do not declare it
 
 
 @compiled()
 def write_table(query_D: Any, words_MEJ: Any, by_distance: bool, table_MJ: Any) -> None:
-    """What a codeword in a key adds to its score: its product with the query, for distances twice that."""
+    """Write the score that each codeword adds to a key's: its product with the query, for distances twice that."""
     factor = np.float32(2.0) if by_distance else np.float32(1.0)
     parts, width, words = words_MEJ.shape
     for m in range(parts):
@@ -86,8 +86,9 @@ def write_biases(
 ) -> None:  # fmt: skip
     """Write what is added to the sums of a list's keys, for every query: minus infinity for deleted ones.
 
-    For distances it is ``-|rest|^2 - 2 centre.rest`` of a key that is a centre (zero where keys are not less them) and
-    a rest. A score is this, the query's share of the list, and the sum of the table's entries for the codes.
+    For distances it is ``-|residual|^2 - 2 centroid.residual`` of a key that is a centroid (zero where keys are not
+    less them) and a residual. A score is this, the query's share of the list, and the sum of the table's entries for
+    the codes.
     """
     parts, width, words = words_MEJ.shape
     for m in range(parts):
@@ -109,7 +110,7 @@ def write_biases(
 
 @compiled()
 def prepare_lists(
-    number_L: Any, words_MEJ: Any, centre_LD: Any, address_L2: Any, first_L: Any, alive: Any, by_distance: bool,
+    number_L: Any, words_MEJ: Any, centroid_LD: Any, address_L2: Any, first_L: Any, alive: Any, by_distance: bool,
     table_MJ: Any, bias: Any,
 ) -> None:  # fmt: skip
     """:func:`write_biases` for some lists; the arguments are those of :func:`search_tables`."""
@@ -119,51 +120,51 @@ def prepare_lists(
             code_SM = _array_at(_pointer(address_L2[number, 0]), (size, len(words_MEJ)), np.uint8)
             id_S = _array_at(_pointer(address_L2[number, 1]), (size,), np.int64)
             own = bias[first_L[number] : first_L[number + 1]]
-            write_biases(centre_LD[number], words_MEJ, code_SM, id_S, alive, by_distance, table_MJ, own)
+            write_biases(centroid_LD[number], words_MEJ, code_SM, id_S, alive, by_distance, table_MJ, own)
 
 
 @compiled(fastmath=ANY_ORDER)
 def share_of_list(query_D: Any, centroid_D: Any, by_distance: bool) -> Any:
-    """What all scores of a list share: minus the squared distance of its centre, or its product."""
+    """The term that all scores of a list share: minus the squared distance of its centroid, or its product."""
     return neg_sq_l2(query_D, centroid_D) if by_distance else dot(query_D, centroid_D)
 
 
 @compiled()
 def search_tables(
-    query_QD: Any, visited_QP: Any, wanted: int, words_MEJ: Any, centre_LD: Any, address_L2: Any, first_L: Any,
+    query_QD: Any, probed_QP: Any, wanted: int, words_MEJ: Any, centroid_LD: Any, address_L2: Any, first_L: Any,
     bias: Any, by_distance: bool, table_MJ: Any, score_SP: Any, most_S: Any, edge_1P: Any,
-    end_1P: Any, place_F: Any, place_C: Any, bound_C: Any, low_C: Any, flag_S: Any, packed_QC: Any, count_Q: Any,
+    end_1P: Any, place_F: Any, place_C: Any, bound_C: Any, lower_C: Any, flag_S: Any, packed_QC: Any, count_Q: Any,
 ) -> None:  # fmt: skip
     """Write the ``wanted`` best keys of each query's lists, and few others, as packed neighbours in no order.
 
     Args:
         words_MEJ: codewords.
         address_L2: where the codes of each list and its ids are in memory.
-        first_L: where the biases of each list begin, L + 1 numbers; those of the visited lists are written.
+        first_L: where the biases of each list begin, L + 1 numbers; those of the probed lists are written.
         packed_QC, count_Q: get the neighbours, and how many there are.
         others: room for the query with most keys, as ``choose`` wants it.
     """
     parts = words_MEJ.shape[0]
-    score_F, gap_1P = score_SP.reshape(-1), np.zeros((1, visited_QP.shape[1]), np.float32)
+    score_F, gap_1P = score_SP.reshape(-1), np.zeros((1, probed_QP.shape[1]), np.float32)
     for q in range(len(query_QD)):
         query_D = query_QD[q]
         write_table(query_D, words_MEJ, by_distance, table_MJ)
         edge_1P[0, 0] = 0
-        for p in range(visited_QP.shape[1]):
-            number, group = visited_QP[q, p], edge_1P[0, p]
+        for p in range(probed_QP.shape[1]):
+            number, group = probed_QP[q, p], edge_1P[0, p]
             edge_1P[0, p + 1] = group
             size = first_L[number + 1] - first_L[number] if number >= 0 else 0
             if size == 0:
                 continue
             code_SM = _array_at(_pointer(address_L2[number, 0]), (size, parts), np.uint8)
             bias_S = bias[first_L[number] : first_L[number + 1]]
-            share = share_of_list(query_D, centre_LD[number], by_distance)
+            share = share_of_list(query_D, centroid_LD[number], by_distance)
             _sum_up(table_MJ.reshape(-1), code_SM, score_F, group * GROUP)
             edge_1P[0, p + 1] = _finish(score_SP, group, bias_S, share, most_S)
-        choose(score_SP, most_S, edge_1P, gap_1P, wanted, place_F, end_1P, place_C, bound_C, low_C, flag_S)
+        select_candidates(score_SP, most_S, edge_1P, gap_1P, wanted, place_F, end_1P, place_C, bound_C, lower_C, flag_S)
         first = 0
-        for p in range(visited_QP.shape[1]):
-            number = visited_QP[q, p]
+        for p in range(probed_QP.shape[1]):
+            number = probed_QP[q, p]
             if end_1P[0, p] > first:
                 size = first_L[number + 1] - first_L[number]
                 id_S = _array_at(_pointer(address_L2[number, 1]), (size,), np.int64)

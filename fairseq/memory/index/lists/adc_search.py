@@ -1,21 +1,19 @@
 """Searches an index of product-quantized keys for many neighbours of few queries, as generation does.
 
 A score is a sum of entries of a table: products of the query with the codewords, computed once for all lists; what
-depends on the key alone is kept with it, and the centre of a list gives all its keys the same. Tables of each list, as
-faiss makes them, take as long to make as to read; for a bulk matrix products are faster (``large_k_search``).
+depends on the key alone is kept with it, and the centroid of a list adds the same to all its keys. Tables of each list,
+as faiss makes them, take as long to make as to read; for a bulk matrix products are faster (``large_k_search``).
 
-Shapes: N queries, P lists a query visits, L lists, S groups of scores, K neighbours, D width.
+Shapes: N queries, P lists a query probes, L lists, S groups of scores, K neighbours, D width.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library, faiss_threads, has_byte_codes
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ObjectPool, run_in_threads
@@ -24,23 +22,23 @@ _FEW = 8
 """So many queries are searched on the calling thread: to start others takes longer."""
 
 
-def codewords(index: Any) -> Array:
+def codewords(index: SwigIndex) -> Array:
     """Codewords of an index of product-quantized keys, float32 (parts, numbers of a codeword, codewords)."""
     pq = index.pq
     words = faiss_library().vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
     return np.ascontiguousarray(words.transpose(0, 2, 1))
 
 
-def residual_centroids(index: Any) -> Array:
-    """What was taken off the keys of each list before they were quantized, float32 (L, D)."""
-    centre_LD: Array = index.quantizer.reconstruct_n(0, index.nlist)
-    return centre_LD if index.by_residual else np.zeros_like(centre_LD)
+def residual_centroids(index: SwigIndex) -> Array:
+    """The vectors that were subtracted from the keys of each list before quantization, float32 (L, D)."""
+    centroid_LD: Array = index.quantizer.reconstruct_n(0, index.nlist)
+    return centroid_LD if index.by_residual else np.zeros_like(centroid_LD)
 
 
 class AdcSearch:
     """The codes of an index where they are, with four bytes for each key beside them."""
 
-    def __init__(self, index: Any, alive: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, alive: Array | None = None) -> None:
         """Look where the codes are.
 
         Args:
@@ -50,7 +48,7 @@ class AdcSearch:
         faiss, lists = faiss_library(), index.invlists
         self._index, self._by_distance = index, index.metric_type == faiss.METRIC_L2
         self._alive = np.empty(0, np.uint8) if alive is None else alive
-        self._words_MEJ, self._centre_LD = codewords(index), residual_centroids(index)
+        self._words_MEJ, self._centroid_LD = codewords(index), residual_centroids(index)
         self._address_L2 = np.zeros((index.nlist, 2), np.int64)
         sizes = np.zeros(index.nlist, np.int64)
         for number in range(index.nlist):
@@ -62,7 +60,7 @@ class AdcSearch:
         self._bias = np.empty(self._first_L[-1], np.float32)
         self._is_ready_L = np.zeros(index.nlist, np.bool_)
         self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
-        self._visits = 0
+        self._num_probed = 0
         self._rooms = ObjectPool(self._fresh_room)
 
     @property
@@ -70,16 +68,8 @@ class AdcSearch:
         """Keys that were in the lists when they were looked at."""
         return len(self._bias)
 
-    @staticmethod
-    def serves(index: Any) -> bool:
-        """Whether the index is of such keys, in memory."""
-        if not has_byte_codes(index):
-            return False
-        lists = faiss_library().downcast_InvertedLists(index.invlists)
-        return type(lists).__name__ == "ArrayInvertedLists" and lists.code_size == index.pq.M
-
     def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best keys of the visited lists, best first, of equals the lower row; few queries on the calling thread.
+        """The k best keys of the probed lists, best first, of equals the lower row; few queries on the calling thread.
 
         Returns: ids (N, k), -1 where fewer were found, and scores (N, k), higher is closer, minus infinity there.
         """
@@ -87,8 +77,8 @@ class AdcSearch:
         with faiss_threads(1):
             probed_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
         self._prepare(probed_NP)
-        if self._visits != probed_NP.shape[1]:
-            self._visits = probed_NP.shape[1]
+        if self._num_probed != probed_NP.shape[1]:
+            self._num_probed = probed_NP.shape[1]
             self._rooms = ObjectPool(self._fresh_room)
         ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
         step = max(_FEW, -(-len(query) // (2 * torch.get_num_threads())))
@@ -97,16 +87,16 @@ class AdcSearch:
         run_in_threads(lambda part: self._search(query[part], probed_NP[part], *(x[part] for x in outs)), parts)
         return ids_NK, scores_NK
 
-    def _search(self, query_QD: Array, visited_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
+    def _search(self, query_QD: Array, probed_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.lists.adc_kernels import search_tables
         from fairseq.memory.index.lists.large_k_kernels import NOTHING, unpack
 
         count_Q = np.empty(len(query_QD), np.int64)
-        lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._bias)
+        lists = (self._words_MEJ, self._centroid_LD, self._address_L2, self._first_L, self._bias)
         about = (ids_QK.shape[1], *lists, self._by_distance)
         with self._rooms.borrow() as (*room, packed_1C):
             packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
-            search_tables(query_QD, visited_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
+            search_tables(query_QD, probed_QP, *about, *room, packed_QC, count_Q)  # type: ignore[call-arg]
             best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
             if len(count_Q) > 1:
                 best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = NOTHING
@@ -114,21 +104,21 @@ class AdcSearch:
             unpack(best_QC, ids_QK, scores_QK)
 
     def _prepare(self, probed_NP: Array) -> None:
-        """Write the biases of lists that are visited for the first time."""
+        """Write the biases of lists that are probed for the first time."""
         if not self._is_ready_L[probed_NP].all():
             from fairseq.memory.index.lists.adc_kernels import prepare_lists
 
             numbers = np.unique(probed_NP[(probed_NP >= 0) & ~self._is_ready_L[probed_NP]])
-            lists = (self._words_MEJ, self._centre_LD, self._address_L2, self._first_L, self._alive)
+            lists = (self._words_MEJ, self._centroid_LD, self._address_L2, self._first_L, self._alive)
             prepare_lists(numbers, *lists, self._by_distance, self._fresh_table(), self._bias)
             self._is_ready_L[numbers] = True
 
     def _fresh_room(self) -> tuple[Array, ...]:
         """Memory for any query, as ``search_tables`` wants it."""
-        visits = self._visits
-        groups = int(self._most_L[min(visits, len(self._most_L)) - 1])
+        num_probed = self._num_probed
+        groups = int(self._most_L[min(num_probed, len(self._most_L)) - 1])
         score_SP, most_S = np.empty((groups, GROUP), np.float32), np.empty(groups, np.float32)
-        edge_1P, end_1P = np.zeros((1, visits + 1), np.int64), np.zeros((1, visits), np.int64)
+        edge_1P, end_1P = np.zeros((1, num_probed + 1), np.int64), np.zeros((1, num_probed), np.int64)
         bounds = (groups + 1) * GROUP
         places, numbers = ([np.empty(bounds, dtype) for _ in range(2)] for dtype in (np.int64, np.float32))
         flag_S, packed_1C = np.empty(groups + 1, np.int64), np.empty((1, bounds), np.int64)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
 from fairseq.memory.index.lists.search import PreparedList, Rotation
 from fairseq.memory.types import Array
 
-_MIN_QUERIES_PER_LIST = 16  # decoding a key costs about as much as ten of its distances
 _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
 _SAMPLE_ROWS = 16_384
-_LEFT_OUT = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five times as many are scored
+_DROPPED_SHARE = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five times as many are scored
 
 
 class DecodedLists:
@@ -23,11 +20,11 @@ class DecodedLists:
 
     ties_by_id = False
 
-    def __init__(self, index: Any, *, fast_int8: bool, deleted: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, *, fast_int8: bool, deleted: Array | None = None) -> None:
         """Take a faiss IndexIVFPQ.
 
         Args:
-            fast_int8: whether the processor multiplies 8-bit integers faster than floats.
+            fast_int8: whether the CPU multiplies 8-bit integers faster than floats.
             deleted: rows that must not be found, in rising order.
         """
         faiss = faiss_library()
@@ -39,15 +36,10 @@ class DecodedLists:
         self._codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
         self._first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
         self.room: object = None
-        """What a search keeps for the next one."""
+        """Memory that a search keeps for the next one."""
         self._cache: dict[int, PreparedList] | None = {} if 5 * index.ntotal * (index.d + 4) <= _CACHE_BYTES else None
         self.key_size = float(self._centroids.square().sum(1).amax())
-        self._rotation = Rotation.fit(self._sample(), _LEFT_OUT)
-
-    @staticmethod
-    def pays_for(index: Any, num_queries: int) -> bool:
-        """Whether decoding lists for so many queries costs less than faiss's own search."""
-        return has_byte_codes(index) and num_queries * index.nprobe >= _MIN_QUERIES_PER_LIST * index.nlist
+        self._rotation = Rotation.fit(self._sample(), _DROPPED_SHARE)
 
     def __len__(self) -> int:
         return int(self._index.nlist)
@@ -97,8 +89,8 @@ class DecodedLists:
         """Rows of the store in one list."""
         lists = self._index.invlists
         size = lists.list_size(number)
-        found = faiss_library().rev_swig_ptr(lists.get_ids(number), size) if size else np.empty(0, np.int64)
-        return np.array(found, np.int64)
+        rows = faiss_library().rev_swig_ptr(lists.get_ids(number), size) if size else np.empty(0, np.int64)
+        return np.array(rows, np.int64)
 
     def _decoded(self, number: int) -> Tensor:
         """Keys of one list, float32 (M, D)."""
@@ -107,12 +99,12 @@ class DecodedLists:
         if not size:
             return torch.empty(0, self._index.d)
         codes = torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size))
-        chosen = codes.view(size, -1).to(torch.int32) + self._first_of_part
-        keys_MD = self._codewords.index_select(0, chosen.view(-1)).view(size, self._index.d)
+        places = codes.view(size, -1).to(torch.int32) + self._first_of_part
+        keys_MD = self._codewords.index_select(0, places.view(-1)).view(size, self._index.d)
         return keys_MD + self._centroids[number] if self._index.by_residual else keys_MD
 
     def _sample(self) -> Tensor:
-        """Some keys less the centres of their lists."""
+        """Some keys less the centroids of their lists."""
         numbers = torch.randperm(self._index.nlist, generator=torch.Generator().manual_seed(0)).tolist()
         parts, count = [], 0
         for number in numbers:

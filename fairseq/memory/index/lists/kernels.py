@@ -26,38 +26,38 @@ def bound_queries(
 ) -> None:  # fmt: skip
     """Turn queries into what bounds their scores with the keys of one list.
 
-    With ``k = centre + r`` and ``q = centre + p`` scores are made of ``p.r`` and of what depends on one of them alone:
-    ``-|q - k|^2 = 2 p.r - |r|^2 - |p|^2`` and ``q.k = p.r + centre.r + q.centre``. In ``p.r`` the columns up to
-    ``width`` are multiplied as rounded numbers and the others bounded by lengths (Cauchy and Schwarz), so that every
-    score is at most ``raw * scale + rest * |r_rest| + (bias of the key) + shift``.
+    With ``k = centroid + r`` and ``q = centroid + p`` scores are made of ``p.r`` and of what depends on one of them
+    alone: ``-|q - k|^2 = 2 p.r - |r|^2 - |p|^2`` and ``q.k = p.r + centroid.r + q.centroid``. In ``p.r`` the columns up
+    to ``width`` are multiplied as rounded numbers and the others bounded by lengths (Cauchy and Schwarz), so that every
+    score is at most ``raw * scale + residual * |r_residual| + (bias of the key) + shift``.
 
     Args:
         query_ND: rotated queries; ``row_Q`` of them are wanted.
-        centroid_D: rotated centre of the list.
+        centroid_D: rotated centroid of the list.
         largest: of the list's keys: lengths of the longest ``r`` as rounded, of the longest ``r``, of the largest
             rounding error, the largest size of a bias.
         integral: queries are rounded to 8-bit integers.
         quantized_QE: gets them, or the queries as they are.
-        bound_Q4: gets scale, rest, shift, and the part of the shift that errors may come to: a score is below its bound
-            by twice that and twice ``rest * |r_rest|`` at most.
+        bound_Q4: gets scale, residual, shift, and the part of the shift that errors may come to: a score is below its
+            bound by twice that and twice ``residual * |r_residual|`` at most.
     """
     factor = np.float32(2.0) if by_distance else np.float32(1.0)
-    longest_low, longest, longest_error, largest_bias = largest[0], largest[1], largest[2], largest[3]
+    longest_quantized, longest, longest_error, largest_bias = largest[0], largest[1], largest[2], largest[3]
     for i in range(len(row_Q)):
         query_D = query_ND[row_Q[i]]
-        most, whole, head, along = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        most, whole, leading, dot_centroid = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for d in range(width):
             x = query_D[d] - centroid_D[d]
-            along += query_D[d] * centroid_D[d]
+            dot_centroid += query_D[d] * centroid_D[d]
             most = max(most, abs(x))
-            head += x * x
+            leading += x * x
         for d in range(width, len(query_D)):
             x = query_D[d] - centroid_D[d]
-            along += query_D[d] * centroid_D[d]
+            dot_centroid += query_D[d] * centroid_D[d]
             whole += x * x
-        rest = np.sqrt(whole)
-        whole += head
-        head = np.sqrt(head)
+        residual = np.sqrt(whole)
+        whole += leading
+        leading = np.sqrt(leading)
         step, error = np.float32(1.0), np.float32(0.0)
         if integral:
             step = max(most, np.float32(1e-30)) / _LEVELS
@@ -70,23 +70,25 @@ def bound_queries(
         else:
             for d in range(width):
                 quantized_QE[i, d] = query_D[d] - centroid_D[d]
-        shift = -whole if by_distance else along
+        shift = -whole if by_distance else dot_centroid
         size = np.sqrt(whole)
-        slack = factor * (head * longest_error + error * longest_low)
+        slack = factor * (leading * longest_error + error * longest_quantized)
         slack += _ROUNDING * (factor * size * longest + largest_bias + abs(shift))
-        bound_Q4[i, 0], bound_Q4[i, 1], bound_Q4[i, 2] = factor * step, factor * rest, shift + slack
+        bound_Q4[i, 0], bound_Q4[i, 1], bound_Q4[i, 2] = factor * step, factor * residual, shift + slack
         bound_Q4[i, 3] = slack
 
 
 # Groups are rows of a matrix: a slice would be counted in and out of use, which takes longer than passing over it.
 @compiled(fastmath={"contract"})
-def _flag_groups(raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, rest: Any, reach: Any, flag_G: Any) -> int:
+def _flag_groups(
+    raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, residual: Any, reach: Any, flag_G: Any
+) -> int:
     """List the groups with bounds that reach ``reach``. Returns: how many there are."""
     count = 0
     for group in range(len(raw_GP)):
         reached = np.int32(0)
         for i in range(GROUP):
-            bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * rest + bias_GP[group, i])
+            bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * residual + bias_GP[group, i])
             reached += np.int32(bound >= reach)
         flag_G[count] = group
         count += reached > 0
@@ -95,12 +97,20 @@ def _flag_groups(raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, rest: 
 
 @compiled(fastmath={"contract"})
 def _list_bounds(
-    raw_GP: Any, residual_GP: Any, bias_GP: Any, group: int, scale: Any, rest: Any, reach: Any, below: Any, hit_P: Any
+    raw_GP: Any,
+    residual_GP: Any,
+    bias_GP: Any,
+    group: int,
+    scale: Any,
+    residual: Any,
+    reach: Any,
+    below: Any,
+    hit_P: Any,
 ) -> int:
     """Places in a group of the bounds that reach ``reach`` and not ``below``; without a branch for each."""
     count = 0
     for i in range(GROUP):
-        bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * rest + bias_GP[group, i])
+        bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * residual + bias_GP[group, i])
         hit_P[count] = i
         count += (bound >= reach) & (bound < below)
     return count
@@ -113,33 +123,33 @@ def _score(query_D: Any, key_D: Any, by_distance: bool) -> Any:
 
 @compiled(fastmath={"contract"})
 def _fill_bounds(
-    raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_groups: int, every: int, bound_F: Any
+    raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, residual: Any, num_groups: int, every: int, bound_F: Any
 ) -> None:
     """Write the bounds of every so manieth group."""
     for at in range(num_groups // every):
         group = at * every
         for i in range(GROUP):
-            bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * rest + bias_GP[group, i])
+            bound = np.float32(raw_GP[group, i]) * scale + (residual_GP[group, i] * residual + bias_GP[group, i])
             bound_F[at * GROUP + i] = bound
 
 
 @compiled()
 def _promising(
-    raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, rest: Any, num_rows: int, wanted: int, bound_F: Any
+    raw_GP: Any, residual_GP: Any, bias_GP: Any, scale: Any, residual: Any, num_rows: int, wanted: int, bound_F: Any
 ) -> Any:
     """A number that the bounds of at least so many keys reach (nearly always), and of few more; or all."""
     if num_rows <= wanted:
         return LOWEST
-    every = 4 if wanted >= 32 and num_rows >= 16 * wanted else 1  # a sample tells it well enough
+    every = 4 if wanted >= 32 and num_rows >= 16 * wanted else 1  # a sample estimates it well enough
     num_groups = num_rows // GROUP if every > 1 else len(raw_GP)
-    _fill_bounds(raw_GP, residual_GP, bias_GP, scale, rest, num_groups, every, bound_F)
+    _fill_bounds(raw_GP, residual_GP, bias_GP, scale, residual, num_groups, every, bound_F)
     if every > 1:
         return approx_kth_largest(bound_F[: num_groups // every * GROUP], wanted // every + wanted // 8)
     return max(LOWEST, approx_kth_largest(bound_F[:num_rows], wanted))
 
 
 @compiled()
-def _sift(score_C: Any, ids_C: Any, order_C: Any, filled: int, lowest: Any) -> int:
+def _drop_below(score_C: Any, ids_C: Any, order_C: Any, filled: int, lowest: Any) -> int:
     kept = 0
     for i in range(filled):
         score_C[kept], ids_C[kept], order_C[kept] = score_C[i], ids_C[i], order_C[i]
@@ -163,13 +173,13 @@ def _keep_first(score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int) -> 
 
 
 @compiled()
-def _room_for_more(
+def _prune_candidates(
     score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int, threshold: Any, doubt: Any, ties_by_id: bool
 ) -> tuple[int, Any]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
     if filled >= k:
         threshold = max(threshold, approx_kth_largest(score_C[:filled], k))
-    filled = _sift(score_C, ids_C, order_C, filled, threshold - doubt)
+    filled = _drop_below(score_C, ids_C, order_C, filled, threshold - doubt)
     if ties_by_id and filled > len(score_C) - GROUP:
         filled = _keep_first(score_C, ids_C, order_C, filled, k)
     return filled, threshold
@@ -188,7 +198,7 @@ def scan(
         raw_QGP: products of the rounded vectors, a unit of which is ``step`` times the query's scale; keys are in
             groups of P = GROUP neighbours, those from ``num_rows`` on mean nothing.
         bound_Q4: see ``bound_queries``.
-        row_Q: which queries of the group; ``order_Q`` plus its number says when a key is visited.
+        row_Q: which queries of the group; ``order_Q`` plus its number gives the order in which faiss would scan a key.
         residual_GP, bias_GP: of each key; minus infinity is the bias of a deleted key.
         ties_by_id: of equal candidates the lowest ids are kept; otherwise queries of which more tie than there is room
             for are marked in ``is_open_N`` and left to others.
@@ -202,25 +212,25 @@ def scan(
         n = row_Q[q]
         if is_open_N[n]:
             continue
-        raw_GP, scale, rest, shift = raw_QGP[q], bound_Q4[q, 0] * step, bound_Q4[q, 1], bound_Q4[q, 2]
+        raw_GP, scale, residual, shift = raw_QGP[q], bound_Q4[q, 0] * step, bound_Q4[q, 1], bound_Q4[q, 2]
         score_C, ids_C, order_C, query_D = score_NC[n], ids_NC[n], order_NC[n], query_ND[n]
         filled, threshold, doubt = filled_N[n], threshold_N[n], doubt_N[n]
         reach, scored = threshold - doubt - shift, np.float32(np.inf)  # keys whose bounds reach this have been scored
         is_first = threshold <= LOWEST and filled < k
         if is_first:
             # Those that promise most give the query its threshold.
-            reach = _promising(raw_GP, residual_GP, bias_GP, scale, rest, num_rows, k - filled, bound_F)
-        flagged, at = _flag_groups(raw_GP, residual_GP, bias_GP, scale, rest, reach, flag_G), 0
+            reach = _promising(raw_GP, residual_GP, bias_GP, scale, residual, num_rows, k - filled, bound_F)
+        flagged, at = _flag_groups(raw_GP, residual_GP, bias_GP, scale, residual, reach, flag_G), 0
         while at < flagged:
             group = flag_G[at]
             if filled > room - GROUP:
-                filled, threshold = _room_for_more(score_C, ids_C, order_C, filled, k, threshold, doubt, ties_by_id)
+                filled, threshold = _prune_candidates(score_C, ids_C, order_C, filled, k, threshold, doubt, ties_by_id)
                 if filled > room - GROUP:
                     is_open_N[n] = True
                     break
                 if not is_first:
                     reach = threshold - doubt - shift
-            hits = _list_bounds(raw_GP, residual_GP, bias_GP, group, scale, rest, reach, scored, hit_P)
+            hits = _list_bounds(raw_GP, residual_GP, bias_GP, group, scale, residual, reach, scored, hit_P)
             for hit in range(hits):
                 i = group * GROUP + hit_P[hit]
                 score_C[filled] = _score(query_D, keys_MD[i], by_distance)
@@ -232,7 +242,7 @@ def scan(
                     threshold = max(threshold, approx_kth_largest(score_C[:filled], k))
                 if reach > LOWEST:  # once more, for those that promised less
                     is_first, scored, reach = False, reach, threshold - doubt - shift
-                    flagged, at = _flag_groups(raw_GP, residual_GP, bias_GP, scale, rest, reach, flag_G), 0
+                    flagged, at = _flag_groups(raw_GP, residual_GP, bias_GP, scale, residual, reach, flag_G), 0
         filled_N[n], threshold_N[n] = filled, threshold
 
 
@@ -242,7 +252,7 @@ def prune_group(
 ) -> None:
     """Drop the candidates of every query that cannot be among its k best."""
     for n in range(len(filled_N)):
-        filled_N[n], threshold_N[n] = _room_for_more(
+        filled_N[n], threshold_N[n] = _prune_candidates(
             score_NC[n], ids_NC[n], order_NC[n], filled_N[n], k, threshold_N[n], doubt_N[n], False
         )
 
@@ -270,13 +280,13 @@ def settle_ties(
 ) -> None:
     """Of candidates that tie for the last places take those that faiss would have kept.
 
-    faiss visits keys one after the other and keeps k of them; one that is as far as the farthest kept is passed over,
+    faiss scans keys one after the other and keeps k of them; one that is as far as the farthest kept is skipped,
     and a closer one takes the place of the farthest: of several it is the one with the highest id where distances are
     compared, with the lowest where products are.
 
     Args:
-        score_NC: candidates of each query, best first, of equals the lowest id first; ``order_NC`` says when faiss
-            visits each.
+        score_NC: candidates of each query, best first, of equals the lowest id first; ``order_NC`` is the order in
+            which faiss scans them.
         row_H: queries whose candidates at places k - 1 and k are equal. Those places get the right ids.
     """
     for h in range(len(row_H)):
@@ -301,5 +311,5 @@ def settle_ties(
             elif kept + better < k:
                 tied[kept] = at
                 kept += 1
-        chosen = np.sort(tied[:kept])
-        ids_C[first : first + kept] = ids_C[chosen].copy()
+        kept_places = np.sort(tied[:kept])
+        ids_C[first : first + kept] = ids_C[kept_places].copy()

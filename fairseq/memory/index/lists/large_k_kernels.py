@@ -2,7 +2,7 @@
 
 Bounds come in groups of GROUP neighbouring keys of a list; rows of a matrix, or one behind the other.
 
-Shapes: V visits of a list (each by one query), G groups of a list, Q queries, P lists a query visits (as the last axis
+Shapes: V visits of a list (each by one query), G groups of a list, Q queries, P lists a query probes (as the last axis
 of bounds and biases: the keys of a group), M keys of a list, S groups of all queries one behind the other, F keys that
 were chosen for all queries, C bounds of a query, K neighbours, D width.
 """
@@ -21,12 +21,19 @@ from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, 
 NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
 """A place without a neighbour; behind all others in the order of packed neighbours."""
 _LOW_HALF = np.int64(0xFFFFFFFF)
-_SEEN = 4  # the lists that hold so many times the wanted keys tell well enough where the best begin
+_SEEN = 4  # the lists that hold so many times the wanted keys show well enough where the best begin
 
 
 @compiled(fastmath=FINITE)
 def write_upper_bounds(
-    raw_VGP: Any, step: Any, bound_V4: Any, most_rest: Any, bias_GP: Any, start_V: Any, bound_SP: Any, most_S: Any
+    raw_VGP: Any,
+    step: Any,
+    bound_V4: Any,
+    largest_residual: Any,
+    bias_GP: Any,
+    start_V: Any,
+    bound_SP: Any,
+    most_S: Any,
 ) -> None:
     """Write what the scores of a list's keys are at most (see ``bound_queries``), and the largest of each group.
 
@@ -35,7 +42,7 @@ def write_upper_bounds(
     """
     for v in range(len(raw_VGP)):
         start, scale = start_V[v], bound_V4[v, 0] * step
-        shift = bound_V4[v, 2] + bound_V4[v, 1] * most_rest
+        shift = bound_V4[v, 2] + bound_V4[v, 1] * largest_residual
         for group in range(len(bias_GP)):
             most = np.float32(-np.inf)
             for i in range(GROUP):
@@ -46,25 +53,25 @@ def write_upper_bounds(
 
 
 @compiled(fastmath=FINITE)
-def _least(bound_SP: Any, edge_P: Any, gap_P: Any, wanted: int, low_C: Any) -> Any:
+def _certain_threshold(bound_SP: Any, edge_P: Any, gap_P: Any, wanted: int, lower_C: Any) -> Any:
     """A number that the scores of so many keys reach for certain, by the first lists; or one that all reach."""
     count, alive, p, floor = 0, np.int32(0), 0, np.float32(np.inf)
     while p < len(gap_P) and count < _SEEN * wanted:
         gap = gap_P[p]
         for group in range(edge_P[p], edge_P[p + 1]):
             for i in range(GROUP):
-                low = bound_SP[group, i] - gap
-                low_C[count + i] = low
-                is_alive = low >= LOWEST
+                lower = bound_SP[group, i] - gap
+                lower_C[count + i] = lower
+                is_alive = lower >= LOWEST
                 alive += np.int32(is_alive)
-                floor = min(floor, low if is_alive else np.float32(np.inf))
+                floor = min(floor, lower if is_alive else np.float32(np.inf))
             count += GROUP
         p += 1
     if alive < wanted:
         return LOWEST
     for c in range(count):  # places without a key would spoil the halving of the range
-        low_C[c] = max(low_C[c], floor)
-    return approx_kth_largest(low_C[:count], wanted)
+        lower_C[c] = max(lower_C[c], floor)
+    return approx_kth_largest(lower_C[:count], wanted)
 
 
 @compiled()
@@ -78,9 +85,9 @@ def _list_group(bound_SP: Any, group: int, reach: Any, place_C: Any, bound_C: An
 
 
 @compiled()
-def choose(
+def select_candidates(
     bound_SP: Any, most_S: Any, edge_QP: Any, gap_QP: Any, wanted: int, place_F: Any, end_QP: Any, place_C: Any,
-    bound_C: Any, low_C: Any, flag_S: Any,
+    bound_C: Any, lower_C: Any, flag_S: Any,
 ) -> None:  # fmt: skip
     """List the keys of each query that may be among the ``wanted`` best: at least those, if there are so many.
 
@@ -89,13 +96,13 @@ def choose(
         gap_QP: how far scores may be below their bounds.
         place_F: gets the places of the bounds among all, query after query.
         end_QP: gets where the places of each list's keys end.
-        place_C, bound_C, low_C: room for the bounds of the query with most, and a group more; ``flag_S`` for its
+        place_C, bound_C, lower_C: room for the bounds of the query with most, and a group more; ``flag_S`` for its
             groups, and one more.
     """
     kept = 0
     for q in range(len(edge_QP)):
         edge_P, gap_P = edge_QP[q], gap_QP[q]
-        reach, count = _least(bound_SP, edge_P, gap_P, wanted, low_C), 0
+        reach, count = _certain_threshold(bound_SP, edge_P, gap_P, wanted, lower_C), 0
         for p in range(len(gap_P)):
             flagged, before = 0, count
             for group in range(edge_P[p], edge_P[p + 1]):
@@ -104,10 +111,10 @@ def choose(
             for at in range(flagged):
                 count = _list_group(bound_SP, flag_S[at], reach, place_C, bound_C, count)
             for c in range(before, count):
-                low_C[c] = bound_C[c] - gap_P[p]
+                lower_C[c] = bound_C[c] - gap_P[p]
             end_QP[q, p] = count
         # So many scores reach this for certain: keys whose bounds do not are out.
-        reach, c = max(reach, approx_kth_largest(low_C[:count], wanted)), 0
+        reach, c = max(reach, approx_kth_largest(lower_C[:count], wanted)), 0
         for p in range(len(gap_P)):
             stop = end_QP[q, p]
             while c < stop:
@@ -132,12 +139,12 @@ def pack(score: Any, row: Any) -> Any:
     """A score and a row as one integer: smaller for a higher score, then for a lower row."""
     bits = np.int64(_bits(score))
     if bits < 0:
-        bits ^= 0x7FFFFFFF  # the bits of a negative float, turned round, order as the float does
+        bits ^= 0x7FFFFFFF  # the bits of a negative float, inverted, order as the float does
     return ((np.int64(-1) - bits) << 32) | row
 
 
 @compiled()
-def score_chosen(
+def score_selected(
     query_ND: Any, row_V: Any, begin_V: Any, end_V: Any, start_V: Any, keys_MD: Any, ids_M: Any, by_distance: bool,
     place_F: Any,
 ) -> None:  # fmt: skip
@@ -172,12 +179,12 @@ def unpack(packed_QC: Any, ids_QK: Any, scores_QK: Any) -> None:
     bits_QK = scores_QK.view(np.int32)
     columns = min(ids_QK.shape[1], packed_QC.shape[1])
     for q in range(len(ids_QK)):
-        found = 0
-        while found < columns and packed_QC[q, found] != NOTHING:
-            packed = packed_QC[q, found]
+        count = 0
+        while count < columns and packed_QC[q, count] != NOTHING:
+            packed = packed_QC[q, count]
             bit = np.int32(np.int64(-1) - (packed >> 32))
-            bits_QK[q, found] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
-            ids_QK[q, found] = packed & _LOW_HALF
-            found += 1
-        ids_QK[q, found:] = -1
-        scores_QK[q, found:] = -np.inf
+            bits_QK[q, count] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
+            ids_QK[q, count] = packed & _LOW_HALF
+            count += 1
+        ids_QK[q, count:] = -1
+        scores_QK[q, count:] = -np.inf

@@ -1,12 +1,12 @@
 """Searches the lists of an inverted-file index for more neighbours than a list or two hold.
 
 Then no list alone gives a threshold that lets few keys through (see ``lists.search``). So the bounds of all scores of a
-query, by products in 8 bits, are written one behind the other; they tell what k scores reach for certain; and the keys
+query, by products in 8 bits, are written one behind the other; they bound what k scores reach for certain; the keys
 whose bounds reach that are scored. The neighbours are those of comparing every key of the lists.
 
-Passes go over the lists, each with all queries that visit it, or over the queries.
+Passes go over the lists, each with all queries that probe it, or over the queries.
 
-Shapes: N queries, Q queries of a group, P lists a query visits, V visits of one list, M keys of a list, L lists,
+Shapes: N queries, Q queries of a group, P lists a query probes, V visits of one list, M keys of a list, L lists,
 D width, K neighbours.
 """
 
@@ -25,17 +25,10 @@ from fairseq.runtime.threads import ObjectPool, ThreadBuffer, map_in_threads, ru
 
 _GROUP_SCORES = 160 << 20  # 640 MB: 9,000 queries of 18,000 scores, enough for matrix products of a fair size
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the bounds
-_LISTS_OF_K = 4
-_MOST_ROWS = 1 << 32  # a row and its score are one integer
-
-
-def is_large_k(k: int, num_keys: int, num_lists: int) -> bool:
-    """Whether k neighbours are many beside the keys of a list."""
-    return k * _LISTS_OF_K > num_keys / max(1, num_lists) and num_keys < _MOST_ROWS
 
 
 def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best keys of the visited lists, best first, of equals the lower id.
+    """The k best keys of the probed lists, best first, of equals the lower id.
 
     Returns: ids (N, k), -1 where fewer were found, and scores (N, k), minus infinity there.
     """
@@ -51,9 +44,9 @@ def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tenso
     held, lists.room = lists.room, None  # a search at the same time takes memory of its own
     room = held if isinstance(held, _Room) and len(held.most_S) >= size else _Room(size + size // 8, lists.dtype)
     for part in groups:
-        group = _Group(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
+        group = _LargeKGroup(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
         group.bound()
-        group.choose(k)
+        group.select(k)
         group.score()
         group.best(ids_NK[part].numpy(), scores_NK[part].numpy())
     lists.room = room
@@ -69,14 +62,14 @@ class _Room:
         self.raw = ThreadBuffer(_TILE_SCORES, torch.int32 if dtype is torch.int8 else torch.float32)
 
 
-class _Group:
+class _LargeKGroup:
     """Queries whose bounds are held at the same time."""
 
     def __init__(
         self, lists: DecodedLists, numbers_L: Array, queries: list[Array], place_QP: Array, size_QP: Array, room: _Room
     ) -> None:
         self._lists, self._numbers_L, self._place_QP, self._room = lists, numbers_L, place_QP, room
-        self._query_QD, self._turned_QD = queries
+        self._query_QD, self._rotated_QD = queries
         ends_QP = size_QP.reshape(-1).cumsum().reshape(size_QP.shape)
         self._edge_QP = np.concatenate([ends_QP[:, :1] - size_QP[:, :1], ends_QP], 1)
         self._most = int(size_QP.sum(1).max(initial=0))
@@ -108,55 +101,57 @@ class _Group:
         keys, is_integral = self._lists.prepare(number), self._lists.dtype is torch.int8
         if not len(keys.ids_M):
             return
-        most_rest = keys.residual_GP.max()
+        largest_residual = keys.residual_GP.max()
         row_V, column_V = np.divmod(visits, self._place_QP.shape[1])
         tile = max(1, _TILE_SCORES // len(keys.quantized_ME))
         for first in range(0, len(visits), tile):
             row_T, column_T = row_V[first : first + tile], column_V[first : first + tile]
-            low_TE = torch.zeros(len(row_T), keys.quantized_ME.shape[1], dtype=self._lists.dtype)
+            quantized_TE = torch.zeros(len(row_T), keys.quantized_ME.shape[1], dtype=self._lists.dtype)
             bound_T4 = np.empty((len(row_T), 4), np.float32)
-            by_distance, about = self._lists.by_distance, (keys.width, keys.largest, is_integral)
-            bound_queries(self._turned_QD, row_T, keys.centroid_D, by_distance, *about, low_TE.numpy(), bound_T4)
+            by_distance, rounding = self._lists.by_distance, (keys.width, keys.largest, is_integral)
+            bound_queries(
+                self._rotated_QD, row_T, keys.centroid_D, by_distance, *rounding, quantized_TE.numpy(), bound_T4
+            )
             raw_TM = self._room.raw(len(row_T), len(keys.quantized_ME))
-            (torch._int_mm if is_integral else torch.mm)(low_TE, keys.quantized_ME.T, out=raw_TM)
-            own = (np.float32(keys.step), bound_T4, most_rest, keys.bias_GP, self._edge_QP[row_T, column_T])
+            (torch._int_mm if is_integral else torch.mm)(quantized_TE, keys.quantized_ME.T, out=raw_TM)
+            own = (np.float32(keys.step), bound_T4, largest_residual, keys.bias_GP, self._edge_QP[row_T, column_T])
             write_upper_bounds(raw_TM.view(len(row_T), -1, GROUP).numpy(), *own, self._room.bound_SP, self._room.most_S)
-            self._gap_QP[row_T, column_T] = 2.0 * (bound_T4[:, 3] + bound_T4[:, 1] * most_rest)
+            self._gap_QP[row_T, column_T] = 2.0 * (bound_T4[:, 3] + bound_T4[:, 1] * largest_residual)
 
-    def choose(self, k: int) -> None:
+    def select(self, k: int) -> None:
         """Find the keys that may be among the k best of each query."""
-        from fairseq.memory.index.lists.large_k_kernels import choose
+        from fairseq.memory.index.lists.large_k_kernels import select_candidates
 
         parts = self._parts()
         num_groups, num_bounds = self._most + 1, (self._most + 1) * GROUP
-        most_chosen = max((part.stop - part.start for part in parts), default=0) * num_bounds
+        most_selected = max((part.stop - part.start for part in parts), default=0) * num_bounds
 
         def fresh() -> tuple[Array, ...]:
-            sizes = {np.int64: (most_chosen, num_bounds), np.float32: (num_bounds, num_bounds)}
+            sizes = {np.int64: (most_selected, num_bounds), np.float32: (num_bounds, num_bounds)}
             arrays = [np.empty(size, dtype) for dtype, both in sizes.items() for size in both]
             return (*arrays, np.empty(num_groups, np.int64))
 
         rooms = ObjectPool(fresh)
 
-        def choose_some(part: slice) -> Array:
+        def select_some(part: slice) -> Array:
             with rooms.borrow() as (place_F, *room):
                 arrays = (self._edge_QP[part], self._gap_QP[part], k, place_F, self._end_QP[part])
-                choose(self._room.bound_SP, self._room.most_S, *arrays, *room)
-                chosen: Array = place_F[: self._end_QP[part][-1, -1]].copy()
-            return chosen
+                select_candidates(self._room.bound_SP, self._room.most_S, *arrays, *room)
+                selected: Array = place_F[: self._end_QP[part][-1, -1]].copy()
+            return selected
 
-        chosen = list(map_in_threads(choose_some, parts))
-        ends = np.cumsum([0] + [len(each) for each in chosen])
+        selected = list(map_in_threads(select_some, parts))
+        ends = np.cumsum([0] + [len(each) for each in selected])
         for part, end in zip(parts, ends):
             self._end_QP[part] += end
-        self._place_F = np.concatenate(chosen)
+        self._place_F = np.concatenate(selected)
 
     def score(self) -> None:
         """Score them."""
         run_in_threads(self._score_list, self._tasks, self._lists.use_one_thread)
 
     def _score_list(self, task: tuple[int, Array]) -> None:
-        from fairseq.memory.index.lists.large_k_kernels import score_chosen
+        from fairseq.memory.index.lists.large_k_kernels import score_selected
 
         number, visits = task
         ids_M, keys_MD = self._lists.keys(number)
@@ -166,7 +161,7 @@ class _Group:
         begin_V = np.where(visits > 0, self._end_QP.reshape(-1)[visits - 1], 0)
         where = (begin_V, end_V, self._edge_QP[row_V, column_V] * GROUP)
         own = (keys_MD, ids_M, self._lists.by_distance)
-        score_chosen(self._query_QD, row_V, *where, *own, self._place_F)
+        score_selected(self._query_QD, row_V, *where, *own, self._place_F)
 
     def best(self, ids_QK: Array, scores_QK: Array) -> None:
         """Write the k best of each query, best first."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import faiss_library, has_byte_codes
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, has_byte_codes
 from fairseq.memory.index.lists.adc_search import codewords, residual_centroids
 from fairseq.runtime.threads import run_in_threads
 
@@ -20,8 +20,8 @@ _PAIRS_PER_TASK = 16 << 10  # to start threads takes as long as some thousands o
 _CHUNK_FLOATS = 64 << 20  # of decoded keys
 
 
-def row_scorer(index: Any, *, by_distance: bool) -> Any:
-    """What scores rows of a faiss index: the fast one for product-quantized keys, faiss itself for all others."""
+def row_scorer(index: SwigIndex, *, by_distance: bool) -> Any:
+    """The scorer of a faiss index's rows: the fast one for product-quantized keys, faiss itself for all others."""
     if has_byte_codes(index) and index.ntotal * (index.code_size + 8) <= _MOST_BYTES:
         return PqScorer(index, by_distance=by_distance)
     return ReconstructionScorer(index, by_distance=by_distance)
@@ -30,13 +30,13 @@ def row_scorer(index: Any, *, by_distance: bool) -> Any:
 class PqScorer:
     """The codes of an IndexIVFPQ in the order of the rows: a score is a sum of a table's entries (``adc_search``)."""
 
-    def __init__(self, index: Any, *, by_distance: bool) -> None:
+    def __init__(self, index: SwigIndex, *, by_distance: bool) -> None:
         """Copy the codes, which takes as much memory as they do."""
         from fairseq.memory.index.lists.adc_kernels import write_biases
 
         faiss, lists = faiss_library(), index.invlists
         self._by_distance = by_distance
-        self._words_SEJ, self._centre_LD = codewords(index), residual_centroids(index)
+        self._words_SEJ, self._centroid_LD = codewords(index), residual_centroids(index)
         self._code_RS = np.zeros((index.ntotal, index.pq.M), np.uint8)
         self._bias_R, self._list_R = np.zeros(index.ntotal, np.float32), np.full(index.ntotal, -1, np.int32)
         table_SJ, all_alive = np.empty((index.pq.M, index.pq.ksub), np.float32), np.empty(0, np.uint8)
@@ -46,7 +46,7 @@ class PqScorer:
                 ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
                 codes = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size).reshape(size, -1)
                 bias = np.empty(size, np.float32)
-                own = (self._centre_LD[number], self._words_SEJ, codes, ids, all_alive)
+                own = (self._centroid_LD[number], self._words_SEJ, codes, ids, all_alive)
                 write_biases(*own, by_distance, table_SJ, bias)
                 self._code_RS[ids], self._bias_R[ids], self._list_R[ids] = codes, bias, number
 
@@ -56,7 +56,7 @@ class PqScorer:
 
         scores_NM = torch.empty(ids_NM.shape)
         query, ids, out = query_ND.contiguous().numpy(), ids_NM.contiguous().numpy(), scores_NM.numpy()
-        coded = (self._code_RS, self._bias_R, self._list_R, self._centre_LD, self._words_SEJ)
+        coded = (self._code_RS, self._bias_R, self._list_R, self._centroid_LD, self._words_SEJ)
         tasks = min(2 * torch.get_num_threads(), int((ids_NM >= 0).sum()) // _PAIRS_PER_TASK)
         step = max(1, -(-len(ids_NM) // max(1, tasks)))
         parts = [slice(at, at + step) for at in range(0, len(ids_NM), step)]
@@ -71,7 +71,7 @@ class PqScorer:
 class ReconstructionScorer:
     """Keys as faiss gives them back, for every kind of index that can."""
 
-    def __init__(self, index: Any, *, by_distance: bool) -> None:
+    def __init__(self, index: SwigIndex, *, by_distance: bool) -> None:
         """Have the index remember where its rows are. Raises: ValueError when it cannot give keys back."""
         lists = faiss_library().try_extract_index_ivf(index)
         if lists is not None:

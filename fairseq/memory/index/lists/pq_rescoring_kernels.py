@@ -15,13 +15,13 @@ def score_codes(coded: Any, by_distance: bool, query_ND: Any, ids_NM: Any, out_N
     """Minus the squared distance, or the inner product, of each query and each of its rows; -inf for a row of -1.
 
     Args:
-        coded: (code_RS, bias_R, list_R, centre_LD, words_SEJ): codes of the rows, what a row adds to the sums of its
-            codes for every query, the list of each, -1 for none, the centres of the lists, zeros where keys are not
+        coded: (code_RS, bias_R, list_R, centroid_LD, words_SEJ): codes of the rows, what a row adds to the sums of its
+            codes for every query, the list of each, -1 for none, the centroids of the lists, zeros where keys are not
             less them, and the codewords.
     """
-    code_RS, bias_R, list_R, centre_LD, words_SEJ = coded
+    code_RS, bias_R, list_R, centroid_LD, words_SEJ = coded
     parts, table_SJ = code_RS.shape[1], np.empty((words_SEJ.shape[0], words_SEJ.shape[2]), np.float32)
-    share_L, asked_L = np.empty(len(centre_LD), np.float32), np.full(len(centre_LD), -1, np.int64)
+    share_L, scored_L = np.empty(len(centroid_LD), np.float32), np.full(len(centroid_LD), -1, np.int64)
     for n in range(len(ids_NM)):
         write_table(query_ND[n], words_SEJ, by_distance, table_SJ)
         for m in range(ids_NM.shape[1]):
@@ -30,9 +30,9 @@ def score_codes(coded: Any, by_distance: bool, query_ND: Any, ids_NM: Any, out_N
                 out_NM[n, m] = -np.inf
                 continue
             number = list_R[row]
-            if asked_L[number] != n:
-                asked_L[number] = n
-                share_L[number] = share_of_list(query_ND[n], centre_LD[number], by_distance)
+            if scored_L[number] != n:
+                scored_L[number] = n
+                share_L[number] = share_of_list(query_ND[n], centroid_LD[number], by_distance)
             a = b = c = d = np.float32(0.0)  # each sum would wait for the one before it
             for s in range(0, parts - 3, 4):
                 a += table_SJ[s, code_RS[row, s]]

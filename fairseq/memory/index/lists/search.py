@@ -1,14 +1,14 @@
 """Searches lists of keys for many queries at once, with matrix products of rounded vectors.
 
-Each key is split at the centre of its list; the rest is turned so that few columns hold most of its length. Products of
-those columns, rounded, and lengths of all else bound every score from above (see ``kernels.bound_queries``); only
-keys whose bound reaches the threshold of a query, which rises as keys go by, are scored in float32. The neighbours are
-those of comparing every key.
+Each key is its list centroid plus a residual; residuals are rotated (PCA) so that the leading columns carry most of
+their norm. Products of those columns, rounded, and norms of the others bound every score from above (see
+``kernels.bound_queries``); only keys whose bound reaches a per-query threshold, which tightens during the scan, are
+scored in float32. The neighbours are those of comparing every key.
 
 An index of compressed keys is searched several times faster so than by its own tables, and exact search takes the
 blocks of a store for lists.
 
-Shapes: N queries, Q queries of a tile, P lists a query visits, M keys of a list, E columns of the products,
+Shapes: N queries, Q queries of a tile, P lists a query probes, M keys of a list, E columns of the products,
 C candidates, G groups of P keys, F candidates of the query that has most, K neighbours, D width.
 """
 
@@ -23,25 +23,19 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.lists import kernels
+from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ThreadBuffer, map_in_threads, run_in_threads
 
-CANDIDATE_BYTES = 20
-"""What a candidate takes: its score, its row and when it was visited."""
 _TILE_SCORES = 256 << 10  # 1 MB, which stays near between the product and the scan
 _LISTS_AT_A_TIME = 64
 
 
-def capacity(k: int) -> int:
-    """Candidates a query may hold before they are sifted."""
-    return max(4 * k, 256) + GROUP
-
-
 @dataclass(frozen=True)
 class Rotation:
-    """Turns vectors so that their first columns hold most of their length."""
+    """An orthogonal map (PCA) after which the leading columns carry most of the norm of a vector."""
 
     basis_DD: Tensor | None
     """Orthogonal; None leaves the vectors as they are."""
@@ -49,24 +43,24 @@ class Rotation:
     """Columns that are multiplied."""
 
     @classmethod
-    def fit(cls, rest_MD: Tensor, left_out: float) -> Rotation:
-        """Learn it from a sample of keys less the centres of their lists.
+    def fit(cls, residual_MD: Tensor, dropped_share: float) -> Rotation:
+        """Learn it from a sample of keys less the centroids of their lists.
 
         Args:
-            left_out: share of their squared lengths that may lie outside of the columns that are multiplied.
+            dropped_share: share of their squared lengths that may lie outside of the columns that are multiplied.
         """
-        dim = rest_MD.shape[1]
-        if not 0.0 < float(rest_MD.square().sum()) < torch.inf:
+        dim = residual_MD.shape[1]
+        if not 0.0 < float(residual_MD.square().sum()) < torch.inf:
             return cls(None, dim)
-        values_D, basis_DD = torch.linalg.eigh((rest_MD.T @ rest_MD).double())
+        values_D, basis_DD = torch.linalg.eigh((residual_MD.T @ residual_MD).double())
         share_D = values_D.clamp_min(0.0).cumsum(0) / values_D.clamp_min(0.0).sum()
-        width = -(-(dim - int((share_D < left_out).sum())) // 16) * 16
-        if width > 0.5 * dim:  # turning and scoring what then passes costs more than multiplying all columns
+        width = -(-(dim - int((share_D < dropped_share).sum())) // 16) * 16
+        if width > 0.5 * dim:  # rotating and scoring what then passes costs more than multiplying all columns
             return cls(None, dim)
         return cls(basis_DD.flip(1).float().contiguous(), width)
 
     def __call__(self, rows_MD: Tensor) -> Tensor:
-        """Turn some rows."""
+        """Rotate some rows."""
         return rows_MD if self.basis_DD is None else rows_MD @ self.basis_DD
 
 
@@ -87,7 +81,7 @@ class PreparedList:
     residual_GP: Array
     """Length of what is not multiplied; keys are in groups of P neighbours."""
     bias_GP: Array
-    """For L2 minus the squared length of key less centre, otherwise its product with the centre; minus infinity for
+    """For L2 minus the squared length of key less centroid, otherwise its product with the centroid; minus infinity for
     keys that must not be found."""
     largest: Array
     """See ``kernels.bound_queries``."""
@@ -106,48 +100,48 @@ class PreparedList:
     ) -> PreparedList:
         """Prepare float32 keys; ``dead_M`` are the numbers of those that must not be found."""
         count, padded = len(keys_MD), -(-max(1, len(keys_MD)) // GROUP) * GROUP
-        turned_MD = rotation(keys_MD - centroid_D)
-        head_MD, width = turned_MD[:, : rotation.width], rotation.width
-        square_M = turned_MD.square().sum(1)
-        rest_M, bias_M = torch.zeros(padded), torch.full((padded,), -torch.inf)
-        rest_M[:count] = torch.linalg.vector_norm(turned_MD[:, width:], dim=1)
+        rotated_MD = rotation(keys_MD - centroid_D)
+        leading_MD, width = rotated_MD[:, : rotation.width], rotation.width
+        square_M = rotated_MD.square().sum(1)
+        residual_M, bias_M = torch.zeros(padded), torch.full((padded,), -torch.inf)
+        residual_M[:count] = torch.linalg.vector_norm(rotated_MD[:, width:], dim=1)
         bias_M[:count] = -square_M if by_distance else torch.mv(keys_MD - centroid_D, centroid_D)
         largest_bias = float(bias_M[:count].abs().amax()) if count else 0.0
         if dead_M is not None:
             bias_M[torch.from_numpy(dead_M)] = -torch.inf
         step, quantized_ME = 1.0, torch.zeros(padded, -(-width // 4) * 4, dtype=dtype)
         if dtype is torch.int8:
-            step = max(float(head_MD.abs().amax()) if count else 0.0, 1e-30) / 127
-            rounded_MD = (head_MD / step).round_()
+            step = max(float(leading_MD.abs().amax()) if count else 0.0, 1e-30) / 127
+            rounded_MD = (leading_MD / step).round_()
             quantized_ME[:count, :width] = rounded_MD
             rounded_MD *= step
         else:
-            quantized_ME[:count, :width] = head_MD
+            quantized_ME[:count, :width] = leading_MD
             rounded_MD = quantized_ME[:count, :width].float()
         longest = [
             float(torch.linalg.vector_norm(rounded_MD, dim=1).amax()) if count else 0.0,
             float(square_M.amax().sqrt()) if count else 0.0,
-            float(torch.linalg.vector_norm(head_MD - rounded_MD, dim=1).amax()) if count else 0.0,
+            float(torch.linalg.vector_norm(leading_MD - rounded_MD, dim=1).amax()) if count else 0.0,
             largest_bias,
         ]
-        centre = np.ascontiguousarray(rotation(centroid_D[None])[0].numpy())
-        groups = (rest_M.view(-1, GROUP).numpy(), bias_M.view(-1, GROUP).numpy())
+        centroid = np.ascontiguousarray(rotation(centroid_D[None])[0].numpy())
+        groups = (residual_M.view(-1, GROUP).numpy(), bias_M.view(-1, GROUP).numpy())
         arrays = (*groups, np.array(longest, np.float32))
-        return cls(ids_M, np.ascontiguousarray(keys_MD.numpy()), centre, quantized_ME, width, step, *arrays)
+        return cls(ids_M, np.ascontiguousarray(keys_MD.numpy()), centroid, quantized_ME, width, step, *arrays)
 
 
 class Lists(Protocol):
     """Lists that can be searched; higher scores are closer."""
 
     by_distance: bool
-    """Whether scores are minus squared distances, otherwise inner products."""
+    """Scores are minus squared distances, otherwise inner products."""
     ties_by_id: bool
-    """Whether of equally close keys those with the lowest ids are wanted; otherwise those that faiss would take."""
+    """Of equally close keys those with the lowest ids are taken; otherwise those that faiss would take."""
     dtype: torch.dtype
     """Of the columns that are multiplied: int8 or float32."""
 
     def probed_lists(self, query_ND: Tensor) -> Tensor | None:
-        """int64 (N, P): the lists each query visits, nearest first; -1 for none. None: all queries visit all lists."""
+        """int64 (N, P): the lists each query probes, nearest first; -1 for none. None: all queries probe all lists."""
         ...
 
     def __len__(self) -> int: ...
@@ -157,7 +151,7 @@ class Lists(Protocol):
         ...
 
     def rotated(self, query_ND: Tensor) -> Tensor:
-        """Queries turned as the keys are."""
+        """Queries rotated as the keys are."""
         ...
 
     def use_one_thread(self) -> None:
@@ -166,8 +160,8 @@ class Lists(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search in lists found."""
+class ListNeighbors:
+    """The neighbours that a search in lists returns."""
 
     ids_NK: Tensor
     """int64, -1 where there were fewer."""
@@ -177,8 +171,8 @@ class Found:
     """int64: queries whose neighbours must be found in another way, since too many keys are equally close."""
 
 
-def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> Found:
-    """The k best keys of the visited lists, best first, of equals the lower id.
+def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> ListNeighbors:
+    """The k best keys of the probed lists, best first, of equals the lower id.
 
     Args:
         query_ND: float32.
@@ -192,18 +186,18 @@ def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None 
     threads = torch.get_num_threads()
     size = max(1, -(-count // threads))
     starts = range(0, count, size)
-    groups = [_Group(lists, query_ND, probed_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
+    groups = [_ScanGroup(lists, query_ND, probed_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
     # The nearest list holds most of the neighbours: after it few keys of the others reach a query's threshold.
     for ranks in (slice(0, 1), slice(1, None)) if probed_NP is not None else (slice(0, None),):
         numbers = range(len(lists)) if probed_NP is None else _numbers(probed_NP[:, ranks])
         for first in range(0, len(numbers), _LISTS_AT_A_TIME):
-            chosen = numbers[first : first + _LISTS_AT_A_TIME]
-            ready = dict(zip(chosen, map_in_threads(lists.prepare, chosen, lists.use_one_thread)))
-            run_in_threads(functools.partial(_Group.scan, ready=ready, ranks=ranks), groups)
+            batch = numbers[first : first + _LISTS_AT_A_TIME]
+            prepared = dict(zip(batch, map_in_threads(lists.prepare, batch, lists.use_one_thread)))
+            run_in_threads(functools.partial(_ScanGroup.scan, prepared=prepared, ranks=ranks), groups)
     ids_NK = torch.full((count, k), -1, dtype=torch.int64)
     scores_NK = torch.full((count, k), -torch.inf)
     open_parts = list(map_in_threads(lambda group: group.write_best(ids_NK, scores_NK), groups))
-    return Found(ids_NK, scores_NK, torch.from_numpy(np.concatenate([np.empty(0, np.int64), *open_parts])))
+    return ListNeighbors(ids_NK, scores_NK, torch.from_numpy(np.concatenate([np.empty(0, np.int64), *open_parts])))
 
 
 def _numbers(probed_NP: Array) -> list[int]:
@@ -211,7 +205,7 @@ def _numbers(probed_NP: Array) -> list[int]:
     return numbers
 
 
-class _Group:
+class _ScanGroup:
     """Some queries and the candidates they hold. Scanned by one thread at a time."""
 
     def __init__(
@@ -219,8 +213,8 @@ class _Group:
     ) -> None:
         self._lists, self._k, self._first = lists, k, rows.start
         self._query_ND = np.ascontiguousarray(query_ND[rows].numpy())
-        self._turned_ND = np.ascontiguousarray(lists.rotated(query_ND[rows]).numpy())
-        self._visited_NP = probed_NP[rows] if probed_NP is not None else None
+        self._rotated_ND = np.ascontiguousarray(lists.rotated(query_ND[rows]).numpy())
+        self._probed_NP = probed_NP[rows] if probed_NP is not None else None
         count, room = len(self._query_ND), capacity(k)
         self._score_NC = np.empty((count, room), np.float32)
         self._ids_NC = np.empty((count, room), np.int64)
@@ -230,42 +224,42 @@ class _Group:
         self._doubt_N = doubt_N.numpy()
         self._is_open_N = np.zeros(count, np.bool_)
         self._buffer = ThreadBuffer(_TILE_SCORES, torch.int32 if lists.dtype is torch.int8 else torch.float32)
-        self._visitors: dict[tuple[int, int | None], dict[int, tuple[Array, Array]]] = {}
+        self._queries_of_list: dict[tuple[int, int | None], dict[int, tuple[Array, Array]]] = {}
 
-    def scan(self, ready: dict[int, PreparedList], ranks: slice) -> None:
-        """Scan some lists for the queries that visit them at these ranks."""
-        visitors = self._visitors_at(ranks) if self._visited_NP is not None else None
+    def scan(self, prepared: dict[int, PreparedList], ranks: slice) -> None:
+        """Scan some lists for the queries that probe them at these ranks."""
+        queries_of_list = self._queries_at(ranks) if self._probed_NP is not None else None
         all_N = np.arange(len(self._query_ND))
-        for number, keys in ready.items():
-            if not len(keys.ids_M) or (visitors is not None and number not in visitors):
+        for number, keys in prepared.items():
+            if not len(keys.ids_M) or (queries_of_list is not None and number not in queries_of_list):
                 continue
-            row_N, order_N = visitors[number] if visitors is not None else (all_N, np.zeros_like(all_N))
+            row_N, order_N = queries_of_list[number] if queries_of_list is not None else (all_N, np.zeros_like(all_N))
             tile = max(1, _TILE_SCORES // len(keys.quantized_ME))
             bound_F = np.empty(len(keys.quantized_ME), np.float32)
             for start in range(0, len(row_N), tile):
                 self._scan_tile(keys, row_N[start : start + tile], order_N[start : start + tile], bound_F)
 
-    def _visitors_at(self, ranks: slice) -> dict[int, tuple[Array, Array]]:
-        """Of each list the queries that visit it, and when."""
-        assert self._visited_NP is not None, "all queries visit all lists"
+    def _queries_at(self, ranks: slice) -> dict[int, tuple[Array, Array]]:
+        """The queries that probe each list, and in which order."""
+        assert self._probed_NP is not None, "all queries probe all lists"
         key = (ranks.start, ranks.stop)
-        if key not in self._visitors:
-            flat = self._visited_NP[:, ranks].reshape(-1)
+        if key not in self._queries_of_list:
+            flat = self._probed_NP[:, ranks].reshape(-1)
             order = np.argsort(flat, kind="stable")
             numbers, starts = np.unique(flat[order], return_index=True)
-            width = max(1, self._visited_NP[:, ranks].shape[1])
+            width = max(1, self._probed_NP[:, ranks].shape[1])
             parts = np.split(order, starts[1:]) if len(starts) else []
-            self._visitors[key] = {
+            self._queries_of_list[key] = {
                 int(number): (part // width, (part % width + ranks.start) << 32) for number, part in zip(numbers, parts)
             }
-        return self._visitors[key]
+        return self._queries_of_list[key]
 
     def _scan_tile(self, keys: PreparedList, row_Q: Array, order_Q: Array, bound_F: Array) -> None:
         by_distance, is_integral = self._lists.by_distance, self._lists.dtype is torch.int8
         quantized_QE = torch.zeros(len(row_Q), keys.quantized_ME.shape[1], dtype=self._lists.dtype)
         bound_Q4 = np.empty((len(row_Q), 4), np.float32)
         kernels.bound_queries(
-            self._turned_ND, row_Q, keys.centroid_D, by_distance, keys.width, keys.largest, is_integral,
+            self._rotated_ND, row_Q, keys.centroid_D, by_distance, keys.width, keys.largest, is_integral,
             quantized_QE.numpy(), bound_Q4,
         )  # fmt: skip
         raw_QM = self._buffer(len(row_Q), len(keys.quantized_ME))
@@ -289,9 +283,9 @@ class _Group:
         if not self._lists.ties_by_id and most > k:
             self._settle(score_NF, ids_NF, order_NF)
         ids_NF[np.arange(most) >= self._filled_N[:, None]] = -1
-        rows, taken = slice(self._first, self._first + len(score_NF)), min(k, most)
-        ids_NK[rows, :taken] = torch.from_numpy(ids_NF[:, :taken])
-        scores_NK[rows, :taken] = torch.from_numpy(score_NF[:, :taken])
+        rows, count_best = slice(self._first, self._first + len(score_NF)), min(k, most)
+        ids_NK[rows, :count_best] = torch.from_numpy(ids_NF[:, :count_best])
+        scores_NK[rows, :count_best] = torch.from_numpy(score_NF[:, :count_best])
         open_N: Array = np.flatnonzero(self._is_open_N) + self._first
         return open_N
 

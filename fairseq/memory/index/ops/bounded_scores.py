@@ -46,7 +46,7 @@ class Filter(Protocol):
     """Of the approximate scores."""
 
     def block(self, keys_MD: Tensor) -> Block:
-        """Take in keys of any floating type."""
+        """Quantize keys of any floating type."""
         ...
 
     def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
@@ -59,7 +59,7 @@ class Filter(Protocol):
 
 
 class Int8Filter:
-    """Both factors rounded to 8 bits, for processors that multiply those fast."""
+    """Both factors rounded to 8 bits, for CPUs that multiply those fast."""
 
     dtype = torch.int32
 
@@ -86,8 +86,8 @@ class Int8Filter:
         self.quantized_ND[:, width : width + self.columns] = _LEVELS
         self.remainder_D = 0.5 - query_dither_D
         self.most = most_steps(width)
-        # Products of the queries with what the 8 bits of all keys leave out.
-        self.left_out_N = torch.mv(rounded_ND.add_(self.remainder_D).mul_(self.step), 0.5 - self.key_dither_D)
+        # Products of the queries with the part of all keys that their 8 bits drop.
+        self.dropped_N = torch.mv(rounded_ND.add_(self.remainder_D).mul_(self.step), 0.5 - self.key_dither_D)
         self.mean_product_N = torch.mv(query_ND, self.mean_D)
         mean_length = float(torch.linalg.vector_norm(self.mean_D))
         self.mean_margin_N = torch.linalg.vector_norm(query_ND, dim=1) * (_ROUNDING * mean_length)
@@ -103,29 +103,29 @@ class Int8Filter:
         # The columns of the offset hold it as long as a key's entries need no longer steps.
         largest = max(float((reach_D * self.balance_D).amax()), largest_offset / (self.columns * self.step * _LEVELS))
         step = max(largest, 1e-30) / _LEVELS
-        quantized_MD, rest_M, size = self._rounded(keys_MD, step)
-        # What the queries' rounding leaves out of each key's products is one more offset.
-        offset_M += rest_M.mul_(step * self.step)
+        quantized_MD, remainder_M, size = self._rounded(keys_MD, step)
+        # The part of each key's products that the queries' rounding drops is one more offset.
+        offset_M += remainder_M.mul_(step * self.step)
         unit = step * self.step * _LEVELS
         # The columns of an offset differ by one where need be: their sum is off by half a step at most.
         share_E = torch.arange(self.columns + 1) / self.columns
         parts_ME = ((offset_M / unit)[:, None] * share_E).round_().diff(dim=1)
         quantized_MD[:count, width : width + self.columns] = parts_ME.clamp_(-_LEVELS - 1, _LEVELS)
-        left_out = float((offset_M - quantized_MD[:count, width : width + self.columns].sum(1) * unit).abs().amax())
-        return Block(quantized_MD, count, step, size, offset, left_out)
+        dropped = float((offset_M - quantized_MD[:count, width : width + self.columns].sum(1) * unit).abs().amax())
+        return Block(quantized_MD, count, step, size, offset, dropped)
 
     def _rounded(self, keys_MD: Tensor, step: float) -> tuple[Tensor, Tensor, float]:
-        """Keys in 8 bits, their products with what the queries' rounding leaves out, and the longest's length."""
+        """Keys in 8 bits, their products with the remainders of the queries' rounding, and the longest's length."""
         count, width = keys_MD.shape
         quantized_MD = torch.zeros(
             -(-count // kernels.GROUP) * kernels.GROUP, self.quantized_ND.shape[1], dtype=torch.int8
         )
         # floor((key - mean) * balance / step + dither)
         factor_D = self.balance_D / step
-        add_D, rest_M = self.key_dither_D - self.mean_D * factor_D, torch.empty(count)
-        arrays = (keys_MD, factor_D, add_D, self.remainder_D, quantized_MD, rest_M)
+        add_D, remainder_M = self.key_dither_D - self.mean_D * factor_D, torch.empty(count)
+        arrays = (keys_MD, factor_D, add_D, self.remainder_D, quantized_MD, remainder_M)
         size = kernels.round_rows(*(x.numpy() for x in arrays))
-        return quantized_MD, rest_M, (math.sqrt(size) + 0.5 * math.sqrt(width)) * step
+        return quantized_MD, remainder_M, (math.sqrt(size) + 0.5 * math.sqrt(width)) * step
 
     def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
         """See ``Filter``."""
@@ -139,12 +139,12 @@ class Int8Filter:
         of_keys_N, of_queries = size_N * block.step, self.step * block.size
         margin_N = (of_keys_N.square() + of_queries**2).sqrt_() * self.most + size_N * (_ROUNDING * block.size)
         margin_N += self.mean_margin_N[rows] + (block.offset_error + _ROUNDING * abs(block.offset))
-        shift_N = self.left_out_N[rows] * block.step + (self.mean_product_N[rows] + block.offset)
+        shift_N = self.dropped_N[rows] * block.step + (self.mean_product_N[rows] + block.offset)
         return self.step * block.step, shift_N, margin_N
 
 
 class FloatFilter:
-    """Products in float32, or in bfloat16 where the processor multiplies those fast."""
+    """Products in float32, or in bfloat16 where the CPU multiplies those fast."""
 
     def __init__(
         self, query_ND: Tensor, sample_MD: Tensor, *, with_offset: bool, dtype: torch.dtype = torch.float32

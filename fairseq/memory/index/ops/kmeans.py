@@ -1,7 +1,7 @@
-"""k-means, and the nearest of some centroids: what the lists of an index and RetoMaton's clusters are made by.
+"""k-means, and the nearest of some centroids, for the lists of an index and RetoMaton's clusters.
 
-Nearly all of its time goes into products of keys and centroids. Where the processor multiplies 8-bit integers fast,
-they are taken of rounded keys, whose error is bounded (see ``filters``); centroids that may still be the nearest are
+Nearly all of its time goes into products of keys and centroids. Where the CPU multiplies 8-bit integers fast,
+they are taken of rounded keys, whose error is bounded (``bounded_scores``); centroids that may still be the nearest are
 compared again in float32, so that the answer is that of full precision.
 
 Shapes: N keys, C centroids, D width, Q keys of a group.
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_CENTROID = 256
 """More keys than this for each centroid make the centroids no better."""
 _BLOCK_ROWS = 16_384
-_GROUP_SCORES = 512 << 10  # of a group of keys with all centroids: 2 MB, which stay in the processor's cache
+_GROUP_SCORES = 512 << 10  # of a group of keys with all centroids: 2 MB, which stay in the CPU's cache
 _GPU_SCORES = 64 << 20
 _CLUSTERS_PER_TASK = 64
 
@@ -42,7 +42,7 @@ class Assigner:
     def __init__(self, centroids_CD: Tensor, metric: Metric = Metric.L2, device: str | torch.device = "cpu") -> None:
         """Args.
 
-        device: where the products are computed; keys are given and answers come in the processor's memory.
+        device: where the products are computed; keys are given and answers are returned in RAM.
         Raises: ValueError without a centroid.
         """
         if centroids_CD.ndim != 2 or not len(centroids_CD):
@@ -64,7 +64,7 @@ class Assigner:
         return near_N
 
     def filter(self, block_ND: Tensor) -> Filter:
-        """What passes over the products of a block of keys; it holds them, and serves for other centroids as well."""
+        """The filter that holds a block of keys; it serves for other centroids as well."""
         kind = Int8Filter if has_fast_int8() else FloatFilter
         return kind(block_ND, self.centroids_CD, with_offset=self.by_distance)
 
@@ -106,7 +106,7 @@ def assign(keys_ND: Tensor, centroids_CD: Tensor, metric: Metric = Metric.L2) ->
 
 
 def sample_size(num_rows: int, num_clusters: int, limit: int) -> int:
-    """How many of so many keys k-means should see: enough for the centroids and no more."""
+    """Number of keys that k-means should be trained on: enough for the centroids and no more."""
     return min(num_rows, limit, ROWS_PER_CENTROID * num_clusters)
 
 

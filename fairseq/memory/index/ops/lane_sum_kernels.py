@@ -3,7 +3,7 @@
 Left to the compiler, which may take sums in any order to use vectors, the same two rows had other last bits in every
 loop. Here the order is written down, in the compiler's own instructions: 16 columns at a time, one to each of 16 lanes;
 these are added by halves to 8, which take 8 more columns if there are; these by halves to one, which takes the rest one
-after the other. Nothing is fused, so that all processors have the same bits.
+after the other. Nothing is fused, so that all CPUs have the same bits.
 
 Shapes: D width.
 """

@@ -29,31 +29,31 @@ def alive_of(
         ids, scores = search(more)
         if not len(deleted):
             return ids, scores
-        gone = torch.from_numpy(np.isin(ids.numpy(), deleted))
-        ids, scores = ids.masked_fill(gone, -1), scores.masked_fill(gone, -torch.inf)
+        deleted_mask = torch.from_numpy(np.isin(ids.numpy(), deleted))
+        ids, scores = ids.masked_fill(deleted_mask, -1), scores.masked_fill(deleted_mask, -torch.inf)
         # Enough are alive, or the search ended before it had found as many as it was asked for.
-        enough = ((ids >= 0).sum(1) >= k) | ((ids < 0) & ~gone).any(1)
+        enough = ((ids >= 0).sum(1) >= k) | ((ids < 0) & ~deleted_mask).any(1)
         if more == num_rows or bool(enough.all()):
             order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
             return ids.gather(1, order), scores.gather(1, order)
         more = min(num_rows, 4 * more)
 
 
-def merged(found: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
+def merged(results: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k best of what was found in parts of the rows.
 
     Libraries for GPUs return neighbours out of order, miss some or repeat them where many are asked for, and ask for at
     most 2048. What they return is put in order here, and a query is in doubt when a part may have held more of its k
-    best than it told: then it was cut off, or its result is no result.
+    best than it returned: then it was cut off, or its result is invalid.
 
     Args:
         found: of each part ids (N, L) and scores, -1 for none.
         sizes: rows of each part.
     Returns: ids (N, k), -1 for none, scores, and the queries that are in doubt.
     """
-    doubt_N = torch.zeros(len(found[0][0]), dtype=torch.bool)
+    doubt_N = torch.zeros(len(results[0][0]), dtype=torch.bool)
     tidy = []
-    for ids_NL, scores_NL in found:
+    for ids_NL, scores_NL in results:
         missing_NL = (ids_NL < 0) | scores_NL.isnan()
         doubt_N |= (missing_NL[:, :-1] & ~missing_NL[:, 1:]).any(1)  # a hole
         ids_NL, scores_NL = ids_NL.masked_fill(missing_NL, -1), scores_NL.masked_fill(missing_NL, -torch.inf)

@@ -13,7 +13,7 @@ def argsort_descending(score_NC: Array, k: int | None = None) -> Array:
     The largest come first; of equals the earlier ones first, NaN last.
     """
     # Score and place as one integer, which NumPy sorts with vector instructions: several times faster than floats with
-    # their places. A float's bits, with those of a negative one turned round, order as the float does.
+    # their places. A float's bits, with those of a negative one inverted, order as the float does.
     bits_NC = np.ascontiguousarray(score_NC).view(np.int32)
     falling_NC = ~np.where(bits_NC < 0, bits_NC ^ 0x7FFFFFFF, bits_NC)
     falling_NC[np.isnan(score_NC)] = 0x7FFFFFFF

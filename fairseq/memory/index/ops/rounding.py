@@ -1,4 +1,4 @@
-"""How far off a vector is that is rounded to few bits."""
+"""Bounds on the error of vectors that are rounded to few bits."""
 
 from __future__ import annotations
 

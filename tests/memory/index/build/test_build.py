@@ -170,7 +170,7 @@ def test_kill_at_random_points_gives_the_same_bytes(store, whole, tmp_path):
 
 
 def test_starting_point_never_drops_rows(store, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="--starting_point 1000 would leave out rows 0 to 999: 0 rows are"):
+    with pytest.raises(ValueError, match="--starting_point 1000 would skip rows 0 to 999: 0 rows are"):
         build_index(config(store, tmp_path, starting_point=1000))
     with monkeypatch.context() as patch:
         patch.setattr(build._Build, "assemble", lambda *_: (_ for _ in ()).throw(Died))
@@ -184,7 +184,7 @@ def test_starting_point_never_drops_rows(store, tmp_path, monkeypatch):
     [
         ({"code_size": 5}, "--code_size 5 does not divide the width 8; give 4, say"),
         ({"ncentroids": 5000}, "--ncentroids 5000 is more than the datastore's 1500 rows; give about 15"),
-        ({"dimension": 16}, "has keys of width 8; --dimension says 16: leave it out"),
+        ({"dimension": 16}, "has keys of width 8; --dimension says 16: drop it"),
         ({"dstore_size": 99}, "has 1500 rows; --dstore-size says 99"),
         ({"dstore_fp16": True}, "holds float32 keys and --dstore-fp16 was given"),
         ({"train_size": 4}, "--train_size 4 is less than --ncentroids 8"),

@@ -155,7 +155,7 @@ def test_parts_make_the_index_that_one_command_makes(store, tmp_path, kind, orde
 def test_parts_are_merged_when_they_are_told_to(store, tmp_path):
     for shard in (0, 1):
         build_index(config(store, tmp_path / str(shard), num_shards=2, shard_id=shard))
-    with pytest.raises(ValueError, match=r"lacks the parts 1 of 2; the same command with the --shard_id of each"):
+    with pytest.raises(ValueError, match=r"lacks the parts 1 of 2; run the same command with the --shard_id of each"):
         build_index(config(store, tmp_path / "0", num_shards=2, merge=True))
     for path in (tmp_path / "1").glob("*.part1-of-2.*"):
         path.rename(tmp_path / "0" / path.name)
@@ -197,7 +197,7 @@ def test_what_a_killed_build_left_may_be_damaged(store, tmp_path, monkeypatch, k
         path = tmp_path / f"knn.index.l2.{name}"
         path.write_bytes(path.read_bytes()[:100])
     assert build_index(settings).path.read_bytes() == whole(kind, store)
-    assert "anew" in caplog.text
+    assert "adding all rows again" in caplog.text or "training again" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["ivfpq", "ivfsq8", "PCA8,IVF8,SQ8"])
@@ -226,7 +226,7 @@ def test_lists_on_disk_are_found_wherever_the_files_lie(store, tmp_path, kind):
 def test_a_disk_that_gets_full_is_told_and_the_build_goes_on(store, tmp_path, monkeypatch):
     settings = config(store, tmp_path, on_disk=True)
     with monkeypatch.context() as patch:
-        patch.setattr(build.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
+        patch.setattr(on_disk_lists.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
         patch.setattr(
             on_disk_lists, "_write_slice", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full", "slice"))
         )
@@ -234,7 +234,7 @@ def test_a_disk_that_gets_full_is_told_and_the_build_goes_on(store, tmp_path, mo
             build_index(settings)
     free = iter([1 << 40, 100])
     with monkeypatch.context() as patch:
-        patch.setattr(build.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
+        patch.setattr(on_disk_lists.shutil, "disk_usage", lambda _: SimpleNamespace(free=next(free)))
         with pytest.raises(OSError, match=r"No space left.*ivfdata"):
             build_index(settings)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -304,14 +304,20 @@ def test_a_key_that_was_damaged_in_our_own_store_is_told(store, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"index": "IVF8,PQ5"}, r"faiss makes no index 'IVF8,PQ5' over keys of width 16"),
-        ({"index": "HNWS32"}, r"faiss makes no index 'HNWS32' .* docs/indexes.md tells"),
+        ({"index": "IVF8,PQ5"}, r"faiss cannot make an index 'IVF8,PQ5' over keys of width 16"),
+        ({"index": "HNWS32"}, r"faiss cannot make an index 'HNWS32' .* see docs/indexes.md"),
         ({"index": "IDMap,Flat"}, "cannot be filled row by row"),
         ({"index": "NSG16,Flat"}, "cannot be filled row by row"),
-        ({"index": "LSH", "dist": "ip"}, "faiss makes no index 'LSH' .* with metric ip"),
+        ({"index": "LSH", "dist": "ip"}, "faiss cannot make an index 'LSH' .* with metric ip"),
         ({"index": "IVF4000,Flat"}, "--index IVF4000,Flat: IVF is more than the datastore's 3000 rows"),
-        ({"index": "HNSW8", "num_shards": 2}, "--index HNSW8 is no sum of its parts, as --num_shards needs it"),
-        ({"index": "HNSW8", "on_disk": True}, "--index HNSW8 is no sum of its parts, as --on_disk needs it"),
+        (
+            {"index": "HNSW8", "num_shards": 2},
+            "--index HNSW8 cannot be built from parts, as --num_shards requires; drop --num_shards",
+        ),
+        (
+            {"index": "HNSW8", "on_disk": True},
+            "--index HNSW8 cannot be built from parts, as --on_disk requires; drop --on_disk",
+        ),
         ({"index": "flat", "on_disk": True}, "--index flat has no lists that --on_disk can keep"),
         ({"index": "ivfpq-fastscan", "on_disk": True}, "has no lists that --on_disk can keep"),
         ({"index": "ivfpq-fastscan", "code_size": 16}, "--code_size 16 does not divide the width 16; give 8, say"),
@@ -328,7 +334,7 @@ def test_what_cannot_work_is_told_first(store, tmp_path, monkeypatch, more, mess
     ("more", "message"),
     [
         ({"shard_id": 1}, r"--shard_id 1 is not in 0..0 \(--num_shards\)"),
-        ({"merge": True}, "--merge puts parts together: give --num_shards"),
+        ({"merge": True}, "--merge requires --num_shards"),
         ({"index": "ivf-sq8"}, "unknown --index 'ivf-sq8' .did you mean 'ivfsq8'"),
         ({"graph_threads": 0}, "--graph_threads must be at least 1, got 0"),
         ({"report_k": 0}, "--report_k must be at least 1, got 0"),

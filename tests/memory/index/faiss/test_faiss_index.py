@@ -11,7 +11,10 @@ from brute_force import similarities
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.exact.candidates import TrueScores
 from fairseq.memory.index.exact.index import ExactIndex
-from fairseq.memory.index.faiss.index import FaissIndex, find_index, pair_scores_in_place
+from fairseq.memory.index.faiss import index as faiss_index
+from fairseq.memory.index.faiss.index import FaissIndex, find_index
+from fairseq.memory.index.faiss.strategy import SearchStrategy
+from fairseq.memory.index.faiss_library import pair_scores_in_place
 from fairseq.memory.index.lists import kernels
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
@@ -90,10 +93,10 @@ def test_the_closest_has_the_highest_score():
 @pytest.mark.parametrize("metric", list(Metric))
 def test_bulk_search_finds_what_faiss_finds(metric, k, products, monkeypatch):
     index = made_index(metric)
-    assert DecodedLists.pays_for(index.inner, len(QUERIES))
+    assert index.bulk_pays(len(QUERIES))
     found = index.search(QUERIES, k)
     with monkeypatch.context() as patch:
-        patch.setattr(DecodedLists, "pays_for", lambda *_: False)
+        patch.setattr(faiss_index, "choose_strategy", lambda *_: SearchStrategy.FAISS)
         truth = index.search(QUERIES, k)
     torch.testing.assert_close(found.scores_NK, truth.scores_NK, rtol=1e-4, atol=2e-4)
     same = torch.tensor([set(a) == set(b) for a, b in zip(found.ids_NK.tolist(), truth.ids_NK.tolist())])
@@ -173,8 +176,8 @@ def test_search_in_turned_blocks_is_brute_force(metric, products, monkeypatch):
 def test_short_lists_leave_ids_of_minus_one(monkeypatch):
     index = made_index(Metric.L2)
     index.set_probe(1)
-    for pays in (True, False):
-        monkeypatch.setattr(DecodedLists, "pays_for", lambda *_, pays=pays: pays)
+    for way in set(SearchStrategy) - {SearchStrategy.GPU}:
+        monkeypatch.setattr(faiss_index, "choose_strategy", lambda *_, way=way: way)
         found = index.search(QUERIES, 1500)
         missing = found.ids_NK < 0
         assert missing.any()
@@ -236,10 +239,10 @@ def test_names_and_metrics_of_index_files(tmp_path):
     assert torch.equal(opened.search(QUERIES, 3).ids_NK, index.search(QUERIES, 3).ids_NK)
     with pytest.raises(ValueError, match=r"knn.index.ip is there: give --faiss-metric-type ip"):
         FaissIndex.open(tmp_path / "knn.index", Metric.L2)
-    with pytest.raises(ValueError, match=r"is of metric ip, --faiss-metric-type says l2"):
+    with pytest.raises(ValueError, match=r"uses metric ip but --faiss-metric-type is l2; pass --faiss-metric-type ip"):
         FaissIndex.open(tmp_path / "knn.index.ip", Metric.L2)
     (tmp_path / "knn.index.ip").rename(tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"measures by ip, --faiss-metric-type says l2"):
+    with pytest.raises(ValueError, match=r"uses metric ip but --faiss-metric-type is l2; pass --faiss-metric-type ip"):
         FaissIndex.open(tmp_path / "plain", Metric.L2)
     with pytest.raises(ValueError, match=r"no index at .*build it with build_dstore.py"):
         FaissIndex.open(tmp_path / "nothing", Metric.L2)

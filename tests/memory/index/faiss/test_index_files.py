@@ -89,7 +89,7 @@ def test_a_cosine_index_is_no_index_of_inner_products(tmp_path):
     path = build(tmp_path / "d", dist="cos")
     for ending in ("", ".json"):
         Path(f"{path}{ending}").rename(tmp_path / f"plain{ending}")
-    with pytest.raises(ValueError, match="is of metric cos, --faiss-metric-type says ip; give cos"):
+    with pytest.raises(ValueError, match="uses metric cos but --faiss-metric-type is ip; pass --faiss-metric-type cos"):
         opened(tmp_path / "d", "plain", faiss_metric_type="ip")
     assert opened(tmp_path / "d", "plain", faiss_metric_type="cos").index.metric is Metric.COS
 

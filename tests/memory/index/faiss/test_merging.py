@@ -129,7 +129,7 @@ def test_where_the_gpu_cannot_the_processor_goes_on(monkeypatch, caplog):
     monkeypatch.setattr(FakeGpuIndex, "search", fails)
     for _ in range(2):
         assert torch.equal(index.search(QUERIES, 5).ids_NK, truth)
-    assert caplog.text.count("is searched on the processor from now on") == 1
+    assert caplog.text.count("is searched on the CPU from now on") == 1
 
 
 def test_without_a_gpu_one_line_says_so(caplog):
@@ -138,6 +138,6 @@ def test_without_a_gpu_one_line_says_so(caplog):
     index = FaissIndex(inner, Metric.L2, "the index")
     index.use_gpus()
     assert index._by_gpu is None
-    assert [r.message for r in caplog.records if "processor" in r.message] == [
-        "the index is searched on the processor: there is no GPU"
+    assert [r.message for r in caplog.records if "searched on the CPU" in r.message] == [
+        "the index is searched on the CPU: there is no GPU"
     ]

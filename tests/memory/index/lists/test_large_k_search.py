@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.index.lists.adc_search import AdcSearch
+from fairseq.memory.index.faiss.strategy import SearchStrategy, choose_strategy
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_search import is_large_k, large_k_search
+from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.search import Rotation
 from fairseq.memory.types import Metric
 
@@ -41,8 +41,7 @@ def made(rows, nlist, metric, dim=8):
 def test_finds_what_faiss_finds(metric, k, products):
     index, query_ND = made(3000, 40, metric)
     opened = FaissIndex(index, metric)
-    assert is_large_k(k, len(opened), index.nlist)
-    assert DecodedLists.pays_for(index, len(query_ND))
+    assert choose_strategy(opened._traits(), len(query_ND), k) is SearchStrategy.LARGE_K_IN_BULK
     found = opened.search(query_ND, k)
     distances, ids = index.search(query_ND.numpy(), k)
     scores = -distances if metric is Metric.L2 else distances
@@ -130,8 +129,7 @@ def test_few_queries_find_what_brute_force_finds(metric, residual, count, delete
     query_ND, k = query_ND[:count], 300
     true_NR = decoded_scores(index, query_ND, index.quantizer.search(query_ND.numpy(), 6)[1], deleted)
     opened = FaissIndex(index, metric, deleted=np.array(deleted, np.int64))
-    assert AdcSearch.serves(index)
-    assert not DecodedLists.pays_for(index, count)
+    assert choose_strategy(opened._traits(), count, k) is SearchStrategy.LARGE_K_BY_TABLES
     for _ in range(2):  # lists are prepared by the first search
         found = opened.search(query_ND, k)
         best = true_NR.topk(k).values

@@ -4,6 +4,7 @@ import numba
 import numpy as np
 import pytest
 
+from fairseq.memory.index.exact import kernels as exact_kernels
 from fairseq.memory.index.ops import kernels
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 
@@ -42,11 +43,11 @@ def test_every_loop_sums_alike(width):
     assert [-kernels.neg_sq_l2(query, key) for key in keys] == squares
     for by_distance, expected in ((False, dots), (True, [-x for x in squares])):
         row, pairs = np.zeros(3, np.int64), np.empty(3, np.float32)
-        kernels.score_pairs(query[None], row, keys, np.arange(3), by_distance, pairs)
+        exact_kernels.score_pairs(query[None], row, keys, np.arange(3), by_distance, pairs)
         assert pairs.tolist() == expected
         chosen = (np.zeros(1, np.float32), np.ones((1, 3), np.float32), np.arange(3)[None], np.array([3]))
         true = np.full((1, 3), np.nan, np.float32)
-        kernels.score_candidates(query[None], keys, 0, by_distance, *chosen, true)
+        exact_kernels.score_candidates(query[None], keys, 0, by_distance, *chosen, true)
         assert true[0].tolist() == expected
 
 
