@@ -57,15 +57,15 @@ def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
     from fairseq.memory.datastore.verify import damage
 
     store = _open(config)
-    found = list(damage(store.parts))
+    found = list(damage(store.shards))
     for line in found:
         sys.stdout.write(line + "\n")
     counts = count_keys(store.keys)
-    checked = "every block is as it was saved" if store.parts else "without checksums (files of another program)"
+    checked = "every block is as it was saved" if store.shards else "without checksums (files of another program)"
     if found:
         checked = f"{len(found)} damaged blocks"
     sys.stdout.write(
-        f"{len(store)} rows in {max(1, len(store.parts))} parts, {store.keys.nbytes + store.values.nbytes} bytes: "
+        f"{len(store)} rows in {max(1, len(store.shards))} parts, {store.keys.nbytes + store.values.nbytes} bytes: "
         f"{checked}; {counts.nonfinite} keys hold NaN or infinity, {counts.zero} are all zeros\n"
     )
     if found:
@@ -91,10 +91,10 @@ def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
     store.require(key_tap=config.knn_keytype)
     done = write(store, config.out, config.dtype or store.keys.dtype, metadata, drop=config.drop_nonfinite)
     sys.stdout.write(
-        f"wrote {done.rows} rows to {config.out}; dropped {done.left_out}, of which {done.nonfinite} held NaN or "
+        f"wrote {done.rows} rows to {config.out}; dropped {done.dropped}, of which {done.nonfinite} held NaN or "
         "infinity\n"
     )
-    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.left_out})
+    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.dropped})
 
 
 def sample(config: SampleConfig, argv: Sequence[str]) -> None:
@@ -102,8 +102,8 @@ def sample(config: SampleConfig, argv: Sequence[str]) -> None:
     from fairseq.memory.datastore.convert import sample as write
 
     done = write(_open(config), config.out, config.rows, config.seed)
-    sys.stdout.write(f"wrote {done.rows} of {done.rows + done.left_out} rows to {config.out}\n")
-    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.left_out})
+    sys.stdout.write(f"wrote {done.rows} of {done.rows + done.dropped} rows to {config.out}\n")
+    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.dropped})
 
 
 def merge(config: MergeConfig, argv: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ def delete(config: DeleteConfig, argv: Sequence[str]) -> None:
         )
     if config.compact:
         left = compact(config.prefix)
-        sys.stdout.write(f"rewrote {config.prefix}: {left.rows} rows; {left.left_out} deleted ones are gone\n")
+        sys.stdout.write(f"rewrote {config.prefix}: {left.rows} rows; {left.dropped} deleted ones are gone\n")
 
 
 def plan(config: PlanConfig, argv: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 
 def filter_by_size(indices: IntArray, sizes: IntArray, max_positions: int | None) -> tuple[IntArray, IntArray]:
-    """Part ``indices`` into those of at most ``max_positions`` tokens and the longer ones; both keep their order."""
+    """Split ``indices`` into blocks of at most ``max_positions`` tokens and longer ones; both keep their order."""
     if max_positions is None:
         return indices, indices[:0]
     fits = sizes[indices] <= max_positions
@@ -30,13 +30,15 @@ def batch_by_size(
     """Cut ``indices``, in their order, into batches.
 
     A batch is full when one more block would make it cost more than ``max_tokens`` (its longest block times its number
-    of blocks) or hold more than ``max_sentences``. A full batch gives what is over a multiple of
-    ``required_batch_size_multiple`` to the next one.
+    of blocks) or hold more than ``max_sentences``. A full batch passes the blocks beyond a multiple of
+    ``required_batch_size_multiple`` on to the next one.
 
-    Raises: ValueError when there is no limit, or for a block that alone is over it.
+    Raises: ValueError without a limit, or for a single block above it.
     """
     if max_tokens is None and max_sentences is None:
-        raise ValueError("give --max-tokens or --max-sentences: nothing else limits a batch")
+        raise ValueError(
+            "neither --max-tokens nor --max-sentences limits a batch; give --max-tokens or --max-sentences"
+        )
     require_at_least(1, max_tokens=max_tokens, max_sentences=max_sentences)
     order = np.asarray(indices, dtype=np.int64)
     lengths = np.asarray(sizes)[order]
@@ -55,14 +57,14 @@ def _edges(lengths: list[int], max_tokens: int | None, max_sentences: int | None
     sentences = max_sentences if max_sentences is not None else len(lengths)
     edges = [0]
     start, longest = 0, 0
-    for place, length in enumerate(lengths):
+    for position, length in enumerate(lengths):
         if length > longest:
             longest = length
-        count = place - start
-        # More than one cut: what was carried over may be too much beside a longer block.
+        count = position - start
+        # More than one cut: blocks carried over may be too many for a batch with a longer block.
         while count and (count >= sentences or (count + 1) * longest > tokens):
             start += count - count % multiple if count > multiple else count
             edges.append(start)
-            count = place - start
-            longest = max(lengths[start : place + 1])
+            count = position - start
+            longest = max(lengths[start : position + 1])
     return [*edges, len(lengths)] if lengths else [0]

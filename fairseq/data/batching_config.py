@@ -12,14 +12,13 @@ class BatchingConfig:
     """Options of the blocks that are trained on together; by default at random."""
 
     keep_order: bool = flag("--keep-order", default=False)
-    """Fill batches with blocks that follow each other in the text; epochs shuffle batches, not what is in them."""
+    """Fill batches with consecutive blocks of the text; epochs shuffle batches, not their blocks."""
     train_mem_size: int | None = flag("--train-mem-size", default=None)
-    """Tokens of consecutive blocks that share a memory. More than --max-tokens spreads them over that many times more
-    processes."""
+    """Tokens of consecutive blocks that share a memory; n times --max-tokens spread over n processes."""
     predefined_batches: str | None = flag("--predefined-batches", default=None)
-    """JSON list of block numbers, as bm25_make_batches.py writes it: batches are sub-lists of it, one after another."""
+    """JSON list of block numbers, as bm25_make_batches.py writes it: batches are consecutive slices of it."""
     output_segments_to_file: str | None = flag("--output-segments-to-file", default=None)
-    """Write the text of the training blocks to this JSON file, for bm25_search.py, and stop."""
+    """Write the text of the training blocks to this JSON file, for bm25_search.py, and exit."""
 
     def __post_init__(self) -> None:
         if self.keep_order and self.predefined_batches:
@@ -27,8 +26,8 @@ class BatchingConfig:
         require_at_least(1, train_mem_size=self.train_mem_size)
         if self.train_mem_size is not None and not self.keep_order and not self.predefined_batches:
             raise ValueError(
-                "--train-mem-size lets related blocks share a memory; give --keep-order (consecutive blocks) or "
-                "--predefined-batches as well"
+                f"--train-mem-size {self.train_mem_size} needs an order of the blocks that share a memory; add "
+                "--keep-order (consecutive blocks) or --predefined-batches"
             )
 
 
@@ -45,11 +44,13 @@ class DatasetConfig:
     required_batch_size_multiple: int = flag("--required-batch-size-multiple", default=8)
     """Batches of at least this many blocks hold a multiple of it."""
     skip_invalid_size_inputs_valid_test: bool = flag("--skip-invalid-size-inputs-valid-test", default=False)
-    """Leave blocks longer than the model's positions out of validation instead of stopping."""
+    """Drop blocks longer than the model's positions from validation instead of raising an error."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is None and self.max_sentences is None:
-            raise ValueError("give --max-tokens or --max-sentences: the size of a batch is not known otherwise")
+            raise ValueError(
+                "neither --max-tokens nor --max-sentences sets the batch size; give --max-tokens or --max-sentences"
+            )
         require_at_least(0, num_workers=self.num_workers)
         require_at_least(
             1,

@@ -1,7 +1,7 @@
-"""Text files to token numbers, in as many processes as wanted; the result is the same for any number of them.
+"""Text files to token numbers, in any number of processes; the result does not depend on that number.
 
-A file is cut at line ends into pieces of a fixed size. Lines end with \\n, \\r or \\r\\n, symbols are what white space
-separates, and each line, the empty one too, becomes a sentence ended by </s>.
+A file is cut at line ends into chunks of a fixed size. Lines end with \\n, \\r or \\r\\n, symbols are separated by
+white space, and each line, also an empty one, becomes a sentence ended by </s>.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder, best_fitting
 
 T = TypeVar("T")
 
-PIECE_BYTES = 8 << 20
+CHUNK_BYTES = 8 << 20
 
 
-class Piece(NamedTuple):
-    """Some whole lines of a file, as a range of bytes."""
+class Chunk(NamedTuple):
+    """Complete lines of a file, as a range of bytes."""
 
     path: str
     start: int
@@ -41,44 +41,44 @@ class BinarizeReport:
     num_tokens: int
     """Tokens written, those that end sentences included."""
     num_replaced: int
-    """Tokens the dictionary does not hold, written as <unk>."""
+    """Tokens that are not in the dictionary, written as <unk>."""
 
 
-def pieces_of(path: str, piece_bytes: int = PIECE_BYTES) -> list[Piece]:
-    """Cut a file after the first line end past every ``piece_bytes`` bytes."""
+def find_chunks(path: str, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
+    """Cut a file after the first line end past every ``chunk_bytes`` bytes."""
     size = os.path.getsize(path)
     edges = [0]
     with open(path, "rb") as file:
-        while edges[-1] + piece_bytes < size:
-            file.seek(edges[-1] + piece_bytes - 1)
+        while edges[-1] + chunk_bytes < size:
+            file.seek(edges[-1] + chunk_bytes - 1)
             file.readline()
             edges.append(file.tell())
     if edges[-1] < size:
         edges.append(size)
-    return [Piece(path, start, end) for start, end in zip(edges, edges[1:])]
+    return [Chunk(path, start, end) for start, end in zip(edges, edges[1:])]
 
 
-def read_piece(piece: Piece) -> str:
-    """The text of a piece with every line end as \\n. Raises: ValueError naming the line that is not UTF-8."""
-    with open(piece.path, "rb") as file:
-        file.seek(piece.start)
-        raw = file.read(piece.end - piece.start)
+def read_chunk(chunk: Chunk) -> str:
+    """The text of a chunk with every line end as \\n. Raises: ValueError naming the line that is not UTF-8."""
+    with open(chunk.path, "rb") as file:
+        file.seek(chunk.start)
+        raw = file.read(chunk.end - chunk.start)
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             file.seek(0)
-            line = 1 + file.read(piece.start + error.start).count(b"\n")
-            raise ValueError(f"{piece.path}, line {line}: not UTF-8 ({error.reason}); convert it with iconv") from error
+            line = 1 + file.read(chunk.start + error.start).count(b"\n")
+            raise ValueError(f"{chunk.path}, line {line}: not UTF-8 ({error.reason}); convert it with iconv") from error
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def count_piece(piece: Piece) -> Counter[str]:
+def count_chunk(chunk: Chunk) -> Counter[str]:
     """Count of each symbol."""
-    return Counter(read_piece(piece).split())
+    return Counter(read_chunk(chunk).split())
 
 
 class Encoder:
-    """Turns pieces of text into token numbers of a dictionary."""
+    """Turns chunks of text into token numbers of a dictionary."""
 
     def __init__(self, dictionary: Dictionary) -> None:
         self.numbers = dictionary.indices
@@ -86,11 +86,11 @@ class Encoder:
         self.unk = dictionary.unk()
         self.dtype = best_fitting_dtype(len(dictionary))
 
-    def __call__(self, piece: Piece) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int]:
-        """The tokens of all sentences, one after another; the sentences' sizes; how many tokens are replaced."""
-        lines = read_piece(piece).split("\n")
+    def __call__(self, chunk: Chunk) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int]:
+        """The tokens of all sentences, concatenated; the sentences' sizes; the number of tokens replaced."""
+        lines = read_chunk(chunk).split("\n")
         if not lines[-1]:
-            lines.pop()  # the text ended with its last line's end
+            lines.pop()  # the text ended with a line end
         numbers = _CountingNumbers(self.numbers, self.unk)
         tokens: list[int] = []
         sizes: list[int] = []
@@ -103,7 +103,7 @@ class Encoder:
 
 
 class _CountingNumbers(dict[str, int]):
-    """Symbol -> number; counts the look-ups of symbols it has not and answers them with that of <unk>."""
+    """Symbol -> number; counts look-ups of unknown symbols and returns the number of <unk> for them."""
 
     def __init__(self, numbers: dict[str, int], unk: int) -> None:
         super().__init__(numbers)
@@ -118,20 +118,20 @@ class _CountingNumbers(dict[str, int]):
 def count_symbols(paths: Iterable[str], workers: int = 1) -> Counter[str]:
     """Count of each symbol in these files."""
     counts: Counter[str] = Counter()
-    pieces = [piece for path in paths for piece in pieces_of(path)]
-    with _mapped(count_piece, pieces, workers) as results:
-        for found in results:
-            counts.update(found)
+    chunks = [chunk for path in paths for chunk in find_chunks(path)]
+    with _map_in_processes(count_chunk, chunks, workers) as results:
+        for chunk_counts in results:
+            counts.update(chunk_counts)
     return counts
 
 
 def binarize(path: str, dictionary: Dictionary, prefix: str, workers: int = 1) -> BinarizeReport:
-    """Write a text file as ``prefix.bin`` and ``prefix.idx``; both appear only when they are complete."""
+    """Write a text file as ``prefix.bin`` and ``prefix.idx``; both appear only once they are complete."""
     num_sentences = num_tokens = num_replaced = 0
     encoder = Encoder(dictionary)
     with (
         MMapIndexedDatasetBuilder(prefix + ".bin", encoder.dtype) as builder,
-        _mapped(encoder, pieces_of(path), workers) as results,
+        _map_in_processes(encoder, find_chunks(path), workers) as results,
     ):
         for tokens, sizes, replaced in results:
             builder.add_items(tokens, sizes)
@@ -143,25 +143,25 @@ def binarize(path: str, dictionary: Dictionary, prefix: str, workers: int = 1) -
 
 
 @contextmanager
-def _mapped(function: Callable[[Piece], T], pieces: list[Piece], workers: int) -> Iterator[Iterator[T]]:
-    """The function's results for these pieces, in order, from several processes where that pays."""
-    if min(workers, len(pieces)) <= 1:
-        yield map(function, pieces)
+def _map_in_processes(function: Callable[[Chunk], T], chunks: list[Chunk], workers: int) -> Iterator[Iterator[T]]:
+    """Map a function over chunks, in order, in several processes if there is more than one chunk."""
+    if min(workers, len(chunks)) <= 1:
+        yield map(function, chunks)
         return
-    # The function travels once per process, not once per piece: an encoder holds a whole dictionary.
-    pool = ProcessPoolExecutor(min(workers, len(pieces)), initializer=_keep, initargs=(function,))
+    # The function travels once per process, not once per chunk: an encoder holds a whole dictionary.
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), initializer=_set_worker_function, initargs=(function,))
     try:
-        yield pool.map(_call_kept, pieces)
+        yield pool.map(_call_worker_function, chunks)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_kept: list[Callable[[Piece], Any]] = []
+_worker_function: list[Callable[[Chunk], Any]] = []
 
 
-def _keep(function: Callable[[Piece], Any]) -> None:
-    _kept[:] = [function]
+def _set_worker_function(function: Callable[[Chunk], Any]) -> None:
+    _worker_function[:] = [function]
 
 
-def _call_kept(piece: Piece) -> Any:
-    return _kept[0](piece)
+def _call_worker_function(chunk: Chunk) -> Any:
+    return _worker_function[0](chunk)

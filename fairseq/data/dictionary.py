@@ -16,7 +16,7 @@ _OVERWRITE = "#fairseq:overwrite"
 
 
 class Dictionary:
-    """A two-way map between symbols and numbers, with how often each symbol occurred.
+    """A two-way map between symbols and numbers, with the count of each symbol.
 
     The specials <s>, <pad>, </s> and <unk> are numbers 0 to 3; an unknown symbol reads as <unk>.
     """
@@ -63,7 +63,7 @@ class Dictionary:
         """Count a symbol ``n`` times, adding it when it is new; returns its number.
 
         Args:
-            overwrite: give a known symbol a new number; the old number keeps its place and count.
+            overwrite: give a known symbol a new number; the old number keeps its position and count.
         """
         known = self.indices.get(symbol)
         if known is not None and not overwrite:
@@ -83,7 +83,7 @@ class Dictionary:
         """Order by falling count (ties by code point), cut, and pad the size to a multiple.
 
         Args:
-            threshold: a symbol stays when it occurred at least this often.
+            threshold: drop symbols that occur less often.
             nwords: keep at most this many symbols besides the specials; 0 or less for all.
             padding_factor: the size becomes a multiple of it by adding ``madeupword0000`` and so on.
         """
@@ -93,10 +93,10 @@ class Dictionary:
         self.symbols = self.symbols[:first] + [self.symbols[i] for i in order]
         self.counts = self.counts[:first] + [self.counts[i] for i in order]
         self.indices = {symbol: i for i, symbol in enumerate(self.symbols)}
-        made_up = 0
+        num_fillers = 0
         while padding_factor > 1 and len(self.symbols) % padding_factor:
-            self.add_symbol(f"madeupword{made_up:04d}", 0)
-            made_up += 1
+            self.add_symbol(f"madeupword{num_fillers:04d}", 0)
+            num_fillers += 1
 
     @classmethod
     def from_counts(
@@ -118,15 +118,13 @@ class Dictionary:
                     dictionary._add_line(raw.decode("utf-8").rstrip())
                 except UnicodeDecodeError as error:
                     raise ValueError(
-                        f"{os.fspath(path)}, line {number}: no utf-8 text ({error.reason}); preprocess.py writes such "
-                        "a file, with 'symbol count' on each line"
+                        f"{os.fspath(path)}, line {number}: not utf-8 text ({error.reason}); expected 'symbol count' "
+                        "on each line, as preprocess.py writes it"
                     ) from error
                 except ValueError as error:
                     raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
         if len(dictionary) == dictionary.nspecial:
-            raise ValueError(
-                f"{os.fspath(path)} holds no symbol; preprocess.py makes a dictionary of --trainpref's text"
-            )
+            raise ValueError(f"{os.fspath(path)} holds no symbol; make a dictionary with preprocess.py --trainpref")
         return dictionary
 
     def _add_line(self, line: str) -> None:
@@ -135,11 +133,11 @@ class Dictionary:
         if overwrite:
             symbol, space, count = symbol.rpartition(" ")
         if not (space and symbol and count.removeprefix("-").isdecimal()):
-            raise ValueError(f"expected 'symbol count', found {line[:80]!r}; preprocess.py writes such a file")
+            raise ValueError(f"expected 'symbol count', got {line[:80]!r}; write the file with preprocess.py")
         if symbol in self.indices and not overwrite:
             raise ValueError(
-                f"{symbol!r} is there already (as number {self.indices[symbol]}); remove the line, or write "
-                f"'{symbol} {count} {_OVERWRITE}' to have it count as a symbol of its own"
+                f"{symbol!r} is a duplicate (of number {self.indices[symbol]}); remove the line, or write "
+                f"'{symbol} {count} {_OVERWRITE}' to make it a symbol of its own"
             )
         self.add_symbol(symbol, int(count), overwrite=overwrite)
 
@@ -150,15 +148,15 @@ class Dictionary:
 
     def to_bytes(self) -> bytes:
         """The content of this dictionary's ``dict.txt``."""
-        seen = set(self.symbols[: self.nspecial])
+        written = set(self.symbols[: self.nspecial])
         lines = []
         for symbol, count in zip(self.symbols[self.nspecial :], self.counts[self.nspecial :]):
-            lines.append(f"{symbol} {count} {_OVERWRITE}\n" if symbol in seen else f"{symbol} {count}\n")
-            seen.add(symbol)
+            lines.append(f"{symbol} {count} {_OVERWRITE}\n" if symbol in written else f"{symbol} {count}\n")
+            written.add(symbol)
         return "".join(lines).encode("utf-8")
 
     def digest(self) -> str:
-        """SHA-256 of the symbols in order; equal where numbers mean the same symbols."""
+        """SHA-256 of the symbols in order; equal if the numbers mean the same symbols."""
         return hashlib.sha256("\n".join(self.symbols).encode("utf-8")).hexdigest()
 
     def encode_line(self, line: str, add_eos: bool = True) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -181,7 +179,7 @@ class Dictionary:
 
 
 def join_pieces(text: str, bpe_symbol: str | None) -> str:
-    """Undo a segmentation into word pieces."""
+    """Join word pieces into words."""
     if bpe_symbol is None:
         return text
     if bpe_symbol == "sentencepiece":

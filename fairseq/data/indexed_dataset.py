@@ -1,6 +1,6 @@
 """Sentences as token numbers in one memory-mapped file, byte-compatible with fairseq's ``mmap`` data sets.
 
-``X.bin`` holds the numbers of all sentences, one after another. ``X.idx`` holds, little-endian: the magic
+``X.bin`` holds the concatenated numbers of all sentences. ``X.idx`` holds, little-endian: the magic
 ``MMIDIDX\\0\\0``, version (uint64), number type (uint8 code), number of sentences (uint64), their sizes (int32 each)
 and their byte offsets in ``X.bin`` (int64 each).
 """
@@ -36,7 +36,7 @@ IntArray = npt.NDArray[np.integer[Any]]
 
 
 def best_fitting_dtype(vocab_size: int) -> type[np.integer[Any]]:
-    """The number type fairseq stores a vocabulary of this size in."""
+    """The number type in which fairseq stores a vocabulary of this size."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
@@ -44,7 +44,7 @@ class MMapIndexedDataset:
     """The sentences of ``prefix.bin`` and ``prefix.idx``."""
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
-        """Map the files. Raises: ValueError when one is missing, truncated or no such data set."""
+        """Map the files. Raises: ValueError when one is missing, truncated or not a data set."""
         self.prefix = os.fspath(prefix)
         dtype, self.sizes = _read_index(self.prefix + ".idx")
         self.tokens: IntArray = _map_tokens(self.prefix + ".bin", dtype, int(self.sizes.sum(dtype=np.int64)))
@@ -66,22 +66,20 @@ class MMapIndexedDataset:
 
 def _read_index(path: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
     if not os.path.exists(path):
-        raise ValueError(f"no such data set: {path} is missing (preprocess.py writes it)")
+        raise ValueError(f"no such data set: {path} is missing; run preprocess.py")
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
-        raise ValueError(
-            f"{path} is no fairseq mmap index (bad magic): damaged, or of another kind; run preprocess.py again"
-        )
+        raise ValueError(f"{path} is not a fairseq mmap index (bad magic); run preprocess.py again")
     _, version, code, count = _HEADER.unpack(header)
     if version != VERSION:
-        raise ValueError(f"{path} has format version {version}, only version {VERSION} is known")
+        raise ValueError(f"{path} has format version {version}, expected {VERSION}; run preprocess.py again")
     if code not in _DTYPES:
-        raise ValueError(f"{path} has number type {code}; token numbers have one of {sorted(_DTYPES)}")
-    found, needed = os.path.getsize(path), _HEADER.size + 12 * count
-    if found != needed:
+        raise ValueError(f"{path} has number type {code}, expected one of {sorted(_DTYPES)}; run preprocess.py again")
+    actual, expected = os.path.getsize(path), _HEADER.size + 12 * count
+    if actual != expected:
         raise ValueError(
-            f"{path} has {found} bytes, {count} sentences need {needed}; the file is truncated or damaged: "
+            f"{path} has {actual} bytes, {count} sentences need {expected}; it is truncated or damaged: "
             "run preprocess.py again"
         )
     raw = np.memmap(path, dtype=np.uint8, mode="r")
@@ -90,30 +88,32 @@ def _read_index(path: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
     dtype = np.dtype(_DTYPES[code])
     ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
     if count and (pointers[0] != 0 or sizes.min() < 0 or not np.array_equal(pointers[1:], ends[:-1])):
-        raise ValueError(f"{path}: sizes and offsets do not fit together; the file is damaged: run preprocess.py again")
+        raise ValueError(f"{path}: sizes and offsets do not match; it is damaged: run preprocess.py again")
     return dtype.newbyteorder("<"), np.array(sizes, dtype=np.int32)
 
 
 def _map_tokens(path: str, dtype: np.dtype[Any], count: int) -> IntArray:
     if not os.path.exists(path):
-        raise ValueError(f"no such data set: {path} is missing (preprocess.py writes it)")
-    found, needed = os.path.getsize(path), count * dtype.itemsize
-    if found != needed:
+        raise ValueError(f"no such data set: {path} is missing; run preprocess.py")
+    actual, expected = os.path.getsize(path), count * dtype.itemsize
+    if actual != expected:
         raise ValueError(
-            f"{path} has {found} bytes, its .idx says {count} tokens of {dtype.itemsize} bytes ({needed}); "
-            "the file is truncated or belongs to another index: run preprocess.py again"
+            f"{path} has {actual} bytes, its .idx says {count} tokens of {dtype.itemsize} bytes ({expected}); "
+            "it is truncated or belongs to another index: run preprocess.py again"
         )
     return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)
 
 
 class MMapIndexedDatasetBuilder:
-    """Writes a data set sentence by sentence; the files get their names when :meth:`finalize` is reached."""
+    """Writer of a data set, sentence by sentence; :meth:`finalize` gives the files their names."""
 
     def __init__(self, bin_path: str | os.PathLike[str], dtype: npt.DTypeLike = np.int64) -> None:
         self.bin_path = os.fspath(bin_path)
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
-            raise ValueError(f"{self.dtype} is not among the number types {sorted(map(str, _CODES))}")
+            raise ValueError(
+                f"{self.dtype} is not among the number types {sorted(map(str, _CODES))}; choose one of them"
+            )
         self._file = open(self.bin_path + ".tmp", "wb")  # noqa: SIM115  closed by finalize or __exit__
         self._sizes: list[npt.NDArray[np.int32]] = []
 
@@ -123,15 +123,17 @@ class MMapIndexedDatasetBuilder:
         self.add_items(flat, np.array([len(flat)]))
 
     def add_items(self, tokens: npt.ArrayLike, sizes: npt.ArrayLike) -> None:
-        """Append several sentences, given as their tokens one after another and their sizes.
+        """Append several sentences, given as their concatenated tokens and their sizes.
 
         Raises: ValueError for a token that the number type cannot hold.
         """
-        given, lengths = np.asarray(tokens), np.asarray(sizes, dtype=np.int32)
-        assert len(given) == lengths.sum(dtype=np.int64), (len(given), lengths.sum())
-        stored = given.astype(self.dtype)
-        if given.dtype != self.dtype and not np.array_equal(stored, given):
-            raise ValueError(f"{self.bin_path}: tokens {given.min()}..{given.max()} do not fit {self.dtype}")
+        values, lengths = np.asarray(tokens), np.asarray(sizes, dtype=np.int32)
+        assert len(values) == lengths.sum(dtype=np.int64), (len(values), lengths.sum())
+        stored = values.astype(self.dtype)
+        if values.dtype != self.dtype and not np.array_equal(stored, values):
+            raise ValueError(
+                f"{self.bin_path}: tokens {values.min()}..{values.max()} do not fit {self.dtype}; choose a wider type"
+            )
         with naming(self.bin_path):
             self._file.write(stored.tobytes())
         self._sizes.append(lengths)
@@ -161,8 +163,8 @@ class MMapIndexedDatasetBuilder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Remove what was written unless it was finalised."""
-        with contextlib.suppress(OSError):  # what could not be written was reported when it was written
+        """Remove the unfinished file unless it was finalised."""
+        with contextlib.suppress(OSError):  # a failed write was already reported by add_items
             self._file.close()
         if os.path.exists(self.bin_path + ".tmp"):
             os.remove(self.bin_path + ".tmp")

@@ -18,10 +18,10 @@ Indices = npt.NDArray[np.int64]
 
 
 class EpochBatchIterator:
-    """Walks through the batches of an epoch; each step takes one batch for every rank.
+    """Iterator over the batches of an epoch; each step takes one batch for every rank.
 
-    In step s, rank r of W gets the epoch's batch ``s * W + r``, so that W ranks do together what one process does with
-    ``--update-freq W``. The state counts batches of all ranks: a run may resume with another number of ranks.
+    In step s, rank r of W gets the epoch's batch ``s * W + r``, so that W ranks compute the updates of one process
+    with ``--update-freq W``. The state counts batches of all ranks: a run may resume with another number of ranks.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class EpochBatchIterator:
         """Iterate over ``batches`` of block numbers.
 
         Args:
-            num_workers: threads that prepare batches ahead; up to 1 prepares each when it is asked for.
-            shuffle: another order in every epoch; otherwise the given one.
-            group: this many consecutive batches stay together when shuffled, so that the ranks of a step, if their
+            num_workers: threads that prepare batches ahead; with 0 or 1, each is prepared on demand.
+            shuffle: True for another order in every epoch; otherwise the given one.
+            group: number of consecutive batches that stay together when shuffled, so that the ranks of a step, if their
                 number is a multiple of it, hold whole groups. A last, smaller group stays at the end of the epoch.
-            ordered_epochs: the first so many epochs keep the given order all the same.
+            ordered_epochs: number of first epochs that keep the given order even with ``shuffle``.
         """
         assert 0 <= rank < world_size, (rank, world_size)
         assert group >= 1, group
@@ -85,33 +85,33 @@ class EpochBatchIterator:
         if not self._shuffle or self.epoch <= self._ordered_epochs:
             return np.arange(count)
         groups = np.random.default_rng([abs(self._seed), self.epoch]).permutation(count // self._group)
-        together = (groups[:, None] * self._group + np.arange(self._group)).reshape(-1)
-        return np.append(together, np.arange(len(together), count))
+        grouped = (groups[:, None] * self._group + np.arange(self._group)).reshape(-1)
+        return np.append(grouped, np.arange(len(grouped), count))
 
     def __iter__(self) -> Iterator[LMBatch]:
-        """This rank's batches from where the iterator stands to the end of the epoch.
+        """This rank's batches from the current position to the end of the epoch.
 
-        A step counts as done as soon as its batch is handed out. A rank without a batch in the last step gets an
+        A step counts as done as soon as its batch is yielded. A rank without a batch in the last step gets an
         empty one.
         """
         total = len(self._batches)
-        mine = self.order()[self._consumed :][self._rank :: self._world_size].tolist()
+        own_batches = self.order()[self._consumed :][self._rank :: self._world_size].tolist()
         steps = -(-(total - self._consumed) // self._world_size)
-        wanted = [self._batches[i] for i in mine] + [None] * (steps - len(mine))
-        for batch in self._prepared(wanted):
+        scheduled = [self._batches[i] for i in own_batches] + [None] * (steps - len(own_batches))
+        for batch in self._prefetch(scheduled):
             self._consumed = min(total, self._consumed + self._world_size)
             yield batch
 
-    def _prepared(self, wanted: Iterable[Indices | None]) -> Iterator[LMBatch]:
-        # One thread ahead is slower than none: a batch takes 0.1 ms to make, and waiting for the interpreter's lock
-        # three times as long.
+    def _prefetch(self, scheduled: Iterable[Indices | None]) -> Iterator[LMBatch]:
+        # A single prefetching thread is slower than none: a batch takes 0.1 ms to make, and waiting for the
+        # interpreter's lock three times as long.
         if self._num_workers <= 1:
-            yield from map(self._make, wanted)
+            yield from map(self._make, scheduled)
             return
         with ThreadPoolExecutor(self._num_workers) as pool:
             ahead: deque[Future[LMBatch]] = deque()
             try:
-                for indices in wanted:
+                for indices in scheduled:
                     ahead.append(pool.submit(self._make, indices))
                     if len(ahead) > 2 * self._num_workers:
                         yield ahead.popleft().result()
@@ -130,17 +130,21 @@ class EpochBatchIterator:
         return state | ({"group": self._group} if self._group > 1 else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to where another iterator stood. Other batches than then are met at the same share of the epoch."""
+        """Restore the position of another iterator; with another number of batches, the same share of the epoch."""
         self.epoch = int(state["epoch"])
-        consumed, before, now = int(state["batches_consumed"]), int(state["num_batches"]), len(self._batches)
-        if before != now and consumed:
+        consumed, saved_num_batches, num_batches = (
+            int(state["batches_consumed"]),
+            int(state["num_batches"]),
+            len(self._batches),
+        )
+        if saved_num_batches != num_batches and consumed:
             logger.warning(
-                "the epoch had %d batches and now has %d (other data or batch size): resuming at the same share of it, "
+                "the epoch had %d batches and now has %d (other data or batch size): resuming at the same share of it; "
                 "some blocks of this epoch may be seen twice or not at all",
-                before,
-                now,
+                saved_num_batches,
+                num_batches,
             )
-            consumed = round(consumed * now / before)
+            consumed = round(consumed * num_batches / saved_num_batches)
         if (group := int(state.get("group", 1))) != self._group and consumed:
             logger.warning(
                 "batches were shuffled %d at a time and are now %d at a time (another number of processes or "
@@ -148,4 +152,4 @@ class EpochBatchIterator:
                 group,
                 self._group,
             )
-        self._consumed = consumed if consumed >= now else consumed - consumed % self._group
+        self._consumed = consumed if consumed >= num_batches else consumed - consumed % self._group

@@ -13,7 +13,7 @@ class LMContextWindowDataset:
     """Each block with up to ``context_window`` tokens of the blocks before it, which are read but not scored.
 
     The text a model sees is that of the *kept* blocks: one that is dropped as too long is context for none.
-    Nothing is remembered between calls, so blocks can be asked for in any order and by any process.
+    Calls keep no state, so blocks can be requested in any order and by any process.
     """
 
     def __init__(self, dataset: MonolingualDataset, kept: npt.ArrayLike, context_window: int, max_len: int) -> None:
@@ -23,16 +23,18 @@ class LMContextWindowDataset:
             kept: numbers of the blocks that are evaluated; rising.
             context_window: largest number of context tokens of a row.
             max_len: longest row; a long block gets less context.
-        Raises: ValueError when blocks begin with <s>, which has no place after a context.
+        Raises: ValueError when blocks begin with <s>, which cannot follow a context.
         """
         if context_window and dataset.bos is not None:
-            raise ValueError(f"--add-bos-token and --context-window {context_window} exclude each other")
+            raise ValueError(
+                f"--add-bos-token and --context-window {context_window} exclude each other; drop one of them"
+            )
         self.dataset = dataset
         self.context_window = context_window
         self.max_len = max_len
         self._kept = np.asarray(kept, dtype=np.int64)
         assert (np.diff(self._kept) > 0).all(), "kept blocks are not in the order of the text"
-        # Edges of the kept blocks in the text that is made of them alone.
+        # Edges of the kept blocks in the text that consists of them alone.
         self._edges = np.concatenate([[0], np.cumsum(dataset.sizes[self._kept])])
 
     @property
@@ -44,16 +46,16 @@ class LMContextWindowDataset:
         return len(self.dataset)
 
     def context(self, i: int) -> Tokens:
-        """The tokens read before block ``i``."""
-        place = int(np.searchsorted(self._kept, i))
-        if place == len(self._kept) or self._kept[place] != i:
+        """The context tokens of block ``i``."""
+        position = int(np.searchsorted(self._kept, i))
+        if position == len(self._kept) or self._kept[position] != i:
             raise IndexError(f"block {i} is not among the {len(self._kept)} kept blocks")
-        end = int(self._edges[place])
+        end = int(self._edges[position])
         start = end - max(0, min(self.context_window, self.max_len - int(self.sizes[i]), end))
         if start == end:
             return np.empty(0, dtype=np.int64)
         first = int(np.searchsorted(self._edges, start, side="right")) - 1
-        sources = [self.dataset.source(block) for block in self._kept[first:place].tolist()]
+        sources = [self.dataset.source(block) for block in self._kept[first:position].tolist()]
         return np.concatenate(sources)[start - end :]
 
     def collate(self, indices: npt.ArrayLike) -> LMBatch:

@@ -25,9 +25,9 @@ _BETWEEN = re.compile(r"[\s,]*")
 def write_segments(
     path: str | os.PathLike[str], blocks: Iterable[npt.NDArray[np.integer[Any]]], dictionary: Dictionary
 ) -> int:
-    """Write the text of each block, under a temporary name first; returns how many there are.
+    """Write the text of each block, under a temporary name first; returns their number.
 
-    Nothing else is left in the folder: pyserini reads every file there.
+    No other file remains in the folder: pyserini reads all of its files.
     """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     count = 0
@@ -41,17 +41,20 @@ def write_segments(
 
 
 def read_segments(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the texts one after another, holding only a few of them.
+    """Yield the texts in order, keeping only a few of them in memory.
 
-    Raises: ValueError when the file is no list of segments, or an id is not its segment's position.
+    Raises: ValueError when the file is not a list of segments, or an id is not its segment's position.
     """
     for position, item in enumerate(_items(path)):
         if not isinstance(item, dict) or not isinstance(item.get("contents"), str) or "id" not in item:
-            raise ValueError(f'{os.fspath(path)}: item {position} is no segment {{"id": ..., "contents": ...}}')
+            raise ValueError(
+                f'{os.fspath(path)}: item {position} is not a segment {{"id": ..., "contents": ...}}; '
+                "write the file with train.py --output-segments-to-file"
+            )
         if str(item["id"]) != str(position):
             raise ValueError(
-                f"{os.fspath(path)}: segment {position} has the id {item['id']!r}; ids must be positions, in corpus "
-                "order, for batches to find their blocks: write it again with train.py --output-segments-to-file"
+                f"{os.fspath(path)}: segment {position} has the id {item['id']!r}, ids must be positions in corpus "
+                "order, by which batches find their blocks; write it again with train.py --output-segments-to-file"
             )
         yield item["contents"]
 
@@ -61,23 +64,23 @@ def _items(path: str | os.PathLike[str]) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     with open(path, encoding="utf-8") as file:
         text = file.read(_CHUNK_CHARS)
-        place = len(text) - len(text.lstrip())
-        is_list = text.startswith("[", place)
-        place += is_list
+        offset = len(text) - len(text.lstrip())
+        is_list = text.startswith("[", offset)
+        offset += is_list
         while True:
-            place = _BETWEEN.match(text, place).end()  # type: ignore[union-attr]
-            if is_list and text.startswith("]", place):
+            offset = _BETWEEN.match(text, offset).end()  # type: ignore[union-attr]
+            if is_list and text.startswith("]", offset):
                 return
             try:
-                item, place = decode(text, place)
+                item, offset = decode(text, offset)
             except ValueError as error:
-                # The object continues after what was read so far, or is broken: more of the file decides.
-                more = file.read(max(_CHUNK_CHARS, len(text) - place))
-                if not more:
-                    if place == len(text) and not is_list:
+                # The object continues beyond the text read so far, or is malformed: more of the file decides.
+                next_text = file.read(max(_CHUNK_CHARS, len(text) - offset))
+                if not next_text:
+                    if offset == len(text) and not is_list:
                         return
-                    raise ValueError(f"{os.fspath(path)} is cut off or not JSON ({error})") from None
-                text, place = text[place:] + more, 0
+                    raise ValueError(f"{os.fspath(path)} is cut off or not JSON ({error}); write it again") from None
+                text, offset = text[offset:] + next_text, 0
                 continue
             yield item
 

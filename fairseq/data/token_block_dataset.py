@@ -16,9 +16,9 @@ class TokenBlockDataset:
     """Blocks as slices of a flat token stream: block ``i`` is ``tokens[starts[i] : starts[i] + sizes[i]]``.
 
     Break modes:
-        none: blocks of ``block_size`` tokens, the last one shorter.
+        none: blocks of ``block_size`` tokens, the last one possibly shorter.
         complete: whole sentences, as many as fit ``block_size``; a longer sentence is a longer block.
-        complete_doc: as complete, but a document separator (a sentence of one token) ends the block and is in none.
+        complete_doc: as complete, but a document separator (a sentence of one token) ends the block and is dropped.
         eos: one sentence per block.
     """
 
@@ -28,15 +28,15 @@ class TokenBlockDataset:
         Raises: ValueError for an unknown mode or a block size below 1.
         """
         if break_mode not in BREAK_MODES:
-            raise ValueError(f"unknown --sample-break-mode {break_mode!r}; known: {', '.join(BREAK_MODES)}")
+            raise ValueError(f"unknown --sample-break-mode {break_mode!r}; choose one of {', '.join(BREAK_MODES)}")
         if break_mode != "eos" and (block_size is None or block_size < 1):
             raise ValueError(f"--sample-break-mode {break_mode} needs blocks of at least 1 token, got {block_size}")
         total = int(sizes.sum(dtype=np.int64))
         if total != len(tokens):
-            raise ValueError(f"sentences of {total} tokens in a stream of {len(tokens)}")
+            raise ValueError(f"sentences of {total} tokens in a stream of {len(tokens)}; run preprocess.py again")
         self.tokens = tokens
         self.starts, self.sizes = cut(sizes, block_size, break_mode)
-        self._break_mode, self._uncut = break_mode, (self.starts, self.sizes)
+        self._break_mode, self._unsplit = break_mode, (self.starts, self.sizes)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -58,24 +58,24 @@ class TokenBlockDataset:
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """Start of each document in the stream."""
-        starts, sizes = self._uncut
+        starts, sizes = self._unsplit
         if self.document_unit == "text":
             return np.zeros(1, dtype=np.int64)
         if self.document_unit == "block":
             return starts
-        # A separator is in no block: where one ends before the next begins, a document ends.
+        # A separator is in no block: a gap between two blocks ends a document.
         first = np.ones(len(starts), dtype=np.bool_)
         first[1:] = starts[1:] != starts[:-1] + sizes[:-1]
         return starts[np.flatnonzero(first)]
 
     def split(self, longest: int) -> TokenBlockDataset:
-        """The same text with every block of more than ``longest`` tokens cut into pieces of that size."""
-        pieces = -(-self.sizes // longest)
-        block = np.repeat(np.arange(len(self)), pieces)
-        offset = (np.arange(len(block)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * longest
+        """The same text with every block of more than ``longest`` tokens cut into blocks of that size."""
+        num_blocks = -(-self.sizes // longest)
+        block = np.repeat(np.arange(len(self)), num_blocks)
+        offset = (np.arange(len(block)) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)) * longest
         result = object.__new__(TokenBlockDataset)
         result.tokens = self.tokens
-        result._break_mode, result._uncut = self._break_mode, self._uncut
+        result._break_mode, result._unsplit = self._break_mode, self._unsplit
         result.starts = self.starts[block] + offset
         result.sizes = np.minimum(self.sizes[block] - offset, longest)
         return result
@@ -93,7 +93,7 @@ def cut(
     if break_mode == "none":
         starts = np.arange(0, edges[-1], block_size)
         return starts, np.minimum(edges[-1] - starts, block_size)
-    # Where a block that began with sentence i would end, for all i at once; the walk below then only looks up.
+    # The end of a block that begins with sentence i, for all i at once; the walk below only looks them up.
     count = len(sentences)
     end = np.searchsorted(edges, edges[:-1] + block_size, side="right") - 1
     end = np.maximum(end, np.arange(1, count + 1))
@@ -105,7 +105,7 @@ def cut(
 
 
 def _walk(end: list[int]) -> tuple[list[int], list[int]]:
-    """First sentence of each block and the one after its last; ``end[i] == i`` marks a sentence to leave out."""
+    """First sentence of each block and the one after its last; ``end[i] == i`` marks a sentence to drop."""
     first, after = [], []
     i, count = 0, len(end)
     while i < count:

@@ -1,7 +1,7 @@
 """Batches for training with memory (arXiv 2205.12674, sec. 4.1): neighbours of some kind meet.
 
-An order of all blocks is cut into batches as any other; neighbours in the order meet. Epochs shuffle groups of
-consecutive batches, never what is in them, and the ranks of one step hold the batches of whole groups.
+An order of all blocks is cut into batches like any other, so adjacent blocks share a batch. Epochs shuffle groups of
+consecutive batches, never their content, and the ranks of one step hold the batches of whole groups.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def training_order(config: BatchingConfig, num_blocks: int) -> Indices | None:
-    """The order in which blocks are to be cut into batches; None where any will do.
+    """The order in which blocks are cut into batches; None for any order.
 
     Raises: ValueError when --predefined-batches does not hold every block once.
     """
@@ -33,17 +33,19 @@ def training_order(config: BatchingConfig, num_blocks: int) -> Indices | None:
 def ranks_together(config: BatchingConfig, max_tokens: int | None, world_size: int) -> int:
     """Number of ranks that hold consecutive batches in a step, and so share a memory: ranks 0 to n-1, n to 2n-1, ...
 
-    With --predefined-batches all of them, with --keep-order one, unless --train-mem-size says how many tokens.
-    Raises: ValueError when --train-mem-size is no multiple of --max-tokens, or the ranks cannot be parted that way.
+    With --predefined-batches all ranks, with --keep-order one, unless --train-mem-size sets the number of tokens.
+    Raises: ValueError when --train-mem-size is not a multiple of --max-tokens, or the ranks cannot be divided so.
     """
     memory = config.train_mem_size
     if memory is None:
         return world_size if config.predefined_batches is not None else 1
     if max_tokens is None:
-        raise ValueError(f"--train-mem-size {memory} needs --max-tokens: it is counted in batches of that many tokens")
+        raise ValueError(f"--train-mem-size {memory} is measured in batches of --max-tokens; give --max-tokens")
     if memory % max_tokens:
-        near = max(1, round(memory / max_tokens)) * max_tokens
-        raise ValueError(f"--train-mem-size {memory} is not a multiple of --max-tokens {max_tokens}; give {near}, say")
+        nearest = max(1, round(memory / max_tokens)) * max_tokens
+        raise ValueError(
+            f"--train-mem-size {memory} is not a multiple of --max-tokens {max_tokens}; give {nearest}, for example"
+        )
     ranks = memory // max_tokens
     if ranks > world_size:
         logger.warning(
@@ -58,8 +60,8 @@ def ranks_together(config: BatchingConfig, max_tokens: int | None, world_size: i
         return world_size
     if world_size % ranks:
         raise ValueError(
-            f"--train-mem-size {memory} with --max-tokens {max_tokens} is shared by {ranks} processes at a time, and "
-            f"{world_size} processes cannot be parted that way; run a multiple of {ranks}"
+            f"--train-mem-size {memory} with --max-tokens {max_tokens} is shared by {ranks} processes at a time, which "
+            f"does not divide {world_size} processes; run a multiple of {ranks}"
         )
     return ranks
 
@@ -67,46 +69,53 @@ def ranks_together(config: BatchingConfig, max_tokens: int | None, world_size: i
 def read_order(path: str | os.PathLike[str], num_blocks: int) -> Indices:
     """Read a JSON list that holds each of the numbers 0 to ``num_blocks - 1`` once.
 
-    Raises: ValueError saying what else it holds.
+    Raises: ValueError naming the blocks that are missing, repeated or unknown.
     """
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} is not JSON ({error}); bm25_make_batches.py writes it") from None
+        raise ValueError(f"{os.fspath(path)} is not JSON ({error}); write it with bm25_make_batches.py") from None
     order = _as_numbers(content, path)
     if len(order) != num_blocks:
         raise ValueError(
-            f"{os.fspath(path)} holds {len(order)} blocks, the training data has {num_blocks}; it was made for other "
-            "text or another --tokens-per-sample: make it again (--output-segments-to-file, bm25_search.py, "
+            f"{os.fspath(path)} holds {len(order)} blocks, the training data has {num_blocks}; it belongs to "
+            "other text or another --tokens-per-sample: make it again (--output-segments-to-file, bm25_search.py, "
             "bm25_make_batches.py)"
         )
     outside = order[(order < 0) | (order >= num_blocks)]
     if len(outside):
-        raise ValueError(f"{os.fspath(path)} holds block {outside[0]}; the training data has 0 to {num_blocks - 1}")
+        raise ValueError(
+            f"{os.fspath(path)} holds block {outside[0]}; the training data has 0 to {num_blocks - 1}; make it again"
+        )
     times = np.bincount(order, minlength=num_blocks)
     if len(order) and times.max() > 1:
         repeated, missing = np.flatnonzero(times > 1), np.flatnonzero(times == 0)
         raise ValueError(
-            f"{os.fspath(path)} holds {len(repeated)} blocks more than once ({_some(repeated)}) and {len(missing)} not "
-            f"at all ({_some(missing)}); every block belongs there once"
+            f"{os.fspath(path)} holds {len(repeated)} blocks more than once ({_preview(repeated)}) and {len(missing)} "
+            f"not at all ({_preview(missing)}); list every block once"
         )
     return order
 
 
 def _as_numbers(content: Any, path: str | os.PathLike[str]) -> Indices:
     if not isinstance(content, list):
-        raise ValueError(f"{os.fspath(path)} holds a JSON {type(content).__name__}, a list of block numbers is needed")
+        raise ValueError(
+            f"{os.fspath(path)} holds a JSON {type(content).__name__}, expected a list of block numbers; make it again"
+        )
     wrong = [item for item in content if type(item) is not int]
     if wrong:
         raise ValueError(
-            f"{os.fspath(path)} holds {len(wrong)} items that are no block numbers, {json.dumps(wrong[0])[:40]} for one"
+            f"{os.fspath(path)} holds {len(wrong)} items that are not block numbers, such as "
+            f"{json.dumps(wrong[0])[:40]}; make it again"
         )
     try:
         return np.array(content, dtype=np.int64)
     except OverflowError:
-        raise ValueError(f"{os.fspath(path)} holds {max(content, key=abs)}, which is no block number") from None
+        raise ValueError(
+            f"{os.fspath(path)} holds {max(content, key=abs)}, which is not a block number; make it again"
+        ) from None
 
 
-def _some(numbers: Indices) -> str:
+def _preview(numbers: Indices) -> str:
     return ", ".join(map(str, numbers[:3].tolist())) + (", ..." if len(numbers) > 3 else "")

@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LMBatch:
-    """Blocks of text for next-token prediction, padded at the right. No rows (B = 0) is a legal batch."""
+    """Blocks of text for next-token prediction, padded on the right. A batch without rows (B = 0) is valid."""
 
     ids_B: Tensor
     """int64 number of each block in its dataset."""
     tokens_BT: Tensor
-    """int64 what the model reads."""
+    """int64 inputs of the model."""
     target_BT: Tensor
-    """int64 the token that comes next; pad where there is none."""
+    """int64 next token of each position; pad where there is none."""
     scored_BT: Tensor
     """bool, True where the target counts; False on context and padding."""
     num_scored: int = -1

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq.evaluation.outputs import write_evaluation_manifest
 from fairseq.memory.datastore.documents import Documents
-from fairseq.memory.datastore.metadata import is_there, part_prefix
+from fairseq.memory.datastore.metadata import shard_prefix, store_exists
 from fairseq.memory.datastore.writer import DatastoreWriter
 
 if TYPE_CHECKING:
@@ -133,10 +133,10 @@ def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: 
     prefix, sharded = str(memory_config.dstore_mmap), config.num_shards > 1
     metadata = _metadata(configs, evaluation)
     if sharded:
-        prefix = part_prefix(prefix, config.shard_id, config.num_shards)
+        prefix = shard_prefix(prefix, config.shard_id, config.num_shards)
         metadata |= {"shard_id": config.shard_id, "num_shards": config.num_shards}
         metadata |= {"first_row": rows.first, "total_rows": rows.total}
-        if is_there(prefix, metadata | {"rows": rows.count, "key_dtype": knn.key_dtype}):
+        if store_exists(prefix, metadata | {"rows": rows.count, "key_dtype": knn.key_dtype}):
             sys.stdout.write(f"{prefix} is complete already; remove {prefix}.json to save it again\n")
             _join(configs, evaluation)
             return

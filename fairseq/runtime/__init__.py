@@ -1,1 +1,1 @@
-"""Files, processes, threads and hardware: what every command needs and no method is about."""
+"""Files, processes, threads and hardware: services that every command needs, whatever its method."""

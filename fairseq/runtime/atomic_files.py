@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and failures that say which file they are about."""
+"""Files that appear complete or not at all, and OSErrors that name their file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give an OSError of the block the file's name: a failed write or sync does not know it (a full disk)."""
+    """Add the file's name to an OSError of the block: a failed write or sync (a full disk) lacks it."""
     try:
         yield
     except OSError as error:
@@ -21,8 +21,11 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[IO[Any]]:
-    """The file of :func:`replacing`, open; its content is on the disk before it gets its name."""
-    with replacing(path) as aside, open(aside, "wb" if binary else "w", encoding=None if binary else "utf-8") as file:
+    """The file of :func:`replacing`, opened; its content is synced to disk before the file gets its name."""
+    with (
+        replacing(path) as temporary,
+        open(temporary, "wb" if binary else "w", encoding=None if binary else "utf-8") as file,
+    ):
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -30,20 +33,20 @@ def writing(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[I
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The name of a file to write, which becomes ``path`` when the block ends and is gone when the block fails."""
-    aside = f"{os.fspath(path)}.tmp"
+    """The name of a temporary file, which becomes ``path`` when the block ends and is removed when it fails."""
+    temporary = f"{os.fspath(path)}.tmp"
     try:
         with naming(path):
-            yield aside
-        os.replace(aside, path)
+            yield temporary
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.remove(aside)
+            os.remove(temporary)
         raise
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a small text file so that a reader sees the old one or the new one, whole."""
+    """Write a small text file so that a reader sees either the old or the new one, complete."""
     with writing(path) as file:
         file.write(text)
 
@@ -54,9 +57,11 @@ def may_write_in(folder: str | os.PathLike[str]) -> bool:
 
 
 def require_writable(folder: str | os.PathLike[str], flag: str) -> None:
-    """Raise ValueError unless a folder, or the nearest one above it that exists, takes new files."""
-    place = os.path.abspath(folder)
-    while not os.path.exists(place) and os.path.dirname(place) != place:
-        place = os.path.dirname(place)
-    if not may_write_in(place):
-        raise ValueError(f"{flag}: {str(folder)!r} cannot be written ({place} takes no new files); give another place")
+    """Raise ValueError unless a folder, or its nearest existing parent, accepts new files."""
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing) and os.path.dirname(existing) != existing:
+        existing = os.path.dirname(existing)
+    if not may_write_in(existing):
+        raise ValueError(
+            f"{flag}: {str(folder)!r} cannot be written ({existing} accepts no new files); give another folder"
+        )

@@ -1,4 +1,4 @@
-"""Options that every command with a model shares: seed, precision, devices, processes, logging."""
+"""Options shared by every command with a model: seed, precision, devices, processes, logging."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RuntimeConfig:
     user_dir: str | None = flag("--user-dir", default=None)
     """Folder or file of a plug-in to import before the flags are read."""
     deterministic: bool = flag("--deterministic", default=False)
-    """Let PyTorch use deterministic algorithms only, and say so where there is none."""
+    """Restrict PyTorch to deterministic algorithms, with a warning for operations that have none."""
 
     def __post_init__(self) -> None:
         if self.any_fp16 and self.any_bf16:
@@ -38,12 +38,12 @@ class RuntimeConfig:
 
     @property
     def any_fp16(self) -> bool:
-        """True if some form of float16 was requested."""
+        """True if some form of float16 is requested."""
         return self.fp16 or self.memory_efficient_fp16
 
     @property
     def any_bf16(self) -> bool:
-        """True if some form of bfloat16 was requested."""
+        """True if some form of bfloat16 is requested."""
         return self.bf16 or self.memory_efficient_bf16
 
 
@@ -54,7 +54,7 @@ class DistributedConfig:
     distributed_world_size: int | None = flag("--distributed-world-size", "--nprocs-per-node", default=None)
     """Processes on this machine; by default one per GPU, or one on a CPU."""
     find_unused_parameters: bool = flag("--find-unused-parameters", default=False)
-    """Let every rank look for parameters that had no gradient (always on with an adaptive softmax)."""
+    """Make every rank search for parameters without gradients (always on with an adaptive softmax)."""
 
     def __post_init__(self) -> None:
         require_at_least(1, distributed_world_size=self.distributed_world_size)
@@ -65,13 +65,13 @@ class CommonConfig:
     """Options of logging and progress."""
 
     no_progress_bar: bool = flag("--no-progress-bar", default=False)
-    """Write lines instead of a bar."""
+    """Log lines instead of a progress bar."""
     log_interval: int = flag("--log-interval", default=1000)
     """Updates between two lines (or refreshed figures of the bar)."""
     log_format: str | None = flag("--log-format", default=None, choices=("json", "none", "simple", "tqdm"))
-    """Form of the progress; by default a bar on a terminal and simple lines elsewhere."""
+    """Format of the progress; by default a bar on a terminal and simple lines elsewhere."""
     log_file: str | None = flag("--log-file", default=None)
-    """File that gets a copy of all log lines."""
+    """File for a copy of all log lines."""
     tensorboard_logdir: str = flag("--tensorboard-logdir", default="")
     """Folder for TensorBoard's event files."""
     wandb_project: str | None = flag("--wandb-project", default=None)
@@ -82,6 +82,6 @@ class CommonConfig:
 
     @property
     def form(self) -> str:
-        """The form of progress that applies: a bar is for terminals only."""
-        wanted = self.log_format or ("simple" if self.no_progress_bar else "tqdm")
-        return "simple" if wanted == "tqdm" and not sys.stderr.isatty() else wanted
+        """The progress format in effect; a bar is shown on terminals only."""
+        requested = self.log_format or ("simple" if self.no_progress_bar else "tqdm")
+        return "simple" if requested == "tqdm" and not sys.stderr.isatty() else requested

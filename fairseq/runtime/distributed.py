@@ -1,4 +1,4 @@
-"""Processes, devices and precision through Lightning Fabric, and the few sums that ranks exchange."""
+"""Processes, devices and precision through Lightning Fabric, and collective operations between ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def runs_on_gpu(runtime: RuntimeConfig) -> bool:
 
 
 def _precision(runtime: RuntimeConfig, on_gpu: bool) -> str:
-    """Fabric's name for the training precision."""
+    """Fabric's name of the training precision."""
     if runtime.any_fp16 and not on_gpu:
         logger.warning("--fp16 needs a GPU; training runs in float32 (--bf16 runs on CPUs)")
         return "32-true"
@@ -37,7 +37,7 @@ def _precision(runtime: RuntimeConfig, on_gpu: bool) -> str:
 
 
 def make_fabric(runtime: RuntimeConfig, distributed: DistributedConfig, find_unused_parameters: bool) -> Fabric:
-    """Launch Fabric with as many processes as asked for; under torchrun its environment counts.
+    """Launch Fabric with the requested number of processes; under torchrun its environment takes precedence.
 
     Args:
         find_unused_parameters: some parameters may have no gradient in some batches.
@@ -79,7 +79,7 @@ def _local_world_size() -> int:
 
 
 def sum_over_ranks(fabric: Fabric, values: list[float]) -> list[float]:
-    """Add up each figure over all ranks, in float64."""
+    """Sum each figure over all ranks, in float64."""
     if fabric.world_size == 1:
         return values
     summed = fabric.all_reduce(torch.tensor(values, dtype=torch.float64, device=fabric.device), reduce_op="sum")
@@ -92,7 +92,7 @@ class Gathered:
 
     tensors: tuple[Tensor, ...]
     counts: tuple[int, ...]
-    """Rows that each rank has in them."""
+    """Number of rows of each rank."""
 
     def rows_of(self, first_rank: int, last_rank: int) -> slice:
         """Range of the rows from one rank up to another (not included)."""
@@ -100,28 +100,28 @@ class Gathered:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process among how many."""
+    """Rank of this process and number of processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def gather_ragged(*tensors: Tensor, with_gradient: bool = False) -> Gathered:
-    """Collect tensors of every rank, whose numbers of rows may differ between ranks (but not between tensors).
+    """Gather tensors of all ranks, whose numbers of rows may differ between ranks (but not between tensors).
 
-    Every rank must call this, with the same number of tensors, whether it has rows or not.
+    Every rank must call this, with the same number of tensors, even without rows.
 
     Args:
-        with_gradient: let gradients flow back to the ranks the rows came from. Then every rank must also go through
-            backward, and the result must take part in what it differentiates.
+        with_gradient: True to send gradients back to the ranks of the rows. Then every rank must also run backward,
+            through a loss that depends on the result.
     """
     _, world = rank_and_world()
     if world == 1:
         return Gathered(tensors, (len(tensors[0]),))
     own = torch.tensor([len(tensors[0])], device=tensors[0].device)
-    every = [torch.empty_like(own) for _ in range(world)]
-    torch.distributed.all_gather(every, own)
-    counts = tuple(torch.cat(every).tolist())
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    torch.distributed.all_gather(gathered, own)
+    counts = tuple(torch.cat(gathered).tolist())
 
     def gather(x: Tensor) -> Tensor:
         joined: Tensor = _Gather.apply(x, counts) if with_gradient else _join(x.detach(), counts)  # type: ignore[no-untyped-call]
@@ -131,16 +131,16 @@ def gather_ragged(*tensors: Tensor, with_gradient: bool = False) -> Gathered:
 
 
 def _join(tensor: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """Rows of all ranks. Collective operations want equal sizes, so ranks send as many rows as the longest has."""
+    """Rows of all ranks. Collective operations require equal sizes, so each rank pads to the largest count."""
     padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
-    every = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(every, padded)
-    return torch.cat([rows[:count] for rows, count in zip(every, counts)])
+    gathered = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(gathered, padded)
+    return torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
 
 
 class _Gather(torch.autograd.Function):
-    """:func:`_join` whose gradient is the sum of what all ranks have for this rank's rows."""
+    """:func:`_join` whose gradient is the sum of all ranks' gradients of this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, counts: tuple[int, ...]) -> Tensor:

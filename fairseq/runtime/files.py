@@ -1,4 +1,4 @@
-"""The files of a datastore, and what files that survive a kill are made of: atomic writes, a lock, checksums."""
+"""Building blocks of crash-safe files: atomic JSON, a lock and checksums."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from fairseq.runtime.atomic_files import may_write_in, replacing
 
-_WAY_OUT = "copy it again, or remove it and run the command that writes it"
+_FIX = "copy it again, or remove it and run the command that writes it"
 
 BLOCK_BYTES = 4 << 20
-"""A checksum covers this many bytes: a flipped bit in a store of hundreds of GB is found near its place, and the
-metadata stay within a few MB."""
+"""Bytes per checksum: small enough to locate a flipped bit in a store of hundreds of GB, large enough to keep the
+metadata within a few MB."""
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file so that a reader, or we after a kill, sees the old one or the new one, whole."""
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+    """Replace a JSON file so that a reader, also after a kill, sees either the old or the new one, complete."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
         file.flush()
@@ -34,14 +34,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); it is damaged or not ours: {_WAY_OUT}") from None
+        raise ValueError(f"{path} is not JSON ({error}): it is damaged or of another program; {_FIX}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object; it is damaged or not ours: {_WAY_OUT}")
+        raise ValueError(f"{path} does not hold a JSON object: it is damaged or of another program; {_FIX}")
     return content
 
 
 def may_create_in(folder: Path) -> None:
-    """Make the folder if need be and check that a file can be made there. Raises: OSError with the folder's name."""
+    """Create the folder if needed and check that it accepts files. Raises: OSError with the folder's name."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not may_write_in(folder):
@@ -55,17 +55,17 @@ def may_create_in(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
-    """Hold a lock file while the block runs. The system lifts the lock of a killed process.
+    """Hold a lock file while the block runs. The system releases the lock of a killed process.
 
     Args:
-        seconds: how long to wait for another process that holds it.
+        seconds: time to wait for another process that holds it.
     Raises: OSError when another process holds it.
     """
-    import fcntl  # not there on Windows, where this module must still import
+    import fcntl  # missing on Windows, where this module must still import
 
     deadline = time.monotonic() + seconds
     while True:
-        file = open(path, "ab")  # noqa: SIM115 - closed below, after the name is gone
+        file = open(path, "ab")  # noqa: SIM115 - closed below, after the name is removed
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -74,7 +74,7 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
                 time.sleep(0.05)
                 continue
             raise OSError(f"another process is writing {what} (lock {str(path)!r}); wait for it or stop it") from None
-        # Whoever held the lock before may have removed the name: only the file that carries it now counts.
+        # The previous holder may have removed the name: only the file that has the name now counts.
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             break
         file.close()
@@ -88,22 +88,22 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
 
 
 class BlockChecksums:
-    """CRC-32 of each block of a growing file; its state is plain, so that it outlives a kill."""
+    """CRC-32 of each block of a growing file; its state is plain data, saved to resume after a kill."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        """Start at nothing, or where ``state()`` of another one was taken."""
+        """Start empty, or from the ``state()`` of another one."""
         state = state or {"blocks": [], "crc": 0, "filled": 0}
         self._blocks: list[int] = list(state["blocks"])
         self._crc: int = state["crc"]
         self._filled: int = state["filled"]
 
     def update(self, data: memoryview) -> None:
-        """Take in the next bytes."""
+        """Add the next bytes."""
         while len(data):
-            part = data[: BLOCK_BYTES - self._filled]
-            self._crc = zlib.crc32(part, self._crc)
-            self._filled += len(part)
-            data = data[len(part) :]
+            chunk = data[: BLOCK_BYTES - self._filled]
+            self._crc = zlib.crc32(chunk, self._crc)
+            self._filled += len(chunk)
+            data = data[len(chunk) :]
             if self._filled == BLOCK_BYTES:
                 self._blocks.append(self._crc)
                 self._crc = self._filled = 0

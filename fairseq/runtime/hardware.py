@@ -1,6 +1,6 @@
-"""Facts about the machine: its memory, and the products that its CPU computes fast.
+"""Facts about the machine: its memory, and the matrix products that its CPU computes fast.
 
-Nothing else asks for CPU features, so that tests can answer for any CPU here: they replace ``fast_products``.
+No other module queries CPU features, so that tests can simulate any CPU by replacing ``fast_products``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def total_ram_bytes() -> int:
 def fast_products() -> torch.dtype:
     """The narrowest type whose products the CPU computes faster than those of float32, or float32.
 
-    Not measured: timing must not decide which path is taken.
+    Read from CPU features, not measured: the choice of a path must not depend on timing.
     """
     if not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(_flags()) and hasattr(torch, "_int_mm"):
         return torch.int8

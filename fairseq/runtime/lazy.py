@@ -1,4 +1,4 @@
-"""Names that a package offers but imports only when they are used."""
+"""Names that a package exports but imports only on first use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MissingExtraError(ImportError, ValueError):
 
 
 def missing_extra(error: ModuleNotFoundError) -> ImportError:
-    """The error to raise instead: one line with the pip command if the module belongs to an extra of ours."""
+    """The error to raise instead: one line with the pip command if the module belongs to one of our extras."""
     package = (error.name or "").partition(".")[0]
     extra = _EXTRAS.get(package)
     if extra is None:
@@ -39,7 +39,7 @@ def lazy_names(package: str, table: Mapping[str, str]) -> tuple[Callable[[str], 
     """Make a package's ``__getattr__`` and ``__dir__``.
 
     Args:
-        package: its ``__name__``.
+        package: ``__name__`` of the package.
         table: name -> module that defines it.
     The former raises AttributeError with the nearest name for an unknown one, and MissingExtraError where the module
     needs an optional package.

@@ -1,4 +1,4 @@
-"""The run manifest: a JSON file beside an output that says how the output came about."""
+"""The run manifest: a JSON file beside an output that records how the output was produced."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Command:
     program: str
     """Name of the script, such as ``eval_lm.py``."""
     argv: tuple[str, ...]
-    """Its words."""
+    """Its arguments."""
     given: Mapping[str, Any]
     """Values of the flags the user gave, by field name; defaults are absent."""
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file; of its size and its first and last MiB (marked so) when it is larger than a GiB."""
+    """SHA-256 of a file; above 1 GiB, of its size and its first and last MiB (marked so)."""
     size = os.path.getsize(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -64,13 +64,13 @@ def write_manifest(
     inputs: Iterable[str | os.PathLike[str]] = (),
     seed: int | None = None,
 ) -> None:
-    """Write how a run was made and what came out.
+    """Write the settings, inputs and results of a run.
 
     Args:
         path: the JSON file, usually ``<output>.run.json``.
         config: the settings in effect, as plain types.
-        figures: what the run measured.
-        inputs: files it read; each is recorded with its size and digest.
+        figures: results of the run.
+        inputs: files that the run read; each is recorded with its size and digest.
     """
     record = {
         "command": shlex.join([program, *argv]),
@@ -89,21 +89,21 @@ def write_manifest(
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _DISTRIBUTIONS:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with "-dirty" when files differ; None elsewhere."""
+    """The commit of the checkout that this package runs from, "-dirty" if files differ; None outside a checkout."""
     folder = Path(__file__).resolve().parent
     try:
-        words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        output = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return output.stdout.strip() or None
@@ -111,7 +111,7 @@ def _commit() -> str | None:
 
 def _hardware() -> dict[str, Any]:
     hardware: dict[str, Any] = {
-        "processor": _processor_name(),
+        "processor": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
     }
@@ -124,7 +124,7 @@ def _hardware() -> dict[str, Any]:
     return hardware
 
 
-def _processor_name() -> str:
+def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             for line in file:

@@ -1,4 +1,4 @@
-"""Runs tasks side by side, each on one thread."""
+"""Parallel tasks, each on one thread."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def map_in_threads(
 ) -> Iterator[R]:
     """``map(function, tasks)`` on as many threads as torch may use, in the order of the tasks.
 
-    Within a task torch computes on one thread. Tasks are better company than torch's own threads for many small
-    operations: those wait for each other after every operation, which on a busy machine costs a time slice each.
+    Within a task torch computes on one thread. For many small operations, one task per thread beats torch's intra-op
+    threads, which synchronise after every operation; on a busy machine each wait costs a time slice.
 
     Args:
-        setup: called once in each thread, to restrict what else would start threads.
+        setup: called once in each thread, to restrict other libraries that start threads.
     """
     count = torch.get_num_threads()
     if min(count, len(tasks)) <= 1:
@@ -45,47 +45,47 @@ def map_in_threads(
 def run_in_threads(
     function: Callable[[T], object], tasks: Sequence[T], setup: Callable[[], None] = lambda: None
 ) -> None:
-    """:func:`map_in_threads` for what the function does, not for what it returns."""
+    """:func:`map_in_threads` for a function's side effects; results are discarded."""
     for _ in map_in_threads(function, tasks, setup):
         pass
 
 
 class ObjectPool(Generic[T]):
-    """Things that tasks take and give back, made as they are needed: one for each task that runs at the same time."""
+    """Objects that tasks borrow and return, created on demand: one for each task that runs at the same time."""
 
-    def __init__(self, fresh: Callable[[], T]) -> None:
+    def __init__(self, make: Callable[[], T]) -> None:
         """Args.
 
-        fresh: makes one.
+        make: creates an object.
         """
-        self._fresh = fresh
-        self._held: list[T] = []
+        self._make = make
+        self._idle: list[T] = []
 
     @contextmanager
     def borrow(self) -> Iterator[T]:
-        """One that no other task has, while the block runs."""
+        """An object that no other task uses while the block runs."""
         try:
-            taken = self._held.pop()
-        except IndexError:  # to look first would not do: another thread may take it in between
-            taken = self._fresh()
-        yield taken
-        self._held.append(taken)
+            item = self._idle.pop()
+        except IndexError:  # a check first would race: another thread may pop in between
+            item = self._make()
+        yield item
+        self._idle.append(item)
 
 
 class ThreadBuffer:
-    """Memory that each thread keeps: fresh memory for every matrix costs more than the arithmetic in it."""
+    """Scratch memory of each thread: fresh memory for every matrix costs more than its arithmetic."""
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         """Args.
 
-        size: numbers that are held; a larger matrix gets memory of its own.
+        size: numbers in the buffer; a larger matrix gets memory of its own.
         """
-        self._size, self._dtype, self._of_thread = size, dtype, threading.local()
+        self._size, self._dtype, self._local = size, dtype, threading.local()
 
     def __call__(self, rows: int, cols: int) -> Tensor:
-        """A matrix whose content means nothing, until the thread asks for the next one."""
-        if not hasattr(self._of_thread, "memory"):
-            with torch.inference_mode(False):  # what is made in that mode can be written to in that mode only
-                self._of_thread.memory = torch.empty(self._size, dtype=self._dtype)
-        memory: Tensor = self._of_thread.memory
+        """A matrix with undefined content, valid until the thread requests the next one."""
+        if not hasattr(self._local, "memory"):
+            with torch.inference_mode(False):  # tensors made in inference mode are writable only in it
+                self._local.memory = torch.empty(self._size, dtype=self._dtype)
+        memory: Tensor = self._local.memory
         return memory[: rows * cols].view(rows, cols) if rows * cols <= self._size else memory.new_empty(rows, cols)

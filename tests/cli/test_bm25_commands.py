@@ -134,7 +134,7 @@ def test_a_killed_search_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--shard_id", "1"], "--shard_id 1 is not one of --num_shards 1"),
+        (["--shard_id", "1"], "--shard_id 1 is not below --num_shards 1"),
         (["--num_neighbors", "0"], "--num_neighbors must be at least 1, got 0"),
         (["--backend", "pyserini"], "holds no Lucene index; build one (python -m pyserini.index.lucene"),
         (["--segments_path", "missing.json"], "no such file: missing.json"),
@@ -237,4 +237,4 @@ def test_a_lucene_index_without_pyserini_or_with_bm25s_is_told(tmp_path, monkeyp
     assert "pip install 'fairseq-memory[pyserini]'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         search(tmp_path, "--backend", "bm25s")
-    assert "is a Lucene index; leave --backend bm25s out" in capsys.readouterr().err
+    assert "is a Lucene index; drop --backend bm25s" in capsys.readouterr().err

@@ -156,9 +156,9 @@ def test_keys_that_are_not_finite_are_told(told, tmp_path):
         (("convert", "{store}", "{store}x", "--dictionary", "nowhere.txt"), "nowhere.txt"),
         (("convert", "{store}", "{store}"), "d.json is that of another datastore"),
         (("delete", "{store}"), "give --rows, --rows-file or --documents to delete, or --compact"),
-        (("delete", "{store}", "--rows", "3-"), "'3-' is no row or range of rows, such as 3,10-20"),
-        (("delete", "{store}", "--rows", "9-3"), "'9-3' is no row or range of rows"),
-        (("delete", "{store}", "--rows", "x"), "'x' is no row or range of rows"),
+        (("delete", "{store}", "--rows", "3-"), "'3-' is not a row or range of rows; write for example 3,10-20"),
+        (("delete", "{store}", "--rows", "9-3"), "'9-3' is not a row or range of rows"),
+        (("delete", "{store}", "--rows", "x"), "'x' is not a row or range of rows"),
         (("delete", "{store}", "--rows", "30"), "row 30 is not in datastore"),
         (("delete", "{store}", "--rows", "0-29"), "all 30 rows of datastore"),
         (("delete", "{store}", "--documents", "7"), "document 7 has no row in datastore"),
@@ -169,7 +169,7 @@ def test_keys_that_are_not_finite_are_told(told, tmp_path):
         (("sample", "{store}", "{store}x", "--rows", "0"), "--rows must be at least 1, got 0"),
         (("sample", "{store}", "{store}x", "--rows", "31"), "--rows 31: datastore"),
         (("merge", "{store}"), "nothing to join; name the stores"),
-        (("merge", "{store}", "{store}"), "give the whole another name"),
+        (("merge", "{store}", "{store}"), "choose another name"),
         (("merge", "{store}x", "{store}", "nowhere"), "no datastore at 'nowhere'"),
         (("merge", "/proc/x", "{store}"), "cannot write in '/proc'"),
     ],
@@ -225,7 +225,7 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in datastore.COMMANDS)
-    assert "without any" in " ".join(done.stdout.split())
+    assert "without any, the shards PREFIX.partI-of-N are joined" in " ".join(done.stdout.split())
 
 
 def test_plan(said, told, tmp_path, monkeypatch):
@@ -244,7 +244,7 @@ def test_plan(said, told, tmp_path, monkeypatch):
     assert as_json["config"]["keys"] == 103_000_000
     assert as_json["rates"]["indexes"]["flat"]["scan_key"] == 1e-7
     assert [choice["kind"] for choice in as_json["choices"]][:3] == ["exact", "flat", "ivfpq"]
-    assert "'many' is no whole number" in told("plan", "--keys", "many", "--dim", 4)
+    assert "'many' is not a whole number" in told("plan", "--keys", "many", "--dim", 4)
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     assert "--folder: " in told(*words[:-1], locked)

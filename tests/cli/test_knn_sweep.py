@@ -276,6 +276,6 @@ def test_mistakes_of_saving(told, kept, data_bin, trained, store, tmp_path):
     )
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
-    assert "takes no new files" in line(*knn, "--save-retrieval", locked / "r")
+    assert "accepts no new files" in line(*knn, "--save-retrieval", locked / "r")
     assert "is a folder; give the name of a file" in line(*knn, "--save-retrieval", tmp_path)
     assert "k 16 and 8); give another name, or remove it" in line(*knn, "--save-retrieval", kept / "valid.retrieval")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fairseq.config import flag_names
-from fairseq.data.binarizer import PIECE_BYTES
+from fairseq.data.binarizer import CHUNK_BYTES
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq_cli.preprocess import IGNORED, PreprocessConfig, main
@@ -101,7 +101,7 @@ def test_several_texts_of_a_split(text):
 def test_the_number_of_processes_changes_nothing(text):
     words = np.random.default_rng(1).zipf(1.3, 400_000) % 9973
     (text / "long").write_text("".join(f"word{w}{' ' if w % 11 else chr(10)}" for w in words.tolist()) * 6)
-    assert os.path.getsize("long") > PIECE_BYTES  # there is work for two
+    assert os.path.getsize("long") > CHUNK_BYTES  # there is work for two
     for workers in (1, 2):
         preprocess("--only-source", "--trainpref", "long", "--destdir", f"w{workers}", "--workers", workers)
     assert files_in("w1") == files_in("w2")

@@ -39,11 +39,11 @@ def test_parts_hold_the_rows_of_a_store_that_one_process_saves(save, tmp_path, s
         assert not (tmp_path / "parts.json").exists()
         save(tmp_path / "parts", *words, "--num-shards", count, "--shard-id", shard)
     whole, parts = Datastore.open(tmp_path / "whole"), Datastore.open(tmp_path / "parts")
-    assert len(parts.parts) == count
-    assert sum(part.rows for part in parts.parts) == len(whole)
-    assert all(part.rows for part in parts.parts)
+    assert len(parts.shards) == count
+    assert sum(part.rows for part in parts.shards) == len(whole)
+    assert all(part.rows for part in parts.shards)
     for array in ("keys", "values"):
-        one, two = (np.concatenate(getattr(store, array).parts) for store in (whole, parts))
+        one, two = (np.concatenate(getattr(store, array).chunks) for store in (whole, parts))
         assert one.tobytes() == two.tobytes()
     every = np.arange(len(whole))
     np.testing.assert_array_equal(whole.where(every), parts.where(every))
@@ -102,7 +102,7 @@ def test_a_shard_that_is_saved_is_not_saved_again(save, tmp_path, capsys):
     for _ in range(2):
         save(tmp_path / "d", *words, "--shard-id", 1)
     assert "d.part1-of-2 is complete already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="of its 2 parts 0 are not saved"):
+    with pytest.raises(ValueError, match="of its 2 shards 0 are not saved"):
         Datastore.open(tmp_path / "d")
     save(tmp_path / "d", *words, "--shard-id", 0)
     assert "keys in 2 parts" in capsys.readouterr().out
@@ -150,6 +150,6 @@ def test_processes_of_torchrun_are_shards(save, tmp_path, monkeypatch):
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         save(tmp_path / "d", "--max-tokens", 64)
-    assert len(Datastore.open(tmp_path / "d").parts) == 2
+    assert len(Datastore.open(tmp_path / "d").shards) == 2
     with pytest.raises(ValueError, match="torchrun makes a shard of each of its 2 processes; leave out"):
         save(tmp_path / "d", "--max-tokens", 64, "--num-shards", 2)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq.data.binarizer import binarize, count_symbols, pieces_of, read_piece
+from fairseq.data.binarizer import binarize, count_symbols, find_chunks, read_chunk
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 
@@ -16,13 +16,13 @@ def lines_as_python_reads_them(path):
 
 
 @given(TEXT, st.integers(1, 12))
-def test_pieces_are_whole_lines_and_all_of_the_file(tmp_path_factory, text, piece_bytes):
+def test_pieces_are_whole_lines_and_all_of_the_file(tmp_path_factory, text, chunk_bytes):
     path = str(tmp_path_factory.mktemp("t") / "text")
     with open(path, "wb") as file:
         file.write(text.encode())
-    pieces = [read_piece(piece) for piece in pieces_of(path, piece_bytes)]
-    assert "".join(pieces) == text.replace("\r\n", "\n").replace("\r", "\n")
-    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    chunks = [read_chunk(chunk) for chunk in find_chunks(path, chunk_bytes)]
+    assert "".join(chunks) == text.replace("\r\n", "\n").replace("\r", "\n")
+    assert all(chunk.endswith("\n") for chunk in chunks[:-1])
 
 
 @given(TEXT)
@@ -54,7 +54,7 @@ def test_several_processes_give_the_same_bytes(tmp_path, monkeypatch):
     words = np.random.default_rng(0).integers(0, 500, 20000).tolist()
     path = tmp_path / "text"
     path.write_text("".join(f"{word}{' ' if word % 7 else chr(10)}" for word in words))
-    monkeypatch.setattr("fairseq.data.binarizer.pieces_of", lambda path: pieces_of(path, 5000))
+    monkeypatch.setattr("fairseq.data.binarizer.find_chunks", lambda path: find_chunks(path, 5000))
     counts = count_symbols([str(path)], workers=1)
     assert count_symbols([str(path)], workers=3) == counts
     dictionary = Dictionary.from_counts(counts, nwords=300)
@@ -71,7 +71,7 @@ def test_bytes_that_are_no_text_are_an_error_that_names_the_line(tmp_path):
         count_symbols([str(path)])
 
 
-def test_nothing_is_left_behind_by_an_error(tmp_path):
+def test_an_error_leaves_no_files(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="not UTF-8"):

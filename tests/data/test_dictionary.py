@@ -65,12 +65,12 @@ def test_overwrite_gives_a_known_symbol_a_number_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"the 5\nof\n", "line 2: expected 'symbol count', found 'of'"),
+        (b"the 5\nof\n", "line 2: expected 'symbol count', got 'of'"),
         (b"the 5\n\n", "line 2: expected 'symbol count'"),
-        (b"the x\n", "line 1: expected 'symbol count', found 'the x'"),
+        (b"the x\n", "line 1: expected 'symbol count', got 'the x'"),
         (b"the #fairseq:overwrite\n", "line 1: expected"),
-        (b"the 5\nof 4\nthe 3\n", "line 3: 'the' is there already .as number 4."),
-        (b"<unk> 7\n", "line 1: '<unk>' is there already"),
+        (b"the 5\nof 4\nthe 3\n", "line 3: 'the' is a duplicate .of number 4."),
+        (b"<unk> 7\n", "line 1: '<unk>' is a duplicate"),
         (b"the 5\n\xff 3\n", "line 2: .*utf-8"),
     ],
 )

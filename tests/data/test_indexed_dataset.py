@@ -87,14 +87,14 @@ def damaged(path, change):
         (".bin", lambda raw: raw.pop(), r"x\.bin has 11 bytes, its \.idx says 6 tokens of 2 bytes \(12\)"),
         (".bin", lambda raw: raw.extend(b"12"), r"x\.bin has 14 bytes"),
         (".idx", lambda raw: raw.pop(), r"x\.idx has 61 bytes, 3 sentences need 62"),
-        (".idx", lambda raw: raw.__delitem__(slice(10, None)), r"x\.idx is no fairseq mmap index"),
-        (".idx", lambda raw: raw.__setitem__(0, 0), r"x\.idx is no fairseq mmap index \(bad magic\)"),
+        (".idx", lambda raw: raw.__delitem__(slice(10, None)), r"x\.idx is not a fairseq mmap index"),
+        (".idx", lambda raw: raw.__setitem__(0, 0), r"x\.idx is not a fairseq mmap index \(bad magic\)"),
         (".idx", lambda raw: raw.__setitem__(9, 2), r"x\.idx has format version 2"),
         (".idx", lambda raw: raw.__setitem__(17, 6), r"x\.idx has number type 6"),
-        (".idx", lambda raw: raw.__setitem__(26, 4), r"x\.idx: sizes and offsets do not fit"),
+        (".idx", lambda raw: raw.__setitem__(26, 4), r"x\.idx: sizes and offsets do not match"),
     ],
 )
-def test_damaged_files_are_told_from_good_ones(tmp_path, end, change, message):
+def test_damaged_files_are_rejected(tmp_path, end, change, message):
     write(tmp_path / "x", [[5, 6, 2], [2], [7, 2]])
     damaged(tmp_path / f"x{end}", change)
     with pytest.raises(ValueError, match=message):
@@ -105,7 +105,7 @@ def test_damaged_files_are_told_from_good_ones(tmp_path, end, change, message):
 def test_a_missing_file_is_named(tmp_path, end):
     write(tmp_path / "x", [[1]])
     (tmp_path / f"x{end}").unlink()
-    with pytest.raises(ValueError, match=rf"x\{end} is missing \(preprocess"):
+    with pytest.raises(ValueError, match=rf"x\{end} is missing; run preprocess"):
         MMapIndexedDataset(tmp_path / "x")
 
 

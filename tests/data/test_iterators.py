@@ -99,7 +99,7 @@ def test_groups_of_batches_stay_together_on_neighbouring_ranks(count, group, gro
                 assert members == list(range(start, min(start + group, count)))
 
 
-def test_groups_are_shuffled_anew_each_epoch():
+def test_groups_are_shuffled_again_each_epoch():
     one, single = iterator(40, group=4), iterator(40)
     first = one.order().tolist()
     one.next_epoch()
@@ -117,7 +117,7 @@ def test_groups_go_on_where_they_stood(count, steps, group):
     assert seen + ids_of(second) == ids_of(whole)
 
 
-def test_another_group_size_is_told_and_begins_with_a_whole_group(caplog):
+def test_another_group_size_is_reported_and_begins_with_a_whole_group(caplog):
     walker = iterator(20, world_size=4, group=4)
     walker.load_state_dict({"epoch": 1, "batches_consumed": 6, "num_batches": 20, "group": 2})
     assert walker.batches_done == 1

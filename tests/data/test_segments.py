@@ -58,15 +58,15 @@ def test_other_programs_spellings_are_read_in_pieces(tmp_path, monkeypatch, chun
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"id": "0", "contents": "a"}, {"id": "2", "contents": "b"}]', "segment 1 has the id '2'; ids must be pos"),
+        ('[{"id": "0", "contents": "a"}, {"id": "2", "contents": "b"}]', "segment 1 has the id '2', ids must be pos"),
         ('[{"id": "0", "contents": "a"}, {"id": "1", "cont', "is cut off or not JSON"),
         ('[{"id": "0", "contents": "a"}', "is cut off or not JSON"),
-        ('[{"id": "0", "text": "a"}]', "item 0 is no segment"),
-        ('["a"]', "item 0 is no segment"),
+        ('[{"id": "0", "text": "a"}]', "item 0 is not a segment"),
+        ('["a"]', "item 0 is not a segment"),
         ("not JSON", "is cut off or not JSON"),
     ],
 )
-def test_a_file_of_something_else_is_told(tmp_path, text, message):
+def test_a_file_of_something_else_is_reported(tmp_path, text, message):
     path = tmp_path / "segments.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):

@@ -77,7 +77,7 @@ def test_documents_begin_where_the_mode_says(sizes, block_size, longest, mode):
 @pytest.mark.parametrize(
     ("block_size", "mode", "message"),
     [
-        (4, "lines", "unknown --sample-break-mode 'lines'; known: none"),
+        (4, "lines", "unknown --sample-break-mode 'lines'; choose one of none"),
         (0, "none", "got 0"),
         (None, "complete", "None"),
     ],

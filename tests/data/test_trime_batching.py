@@ -47,16 +47,16 @@ def test_batches_are_sub_lists_of_the_file(tmp_path_factory, order, blocks_per_b
         ([0, 1, 1, 1], r"holds 1 blocks more than once \(1\) and 2 not at all \(2, 3\)"),
         ([0, 1, 2, 4], "holds block 4; the training data has 0 to 3"),
         ([0, 1, 2, -1], "holds block -1"),
-        ([0, 1, 2, 10**30], "which is no block number"),
-        ([0, 1, 2, "3"], '1 items that are no block numbers, "3" for one'),
-        ([0, 1, 2, 3.0], "3.0 for one"),
-        ([0, 1, 2, True], "true for one"),
-        ([[0, 1], [2, 3]], "2 items that are no block numbers"),
-        ({"0": [1]}, "a JSON dict, a list"),
+        ([0, 1, 2, 10**30], "which is not a block number"),
+        ([0, 1, 2, "3"], '1 items that are not block numbers, such as "3"'),
+        ([0, 1, 2, 3.0], "such as 3.0"),
+        ([0, 1, 2, True], "such as true"),
+        ([[0, 1], [2, 3]], "2 items that are not block numbers"),
+        ({"0": [1]}, "a JSON dict, expected a list"),
         ("[0, 1, 2", "is not JSON"),
     ],
 )
-def test_a_file_that_does_not_fit_is_told_apart(batch_file, content, message):
+def test_a_file_that_does_not_fit_is_rejected(batch_file, content, message):
     with pytest.raises(ValueError, match=message):
         read_order(batch_file(content), 4)
 
@@ -83,8 +83,8 @@ def test_ranks_that_share_a_memory(flags, max_tokens, world_size, together):
     [
         (250, 100, 4, "--train-mem-size 250 is not a multiple of --max-tokens 100; give 200"),
         (50, 100, 4, "--train-mem-size 50 is not a multiple of --max-tokens 100; give 100"),
-        (300, 100, 4, "shared by 3 processes at a time, and 4 processes cannot be parted"),
-        (300, None, 4, "--train-mem-size 300 needs --max-tokens"),
+        (300, 100, 4, "shared by 3 processes at a time, which does not divide 4 processes"),
+        (300, None, 4, "--train-mem-size 300 is measured in batches of --max-tokens"),
     ],
 )
 def test_a_memory_that_cannot_be_shared_out(memory, max_tokens, world_size, message):
@@ -92,7 +92,7 @@ def test_a_memory_that_cannot_be_shared_out(memory, max_tokens, world_size, mess
         ranks_together(BatchingConfig(keep_order=True, train_mem_size=memory), max_tokens, world_size)
 
 
-def test_too_few_processes_for_the_memory_are_told(caplog):
+def test_too_few_processes_for_the_memory_are_reported(caplog):
     assert ranks_together(BatchingConfig(keep_order=True, train_mem_size=800), 100, 2) == 2
     assert "spread over 8 processes, this run has 2: its memory holds 200 tokens" in caplog.text
     assert "--max-tokens to 400" in caplog.text

@@ -122,12 +122,12 @@ class Malicious:
     ("name", "content", "message"),
     [
         ("valid.bin", b"12345", "valid.bin has 5 bytes, its .idx says"),
-        ("valid.idx", b"", "valid.idx is no fairseq mmap index"),
+        ("valid.idx", b"", "valid.idx is not a fairseq mmap index"),
         ("valid.idx", b"MMIDIDX\0\0" + bytes([1, *7 * [0], 8, 9, *7 * [0]]), "9 sentences need 134"),
         ("valid.idx", None, "split 'valid' is not whole"),
         ("dict.txt", None, "holds no dict.txt"),
         ("dict.txt", b"", "dict.txt holds no symbol"),
-        ("dict.txt", b"w1 5\n\xff\n", "dict.txt, line 2: no utf-8 text"),
+        ("dict.txt", b"w1 5\n\xff\n", "dict.txt, line 2: not utf-8 text"),
         ("dict.txt", b"w1 5\n", "dict.txt has 5 types; the text was binarised with another dictionary"),
     ],
 )
@@ -270,8 +270,8 @@ def test_damaged_stores_and_indexes(evaluated: Told, told: Told, store: Path, tm
     words = (*KNN, "--dstore-filename", tmp_path / "old", "--dstore-size")
     assert "old_vals.npy does not; copy it too" in evaluated(*words, 50)
     np.full(50, 5).tofile(tmp_path / "old_vals.npy")
-    assert "51 rows of 16 float32 values take 3264: at this width it holds 50 rows" in evaluated(*words, 51)
-    assert "these are float32 keys: leave out --dstore-fp16" in evaluated(*words, 50, "--dstore-fp16")
+    assert "51 rows of 16 float32 values take 3264; at this width it holds 50 rows" in evaluated(*words, 51)
+    assert "these are float32 keys: drop --dstore-fp16" in evaluated(*words, 50, "--dstore-fp16")
 
 
 @mistakes(
@@ -283,7 +283,7 @@ def test_damaged_stores_and_indexes(evaluated: Told, told: Told, store: Path, tm
         "--max-target-positions 0": "--max-target-positions must be at least 1, got 0",
         "--num-shards 999 --shard-id 0": "nothing to score: of the 0 blocks in this part of valid none",
         "--eval-file /": "--eval-file / is a folder",
-        f"--eval-file {FILE}/x": "takes no new files",
+        f"--eval-file {FILE}/x": "accepts no new files",
     }
 )
 def test_evaluation_flags(evaluated: Told, words: list[str], message: str) -> None:

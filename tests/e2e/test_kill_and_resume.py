@@ -110,7 +110,7 @@ def test_torchrun_saves_a_shard_per_process(trained: Path, data_bin: Path, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{tmp_path / 'd'}: " in done.stdout
     store = Datastore.open(tmp_path / "d")
-    assert [Path(part.prefix).name for part in store.parts] == ["d.part0-of-2", "d.part1-of-2"]
+    assert [Path(part.prefix).name for part in store.shards] == ["d.part0-of-2", "d.part1-of-2"]
     store.verify()
 
 

@@ -1,4 +1,4 @@
-"""What tasks take and give back is never with two of them, and is made no more often than needed."""
+"""Pooled objects are never shared by two tasks, and are created no more often than needed."""
 
 from __future__ import annotations
 

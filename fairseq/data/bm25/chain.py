@@ -1,4 +1,4 @@
-"""Lines up all segments so that neighbours in the line are alike (arXiv 2205.12674, sec. 4.1)."""
+"""An order of all segments in which adjacent ones are similar (arXiv 2205.12674, sec. 4.1)."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from fairseq.data.bm25.results import SegmentNeighbors
 
 Indices = npt.NDArray[np.int64]
 
-# Where the last segment has no neighbour left, one of these many before it may: it will be in the same batch.
+# If the last segment has no unused neighbour, one of this many segments before it may: they share a batch.
 _LOOK_BACK = 8
 
 
 def chain(neighbors: SegmentNeighbors, seed: int) -> Indices:
-    """Every segment once: each is followed by its best neighbour that is not in the line yet.
+    """Every segment once: each is followed by its best neighbour that is not in the chain yet.
 
-    Then by one that has it as a neighbour; then what follows is looked for among the neighbours of the segments
-    before it; and when those have none left either, the chain continues with a segment drawn at random.
+    Without one, it is followed by a segment that has it as a neighbour, then by a neighbour of the segments before it;
+    when those have none left either, the chain continues with a segment drawn at random.
     """
     count = len(neighbors)
     if not count:
         return np.empty(0, dtype=np.int64)
-    turned = reverse(neighbors)
-    free = bytearray(b"\x01") * count
-    by_chance = iter(np.random.default_rng(seed).permutation(count).tolist())
-    line: list[int] = []
-    following: int | None = None
-    while len(line) < count:
-        if following is None:
-            following = next(segment for segment in by_chance if free[segment])
-        line.append(following)
-        free[following] = 0
-        following = _next(line, neighbors, turned, free)
-    return np.array(line, dtype=np.int64)
+    reversed_neighbors = reverse(neighbors)
+    unused = bytearray(b"\x01") * count
+    shuffled = iter(np.random.default_rng(seed).permutation(count).tolist())
+    order: list[int] = []
+    successor: int | None = None
+    while len(order) < count:
+        if successor is None:
+            successor = next(segment for segment in shuffled if unused[segment])
+        order.append(successor)
+        unused[successor] = 0
+        successor = _find_successor(order, neighbors, reversed_neighbors, unused)
+    return np.array(order, dtype=np.int64)
 
 
-def _next(line: list[int], neighbors: SegmentNeighbors, turned: SegmentNeighbors, free: bytearray) -> int | None:
-    for segment in reversed(line[-_LOOK_BACK:]):
-        for table in (neighbors, turned):
+def _find_successor(
+    order: list[int], neighbors: SegmentNeighbors, reversed_neighbors: SegmentNeighbors, unused: bytearray
+) -> int | None:
+    for segment in reversed(order[-_LOOK_BACK:]):
+        for table in (neighbors, reversed_neighbors):
             for candidate in table.of(segment):
-                if free[candidate]:
+                if unused[candidate]:
                     return candidate
     return None
 
 
 def reverse(neighbors: SegmentNeighbors) -> SegmentNeighbors:
-    """For each segment those that have it as a neighbour, the ones that rank it highest first."""
+    """For each segment, the segments that have it as a neighbour; those that rank it highest come first."""
     count = len(neighbors)
     lengths = np.diff(neighbors.starts)
     owners = np.repeat(np.arange(count, dtype=np.int32), lengths)
@@ -58,9 +60,9 @@ def reverse(neighbors: SegmentNeighbors) -> SegmentNeighbors:
 
 
 def neighbor_rate(order: Indices, neighbors: SegmentNeighbors) -> float:
-    """Share of the pairs next to each other in ``order`` of which one is a retrieved neighbour of the other."""
+    """Share of adjacent pairs in ``order`` in which one is a retrieved neighbour of the other."""
     if len(order) < 2:
         return 0.0
-    line: list[int] = order.tolist()
-    alike = sum(b in neighbors.of(a) or a in neighbors.of(b) for a, b in zip(line, line[1:]))
-    return alike / (len(line) - 1)
+    segments: list[int] = order.tolist()
+    num_neighbors = sum(b in neighbors.of(a) or a in neighbors.of(b) for a, b in zip(segments, segments[1:]))
+    return num_neighbors / (len(segments) - 1)

@@ -9,30 +9,30 @@ from typing import Any
 
 from fairseq.data.segments import file_sha256, read_segments
 
-_SAVED_COMMIT = "segments_"  # Lucene's commit points are called segments_1, segments_2, ...
+_COMMIT_PREFIX = "segments_"  # Lucene's commit points are called segments_1, segments_2, ...
 
 
 def is_lucene_index(folder: Path) -> bool:
-    """True if the folder holds an index of Lucene's."""
-    return folder.is_dir() and any(path.name.startswith(_SAVED_COMMIT) for path in folder.iterdir())
+    """True if the folder holds a Lucene index."""
+    return folder.is_dir() and any(path.name.startswith(_COMMIT_PREFIX) for path in folder.iterdir())
 
 
 class LuceneIndex:
-    """The same as :class:`fairseq.data.bm25.index.Bm25Index` over a Lucene index."""
+    """A Lucene index with the interface of :class:`fairseq.data.bm25.index.Bm25Index`."""
 
     queries_at_once = 64
-    """Queries that are handed over together."""
+    """Queries per call of pyserini."""
 
     def __init__(self, folder: Path, segments_path: Path) -> None:
         """Open the index of these segments.
 
-        Raises: ValueError when there is none, when pyserini is missing, or when it holds another number of segments.
+        Raises: ValueError when it does not exist, pyserini is missing, or the number of segments differs.
         """
         if not is_lucene_index(folder):
             raise ValueError(
                 f"{str(folder)!r} holds no Lucene index; build one (python -m pyserini.index.lucene --collection "
                 f"JsonCollection --input {str(segments_path.parent)!r} --index {str(folder)!r} --generator "
-                "DefaultLuceneDocumentGenerator --threads 1) or leave --backend pyserini out"
+                "DefaultLuceneDocumentGenerator --threads 1) or drop --backend pyserini"
             )
         self._searcher = _searcher(folder)
         self.num_documents = int(self._searcher.num_docs)
@@ -40,7 +40,7 @@ class LuceneIndex:
         if num_segments != self.num_documents:
             raise ValueError(
                 f"the Lucene index {str(folder)!r} holds {self.num_documents} documents, {str(segments_path)!r} "
-                f"{num_segments} segments; build the index again from a folder that holds this file alone"
+                f"{num_segments} segments; rebuild the index from a folder that holds only this file"
             )
         self.segments_sha256 = file_sha256(segments_path)
 
@@ -48,20 +48,20 @@ class LuceneIndex:
         """See :meth:`fairseq.data.bm25.index.Bm25Index.search`."""
         names = [str(first + query) for query in range(len(texts))]
         hits = self._searcher.batch_search(list(texts), names, k=num_neighbors + 1, threads=os.cpu_count() or 1)
-        found = ([int(hit.docid) for hit in hits.get(name) or ()] for name in names)
+        documents = ([int(hit.docid) for hit in hits.get(name) or ()] for name in names)
         return [
-            [number for number in numbers if number != first + query][:num_neighbors]
-            for query, numbers in enumerate(found)
+            [document for document in ranked if document != first + query][:num_neighbors]
+            for query, ranked in enumerate(documents)
         ]
 
 
 def _searcher(folder: Path) -> Any:
     try:
         from pyserini.search.lucene import LuceneSearcher  # type: ignore[import-not-found, unused-ignore]
-    except Exception as error:  # without a fitting Java it is jnius that fails, in ways of its own
+    except Exception as error:  # without a suitable Java, jnius fails with errors of its own
         raise ValueError(
-            f"{str(folder)!r} is searched with pyserini, which does not load ({type(error).__name__}: {error}): pip "
-            "install 'fairseq-memory[pyserini]' and a Java of the version it asks for, or give an --index_path "
+            f"{str(folder)!r} is a Lucene index and pyserini cannot be loaded ({type(error).__name__}: {error}); pip "
+            "install 'fairseq-memory[pyserini]' and the Java version it requires, or give an --index_path "
             "without index for bm25s, which needs neither"
         ) from error
     from jnius import autoclass  # type: ignore[import-not-found, unused-ignore]

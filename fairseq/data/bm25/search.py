@@ -1,4 +1,4 @@
-"""Search of the neighbours of a shard of the segments; a killed search resumes."""
+"""Search for the neighbours of a shard of the segments; an interrupted search resumes."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ class SegmentIndex(Protocol):
         """Documents in the index."""
 
     def search(self, texts: Sequence[str], first: int, num_neighbors: int) -> list[list[int]]:
-        """Neighbours of texts that are documents ``first``, ``first + 1``, ... themselves."""
+        """Neighbours of texts, which are the documents ``first``, ``first + 1``, ..."""
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchReport:
     """Summary of a search."""
 
     path: Path
     num_segments: int
     """Segments of the shard."""
     num_searched: int
-    """Those searched now; the others were done before."""
+    """Segments searched by this run; an earlier run did the others."""
     index_seconds: float
     search_seconds: float
 
 
-def search_shard(config: SearchConfig) -> Searched:
-    """Find the neighbours of a shard's segments. Raises: ValueError or OSError for what cannot work."""
+def search_shard(config: SearchConfig) -> SearchReport:
+    """Find the neighbours of a shard's segments. Raises: ValueError or OSError for impossible settings or files."""
     segments_path, folder, results = (
         Path(path) for path in (config.segments_path, config.index_path, config.results_path)
     )
@@ -56,7 +56,7 @@ def search_shard(config: SearchConfig) -> Searched:
     backend = backend_of(config)
     may_create_in(results)
     index = _open(backend, folder, segments_path)
-    ready = time.perf_counter()
+    opened = time.perf_counter()
     count = index.num_documents
     start, stop = (count * shard // config.num_shards for shard in (config.shard_id, config.shard_id + 1))
     search = {
@@ -70,23 +70,21 @@ def search_shard(config: SearchConfig) -> Searched:
         writer = ShardWriter(results, config.shard_id, search)
         if writer.complete:
             logger.info("%s is complete already; remove it to search again", writer.path)
-            return Searched(writer.path, stop - start, 0, ready - started, 0.0)
+            return SearchReport(writer.path, stop - start, 0, opened - started, 0.0)
         if writer.num_done:
             logger.info("resuming at segment %d of %d to %d", start + writer.num_done, start, stop - 1)
         first = start + writer.num_done
         _search(index, segments_path, writer, first, stop, config.num_neighbors)
         writer.finish()
-    return Searched(writer.path, stop - start, stop - first, ready - started, time.perf_counter() - ready)
+    return SearchReport(writer.path, stop - start, stop - first, opened - started, time.perf_counter() - opened)
 
 
 def backend_of(config: SearchConfig) -> str:
-    """The index to search. Raises: ValueError when the index is not of the kind that was asked for."""
-    lucene = is_lucene_index(Path(config.index_path))
-    if lucene and config.backend == "bm25s":
-        raise ValueError(
-            f"{config.index_path!r} is a Lucene index; leave --backend bm25s out, or give it another --index_path"
-        )
-    return config.backend or ("pyserini" if lucene else "bm25s")
+    """Backend that fits the index. Raises: ValueError when --backend asks for another one."""
+    has_lucene = is_lucene_index(Path(config.index_path))
+    if has_lucene and config.backend == "bm25s":
+        raise ValueError(f"{config.index_path!r} is a Lucene index; drop --backend bm25s or give another --index_path")
+    return config.backend or ("pyserini" if has_lucene else "bm25s")
 
 
 def _open(backend: str, folder: Path, segments_path: Path) -> SegmentIndex:
@@ -101,14 +99,14 @@ def _search(
     index: SegmentIndex, segments_path: Path, writer: ShardWriter, first: int, stop: int, num_neighbors: int
 ) -> None:
     texts = itertools.islice(read_segments(segments_path), first, stop)
-    began = spoke = time.perf_counter()
-    place = first
+    began = logged = time.perf_counter()
+    position = first
     while batch := list(itertools.islice(texts, index.queries_at_once)):
-        found = index.search(batch, place, num_neighbors)
-        writer.add(list(enumerate(found, start=place)))
-        place += len(batch)
+        neighbors = index.search(batch, position, num_neighbors)
+        writer.add(list(enumerate(neighbors, start=position)))
+        position += len(batch)
         now = time.perf_counter()
-        if now - spoke > _LOG_SECONDS:
-            spoke, speed = now, (place - first) / (now - began)
-            left = (stop - place) / speed
-            logger.info("searched %d of %d, %.1f/s, %.0fs left", place - first, stop - first, speed, left)
+        if now - logged > _LOG_SECONDS:
+            logged, speed = now, (position - first) / (now - began)
+            seconds_left = (stop - position) / speed
+            logger.info("searched %d of %d, %.1f/s, %.0fs left", position - first, stop - first, speed, seconds_left)

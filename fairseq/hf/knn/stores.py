@@ -185,7 +185,7 @@ def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Tokenize
             "tokens are numbered otherwise; use the tokenizer it was saved with, or save it again"
         )
     if not metadata:
-        low, high = (f(g(part) for part in store.values.parts) for f, g in ((min, _low), (max, _high)))
+        low, high = (f(g(part) for part in store.values.chunks) for f, g in ((min, _low), (max, _high)))
         if low < 0 or high >= size:
             raise ValueError(
                 f"{name} holds tokens {low} to {high}, the model's vocabulary has {size}: it is of another tokenizer"

@@ -1,4 +1,4 @@
-"""Rows of one or more arrays on disk, one after the other, without copies."""
+"""Rows of one or more arrays on disk, concatenated without copies."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from fairseq.memory.types import Array
 class ChunkedArray:
     """The keys of a store, (rows, dim) of a floating type, or its values, (rows,) of an integer type.
 
-    The arrays are used where they are, which for a memory map is on disk. numpy knows no bfloat16: such arrays are
-    uint16, the 16 bits of each number.
+    The arrays are used in place, which for a memory map is on disk. numpy has no bfloat16: such arrays are uint16, the
+    16 bits of each number.
     """
 
-    def __init__(self, parts: Sequence[Array], dtype: str | None = None) -> None:
-        """Concatenate ``parts``, at least one, without copying.
+    def __init__(self, chunks: Sequence[Array], dtype: str | None = None) -> None:
+        """Concatenate ``chunks``, at least one, without copying.
 
         Args:
-            dtype: name of their type; by default what the arrays say, so it is needed for bfloat16 alone.
-        Raises: ValueError with both values when the parts differ in type or width.
+            dtype: name of their type; by default the arrays' dtype, so only bfloat16 needs it.
+        Raises: ValueError with both values when the chunks differ in type or width.
         """
-        self.parts = tuple(parts)
-        first = self.parts[0]
-        for part in self.parts[1:]:
-            if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
+        self.chunks = tuple(chunks)
+        first = self.chunks[0]
+        for chunk in self.chunks[1:]:
+            if chunk.dtype != first.dtype or chunk.shape[1:] != first.shape[1:]:
                 raise ValueError(
-                    f"rows of {_kind(first)} and of {_kind(part)} cannot be concatenated; convert one of the stores"
+                    f"rows of {_describe(first)} and of {_describe(chunk)} cannot be concatenated; convert one of the "
+                    "stores"
                 )
         self.dtype = dtype or str(first.dtype)
-        self._tensors = [view_as(part, self.dtype) for part in self.parts]
-        self._edges = [0, *accumulate(len(part) for part in self.parts)]
+        self._tensors = [view_as(chunk, self.dtype) for chunk in self.chunks]
+        self._edges = [0, *accumulate(len(chunk) for chunk in self.chunks)]
 
     @classmethod
     def of(cls, rows: Array | ChunkedArray) -> ChunkedArray:
@@ -53,67 +54,67 @@ class ChunkedArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """(rows, dim) of keys, (rows,) of values."""
-        return (len(self), *self.parts[0].shape[1:])
+        return (len(self), *self.chunks[0].shape[1:])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        return sum(part.nbytes for part in self.parts)
+        return sum(chunk.nbytes for chunk in self.chunks)
 
     @property
     def files(self) -> list[Path]:
-        """The files that are mapped; none of what is in memory."""
-        return [Path(str(part.filename)) for part in self.parts if isinstance(part, np.memmap)]
+        """The memory-mapped files; none for arrays in memory."""
+        return [Path(str(chunk.filename)) for chunk in self.chunks if isinstance(chunk, np.memmap)]
 
     @property
     def single_array(self) -> Array | None:
-        """The one array, if that is all and its type float32, so that its rows can be read in place."""
-        return self.parts[0] if len(self.parts) == 1 and self.dtype == "float32" else None
+        """The array, if it is the only one and of type float32, so that its rows can be read in place."""
+        return self.chunks[0] if len(self.chunks) == 1 and self.dtype == "float32" else None
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows from ``start`` to ``stop`` (not included, at most all) in their own type.
 
-        A view of the array when they are within one part. Nobody may write into it.
+        A view of the array if they are within one chunk; it must not be written to.
         """
         stop = min(stop, len(self))
-        pieces = []
-        number = bisect_right(self._edges, start, hi=len(self.parts)) - 1
+        slices = []
+        index = bisect_right(self._edges, start, hi=len(self.chunks)) - 1
         while start < stop:
-            first, after = self._edges[number], min(stop, self._edges[number + 1])
-            pieces.append(self._tensors[number][start - first : after - first])
-            start, number = after, number + 1
-        pieces = [piece for piece in pieces if len(piece)]
-        if not pieces:
+            first, after = self._edges[index], min(stop, self._edges[index + 1])
+            slices.append(self._tensors[index][start - first : after - first])
+            start, index = after, index + 1
+        slices = [rows for rows in slices if len(rows)]
+        if not slices:
             return self._tensors[0][:0]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return slices[0] if len(slices) == 1 else torch.cat(slices)
 
     def take(self, ids_N: Tensor | Array) -> Tensor:
-        """Some rows in the order asked for, as float32 (integers as int64). Each is read once, in the files' order."""
+        """Rows in the requested order, as float32 (integers as int64). Each is read once, in the order of the files."""
         ids_N = ids_N if isinstance(ids_N, Tensor) else torch.from_numpy(np.ascontiguousarray(ids_N))
-        if len(self.parts) == 1 and not isinstance(self.parts[0], np.memmap):  # nothing is read from a disk
-            return self._tensors[0].index_select(0, ids_N).to(self._taken_as)
+        if len(self.chunks) == 1 and not isinstance(self.chunks[0], np.memmap):  # no disk is read
+            return self._tensors[0].index_select(0, ids_N).to(self._output_dtype)
         if len(ids_N) > 1 and not bool((ids_N[1:] > ids_N[:-1]).all()):
             unique_M, inverse_N = torch.unique(ids_N, return_inverse=True)
             return self.take(unique_M).index_select(0, inverse_N)
         assert not len(ids_N) or (int(ids_N[0]) >= 0 and int(ids_N[-1]) < len(self)), (ids_N, len(self))
-        dtype = self._taken_as
+        dtype = self._output_dtype
         # torch gathers with all threads and numpy with one.
-        if len(self.parts) == 1:
+        if len(self.chunks) == 1:
             return self._tensors[0].index_select(0, ids_N).to(dtype)
-        places = torch.searchsorted(ids_N, torch.tensor(self._edges)).tolist()
-        found = [
+        positions = torch.searchsorted(ids_N, torch.tensor(self._edges)).tolist()
+        blocks = [
             tensor.index_select(0, ids_N[low:high] - first).to(dtype)
-            for tensor, first, low, high in zip(self._tensors, self._edges, places, places[1:])
+            for tensor, first, low, high in zip(self._tensors, self._edges, positions, positions[1:])
             if high > low
         ]
-        return torch.cat(found) if found else self._tensors[0][:0].to(dtype)
+        return torch.cat(blocks) if blocks else self._tensors[0][:0].to(dtype)
 
     def in_memory(self) -> ChunkedArray:
         """The same rows read into one array."""
-        return ChunkedArray([np.concatenate([np.asarray(part) for part in self.parts])], self.dtype)
+        return ChunkedArray([np.concatenate([np.asarray(chunk) for chunk in self.chunks])], self.dtype)
 
     @property
-    def _taken_as(self) -> torch.dtype:
+    def _output_dtype(self) -> torch.dtype:
         return torch.float32 if self._tensors[0].is_floating_point() else torch.int64
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -131,7 +132,7 @@ def as_tensor(array: Array) -> Tensor:
 
 
 def to_storage_dtype(rows: Tensor | Array, dtype: str) -> Array:
-    """Rows in a type of keys, as they are written."""
+    """Rows in a type of keys, as written to disk."""
     tensor = rows.detach().cpu() if isinstance(rows, Tensor) else as_tensor(np.ascontiguousarray(rows))
     tensor = tensor.to(getattr(torch, dtype)).contiguous()
     array: Array = (tensor.view(torch.uint16) if dtype == "bfloat16" else tensor).numpy()
@@ -155,6 +156,6 @@ def view_as(array: Array, dtype: str) -> Tensor:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
-def _kind(part: Array) -> str:
-    width = "" if part.ndim == 1 else f" and width {part.shape[1]}"
-    return f"type {part.dtype}{width}"
+def _describe(chunk: Array) -> str:
+    width = "" if chunk.ndim == 1 else f" and width {chunk.shape[1]}"
+    return f"type {chunk.dtype}{width}"

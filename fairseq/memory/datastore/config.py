@@ -12,13 +12,13 @@ KEY_TYPES = ("float32", "float16", "bfloat16")
 
 def row_ranges(text: str) -> tuple[tuple[int, int], ...]:
     """Parse ``3,10-20`` into pairs of first and last row. Raises: UnreadableError when it is anything else."""
-    found = []
+    ranges = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise UnreadableError(f"{part!r} is no row or range of rows, such as 3,10-20")
-        found.append((int(first), int(last) if dash else int(first)))
-    return tuple(found)
+            raise UnreadableError(f"{part!r} is not a row or range of rows; write for example 3,10-20")
+        ranges.append((int(first), int(last) if dash else int(first)))
+    return tuple(ranges)
 
 
 def count(text: str) -> int:
@@ -28,7 +28,7 @@ def count(text: str) -> int:
     except InvalidOperation:
         number = Decimal("nan")
     if not number.is_finite() or number != int(number):
-        raise UnreadableError(f"{text!r} is no whole number, such as 250000 or 103e6")
+        raise UnreadableError(f"{text!r} is not a whole number; write for example 250000 or 103e6")
     return int(number)
 
 
@@ -37,7 +37,7 @@ class StoreConfig:
     """Options that name a datastore."""
 
     prefix: str = flag("prefix")
-    """Prefix of its files; for files of other programs their folder, where they are named so."""
+    """Prefix of the files; for some other programs their folder."""
     dstore_size: int | None = flag("--dstore-size", default=None)
     """Rows; needed for files of other programs that do not state them."""
     dimension: int | None = flag("--dimension", default=None)
@@ -50,12 +50,12 @@ class StoreConfig:
     def __post_init__(self) -> None:
         require_at_least(1, dstore_size=self.dstore_size, dimension=self.dimension)
         if self.dstore_fp16 and self.dstore_bf16:
-            raise ValueError("--dstore-fp16 and --dstore-bf16 exclude each other; leave one out")
+            raise ValueError("--dstore-fp16 and --dstore-bf16 exclude each other; drop one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig(StoreConfig):
-    """Tell what a datastore holds."""
+    """Show the contents of a datastore."""
 
     json: bool = flag("--json", default=False)
     """Print a JSON object."""
@@ -75,26 +75,26 @@ class ConvertConfig(StoreConfig):
     dtype: str | None = flag("--dtype", default=None, choices=KEY_TYPES)
     """Type of the new keys; by default that of the old ones."""
     drop_nonfinite: bool = flag("--drop-nonfinite", default=False)
-    """Leave out rows whose key holds NaN or infinity in the new type, instead of refusing them."""
+    """Drop rows whose key holds NaN or infinity in the new type, instead of raising an error."""
     knn_keytype: str | None = flag("--knn-keytype", default=None)
-    """Say which inner state the keys are, where the old files do not."""
+    """Inner state that the keys are, if the old files do not record it."""
     dictionary: str | None = flag("--dictionary", default=None)
-    """Say which dictionary (dict.txt) the values are of, where the old files do not."""
+    """Dictionary (dict.txt) of the values, if the old files do not record it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Make one datastore of several without copying them: join the parts of a sharded one, or list others."""
+    """Combine datastores into one without copying: the shards of one datastore, or any datastores."""
 
     prefix: str = flag("prefix")
-    """Prefix of the whole."""
+    """Prefix of the combined datastore."""
     stores: tuple[str, ...] = flag("stores", default=())
     """Prefixes of the datastores to concatenate; without any, the shards PREFIX.partI-of-N are joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeleteConfig:
-    """Delete rows of a datastore: no search finds them any more, at once and without touching the arrays."""
+    """Delete rows of a datastore: searches stop finding them at once; the arrays stay unchanged."""
 
     prefix: str = flag("prefix")
     """Prefix of the datastore."""
@@ -103,13 +103,15 @@ class DeleteConfig:
     rows_file: str | None = flag("--rows-file", default=None)
     """Text file of rows, separated by white space."""
     documents: tuple[int, ...] = flag("--documents", default=(), parse=int_list)
-    """Documents, such as 3,7: every row of theirs."""
+    """Documents, such as 3,7, with all of their rows."""
     compact: bool = flag("--compact", default=False)
     """Then rewrite the datastore without the deleted rows; its indexes must be built again."""
 
     def __post_init__(self) -> None:
         if not (self.rows or self.rows_file or self.documents or self.compact):
-            raise ValueError("give --rows, --rows-file or --documents to delete, or --compact to rewrite")
+            raise ValueError(
+                "nothing to do; give --rows, --rows-file or --documents to delete, or --compact to rewrite"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class SampleConfig(StoreConfig):
     rows: int = flag("--rows")
     """Number of rows."""
     seed: int = flag("--seed", default=1)
-    """Chooses them."""
+    """Seed of the random choice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,7 +22,7 @@ from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.layout import StoreFiles
-from fairseq.memory.datastore.metadata import all_deleted, is_there, part_prefix
+from fairseq.memory.datastore.metadata import all_deleted, shard_prefix, store_exists
 from fairseq.memory.datastore.writer import DatastoreWriter, NonFiniteError, finish_interrupted
 from fairseq.memory.types import Array
 
@@ -30,37 +30,37 @@ logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 32 << 20
 _SECONDS_BETWEEN_CHECKPOINTS = 5.0
-_OF_THE_FILES = frozenset(
+_FILE_FIELDS = frozenset(
     "format_version complete rows dim key_dtype value_dtype keys_file values_file documents_file block_bytes checksums "
     "deleted parts shard_id num_shards first_row total_rows copied_from".split()
 )
 
 
 @dataclass(frozen=True)
-class Copied:
-    """Summary of a copy."""
+class CopyReport:
+    """Row counts of a copy."""
 
     rows: int
     """Rows of the copy."""
-    left_out: int
+    dropped: int
     """Rows of the source that are not in it."""
     nonfinite: int = 0
-    """Number of those that held NaN or infinity."""
+    """Number of dropped rows that held NaN or infinity."""
 
 
 class Selection:
-    """Some rows of a store: those that are listed, or all others."""
+    """A selection of rows: the listed ones, or all others."""
 
     def __init__(self, listed: Array, *, kept: bool) -> None:
-        """Take int64 rows, rising."""
+        """Select int64 rows, ascending."""
         self._listed, self._kept = listed, kept
 
     def count(self, total: int) -> int:
-        """Number of the ``total`` rows that are chosen."""
+        """Number of selected rows among ``total``."""
         return len(self._listed) if self._kept else total - len(self._listed)
 
     def within(self, start: int, stop: int) -> Array:
-        """Those from ``start`` to ``stop`` (not included), rising."""
+        """Selected rows from ``start`` to ``stop`` (not included), ascending."""
         low, high = np.searchsorted(self._listed, [start, stop])
         if self._kept:
             return self._listed[low:high]
@@ -69,13 +69,15 @@ class Selection:
         return start + np.flatnonzero(keep)
 
 
-def convert(source: Datastore, prefix: str | Path, dtype: str, metadata: Mapping[str, Any], *, drop: bool) -> Copied:
+def convert(
+    source: Datastore, prefix: str | Path, dtype: str, metadata: Mapping[str, Any], *, drop: bool
+) -> CopyReport:
     """Write a store with keys of another type (or the same), without its deleted rows.
 
     Args:
-        metadata: what is to be said of it beside what the source says.
-        drop: leave out rows whose key is not finite in the new type.
-    Raises: ValueError with their number when there are such rows and they are not to be dropped.
+        metadata: fields to add to the metadata of the source.
+        drop: True drops rows whose key is not finite in the new type.
+    Raises: ValueError with their number if there are such rows and ``drop`` is False.
     """
     bad = np.setdiff1d(nonfinite_rows(source.keys, dtype), source.deleted) if drop else np.empty(0, np.int64)
     chosen = Selection(np.union1d(bad, source.deleted), kept=False)
@@ -85,29 +87,34 @@ def convert(source: Datastore, prefix: str | Path, dtype: str, metadata: Mapping
         count = len(np.setdiff1d(nonfinite_rows(source.keys, dtype), source.deleted))
         raise ValueError(
             f"{count} of the {source.num_alive} keys of datastore {source.prefix!r} hold NaN or infinity as {dtype}; "
-            "--drop-nonfinite leaves these rows out"
+            "drop them with --drop-nonfinite"
         ) from error
-    return Copied(rows, len(source) - rows, len(bad))
+    return CopyReport(rows, len(source) - rows, len(bad))
 
 
-def sample(source: Datastore, prefix: str | Path, count: int, seed: int) -> Copied:
-    """Write a store of random rows, in their order; those that are deleted are never drawn.
+def sample(source: Datastore, prefix: str | Path, count: int, seed: int) -> CopyReport:
+    """Write a store of random rows, in their order; deleted rows are never drawn.
 
-    Raises: ValueError when there are not so many.
+    Raises: ValueError when the store has fewer rows.
     """
     if count > source.num_alive:
-        raise ValueError(f"--rows {count}: datastore {source.prefix!r} has {source.num_alive} rows to draw from")
+        raise ValueError(
+            f"--rows {count}: datastore {source.prefix!r} has {source.num_alive} rows to draw from; give at most "
+            f"{source.num_alive}"
+        )
     drawn = np.sort(np.random.default_rng(seed).choice(source.num_alive, count, replace=False))
-    # Before the n-th row that is left stand as many deleted ones as have no more than n others before them.
+    # The n-th remaining row is preceded by all deleted rows that have at most n remaining ones before them.
     drawn += np.searchsorted(source.deleted - np.arange(len(source.deleted)), drawn, side="right")
-    about = {"sampled": {"rows": count, "seed": seed}}
-    return Copied(_copy(source, prefix, source.keys.dtype, Selection(drawn, kept=True), about), len(source) - count)
+    record = {"sampled": {"rows": count, "seed": seed}}
+    return CopyReport(
+        _copy(source, prefix, source.keys.dtype, Selection(drawn, kept=True), record), len(source) - count
+    )
 
 
-def compact(prefix: str | Path) -> Copied:
-    """Rewrite a store without its deleted rows. Row numbers change, so its indexes are out of date afterwards.
+def compact(prefix: str | Path) -> CopyReport:
+    """Rewrite a store without its deleted rows. Row numbers change, so its indexes become stale.
 
-    The arrays of its shards are removed when the new ones are whole; those of other stores it was merged of are not.
+    The arrays of its shards are removed once the new ones are complete; those of other merged stores are kept.
     """
     finish_interrupted(prefix)
     source = Datastore.open(prefix)
@@ -115,16 +122,16 @@ def compact(prefix: str | Path) -> Copied:
         chosen = Selection(source.deleted, kept=False)
         _copy(source, prefix, source.keys.dtype, chosen, {"compacted": len(source.deleted)}, in_place=True)
         _remove_shards(source)
-    return Copied(source.num_alive, len(source.deleted))
+    return CopyReport(source.num_alive, len(source.deleted))
 
 
 def nonfinite_rows(keys: ChunkedArray, dtype: str) -> Array:
-    """Rows whose key holds NaN or infinity as this type, int64, rising."""
-    found = [
+    """Rows whose key holds NaN or infinity as this type, int64, ascending."""
+    bad = [
         start + nonfinite(keys.block(start, stop).to(getattr(torch, dtype)))
         for start, stop in _blocks(len(keys), keys.shape[1])
     ]
-    rows: Array = torch.cat(found).numpy()
+    rows: Array = torch.cat(bad).numpy()
     return rows
 
 
@@ -142,24 +149,24 @@ def _copy(
     metadata: Mapping[str, Any],
     in_place: bool = False,
 ) -> int:
-    """Write the chosen rows to a store of their own; returns how many they are."""
+    """Write the chosen rows to a new store; returns their number."""
     count = chosen.count(len(source))
     if not count:
-        raise ValueError(f"no row of datastore {source.prefix!r} is left; nothing is written")
-    about = {name: value for name, value in source.metadata.items() if name not in _OF_THE_FILES}
+        raise ValueError(f"no row of datastore {source.prefix!r} would remain; keep at least one")
+    record = {name: value for name, value in source.metadata.items() if name not in _FILE_FIELDS}
     documents = _documents(source, chosen)
     if documents is not None and not source.has_documents:
-        about |= {"document_unit": "row", "num_documents": 1}
-    about |= dict(metadata) | {"copied_from": _fingerprint(source)}
+        record |= {"document_unit": "row", "num_documents": 1}
+    record |= dict(metadata) | {"copied_from": _fingerprint(source)}
     metadata_file = StoreFiles.of(prefix, dtype).metadata
     if not in_place and metadata_file.exists():
-        if not is_there(prefix, about | {"rows": count, "key_dtype": dtype}):
-            raise ValueError(f"{metadata_file} is that of another datastore; choose another name, or remove it first")
+        if not store_exists(prefix, record | {"rows": count, "key_dtype": dtype}):
+            raise ValueError(f"{metadata_file} is that of another datastore; choose another name, or remove the file")
         logger.info("%s is complete already; remove it to make it again", prefix)
         return count
-    with DatastoreWriter(prefix, count, source.dim, dtype, about, documents=documents) as writer:
-        if source.parts and len(all_deleted(source.prefix, source.metadata, source.parts)) != len(source.deleted):
-            raise ValueError(f"rows of datastore {source.prefix!r} were deleted just now; give the command again")
+    with DatastoreWriter(prefix, count, source.dim, dtype, record, documents=documents) as writer:
+        if source.shards and len(all_deleted(source.prefix, source.metadata, source.shards)) != len(source.deleted):
+            raise ValueError(f"rows of datastore {source.prefix!r} were deleted during the copy; run the command again")
         start, saved = int((writer.cursor or {}).get("row", 0)), time.perf_counter()
         if start:
             logger.info("resuming at row %d of %d", start, len(source))
@@ -186,7 +193,7 @@ def _documents(source: Datastore, chosen: Selection) -> Array | None:
     runs, rows = [], 0
     for first, stop in _blocks(len(source), source.dim):
         ids = chosen.within(first, stop)
-        runs.append(Documents.of_places(*source.where(ids), first_row=rows).runs_R3)
+        runs.append(Documents.of_positions(*source.where(ids), first_row=rows).runs_R3)
         rows += len(ids)
     return np.concatenate(runs)
 
@@ -199,13 +206,13 @@ def _fingerprint(source: Datastore) -> str:
 
 
 def _remove_shards(source: Datastore) -> None:
-    """Remove the files of the parts that were this store's alone."""
-    count = len(source.parts)
-    shards = {os.path.abspath(part_prefix(source.prefix, shard, count)) for shard in range(count)}
-    for part in source.parts:
-        names = part.names
-        if os.path.abspath(part.prefix) in shards:
+    """Remove the files of the shards that belong to this store alone."""
+    count = len(source.shards)
+    own_prefixes = {os.path.abspath(shard_prefix(source.prefix, shard_id, count)) for shard_id in range(count)}
+    for shard in source.shards:
+        names = shard.names
+        if os.path.abspath(shard.prefix) in own_prefixes:
             for path in (names.metadata, names.keys, names.values, names.documents, names.deleted):
                 path.unlink(missing_ok=True)
-        elif part.prefix != source.prefix:
-            logger.warning("%s is not part of the store any more; remove it if you do not need it", part.prefix)
+        elif shard.prefix != source.prefix:
+            logger.warning("%s no longer belongs to the store; remove it if you do not need it", shard.prefix)

@@ -22,15 +22,15 @@ from torch import Tensor
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.describe import StoreDescription, StoreHints, describe
 from fairseq.memory.datastore.documents import Documents
-from fairseq.memory.datastore.foreign_formats import OtherFiles, map_keys, map_values
+from fairseq.memory.datastore.foreign_formats import ForeignFiles, map_keys, map_values
 from fairseq.memory.datastore.layout import KEY_DTYPES
 from fairseq.memory.datastore.metadata import (
-    Part,
+    Shard,
     all_deleted,
     content_digest,
     documents_of,
     keys_of,
-    parts_of,
+    read_shards,
     values_of,
 )
 from fairseq.memory.datastore.verify import damage
@@ -63,7 +63,7 @@ class Datastore:
     """False if the keys were not opened, because scores come from the index."""
     deleted: Array = field(default_factory=lambda: _NONE)
     """int64, ascending: rows that are never found."""
-    parts: tuple[Part, ...] = ()
+    shards: tuple[Shard, ...] = ()
     """The files it is made of; empty for headerless files."""
 
     def __len__(self) -> int:
@@ -99,13 +99,13 @@ class Datastore:
         if description.foreign is not None:
             return cls._of_foreign(description, description.foreign, with_keys=with_keys)
         metadata = description.metadata
-        parts = parts_of(prefix, metadata)
-        values = values_of(parts)
-        keys = keys_of(parts) if with_keys else _no_keys(metadata["rows"], metadata["dim"], metadata["key_dtype"])
-        return cls(str(prefix), keys, values, metadata, with_keys, all_deleted(prefix, metadata, parts), parts)
+        shards = read_shards(prefix, metadata)
+        values = values_of(shards)
+        keys = keys_of(shards) if with_keys else _no_keys(metadata["rows"], metadata["dim"], metadata["key_dtype"])
+        return cls(str(prefix), keys, values, metadata, with_keys, all_deleted(prefix, metadata, shards), shards)
 
     @classmethod
-    def _of_foreign(cls, description: StoreDescription, files: OtherFiles, *, with_keys: bool) -> Datastore:
+    def _of_foreign(cls, description: StoreDescription, files: ForeignFiles, *, with_keys: bool) -> Datastore:
         hints, prefix = description.hints, description.prefix
         if not with_keys:
             assert hints.size is not None
@@ -164,7 +164,7 @@ class Datastore:
                 f"{size} types: its tokens are not what was read; save the store again"
             )
         if not self.metadata:
-            low, high = min(p.min() for p in self.values.parts), max(p.max() for p in self.values.parts)
+            low, high = min(p.min() for p in self.values.chunks), max(p.max() for p in self.values.chunks)
             if low < 0 or high >= size:
                 raise ValueError(
                     f"{name} holds tokens {low} to {high}, the dictionary has {size} types: it is of another "
@@ -174,7 +174,7 @@ class Datastore:
     @property
     def has_documents(self) -> bool:
         """True if the files record the document of each row."""
-        return any(part.about.get("documents_file") for part in self.parts)
+        return any(shard.metadata.get("documents_file") for shard in self.shards)
 
     def take_keys(self, ids_N: Array) -> Array:
         """Keys of some rows as float32, (N, dim); read in file order, each row once."""
@@ -183,7 +183,7 @@ class Datastore:
     @cached_property
     def documents(self) -> Documents:
         """Positions of the rows in their text. Raises: ValueError when the table is damaged."""
-        return documents_of(self.parts) if self.parts else Documents.unknown()
+        return documents_of(self.shards) if self.shards else Documents.unknown()
 
     def where(self, ids_N: Tensor | Array) -> tuple[Array, Array]:
         """Document of each row and offset of its value in it, int64; -1 for the id -1."""
@@ -208,16 +208,16 @@ class Datastore:
 
     def verify(self) -> None:
         """Compare every block with its checksum. Raises: ValueError naming the file and the bytes that differ."""
-        if not self.parts:
+        if not self.shards:
             raise ValueError(f"datastore {self.prefix!r} has no checksums; headerless files cannot be verified")
-        for line in damage(self.parts):
+        for line in damage(self.shards):
             raise ValueError(line)
 
     def in_memory(self) -> Datastore:
         """The same store with its arrays read into memory."""
         keys = self.keys.in_memory() if self.has_keys else self.keys
         values = self.values.in_memory()
-        return Datastore(self.prefix, keys, values, self.metadata, self.has_keys, self.deleted, self.parts)
+        return Datastore(self.prefix, keys, values, self.metadata, self.has_keys, self.deleted, self.shards)
 
 
 def _no_keys(rows: int, dim: int, dtype: str) -> ChunkedArray:

@@ -1,4 +1,4 @@
-"""Deletes rows of a datastore: they are listed in a file that every search honours; the arrays stay as they are."""
+"""Deletion of rows: they are listed in a file that every search honours; the arrays stay unchanged."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from fairseq.runtime.files import locked, may_create_in, write_json
 
 
 @dataclass(frozen=True)
-class Deleted:
-    """Summary of a deletion."""
+class DeletionReport:
+    """Row counts of a deletion."""
 
     new: int
-    """Rows that were not deleted before."""
+    """Newly deleted rows."""
     total: int
-    """Rows that are deleted now."""
+    """All deleted rows."""
     rows: int
-    """Rows of the store, these included."""
+    """Rows of the store, deleted ones included."""
 
 
-def delete(prefix: str | Path, rows: Array | None = None, documents: Sequence[int] = ()) -> Deleted:
+def delete(prefix: str | Path, rows: Array | None = None, documents: Sequence[int] = ()) -> DeletionReport:
     """Delete rows, given by number or by document.
 
-    Raises: ValueError for a row or document that is not there, and when nothing would be left; OSError when the store
-    cannot be written or another process is writing it.
+    Raises: ValueError for an unknown row or document, and when no row would remain; OSError when the store cannot be
+    written or another process is writing it.
     """
     names = StoreFiles.of(prefix, "float32")
     may_create_in(names.metadata.parent)
@@ -46,15 +46,15 @@ def delete(prefix: str | Path, rows: Array | None = None, documents: Sequence[in
                 f"all {len(store)} rows of datastore {str(prefix)!r} would be deleted; remove its files instead"
             )
         own = np.union1d(read_deleted(prefix, store.metadata), chosen)
-        # The file first: it may hold more than the metadata count, never less.
+        # The file first: it may hold more rows than the metadata count, never fewer.
         write_deleted(prefix, own)
         write_json(names.metadata, dict(store.metadata) | {"deleted": len(own)})
-    return Deleted(len(deleted) - len(store.deleted), len(deleted), len(store))
+    return DeletionReport(len(deleted) - len(store.deleted), len(deleted), len(store))
 
 
 def write_deleted(prefix: str | Path, rows: Array) -> None:
     """Replace the list of deleted rows."""
-    with replacing(StoreFiles.of(prefix, "float32").deleted) as aside, open(aside, "wb") as file:
+    with replacing(StoreFiles.of(prefix, "float32").deleted) as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())
@@ -63,9 +63,10 @@ def write_deleted(prefix: str | Path, rows: Array) -> None:
 def _rows(store: Datastore, rows: Array | None) -> Array:
     rows = np.unique(np.asarray([] if rows is None else rows, dtype=np.int64))
     if len(rows) and (rows[0] < 0 or rows[-1] >= len(store)):
-        wrong = rows[0] if rows[0] < 0 else rows[-1]
+        unknown = rows[0] if rows[0] < 0 else rows[-1]
         raise ValueError(
-            f"row {wrong} is not in datastore {store.prefix!r}, whose rows are 0 to {len(store) - 1}; none is deleted"
+            f"row {unknown} is not in datastore {store.prefix!r}, whose rows are 0 to {len(store) - 1}; none is "
+            "deleted: correct --rows"
         )
     return rows
 
@@ -77,11 +78,11 @@ def _rows_of(store: Datastore, documents: Sequence[int]) -> Array:
         raise ValueError(
             f"datastore {store.prefix!r} does not record the documents of its rows; give --rows, or save it again"
         )
-    held = np.unique(store.documents.runs_R3[:, 1])
-    missing = np.setdiff1d(documents, held)
+    existing = np.unique(store.documents.runs_R3[:, 1])
+    missing = np.setdiff1d(documents, existing)
     if len(missing):
         raise ValueError(
-            f"document {missing[0]} has no row in datastore {store.prefix!r}, whose documents are {held[0]} to "
-            f"{held[-1]}; none is deleted"
+            f"document {missing[0]} has no row in datastore {store.prefix!r}, whose documents are {existing[0]} to "
+            f"{existing[-1]}; none is deleted: correct --documents"
         )
     return store.documents.rows_of(documents, len(store))

@@ -1,6 +1,6 @@
-"""The one place that decides what a user's PREFIX means: a store of ours, or arrays of another program.
+"""The one place that decides what a user's PREFIX means: our own store, or arrays of another program.
 
-Where it means neither, the error names what exists, what is missing and the way out.
+If it means neither, the error names what exists, what is missing and the fix.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fairseq.memory.datastore.foreign_formats import OtherFiles
+from fairseq.memory.datastore.foreign_formats import ForeignFiles
 from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
-from fairseq.memory.datastore.metadata import read_about, shards_of
+from fairseq.memory.datastore.metadata import read_metadata, saved_shards
 from fairseq.runtime.files import read_json
 
 
@@ -50,8 +50,8 @@ class StoreDescription:
     hints: StoreHints
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """Content of ``<prefix>.json``; empty for foreign files."""
-    foreign: OtherFiles | None = None
-    """Arrays of another program; None for a store of ours."""
+    foreign: ForeignFiles | None = None
+    """Arrays of another program; None for our own store."""
 
 
 def describe(prefix: str | Path, hints: StoreHints | None = None, *, with_keys: bool = True) -> StoreDescription:
@@ -60,17 +60,17 @@ def describe(prefix: str | Path, hints: StoreHints | None = None, *, with_keys: 
     Args:
         hints: facts about arrays of other programs; None accepts only a store that describes itself.
         with_keys: False accepts foreign values without keys; size and width must then be stated.
-    Raises: ValueError when nothing fits, or a store of ours has another key type than stated; with the way out.
+    Raises: ValueError with the fix when nothing fits, or our own store has another key type than stated.
     """
     stated = hints or StoreHints()
     if StoreFiles.of(prefix, "float32").metadata.exists():
-        metadata = read_about(prefix)
+        metadata = read_metadata(prefix)
         _require_stated_type(prefix, metadata["key_dtype"], stated)
         return StoreDescription(str(prefix), stated, metadata=metadata)
     if hints is None:
         raise ValueError(_why_not_opened(prefix))
     # Sizes in the names or headers are looked for under the stated type, as the files of that type are named.
-    files = OtherFiles.find(prefix, stated.key_dtype)
+    files = ForeignFiles.find(prefix, stated.key_dtype)
     if stated.dim is None and not files.state_their_sizes:
         raise ValueError(_why_not_opened(prefix))
     if with_keys:
@@ -86,46 +86,46 @@ def _require_stated_type(prefix: str | Path, dtype: str, stated: StoreHints) -> 
     for flag, expected, given in (("fp16", "float16", stated.fp16), ("bf16", "bfloat16", stated.bf16)):
         if given and dtype != expected:
             raise ValueError(
-                f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-{flag} was given; leave it out"
+                f"datastore {str(prefix)!r} holds {dtype} keys and --dstore-{flag} was given; drop the flag"
             )
 
 
 def _why_not_opened(prefix: str | Path) -> str:
-    """The reason why a store cannot be opened by its metadata, with the way out."""
-    found = [names for names in (StoreFiles.of(prefix, dtype) for dtype in KEY_DTYPES) if names.keys.exists()]
-    saved = shards_of(prefix)
-    if saved and not found:
+    """The reason why a store cannot be opened by its metadata, with the fix."""
+    existing = [names for names in (StoreFiles.of(prefix, dtype) for dtype in KEY_DTYPES) if names.keys.exists()]
+    saved = saved_shards(prefix)
+    if saved and not existing:
         return _why_not_joined(str(prefix), saved)
     progress = StoreFiles.of(prefix, "float32").progress
     if progress.exists():
         state = read_json(progress)
         rows, of = state.get("rows_done", 0), state.get("signature", {}).get("rows") or "?"
         return f"datastore {str(prefix)!r} is not complete ({rows} of {of} rows); resume with the same command"
-    if found and not found[0].values.exists():
+    if existing and not existing[0].values.exists():
         return (
-            f"datastore {str(prefix)!r} is not complete: {found[0].keys} exists, {found[0].values} does not; copy it "
-            "too, or save the store again"
+            f"datastore {str(prefix)!r} is not complete: {existing[0].keys} exists, {existing[0].values} does not; "
+            "copy it too, or save the store again"
         )
-    if found or OtherFiles.find(prefix, "float32").present():
-        names = str(found[0].keys if found else OtherFiles.find(prefix, "float32").keys)
+    if existing or ForeignFiles.find(prefix, "float32").present():
+        names = str(existing[0].keys if existing else ForeignFiles.find(prefix, "float32").keys)
         return (
-            f"{names} has no metadata ({prefix}.json) and its type or size is not as stated; files of the "
-            "original programs need their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
-            "hold float16; fairseq-datastore convert makes them a store that needs none"
+            f"{names} has no metadata ({prefix}.json) and its type or size is not as stated; give files of "
+            "the original programs their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
+            "hold float16, or convert them with fairseq-datastore convert to a store that needs no flags"
         )
     return (
-        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; eval_lm.py "
-        "--save-knnlm-dstore saves one"
+        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; save one with "
+        "eval_lm.py --save-knnlm-dstore"
     )
 
 
 def _why_not_joined(prefix: str, saved: Mapping[int, set[int]]) -> str:
-    """The reason for a store of which only shards exist, with the way out."""
+    """The reason for a store of which only shards exist, with the fix."""
     count = max(saved, key=lambda count: len(saved[count]))
     missing = sorted(set(range(count)) - saved[count])
     if not missing:
-        return f"datastore {prefix!r} lies in {count} parts: join them with fairseq-datastore merge {prefix}"
+        return f"datastore {prefix!r} consists of {count} shards; join them with fairseq-datastore merge {prefix}"
     return (
-        f"datastore {prefix!r} is not complete: of its {count} parts {', '.join(map(str, missing))} are not saved; the "
-        "same command with the --shard-id of each saves them"
+        f"datastore {prefix!r} is not complete: of its {count} shards {', '.join(map(str, missing))} are not saved; "
+        "run the same command with the --shard-id of each"
     )

@@ -1,4 +1,4 @@
-"""Datastores of other programs, which do not say what they hold: their names, and checks of their byte counts.
+"""Datastores of other programs, which have no metadata: their names, and checks of their byte counts.
 
 | program | keys | values |
 |---|---|---|
@@ -7,7 +7,7 @@
 | kNN-MT | ``<folder>/keys.npy``, float32 or float16 | ``<folder>/vals.npy``, int64 or int32 |
 | knn-transformers | ``<folder>/dstore_<model>_<rows>_<width>_keys.npy``, float16 | the same with ``_vals.npy``, int32 |
 
-The arrays have no header, despite their names; files that do have NumPy's header are read by it.
+The arrays have no header, despite their names; files with NumPy's header are read accordingly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAGIC = b"\x93NUMPY"
 
 
 @dataclass(frozen=True)
-class OtherFiles:
+class ForeignFiles:
     """Two files that may be a store, and the sizes in their names."""
 
     keys: Path
@@ -37,8 +37,8 @@ class OtherFiles:
     dim: int | None = None
 
     @classmethod
-    def find(cls, prefix: str | Path, dtype: str) -> OtherFiles:
-        """The files a user's PREFIX (or folder) means. Raises: ValueError when a folder holds several stores."""
+    def find(cls, prefix: str | Path, dtype: str) -> ForeignFiles:
+        """The files of a PREFIX (or folder). Raises: ValueError when a folder holds several stores."""
         names = StoreFiles.of(prefix, dtype)
         if dtype == "float16" and not names.keys.exists():
             names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
@@ -48,11 +48,11 @@ class OtherFiles:
         return cls(names.keys, names.values, *(map(int, match.groups()) if match else ()))
 
     @classmethod
-    def _in_folder(cls, folder: Path) -> OtherFiles:
+    def _in_folder(cls, folder: Path) -> ForeignFiles:
         stores = sorted(path for path in folder.glob("dstore_*_keys.npy"))
         if len(stores) > 1:
             names = ", ".join(path.name.removesuffix("_keys.npy") for path in stores)
-            raise ValueError(f"{str(folder)!r} holds several stores: {names}; name one of them, with its folder")
+            raise ValueError(f"{str(folder)!r} holds several stores: {names}; give one of them, with its folder")
         if stores:
             return cls.find(folder / stores[0].name.removesuffix("_keys.npy"), "float32")
         return cls(folder / "keys.npy", folder / "vals.npy")
@@ -67,35 +67,38 @@ class OtherFiles:
         return self.keys.exists() and self.values.exists()
 
 
-def map_keys(files: OtherFiles, dim: int | None, size: int | None, dtype: str) -> tuple[Array, str]:
-    """Map the keys; returns them and their type. Raises: ValueError with both numbers when they are not as stated."""
+def map_keys(files: ForeignFiles, dim: int | None, size: int | None, dtype: str) -> tuple[Array, str]:
+    """Map the keys; returns them and their type. Raises: ValueError when their shape differs from the stated one."""
     if _has_header(files.keys):
         keys = _by_header(files.keys, 2)
         rows, width, kind = *keys.shape, str(keys.dtype)
         if kind not in ("float32", "float16"):
-            raise ValueError(f"{files.keys} holds {kind}; keys are float32 or float16")
+            raise ValueError(f"{files.keys} holds {kind}, keys are float32 or float16; save it again as one of them")
     else:
         rows, width, kind = _sizes(files, dim, size, dtype)
         keys = map_array(files.keys, (rows, width), kind)
-    for what, held, stated in (("rows", rows, size), ("columns", width, dim)):
+    for unit, held, stated in (("rows", rows, size), ("columns", width, dim)):
         if stated is not None and stated != held:
-            raise ValueError(f"{files.keys} holds {held} {what}, {stated} were stated; leave the size out")
+            raise ValueError(f"{files.keys} holds {held} {unit}, {stated} were stated; drop the stated size")
     return keys, kind
 
 
 def map_values(path: Path, rows: int) -> Array:
-    """Map the values, whatever integers they are. Raises: ValueError with both numbers when they are not so many."""
+    """Map the values, of any integer type. Raises: ValueError with both numbers when their count differs."""
     if _has_header(path):
         values = _by_header(path, None).reshape(-1)
         if len(values) != rows or str(values.dtype) not in VALUE_DTYPES:
-            raise ValueError(f"{path} holds {len(values)} {values.dtype}, the keys are {rows} rows: they do not match")
+            raise ValueError(
+                f"{path} holds {len(values)} {values.dtype}, the keys are {rows} rows; give files of one store"
+            )
         return values
     held = path.stat().st_size
     for dtype in VALUE_DTYPES:
         if held == rows * np.dtype(dtype).itemsize:
             return map_array(path, (rows,), dtype)
     raise ValueError(
-        f"{path} holds {held} bytes; {rows} values take {rows * 8} as int64, {rows * 4} as int32 or {rows * 2} as int16"
+        f"{path} holds {held} bytes; {rows} values take {rows * 8} as int64, {rows * 4} as int32 or "
+        f"{rows * 2} as int16; check the size and the width"
     )
 
 
@@ -104,7 +107,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: str) -> Array:
     if shape[0] < 1:
         raise ValueError(f"{path}: the datastore has no rows; save one with at least one scored token")
     if not path.exists():
-        raise ValueError(f"{path} does not exist, though the metadata beside it name it; save the store again")
+        raise ValueError(f"{path} does not exist, though the metadata list it; save the store again")
     on_disk = KEY_DTYPES.get(dtype) or np.dtype(dtype)
     held, needed = path.stat().st_size, math.prod(shape) * on_disk.itemsize
     if held != needed:
@@ -115,7 +118,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: str) -> Array:
     return np.memmap(path, dtype=on_disk, mode="r", shape=shape)
 
 
-def _sizes(files: OtherFiles, dim: int | None, size: int | None, dtype: str) -> tuple[int, int, str]:
+def _sizes(files: ForeignFiles, dim: int | None, size: int | None, dtype: str) -> tuple[int, int, str]:
     """Rows, width and type of headerless keys. Raises: ValueError with both byte counts."""
     held = files.keys.stat().st_size
     if files.rows is not None and files.dim is not None:
@@ -125,25 +128,27 @@ def _sizes(files: OtherFiles, dim: int | None, size: int | None, dtype: str) -> 
                 return files.rows, files.dim, kind
         raise ValueError(
             f"{files.keys} holds {held} bytes; by its name it has {files.rows} rows of {files.dim} values, which take "
-            f"{numbers * 2} as float16 or {numbers * 4} as float32: it is truncated, or was given another name"
+            f"{numbers * 2} as float16 or {numbers * 4} as float32: it is truncated or renamed; copy it again"
         )
     if dim is None:
         raise ValueError(f"{files.keys} does not state the width of its rows; give --dimension")
     row_bytes = dim * KEY_DTYPES[dtype].itemsize
     rows = held // row_bytes if size is None else size
     if rows < 1:
-        raise ValueError(f"{files.keys} holds {held} bytes: no row of {dim} {dtype} values; the store is empty")
+        raise ValueError(
+            f"{files.keys} holds {held} bytes, no row of {dim} {dtype} values: the store is empty; save it again"
+        )
     if held == rows * row_bytes:
         return rows, dim, dtype
     hint = "check the size and the width"
     if held == rows * dim * 2 and dtype == "float32":
         hint = "these are float16 keys: add --dstore-fp16"
     elif held == rows * dim * 4:
-        hint = "these are float32 keys: leave out --dstore-fp16"
+        hint = "these are float32 keys: drop --dstore-fp16"
     elif held % row_bytes == 0:
-        hint = f"at this width it holds {held // row_bytes} rows"
+        hint = f"at this width it holds {held // row_bytes} rows: check the size"
     raise ValueError(
-        f"{files.keys} holds {held} bytes; {rows} rows of {dim} {dtype} values take {rows * row_bytes}: {hint}"
+        f"{files.keys} holds {held} bytes; {rows} rows of {dim} {dtype} values take {rows * row_bytes}; {hint}"
     )
 
 
@@ -159,9 +164,9 @@ def _by_header(path: Path, ndim: int | None) -> Array:
     try:
         array: Array = np.load(path, mmap_mode="r")
     except ValueError as error:
-        raise ValueError(f"{path} is no whole NumPy array ({error}); copy it again") from None
+        raise ValueError(f"{path} is not a complete NumPy array ({error}); copy it again") from None
     if ndim is not None and array.ndim != ndim:
-        raise ValueError(f"{path} holds an array of shape {array.shape}; keys are (rows, width)")
+        raise ValueError(f"{path} holds an array of shape {array.shape}, keys are (rows, width); save it in that shape")
     if not array.size or not array.flags.c_contiguous:
-        raise ValueError(f"{path} holds {array.shape}, empty or column by column; save it row by row")
+        raise ValueError(f"{path} holds {array.shape}, empty or in column order; save it in row order")
     return array

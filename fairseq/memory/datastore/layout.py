@@ -17,7 +17,7 @@ KEY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype("float16"),
     "bfloat16": np.dtype("uint16"),
 }
-"""Types of keys, and what they are for numpy, which knows no bfloat16: its 16 bits."""
+"""Types of keys and their numpy types; numpy has no bfloat16, so its 16 bits are uint16."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StoreFiles:
     @classmethod
     def of(cls, prefix: str | Path, dtype: str) -> StoreFiles:
         """The names for a prefix and a key type."""
-        mark = {"float16": "-fp16", "bfloat16": "-bf16"}.get(dtype, "")
-        names = {"keys": f"{mark}_keys.npy", "values": "_vals.npy", "documents": "_docs.npy"}
+        infix = {"float16": "-fp16", "bfloat16": "-bf16"}.get(dtype, "")
+        names = {"keys": f"{infix}_keys.npy", "values": "_vals.npy", "documents": "_docs.npy"}
         names |= {"deleted": ".deleted.npy", "metadata": ".json", "progress": ".progress.json", "lock": ".lock"}
-        return cls(**{part: Path(f"{prefix}{ending}") for part, ending in names.items()})
+        return cls(**{name: Path(f"{prefix}{suffix}") for name, suffix in names.items()})

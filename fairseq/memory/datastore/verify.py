@@ -1,4 +1,4 @@
-"""Compares the files of a datastore with the checksums that were taken when they were written."""
+"""Compares the files of a datastore with the checksums saved when they were written."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fairseq.memory.datastore.metadata import Part
+from fairseq.memory.datastore.metadata import Shard
 from fairseq.runtime.files import file_checksums
 
-_LONGEST_SEARCH = 8 << 20  # bytes of a block; among more, too many places would explain one checksum
+_LONGEST_SEARCH = 8 << 20  # bytes of a block; in a longer one, too many positions would explain the checksum
 
 
-def damage(parts: Sequence[Part]) -> Iterator[str]:
-    """A line for every block that differs from what was saved, naming the file and the bytes."""
-    for part in parts:
-        names = {"keys": part.names.keys, "values": part.names.values, "documents": part.names.documents}
-        for array, saved in part.about["checksums"].items():
-            yield from _damage(names[array], saved, part.about["block_bytes"])
+def damage(shards: Sequence[Shard]) -> Iterator[str]:
+    """Yield a line for every block that differs from the saved one, naming the file and the bytes."""
+    for shard in shards:
+        names = {"keys": shard.names.keys, "values": shard.names.values, "documents": shard.names.documents}
+        for array, saved in shard.metadata["checksums"].items():
+            yield from _damage(names[array], saved, shard.metadata["block_bytes"])
 
 
 def _damage(path: Path, saved: Sequence[str], block_bytes: int) -> Iterator[str]:
@@ -30,28 +30,30 @@ def _damage(path: Path, saved: Sequence[str], block_bytes: int) -> Iterator[str]
         if before == after:
             continue
         first, last = number * block_bytes, min((number + 1) * block_bytes, size) - 1
-        single = "of several"
+        cause = "of several"
         if last - first < _LONGEST_SEARCH:
-            places = [str(first + place) for place in _single_bytes(int(before, 16) ^ int(after, 16), last - first + 1)]
-            single = f"byte {' or '.join(places)} if only one does" if places else "more than one byte"
-        yield f"{path}: the block of bytes {first} to {last} differs from what was saved ({single})"
+            positions = [
+                str(first + position) for position in _single_bytes(int(before, 16) ^ int(after, 16), last - first + 1)
+            ]
+            cause = f"byte {' or '.join(positions)} if only one does" if positions else "more than one byte"
+        yield f"{path}: the block of bytes {first} to {last} differs from what was saved ({cause})"
 
 
 def _single_bytes(difference: int, length: int) -> list[int]:
-    """Places in a block where one changed byte explains the difference of its CRC-32.
+    """Positions in a block at which one changed byte explains the difference of its CRC-32.
 
-    A CRC is linear: the difference depends on the change and on how many bytes follow it, not on the content. So the
-    difference is taken back byte by byte until it is one that a last byte makes.
+    A CRC is linear: the difference depends on the change and on the number of bytes after it, not on the content. So
+    the difference is reverted byte by byte until it equals that of a changed last byte.
     """
     table, by_top = _tables()
     changes = set(table[1:])
-    places = []
-    for place in range(length - 1, -1, -1):
+    positions = []
+    for position in range(length - 1, -1, -1):
         if difference in changes:
-            places.append(place)
+            positions.append(position)
         index = by_top[difference >> 24]
         difference = ((difference ^ table[index]) << 8 | index) & 0xFFFFFFFF
-    return places[::-1]
+    return positions[::-1]
 
 
 @functools.cache

@@ -1,26 +1,25 @@
 """Cost of a datastore and an index over it, before either is built: bytes by formula, seconds by measured rates.
 
 n keys of width d, of ``b`` bytes per number; c lists (``--ncentroids``), m bytes of a compressed key (``--code_size``),
-p lists visited (``--probe``), q queries for k neighbours, t training keys. Bytes on disk and in memory:
+p probed lists (``--probe``), q queries for k neighbours, t training keys. Bytes on disk and in memory:
 
 | what | bytes |
 |---|---|
 | store | n (b d + 8): keys, and values in 8 bytes |
 | ``flat`` | 4 n d |
 | ``ivfpq`` | n (m + 8) + 4 c d + 1024 d: codes and row numbers, centroids, 256 codewords |
-| ``ivfsq8`` | n (d + 8) + 4 c d + 8 d: a byte per column, its least value and its range |
+| ``ivfsq8`` | n (d + 8) + 4 c d + 8 d: a byte per column, its minimum and its range |
 | ``ivfpq-fastscan`` | n (m + 8) + 16 m c + 4 c d + 64 d: 4-bit codes by 32 keys, each list rounded up |
 | ``ivfrabitq`` | n (d / 8 + 16) + 4 c d + 4 d^2 + 4 d: a bit per column and two numbers, a rotation, a centre |
 
-While an index is built its codes lie on disk twice. Building holds the index and 4 t d bytes of training keys in
-memory; searching an index holds it whole. Exact search holds ``--search-memory`` and reads the keys once per bulk of
-queries.
+During a build the codes are on disk twice. Building holds the index and 4 t d bytes of training keys in memory;
+searching holds the whole index. Exact search holds ``--search-memory`` and reads the keys once per bulk of queries.
 
-Seconds: a key or a query meets c centroids in c d / A (A: products per second of faiss's flat search). Training is 10
-passes of k-means over t keys, 10 t c d / A, and the compression's own u + v min(t, 65536). Adding is n (c d / A + e). A
-query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y), or longer where reading does. u, v, e,
-s, r, x, y are measured on a small made-up store (``measure.py``). Reading and writing files comes
-on top of building and searching an index.
+Seconds: comparing a key or a query with c centroids takes c d / A (A: products per second of faiss's flat search).
+Training is 10 passes of k-means over t keys, 10 t c d / A, and the compression's own u + v min(t, 65536). Adding is n
+(c d / A + e). A query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y), or the time of reading
+if that is longer. u, v, e, s, r, x, y are measured on a small random store (``measure.py``). Reading and writing files
+is added to building and searching an index.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from fairseq.memory.datastore.layout import KEY_DTYPES
 from fairseq.memory.planning.config import PlanConfig
 
 KMEANS_PASSES = 10
-_MOST_CODE_TRAINING = 65_536
-_KEYS_PER_LIST = 256  # that k-means looks at, at most
+_MAX_CODE_TRAINING = 65_536
+_KEYS_PER_LIST = 256  # faiss's k-means samples at most this many
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class IndexSize:
     per_key: float
 
     def of(self, keys: int) -> int:
-        """Bytes with so many keys."""
+        """Bytes with this number of keys."""
         return round(self.fixed + keys * self.per_key)
 
 
@@ -69,15 +68,15 @@ class IndexRates:
     """Measured seconds of one kind of index."""
 
     train: float
-    """Learning the compression, whatever the number of keys."""
+    """Training of the compression, independent of the number of keys."""
     train_key: float
-    """Learning it, per training key."""
+    """Training of the compression, per training key."""
     add_key: float
-    """Compressing and adding a key, without finding its list."""
+    """Compressing and adding a key, without assigning it to a list."""
     scan_key: float
-    """Per query and key of a list that it visits."""
+    """Search, per query and key of a probed list."""
     query: float
-    """Per query, whatever it visits."""
+    """Search, per query, independent of the probed lists."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,9 @@ class Rates:
     """Rates measured on this machine."""
 
     read_bytes: float
-    """Bytes a second from the disk."""
+    """Bytes read from disk per second."""
     write_bytes: float
-    """Bytes a second to the disk."""
+    """Bytes written to disk per second."""
     matmul: float
     """Multiplications and additions of a large float32 product, per second."""
     assign: float
@@ -97,7 +96,7 @@ class Rates:
     exact_query: float
     """Exact search, per query."""
     indexes: Mapping[str, IndexRates]
-    """By kind; without those that this release does not build."""
+    """Rates by kind, for the kinds that this release builds."""
 
 
 @dataclass(frozen=True)
@@ -108,19 +107,19 @@ class Choice:
     disk: int
     """The index on disk, without the store."""
     disk_building: int
-    """The most it takes there while it is built."""
+    """Peak bytes on disk during the build."""
     memory_building: int
     memory: int
-    """While searching."""
+    """Memory during search."""
     gpu_memory: int
-    """To hold what is searched on a GPU: the index, or for exact search the keys in 16 bits."""
+    """GPU memory of a search: the index, or for exact search the keys in 16 bits."""
     build_seconds: float | None
-    """None where the kind cannot be measured."""
+    """None if the kind cannot be measured."""
     search_seconds: float | None
-    """All queries."""
+    """Time of all queries."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain types."""
+        """The fields as plain types."""
         return dict(vars(self))
 
 
@@ -130,15 +129,15 @@ class Plan:
 
     store_bytes: int
     write_seconds: float
-    """To write it, without the model's own time."""
+    """Time to write the store, without the model's own time."""
     choices: tuple[Choice, ...]
 
 
 def plan(config: PlanConfig, rates: Rates, memory_bytes: int) -> Plan:
-    """Everything about the store a config describes.
+    """Estimate the store of a config, and every way to search it.
 
     Args:
-        memory_bytes: the machine's memory; keys that fit are read from disk once.
+        memory_bytes: RAM of the machine; keys that fit are read from disk once.
     """
     store = config.keys * (config.dim * KEY_DTYPES[config.dtype].itemsize + 8)
     choices = [_exact(config, rates, store, memory_bytes)]
@@ -158,28 +157,28 @@ def _exact(config: PlanConfig, rates: Rates, store: int, memory_bytes: int) -> C
 
 
 def training_keys(config: PlanConfig, kind: str) -> int:
-    """Keys an index learns from."""
+    """Number of training keys of a kind of index."""
     if kind == "flat":
         return 0
-    return min(config.keys, config.train_size, max(_KEYS_PER_LIST * config.ncentroids, _MOST_CODE_TRAINING))
+    return min(config.keys, config.train_size, max(_KEYS_PER_LIST * config.ncentroids, _MAX_CODE_TRAINING))
 
 
 def _index(config: PlanConfig, rates: Rates, kind: str, store: int) -> Choice:
-    size, trained = SIZES[kind](config), training_keys(config, kind)
+    size, num_training = SIZES[kind](config), training_keys(config, kind)
     disk = size.of(config.keys)
     building = round(2 * config.keys * size.per_key + size.fixed)
-    memory_building = disk + 4 * trained * config.dim
-    measured = rates.indexes.get(kind)
+    memory_building = disk + 4 * num_training * config.dim
+    rate = rates.indexes.get(kind)
     seconds: tuple[float | None, float | None] = (None, None)
-    if measured is not None:
+    if rate is not None:
         lists = 0 if kind == "flat" else config.ncentroids
         centroids = lists * config.dim / rates.assign
-        training = measured.train + min(trained, _MOST_CODE_TRAINING) * measured.train_key
-        training += KMEANS_PASSES * trained * centroids
-        adding = config.keys * (centroids + measured.add_key)
-        # The keys are read once; the codes are written twice, and once read.
-        moving = store / rates.read_bytes + 2 * disk / rates.write_bytes + disk / rates.read_bytes
-        visited = config.keys * (min(1.0, config.probe / lists) if lists else 1.0)
-        each = centroids + measured.scan_key * visited + measured.query
-        seconds = (training + adding + moving, config.queries * each + disk / rates.read_bytes)
+        training = rate.train + min(num_training, _MAX_CODE_TRAINING) * rate.train_key
+        training += KMEANS_PASSES * num_training * centroids
+        adding = config.keys * (centroids + rate.add_key)
+        # The keys are read once; the codes are written twice and read once.
+        file_seconds = store / rates.read_bytes + 2 * disk / rates.write_bytes + disk / rates.read_bytes
+        scanned_keys = config.keys * (min(1.0, config.probe / lists) if lists else 1.0)
+        per_query = centroids + rate.scan_key * scanned_keys + rate.query
+        seconds = (training + adding + file_seconds, config.queries * per_query + disk / rates.read_bytes)
     return Choice(kind, disk, building, memory_building, disk, disk, *seconds)

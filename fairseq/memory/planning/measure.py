@@ -1,4 +1,4 @@
-"""Speed of this machine at the steps of a plan: a few seconds of each, on made-up keys of the planned width."""
+"""Speed of this machine at the steps of a plan: a few seconds per step, on random keys of the planned width."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from fairseq.memory.types import Array, Metric
 logger = logging.getLogger(__name__)
 
 _LISTS = 16
-_FEW = 10_240  # training keys: faiss wants 39 for each of the 256 values of a code
+_FEW_KEYS = 10_240  # for training: faiss asks for 39 per value of a code, of which there are 256
 _DISK_BYTES = 256 << 20
 _KEY_BYTES = 64 << 20
 _CENTERS = 64
 
 
 def measure(config: PlanConfig) -> Rates:
-    """Measure on this machine; files go to a folder within ``config.folder`` that is gone afterwards.
+    """Measure on this machine; files go to a temporary folder within ``config.folder``.
 
-    Raises: OSError when nothing can be written there.
+    Raises: OSError when the folder cannot be written.
     """
     rng = np.random.default_rng(1)
-    rows = int(np.clip(_KEY_BYTES // (4 * config.dim), 2 * _FEW, 32_768))
-    keys = made_up(rng, 2 * rows, config.dim)
-    query_ND = torch.from_numpy(made_up(rng, 1024, config.dim))
-    with tempfile.TemporaryDirectory(prefix=".plan-", dir=config.folder) as made:
-        folder = Path(made)
+    rows = int(np.clip(_KEY_BYTES // (4 * config.dim), 2 * _FEW_KEYS, 32_768))
+    keys = random_keys(rng, 2 * rows, config.dim)
+    query_ND = torch.from_numpy(random_keys(rng, 1024, config.dim))
+    with tempfile.TemporaryDirectory(prefix=".plan-", dir=config.folder) as temporary:
+        folder = Path(temporary)
         write, read = _disk(folder / "bytes")
         _save(folder / "small", keys[:rows])
         _save(folder / "large", keys)
         indexes = {"flat": _flat(folder, config, query_ND, rows)}
-        # The nearest of some centroids is found by a flat search for one neighbour.
+        # A flat search for one neighbour finds the nearest centroid.
         assign = len(query_ND) * rows * config.dim / _search(folder, "small", "flat", query_ND, 1, 1)
         for kind in sorted(SIZES.keys() & INDEXES.keys() - indexes.keys()):
             logger.info("measuring %s", kind)
@@ -57,8 +57,8 @@ def measure(config: PlanConfig) -> Rates:
     return Rates(read, write, _matmul(config.dim), assign, exact_key, exact_query, indexes)
 
 
-def made_up(rng: np.random.Generator, rows: int, dim: int) -> Array:
-    """Keys in groups, as those of text are."""
+def random_keys(rng: np.random.Generator, rows: int, dim: int) -> Array:
+    """Keys in clusters, as those of text are."""
     centers = rng.standard_normal((_CENTERS, dim), dtype=np.float32)
     keys = 0.7 * rng.standard_normal((rows, dim), dtype=np.float32) + centers[rng.integers(0, _CENTERS, rows)]
     return np.asarray(keys, np.float32)
@@ -71,7 +71,7 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def _disk(path: Path) -> tuple[float, float]:
-    """Bytes a second written (down to the disk) and read (not from memory, where the system lets us say so)."""
+    """Bytes per second written (synced to disk) and read (bypassing the page cache where the system allows it)."""
     block = np.random.default_rng(0).bytes(16 << 20)
 
     def write() -> None:
@@ -106,8 +106,8 @@ def _save(prefix: Path, keys: Array) -> None:
 
 
 def _build(folder: Path, store: str, kind: str, config: PlanConfig, train_size: int) -> tuple[float, float]:
-    """Seconds of training and of adding; the index is ``folder/store.kind.l2``."""
-    built = build_index(
+    """Seconds of training and of adding keys; the index is ``folder/store.kind.l2``."""
+    report = build_index(
         BuildConfig(
             dstore_mmap=str(folder / store),
             faiss_index=str(folder / f"{store}.{kind}"),
@@ -117,11 +117,11 @@ def _build(folder: Path, store: str, kind: str, config: PlanConfig, train_size: 
             train_size=train_size,
         )
     )
-    return built.train_seconds, built.add_seconds
+    return report.train_seconds, report.add_seconds
 
 
 def _search(folder: Path, store: str, kind: str, query_ND: Tensor, k: int, probe: int) -> float:
-    """Seconds of the second search of several: the first makes tables that later ones find ready."""
+    """Seconds of a repeated search: the first one builds tables that later ones reuse."""
     index = FaissIndex.open(folder / f"{store}.{kind}", Metric.L2)
     index.set_probe(probe)
     index.search(query_ND, min(k, len(index)))
@@ -136,14 +136,14 @@ def _flat(folder: Path, config: PlanConfig, query_ND: Tensor, rows: int) -> Inde
 
 
 def _with_lists(folder: Path, kind: str, config: PlanConfig, query_ND: Tensor, rows: int, assign: float) -> IndexRates:
-    # Two sizes, so that what does not grow with the keys (files, locks, waking threads) is not taken for their share.
+    # Two sizes separate the fixed cost (files, locks, waking threads) from the cost per key.
     training, small = _build(folder, "small", kind, config, rows)
-    less_training, large = _build(folder, "large", kind, config, _FEW)
+    less_training, large = _build(folder, "large", kind, config, _FEW_KEYS)
     centroids = _LISTS * config.dim / assign
     times = [_search(folder, "large", kind, query_ND, config.k, probe) for probe in (1, _LISTS)]
     scan, query = _line(times, (2 * rows / _LISTS, 2 * rows), len(query_ND))
-    own = [t - n * KMEANS_PASSES * centroids for t, n in ((less_training, _FEW), (training, rows))]
-    train_key, train = _line(own, (_FEW, rows), 1)
+    own = [t - n * KMEANS_PASSES * centroids for t, n in ((less_training, _FEW_KEYS), (training, rows))]
+    train_key, train = _line(own, (_FEW_KEYS, rows), 1)
     add_key = max(0.0, (large - small) / rows - centroids)
     return IndexRates(train, train_key, add_key, scan, max(0.0, query - centroids))
 

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 _HEAD = ("index", "disk", "building", "memory", "building", "GPU", "build", "search", "queries/s")
 
 
-def table(config: PlanConfig, rates: Rates, made: Plan, memory_bytes: int) -> str:
-    """A few lines about the machine and the store, and a table of ways to search."""
+def table(config: PlanConfig, rates: Rates, estimate: Plan, memory_bytes: int) -> str:
+    """Lines about the store and the machine, and a table of the ways to search."""
     free = shutil.disk_usage(config.folder).free
     lines = [
-        f"store: {config.keys} keys of {config.dim} {config.dtype}: {_bytes(made.store_bytes)}, written in "
-        f"{_time(made.write_seconds)} (without the model's time)",
+        f"store: {config.keys} keys of {config.dim} {config.dtype}: {_bytes(estimate.store_bytes)}, written in "
+        f"{_time(estimate.write_seconds)} (without the model's time)",
         f"here: {_bytes(memory_bytes)} of memory, {_bytes(free)} of disk free; read {_bytes(rates.read_bytes)}/s, "
         f"write {_bytes(rates.write_bytes)}/s, products {rates.matmul / 1e9:.0f} GFLOP/s",
         f"search: {config.queries} queries, k {config.k}, --probe {config.probe} of --ncentroids {config.ncentroids}",
         "",
     ]
     rows: list[tuple[str, ...]] = [_HEAD]
-    for choice in made.choices:
+    for choice in estimate.choices:
         rate = config.queries / choice.search_seconds if choice.search_seconds else None
         sizes = (choice.disk, choice.disk_building, choice.memory, choice.memory_building, choice.gpu_memory)
         limits = (free, free, memory_bytes, memory_bytes, None)
@@ -33,14 +33,14 @@ def table(config: PlanConfig, rates: Rates, made: Plan, memory_bytes: int) -> st
         rows.append((choice.kind, *marked, *times))
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     for row in rows:
-        words = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  ".join(words))
-    if made.store_bytes > free:
-        lines.append(f"the store does not fit on the disk of {config.folder!r}: 16-bit keys (--dtype float16) are half")
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append("  ".join(cells))
+    if estimate.store_bytes > free:
+        lines.append(f"the store does not fit on the disk of {config.folder!r}; 16-bit keys (--dtype float16) halve it")
     if any("!" in cell for row in rows[1:] for cell in row):
         lines.append("!: more than this machine has")
-    if any(choice.build_seconds is None for choice in made.choices):
-        lines.append("-: build_dstore.py here does not make this kind, so that it cannot be measured")
+    if any(choice.build_seconds is None for choice in estimate.choices):
+        lines.append("-: not measured, this build_dstore.py cannot build the kind")
     return "\n".join(lines) + "\n"
 
 

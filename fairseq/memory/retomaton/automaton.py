@@ -117,7 +117,7 @@ class Retomaton:
             )
         self.external, self.min_knns, self.max_knns = external, min_knns, max_knns
         self.no_pointer, self.compat = no_pointer, compat
-        parts = external.store.values.parts
+        parts = external.store.values.chunks
         self._values: Array = np.asarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
         self._role_R = row_roles(external, ignore_documents=compat)
         held = None if clusters is None or no_pointer else clusters

@@ -45,7 +45,7 @@ def some_texts(count, words, seed=0):
 
 
 def require_best(found, scores, own, num_neighbors):
-    """The right number of documents, none of them itself, in falling order, and none left out that is better."""
+    """The right number of documents, none of them itself, in falling order, and none dropped that is better."""
     allowed = [d for d in range(len(scores)) if d != own and scores[d] > 0]
     assert len(found) == len(set(found)) == min(num_neighbors, len(allowed))
     assert set(found) <= set(allowed)
@@ -113,7 +113,7 @@ def test_an_index_is_kept_and_bound_to_its_segments(tmp_path, monkeypatch):
     monkeypatch.setattr(bm25, "_build", None)
     assert open_index(tmp_path / "index", path).search(texts[:5], 0, 3) == first
     write(path, [*texts, "one more"])
-    with pytest.raises(ValueError, match=r"was built of other segments \(20 of them.*remove the folder"):
+    with pytest.raises(ValueError, match=r"was built from other segments \(20 of them.*remove the folder"):
         open_index(tmp_path / "index", path)
 
 
@@ -121,18 +121,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     path = write(tmp_path / "segments.json", ["alpha"])
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="no index of ours"):
+    with pytest.raises(ValueError, match="is not an index of bm25_search.py"):
         open_index(tmp_path / "index", path)
     assert [entry.name for entry in (tmp_path / "index").iterdir()] == ["thesis.tex"]
 
 
-def test_segments_without_words_are_told(tmp_path):
-    with pytest.raises(ValueError, match="holds 2 segments and no word"):
+def test_segments_without_words_are_reported(tmp_path):
+    with pytest.raises(ValueError, match="holds 2 segments and no searchable word"):
         open_index(tmp_path / "index", write(tmp_path / "segments.json", ["the", ", ."]))
     assert not (tmp_path / "index").exists()
 
 
-def test_an_unfinished_index_is_built_anew(tmp_path):
+def test_an_unfinished_index_is_rebuilt(tmp_path):
     texts = some_texts(20, 30)
     path = write(tmp_path / "segments.json", texts)
     (tmp_path / "index.tmp").mkdir()

@@ -56,13 +56,13 @@ def test_strings_of_the_original_program_are_numbers_here(tmp_path):
         ([{"0": [1], "3": [0]}], r"lacks 2 of 4 segments \(1, 2\)"),
         ([{"0": [1], "1": [2]}], "names segment 2 as a neighbour, but holds results of segments 0 to 1"),
         ([{"0": [1], "1": [-1]}], "names segment -1"),
-        ([{"0": ["one"], "1": [0]}], "is no segment number"),
-        ([{"zero": [1], "1": [0]}], "is no segment number"),
+        ([{"0": ["one"], "1": [0]}], "is not a segment number"),
+        ([{"zero": [1], "1": [0]}], "is not a segment number"),
         ([{"-1": [1], "1": [0]}], "holds segment -1"),
         ([[1, 2]], "does not hold a JSON object"),
     ],
 )
-def test_results_that_do_not_fit_are_told(tmp_path, contents, message):
+def test_results_that_do_not_fit_are_reported(tmp_path, contents, message):
     with pytest.raises(ValueError, match=message):
         read_results(shards(tmp_path, *contents))
 
@@ -105,7 +105,7 @@ def test_reversed_neighbors(lists):
 
 
 @given(neighbor_lists(), st.integers(0, 3))
-def test_every_segment_is_in_the_line_once(lists, seed):
+def test_every_segment_is_in_the_chain_once(lists, seed):
     assert sorted(chain(table(lists), seed).tolist()) == list(range(len(lists)))
 
 
@@ -118,7 +118,7 @@ def test_the_best_free_neighbor_follows(lists, seed):
             assert following == free[0]
 
 
-def test_the_line_goes_back_before_it_starts_anew():
+def test_the_chain_goes_back_before_it_starts_again():
     # 0 -> 1 -> 2 is a dead end; 3 is like 1 and 4 names 0. 5 is like nothing.
     lists = [[1], [2, 3], [], [], [0], []]
     for seed in range(20):

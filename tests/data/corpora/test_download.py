@@ -102,13 +102,13 @@ def test_the_next_address_is_tried(server: Server, tmp_path: Path) -> None:
     assert download.fetch("a.zip", [closed_port(), server.base], tmp_path, DIGEST).read_bytes() == CONTENT
 
 
-def test_wrong_bytes_are_refused_and_not_kept(server: Server, tmp_path: Path) -> None:
+def test_wrong_bytes_are_rejected_and_not_kept(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{DIGEST}, expected {'0' * 64}"):
         download.fetch("a.zip", [server.base], tmp_path, "0" * 64)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_file_put_there_by_hand_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_wrong_file_put_there_by_hand_is_rejected_and_kept(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"mine")
     with pytest.raises(ValueError, match="remove it"):
         download.fetch("a.zip", [closed_port()], tmp_path, DIGEST)

@@ -77,7 +77,7 @@ def test_mapped_files_are_named(tmp_path):
     assert ChunkedArray(mapped).in_memory().files == []
 
 
-def test_parts_of_different_kinds_are_refused():
+def test_parts_of_different_kinds_are_rejected():
     one = np.ones((2, DIM), np.float32)
     with pytest.raises(ValueError, match="type float32 and width 3 and of type float16 and width 3"):
         ChunkedArray([one, one.astype(np.float16)])

@@ -32,7 +32,7 @@ def test_keys_in_another_type(tmp_path, of, to):
     delete(tmp_path / "a", np.array([3, 12]))
     done = convert(Datastore.open(tmp_path / "a"), tmp_path / "b", to, {}, drop=False)
     left = np.delete(np.arange(30), [3, 12])
-    assert (done.rows, done.left_out, done.nonfinite) == (28, 2, 0)
+    assert (done.rows, done.dropped, done.nonfinite) == (28, 2, 0)
     store = Datastore.open(tmp_path / "b")
     assert store.keys.dtype == to
     np.testing.assert_array_equal(store.take_keys(np.arange(28)), as_type(as_type(keys, of), to)[left])
@@ -53,7 +53,7 @@ def test_several_parts_become_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_keys_that_are_not_finite_are_counted_and_refused_or_dropped(tmp_path, dtype):
+def test_keys_that_are_not_finite_are_counted_and_rejected_or_dropped(tmp_path, dtype):
     keys, values = rows(30)
     keys[4, 1], keys[11, 0], keys[12] = np.nan, np.inf, -np.inf
     keys[20, 2] = 1e6  # infinite in float16 alone
@@ -62,7 +62,9 @@ def test_keys_that_are_not_finite_are_counted_and_refused_or_dropped(tmp_path, d
     values.tofile(tmp_path / "d_vals.npy")
     store = Datastore.open(tmp_path / "d", StoreHints(dim=DIM))
     assert nonfinite_rows(store.keys, dtype).tolist() == bad
-    with pytest.raises(ValueError, match=f"{len(bad)} of the 30 keys of .* hold NaN or infinity as {dtype}; --drop-"):
+    with pytest.raises(
+        ValueError, match=f"{len(bad)} of the 30 keys of .* hold NaN or infinity as {dtype}; drop them with --drop-"
+    ):
         convert(store, tmp_path / "x", dtype, {}, drop=False)
     assert not (tmp_path / "x.json").exists()
     done = convert(store, tmp_path / "x", dtype, {}, drop=True)
@@ -137,15 +139,15 @@ def test_every_row_is_drawn_alike(tmp_path):
     assert counts.max() < 40  # 20 are expected
 
 
-def test_what_is_told_of_a_store(tmp_path):
+def test_what_is_reported_of_a_store(tmp_path):
     save(tmp_path / "a", 30, documents=(10, 20))
     delete(tmp_path / "a", np.array([3]))
-    told = describe(Datastore.open(tmp_path / "a"))
+    summary = describe(Datastore.open(tmp_path / "a"))
     expected = {"rows": 30, "deleted": 1, "alive": 29, "dim": DIM, "key_dtype": "float32", "bytes": 30 * (4 * DIM + 8)}
-    assert expected.items() <= told.items()
-    assert told["num_documents"] == 2
-    assert told["key_tap"] == "last_ffn_input"
-    assert json.dumps(told)
+    assert expected.items() <= summary.items()
+    assert summary["num_documents"] == 2
+    assert summary["key_tap"] == "last_ffn_input"
+    assert json.dumps(summary)
     counts = count_keys(Datastore.open(tmp_path / "a").keys)
     assert (counts.nonfinite, counts.zero) == (0, 0)
     keys, values = rows(30)

@@ -84,7 +84,7 @@ def test_headerless_files_of_trime(tmp_path, fp16):
         store.require(dim=DIM, size=20, dictionary_size=50, dictionary_digest="x", key_tap="model_output")
 
 
-def test_values_of_16_bits_wrap_and_are_refused_for_a_larger_dictionary(tmp_path):
+def test_values_of_16_bits_wrap_and_are_rejected_for_a_larger_dictionary(tmp_path):
     """kNN-LM's float16 stores keep tokens as int16 (fault of the original)."""
     keys, _ = rows(4)
     keys.astype(np.float16).tofile(tmp_path / "k_keys.npy")
@@ -107,7 +107,7 @@ def test_headerless_sizes_are_checked_before_any_work(tmp_path):
         Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=21))
     with pytest.raises(ValueError, match=r"d_keys.npy holds 640 bytes; 20 rows of 9 float32 values take 720"):
         Datastore.open(tmp_path / "d", StoreHints(dim=9, size=20))
-    with pytest.raises(ValueError, match="leave out --dstore-fp16"):
+    with pytest.raises(ValueError, match="drop --dstore-fp16"):
         Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=20, fp16=True))
     keys.astype(np.float16).tofile(tmp_path / "d_keys.npy")
     with pytest.raises(ValueError, match="add --dstore-fp16"):
@@ -118,7 +118,7 @@ def test_headerless_sizes_are_checked_before_any_work(tmp_path):
         Datastore.open(tmp_path / "d", StoreHints(dim=DIM, size=20))
 
 
-def test_rows_of_zeros_at_the_end_are_told(tmp_path, caplog):
+def test_rows_of_zeros_at_the_end_are_reported(tmp_path, caplog):
     keys, values = rows(20)
     keys[15:] = 0
     keys.tofile(tmp_path / "d_keys.npy")
@@ -165,7 +165,7 @@ def test_missing_incomplete_truncated_and_foreign_stores(tmp_path):
         Datastore.open(tmp_path / "s")
 
 
-def test_an_empty_store_is_refused(tmp_path):
+def test_an_empty_store_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
         DatastoreWriter(tmp_path / "s", 0, DIM)
     (tmp_path / "d_keys.npy").touch()
@@ -179,8 +179,8 @@ def test_a_flipped_byte_is_found(tmp_path):
     with open(tmp_path / "s_keys.npy", "r+b") as file:
         file.seek(500)
         file.write(b"\x7f")
-    told = r"s_keys.npy: the block of bytes 0 to 3199 differs from what was saved \(byte 500 if only one does\)"
-    with pytest.raises(ValueError, match=told):
+    message = r"s_keys.npy: the block of bytes 0 to 3199 differs from what was saved \(byte 500 if only one does\)"
+    with pytest.raises(ValueError, match=message):
         Datastore.open(tmp_path / "s").verify()
 
 
@@ -196,7 +196,7 @@ def test_block_checksums_do_not_depend_on_how_the_bytes_come(monkeypatch):
     assert len(whole.digests()) == 5
 
 
-def test_wrong_rows_are_refused(tmp_path):
+def test_wrong_rows_are_rejected(tmp_path):
     keys, values = rows(10)
     with DatastoreWriter(tmp_path / "s", 10, DIM, "float16", {}) as writer:
         with pytest.raises(ValueError, match="do not make rows of width 8"):
@@ -204,7 +204,7 @@ def test_wrong_rows_are_refused(tmp_path):
         with pytest.raises(ValueError, match="1 of the keys .*too large for float16"):
             writer.append(np.where(np.arange(10)[:, None] == 3, 1e6, keys), values)
         writer.append(keys[:6], values[:6])
-        with pytest.raises(ValueError, match="announced with 10 rows; 6 are there and 10 more came"):
+        with pytest.raises(ValueError, match="announced with 10 rows; 6 are written and 10 more were appended"):
             writer.append(keys, values)
         with pytest.raises(ValueError, match="has 6 of the 10 announced rows"):
             writer.finish()
@@ -303,7 +303,7 @@ def test_two_writers_at_once(tmp_path):
     assert not (tmp_path / "s.lock").exists()
 
 
-def test_no_space_is_told_before_the_first_row(tmp_path, monkeypatch):
+def test_no_space_is_reported_before_the_first_row(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(OSError, match=r"needs 40000 more bytes, .* has 1000 free"):
         DatastoreWriter(tmp_path / "s", 1000, DIM)
@@ -324,7 +324,7 @@ def write_slowly(prefix, started):
 
 
 def test_kill_at_random_points_gives_the_same_bytes(tmp_path):
-    fork = multiprocessing.get_context("fork")  # starting Python anew would take most of the time
+    fork = multiprocessing.get_context("fork")  # starting Python again would take most of the time
     delays = np.random.default_rng().uniform(0.0, 0.3, 8)
     for delay in delays:
         started = fork.Event()

@@ -69,9 +69,9 @@ def test_a_store_of_another_program_is_read(tmp_path, layout, half):
         assert store.keys.dtype == ("float16" if half else "float32")
         np.testing.assert_array_equal(store.take_keys(np.arange(ROWS)), expected)
         np.testing.assert_array_equal(store.values, VALUES)
-    told = {"dstore_size": ROWS} if sizes else {}
+    sizes_given = {"dstore_size": ROWS} if sizes else {}
     flags = {"dstore_fp16": half} if sizes else {}
-    searched = open_for_search(KnnConfig(dstore_filename=str(prefix), **told, **flags), dim=DIM)
+    searched = open_for_search(KnnConfig(dstore_filename=str(prefix), **sizes_given, **flags), dim=DIM)
     np.testing.assert_array_equal(searched.values, VALUES)
     config = BuildConfig(
         dstore_mmap=str(prefix), faiss_index="x", dimension=DIM if sizes else None, dstore_size=ROWS, **flags
@@ -85,14 +85,14 @@ def test_a_store_of_another_program_is_read(tmp_path, layout, half):
     ("layout", "stated", "message"),
     [
         (knn_mt, {"dim": DIM, "size": ROWS + 1}, r"keys.npy holds 320 bytes; 21 rows of 4 float32 .* it holds 20 rows"),
-        (knn_mt, {"dim": DIM, "size": ROWS, "fp16": True}, "these are float32 keys: leave out --dstore-fp16"),
-        (knn_mt, {}, "keys.npy has no metadata .* need their --dstore-size"),
+        (knn_mt, {"dim": DIM, "size": ROWS, "fp16": True}, "these are float32 keys: drop --dstore-fp16"),
+        (knn_mt, {}, "keys.npy has no metadata .* give files of the original programs their --dstore-size"),
         (with_headers, {"dim": DIM + 1}, "keys.npy holds 4 columns, 5 were stated"),
         (with_headers, {"dim": DIM, "size": 7}, "keys.npy holds 20 rows, 7 were stated"),
         (knn_transformers, {"size": 7}, "holds 20 rows, 7 were stated"),
     ],
 )
-def test_sizes_that_do_not_fit_are_told(tmp_path, layout, stated, message):
+def test_sizes_that_do_not_fit_are_reported(tmp_path, layout, stated, message):
     prefix, _ = layout(tmp_path, False)
     with pytest.raises(ValueError, match=message):
         Datastore.open(prefix, StoreHints(**stated))
@@ -112,35 +112,35 @@ def damage(path: Path, size: int | None = None, content: bytes = b"") -> None:
             "by its name it has 20 rows of 4",
         ),
         (knn_transformers, f"dstore_gpt2-large_{ROWS}_{DIM}_vals.npy", {"size": 78}, "78 bytes; 20 values take 160"),
-        (with_headers, "keys.npy", {"size": 300}, "keys.npy is no whole NumPy array"),
-        (with_headers, "vals.npy", {"size": 130}, "vals.npy is no whole NumPy array"),
+        (with_headers, "keys.npy", {"size": 300}, "keys.npy is not a complete NumPy array"),
+        (with_headers, "vals.npy", {"size": 130}, "vals.npy is not a complete NumPy array"),
         (knn_lm, "d_vals.npy", {"content": b"x" * 33}, "33 bytes; 20 values take 160 as int64"),
     ],
 )
-def test_damaged_files_are_told(tmp_path, layout, name, change, message):
+def test_damaged_files_are_reported(tmp_path, layout, name, change, message):
     prefix, stated = layout(tmp_path, False)
     damage(tmp_path / name, **change)
     with pytest.raises(ValueError, match=message):
         Datastore.open(prefix, StoreHints(**stated))
 
 
-def test_arrays_of_other_types_and_shapes_are_refused(tmp_path):
+def test_arrays_of_other_types_and_shapes_are_rejected(tmp_path):
     prefix, _ = with_headers(tmp_path, False)
     np.save(tmp_path / "vals.npy", VALUES[:5])
     with pytest.raises(ValueError, match="holds 5 int64, the keys are 20 rows"):
         Datastore.open(prefix, StoreHints())
     for keys, message in (
-        (KEYS.astype(np.float64), "holds float64; keys are float32 or float16"),
-        (KEYS[None], r"holds an array of shape \(1, 20, 4\); keys are"),
-        (np.asfortranarray(KEYS), "column by column; save it row by row"),
-        (KEYS[:0], "empty or column by column"),
+        (KEYS.astype(np.float64), "holds float64, keys are float32 or float16"),
+        (KEYS[None], r"holds an array of shape \(1, 20, 4\), keys are"),
+        (np.asfortranarray(KEYS), "in column order; save it in row order"),
+        (KEYS[:0], "empty or in column order"),
     ):
         np.save(tmp_path / "keys.npy", keys)
         with pytest.raises(ValueError, match=message):
             Datastore.open(prefix, StoreHints())
 
 
-def test_swapped_files_are_told(tmp_path):
+def test_swapped_files_are_reported(tmp_path):
     prefix, stated = knn_lm(tmp_path, False)
     (tmp_path / "d_keys.npy").rename(tmp_path / "x")
     (tmp_path / "d_vals.npy").rename(tmp_path / "d_keys.npy")
@@ -152,5 +152,5 @@ def test_swapped_files_are_told(tmp_path):
 def test_a_folder_of_several_stores_is_not_guessed_at(tmp_path):
     its_folder(tmp_path, True)
     KEYS.astype("float16").tofile(tmp_path / f"dstore_bart_{ROWS}_{DIM}_keys.npy")
-    with pytest.raises(ValueError, match=r"several stores: dstore_bart_20_4, dstore_gpt2-large_20_4; name one"):
+    with pytest.raises(ValueError, match=r"several stores: dstore_bart_20_4, dstore_gpt2-large_20_4; give one"):
         Datastore.open(tmp_path, StoreHints())

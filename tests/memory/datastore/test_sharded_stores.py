@@ -14,7 +14,7 @@ from fairseq.memory.datastore.convert import compact
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import delete
 from fairseq.memory.datastore.merge import join_shards, merge
-from fairseq.memory.datastore.metadata import part_prefix
+from fairseq.memory.datastore.metadata import shard_prefix
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.runtime.files import locked
 
@@ -26,7 +26,9 @@ def shards(prefix: Path, sizes: list[int], dtype: str = "float32") -> tuple[np.n
     for shard, size in enumerate(sizes):
         about = META | {"shard_id": shard, "num_shards": len(sizes), "first_row": first, "num_documents": 1}
         runs = np.array([[0, 0, first]])
-        with DatastoreWriter(part_prefix(prefix, shard, len(sizes)), size, DIM, dtype, about, documents=runs) as writer:
+        with DatastoreWriter(
+            shard_prefix(prefix, shard, len(sizes)), size, DIM, dtype, about, documents=runs
+        ) as writer:
             writer.append(keys[first : first + size], values[first : first + size])
             writer.finish()
         first += size
@@ -59,34 +61,34 @@ def test_shards_that_are_missing_are_named(tmp_path):
     shards(tmp_path / "d", [3, 4, 5])
     os.rename(tmp_path / "d.part1-of-3.json", tmp_path / "aside")
     assert join_shards(tmp_path / "d", 3) is None
-    with pytest.raises(ValueError, match="of its 3 parts 1 are not saved"):
+    with pytest.raises(ValueError, match="of its 3 shards 1 are not saved"):
         Datastore.open(tmp_path / "d")
-    with pytest.raises(ValueError, match="missing are of 3 parts 1; save them first"):
+    with pytest.raises(ValueError, match="missing are of 3 shards 1; save them first"):
         merge(tmp_path / "d")
     os.rename(tmp_path / "aside", tmp_path / "d.part1-of-3.json")
-    with pytest.raises(ValueError, match="lies in 3 parts: join them with fairseq-datastore merge"):
+    with pytest.raises(ValueError, match="consists of 3 shards; join them with fairseq-datastore merge"):
         Datastore.open(tmp_path / "d")
     shards(tmp_path / "d", [6, 6])
-    with pytest.raises(ValueError, match="lies in 2 and 3 shards; remove the shards that are out of date"):
+    with pytest.raises(ValueError, match="consists of 2 and 3 shards; remove the stale shards"):
         merge(tmp_path / "d")
     with pytest.raises(ValueError, match="nothing to join; name the stores"):
         merge(tmp_path / "nothing")
 
 
-def test_shards_of_different_texts_are_refused(tmp_path):
+def test_shards_of_different_texts_are_rejected(tmp_path):
     shards(tmp_path / "d", [3, 4])
     about = json.loads((tmp_path / "d.part1-of-2.json").read_text())
     (tmp_path / "d.part1-of-2.json").write_text(json.dumps(about | {"first_row": 7}))
-    with pytest.raises(ValueError, match="was saved to begin at row 7 of the store, and the parts before it hold 3"):
+    with pytest.raises(ValueError, match="begins at row 7 of the store, and the shards before it hold 3"):
         join_shards(tmp_path / "d", 2)
     (tmp_path / "d.part1-of-2.json").write_text(json.dumps(about | {"context_window": 3}))
-    join_shards(tmp_path / "d", 2)  # what one part does not tell is not compared
+    join_shards(tmp_path / "d", 2)  # facts that one shard lacks are not compared
     (tmp_path / "d.part1-of-2.json").write_text(json.dumps(about | {"model_digest": "n" * 20}))
     with pytest.raises(ValueError, match="model_digest is 'mmmmmmmmmmmmmmmmmmmm' in the first and 'nnnn"):
         join_shards(tmp_path / "d", 2)
 
 
-def test_stores_are_put_behind_each_other_without_copying(tmp_path):
+def test_stores_are_concatenated_without_copying(tmp_path):
     a, b = save(tmp_path / "a", 5, documents=(2, 3)), save(tmp_path / "x" / "b", 4, seed=1, documents=(4,))
     c = save(tmp_path / "c", 2, seed=2)
     delete(tmp_path / "a", np.array([1]))
@@ -111,7 +113,7 @@ def test_stores_are_put_behind_each_other_without_copying(tmp_path):
     assert Datastore.open(tmp_path / "x" / "all").deleted.tolist() == [1, 6, 9]
     moved = tmp_path / "elsewhere"
     os.rename(tmp_path / "x", moved)
-    with pytest.raises(ValueError, match=r"lists the part '.*b', and .*b.json is missing; copy it too"):
+    with pytest.raises(ValueError, match=r"lists the shard '.*b', and .*b.json is missing; copy it too"):
         Datastore.open(tmp_path / "ab")
 
 
@@ -124,7 +126,7 @@ def test_stores_are_put_behind_each_other_without_copying(tmp_path):
         ({"dtype": "float16"}, "key_dtype is 'float32' in the first and 'float16' in the second; .* convert --dtype"),
     ],
 )
-def test_stores_that_do_not_fit_are_refused(tmp_path, about, message):
+def test_stores_that_do_not_fit_are_rejected(tmp_path, about, message):
     save(tmp_path / "a", 5)
     save(tmp_path / "b", 5, **about)
     with pytest.raises(ValueError, match=message):
@@ -132,25 +134,25 @@ def test_stores_that_do_not_fit_are_refused(tmp_path, about, message):
     assert not (tmp_path / "ab.json").exists()
 
 
-def test_widths_that_differ_are_refused(tmp_path):
+def test_widths_that_differ_are_rejected(tmp_path):
     save(tmp_path / "a", 5)
     with DatastoreWriter(tmp_path / "b", 5, DIM + 1, metadata=META) as writer:
         writer.append(np.ones((5, DIM + 1), np.float32), np.ones(5, np.int64))
         writer.finish()
     with pytest.raises(ValueError, match="dim is 4 in the first and 5 in the second"):
         merge(tmp_path / "ab", [tmp_path / "a", tmp_path / "b"])
-    with pytest.raises(ValueError, match="is that of a store with arrays of its own; give the whole another name"):
+    with pytest.raises(ValueError, match="is that of a store with arrays of its own; choose another name"):
         merge(tmp_path / "a", [tmp_path / "b"])
 
 
-def test_a_part_that_was_saved_anew_is_seen(tmp_path):
+def test_a_part_that_was_saved_again_is_seen(tmp_path):
     save(tmp_path / "a", 5)
     save(tmp_path / "b", 5, seed=1)
     merge(tmp_path / "ab", [tmp_path / "a", tmp_path / "b"])
     delete(tmp_path / "ab", np.array([7]))
     digest = Datastore.open(tmp_path / "ab").digest
     save(tmp_path / "b", 6, seed=1)
-    with pytest.raises(ValueError, match="holds 6 rows other than the 5 that .*ab.json lists: it was written again"):
+    with pytest.raises(ValueError, match="holds 6 rows other than the 5 that .*ab.json lists: it was rewritten"):
         Datastore.open(tmp_path / "ab")
     merge(tmp_path / "ab", [tmp_path / "a", tmp_path / "b"])
     store = Datastore.open(tmp_path / "ab")
@@ -169,8 +171,8 @@ def test_a_flipped_byte_of_any_part_is_named(tmp_path, monkeypatch, array):
     content = bytearray(path.read_bytes())
     content[135] ^= 4
     path.write_bytes(content)
-    told = r": the block of bytes 128 to \d+ differs from what was saved \(byte 135 if only one does\)"
-    with pytest.raises(ValueError, match=f"d.part1-of-3{array}{told}"):
+    message = r": the block of bytes 128 to \d+ differs from what was saved \(byte 135 if only one does\)"
+    with pytest.raises(ValueError, match=f"d.part1-of-3{array}{message}"):
         Datastore.open(tmp_path / "d").verify()
 
 

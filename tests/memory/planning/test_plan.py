@@ -1,4 +1,4 @@
-"""What a plan says against files that are really made, and against sums done by hand."""
+"""Estimates of a plan against real files and sums computed by hand."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_rates_are_measured(tmp_path, monkeypatch):
     [
         ({"k": 5000}, "--k 5000 is larger than --keys 4000"),
         ({"ncentroids": 5000}, "--ncentroids 5000 is more than --keys 4000; give about 40"),
-        ({"code_size": 12}, "--code-size 12 does not divide half the width 32; give 8, say"),
-        ({"dim": 7}, "it is odd"),
+        ({"code_size": 12}, "--code-size 12 does not divide half the width 32; give 8, for example"),
+        ({"dim": 7}, "give an even --dim"),
         ({"keys": 0}, "--keys must be at least 1"),
         ({"search_memory": 0.0}, "--search-memory 0.0 is not a positive number"),
     ],
@@ -123,5 +123,5 @@ def test_counts():
     assert count("103e6") == 103_000_000
     assert count("1.5e3") == 1500
     for text in ("1.5", "many", "nan", "inf"):
-        with pytest.raises(UnreadableError, match="is no whole number"):
+        with pytest.raises(UnreadableError, match="is not a whole number"):
             count(text)

@@ -56,7 +56,7 @@ def test_clusters_of_other_rows_are_refused(tmp_path: Path) -> None:
     Clusters.of_members(MEMBERS, 10, store_mark(store)).save(tmp_path / "c.npz")
     with pytest.raises(ValueError, match=r"clusters of 10 rows, datastore 'store' has 11"):
         Clusters.open(tmp_path / "c.npz", a_store(11))
-    changed = store.values.parts[0].copy()
+    changed = store.values.chunks[0].copy()
     changed[3] += 1
     with pytest.raises(ValueError, match="of other rows than datastore 'store' holds now"):
         Clusters.open(tmp_path / "c.npz", Datastore("store", store.keys, ChunkedArray.of(changed), {}))

@@ -92,7 +92,7 @@ def build_device(config: BuildConfig) -> str:
 def dropped_rows(config: BuildConfig, store: Datastore) -> Array:
     """Rows whose keys are not finite. Raises: ValueError when there are any and they are not to be dropped."""
     none = np.empty(0, np.int64)
-    if store.parts and not config.drop_nonfinite:
+    if store.shards and not config.drop_nonfinite:
         return none  # our writer lets none in; encoding looks again
     nonfinite_rows = [
         nonfinite(store.keys.block(start, start + BLOCK_ROWS)).numpy() + start
