@@ -94,7 +94,7 @@ def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
         f"wrote {done.rows} rows to {config.out}; dropped {done.dropped}, of which {done.nonfinite} held NaN or "
         "infinity\n"
     )
-    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.dropped})
+    _write_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.dropped})
 
 
 def sample(config: SampleConfig, argv: Sequence[str]) -> None:
@@ -103,16 +103,16 @@ def sample(config: SampleConfig, argv: Sequence[str]) -> None:
 
     done = write(_open(config), config.out, config.rows, config.seed)
     sys.stdout.write(f"wrote {done.rows} of {done.rows + done.dropped} rows to {config.out}\n")
-    _leave_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.dropped})
+    _write_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.dropped})
 
 
 def merge(config: MergeConfig, argv: Sequence[str]) -> None:
     """Make the whole and print how many rows it has."""
     from fairseq.memory.datastore.merge import merge as join
 
-    about = join(config.prefix, config.stores)
-    sys.stdout.write(f"{config.prefix}: {about['rows']} rows in {len(about['parts'])} parts\n")
-    _leave_manifest(config.prefix, config, argv, {"rows": about["rows"], "parts": len(about["parts"])})
+    metadata = join(config.prefix, config.stores)
+    sys.stdout.write(f"{config.prefix}: {metadata['rows']} rows in {len(metadata['parts'])} parts\n")
+    _write_manifest(config.prefix, config, argv, {"rows": metadata["rows"], "parts": len(metadata["parts"])})
 
 
 def delete(config: DeleteConfig, argv: Sequence[str]) -> None:
@@ -167,7 +167,7 @@ def _rows_in(path: str) -> Any:
     return np.array(words, dtype=np.int64)
 
 
-def _leave_manifest(prefix: str, config: Any, argv: Sequence[str], figures: dict[str, Any]) -> None:
+def _write_manifest(prefix: str, config: Any, argv: Sequence[str], figures: dict[str, Any]) -> None:
     from fairseq.runtime.manifest import write_manifest
 
     write_manifest(f"{prefix}.run.json", program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())

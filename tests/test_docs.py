@@ -181,3 +181,22 @@ def test_python_blocks_compile_and_their_imports_exist(path: Path) -> None:
                 module = importlib.import_module(node.module or "")
                 missing = [a.name for a in node.names if a.name != "*" and not hasattr(module, a.name)]
                 assert missing == [], node.module
+
+
+def messages() -> str:
+    """Every string of the sources, one a line; what is filled in at run time is a NUL."""
+    texts = set()
+    for path in (p for folder in ("fairseq", "fairseq_cli") for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            words = [p.value if isinstance(p, ast.Constant) else "\0" for p in parts]
+            texts.add(" ".join("".join(w for w in words if isinstance(w, str)).split()))
+    return "\n".join(texts)
+
+
+def test_the_troubleshooting_page_quotes_messages_that_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    headings, known = re.findall(r"^### `(.*)`$", page, re.MULTILINE), messages()
+    assert len(headings) > 30
+    quoted = {h: "[^\n]*".join(re.escape(part.strip()) for part in h.split("...") if part.strip()) for h in headings}
+    assert [heading for heading, pattern in quoted.items() if not re.search(pattern, known)] == []

@@ -75,7 +75,7 @@ class TrimeLoss(Criterion):
         return self.loss(total, batch, ori_loss=ori_loss, norm_loss=total)
 
     def _rule(self, model: LanguageModel) -> VisibilityRule:
-        """Who sees whom in this batch."""
+        """Visibility among the positions of a batch."""
         if model.training and self.cross_sent_ratio > 0 and torch.rand(()).item() < self.cross_sent_ratio:
             return ELSEWHERE
         return self.rule

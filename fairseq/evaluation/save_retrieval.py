@@ -66,7 +66,7 @@ def saving_retrieval(
         memory.k,
         num_types=len(evaluation.task.dictionary),
         num_rows=len(memory.store),
-        near=_reads_text(configs.trime),
+        text_sums=_reads_text(configs.trime),
         fingerprint=fingerprint,
         about=_metadata(configs, evaluation, memory),
         # What the long-term memory held at that point is gone.
@@ -99,7 +99,7 @@ def _report_saved(held: Retrieval, count: int, combine: Combiner, report: Perple
     for start in range(0, count, _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, count))
         part = held.part(rows)
-        logp_N = combine(part.lm_logp_N, part.lm_norm_N, part.found, part.target_N, part.near)
+        logp_N = combine(part.lm_logp_N, part.lm_norm_N, part.found, part.target_N, part.text_sums)
         report.add(as_tensor(np.array(held.arrays["block"][rows])), part.target_N, logp_N)
 
 

@@ -83,7 +83,7 @@ class Candidates:
     keep_NM: Tensor
     """bool, True where position n may use candidate m; (N, M)."""
     rows_NM: Tensor | None = None
-    """int64 row of the datastore behind each candidate, -1 where none was found; None without a datastore."""
+    """int64 row of the datastore that each candidate comes from, -1 where none was found; None without a datastore."""
 
     def __post_init__(self) -> None:
         assert self.scores_NM.shape == self.keep_NM.shape, (self.scores_NM.shape, self.keep_NM.shape)

@@ -75,7 +75,7 @@ def build_memory(
     window = min(settings.max_len, context or settings.max_len)
     stride = min(settings.stride, window)
     windows = [w for number, ids in enumerate(documents) for w in _windows(starts[number], len(ids), stride, window)]
-    # Special tokens are read by those behind them, and not kept.
+    # Special tokens are attended to by those after them, but not stored.
     kept_N = ~torch.isin(token_N, torch.tensor(special, dtype=torch.int64))
     place_S = torch.nonzero(kept_N)[:, 0]
     if not len(place_S):

@@ -22,7 +22,7 @@ class Citation:
     start: int
     """First token, counted within the document."""
     stop: int
-    """First token behind the passage."""
+    """First token after the passage."""
     weight: float
     """Share of all that memories gave (see :func:`cite`)."""
     text: str | None

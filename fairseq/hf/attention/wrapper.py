@@ -143,7 +143,7 @@ class ExtendedMind(MemorySet):
                 self.attach()
 
     def _hook_positions(self, undo: contextlib.ExitStack) -> None:
-        """With relative positions the local text stands behind the memory."""
+        """With relative positions the local text follows the memory."""
         if self.settings.positions == "relative" and not self.sites.has_alibi:
             rotary = rotary_modules(self.model)
             for module in rotary or self.sites.modules.values():
@@ -309,11 +309,11 @@ def _stacked(parts: Sequence[MemoryAttention]) -> MemoryAttention:
 
     def read() -> RetrievedMemories:
         each = [part.read() for part in parts]
-        most = max(part.ids_BHTK.shape[-1] for part in each)
+        widest = max(part.ids_BHTK.shape[-1] for part in each)
 
         def filled(name: str, value: float) -> Tensor:
             tensors = [getattr(part, name) for part in each]
-            return torch.cat([nn.functional.pad(x, (0, most - x.shape[-1]), value=value) for x in tensors])
+            return torch.cat([nn.functional.pad(x, (0, widest - x.shape[-1]), value=value) for x in tensors])
 
         return RetrievedMemories(
             filled("ids_BHTK", -1), filled("similarity_BHTK", -torch.inf), filled("score_BHTK", -torch.inf)

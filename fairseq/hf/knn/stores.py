@@ -71,7 +71,7 @@ class StorePlace:
             return fitting[0]
         names = ", ".join(Path(place.prefix).name for place in fitting or found)
         if fitting:
-            raise ValueError(f"{str(where)!r} holds several stores: {names}; give dstore_dir the name of one behind it")
+            raise ValueError(f"{str(where)!r} holds several stores: {names}; append the name of one to dstore_dir")
         sizes = f"{'' if rows is None else f' of {rows} rows'}{'' if dim is None else f' of width {dim}'}"
         raise ValueError(
             f"{str(where)!r} holds no datastore of a {model} model{sizes}; it has: {names or 'none'}. KNNSaver saves "

@@ -79,7 +79,7 @@ class Memory:
         return self if bool(keep_S.all()) else self.only(keep_S)
 
     def followed_by(self, other: Memory) -> Memory:
-        """Both, the other's documents behind these.
+        """Both, the other's documents after these.
 
         Raises: ValueError when they are of different models, or where memories stand relative to the last.
         """

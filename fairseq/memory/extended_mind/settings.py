@@ -12,7 +12,7 @@ on disk), or a faiss index."""
 
 POSITIONS = ("origin", "relative")
 """Positions of memories: all at the place before the local text (rotary keys unrotated, ALiBi distance from -1), which
-is the paper's way, or one behind the other before it, within half the model's context."""
+is the paper's way, or one after the other before it, within half the model's context."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,9 +138,9 @@ class Retomaton:
         assert len(query_BD) == len(state), (len(query_BD), len(state))
         host_BD = query_BD.detach().float().cpu().contiguous()
         searched_B = (state.rows_BP >= 0).sum(1) < self.min_knns
-        near = self._near(host_BD, searched_B, found)
+        neighbors = self._searched(host_BD, searched_B, found)
         scores_BP = self.external.score_rows(host_BD, state.rows_BP)
-        rows_BM, scores_BM = _joined(searched_B, near, state.rows_BP, scores_BP, distinct=not self.compat)
+        rows_BM, scores_BM = _joined(searched_B, neighbors, state.rows_BP, scores_BP, distinct=not self.compat)
         values_BM = torch.from_numpy(self._values[rows_BM.clamp(min=0).numpy()]).long()
         keep_BM = rows_BM >= 0
         values_BM.masked_fill_(~keep_BM, -1)
@@ -148,7 +148,7 @@ class Retomaton:
         candidates = Candidates(values_BM.to(device), scores_BM.to(device), keep_BM.to(device))
         return RetomatonStep(candidates, rows_BM, searched_B)
 
-    def _near(self, query_BD: Tensor, searched_B: Tensor, found: Neighbors | None) -> Neighbors:
+    def _searched(self, query_BD: Tensor, searched_B: Tensor, found: Neighbors | None) -> Neighbors:
         """Neighbours of the queries that need a search, one row for each."""
         if found is not None:
             return Neighbors(found.ids_NK[searched_B], found.scores_NK[searched_B])
@@ -185,18 +185,18 @@ def row_roles(external: ExternalMemory, *, ignore_documents: bool = False) -> Ar
 
 
 def _joined(
-    searched_B: Tensor, near: Neighbors, rows_BP: Tensor, scores_BP: Tensor, *, distinct: bool
+    searched_B: Tensor, neighbors: Neighbors, rows_BP: Tensor, scores_BP: Tensor, *, distinct: bool
 ) -> tuple[Tensor, Tensor]:
     """Rows and scores of each sequence's candidates, (B, M)."""
     from fairseq.memory.retomaton import kernels
 
     if not bool(searched_B.any()):
         return rows_BP, scores_BP
-    count, width = len(rows_BP), near.ids_NK.shape[1] + rows_BP.shape[1]
+    count, width = len(rows_BP), neighbors.ids_NK.shape[1] + rows_BP.shape[1]
     found_at_B = torch.where(searched_B, searched_B.cumsum(0) - 1, -1)
     out_BM, out_scores_BM = torch.empty(count, width, dtype=torch.int64), torch.empty(count, width)
     count_B = torch.zeros(count, dtype=torch.int64)
-    found = tuple(x.contiguous().numpy() for x in (found_at_B, near.ids_NK, near.scores_NK))
+    found = tuple(x.contiguous().numpy() for x in (found_at_B, neighbors.ids_NK, neighbors.scores_NK))
     active = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
     joined = tuple(x.numpy() for x in (out_BM, out_scores_BM, count_B))
     kernels.join(found, active, distinct, joined)

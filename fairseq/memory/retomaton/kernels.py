@@ -103,17 +103,17 @@ def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, out_BP: Any, c
 
 
 @compiled()
-def join(found: Any, at_hand: Any, distinct: bool, joined: Any) -> None:
+def join(found: Any, active: Any, distinct: bool, joined: Any) -> None:
     """The candidates of each sequence: what its search found, if it was searched, and its pointers.
 
     Args:
         found: (found_at_B, ids_SK, scores_SK): which search is the sequence's, -1 for none, and what searches found.
-        at_hand: (rows_BP, scores_BP): the pointers, -1 for none.
+        active: (rows_BP, scores_BP): the active pointers, -1 for none.
         distinct: a pointer that the search found too is dropped.
         joined: (rows_BM, scores_BM, count_B): rows, -1 for none, and how many; M is at least K + P.
     """
-    found_at_B, ids_SK, near_SK = found
-    rows_BP, scores_BP = at_hand
+    found_at_B, ids_SK, scores_SK = found
+    rows_BP, scores_BP = active
     out_BM, out_scores_BM, count_B = joined
     slots_H = _slots(out_BM.shape[1])
     for b in range(len(rows_BP)):
@@ -122,7 +122,7 @@ def join(found: Any, at_hand: Any, distinct: bool, joined: Any) -> None:
             slots_H[:] = -1
             for i in range(ids_SK.shape[1]):
                 if ids_SK[at, i] >= 0:
-                    out_BM[b, count], out_scores_BM[b, count] = ids_SK[at, i], near_SK[at, i]
+                    out_BM[b, count], out_scores_BM[b, count] = ids_SK[at, i], scores_SK[at, i]
                     count += 1
                     _is_new(slots_H, ids_SK[at, i])
         for i in range(rows_BP.shape[1]):

@@ -104,7 +104,7 @@ class _Places:
 
 
 def _read_group(memory: Retomaton, places: _Places, use: Use, state: RetomatonState, *, ahead: bool) -> ReadText:
-    near, at_N = places.neighbors(memory) if ahead and len(state) else (None, None)
+    neighbors, at_N = places.neighbors(memory) if ahead and len(state) else (None, None)
     ended: list[RetomatonState] = []
     num_searched = 0
     for t in range(int(places.lengths_B.max()) if len(state) else 0):
@@ -114,8 +114,8 @@ def _read_group(memory: Retomaton, places: _Places, use: Use, state: RetomatonSt
             state = state.select(torch.arange(going))
         place_B = places.starts_B[:going] + t
         found = None
-        if near is not None and at_N is not None:
-            found = Neighbors(near.ids_NK[at_N[place_B]], near.scores_NK[at_N[place_B]])
+        if neighbors is not None and at_N is not None:
+            found = Neighbors(neighbors.ids_NK[at_N[place_B]], neighbors.scores_NK[at_N[place_B]])
         step = memory.lookup(places.query_ND[place_B.to(places.query_ND.device)], state, found)
         use(place_B, step.found)
         num_searched += int(step.searched_B.sum())

@@ -63,19 +63,19 @@ class ArraySpec:
         return math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
 
 
-def specs_of(num_tokens: int, k: int, *, num_types: int, num_rows: int, near: bool) -> tuple[ArraySpec, ...]:
+def specs_of(num_tokens: int, k: int, *, num_types: int, num_rows: int, text_sums: bool) -> tuple[ArraySpec, ...]:
     """The arrays of a file, large elements first so that each is aligned.
 
     Args:
         num_types: size of the dictionary, which decides the type of the neighbours' values.
         num_rows: rows of the datastore, which decide the type of the neighbours' ids.
-        near: whether the sums of memories of the text are kept.
+        text_sums: whether the sums of memories of the text are kept.
     """
     id_type = "I32" if num_rows <= np.iinfo(np.int32).max else "I64"
     value_type = "U16" if num_types <= 1 + np.iinfo(np.uint16).max else "I32"
     wide = [ArraySpec("block", "I64", (num_tokens,))]
     wide += [ArraySpec("ids", id_type, (num_tokens, k))]
-    names = ["lm_logp", "lm_norm", *(("near_hit", "near_whole") if near else ())]
+    names = ["lm_logp", "lm_norm", *(("near_hit", "near_whole") if text_sums else ())]
     wide += [ArraySpec("scores", "F32", (num_tokens, k)), ArraySpec("target", "I32", (num_tokens,))]
     wide += [ArraySpec(name, "F32", (num_tokens,)) for name in names]
     return (*wide, ArraySpec("values", value_type, (num_tokens, k)), ArraySpec("continues", "BOOL", (num_tokens,)))
@@ -91,7 +91,7 @@ class SavedPart:
     """float32 ln p of the language model alone."""
     lm_norm_N: Tensor
     """float32 log-sum of the vocabulary's scores, as joint normalisation needs it."""
-    near: LogSums | None
+    text_sums: LogSums | None
     """Sums of the memories of the text; None without."""
     found: Candidates
     """The neighbours, scores before any temperature; values int32."""
@@ -168,11 +168,11 @@ class Retrieval:
     def part(self, rows: slice) -> SavedPart:
         """Saved results of some rows, copied into memory."""
         arrays = {name: as_tensor(np.array(array[rows])) for name, array in self.arrays.items() if name != "ids"}
-        near = LogSums(arrays["near_hit"], arrays["near_whole"]) if "near_hit" in arrays else None
+        text_sums = LogSums(arrays["near_hit"], arrays["near_whole"]) if "near_hit" in arrays else None
         scores_NK = arrays["scores"]
         keep_NK = scores_NK > -torch.inf
         found = Candidates(arrays["values"].to(torch.int32), scores_NK, keep_NK)
-        return SavedPart(arrays["target"].long(), arrays["lm_logp"], arrays["lm_norm"], near, found)
+        return SavedPart(arrays["target"].long(), arrays["lm_logp"], arrays["lm_norm"], text_sums, found)
 
     def verify(self) -> None:
         """Compare every block with its checksum. Raises: ValueError naming the array that differs."""

@@ -153,7 +153,7 @@ def opinions(retrieval: Retrieval, grid: Grid) -> Opinions:
                 logp_Q = part.lm_logp_N
                 if joint_temperature is not None:
                     combine = _joint(retrieval, joint_temperature)
-                    logp_Q = combine.joint(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.near)
+                    logp_Q = combine.joint(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.text_sums)
                 made.base[k, joint_temperature][rows] = logp_Q
 
     run_in_threads(fill, parts)

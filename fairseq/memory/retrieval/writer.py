@@ -69,7 +69,7 @@ class RetrievalWriter:
         *,
         num_types: int,
         num_rows: int,
-        near: bool,
+        text_sums: bool,
         fingerprint: Mapping[str, Any],
         about: Mapping[str, Any],
         resume: bool = True,
@@ -80,14 +80,14 @@ class RetrievalWriter:
             num_tokens: scored tokens the file will hold.
             num_types: size of the dictionary.
             num_rows: rows of the datastore.
-            near: whether sums of memories of the text come with each token.
+            text_sums: whether sums of memories of the text come with each token.
             fingerprint: what decides the content, plain values; equal ones must mean equal content.
             about: more to keep, plain values.
             resume: False throws away what an interrupted writer left.
         Raises: OSError when the disk is too small or another writer is at work.
         """
         self.path, self.num_tokens = Path(path), num_tokens
-        self._specs = specs_of(num_tokens, k, num_types=num_types, num_rows=num_rows, near=near)
+        self._specs = specs_of(num_tokens, k, num_types=num_types, num_rows=num_rows, text_sums=text_sums)
         self._aside = self.path.with_name(self.path.name + ".tmp")
         self._signature = json.loads(
             json.dumps({"made_of": fingerprint, "specs": [vars(spec) for spec in self._specs]})
@@ -118,7 +118,7 @@ class RetrievalWriter:
         continues_N: Array,
         lm_logp_N: Tensor,
         lm_norm_N: Tensor,
-        near: LogSums | None,
+        text_sums: LogSums | None,
         found: Candidates,
     ) -> None:
         """Append scored tokens and put them safely on disk."""
@@ -138,8 +138,8 @@ class RetrievalWriter:
                 "values": found.values_NM[rows].masked_fill(~keep_NK, 0),
                 "scores": found.scores_NM[rows].masked_fill(~keep_NK, -np.inf),
             }
-            if near is not None:
-                columns |= {"near_hit": near.hit_N[rows], "near_whole": near.whole_N[rows]}
+            if text_sums is not None:
+                columns |= {"near_hit": text_sums.hit_N[rows], "near_whole": text_sums.whole_N[rows]}
             self._write(columns, rows.stop - rows.start)
         self._record()
 

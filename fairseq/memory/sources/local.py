@@ -34,7 +34,7 @@ class LocalMemory:
         return Candidates(passage.value_T[None], scores_NT, self._past(scores_NT, passage.num_context))
 
     def _past(self, scores_NT: torch.Tensor, num_context: int) -> torch.Tensor:
-        """Who sees whom; most passages are of one shape, so that the last mask serves again."""
+        """Visibility mask of the passages; most are of one shape, so the last mask is cached."""
         kept = self._keep_NT
         if kept.shape != scores_NT.shape or kept.device != scores_NT.device or self._num_context != num_context:
             kept = torch.ones_like(scores_NT, dtype=torch.bool).tril_(num_context - 1)

@@ -48,7 +48,7 @@ class InBatchMemory:
     lengths: Sequence[int]
     """Positions in each segment, in order."""
     rule: VisibilityRule
-    """Which positions see which memories: ``LOCAL``, ``LONG`` or ``EXTERNAL``."""
+    """Role of the memories for each position: ``LOCAL``, ``LONG`` or ``EXTERNAL``."""
     scale: float
     """Factor of the inner products: 1 / (sqrt(D) * temperature)."""
     other_token_M: Tensor | None = None
@@ -74,7 +74,7 @@ class RunningSums:
         """Memories from elsewhere; they stand before the batch's own in a strip's columns."""
         return 0 if self.other_token_M is None else len(self.other_token_M)
 
-    def turn(self, rule: VisibilityRule, lengths: Sequence[int]) -> RunningSums:
+    def with_rule(self, rule: VisibilityRule, lengths: Sequence[int]) -> RunningSums:
         """The same positions and sums under another rule."""
         visible = rule.visible(lengths, self.norm_N.device)
         return RunningSums(self.token_N, self.other_token_M, visible, self.norm_N, self.whole_N, self.target_N)

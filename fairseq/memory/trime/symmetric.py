@@ -37,7 +37,7 @@ _MIN_LOGP = -60.0
 
 
 def accumulate_symmetric(
-    memory: InBatchMemory, key_ND: Tensor, logp_N: Tensor, norm_N: Tensor, wants_key: bool
+    memory: InBatchMemory, key_ND: Tensor, logp_N: Tensor, norm_N: Tensor, needs_key_grad: bool
 ) -> tuple[Tensor, list[Tensor | None]] | None:
     """Loss and gradients under a rule by which segments see each other.
 
@@ -50,10 +50,12 @@ def accumulate_symmetric(
     pairs.accumulate(sums)
     if not pairs.in_range(sums):
         return None
-    gradients = Gradients(torch.zeros_like(key_ND) if wants_key else None, None)
+    gradients = Gradients(torch.zeros_like(key_ND) if needs_key_grad else None, None)
     if memory.rule.own_past:
         own = InBatchMemory(memory.token_N, memory.lengths, LOCAL, memory.scale)
-        accumulate_strips(own, key_ND, None, EagerStripGradient(sums.turn(LOCAL, memory.lengths), LOCAL), gradients)
+        accumulate_strips(
+            own, key_ND, None, EagerStripGradient(sums.with_rule(LOCAL, memory.lengths), LOCAL), gradients
+        )
     if gradients.key_ND is not None:
         if not pairs.in_range(sums):
             return None
@@ -104,11 +106,11 @@ class _Pairs:
         whole_N = (-self.above_N - sums.whole_N).exp_()
         target_N = (-self.above_N - sums.target_N).exp_()
 
-        def weigh(exp_RW: Tensor, rows: slice, width: int) -> None:
+        def write_gradient(exp_RW: Tensor, rows: slice, width: int) -> None:
             exp_RW *= torch.add(whole_N[rows, None], whole_N[:width])
 
         for strip in self.strips:
-            weight_RW = self._exponentiate(strip, weigh)
+            weight_RW = self._exponentiate(strip, write_gradient)
             for rows, row_P, column_P, flat_P in self._same_token(strip):
                 share_P = weight_RW.view(-1).index_select(0, flat_P)
                 share_P /= whole_N[rows].index_select(0, row_P).add_(whole_N.index_select(0, column_P))

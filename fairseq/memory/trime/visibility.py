@@ -1,4 +1,4 @@
-"""Who may see whom among the positions of a batch, and which blocks of the batch that leaves to be computed.
+"""Visibility rules among the positions of a batch, and the blocks of the batch they leave to be computed.
 
 Shapes: N positions of a batch in order, segment after segment; M positions as memories; R rows and W columns of a part.
 A segment is a row of the batch. A rule is three booleans, and comes to this: position n sees the memories from
@@ -77,7 +77,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class VisibilityRule:
-    """Who may see whom."""
+    """Visibility between two positions."""
 
     own_past: bool
     """A position sees the positions before it in its segment."""

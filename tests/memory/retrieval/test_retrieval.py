@@ -21,7 +21,7 @@ N, K, TYPES = 23, 5, 40
 MADE_OF = {"joint": False, "text_digest": "t", "k": K}
 
 
-def tokens(near: bool = False) -> dict:
+def tokens(text_sums: bool = False) -> dict:
     """Scored tokens as an evaluation hands them over; the last neighbour of every third one is missing."""
     rng = np.random.default_rng(0)
     keep = torch.ones(N, K, dtype=torch.bool)
@@ -38,23 +38,25 @@ def tokens(near: bool = False) -> dict:
         "near": None,
         "found": Candidates(values, scores, keep, rows),
     }
-    if near:
-        made["near"] = LogSums(*torch.from_numpy(rng.random((2, N), np.float32)))
+    if text_sums:
+        made["text_sums"] = LogSums(*torch.from_numpy(rng.random((2, N), np.float32)))
     return made
 
 
 def part(of: dict, start: int, stop: int) -> dict:
     rows = slice(start, stop)
-    found, near = of["found"], of["near"]
+    found, text_sums = of["found"], of["near"]
     return {name: value[rows] for name, value in of.items() if name not in ("found", "near")} | {
         "found": Candidates(*(x[rows] for x in (found.values_NM, found.scores_NM, found.keep_NM, found.rows_NM))),
-        "near": LogSums(near.hit_N[rows], near.whole_N[rows]) if near else None,
+        "near": LogSums(text_sums.hit_N[rows], text_sums.whole_N[rows]) if text_sums else None,
     }
 
 
-def writer(path: Path, *, near: bool = False, num_types: int = TYPES, num_rows: int = 100, **more) -> RetrievalWriter:
+def writer(
+    path: Path, *, text_sums: bool = False, num_types: int = TYPES, num_rows: int = 100, **more
+) -> RetrievalWriter:
     words = {"fingerprint": MADE_OF, "about": {"temperature": 2.0}} | more
-    return RetrievalWriter(path, N, K, num_types=num_types, num_rows=num_rows, near=near, **words)
+    return RetrievalWriter(path, N, K, num_types=num_types, num_rows=num_rows, text_sums=text_sums, **words)
 
 
 def save(path: Path, steps: tuple[int, ...] = (N,), **more) -> dict:
@@ -68,8 +70,8 @@ def save(path: Path, steps: tuple[int, ...] = (N,), **more) -> dict:
 
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize(("num_types", "num_rows"), [(TYPES, 100), (70_000, 2**31 + 5)])
-def test_what_goes_in_comes_out(tmp_path, near, num_types, num_rows):
-    made = save(tmp_path / "r", (7, 8, N), near=near, num_types=num_types, num_rows=num_rows)
+def test_what_goes_in_comes_out(tmp_path, text_sums, num_types, num_rows):
+    made = save(tmp_path / "r", (7, 8, N), text_sums=text_sums, num_types=num_types, num_rows=num_rows)
     there = Retrieval.open(tmp_path / "r")
     there.verify()
     assert (len(there), there.k, there.is_joint) == (N, K, False)
@@ -84,9 +86,9 @@ def test_what_goes_in_comes_out(tmp_path, near, num_types, num_rows):
     assert torch.equal(whole.found.values_NM[found.keep_NM].long(), found.values_NM[found.keep_NM])
     np.testing.assert_array_equal(there.arrays["ids"], found.rows_NM.numpy())
     np.testing.assert_array_equal(there.arrays["continues"], made["continues_N"])
-    assert (whole.near is not None) == near
-    if near:
-        assert torch.equal(whole.near.whole_N, made["near"].whole_N)
+    assert (whole.text_sums is not None) == text_sums
+    if text_sums:
+        assert torch.equal(whole.text_sums.whole_N, made["text_sums"].whole_N)
     few = there.part(slice(3, 9)).nearest(2)
     assert torch.equal(few.scores_NM, found.scores_NM[3:9, :2])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r"]

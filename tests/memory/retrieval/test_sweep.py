@@ -27,7 +27,7 @@ ABOUT = {"program": "eval_lm.py", "temperature": 2.0, "weight": 0.25}
 
 
 def saved(
-    path: Path, seed: int = 0, *, near: bool = False, about: dict | None = None, **fingerprint: object
+    path: Path, seed: int = 0, *, text_sums: bool = False, about: dict | None = None, **fingerprint: object
 ) -> Retrieval:
     """A file of made-up tokens; the first finds nothing, none of the second's neighbours holds its target."""
     rng = np.random.default_rng(seed)
@@ -36,12 +36,12 @@ def saved(
     values[1], target[1], keep[0] = 0, 1, False
     keep[5, 3:] = False
     scores = torch.from_numpy(-20 * rng.random((N, K), np.float32)).masked_fill(~keep, -torch.inf)
-    sums = LogSums(*torch.from_numpy(-3 * rng.random((2, N), np.float32))) if near else None
+    sums = LogSums(*torch.from_numpy(-3 * rng.random((2, N), np.float32))) if text_sums else None
     found = Candidates(values, scores, keep, torch.arange(N * K).view(N, K).masked_fill(~keep, -1))
     words = {
         "num_types": TYPES,
         "num_rows": N * K,
-        "near": near,
+        "near": text_sums,
         "fingerprint": KNN | fingerprint,
         "about": about or ABOUT,
     }
@@ -85,11 +85,11 @@ def test_a_sweep_of_knn_lm_is_the_formula(tmp_path):
 
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("mode", ["gn", "li"])
-def test_a_sweep_of_trime_is_separate_evaluations(tmp_path, near, mode):
+def test_a_sweep_of_trime_is_separate_evaluations(tmp_path, text_sums, mode):
     about = ABOUT | {"program": "eval_lm-trime.py", "mode": mode, "interp_temp": 3.0}
-    fixed = {"softmax_temp": 2.0} if near else {}
-    retrieval = saved(tmp_path / "r", near=near, about=about, joint=True, **fixed)
-    joint = (2.0,) if near else (1.0, 2.0)
+    fixed = {"softmax_temp": 2.0} if text_sums else {}
+    retrieval = saved(tmp_path / "r", text_sums=text_sums, about=about, joint=True, **fixed)
+    joint = (2.0,) if text_sums else (1.0, 2.0)
     grid = Grid((3, K), (0.0, 0.4), (3.0, 9.0), joint)
     part, order = retrieval.part(slice(0, N)), retrieval.order
     blocks, continues = (retrieval.arrays[name][order] for name in ("block", "continues"))
@@ -97,7 +97,7 @@ def test_a_sweep_of_trime_is_separate_evaluations(tmp_path, near, mode):
     for k, t, temp, weight in itertools.product((3, K), joint, (3.0, 9.0), (0.0, 0.4)):
         combine = JointNormalization(DIM, t, mode != "li", weight, temp)
         found = Candidates(*(x[:, :k] for x in (part.found.values_NM, part.found.scores_NM, part.found.keep_NM)))
-        logp = combine(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.near).double().numpy()
+        logp = combine(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.text_sums).double().numpy()
         expected = loss_sums(blocks, continues, logp[order]).loss_base2
         assert results[Setting(k, weight, temp, t)] == pytest.approx(expected, abs=1e-6)
     assert len(results) == grid.size
@@ -202,7 +202,7 @@ def test_what_the_saved_neighbours_cannot_tell(tmp_path):
     with pytest.raises(ValueError, match="--interp-temp is TRIME's"):
         Grid.of(SweepConfig(**words, interp_temp=(1.0,)), knn)
     about = ABOUT | {"mode": "gn", "interp_temp": 3.0}
-    trime = saved(tmp_path / "trime", near=True, about=about, joint=True, softmax_temp=2.0)
+    trime = saved(tmp_path / "trime", text_sums=True, about=about, joint=True, softmax_temp=2.0)
     assert Grid.of(SweepConfig(**words, temperature=(2.0,)), trime).joint_temperatures == (2.0,)
     with pytest.raises(
         ValueError, match="--temperature 1, 2: the sums of the text's own memories .* at --softmax-temp 2"

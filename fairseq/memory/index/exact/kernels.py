@@ -75,7 +75,7 @@ def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width
 def collect_candidates(
     raw_QM: Any, num_rows: int, first_row: int, bounds: Any, k: int, candidates: Any, query: int, column: int
 ) -> tuple[int, int]:
-    """Put every key of a block that could be among the k best behind the candidates of its query.
+    """Put every key of a block that could be among the k best after the candidates of its query.
 
     Args:
         raw_QM: approximate scores. M is a multiple of GROUP, columns from ``num_rows`` on mean nothing.

@@ -1,7 +1,7 @@
 """Loops of the search by tables (``adc_search.py``), compiled by numba.
 
 Shapes: M parts of a key, J codewords of a part, E numbers of a codeword, L lists, Q queries, P lists a query probes,
-S groups of scores (of GROUP neighbours each) of a query's lists one behind the other, D width.
+S groups of scores (of GROUP neighbours each) of a query's lists one after the other, D width.
 """
 
 from __future__ import annotations

@@ -237,11 +237,11 @@ def scan(
     ties_by_id: bool,
     bound_F: Any,
 ) -> None:
-    """Put every key of a list that could be among the k best of a query behind its candidates, with its true score.
+    """Put every key of a list that could be among the k best of a query after its candidates, with its true score.
 
     Args:
         raw_QGP: products of the rounded vectors, a unit of which is ``step`` times the query's scale; keys are in
-            groups of P = GROUP neighbours, those behind the list's last mean nothing.
+            groups of P = GROUP neighbours, those after the list's last mean nothing.
         queries, keys, heap: ``ScannedQueries``, ``ScannedKeys`` and ``CandidateHeap`` as plain tuples: numba takes 5 us
             to recognise a named one, which is 3% of a search in bulk.
         ties_by_id: of equal candidates the lowest ids are kept; otherwise queries of which more tie than there is room

@@ -1,9 +1,9 @@
 """Loops of the search for many neighbours per query, compiled by numba; see ``large_k_search``.
 
-Bounds come in groups of GROUP neighbouring keys of a list; rows of a matrix, or one behind the other.
+Bounds come in groups of GROUP neighbouring keys of a list; rows of a matrix, or one after the other.
 
 Shapes: V visits of a list (each by one query), G groups of a list, Q queries, P lists a query probes (as the last axis
-of bounds and biases: the keys of a group), M keys of a list, S groups of all queries one behind the other, F keys that
+of bounds and biases: the keys of a group), M keys of a list, S groups of all queries one after the other, F keys that
 were chosen for all queries, C bounds of a query, K neighbours, D width.
 """
 
@@ -19,7 +19,7 @@ from fairseq.memory.index.lists.kernels import LOWEST
 from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, compiled, dot, neg_sq_l2
 
 NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
-"""A place without a neighbour; behind all others in the order of packed neighbours."""
+"""A place without a neighbour; after all others in the order of packed neighbours."""
 _LOW_HALF = np.int64(0xFFFFFFFF)
 _SEEN = 4  # the lists that hold so many times the wanted keys show well enough where the best begin
 
@@ -101,7 +101,7 @@ def select_candidates(
     """List the keys of each query that may be among the ``wanted`` best: at least those, if there are so many.
 
     Args:
-        edge_QP: first group of each list, and behind the last where they end: P + 1 columns.
+        edge_QP: first group of each list, and after the last where they end: P + 1 columns.
         gap_QP: how far scores may be below their bounds.
         place_F: gets the places of the bounds among all, query after query.
         end_QP: gets where the places of each list's keys end.

@@ -1,7 +1,7 @@
 """Searches the lists of an inverted-file index for more neighbours than a list or two hold.
 
 Then no list alone gives a threshold that lets few keys through (see ``lists.search``). So the bounds of all scores of a
-query, by products in 8 bits, are written one behind the other; they bound what k scores reach for certain; the keys
+query, by products in 8 bits, are written one after the other; they bound what k scores reach for certain; the keys
 whose bounds reach that are scored. The neighbours are those of comparing every key of the lists.
 
 Passes go over the lists, each with all queries that probe it, or over the queries.
@@ -162,7 +162,7 @@ class _LargeKGroup:
         ids_M, keys_MD = self._lists.keys(number)
         row_V, column_V = np.divmod(visits, self._place_QP.shape[1])
         end_V = self._end_QP[row_V, column_V]
-        # The keys of a query's first list are behind those of the last list of the query before.
+        # The keys of a query's first list come after those of the last list of the query before.
         begin_V = np.where(visits > 0, self._end_QP.reshape(-1)[visits - 1], 0)
         where = (begin_V, end_V, self._edge_QP[row_V, column_V] * GROUP)
         own = (keys_MD, ids_M, self._lists.by_distance)

@@ -74,7 +74,7 @@ class PreparedList:
     centroid_D: Array
     """Rotated."""
     quantized_ME: Tensor
-    """The columns that are multiplied; rows of zeros behind them fill up the last group."""
+    """The columns that are multiplied; rows of zeros after them fill up the last group."""
     width: int
     """Columns of them that mean something."""
     step: float

@@ -26,7 +26,7 @@ _BF16_ROUNDING = 2.0**-8 + 2.0**-16 + _ROUNDING  # of both factors
 
 @dataclass(frozen=True)
 class Block:
-    """Keys as a filter multiplies them; rows of zeros behind them fill up the last group."""
+    """Keys as a filter multiplies them; rows of zeros after them fill up the last group."""
 
     quantized_MD: Tensor
     num_rows: int

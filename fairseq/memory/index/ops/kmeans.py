@@ -96,8 +96,8 @@ class Assigner:
         centroids_CD = self.centroids_CD.to(self._device)
         offset_C = -0.5 * centroids_CD.square().sum(1) if self.by_distance else centroids_CD.new_zeros(())
         parts = torch.split(block_ND, max(1, _GPU_SCORES // len(centroids_CD)))
-        near = [torch.addmm(offset_C, part.to(self._device), centroids_CD.T).argmax(1).cpu() for part in parts]
-        return torch.cat(near) if near else torch.empty(0, dtype=torch.int64)
+        nearest = [torch.addmm(offset_C, part.to(self._device), centroids_CD.T).argmax(1).cpu() for part in parts]
+        return torch.cat(nearest) if nearest else torch.empty(0, dtype=torch.int64)
 
 
 def assign(keys_ND: Tensor, centroids_CD: Tensor, metric: Metric = Metric.L2) -> Tensor:
@@ -165,8 +165,8 @@ def kmeans(
 def inertia(keys_ND: Tensor, centroids_CD: Tensor, near_N: Tensor) -> float:
     """Mean squared distance of the keys from their centroids."""
     total = 0.0
-    for keys, near in zip(torch.split(keys_ND, _BLOCK_ROWS), torch.split(near_N, _BLOCK_ROWS)):
-        total += float((keys.float() - centroids_CD[near]).square().sum(1).double().sum())
+    for keys, nearest in zip(torch.split(keys_ND, _BLOCK_ROWS), torch.split(near_N, _BLOCK_ROWS)):
+        total += float((keys.float() - centroids_CD[nearest]).square().sum(1).double().sum())
     return total / max(1, len(keys_ND))
 
 

@@ -40,7 +40,7 @@ def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: 
     for q in range(len(keys_QD)):
         raw_C = raw_QM[q, : len(centroids_CD)]
         reach = raw_QM.dtype.type(np.floor(float(_largest(raw_C)) - width_Q[q]))
-        best, near = np.float32(-np.inf), 0
+        best, nearest = np.float32(-np.inf), 0
         only = _count(raw_C, reach) == 1
         for start in range(0, len(raw_C), _PART):
             part = raw_C[start : start + _PART]
@@ -50,13 +50,13 @@ def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: 
                 if part[c] < reach:
                     continue
                 if only:
-                    near = start + c
+                    nearest = start + c
                     break
                 key_D, centroid_D = keys_QD[q], centroids_CD[start + c]
                 score = neg_sq_l2(key_D, centroid_D) if by_distance else dot(key_D, centroid_D)
                 if score > best:
-                    best, near = score, start + c
-        near_Q[q] = near
+                    best, nearest = score, start + c
+        near_Q[q] = nearest
 
 
 @compiled(fastmath=ANY_ORDER)
