@@ -1,4 +1,4 @@
-"""Import paths that documents of release 0.1 named: they work for one more release, with a DeprecationWarning."""
+"""Old import paths of public names: they work for one more release, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any, cast
 
 MOVED = {
+    "fairseq.memory.combiners.fixed": "fairseq.memory.combiners.interpolation",
+    "fairseq.memory.datastore_writer": "fairseq.memory.datastore.writer",
     "fairseq.memory.hf": "fairseq.hf",
     "fairseq.memory.hf.evaluation": "fairseq.hf.knn.evaluation",
     "fairseq.memory.hf.extended_mind": "fairseq.hf.attention.wrapper",
@@ -17,6 +19,12 @@ MOVED = {
     "fairseq.memory.hf.knn": "fairseq.hf.knn.wrapper",
     "fairseq.memory.hf.retomaton": "fairseq.hf.knn.retomaton",
     "fairseq.memory.hf.saver": "fairseq.hf.knn.saver",
+    "fairseq.memory.index.build_config": "fairseq.memory.index.build.config",
+    "fairseq.memory.index.faiss_index": "fairseq.memory.index.faiss.index",
+    "fairseq.memory.joint_loss": "fairseq.memory.trime.joint_loss",
+    "fairseq.memory.joint_stream": "fairseq.memory.trime.streaming",
+    "fairseq.memory.sources.retomaton": "fairseq.memory.retomaton.automaton",
+    "fairseq.memory.vocab_mixing": "fairseq.memory.combiners.vocab_mixing",
 }
 
 

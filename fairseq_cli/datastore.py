@@ -119,19 +119,31 @@ def delete(config: DeleteConfig, argv: Sequence[str]) -> None:
     """Delete, rewrite if asked to, and print how many rows are left."""
     import numpy as np
 
-    from fairseq.memory.datastore.convert import compact
+    from fairseq.memory.datastore.delete import compact, compacted_by, request_digest
     from fairseq.memory.datastore.delete import delete as mark
 
-    rows = [np.arange(first, last + 1) for first, last in config.rows]
+    ranges = [np.arange(first, last + 1) for first, last in config.rows]
     if config.rows_file:
-        rows.append(_rows_in(config.rows_file))
-    if rows or config.documents:
-        done = mark(config.prefix, np.concatenate(rows) if rows else None, config.documents)
+        ranges.append(_rows_in(config.rows_file))
+    rows = np.concatenate(ranges) if ranges else None
+    asked = rows is not None or bool(config.documents)
+    request = request_digest(rows, config.documents) if asked else ""
+    if config.compact and asked:
+        store = compacted_by(config.prefix, request, config.generation)
+        if store is not None:
+            present = store.metadata["generation"]
+            sys.stdout.write(
+                f"{config.prefix} is without these rows already ({len(store)} rows, generation {present}); to delete "
+                f"rows with the same numbers in the rewritten store, add --generation {present}\n"
+            )
+            return
+    if asked:
+        done = mark(config.prefix, rows, config.documents, config.generation)
         sys.stdout.write(
             f"deleted {done.new} rows of {config.prefix}; {done.total} of its {done.rows} rows are deleted now\n"
         )
     if config.compact:
-        left = compact(config.prefix)
+        left = compact(config.prefix, request)
         sys.stdout.write(f"rewrote {config.prefix}: {left.rows} rows; {left.dropped} deleted ones are gone\n")
 
 

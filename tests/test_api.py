@@ -135,7 +135,10 @@ def test_importing_a_package_is_light(package: str) -> None:
 def test_an_old_path_works_and_warns(old: str) -> None:
     name = {"hf": "KNNWrapper", "evaluation": "evaluate", "extended_mind": "extended_mind", "saver": "KNNSaver"}
     name |= {"extended_mind_interface": "from_pretrained", "knn": "KNNWrapper", "retomaton": "RetomatonWrapper"}
-    public = name[old.rpartition(".")[2]]
+    name |= {"fixed": "Interpolation", "datastore_writer": "DatastoreWriter", "build_config": "BuildConfig"}
+    name |= {"faiss_index": "FaissIndex", "joint_loss": "joint_loss", "joint_stream": "InBatchMemory"}
+    name |= {"vocab_mixing": "VocabularyMixer"}
+    public = "Retomaton" if "sources" in old else name[old.rpartition(".")[2]]
     code = f"""
 import warnings
 with warnings.catch_warnings(record=True) as seen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -46,9 +47,8 @@ def may_create_in(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not may_write_in(folder):
             raise PermissionError("it is read-only")
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # nameless where the system can: a kill leaves nothing behind
+            pass
     except OSError as error:
         raise OSError(f"cannot write in {str(folder)!r}: {error.strerror or error}; choose another folder") from None
 

@@ -106,6 +106,9 @@ class DeleteConfig:
     """Documents, such as 3,7, with all of their rows."""
     compact: bool = flag("--compact", default=False)
     """Then rewrite the datastore without the deleted rows; its indexes must be built again."""
+    generation: int | None = flag("--generation", default=None)
+    """Number of rewritings (--compact) that the row numbers count from, as fairseq-datastore info prints it; by default
+    that of the present store, except that a command repeated after its --compact finds its work done."""
 
     def __post_init__(self) -> None:
         if not (self.rows or self.rows_file or self.documents or self.compact):

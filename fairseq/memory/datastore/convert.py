@@ -1,4 +1,4 @@
-"""Copies of a datastore: in another type, from another program's files, a sample, or without deleted rows.
+"""Copies of a datastore: in another type, from another program's files, or a sample.
 
 The same command resumes an interrupted copy; an older store stays until the copy is complete.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.layout import StoreFiles
-from fairseq.memory.datastore.metadata import all_deleted, shard_prefix, store_exists
-from fairseq.memory.datastore.writer import DatastoreWriter, NonFiniteError, finish_interrupted
+from fairseq.memory.datastore.metadata import all_deleted, store_exists
+from fairseq.memory.datastore.writer import DatastoreWriter, NonFiniteError
 from fairseq.memory.types import Array
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ _BLOCK_BYTES = 32 << 20
 _SECONDS_BETWEEN_CHECKPOINTS = 5.0
 _FILE_FIELDS = frozenset(
     "format_version complete rows dim key_dtype value_dtype keys_file values_file documents_file block_bytes checksums "
-    "deleted parts shard_id num_shards first_row total_rows copied_from".split()
+    "deleted parts shard_id num_shards first_row total_rows copied_from generation compaction".split()
 )
 
 
@@ -82,7 +81,7 @@ def convert(
     bad = np.setdiff1d(nonfinite_rows(source.keys, dtype), source.deleted) if drop else np.empty(0, np.int64)
     chosen = Selection(np.union1d(bad, source.deleted), kept=False)
     try:
-        rows = _copy(source, prefix, dtype, chosen, dict(metadata) | {"nonfinite_dropped": len(bad)})
+        rows = copy_rows(source, prefix, dtype, chosen, dict(metadata) | {"nonfinite_dropped": len(bad)})
     except NonFiniteError as error:
         count = len(np.setdiff1d(nonfinite_rows(source.keys, dtype), source.deleted))
         raise ValueError(
@@ -107,22 +106,8 @@ def sample(source: Datastore, prefix: str | Path, count: int, seed: int) -> Copy
     drawn += np.searchsorted(source.deleted - np.arange(len(source.deleted)), drawn, side="right")
     record = {"sampled": {"rows": count, "seed": seed}}
     return CopyReport(
-        _copy(source, prefix, source.keys.dtype, Selection(drawn, kept=True), record), len(source) - count
+        copy_rows(source, prefix, source.keys.dtype, Selection(drawn, kept=True), record), len(source) - count
     )
-
-
-def compact(prefix: str | Path) -> CopyReport:
-    """Rewrite a store without its deleted rows. Row numbers change, so its indexes become stale.
-
-    The arrays of its shards are removed once the new ones are complete; those of other merged stores are kept.
-    """
-    finish_interrupted(prefix)
-    source = Datastore.open(prefix)
-    if len(source.deleted):
-        chosen = Selection(source.deleted, kept=False)
-        _copy(source, prefix, source.keys.dtype, chosen, {"compacted": len(source.deleted)}, in_place=True)
-        _remove_shards(source)
-    return CopyReport(source.num_alive, len(source.deleted))
 
 
 def nonfinite_rows(keys: ChunkedArray, dtype: str) -> Array:
@@ -141,7 +126,7 @@ def _blocks(num_rows: int, dim: int, start: int = 0) -> Iterator[tuple[int, int]
         yield first, min(first + step, num_rows)
 
 
-def _copy(
+def copy_rows(
     source: Datastore,
     prefix: str | Path,
     dtype: str,
@@ -149,7 +134,13 @@ def _copy(
     metadata: Mapping[str, Any],
     in_place: bool = False,
 ) -> int:
-    """Write the chosen rows to a new store; returns their number."""
+    """Write the chosen rows to a new store; returns their number.
+
+    Args:
+        metadata: fields to add to the metadata of the source.
+        in_place: the new store replaces the source once it is complete.
+    Raises: ValueError when no row is chosen, or ``prefix`` is the name of another store.
+    """
     count = chosen.count(len(source))
     if not count:
         raise ValueError(f"no row of datastore {source.prefix!r} would remain; keep at least one")
@@ -203,16 +194,3 @@ def _fingerprint(source: Datastore) -> str:
     files = [*source.keys.files, *source.values.files]
     content = source.digest or [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(content).encode() + source.deleted.tobytes()).hexdigest()
-
-
-def _remove_shards(source: Datastore) -> None:
-    """Remove the files of the shards that belong to this store alone."""
-    count = len(source.shards)
-    own_prefixes = {os.path.abspath(shard_prefix(source.prefix, shard_id, count)) for shard_id in range(count)}
-    for shard in source.shards:
-        names = shard.names
-        if os.path.abspath(shard.prefix) in own_prefixes:
-            for path in (names.metadata, names.keys, names.values, names.documents, names.deleted):
-                path.unlink(missing_ok=True)
-        elif shard.prefix != source.prefix:
-            logger.warning("%s no longer belongs to the store; remove it if you do not need it", shard.prefix)

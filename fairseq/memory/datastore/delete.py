@@ -1,7 +1,13 @@
-"""Deletion of rows: they are listed in a file that every search honours; the arrays stay unchanged."""
+"""Deletion of rows: they are listed in a file that every search honours, until the store is rewritten without them.
+
+Rewriting (``compact``) numbers the rows anew, so every rewrite starts a new generation of row numbers. The JSON file
+records the request that led to it: the same request again finds its work done and takes no other rows.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
+from fairseq.memory.datastore.convert import CopyReport, Selection, copy_rows
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.layout import StoreFiles
-from fairseq.memory.datastore.metadata import read_deleted
+from fairseq.memory.datastore.metadata import read_deleted, shard_prefix
+from fairseq.memory.datastore.writer import finish_interrupted
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import replacing
 from fairseq.runtime.files import locked, may_create_in, write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,16 +39,22 @@ class DeletionReport:
     """Rows of the store, deleted ones included."""
 
 
-def delete(prefix: str | Path, rows: Array | None = None, documents: Sequence[int] = ()) -> DeletionReport:
+def delete(
+    prefix: str | Path, rows: Array | None = None, documents: Sequence[int] = (), generation: int | None = None
+) -> DeletionReport:
     """Delete rows, given by number or by document.
 
-    Raises: ValueError for an unknown row or document, and when no row would remain; OSError when the store cannot be
-    written or another process is writing it.
+    Args:
+        generation: that of the row numbers; None for the present one.
+    Raises: ValueError for an unknown row or document, for numbers of another generation, and when no row would remain;
+        OSError when the store cannot be written or another process is writing it.
     """
+    finish_interrupted(prefix)
     names = StoreFiles.of(prefix, "float32")
     may_create_in(names.metadata.parent)
     with locked(names.lock, f"datastore {str(prefix)!r}"):
         store = Datastore.open(prefix, with_keys=False)
+        _check_generation(store, generation)
         chosen = np.union1d(_rows(store, rows), _rows_of(store, documents))
         deleted = np.union1d(store.deleted, chosen)
         if len(deleted) == len(store):
@@ -50,6 +66,53 @@ def delete(prefix: str | Path, rows: Array | None = None, documents: Sequence[in
         write_deleted(prefix, own)
         write_json(names.metadata, dict(store.metadata) | {"deleted": len(own)})
     return DeletionReport(len(deleted) - len(store.deleted), len(deleted), len(store))
+
+
+def compact(prefix: str | Path, request: str = "") -> CopyReport:
+    """Rewrite a store without its deleted rows. Row numbers change, so its indexes become stale.
+
+    The arrays of its shards are removed once the new ones are complete; those of other merged stores are kept.
+
+    Args:
+        request: digest of the request that led to it (``request_digest``), kept in the metadata.
+    """
+    finish_interrupted(prefix)
+    source = Datastore.open(prefix)
+    if len(source.deleted):
+        own = _own_shards(source)
+        record = {"request": request, "rows_before": len(source), "replaced": own}
+        metadata = {"compacted": len(source.deleted), "generation": generation_of(source) + 1, "compaction": record}
+        chosen = Selection(source.deleted, kept=False)
+        copy_rows(source, prefix, source.keys.dtype, chosen, metadata, in_place=True)
+        for shard in source.shards:
+            if shard.prefix != source.prefix and os.path.basename(shard.prefix) not in own:
+                logger.warning("%s no longer belongs to the store; remove it if you do not need it", shard.prefix)
+    _remove_replaced(prefix)
+    return CopyReport(source.num_alive, len(source.deleted))
+
+
+def request_digest(rows: Array | None, documents: Sequence[int]) -> str:
+    """Identity of a request to delete: the same whatever the order in which rows and documents are named."""
+    chosen = np.unique(np.asarray([] if rows is None else rows, dtype=np.int64))
+    return hashlib.sha256(chosen.tobytes() + repr(sorted(set(documents))).encode()).hexdigest()
+
+
+def generation_of(store: Datastore) -> int:
+    """Number of times the store was rewritten without its deleted rows."""
+    return int(store.metadata.get("generation", 0))
+
+
+def compacted_by(prefix: str | Path, request: str, generation: int | None) -> Datastore | None:
+    """The store, if this request led to its last rewriting and nothing was deleted since; None otherwise.
+
+    Args:
+        generation: that of the request's row numbers; the present one makes it a new request.
+    """
+    finish_interrupted(prefix)
+    store = Datastore.open(prefix, with_keys=False)
+    present = generation_of(store)
+    is_same = present > 0 and store.metadata["compaction"]["request"] == request and not len(store.deleted)
+    return store if is_same and generation in (None, present - 1) else None
 
 
 def write_deleted(prefix: str | Path, rows: Array) -> None:
@@ -86,3 +149,28 @@ def _rows_of(store: Datastore, documents: Sequence[int]) -> Array:
             f"{existing[-1]}; none is deleted: correct --documents"
         )
     return store.documents.rows_of(documents, len(store))
+
+
+def _check_generation(store: Datastore, generation: int | None) -> None:
+    present = generation_of(store)
+    if generation is not None and generation != present:
+        raise ValueError(
+            f"--generation {generation}: the rows of datastore {store.prefix!r} are numbered anew since, it is of "
+            f"generation {present} ({present} times rewritten); look the rows up again and give --generation {present}"
+        )
+
+
+def _own_shards(source: Datastore) -> list[str]:
+    """Names of the shards that belong to this store alone."""
+    count = len(source.shards)
+    prefixes = {os.path.abspath(shard_prefix(source.prefix, shard_id, count)) for shard_id in range(count)}
+    return [os.path.basename(s.prefix) for s in source.shards if os.path.abspath(s.prefix) in prefixes]
+
+
+def _remove_replaced(prefix: str | Path) -> None:
+    """Remove the files of shards that a rewritten store replaced, those that a killed command left too."""
+    store = Datastore.open(prefix, with_keys=False)
+    for name in store.metadata.get("compaction", {}).get("replaced", ()):
+        names = StoreFiles.of(Path(prefix).with_name(name), store.keys.dtype)
+        for path in (names.metadata, names.keys, names.values, names.documents, names.deleted):
+            path.unlink(missing_ok=True)

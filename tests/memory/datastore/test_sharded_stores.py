@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_making import DIM, META, rows, save
 
-from fairseq.memory.datastore.convert import compact
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.datastore.delete import delete
+from fairseq.memory.datastore.delete import compact, delete
 from fairseq.memory.datastore.merge import join_shards, merge
 from fairseq.memory.datastore.metadata import shard_prefix
 from fairseq.memory.datastore.writer import DatastoreWriter

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, search_faiss
 from fairseq.memory.index.ops.merging import merged
 from fairseq.memory.types import Array
 
@@ -76,7 +76,7 @@ class GpuSearch:
             sizes.append(int(part.ntotal))
             if hasattr(part, "nprobe"):
                 part.nprobe = index.nprobe  # it may have been set since the part was made
-            distances_NL, ids_NL = part.search(query, min(k, MOST_NEIGHBORS, max(1, sizes[-1])))
+            distances_NL, ids_NL = search_faiss(part, query, min(k, MOST_NEIGHBORS, max(1, sizes[-1])))
             scores_NL = torch.from_numpy(distances_NL)
             ids = torch.from_numpy(self._renumbered(ids_NL, number))
             results.append((ids, scores_NL.neg() if is_l2 else scores_NL))

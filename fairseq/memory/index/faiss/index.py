@@ -15,8 +15,16 @@ from torch import Tensor
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.faiss.file_marks import check_marks
 from fairseq.memory.index.faiss.gpu import GpuSearch
+from fairseq.memory.index.faiss.lists_file import check_lists_file
 from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy, faiss_strategy
-from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, has_byte_codes, has_codes_in_ram
+from fairseq.memory.index.faiss_library import (
+    SwigIndex,
+    faiss_library,
+    faiss_threads,
+    has_byte_codes,
+    has_codes_in_ram,
+    search_faiss,
+)
 from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.large_k_search import large_k_search
@@ -103,7 +111,7 @@ class FaissIndex:
         Args:
             name: the file, with or without the metric as its ending.
             metric: metric the index was built with.
-            mapped: leave the lists on disk and read them as they are probed.
+            mapped: leave the lists on disk and read them as they are probed; lists in a file of their own always are.
             deleted: rows of the store that must not be found.
         Raises: ValueError when it is missing, damaged, of another metric, or its files do not belong together.
         """
@@ -122,6 +130,7 @@ class FaissIndex:
                 f"{path} uses metric {has} but --faiss-metric-type is {metric.value}; pass --faiss-metric-type {has}"
             )
         check_marks(path, metadata)
+        mapped = not check_lists_file(path, metadata) and mapped
         flags = faiss.IO_FLAG_ONDISK_SAME_DIR | (faiss.IO_FLAG_MMAP if mapped else 0)
         try:
             index = faiss.read_index(str(path), flags)
@@ -239,11 +248,29 @@ class FaissIndex:
 
     def _search_by_faiss_threads(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
         query = np.ascontiguousarray(query_ND.numpy())
+        if len(self.deleted) and hasattr(self.inner, "hnsw"):
+            return self._search_graph(query, k)
         parameters = self._parameters(k)
         if parameters is not None or not len(self.deleted):
-            return self._as_scores(*self.inner.search(query, k, params=parameters))
+            return self._as_scores(*search_faiss(self.inner, query, k, parameters))
         # A kind that cannot pass over rows: more are asked for until enough of them are alive.
-        return alive_of(lambda more: self._as_scores(*self.inner.search(query, more)), self.deleted, k, len(self))
+        return alive_of(
+            lambda more: self._as_scores(*search_faiss(self.inner, query, more)), self.deleted, k, len(self)
+        )
+
+    def _search_graph(self, query: Array, k: int) -> tuple[Tensor, Tensor]:
+        """A graph keeps as many more rows in view as are deleted; a query that finds fewer than k looks at more."""
+        view = -(-max(k, self.inner.hnsw.efSearch) * len(self) // self.num_alive)
+        ids_NK, scores_NK = torch.full((len(query), k), -1), torch.full((len(query), k), -torch.inf)
+        open_N = torch.arange(len(query))
+        while len(open_N):
+            parameters = self._parameters(k, view=min(view, len(self)))
+            found = self._as_scores(*search_faiss(self.inner, query[open_N.numpy()], k, parameters))
+            ids_NK[open_N], scores_NK[open_N] = found
+            if view >= len(self):
+                break
+            open_N, view = open_N[(found[0] < 0).any(1)], 4 * view
+        return ids_NK, scores_NK
 
     def _as_scores(self, distances_NK: Array, ids_NK: Array) -> tuple[Tensor, Tensor]:
         scores_NK = torch.from_numpy(distances_NK)
@@ -272,7 +299,7 @@ class FaissIndex:
             self._alive = np.packbits(alive, bitorder="little")
         return self._alive
 
-    def _parameters(self, k: int) -> Any:
+    def _parameters(self, k: int, view: int = 0) -> Any:
         """Parameters by which faiss skips deleted rows and keeps k in view; None where none are needed, or possible."""
         faiss = faiss_library()
         kind = type(self.inner).__name__
@@ -285,7 +312,7 @@ class FaissIndex:
                 return None
             return faiss.SearchParametersIVF(nprobe=lists.nprobe, **more)
         if hasattr(self.inner, "hnsw"):
-            return faiss.SearchParametersHNSW(efSearch=max(k, self.inner.hnsw.efSearch), **more)
+            return faiss.SearchParametersHNSW(efSearch=max(k, view, self.inner.hnsw.efSearch), **more)
         return faiss.SearchParameters(**more) if more and kind in _SELECTING else None
 
     def _search_on_gpus(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -296,7 +323,7 @@ class FaissIndex:
             scores_NK, ids_NK, doubt_N = gpus.search(query_ND, more)
             if len(doubt_N):
                 ids_NK[doubt_N], scores_NK[doubt_N] = self._as_scores(
-                    *self.inner.search(np.ascontiguousarray(query_ND[doubt_N].numpy()), more)
+                    *search_faiss(self.inner, np.ascontiguousarray(query_ND[doubt_N].numpy()), more)
                 )
             return ids_NK, scores_NK
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, search_faiss
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ObjectPool, run_in_threads
@@ -83,7 +83,7 @@ class AdcSearch:
         """
         query = np.ascontiguousarray(query_ND.numpy())
         with faiss_threads(1):
-            probed_NP = self._index.quantizer.search(query, self._index.nprobe)[1]
+            probed_NP = search_faiss(self._index.quantizer, query, self._index.nprobe)[1]
         self._prepare(probed_NP)
         if self._num_probed != probed_NP.shape[1]:
             self._num_probed = probed_NP.shape[1]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import SwigIndex, faiss_library
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, search_faiss
 from fairseq.memory.index.lists.search import PreparedList, Rotation
 from fairseq.memory.types import Array
 
@@ -46,7 +46,7 @@ class DecodedLists:
 
     def probed_lists(self, query_ND: Tensor) -> Tensor:
         """See ``Lists``."""
-        return torch.from_numpy(self._index.quantizer.search(query_ND.numpy(), self._index.nprobe)[1])
+        return torch.from_numpy(search_faiss(self._index.quantizer, query_ND.numpy(), self._index.nprobe)[1])
 
     def rotated(self, query_ND: Tensor) -> Tensor:
         """See ``Lists``."""

@@ -34,9 +34,12 @@ class FakeGpuIndex:
     def ntotal(self):
         return self.inner.ntotal
 
-    def search(self, query, k):
+    def search(self, query, k, *, params=None, D, I):  # noqa: E741 (faiss names them so)
         assert k <= gpu.MOST_NEIGHBORS
-        distances, ids = self.inner.search(query, k)
+        distances, ids = self.inner.search(query, k, params=params)
+        D[:], I[:] = self.at_fault(k, distances, ids)
+
+    def at_fault(self, k, distances, ids):
         order = np.random.default_rng(0).permutation(k)
         if self.fault == "unsorted":
             return distances[:, order], ids[:, order]
@@ -123,7 +126,7 @@ def test_where_the_gpu_cannot_the_processor_goes_on(monkeypatch, caplog):
     assert not torch.equal(before, truth)
     assert torch.equal(index.search(QUERIES, 5).ids_NK, truth)  # the probe counts for parts that were there before
 
-    def fails(self, query, k):
+    def fails(self, query, k, **_):
         raise RuntimeError("Error in virtual void somewhere: Error: 'codes' failed: not supported")
 
     monkeypatch.setattr(FakeGpuIndex, "search", fails)
