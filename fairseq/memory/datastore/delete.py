@@ -109,10 +109,15 @@ def compacted_by(prefix: str | Path, request: str, generation: int | None) -> Da
         generation: that of the request's row numbers; the present one makes it a new request.
     """
     finish_interrupted(prefix)
-    store = Datastore.open(prefix, with_keys=False)
-    present = generation_of(store)
-    is_same = present > 0 and store.metadata["compaction"]["request"] == request and not len(store.deleted)
-    return store if is_same and generation in (None, present - 1) else None
+    may_create_in(Path(prefix).parent)
+    with locked(StoreFiles.of(prefix, "float32").lock, f"datastore {str(prefix)!r}"):
+        store = Datastore.open(prefix, with_keys=False)
+        present = generation_of(store)
+        is_same = present > 0 and store.metadata["compaction"]["request"] == request and not len(store.deleted)
+        if is_same and generation in (None, present - 1):
+            _remove_replaced(prefix)
+            return store
+    return None
 
 
 def write_deleted(prefix: str | Path, rows: Array) -> None:
