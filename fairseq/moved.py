@@ -9,6 +9,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
 
+from fairseq.runtime.lazy import missing_extra
+
 MOVED = {
     "fairseq.memory.combiners.fixed": "fairseq.memory.combiners.interpolation",
     "fairseq.memory.datastore_writer": "fairseq.memory.datastore.writer",
@@ -41,12 +43,21 @@ class _MovedModules:
         """An ordinary module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Warn, and look every name up in the new module."""
-        new = MOVED[module.__name__]
-        text = f"{module.__name__} is now {new} and will not be found under its old name in the next release"
+        """Warn, and look every name up in the new module; old modules within an old package come first."""
+        old, new = module.__name__, MOVED[module.__name__]
+        text = f"{old} is now {new} and will not be found under its old name in the next release"
         warnings.warn(text, DeprecationWarning, stacklevel=2)  # frames of importlib do not count
+        try:
+            target = importlib.import_module(new)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error) from error
+        public = getattr(target, "__all__", None) or [name for name in vars(target) if not name.startswith("_")]
 
-        module.__dict__["__getattr__"] = lambda name: getattr(importlib.import_module(new), name)
+        def find(name: str) -> Any:
+            return importlib.import_module(f"{old}.{name}") if f"{old}.{name}" in MOVED else getattr(target, name)
+
+        names = {"__getattr__": find, "__dir__": lambda: sorted(public), "__all__": list(public)}
+        module.__dict__.update(names, __doc__=target.__doc__)
 
 
 def install() -> None:

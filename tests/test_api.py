@@ -151,3 +151,18 @@ print(*[f"{{w.category.__name__}}: {{w.message}}" for w in seen if "is now" in s
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert f"DeprecationWarning: {old} is now {MOVED[old]}" in done.stdout, done.stderr
+
+
+def test_old_modules_within_an_old_package_come_first() -> None:
+    code = """
+import warnings
+warnings.simplefilter("ignore")
+from fairseq.hf import KNNWrapper
+from fairseq.memory.hf import extended_mind, knn
+print(extended_mind.extended_mind.__name__, knn.KNNWrapper is KNNWrapper, "KNNWrapper" in dir(knn))
+names = {}
+exec("from fairseq.memory.hf.knn import *", names)
+print(names["KNNWrapper"] is KNNWrapper, bool(knn.__doc__))
+"""
+    done = run(code)
+    assert done.stdout == "extended_mind True True\nTrue True\n", done.stderr

@@ -465,7 +465,7 @@ def test_mistakes_about_the_command_or_the_model(trained_with: Folder, data_bin:
         (lambda order: [*order, 0], "holds {long} blocks, the training data has {blocks}"),
         (lambda order: [order[1], *order[1:]], "holds 1 blocks more than once ({second}) and 1 not at all ({first})"),
         (lambda order: [len(order) if block == 0 else block for block in order], "holds block {blocks}; the training"),
-        (lambda order: [str(block) for block in order], "items that are no block numbers"),
+        (lambda order: [str(block) for block in order], "items that are not block numbers"),
     ],
     ids=["too short", "too long", "repeated", "unknown", "strings"],
 )
@@ -484,7 +484,7 @@ def test_a_batch_file_that_does_not_fit_is_refused(
     ("criterion", "more", "told"),
     [
         ("trime_long_loss", ("--keep-order", "--train-mem-size", 300), "300 is not a multiple of --max-tokens 128"),
-        ("trime_long_loss", ("--train-mem-size", 256), "give --keep-order"),
+        ("trime_long_loss", ("--train-mem-size", 256), "add --keep-order"),
         ("trime_ext_loss", ("--keep-order", "--predefined-batches", "x"), "exclude each other"),
         ("trime_ext_loss", ("--predefined-batches", "nowhere.json"), "no such file: nowhere.json"),
         ("trime_ext_loss", ("--cross-sent-ratio", 1.5), "--cross-sent-ratio must lie in [0, 1], got 1.5"),

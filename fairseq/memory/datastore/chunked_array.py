@@ -31,7 +31,8 @@ class ChunkedArray:
             dtype: name of their type; by default the arrays' dtype, so only bfloat16 needs it.
         Raises: ValueError with both values when the chunks differ in type or width.
         """
-        self.chunks = tuple(chunks)
+        # torch cannot view an array that runs backwards.
+        self.chunks = tuple(c.copy() if min(c.strides, default=0) < 0 else c for c in chunks)
         first = self.chunks[0]
         for chunk in self.chunks[1:]:
             if chunk.dtype != first.dtype or chunk.shape[1:] != first.shape[1:]:
@@ -68,8 +69,9 @@ class ChunkedArray:
 
     @property
     def single_array(self) -> Array | None:
-        """The array, if it is the only one and of type float32, so that its rows can be read in place."""
-        return self.chunks[0] if len(self.chunks) == 1 and self.dtype == "float32" else None
+        """The array, if it is the only one, of float32 and contiguous, so that its rows can be read in place."""
+        first = self.chunks[0]
+        return first if len(self.chunks) == 1 and self.dtype == "float32" and first.flags.c_contiguous else None
 
     def block(self, start: int, stop: int) -> Tensor:
         """Rows from ``start`` to ``stop`` (not included, at most all) in their own type.

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from brute_force import similarities
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -109,3 +110,45 @@ def test_more_are_asked_for_until_enough_are_alive():
         lambda k: (torch.tensor([[3, 4, -1]]), torch.tensor([[1.0, 0.5, -torch.inf]])), np.array([3]), 2, 9
     )
     assert short[0].tolist() == [[4, -1]]
+
+
+@pytest.mark.parametrize("kind", ["exact", "IVF4,PQ8"])
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+def test_deleted_rows_spoil_no_estimate_of_a_threshold(kind, metric, monkeypatch):
+    """Bounds of deleted keys are minus infinity; with k 32 to 256 such a bound made every key of a list a candidate."""
+    keys = np.random.default_rng(0).standard_normal((4000, 8)).astype(np.float32)
+    deleted = np.arange(400)
+    if kind == "exact":
+        index = ExactIndex(keys, metric, deleted=deleted)
+    else:
+        builder = FaissBuilder.new(kind, 8, metric, seed=1)
+        builder.train(keys)
+        builder.add(keys)
+        index = FaissIndex(builder._finished(), metric, deleted=deleted)
+        index.set_probe(4)
+        keys = index.inner.reconstruct_n(0, 4000)
+    query = torch.from_numpy(np.random.default_rng(1).standard_normal((200, 8)).astype(np.float32))
+    truth = similarities(metric, query.numpy(), keys)
+    truth[:, :400] = -np.inf
+    for k in (16, 32, 40, 64, 128, 200, 256, 500):
+        found = index.search(query, k)
+        assert bool(((found.ids_NK >= 400) & (found.ids_NK < 4000)).all()), k
+        best = np.sort(truth, axis=1)[:, ::-1][:, :k]
+        np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.98])
+def test_the_kth_largest_is_estimated_from_finite_numbers(share):
+    from fairseq.memory.index.ops.kernels import approx_kth_largest
+
+    rng = np.random.default_rng(0)
+    for count, k in ((10, 1), (1000, 5), (1000, 64), (5000, 300)):
+        scores = rng.standard_normal(count).astype(np.float32)
+        scores[rng.random(count) < share] = -np.inf
+        finite = np.sort(scores[np.isfinite(scores)])[::-1]
+        reach = approx_kth_largest(scores, k)
+        if len(finite) < k:
+            assert reach == -np.inf
+        else:
+            assert (scores >= reach).sum() >= k
+            assert reach >= finite[min(len(finite) - 1, k + k // 8 + 1)]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import ChunkedArray
+from fairseq.memory.datastore.chunked_array import ChunkedArray, to_storage_dtype
+from fairseq.memory.datastore.layout import KEY_DTYPES
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.row_scores import score_rows
@@ -61,7 +62,7 @@ class ExactIndex:
 
     def __init__(
         self,
-        keys: ChunkedArray | Array,
+        keys: ChunkedArray | Array | Tensor,
         metric: Metric = Metric.L2,
         *,
         memory_bytes: int = DEFAULT_MEMORY,
@@ -69,12 +70,13 @@ class ExactIndex:
     ) -> None:
         """Args.
 
-        keys: (rows, dim), any floating type; memory-mapped arrays are read as needed.
+        keys: (rows, dim), any floating type; memory-mapped arrays are read as needed. Tensors must be on the CPU.
         metric: similarity of query and key.
         memory_bytes: limit on working memory, results excluded; queries are searched in as many bulks as that needs.
         deleted: int64 rows that are never found, ascending; None for none.
+        Raises: ValueError for keys that are not a matrix of floating-point numbers.
         """
-        self.keys = ChunkedArray.of(keys)
+        self.keys = _key_rows(keys)
         self.metric = metric
         self.memory_bytes = memory_bytes
         self.deleted = np.empty(0, np.int64) if deleted is None else deleted
@@ -262,3 +264,16 @@ def _block_rows(dim: int) -> int:
 
 def _slices(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _key_rows(keys: ChunkedArray | Array | Tensor) -> ChunkedArray:
+    if isinstance(keys, Tensor):
+        dtype = str(keys.dtype).removeprefix("torch.")
+        keys = ChunkedArray([to_storage_dtype(keys.detach(), dtype) if dtype in KEY_DTYPES else keys.numpy()], dtype)
+    keys = ChunkedArray.of(keys)
+    if len(keys.shape) != 2 or keys.dtype not in (*KEY_DTYPES, "float64"):
+        raise ValueError(
+            f"keys of shape {keys.shape} and type {keys.dtype} cannot be searched; give a matrix (rows, dim) of "
+            "float32, float16, bfloat16 or float64"
+        )
+    return keys

@@ -183,9 +183,10 @@ def _promising(
     every = 4 if wanted >= 32 and num_rows >= 16 * wanted else 1  # a sample estimates it well enough
     num_groups = num_rows // GROUP if every > 1 else len(raw_GP)
     _fill_bounds(raw_GP, residual_GP, bias_GP, scale, residual, num_groups, every, bound_F)
-    if every > 1:
-        return approx_kth_largest(bound_F[: num_groups // every * GROUP], wanted // every + wanted // 8)
-    return max(LOWEST, approx_kth_largest(bound_F[:num_rows], wanted))
+    num_bounds = num_groups // every * GROUP if every > 1 else num_rows
+    share = wanted // every + wanted // 8 if every > 1 else wanted
+    # Minus infinity is the bound of deleted keys, and of places without a key: nothing may reach it.
+    return max(LOWEST, approx_kth_largest(bound_F[:num_bounds], share))
 
 
 @compiled()

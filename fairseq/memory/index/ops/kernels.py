@@ -48,18 +48,21 @@ def compiled(**options: Any) -> Callable[[Kernel], Kernel]:
 
 @compiled(fastmath=FINITE)
 def _range(score_C: Any) -> Any:
-    least = most = score_C[0]
+    """The least and the greatest finite entry, and their number: minus infinity marks what must not be found."""
+    least, most, count = np.float32(np.inf), np.float32(-np.inf), np.int32(0)
     for i in range(len(score_C)):
-        least, most = min(least, score_C[i]), max(most, score_C[i])
-    return least, most
+        is_finite = score_C[i] > np.float32(-np.inf)
+        least = min(least, score_C[i] if is_finite else np.float32(np.inf))
+        most, count = max(most, score_C[i]), count + np.int32(is_finite)
+    return least, most, count
 
 
 @compiled()
 def approx_kth_largest(score_C: Any, k: int) -> Any:
-    """A number that at least k entries reach, and few more; -inf where there are fewer entries."""
-    if len(score_C) < k:
+    """A number that at least k finite entries reach, and few more; -inf where fewer are finite."""
+    least, most, count = _range(score_C)
+    if count < k:
         return np.float32(-np.inf)
-    least, most = _range(score_C)
     for _ in range(_HALVINGS):  # counting is vectorized: this takes a tenth of the time of selecting the k-th
         middle = np.float32(0.5) * (least + most)
         count = np.int32(0)

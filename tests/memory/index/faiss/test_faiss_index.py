@@ -64,6 +64,38 @@ def test_exact_search_is_brute_force(metric, k, dtype, monkeypatch):
     np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["strided", "fortran", "backwards", "tensor", "half", "bfloat16", "float64"])
+def test_exact_search_takes_keys_of_any_layout_and_floating_type(kind):
+    wide = np.random.default_rng(0).standard_normal((500, 2 * DIM)).astype(np.float32)
+    plain = np.ascontiguousarray(wide[:, ::2])
+    keys = {
+        "strided": lambda: wide[:, ::2],
+        "fortran": lambda: np.asfortranarray(plain),
+        "backwards": lambda: plain[::-1].copy()[::-1],
+        "tensor": lambda: torch.from_numpy(plain),
+        "half": lambda: torch.from_numpy(plain).half(),
+        "bfloat16": lambda: torch.from_numpy(plain).bfloat16(),
+        "float64": lambda: plain.astype(np.float64),
+    }[kind]()
+    index = ExactIndex(keys)
+    found = index.search(QUERIES[:50], 5)
+    stored = keys.float().numpy() if isinstance(keys, torch.Tensor) else np.asarray(keys)
+    truth = similarities(Metric.L2, QUERIES[:50].numpy(), stored)
+    best = np.sort(truth, axis=1)[:, ::-1][:, :5]
+    np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(index.score_rows(QUERIES[:50], found.ids_NK), best, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "keys", [np.zeros((4, 2), np.int32), np.zeros(4, np.float32), torch.zeros(4, 2, dtype=torch.int8)]
+)
+def test_keys_that_cannot_be_searched_are_refused(keys):
+    with pytest.raises(
+        ValueError, match=r"keys of shape \(4.*cannot be searched; give a matrix \(rows, dim\) of float"
+    ):
+        ExactIndex(keys)
+
+
 def test_exact_search_orders_equal_keys_by_row():
     keys = np.repeat(KEYS[:10], 5, axis=0)
     found = ExactIndex(keys).search(torch.from_numpy(KEYS[:10]), 5)
