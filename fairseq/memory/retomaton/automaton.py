@@ -72,6 +72,29 @@ class RetomatonStep:
         found = Candidates(*(x[here] for x in (self.found.values_NM, self.found.scores_NM, self.found.keep_NM)))
         return RetomatonStep(found, self.rows_BM[there], self.searched_B[there])
 
+    @classmethod
+    def joined(cls, steps: list[RetomatonStep]) -> RetomatonStep:
+        """The sequences of several steps, one after the other."""
+        width = max(step.rows_BM.shape[1] for step in steps)
+
+        def filled(parts: list[Tensor], value: float) -> Tensor:
+            return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value) for x in parts])
+
+        found = Candidates(
+            filled([step.found.values_NM for step in steps], -1),
+            filled([step.found.scores_NM for step in steps], -torch.inf),
+            filled([step.found.keep_NM for step in steps], False),
+        )
+        rows_BM = filled([step.rows_BM for step in steps], -1)
+        return cls(found, rows_BM, torch.cat([step.searched_B for step in steps]))
+
+    @classmethod
+    def empty(cls, num_sequences: int) -> RetomatonStep:
+        """Of sequences without candidates: nothing follows from it."""
+        rows_BM = torch.empty(num_sequences, 0, dtype=torch.int64)
+        found = Candidates(rows_BM, torch.empty(num_sequences, 0), rows_BM >= 0)
+        return cls(found, rows_BM, torch.zeros(num_sequences, dtype=torch.bool))
+
 
 class Retomaton:
     """RetoMaton: candidates by following the text after the last neighbours; searches only where too few follow.
