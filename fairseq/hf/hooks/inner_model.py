@@ -76,5 +76,5 @@ def running_eagerly(model: nn.Module) -> Iterator[None]:
                 module._compiled_call_impl = None
             if type(module).__name__ == "OptimizedModule":
                 undo.callback(setattr, module, "forward", module.forward)
-                module.forward = module._modules["_orig_mod"].__call__
+                module.forward = module.get_submodule("_orig_mod").__call__
         yield

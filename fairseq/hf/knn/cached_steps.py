@@ -161,7 +161,7 @@ def _tracking(kind: type) -> type:
 
     def plain(self: Any) -> Any:
         """The cache as it is without tracking, sharing its tensors."""
-        other = object.__new__(kind)
+        other: Any = object.__new__(kind)
         other.__dict__ = {name: value for name, value in self.__dict__.items() if name != _STEPS}
         return other
 

@@ -43,7 +43,7 @@ class _Mixture(torch.autograd.Function):
         return mixed.logp_BLV, target_logp_N
 
     @staticmethod
-    def backward(ctx: Any, grad_BLV: Tensor, grad_N: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BLV: Tensor, grad_N: Tensor) -> tuple[Tensor, None, None]:
         logits_BLV, mixed_BLV, has_memory_R, rows_N, target_N = ctx.saved_tensors
         vocabulary = logits_BLV.shape[-1]
         lm_logp_RV = torch.log_softmax(logits_BLV.reshape(-1, vocabulary).float(), 1)

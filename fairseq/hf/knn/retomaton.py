@@ -37,8 +37,8 @@ class RetomatonWrapper(KNNWrapper):
     """RetoMaton for a transformers model: follows the text after the last neighbours; searches where too few follow.
 
     Each sequence has a state of its own, at its position. It travels with the key-value cache, which may be reordered,
-    cropped and copied; where positions are skipped or a packed row begins another sequence, it begins empty. ``num_positions``,
-    ``num_searched`` and ``saved_share`` count since ``break_into``.
+    cropped and copied; where positions are skipped or a packed row begins another sequence, it begins empty.
+    ``num_positions``, ``num_searched`` and ``saved_share`` count since ``break_into``.
 
     Source: arXiv 2201.12431, sec. 3.
 

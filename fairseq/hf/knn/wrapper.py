@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -19,8 +20,7 @@ from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.gradient import MixedScores, with_gradient
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
-from fairseq.memory.index.base import check_k
-from fairseq.memory.scoring import interpolate, knn_logp
+from fairseq.memory.scoring import check_weight, interpolate, knn_logp
 from fairseq.memory.sources.external import ExternalMemory
 
 _QUERIES_AT_ONCE = 8192
@@ -57,7 +57,7 @@ class KNNWrapper(Attachment):
         move_dstore_to_mem: bool = False,
         knn_gpu: bool = True,
         recompute_dists: bool = False,
-        k: int = 1024,
+        k: int | None = None,
         lmbda: float = 0.25,
         knn_temp: float = 1.0,
         probe: int = 32,
@@ -76,7 +76,7 @@ class KNNWrapper(Attachment):
         move_dstore_to_mem: read the store into RAM first.
         knn_gpu: candidates are mixed in on the model's device either way; the search runs where the index is.
         recompute_dists: compute distances from the full keys; the index's are those of its compressed keys.
-        k: neighbours per position.
+        k: neighbours per position; by default 1024, or all rows of a smaller store.
         lmbda: their share of the probability, 0 to 1.
         knn_temp: divides their scores.
         probe: lists of the index that a search probes.
@@ -94,7 +94,11 @@ class KNNWrapper(Attachment):
         for what, value in (("dstore_size", dstore_size), ("dimension", dimension)):
             if value is not None and value < 1:
                 raise ValueError(f"{what} must be at least 1, got {value}; drop it or correct it")
-        check_k(k, k)
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        check_weight(lmbda, "lmbda")
+        if not 0.0 < knn_temp < math.inf:
+            raise ValueError(f"knn_temp {knn_temp} is not positive; 1 leaves the scores as they are")
         self.k, self.lmbda, self.knn_temp, self.knn_gpu = k, lmbda, knn_temp, knn_gpu
         self._mixer = VocabularyMixer(lmbda, knn_temp)
         self._place = dstore_dir, dstore_size, dimension, indexfile
@@ -136,7 +140,10 @@ class KNNWrapper(Attachment):
             raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {dim}; drop it")
         place = with_index(StorePlace.find(folder, model_type(model), rows, dim), indexfile)
         memory = open_memory(place, self._settings)
-        memory.store.require(size=rows)
+        if rows not in (None, len(memory.store)):
+            raise ValueError(
+                f"datastore {memory.store.prefix!r} has {len(memory.store)} rows, dstore_size is {rows}; drop it"
+            )
         check_fits(memory.store, model, tap, self._tokenizer)
         # A forward that was replaced (trl, a user) may need the labels for a loss of its own.
         self._makes_own_loss = "forward" in vars(model)
