@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.attachment import IGNORED
-from fairseq.hf.hooks.inner_model import inner_model, parameters_of
 from fairseq.hf.hooks.capture import Capture, capture_key
+from fairseq.hf.hooks.inner_model import inner_model, parameters_of
 from fairseq.hf.hooks.names import KeyType
 from fairseq.hf.knn.saver import KNNSaver
 from fairseq.hf.knn.wrapper import KNNWrapper

@@ -164,7 +164,9 @@ def _fitting_k(k: int | None, store: Datastore) -> int:
     if k is None and most < DEFAULT_K:
         logger.warning("k=%d: datastore %s has fewer rows than the default k=%d", most, store.prefix, DEFAULT_K)
     elif k is not None and k > most:
-        raise ValueError(f"k={k} is larger than datastore {store.prefix!r}, which has {most} rows; pass k={most} or less")
+        raise ValueError(
+            f"k={k} is larger than datastore {store.prefix!r}, which has {most} rows; pass k={most} or less"
+        )
     return min(DEFAULT_K, most) if k is None else k
 
 

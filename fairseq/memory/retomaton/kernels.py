@@ -132,7 +132,9 @@ def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, followed: Any)
         )
         if len(member_R) and count < len(out_P):
             rows_P = out_P[:count]
-            chosen_U = _nearest_first(cluster_R, rows_P, seen_H) if distinct else _most_pointers_first(cluster_R, rows_P)
+            chosen_U = (
+                _nearest_first(cluster_R, rows_P, seen_H) if distinct else _most_pointers_first(cluster_R, rows_P)
+            )
             count = _extended(chosen_U, first_C, member_R, role_R, distinct, slots_H, out_P, count)
         count_B[b] = count
         out_P[count:] = -1
