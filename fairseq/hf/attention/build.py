@@ -256,10 +256,12 @@ class _Reading:
 
     @classmethod
     def of(cls, documents: Sequence[Tensor], begins_with: Sequence[int | None], special: Sequence[int]) -> _Reading:
-        tokens, owns, places = [], [], []
+        tokens: list[Tensor] = []
+        owns: list[Tensor] = []
+        places: list[tuple[int, int]] = []
         for ids, first in zip(documents, begins_with):
             added = [] if first is None or int(ids[0]) in (first, *special) else [first]
-            places.append((sum(map(len, tokens)), len(added) + len(ids)))
+            places.append((sum(len(part) for part in tokens), len(added) + len(ids)))
             tokens += [torch.tensor(added, dtype=torch.int64), ids]
             owns += [torch.zeros(len(added), dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)]
         token_N, is_own_N = torch.cat(tokens), torch.cat(owns)

@@ -111,7 +111,8 @@ class MemorySet:
             before = [old.token_N[start:stop] for start, stop in zip(starts, starts[1:])]
             are_texts = are_texts[-len(before) - len(documents) :]
             together = zip([*before, *documents], are_texts)
-            self.set_memory([TextTokens(ids) if is_text else ids for ids, is_text in together], **building)  # type: ignore[misc]
+            tokenized: Any = [TextTokens(ids) if is_text else ids for ids, is_text in together]
+            self.set_memory(tokenized, **building)
         else:
             self.set_memory(old.followed_by(self._built(source, **building)))
         self._are_texts = are_texts
@@ -158,8 +159,8 @@ class MemorySet:
     def _built(self, source: MemorySource, **building: Any) -> Memory:
         if self.settings.memory_device == "disk":
             building = {"folder": self._new_folder()} | building
-        building = {"tokenizer": self.tokenizer, "settings": self.settings, "sites": self.sites} | building
-        building = {"add_first_token": self.add_first_token} | building
+        own: dict[str, Any] = {"tokenizer": self.tokenizer, "settings": self.settings, "sites": self.sites}
+        building = own | {"add_first_token": self.add_first_token} | building
         with self._detached():
             return build_memory(self.model, source, **building)
 

@@ -143,6 +143,13 @@ def _untrack(cache: Any) -> None:
         cache.__class__ = type(cache)._untracked
 
 
+def _untracked_cache(kind: type, state: dict[str, Any]) -> Any:
+    """A cache of a class with some attributes, whose tensors it shares."""
+    cache: Any = object.__new__(kind)
+    cache.__dict__ = state
+    return cache
+
+
 @functools.cache
 def _tracking(kind: type) -> type:
     """A subclass of a class of caches whose methods change the steps too."""
@@ -159,14 +166,11 @@ def _tracking(kind: type) -> type:
 
         return method
 
-    def plain(self: Any) -> Any:
-        """The cache as it is without tracking, sharing its tensors."""
-        other: Any = object.__new__(kind)
-        other.__dict__ = {name: value for name, value in self.__dict__.items() if name != _STEPS}
-        return other
+    def state(self: Any) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != _STEPS}
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        other = copy.deepcopy(plain(self), memo)
+        other = copy.deepcopy(_untracked_cache(kind, state(self)), memo)
         other.__class__ = type(self)
         if _STEPS in self.__dict__:
             other.__dict__[_STEPS] = self.__dict__[_STEPS].copied()
@@ -174,6 +178,6 @@ def _tracking(kind: type) -> type:
 
     members: dict[str, Any] = {name: following(name, do) for name, do in _CHANGES.items() if hasattr(kind, name)}
     # Pickled, it is what it was: the subclass cannot be imported.
-    members |= {"__deepcopy__": deepcopy, "__reduce_ex__": lambda self, protocol: plain(self).__reduce_ex__(protocol)}
+    members |= {"__deepcopy__": deepcopy, "__reduce_ex__": lambda self, _: (_untracked_cache, (kind, state(self)))}
     members |= {"_untracked": kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), members)

@@ -192,8 +192,8 @@ def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Tokenize
     saved_tap = metadata.get("key_tap")
     if saved_tap not in (None, tap.kind.value):
         raise ValueError(
-            f"{name} holds keys of {saved_tap}, and knn_keytype is {tap.kind.value}; pass knn_keytype={saved_tap!r}, or "
-            "save it again"
+            f"{name} holds keys of {saved_tap}, and knn_keytype is {tap.kind.value}; pass "
+            f"knn_keytype={saved_tap!r}, or save it again"
         )
     saved_size = metadata.get("dictionary_size")
     if saved_size is not None and saved_size != size:
