@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from enum import Enum
 from pathlib import Path
@@ -105,18 +106,21 @@ class KNNSaver(Attachment):
         """Build an index over the saved store, or resume an interrupted build. Raises: ValueError, OSError."""
         if self.prefix is None:
             raise ValueError("no store was saved yet; build_index comes after break_out()")
-        return build_index(
-            BuildConfig(
-                dstore_mmap=self.prefix,
-                faiss_index=index_name(self.prefix),
-                num_keys_to_add_at_a_time=num_keys_to_add_at_a_time,
-                ncentroids=ncentroids,
-                seed=seed,
-                code_size=code_size,
-                probe=probe,
-                train_size=train_size,
+        try:
+            return build_index(
+                BuildConfig(
+                    dstore_mmap=self.prefix,
+                    faiss_index=index_name(self.prefix),
+                    num_keys_to_add_at_a_time=num_keys_to_add_at_a_time,
+                    ncentroids=ncentroids,
+                    seed=seed,
+                    code_size=code_size,
+                    probe=probe,
+                    train_size=train_size,
+                )
             )
-        )
+        except ValueError as error:
+            raise ValueError(_in_python(str(error))) from None
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         if self._dim is not None and self._dim != tap.dim:
@@ -225,3 +229,9 @@ class KNNSaver(Attachment):
             document_N, offset_N = place_N2[:, 0] + self._num_sequences, place_N2[:, 1]
             self._runs.append(Documents.of_positions(document_N, offset_N, first_row).runs_R3)
             self._num_sequences = int(document_N[-1]) + 1
+
+
+def _in_python(message: str) -> str:
+    """The message of a command with the names of arguments for those of flags."""
+    message = message.replace("use --index flat", "build none: without an index the search is exact")
+    return re.sub(r"--(\w+)", r"\1", re.sub(r"--(\w+) (\d+)", r"\1=\2", message))

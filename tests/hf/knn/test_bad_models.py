@@ -180,6 +180,22 @@ def test_a_failing_call_leaves_the_wrapper_in_place(model, folder):
     assert not any(a or b for a, b in hooks(model))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "^code_size=64 does not divide the width 16; give 16"),
+        ({"code_size": 4, "ncentroids": 99}, "^ncentroids=99 is more than the datastore's 44 rows; give about 1"),
+        ({"code_size": 4, "ncentroids": 1}, "44 rows, compression learns from at least 256; build none: without an"),
+    ],
+)
+def test_an_index_that_cannot_be_built_names_python_arguments(model, tmp_path, settings, message):
+    saver = KNNSaver(dstore_dir=tmp_path)
+    with saver(model):
+        model(**inputs(model, batch=4, length=12))
+    with pytest.raises(ValueError, match=message):
+        saver.build_index(**settings)
+
+
 def test_messages_name_what_to_do(model, tmp_path):
     saver = KNNSaver(dstore_size=5, dstore_dir=tmp_path)
     with pytest.raises(ValueError, match=re.escape("announced with 5 rows")), saver(model):
