@@ -289,7 +289,7 @@ def test_a_store_of_another_size_or_width_is_refused(clm: Clm, corpus: Path, tmp
         ("--dstore_size", 12, "has 310 rows"),
         ("--dimension", 99, "holds no datastore of a gpt2 model of width 99"),
         ("--knn_keytype", "final_hidden", "holds keys of last_ffn_input"),
-        ("--knn_keytype", "hidden", "unknown --knn_keytype 'hidden'"),
+        ("--knn_keytype", "hidden", "unknown knn_keytype 'hidden'"),
     ):
         with pytest.raises(ValueError, match=message):
             clm(*texts, "--do_eval", "--knn", "--k", 8, flag, number)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
 import torch
@@ -49,12 +51,15 @@ def build_memory(
     batch_size: int | None = None,
     keep: str = "all",
     folder: str | None = None,
+    add_first_token: bool = True,
 ) -> Memory:
     """Let the model read a text and keep what its layers remember.
 
     Args:
         source: see ``MemorySource``.
         tokenizer: needed for text.
+        add_first_token: read each text (not token ids) after the token that the model's texts begin with, where the
+            tokenizer adds none; without this attention sink memories are weaker. It is not part of the memory.
         batch_size: windows that are read at once; by default as many as have 4096 tokens.
         keep: ``all``, or ``newest`` to read only the last ``settings.limit`` tokens of a longer text, with a warning.
         folder: where files are made that keys and values are written to window by window, so that they are never in
@@ -64,20 +69,18 @@ def build_memory(
     settings, sites = settings or MindSettings(), sites or find_sites(model)
     vocabulary = input_vocabulary(model)
     documents = [_checked(ids, vocabulary) for ids in token_documents(source, tokenizer)]
+    first = first_token(model, tokenizer) if add_first_token else None
+    begins_with = [first if is_text else None for is_text in texts_in(source)]
     special = special_ids(model, tokenizer, settings) if settings.remove_special_ids else ()
     documents = _within(documents, settings.limit, keep)
-    starts = [0]
-    for ids in documents[:-1]:
-        starts.append(starts[-1] + len(ids))
+    reading = _Reading.of(documents, begins_with[len(begins_with) - len(documents) :], special)
     token_N = torch.cat(documents)
     context = context_length(model)
     reach = max(1, (context or _NO_LIMIT) // 2) if settings.positions == "relative" else 0
     window = min(settings.max_len, context or settings.max_len)
     stride = min(settings.stride, window)
-    windows = [w for number, ids in enumerate(documents) for w in _windows(starts[number], len(ids), stride, window)]
-    # Special tokens are attended to by those after them, but not stored.
-    kept_N = ~torch.isin(token_N, torch.tensor(special, dtype=torch.int64))
-    place_S = torch.nonzero(kept_N)[:, 0]
+    windows = [w for start, size in reading.documents for w in _windows(start, size, stride, window)]
+    place_S = torch.nonzero(reading.kept_N[reading.is_own_N])[:, 0]
     if not len(place_S):
         raise ValueError(f"all {len(token_N)} tokens of the memory are special; give text, or remove_special_ids=False")
     recorder = _KeyValueRecorder(
@@ -86,12 +89,12 @@ def build_memory(
     with taken_over(model, recorder), recorder.listening(model), evaluating(model), torch.no_grad():
         step = batch_size or max(1, _BATCH_TOKENS // window)
         for start in range(0, len(windows), step):
-            _read(model, token_N, kept_N, windows[start : start + step], recorder, reach)
+            _read(model, reading, windows[start : start + step], recorder, reach)
     return Memory(
         layers=recorder.layers(),
         token_N=token_N,
         place_S=place_S,
-        document_starts=tuple(starts),
+        document_starts=tuple(itertools.accumulate([0, *map(len, documents[:-1])])),
         model_digest=model_digest(model),
         positions=settings.positions,
         reach=reach,
@@ -100,6 +103,8 @@ def build_memory(
 
 def token_documents(source: MemorySource, tokenizer: Tokenizer | None = None) -> list[Tensor]:
     """A source of memories as token ids, one tensor per document."""
+    if isinstance(source, TextTokens):
+        return [source.ids_N]
     if isinstance(source, str):
         if tokenizer is None:
             raise ValueError("a memory of text needs a tokenizer; give tokenizer= or token ids")
@@ -112,6 +117,29 @@ def token_documents(source: MemorySource, tokenizer: Tokenizer | None = None) ->
     if items and all(isinstance(item, int) for item in items):
         return [torch.tensor(items, dtype=torch.int64)]
     return [ids for item in items for ids in token_documents(item, tokenizer)]  # type: ignore[arg-type]
+
+
+def texts_in(source: MemorySource) -> list[bool]:
+    """True for each document of a source that is a text, False for token ids."""
+    if isinstance(source, (str, TextTokens)):
+        return [True]
+    if isinstance(source, Tensor) or all(isinstance(item, int) for item in source):
+        return [False]
+    return [is_text for item in source for is_text in texts_in(item)]  # type: ignore[arg-type]
+
+
+def first_token(model: PreTrainedModel, tokenizer: Tokenizer | None) -> int | None:
+    """The token that the model's texts begin with: beginning of sequence, or the separator of documents.
+
+    None for a model without either. Raises: ValueError for a token outside the vocabulary.
+    """
+    for kind in ("bos_token_id", "eos_token_id"):
+        for owner in (tokenizer, model.config):
+            named = getattr(owner, kind, None)
+            token = named[0] if isinstance(named, (list, tuple)) and named else named
+            if isinstance(token, int) and 0 <= token < input_vocabulary(model):
+                return token
+    return None
 
 
 def _checked(ids_N: Tensor, vocabulary: int) -> Tensor:
@@ -207,26 +235,67 @@ def _windows(first: int, size: int, stride: int, window: int) -> Iterator[tuple[
             return
 
 
+@dataclass(frozen=True)
+class TextTokens:
+    """A document of token ids that a tokenizer made of a text."""
+
+    ids_N: Tensor
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The tokens that the model reads: the user's, and first tokens that were added. N counts both."""
+
+    token_N: Tensor
+    is_own_N: Tensor
+    """bool: the user's tokens."""
+    kept_N: Tensor
+    """bool: tokens whose memories are stored; special ones are attended to by those after them, but not stored."""
+    documents: list[tuple[int, int]]
+    """Start and size of each document."""
+
+    @classmethod
+    def of(cls, documents: Sequence[Tensor], begins_with: Sequence[int | None], special: Sequence[int]) -> _Reading:
+        tokens: list[Tensor] = []
+        owns: list[Tensor] = []
+        places: list[tuple[int, int]] = []
+        for ids, first in zip(documents, begins_with):
+            added = [] if first is None or int(ids[0]) in (first, *special) else [first]
+            places.append((sum(len(part) for part in tokens), len(added) + len(ids)))
+            tokens += [torch.tensor(added, dtype=torch.int64), ids]
+            owns += [torch.zeros(len(added), dtype=torch.bool), torch.ones(len(ids), dtype=torch.bool)]
+        token_N, is_own_N = torch.cat(tokens), torch.cat(owns)
+        kept_N = is_own_N & ~torch.isin(token_N, torch.tensor(special, dtype=torch.int64))
+        return cls(token_N, is_own_N, kept_N, places)
+
+    def places(self, reach: int) -> Tensor:
+        """Positions of the tokens before the local text, none more than ``reach`` away, (N,).
+
+        They begin at 1, where no first window has them: so a model whose keys do not move is noticed.
+        """
+        total = int(self.is_own_N.sum())
+        own_N = self.is_own_N.cumsum(0) - 1
+        return (own_N - total + min(total, reach)).clamp_(min=0) + 1
+
+
 def _read(
     model: nn.Module,
-    token_N: Tensor,
-    kept_N: Tensor,
+    reading: _Reading,
     windows: Sequence[tuple[int, int, int]],
     recorder: _KeyValueRecorder,
     reach: int,
 ) -> None:
-    device, total = next(model.parameters()).device, len(token_N)
+    device = next(model.parameters()).device
+    place_N = reading.places(reach) if reach else torch.zeros_like(reading.token_N)
     longest = max(stop - start for start, stop, _ in windows)
     # Behind a short window come zeros, which nothing in it can see.
     ids_BT = torch.zeros(len(windows), longest, dtype=torch.int64)
     kept_BT = torch.zeros(len(windows), longest, dtype=torch.bool)
     place_BT = torch.zeros(len(windows), longest, dtype=torch.int64)
     for row, (start, stop, new) in enumerate(windows):
-        ids_BT[row, : stop - start] = token_N[start:stop]
-        kept_BT[row, stop - start - new : stop - start] = kept_N[stop - new : stop]
-        if reach:
-            # From 1 on, where no first window has them: so a model whose keys do not move is noticed.
-            place_BT[row, : stop - start] = (torch.arange(start, stop) - total + min(total, reach)).clamp_(min=0) + 1
+        ids_BT[row, : stop - start] = reading.token_N[start:stop]
+        kept_BT[row, stop - start - new : stop - start] = reading.kept_N[stop - new : stop]
+        place_BT[row, : stop - start] = place_N[start:stop]
     recorder.begin(kept_BT.to(device), place_BT.to(device))
     more = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     model(input_ids=ids_BT.to(device), use_cache=False, **more)

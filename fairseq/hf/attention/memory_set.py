@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fairseq.hf.attention.attention_sites import find_sites
 from fairseq.hf.attention.build import (
     MemorySource,
+    TextTokens,
     build_memory,
     device_of,
     model_digest,
     special_ids,
+    texts_in,
     token_documents,
 )
+from fairseq.hf.hooks.inner_model import inner_model
 from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.cache import Memory
 from fairseq.memory.extended_mind.lookup import LayerLookup
@@ -42,10 +45,12 @@ class MemorySet:
         tokenizer: Tokenizer | None = None,
         layers: Sequence[int] | None = None,
         config: Mapping[str, Any] | None = None,
+        add_first_token: bool = True,
         **settings: object,
     ) -> None:
         """Find the attentions of the model; the arguments are those of ``ExtendedMind``."""
-        self.model, self.tokenizer = model, tokenizer
+        model = cast("PreTrainedModel", inner_model(model))
+        self.model, self.tokenizer, self.add_first_token = model, tokenizer, add_first_token
         self.settings = MindSettings.merged(config, settings)
         self.sites = find_sites(model)
         if layers is not None:
@@ -56,6 +61,7 @@ class MemorySet:
         self.source: Memories | None = None
         """The source that was given last."""
         self._memories: tuple[Memory, ...] = ()
+        self._are_texts: list[bool] = []
         self._waiting = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._lookups: dict[tuple[int, int], LayerLookup] = {}
@@ -77,6 +83,8 @@ class MemorySet:
         if given and self.settings.memory_device == "disk":
             memories = self._on_disk(memories)
         self._memories, self.source, self._waiting = tuple(memories), memory, False
+        # Documents whose first token was added, of the one memory that more of them may be appended to.
+        self._are_texts = [False] * len(memories[0].document_starts) if given else texts_in(memory)  # type: ignore[arg-type]
         self._lookups.clear()
 
     def set_memory_later(self, source: MemorySource | None) -> None:
@@ -93,7 +101,7 @@ class MemorySet:
             self.set_memory(source, **building)
             return
         old = self._memories[0]
-        documents = token_documents(source, self.tokenizer)
+        documents, are_texts = token_documents(source, self.tokenizer), [*self._are_texts, *texts_in(source)]
         total, limit = len(old.token_N) + sum(map(len, documents)), self.settings.limit
         if limit is not None and total > limit:
             raise ValueError(f"a memory of {total} tokens is longer than the limit of {limit}; raise limit=")
@@ -101,9 +109,13 @@ class MemorySet:
             # All of them move when text is appended.
             starts = [*old.document_starts, len(old.token_N)]
             before = [old.token_N[start:stop] for start, stop in zip(starts, starts[1:])]
-            self.set_memory([*before, *documents], **building)
+            are_texts = are_texts[-len(before) - len(documents) :]
+            together = zip([*before, *documents], are_texts)
+            tokenized: Any = [TextTokens(ids) if is_text else ids for ids, is_text in together]
+            self.set_memory(tokenized, **building)
         else:
-            self.set_memory(old.followed_by(self._built(documents, **building)))
+            self.set_memory(old.followed_by(self._built(source, **building)))
+        self._are_texts = are_texts
 
     def clear_memories(self) -> None:
         """Remove all memories."""
@@ -147,7 +159,8 @@ class MemorySet:
     def _built(self, source: MemorySource, **building: Any) -> Memory:
         if self.settings.memory_device == "disk":
             building = {"folder": self._new_folder()} | building
-        building = {"tokenizer": self.tokenizer, "settings": self.settings, "sites": self.sites} | building
+        own: dict[str, Any] = {"tokenizer": self.tokenizer, "settings": self.settings, "sites": self.sites}
+        building = own | {"add_first_token": self.add_first_token} | building
         with self._detached():
             return build_memory(self.model, source, **building)
 

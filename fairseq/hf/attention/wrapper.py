@@ -72,20 +72,26 @@ class ExtendedMind(MemorySet):
         tokenizer: Tokenizer | None = None,
         layers: Sequence[int] | None = None,
         config: Mapping[str, Any] | None = None,
+        add_first_token: bool = True,
         **settings: object,
     ) -> None:
         """Find where the model attends, and build the memory.
 
         Args:
-            model: a decoder that calls transformers' attention interface, or MPT.
+            model: a decoder that calls transformers' attention interface, or MPT; of a peft or compiled model, the
+                model inside takes the memories.
             memory: a text, token ids, a list of either (documents), a ``Memory``, or a list of those, one per row.
             tokenizer: for memories of text, to know special tokens, and to print citations.
             layers: numbers of the layers that use memories; all by default.
+            add_first_token: read a text after the model's first token (beginning of sequence, or the separator of
+                documents) where the tokenizer adds none; it is neither cited nor numbered.
             config: settings (``MindSettings`` in ``fairseq/memory/extended_mind/settings.py``) as a mapping.
             settings: settings by name; these take precedence.
         Raises: ValueError for anything that does not fit; the model stays as it is.
         """
-        super().__init__(model, tokenizer=tokenizer, layers=layers, config=config, **settings)
+        super().__init__(
+            model, tokenizer=tokenizer, layers=layers, config=config, add_first_token=add_first_token, **settings
+        )
         self.retrieved: list[dict[int, SelectedMemories]] = []
         """Memories of the last call that recorded them, by step and layer."""
         self._generating = 0
@@ -164,6 +170,8 @@ class ExtendedMind(MemorySet):
     def _forward(
         self, own: Callable[..., Any], *inputs: object, output_retrieved_memory_idx: bool = False, **named: object
     ) -> Any:
+        if not self.attached:  # and still reached, through a forward that was put over this one
+            return own(*inputs, **named)
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
         if self._current.get() is None:
             self._build_waiting()
@@ -192,6 +200,8 @@ class ExtendedMind(MemorySet):
     def _generate(
         self, own: Callable[..., Any], *inputs: object, output_retrieved_memory_idx: bool = False, **named: object
     ) -> Any:
+        if not self.attached:
+            return own(*inputs, **named)
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
         if output_retrieved_memory_idx and self.model.config._attn_implementation != "extended_mind_eager":
             named.pop("output_attentions", None)  # there are none to return, and asking for them is an error

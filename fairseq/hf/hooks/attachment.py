@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.capture import Capture
+from fairseq.hf.hooks.inner_model import inner_model, parameters_of, running_eagerly
+from fairseq.hf.hooks.key_value_cache import cache_of, num_cached
 from fairseq.hf.hooks.names import KeyType
+from fairseq.hf.hooks.patching import replace_forward, wrapped
 from fairseq.hf.hooks.protocols import ModelOutput
-from fairseq.hf.hooks.taps import Tap, find_tap, output_embedding
+from fairseq.hf.hooks.taps import Tap, find_tap, num_layers, output_embedding
 
 Self = TypeVar("Self", bound="Attachment")
 IGNORED = -100
@@ -30,7 +34,9 @@ class ForwardCall:
     """A forward call of a model, by the names of its parameters. Shapes: B sequences, T positions, L with scores."""
 
     named: Mapping[str, Any]
-    is_seq2seq: bool
+    is_seq2seq: bool = False
+    num_cached: int | None = None
+    """Tokens in the key-value cache before the call; None where there is no cache, or one that does not count them."""
 
     @property
     def labels(self) -> Tensor | None:
@@ -43,6 +49,14 @@ class ForwardCall:
         """The decoder's input ids, (B, T); None if it is given embeddings."""
         ids: Tensor | None = self.named.get("decoder_input_ids" if self.is_seq2seq else "input_ids")
         return ids
+
+    def num_positions(self, num_scores: int) -> int:
+        """T, of a call that made scores of ``num_scores`` positions."""
+        decoder = "decoder_" if self.is_seq2seq else ""
+        for given in (self.input_ids, self.named.get(f"{decoder}inputs_embeds"), self.target()):
+            if given is not None:
+                return int(given.shape[1])
+        return num_scores
 
     def target(self) -> Tensor | None:
         """The token to predict at each position, (B, T), ``IGNORED`` where none counts; None without labels.
@@ -62,6 +76,28 @@ class ForwardCall:
         if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < num_positions:
             return None
         return mask[:, mask.shape[1] - num_positions :] != 0
+
+    def starts(self, num_positions: int) -> Tensor | None:
+        """True where another sequence of a packed row begins, (1 or B, T); None for a call that packs nothing.
+
+        Packing shows in ``position_ids`` that begin anew, or in the lengths or numbers of the sequences.
+        """
+        position_BT, number_BT = self.named.get("position_ids"), self.named.get("seq_idx")
+        starts_BT: Tensor | None = None
+        if isinstance(number_BT, Tensor) and number_BT.ndim == 2:
+            starts_BT = number_BT.diff(dim=1) != 0
+        elif isinstance(position_BT, Tensor) and position_BT.ndim == 2 and not self.is_seq2seq:
+            starts_BT = position_BT.diff(dim=1) != 1
+        elif isinstance(lengths := self.named.get("cu_seq_lens_q"), Tensor):
+            starts_BT = torch.zeros(1, num_positions - 1, dtype=torch.bool, device=lengths.device)
+            inner = lengths[(lengths > 0) & (lengths < num_positions)].long() - 1
+            starts_BT[0, inner] = True
+        if starts_BT is None or starts_BT.shape[1] != num_positions - 1:
+            return None
+        starts_BT = torch.nn.functional.pad(starts_BT, (1, 0))
+        if isinstance(position_BT, Tensor) and position_BT.ndim == 2 and not self.is_seq2seq:
+            starts_BT[:, 0] |= position_BT[:, 0] == 0  # whatever a cache holds
+        return starts_BT
 
     def kept(self, values_BT: Tensor, num_scores: int) -> Tensor:
         """The columns (or rows of keys) of those positions that have scores, (B, L, ...)."""
@@ -83,16 +119,24 @@ class Attachment:
         self._kind = kind
         self._model: nn.Module | None = None
         self._capture: Capture | None = None
-        self._handles: list[Any] = []
+        self._undo = contextlib.ExitStack()
         self._parameters: list[str] = []
-        self._call: ForwardCall | None = None
-        self._paused = False
+        self._num_layers: int | None = None
+        self._thread = _PerThread()
+        self._lock = threading.RLock()
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        """Itself: a copy of the model shares what is attached to it."""
+        return self
 
     @property
     def model(self) -> nn.Module:
-        """The model it is attached to. Raises: ValueError when it is attached to none."""
+        """The model it is attached to: of a peft or compiled one, the model inside.
+
+        Raises: ValueError when it is attached to none.
+        """
         if self._model is None:
-            raise ValueError(f"this {type(self).__name__} is not in a model; break_into(model) comes first")
+            raise ValueError(f"this {type(self).__name__} is not in a model; call break_into(model) first")
         return self._model
 
     @property
@@ -112,16 +156,19 @@ class Attachment:
 
         Raises: ValueError, with the model as it was, when model or files do not fit or either is taken.
         """
+        given, model = model, inner_model(model)
         check_free(self, self._model, model)
         check_can_be_tapped(model)
         tap = find_tap(model, self._kind)
         self._prepare(model, tap)
-        self._parameters = parameters_of(model)
+        self._parameters, self._num_layers = parameters_of(model), num_layers(model)
         self._model, self._capture = model, Capture(tap)
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
-        ]
+        self._undo.callback(self._capture.remove)
+        self._undo.enter_context(running_eagerly(given))
+        # A forward of its own, not hooks: peft calls the forward of the model inside, and compiled code skips hooks.
+        self._undo.callback(replace_forward(model, wrapped(model.forward, self._forward)))
+        self._undo.callback(model.register_forward_pre_hook(self._expect).remove)
+        self._undo.callback(model.register_forward_hook(self._check_reached).remove)
         _BROKEN_INTO[model] = self
         return self
 
@@ -143,12 +190,9 @@ class Attachment:
     def _leave(self, *, failed: bool) -> None:
         if self._model is None:
             return
-        for handle in self._handles:
-            handle.remove()
-        assert self._capture is not None
-        self._capture.remove()
+        self._undo.close()
         _BROKEN_INTO.pop(self._model, None)
-        self._model, self._capture, self._handles = None, None, []
+        self._model, self._capture = None, None
         self._end(failed=failed)
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
@@ -161,61 +205,89 @@ class Attachment:
         """The call the model is to get."""
         return named
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
+    def _see(self, call: ForwardCall, capture: Capture, output: ModelOutput) -> ModelOutput:
         """Look at a call that has been made, given its keys; returns what the caller is to get."""
         raise NotImplementedError
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context manager: forward calls return the model's own output while the block runs."""
-        before, self._paused = self._paused, True
+        """Context manager: forward calls of this thread return the model's own output while the block runs."""
+        before, self._thread.is_paused = self._thread.is_paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self._thread.is_paused = before
 
     def _is_idle(self) -> bool:
         """True while calls pass unseen."""
-        return self._paused
+        return self._thread.is_paused
 
-    def _before(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        self._call = None
-        if self._is_idle():
-            return None
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward(self, own: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        """The model's forward call while this is attached. It stays attached whatever is raised."""
+        model, self._thread.is_reached = self._model, True
+        # Early exit drafts with the first layers of the model itself: such calls never reach the memory's layer.
+        if model is None or self._thread.is_inside or self._is_idle() or num_layers(model) != self._num_layers:
+            return own(*inputs, **named)
         assert self._capture is not None
         self._capture.clear()
-        if inputs:
-            named = dict(zip(self._parameters, inputs)) | named
-        with self._leaving_on_failure():
-            changed = self._changed_call(dict(named))
-        self._call = ForwardCall(named, self.is_seq2seq)
-        return (), changed | {"return_dict": True}
-
-    def _after(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: ModelOutput) -> Any:
-        call = self._call
-        if call is None:
-            return None
-        assert self._capture is not None
-        with self._leaving_on_failure(), torch.no_grad():
-            output = self._see(call, self._capture.take(output.logits.shape[0]), output)
-        wants_dict = call.named.get("return_dict")
+        named = named_inputs(model, self._parameters, inputs) | named
+        self._thread.is_inside = True
+        try:
+            with self._lock:
+                changed = self._changed_call(dict(named))
+            call = ForwardCall(named, self.is_seq2seq, num_cached(cache_of(named)))
+            output = own(**(changed | {"return_dict": True}))
+            with self._lock:
+                output = self._see(call, self._capture, output)
+        finally:
+            self._thread.is_inside = False
+        wants_dict = named.get("return_dict")
         wants_dict = getattr(model.config, "return_dict", True) if wants_dict is None else wants_dict
         return output if wants_dict else output.to_tuple()
 
-    @contextmanager
-    def _leaving_on_failure(self) -> Iterator[None]:
-        """Leave the model as it was before an error of ours reaches the user."""
-        try:
-            yield
-        except Exception:
-            self._leave(failed=True)
-            raise
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _expect(self, model: nn.Module, inputs: object) -> None:
+        self._thread.is_reached = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _check_reached(self, model: nn.Module, inputs: object, output: object) -> None:
+        """Raise ValueError when a forward that was put over this one has not called it."""
+        if not self._thread.is_reached and not self._thread.is_inside and not self._is_idle():
+            raise ValueError(
+                f"forward of this {type(model).__name__} was replaced after break_into, and the new one does not call "
+                f"the {type(self).__name__}: its logits and loss are the model's alone (trl's fused_lm_head does "
+                "this); call break_into after the replacement"
+            )
 
 
-def parameters_of(model: nn.Module) -> list[str]:
-    """Names of the parameters of a model's forward call, in order."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+class _PerThread(threading.local):
+    """State of the call that a thread is making."""
+
+    is_reached = False
+    is_paused = False
+    is_inside = False
+
+
+def named_inputs(model: nn.Module, parameters: Sequence[str], inputs: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments by name. Raises: ValueError when there are more of them than names."""
+    if len(inputs) > len(parameters):
+        raise ValueError(
+            f"forward of this {type(model).__name__} got {len(inputs)} positional arguments, of which only "
+            f"{len(parameters)} have names; pass them by name (input_ids=...)"
+        )
+    return dict(zip(parameters, inputs))
+
+
+def require_logits(output: ModelOutput, attachment: str) -> Tensor:
+    """The logits of an output. Raises: ValueError when the model made none."""
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"the forward call made no logits, and {attachment} mixes its memory into them; turn off the fused or "
+            "chunked loss (fused_lm_head of trl, use_liger_kernel)"
+        )
+    return logits
 
 
 def check_free(attachment: Attachment, present: nn.Module | None, model: nn.Module) -> None:

@@ -17,7 +17,7 @@ class KeyType(str, Enum):
     @staticmethod
     def from_string(name: str) -> KeyType:
         """Read a name. Raises: ValueError with the known names."""
-        return lookup({kind.value: kind for kind in KeyType}, name, "--knn_keytype")
+        return lookup({kind.value: kind for kind in KeyType}, name, "knn_keytype")
 
 
 class Dist(str, Enum):
@@ -29,7 +29,7 @@ class Dist(str, Enum):
     @staticmethod
     def from_string(name: str) -> Dist:
         """Read a name. Raises: ValueError with the known names."""
-        return lookup({kind.value: kind for kind in Dist}, name, "--knn_sim_func")
+        return lookup({kind.value: kind for kind in Dist}, name, "knn_sim_func")
 
 
 KEY_TYPE, DIST = KeyType, Dist

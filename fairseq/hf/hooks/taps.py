@@ -109,7 +109,7 @@ def discover(model: nn.Module) -> FeedForward:
     Raises: ValueError naming the lists of layers the model has.
     """
     lists = list(_layer_lists(model))
-    wanted = _num_layers(model)
+    wanted = num_layers(model)
     fitting = [(path, block) for path, layers in lists if (block := _block_in(path, layers)) is not None]
     # Best a decoder's list of as many layers as the config states, then any list of so many, then any.
     by_length = [(path, block) for path, block in fitting if _length(model, path) == wanted]
@@ -185,7 +185,8 @@ def _model_type(model: nn.Module) -> str:
     return str(getattr(model.config, "model_type", ""))
 
 
-def _num_layers(model: nn.Module) -> int | None:
+def num_layers(model: nn.Module) -> int | None:
+    """Decoder layers by the model's config; None where the config has no such field."""
     config = _text_config(model)
     for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers"):
         if isinstance(getattr(config, name, None), int):

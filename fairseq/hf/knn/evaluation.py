@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq.hf.hooks.attachment import IGNORED, parameters_of
+from fairseq.hf.hooks.attachment import IGNORED
 from fairseq.hf.hooks.capture import Capture, capture_key
+from fairseq.hf.hooks.inner_model import inner_model, parameters_of
 from fairseq.hf.hooks.names import KeyType
 from fairseq.hf.knn.saver import KNNSaver
 from fairseq.hf.knn.wrapper import KNNWrapper
@@ -128,7 +129,7 @@ def evaluate(
         print(evaluate(model, windows, knn).perplexity)
     ```
     """
-    if memory is not None and memory.model is not model:
+    if memory is not None and memory.model is not inner_model(model):
         raise ValueError(f"the {type(memory).__name__} is in another model; break it into the one that is evaluated")
     started = time.perf_counter()
     scores = TokenScores()
@@ -210,7 +211,7 @@ def save_datastore(model: nn.Module, windows: Iterable[Window], saver: KNNSaver,
         save_datastore(model, windows, saver)
     ```
     """
-    only_keys = saver.tap.kind is not KeyType.final_hidden and "logits_to_keep" in parameters_of(model)
+    only_keys = saver.tap.kind is not KeyType.final_hidden and "logits_to_keep" in parameters_of(saver.model)
     few_scores = {"logits_to_keep": 1} if only_keys else {}
     with saver.paused(), capture_key(saver.tap) as capture:
         for batch in _batches(windows, batch_size):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.attachment import ForwardCall
+from fairseq.hf.hooks.key_value_cache import cache_of, num_cached
 from fairseq.hf.hooks.patching import replace_attribute
-from fairseq.hf.hooks.protocols import KeyValueCache, ModelOutput
+from fairseq.hf.hooks.protocols import ModelOutput
 from fairseq.hf.hooks.taps import Tap
+from fairseq.hf.knn.cached_steps import StepKeeper, max_steps
+from fairseq.hf.knn.gradient import MixedScores
+from fairseq.hf.knn.runs import Runs, StepLog, find_runs
 from fairseq.hf.knn.stores import find_members
 from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState, RetomatonStep
@@ -24,13 +28,17 @@ from fairseq.memory.types import Candidates
 
 _AHEAD = 4096
 """Positions at least that a bulk search before their turn is weighed for."""
+_AT_ONCE = 512
+"""Positions of different sequences that are looked up together."""
+_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 
 
 class RetomatonWrapper(KNNWrapper):
     """RetoMaton for a transformers model: follows the text after the last neighbours; searches where too few follow.
 
-    Each sequence has a state of its own. It travels with the key-value cache, follows beams, and begins empty with an
-    empty cache. ``num_positions``, ``num_searched`` and ``saved_share`` count since ``break_into``.
+    Each sequence has a state of its own, at its position. It travels with the key-value cache, which may be reordered,
+    cropped and copied; where positions are skipped or a packed row begins another sequence, it begins empty.
+    ``num_positions``, ``num_searched`` and ``saved_share`` count since ``break_into``.
 
     Source: arXiv 2201.12431, sec. 3.
 
@@ -105,82 +113,64 @@ class RetomatonWrapper(KNNWrapper):
         settings: dict[str, Any] = self._settings_of_automaton
         self._automaton = Retomaton(self.memory, clusters=clusters, compat=self.flattens_batches, **settings)
         self.num_positions = self.num_searched = 0
-        self._pending = _Pending(model)
+        self._keeper = StepKeeper()
+        for name in _CONTINUOUS_BATCHING:
+            if hasattr(model, name):
+                self._undo.callback(replace_attribute(model, name, functools.partial(_reject_continuous_batching)))
 
     def _end(self, *, failed: bool) -> None:
         super()._end(failed=failed)
-        self._pending.remove()
+        self._keeper.close()
         self._automaton = None
 
     def _changed_call(self, named: dict[str, Any]) -> dict[str, Any]:
-        self._step = self._pending.before(named)
+        cache = cache_of(named)
+        if any(each.__name__ == "PagedAttentionCache" for each in type(cache).__mro__):
+            _reject_continuous_batching()
         return super()._changed_call(named)
 
-    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> Tensor | None:
-        ids_BT = call.input_ids
-        state = None
-        if self._step is not None and ids_BT is not None and len(ids_BT) == len(self._step.rows_BM):
-            state = self.automaton.follow(self._step, ids_BT[:, 0])
-        if call.target() is not None:
-            return self._mix_labelled(call, key_BTD, logits_BLV, state)
-        state = self.automaton.start(len(logits_BLV)) if state is None else state
-        step = self._mix_open(call, key_BTD, logits_BLV, ids_BT, state)
-        self._pending.after(output, step)
-        return None
-
-    def _mix_labelled(
-        self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, state: RetomatonState | None
-    ) -> Tensor:
-        """Positions that predict a label that counts; each is followed by its label."""
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> MixedScores:
         scores_RV, key_RD, rows_N, target_R = self._flat(call, key_BTD, logits_BLV)
-        assert rows_N is not None
-        assert target_R is not None
-        target_N = target_R[rows_N]
-        lengths_B = torch.bincount((rows_N // logits_BLV.shape[1]).cpu(), minlength=len(logits_BLV))
-        if self.flattens_batches:
-            lengths_B, state = lengths_B.sum()[None], None
-        logp_N = torch.empty(len(rows_N), device=scores_RV.device)
+        has_memory_R = torch.zeros(len(scores_RV), dtype=torch.bool, device=scores_RV.device)
+        length, before = self._keeper.find(cache_of(call.named), call.num_cached)
+        flattens = self.flattens_batches and target_R is not None
+        runs = find_runs(call, logits_BLV, rows_N, target_R, flattens=flattens)
+        log = StepLog(runs, max_steps(len(logits_BLV), self.memory.k + self.automaton.max_knns))
+        cache = cache_of(output) if target_R is None else None
+        target_logp_N = torch.empty(len(runs.rows_N), device=scores_RV.device)
 
         def use(place_B: Tensor, candidates: Candidates) -> None:
             place_B = place_B.to(scores_RV.device)
-            mixed_B = self._mixer.mix_(scores_RV, rows_N[place_B], candidates, target_N[place_B])
-            assert mixed_B is not None
-            logp_N[place_B] = mixed_B
+            at_B = runs.rows_N[place_B]
+            has_memory_R[at_B] = candidates.keep_NM.any(1)
+            rows_B = None if len(at_B) == len(scores_RV) else at_B  # all are then in their order, and mixed in place
+            targets = None if target_R is None else runs.token_N[place_B]
+            mixed_B = self._mixer.mix_(scores_RV, rows_B, candidates, targets)
+            if mixed_B is not None:
+                target_logp_N[place_B] = mixed_B
 
-        self._read(key_RD[rows_N], target_N, lengths_B, use, state)
-        self._normalize_rest(scores_RV, rows_N)
-        return logp_N
+        if len(runs.rows_N):
+            self._read(
+                key_RD[runs.rows_N], runs.token_N, runs.lengths, use, self._state_of(runs, call, before),
+                keep=None if cache is None else log.keep,
+            )  # fmt: skip
+        if len(runs.rows_N) < len(scores_RV):
+            self._normalize_rest(scores_RV, runs.rows_N)
+        if cache is not None:
+            after = num_cached(cache)
+            after = length + runs.num_positions if after is None else after
+            self._keeper.keep(cache, after, log.by_length(after))
+        if target_R is None:
+            return MixedScores(logits_BLV, has_memory_R)
+        return MixedScores(logits_BLV, has_memory_R, target_logp_N, runs.rows_N, runs.token_N)
 
-    def _mix_open(
-        self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, ids_BT: Tensor | None, state: RetomatonState
-    ) -> RetomatonStep:
-        """Positions without labels: all but the last of each sequence are followed by the next input."""
-        scores_RV, key_RD, rows_N, _ = self._flat(call, key_BTD, logits_BLV)
-        num_scores = logits_BLV.shape[1]
-        last_B = torch.arange(1, len(logits_BLV) + 1, device=key_RD.device) * num_scores - 1
-        if num_scores > 1 and ids_BT is not None:
-            all_N = torch.arange(len(scores_RV), device=key_RD.device) if rows_N is None else rows_N
-            sequence_N = all_N // num_scores
-            # The last position that is text; of a sequence that is all padding, the last one.
-            text_B = torch.full_like(last_B, -1).scatter_reduce(0, sequence_N, all_N, "amax")
-            last_B = torch.where(text_B < 0, last_B, text_B)
-            first_N = all_N[all_N != last_B[sequence_N]]
-            next_R = call.kept(torch.nn.functional.pad(ids_BT[:, 1:], (0, 1)), num_scores).reshape(-1)
-
-            def use(place_B: Tensor, candidates: Candidates) -> None:
-                self._mixer.mix_(scores_RV, first_N[place_B.to(first_N.device)], candidates)
-
-            lengths_B = torch.bincount((first_N // num_scores).cpu(), minlength=len(last_B))
-            state = self._read(key_RD[first_N], next_R[first_N], lengths_B, use, state)
-        step = self.automaton.lookup(key_RD[last_B], state)
-        self.num_positions += len(last_B)
-        self.num_searched += int(step.searched_B.sum())
-        if num_scores == 1:
-            self._mixer.mix_(scores_RV, None, step.found)
-        else:
-            self._mixer.mix_(scores_RV, last_B, step.found)
-            self._normalize_rest(scores_RV, last_B if rows_N is None else rows_N)
-        return step
+    def _state_of(self, runs: Runs, call: ForwardCall, before: RetomatonStep | None) -> RetomatonState | None:
+        """States that the runs begin with: those that continue what a cache holds follow its last step."""
+        ids_BT = call.input_ids
+        if before is None or ids_BT is None or len(before.rows_BM) != len(ids_BT) or not bool(runs.continues.any()):
+            return None
+        followed = self.automaton.follow(before, ids_BT[:, 0])
+        return followed.select(runs.sequences).reset(~runs.continues)
 
     def _read(
         self,
@@ -189,11 +179,21 @@ class RetomatonWrapper(KNNWrapper):
         lengths_B: Tensor,
         use: Callable[[Tensor, Candidates], None],
         state: RetomatonState | None,
-    ) -> RetomatonState:
-        done = read_text(self.automaton, key_ND, token_N, lengths_B, use, state, ahead=self._pays_ahead(len(key_ND)))
+        keep: Callable[[Tensor, RetomatonStep], None] | None = None,
+    ) -> None:
+        """Look up the positions of runs, and count them."""
         self.num_positions += len(key_ND)
+        if len(lengths_B) == len(key_ND) <= _AT_ONCE:  # one position each, as in generation: nothing is followed yet
+            step = self.automaton.lookup(key_ND, self.automaton.start(len(key_ND)) if state is None else state)
+            place_N = torch.arange(len(key_ND))
+            use(place_N, step.found)
+            if keep is not None:
+                keep(place_N, step)
+            self.num_searched += int(step.searched_B.sum())
+            return
+        ahead = self._pays_ahead(len(key_ND))
+        done = read_text(self.automaton, key_ND, token_N, lengths_B, use, state, ahead=ahead, keep=keep)
         self.num_searched += done.num_searched
-        return done.state
 
     def _pays_ahead(self, num_positions: int) -> bool:
         """True if all positions should be searched at once, before it is known which need it: a bulk costs less."""
@@ -203,49 +203,9 @@ class RetomatonWrapper(KNNWrapper):
         return index.bulk_pays(min(num_positions, _AHEAD))
 
 
-class _Pending:
-    """The latest step of the sequences in each key-value cache, until their next tokens are known."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._steps: weakref.WeakKeyDictionary[KeyValueCache, tuple[int, RetomatonStep]] = weakref.WeakKeyDictionary()
-        self._reorder: Any = getattr(model, "_reorder_cache", None)
-        # ``generate`` reorders the cache by this method where a model has one: beams take their steps along.
-        self._restore = replace_attribute(model, "_reorder_cache", self.reorder)
-
-    def before(self, named: Mapping[str, Any]) -> RetomatonStep | None:
-        """The step that the given cache ends with; None where a sequence begins, or was cut in the meantime."""
-        cache = _cache(named)
-        length, step = self._steps.pop(cache, (0, None)) if cache is not None else (0, None)
-        is_whole = cache is not None and length == cache.get_seq_length()
-        return step if is_whole else None
-
-    def after(self, output: ModelOutput, step: RetomatonStep) -> None:
-        """Keep a step with the cache that came out of the call."""
-        cache = _cache(output)
-        if cache is not None:
-            self._steps[cache] = (cache.get_seq_length(), step)
-
-    def reorder(self, cache: KeyValueCache, beam_idx: Tensor) -> KeyValueCache:
-        """Reorder a cache as ``generate`` would, and the steps of its sequences with it."""
-        waiting = self._steps.pop(cache, None)
-        if self._reorder is not None:
-            cache = self._reorder(cache, beam_idx)
-        else:
-            cache.reorder_cache(beam_idx)
-        if waiting is not None:
-            self._steps[cache] = (waiting[0], waiting[1].select(beam_idx))
-        return cache
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        self._restore()
-        self._steps.clear()
-
-
-def _cache(named: Mapping[str, Any] | ModelOutput) -> KeyValueCache | None:
-    """The key-value cache among arguments or results, if there is one that has a length."""
-    for name in ("cache", "past_key_values"):
-        cache: KeyValueCache | None = named.get(name)
-        if cache is not None and hasattr(cache, "get_seq_length"):
-            return cache
-    return None
+def _reject_continuous_batching(*inputs: object, **named: object) -> NoReturn:
+    """Raise ValueError: the requests of a step stand in one row, and their caches are shared pages."""
+    raise ValueError(
+        "RetomatonWrapper does not follow the sequences of continuous batching (generate_batch), whose requests share "
+        "one row and one cache; use model.generate, or KNNWrapper, which has no state"
+    )

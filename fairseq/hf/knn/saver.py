@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from enum import Enum
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
+from fairseq.hf.hooks.capture import Capture
 from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import key_type
 from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
@@ -87,8 +89,9 @@ class KNNSaver(Attachment):
         place_N2, value_N = self._rows_of(self._call_with(labels, attention_mask))
         if self._seen + len(value_N) > self._resumed_at:
             return False
-        self._note(place_N2)
+        seen = self._seen
         self._skip(value_N)
+        self._note(place_N2, seen)
         return True
 
     def build_index(
@@ -103,18 +106,21 @@ class KNNSaver(Attachment):
         """Build an index over the saved store, or resume an interrupted build. Raises: ValueError, OSError."""
         if self.prefix is None:
             raise ValueError("no store was saved yet; build_index comes after break_out()")
-        return build_index(
-            BuildConfig(
-                dstore_mmap=self.prefix,
-                faiss_index=index_name(self.prefix),
-                num_keys_to_add_at_a_time=num_keys_to_add_at_a_time,
-                ncentroids=ncentroids,
-                seed=seed,
-                code_size=code_size,
-                probe=probe,
-                train_size=train_size,
+        try:
+            return build_index(
+                BuildConfig(
+                    dstore_mmap=self.prefix,
+                    faiss_index=index_name(self.prefix),
+                    num_keys_to_add_at_a_time=num_keys_to_add_at_a_time,
+                    ncentroids=ncentroids,
+                    seed=seed,
+                    code_size=code_size,
+                    probe=probe,
+                    train_size=train_size,
+                )
             )
-        )
+        except ValueError as error:
+            raise ValueError(_in_python(str(error))) from None
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         if self._dim is not None and self._dim != tap.dim:
@@ -158,8 +164,11 @@ class KNNSaver(Attachment):
         mask = "decoder_attention_mask" if self.is_seq2seq else "attention_mask"
         return ForwardCall({"labels": labels, mask: attention_mask}, self.is_seq2seq)
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
-        self._keep(call, key_BTD)
+    def _see(self, call: ForwardCall, capture: Capture, output: ModelOutput) -> ModelOutput:
+        target_BT = call.target()
+        assert target_BT is not None
+        with torch.no_grad():
+            self._keep(call, capture.take(len(target_BT)))
         return output
 
     def _keep(self, call: ForwardCall, key_BTD: Tensor) -> None:
@@ -168,10 +177,15 @@ class KNNSaver(Attachment):
         key_ND = key_BTD[scored_BT.to(key_BTD.device)]
         assert self._writer is not None
         known = min(len(value_N), max(0, self._resumed_at - self._seen))
-        self._note(place_N2)
-        self._skip(value_N[:known])
-        self._writer.append(key_ND[known:], value_N[known:])
-        self._seen += len(value_N) - known
+        seen = self._seen
+        try:
+            self._skip(value_N[:known])
+            self._writer.append(key_ND[known:], value_N[known:])
+        except ValueError:
+            self._seen = seen  # a call that fails leaves no trace
+            raise
+        self._note(place_N2, seen)
+        self._seen = seen + len(value_N)
         if time.perf_counter() - self._recorded > _SECONDS_BETWEEN_CHECKPOINTS:
             self._writer.checkpoint()
             self._recorded = time.perf_counter()
@@ -209,9 +223,15 @@ class KNNSaver(Attachment):
             )
         self._seen += len(value_N)
 
-    def _note(self, place_N2: Array) -> None:
-        """Note where the rows that come next stand: each sequence is a document."""
+    def _note(self, place_N2: Array, first_row: int) -> None:
+        """Note where the rows from ``first_row`` on stand: each sequence is a document."""
         if len(place_N2):
             document_N, offset_N = place_N2[:, 0] + self._num_sequences, place_N2[:, 1]
-            self._runs.append(Documents.of_positions(document_N, offset_N, self._seen).runs_R3)
+            self._runs.append(Documents.of_positions(document_N, offset_N, first_row).runs_R3)
             self._num_sequences = int(document_N[-1]) + 1
+
+
+def _in_python(message: str) -> str:
+    """The message of a command with the names of arguments for those of flags."""
+    message = message.replace("use --index flat", "build none: without an index the search is exact")
+    return re.sub(r"--(\w+)", r"\1", re.sub(r"--(\w+) (\d+)", r"\1=\2", message))

@@ -29,6 +29,7 @@ from fairseq.memory.types import Array, Metric
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"dstore_(?P<model>.+?)(?:_(?P<rows>\d+))?_(?P<dim>\d+)")
+DEFAULT_K = 1024
 _ENDINGS = {".indexed": Metric.L2, ".l2": Metric.L2, ".ip": Metric.IP, ".cos": Metric.COS}
 
 
@@ -116,7 +117,7 @@ def find_members(prefix: str | Path) -> Path | None:
         found = sorted(path.parent.glob(f"members_{path.name.removeprefix('dstore_')}_*.pkl"))
     if len(found) > 1:
         names = ", ".join(each.name for each in found)
-        raise ValueError(f"{str(path.parent)!r} holds several files of clusters: {names}; give members= one of them")
+        raise ValueError(f"{str(path.parent)!r} holds several files of clusters: {names}; pass one of them as members=")
     return found[0] if found else None
 
 
@@ -124,7 +125,8 @@ def find_members(prefix: str | Path) -> Path | None:
 class MemorySettings:
     """Options for searching a store."""
 
-    k: int = 1024
+    k: int | None = None
+    """Neighbours per position; None for 1024, or all rows of a smaller store."""
     probe: int = 32
     score: str | None = None
     """``recompute``, ``index`` or ``dot`` as in ExternalMemory; by default the index's scores where there is one."""
@@ -153,7 +155,19 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
         if None not in (store.digest, opened.fingerprint()) and store.digest != opened.fingerprint():
             raise ValueError(f"{opened.name} was built over other keys than {place.prefix!r} holds now; build it again")
         index = opened
-    return ExternalMemory(store, index, settings.k, score)
+    return ExternalMemory(store, index, _fitting_k(settings.k, store), score)
+
+
+def _fitting_k(k: int | None, store: Datastore) -> int:
+    """Neighbours per position that a store has. Raises: ValueError when more were asked for."""
+    most = store.num_alive
+    if k is None and most < DEFAULT_K:
+        logger.warning("k=%d: datastore %s has fewer rows than the default k=%d", most, store.prefix, DEFAULT_K)
+    elif k is not None and k > most:
+        raise ValueError(
+            f"k={k} is larger than datastore {store.prefix!r}, which has {most} rows; pass k={most} or less"
+        )
+    return min(DEFAULT_K, most) if k is None else k
 
 
 def open_store(place: StorePlace, *, with_keys: bool) -> Datastore:
@@ -169,8 +183,18 @@ def check_fits(store: Datastore, model: nn.Module, tap: Tap, tokenizer: Tokenize
 
     Raises: ValueError with both values.
     """
-    store.require(dim=tap.dim, key_tap=tap.kind.value)
     size, metadata, name = vocabulary_size(model), store.metadata, f"datastore {store.prefix!r}"
+    if store.dim != tap.dim:
+        raise ValueError(
+            f"{name} has keys of width {store.dim}, the model makes keys of width {tap.dim}; save a store with this "
+            "model (KNNSaver)"
+        )
+    saved_tap = metadata.get("key_tap")
+    if saved_tap not in (None, tap.kind.value):
+        raise ValueError(
+            f"{name} holds keys of {saved_tap}, and knn_keytype is {tap.kind.value}; pass "
+            f"knn_keytype={saved_tap!r}, or save it again"
+        )
     saved_size = metadata.get("dictionary_size")
     if saved_size is not None and saved_size != size:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
+from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall, require_logits
+from fairseq.hf.hooks.capture import Capture
 from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import Dist, dist, key_type
 from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
 from fairseq.hf.hooks.taps import Tap
+from fairseq.hf.knn.gradient import MixedScores, with_gradient
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
-from fairseq.memory.index.base import check_k
-from fairseq.memory.scoring import interpolate, knn_logp
+from fairseq.memory.scoring import check_weight, interpolate, knn_logp
 from fairseq.memory.sources.external import ExternalMemory
 
 _QUERIES_AT_ONCE = 8192
@@ -30,8 +32,8 @@ class KNNWrapper(Attachment):
 
     While it is attached, ``logits`` are log-probabilities: of the mixture where a position counts (its label is not
     -100; without labels, where the attention mask is not 0), of the model alone elsewhere. ``loss`` is the mixture's.
-    Outputs carry no gradient. With ``lmbda`` 0 they are bit-identical to the model's own. ``generate`` works:
-    greedy, sampling, beams.
+    Gradients flow into the language model; the neighbours' probabilities are constants. With ``lmbda`` 0 outputs are
+    bit-identical to the model's own. ``generate`` works: greedy, sampling, beams.
 
     Source: arXiv 1911.00172, eq. 3.
 
@@ -55,7 +57,7 @@ class KNNWrapper(Attachment):
         move_dstore_to_mem: bool = False,
         knn_gpu: bool = True,
         recompute_dists: bool = False,
-        k: int = 1024,
+        k: int | None = None,
         lmbda: float = 0.25,
         knn_temp: float = 1.0,
         probe: int = 32,
@@ -74,7 +76,7 @@ class KNNWrapper(Attachment):
         move_dstore_to_mem: read the store into RAM first.
         knn_gpu: candidates are mixed in on the model's device either way; the search runs where the index is.
         recompute_dists: compute distances from the full keys; the index's are those of its compressed keys.
-        k: neighbours per position.
+        k: neighbours per position; by default 1024, or all rows of a smaller store.
         lmbda: their share of the probability, 0 to 1.
         knn_temp: divides their scores.
         probe: lists of the index that a search probes.
@@ -92,7 +94,11 @@ class KNNWrapper(Attachment):
         for what, value in (("dstore_size", dstore_size), ("dimension", dimension)):
             if value is not None and value < 1:
                 raise ValueError(f"{what} must be at least 1, got {value}; drop it or correct it")
-        check_k(k, k)
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        check_weight(lmbda, "lmbda")
+        if not 0.0 < knn_temp < math.inf:
+            raise ValueError(f"knn_temp {knn_temp} is not positive; 1 leaves the scores as they are")
         self.k, self.lmbda, self.knn_temp, self.knn_gpu = k, lmbda, knn_temp, knn_gpu
         self._mixer = VocabularyMixer(lmbda, knn_temp)
         self._place = dstore_dir, dstore_size, dimension, indexfile
@@ -134,8 +140,13 @@ class KNNWrapper(Attachment):
             raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {dim}; drop it")
         place = with_index(StorePlace.find(folder, model_type(model), rows, dim), indexfile)
         memory = open_memory(place, self._settings)
-        memory.store.require(size=rows)
+        if rows not in (None, len(memory.store)):
+            raise ValueError(
+                f"datastore {memory.store.prefix!r} has {len(memory.store)} rows, dstore_size is {rows}; drop it"
+            )
         check_fits(memory.store, model, tap, self._tokenizer)
+        # A forward that was replaced (trl, a user) may need the labels for a loss of its own.
+        self._makes_own_loss = "forward" in vars(model)
         self._memory = memory
 
     def _end(self, *, failed: bool) -> None:
@@ -147,7 +158,7 @@ class KNNWrapper(Attachment):
     def _changed_call(self, named: dict[str, Any]) -> dict[str, Any]:
         """The call without labels: the model would copy all its logits to compute a loss that is not wanted."""
         labels = named.get("labels")
-        if labels is None:
+        if labels is None or self._makes_own_loss:
             return named
         if self.is_seq2seq and named.get("decoder_input_ids") is None and named.get("decoder_inputs_embeds") is None:
             shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
@@ -157,10 +168,16 @@ class KNNWrapper(Attachment):
         named["labels"] = None
         return named
 
-    def _see(self, call: ForwardCall, key_BTD: Tensor, output: ModelOutput) -> ModelOutput:
-        logits_BLV = output.logits.detach()
-        logits_BLV = logits_BLV if logits_BLV.is_contiguous() else logits_BLV.contiguous()
-        logp_N = self._mix(call, key_BTD, logits_BLV, output)
+    def _see(self, call: ForwardCall, capture: Capture, output: ModelOutput) -> ModelOutput:
+        own_BLV = require_logits(output, type(self).__name__)
+        key_BTD = capture.take(len(own_BLV))
+        needs_grad = torch.is_grad_enabled() and own_BLV.requires_grad
+        with torch.no_grad():
+            logits_BLV = own_BLV.detach().clone() if needs_grad else own_BLV.detach().contiguous()
+            mixed = self._mix(call, key_BTD, logits_BLV, output)
+        logp_N = mixed.target_logp_N
+        if needs_grad:
+            logits_BLV, logp_N = with_gradient(own_BLV, mixed, self.lmbda)
         if logp_N is None:
             output.logits = logits_BLV
             return output
@@ -168,21 +185,28 @@ class KNNWrapper(Attachment):
         loss = -logp_N.sum() / (len(logp_N) if count is None else torch.as_tensor(count, device=logp_N.device))
         return type(output)(**(dict(output) | {"loss": loss, "logits": logits_BLV}))
 
-    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> Tensor | None:
-        """Turn logits into log-probabilities, in place. Returns those of the labels that count, (N,), if there are any.
+    def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> MixedScores:
+        """Turn logits into log-probabilities, in place.
 
         Positions are looked up in groups, so that there are never more than so many candidates.
         """
         scores_RV, key_RD, rows_N, target_R = self._flat(call, key_BTD, logits_BLV)
+        has_memory_R = torch.zeros(len(scores_RV), dtype=torch.bool, device=scores_RV.device)
         logp: list[Tensor] = []
         for part in _split(rows_N, len(scores_RV)):
             whole, some = (scores_RV[part], None) if isinstance(part, slice) else (scores_RV, part)
             target_N = None if target_R is None else target_R[part]
-            mixed = self._mixer.mix_(whole, some, self.memory.lookup(key_RD[part]), target_N)
+            found = self.memory.lookup(key_RD[part])
+            mixed = self._mixer.mix_(whole, some, found, target_N)
+            has_memory_R[part] = found.keep_NM.any(1)
             logp += [] if mixed is None else [mixed]
         if rows_N is not None:
             self._normalize_rest(scores_RV, rows_N)
-        return None if target_R is None else torch.cat(logp)
+        if target_R is None:
+            return MixedScores(logits_BLV, has_memory_R)
+        assert rows_N is not None
+        logp_N = torch.cat(logp) if logp else torch.empty(0, device=scores_RV.device)
+        return MixedScores(logits_BLV, has_memory_R, logp_N, rows_N, target_R[rows_N])
 
     def _flat(
         self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor
@@ -204,7 +228,7 @@ class KNNWrapper(Attachment):
         """The rows of the flat logits that are looked up; None for all."""
         if target_R is not None:
             return (target_R != IGNORED).nonzero()[:, 0]
-        is_text_BT = call.is_text(key_BTD.shape[1])
+        is_text_BT = call.is_text(call.num_positions(num_scores))
         if is_text_BT is None:
             return None
         is_text_BL = call.kept(is_text_BT, num_scores)
@@ -212,8 +236,8 @@ class KNNWrapper(Attachment):
 
 
 def _split(rows_N: Tensor | None, count: int) -> Iterator[Tensor | slice]:
-    """Groups of the rows, or of all."""
+    """Groups of the rows, or of all; none for no rows, which there is nothing to search for."""
     if rows_N is not None:
-        yield from torch.split(rows_N, _QUERIES_AT_ONCE)
+        yield from torch.split(rows_N, _QUERIES_AT_ONCE) if len(rows_N) else ()
     else:
         yield from (slice(start, start + _QUERIES_AT_ONCE) for start in range(0, count, _QUERIES_AT_ONCE))

@@ -30,6 +30,13 @@ class RetomatonState:
 
     rows_BP: Tensor
     """int64 active pointers for the next step, the most promising first, then -1; on the host."""
+    reached_B: Tensor | None = None
+    """int64 pointers that decide whether a search is needed, where these are not all of ``rows_BP`` (``compat``)."""
+
+    @property
+    def num_pointers(self) -> Tensor:
+        """int64 pointers of each sequence that save a search, (B,)."""
+        return (self.rows_BP >= 0).sum(1) if self.reached_B is None else self.reached_B
 
     def __len__(self) -> int:
         return len(self.rows_BP)
@@ -44,15 +51,21 @@ class RetomatonState:
         """The sequences of several states, one after the other."""
         width = max((state.rows_BP.shape[1] for state in states), default=0)
         parts = [torch.nn.functional.pad(s.rows_BP, (0, width - s.rows_BP.shape[1]), value=-1) for s in states]
-        return cls(torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64))
+        rows_BP = torch.cat(parts) if parts else torch.empty(0, 0, dtype=torch.int64)
+        if all(state.reached_B is None for state in states):
+            return cls(rows_BP)
+        return cls(rows_BP, torch.cat([state.num_pointers for state in states]))
 
     def select(self, sequences: Tensor) -> RetomatonState:
         """The states of some sequences, by number or by a boolean each; one may come twice, as a beam search needs."""
-        return RetomatonState(self.rows_BP[sequences.cpu()])
+        there = sequences.cpu()
+        return RetomatonState(self.rows_BP[there], None if self.reached_B is None else self.reached_B[there])
 
     def reset(self, sequences_B: Tensor) -> RetomatonState:
         """The same with some sequences, given by a boolean each, as if they had read nothing."""
-        return RetomatonState(self.rows_BP.masked_fill(sequences_B.cpu()[:, None], -1))
+        there = sequences_B.cpu()
+        reached_B = None if self.reached_B is None else self.reached_B.masked_fill(there, 0)
+        return RetomatonState(self.rows_BP.masked_fill(there[:, None], -1), reached_B)
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,29 @@ class RetomatonStep:
         here, there = sequences.to(self.found.scores_NM.device), sequences.cpu()
         found = Candidates(*(x[here] for x in (self.found.values_NM, self.found.scores_NM, self.found.keep_NM)))
         return RetomatonStep(found, self.rows_BM[there], self.searched_B[there])
+
+    @classmethod
+    def joined(cls, steps: list[RetomatonStep]) -> RetomatonStep:
+        """The sequences of several steps, one after the other."""
+        width = max(step.rows_BM.shape[1] for step in steps)
+
+        def filled(parts: list[Tensor], value: float) -> Tensor:
+            return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value) for x in parts])
+
+        found = Candidates(
+            filled([step.found.values_NM for step in steps], -1),
+            filled([step.found.scores_NM for step in steps], -torch.inf),
+            filled([step.found.keep_NM for step in steps], False),
+        )
+        rows_BM = filled([step.rows_BM for step in steps], -1)
+        return cls(found, rows_BM, torch.cat([step.searched_B for step in steps]))
+
+    @classmethod
+    def empty(cls, num_sequences: int) -> RetomatonStep:
+        """Of sequences without candidates: nothing follows from it."""
+        rows_BM = torch.empty(num_sequences, 0, dtype=torch.int64)
+        found = Candidates(rows_BM, torch.empty(num_sequences, 0), rows_BM >= 0)
+        return cls(found, rows_BM, torch.zeros(num_sequences, dtype=torch.bool))
 
 
 class Retomaton:
@@ -106,8 +142,9 @@ class Retomaton:
         max_knns: limit on active pointers; a larger ``min_knns`` searches at every step.
         no_pointer: follow nothing, which is kNN-LM.
         clusters: clusters of the store's rows; None for none.
-        compat: reproduce the original program: a row counts as often as it is reached, documents do not end, and the
-            caller reads the sequences of a batch as one (docs/retomaton.md).
+        compat: reproduce the original program: a row counts as often as it is reached, documents do not end, the
+            clusters that most pointers lie in are added first and save no search, and the caller reads the sequences
+            of a batch as one (docs/retomaton.md).
         Raises: ValueError when the clusters are not of the store.
         """
         if clusters is not None and clusters.num_rows != len(external.store):
@@ -137,7 +174,7 @@ class Retomaton:
         """
         assert len(query_BD) == len(state), (len(query_BD), len(state))
         host_BD = query_BD.detach().float().cpu().contiguous()
-        searched_B = (state.rows_BP >= 0).sum(1) < self.min_knns
+        searched_B = state.num_pointers < self.min_knns
         neighbors = self._searched(host_BD, searched_B, found)
         scores_BP = self.external.score_rows(host_BD, state.rows_BP)
         rows_BM, scores_BM = _joined(searched_B, neighbors, state.rows_BP, scores_BP, distinct=not self.compat)
@@ -167,8 +204,10 @@ class Retomaton:
         tensors = (step.rows_BM, step.found.values_NM, step.found.scores_NM, token_B)
         rows_BM, values_BM, scores_BM, token = (x.detach().cpu().contiguous().numpy() for x in tensors)
         step_arrays = (rows_BM, values_BM, scores_BM, token)
-        kernels.follow(step_arrays, self._role_R, not self.compat, self._clusters, out_BP, count_B)
-        return RetomatonState(torch.from_numpy(out_BP[:, : count_B.max(initial=0)].copy()))
+        reached_B = np.zeros(count, np.int64)
+        kernels.follow(step_arrays, self._role_R, not self.compat, self._clusters, (out_BP, count_B, reached_B))
+        rows_BP = torch.from_numpy(out_BP[:, : count_B.max(initial=0)].copy())
+        return RetomatonState(rows_BP, torch.from_numpy(reached_B) if self.compat else None)
 
 
 def row_roles(external: ExternalMemory, *, ignore_documents: bool = False) -> Array:

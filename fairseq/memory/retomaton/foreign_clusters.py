@@ -1,6 +1,7 @@
 """Clusters of knn-transformers: pickles, read by an unpickler that makes arrays and containers and nothing else.
 
-Such a file holds, for each cluster, the rows of the datastore in it.
+Such a file holds, for each cluster, the rows of the datastore in it: as a SciPy ``csr_matrix`` with ones at (cluster,
+row), or as arrays. SciPy is not needed: a matrix is read as the three arrays it consists of.
 """
 
 from __future__ import annotations
@@ -30,6 +31,35 @@ def _latin_bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+class _CsrMatrix:
+    """The state of a ``scipy.sparse.csr_matrix``; no code of SciPy runs."""
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError("a csr_matrix without its arrays")
+        self.state: dict[str, Any] = state
+
+    def lists(self) -> list[Array]:
+        """Columns that are not zero, row by row. Raises: ValueError when the arrays do not make a matrix."""
+        state = getattr(self, "state", {})
+        start, column, value = (np.asarray(state.get(name)) for name in ("indptr", "indices", "data"))
+        numeric = all(x.ndim == 1 and np.issubdtype(x.dtype, np.number) for x in (start, column, value))
+        whole = numeric and all(np.issubdtype(x.dtype, np.integer) for x in (start, column))
+        if not whole or len(start) < 2 or len(column) != len(value):
+            raise ValueError("its csr_matrix lacks one of indptr, indices and data, or they are not of one length")
+        if start[0] != 0 or start[-1] != len(column) or bool((np.diff(start) < 0).any()):
+            raise ValueError("indptr of its csr_matrix does not divide indices into rows")
+        parts = zip(start[:-1].tolist(), start[1:].tolist())
+        return [np.sort(column[first:stop][value[first:stop] != 0]) for first, stop in parts]
+
+
+def _reconstruct(kind: type, base: type, state: object) -> _CsrMatrix:
+    """Function by which old pickle protocols make objects; here of one class alone."""
+    if kind is not _CsrMatrix or base is not object or state is not None:
+        raise pickle.UnpicklingError(f"it makes an object of {kind!r}")
+    return _CsrMatrix()
+
+
 def _admitted() -> dict[tuple[str, str], Any]:
     # What arrays say they are made by: releases of numpy have these functions in different places.
     array, number = np.zeros(1), np.int64(0)
@@ -46,7 +76,12 @@ def _admitted() -> dict[tuple[str, str], Any]:
     for builtins in ("builtins", "__builtin__"):
         for kind in (set, frozenset, list, tuple, dict, bytes, bytearray):
             found[builtins, kind.__name__] = kind
+        found[builtins, "object"] = object
     found["_codecs", "encode"] = _latin_bytes
+    for module in ("scipy.sparse.csr", "scipy.sparse._csr"):  # before and since SciPy 1.8
+        found[module, "csr_matrix"] = _CsrMatrix
+    for module in ("copyreg", "copy_reg"):
+        found[module, "_reconstructor"] = _reconstruct
     return found
 
 
@@ -85,6 +120,8 @@ def read_members(path: str | Path, store: Datastore) -> Clusters:
 
 def _lists(held: Any) -> list[Array]:
     """The rows of each cluster, from any of the containers they come in."""
+    if isinstance(held, _CsrMatrix):
+        held = held.lists()
     if isinstance(held, Mapping):
         held = [held[key] for key in sorted(held)]
     if isinstance(held, np.ndarray) and held.ndim == 2 and held.dtype != object:

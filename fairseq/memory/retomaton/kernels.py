@@ -42,32 +42,32 @@ def _is_new(slots_H: Any, number: int) -> bool:
 @compiled()
 def _pointers(
     rows_M: Any, values_M: Any, scores_M: Any, token: int, role_R: Any, distinct: bool, slots_H: Any, out_P: Any
-) -> int:
-    """Write the successors of the candidates that hold the token, those of the nearest first; returns their number."""
+) -> tuple[int, int]:
+    """Write the successors of the candidates that hold the token, those of the nearest first.
+
+    Returns: how many were written, and how many there are: more only where rows may come twice.
+    """
     held = np.flatnonzero((values_M == token) & (rows_M >= 0))
     order = np.argsort(-scores_M[held], kind="mergesort")
-    count = 0
+    count = reached = 0
     for place in held[order]:
         row = rows_M[place] + 1
-        if count == len(out_P):
+        if count == len(out_P) and distinct:
             break
         if row < len(role_R) and role_R[row] == FOLLOWS and (not distinct or _is_new(slots_H, row)):
-            out_P[count] = row
-            count += 1
-    return count
+            reached += 1
+            if count < len(out_P):
+                out_P[count] = row
+                count += 1
+    return count, reached
 
 
 @compiled()
 def _extended(
-    cluster_R: Any, first_C: Any, member_R: Any, role_R: Any, distinct: bool, slots_H: Any, seen_H: Any, out_P: Any,
-    count: int,
-) -> int:  # fmt: skip
-    """Write the other members of the pointers' clusters after the pointers; returns the number of all."""
-    seen_H[:] = -1
-    for i in range(count):
-        cluster = cluster_R[out_P[i]]
-        if not _is_new(seen_H, cluster):
-            continue
+    chosen_U: Any, first_C: Any, member_R: Any, role_R: Any, distinct: bool, slots_H: Any, out_P: Any, count: int
+) -> int:
+    """Write the members of some clusters after the pointers; returns the number of all."""
+    for cluster in chosen_U:
         for j in range(first_C[cluster], first_C[cluster + 1]):
             if count == len(out_P):
                 return count
@@ -79,25 +79,63 @@ def _extended(
 
 
 @compiled()
-def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, out_BP: Any, count_B: Any) -> None:
+def _nearest_first(cluster_R: Any, rows_P: Any, seen_H: Any) -> Any:
+    """Clusters of the pointers, each once, in the order of the pointers."""
+    seen_H[:] = -1
+    out_P = np.empty(len(rows_P), np.int64)
+    count = 0
+    for row in rows_P:
+        cluster = cluster_R[row]
+        if cluster >= 0 and _is_new(seen_H, cluster):
+            out_P[count] = cluster
+            count += 1
+    return out_P[:count]
+
+
+@compiled()
+def _most_pointers_first(cluster_R: Any, rows_P: Any) -> Any:
+    """Clusters of the pointers, each once, those that most pointers lie in first; of equal ones the lower number."""
+    sorted_P = np.sort(cluster_R[rows_P])
+    cluster_U, num_U = np.empty(len(rows_P), np.int64), np.zeros(len(rows_P), np.int64)
+    count = 0
+    for cluster in sorted_P:
+        if cluster < 0:
+            continue
+        if count == 0 or cluster_U[count - 1] != cluster:
+            cluster_U[count] = cluster
+            count += 1
+        num_U[count - 1] += 1
+    return cluster_U[:count][np.argsort(-num_U[:count], kind="mergesort")]
+
+
+@compiled()
+def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, followed: Any) -> None:
     """Pointers of each sequence after its token: successors of the candidates that hold it, and their clusters.
 
     Args:
         step: (rows_BM, values_BM, scores_BM, token_B): the candidates, of which a row of -1 is none, and the tokens.
         role_R: what each row is to a pointer, see above.
-        distinct: no row comes twice.
+        distinct: no row comes twice, and clusters are added in the order of the pointers. Otherwise those that most
+            pointers lie in come first, which is the original program's order.
         clusters: (cluster_R, first_C, member_R) as ``Clusters`` has them; empty arrays for none.
-        out_BP, count_B: rows, and how many, at most P.
+        followed: (out_BP, count_B, reached_B): rows, how many, at most P, and how many of them successors alone are.
     """
+    out_BP, count_B, reached_B = followed
     rows_BM, values_BM, scores_BM, token_B = step
     cluster_R, first_C, member_R = clusters
     slots_H, seen_H = _slots(out_BP.shape[1]), _slots(out_BP.shape[1])
     for b in range(len(rows_BM)):
         slots_H[:] = -1
         out_P = out_BP[b]
-        count = _pointers(rows_BM[b], values_BM[b], scores_BM[b], token_B[b], role_R, distinct, slots_H, out_P)
-        if len(member_R):
-            count = _extended(cluster_R, first_C, member_R, role_R, distinct, slots_H, seen_H, out_P, count)
+        count, reached_B[b] = _pointers(
+            rows_BM[b], values_BM[b], scores_BM[b], token_B[b], role_R, distinct, slots_H, out_P
+        )
+        if len(member_R) and count < len(out_P):
+            rows_P = out_P[:count]
+            chosen_U = (
+                _nearest_first(cluster_R, rows_P, seen_H) if distinct else _most_pointers_first(cluster_R, rows_P)
+            )
+            count = _extended(chosen_U, first_C, member_R, role_R, distinct, slots_H, out_P, count)
         count_B[b] = count
         out_P[count:] = -1
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.combiners.base import Combiner
-from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState
+from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState, RetomatonStep
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.retomaton.foreign_clusters import open_clusters
 from fairseq.memory.sources.external import ExternalMemory
@@ -25,6 +25,7 @@ _MAX_SEQUENCES = 512  # that are read side by side: what a step holds is bounded
 _AHEAD_BYTES = 1 << 30  # of neighbours that were searched before their turn
 
 Use = Callable[[Tensor, Candidates], None]
+Keep = Callable[[Tensor, RetomatonStep], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def read_text(
     state: RetomatonState | None = None,
     *,
     ahead: bool = False,
+    keep: Keep | None = None,
 ) -> ReadText:
     """Look up every position of some sequences; a position sees what comes after it in no way.
 
@@ -58,6 +60,7 @@ def read_text(
         state: what the sequences have read before; by default nothing.
         ahead: search all positions before the first step, which costs less where an index answers many queries at once
             much faster than a few. Which searches the automaton needed is counted all the same.
+        keep: is called with the same positions and their steps, from which a reader may follow another token later.
     """
     state = memory.start(len(lengths_B)) if state is None else state
     starts_B = lengths_B.cumsum(0) - lengths_B
@@ -66,7 +69,7 @@ def read_text(
         # The longest first: those that continue at a step are then the first ones.
         group = group[lengths_B[group].argsort(descending=True, stable=True)]
         places = _Places(query_ND, token_N, starts_B[group], lengths_B[group])
-        done = _read_group(memory, places, use, state.select(group), ahead=ahead)
+        done = _read_group(memory, places, use, state.select(group), ahead=ahead, keep=keep)
         back = group - group.min()
         states.append(done.state.select(back.argsort()))
         num_searched += done.num_searched
@@ -103,7 +106,9 @@ class _Places:
         return memory.external.neighbors(self.query_ND[place_M.to(self.query_ND.device)]), at_N
 
 
-def _read_group(memory: Retomaton, places: _Places, use: Use, state: RetomatonState, *, ahead: bool) -> ReadText:
+def _read_group(
+    memory: Retomaton, places: _Places, use: Use, state: RetomatonState, *, ahead: bool, keep: Keep | None
+) -> ReadText:
     neighbors, at_N = places.neighbors(memory) if ahead and len(state) else (None, None)
     ended: list[RetomatonState] = []
     num_searched = 0
@@ -118,6 +123,8 @@ def _read_group(memory: Retomaton, places: _Places, use: Use, state: RetomatonSt
             found = Neighbors(neighbors.ids_NK[at_N[place_B]], neighbors.scores_NK[at_N[place_B]])
         step = memory.lookup(places.query_ND[place_B.to(places.query_ND.device)], state, found)
         use(place_B, step.found)
+        if keep is not None:
+            keep(place_B, step)
         num_searched += int(step.searched_B.sum())
         state = memory.follow(step, places.token_N[place_B.to(places.token_N.device)])
     return ReadText(RetomatonState.joined([state, *ended[::-1]]), num_searched)

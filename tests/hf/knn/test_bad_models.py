@@ -11,6 +11,7 @@ from tiny_models import inputs, make, tokens, transformers
 from fairseq.hf.knn.retomaton import RetomatonWrapper
 from fairseq.hf.knn.saver import KNNSaver
 from fairseq.hf.knn.wrapper import KNNWrapper
+from fairseq.memory.datastore.datastore import Datastore
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -84,12 +85,31 @@ def test_another_key_type_or_width(model, folder):
 def test_missing_labels_while_saving(model, tmp_path):
     names = set(vars(model))
     saver = KNNSaver(dstore_dir=tmp_path)
-    saver.break_into(model)
-    with pytest.raises(ValueError, match="saving needs labels"):
-        model(input_ids=tokens(1, 4))
+    with saver(model):
+        with pytest.raises(ValueError, match="saving needs labels"):
+            model(input_ids=tokens(1, 4))
+        model(**inputs(model, batch=1, length=4))  # it is still attached
+    assert saver.rows_done == 0
+    assert len(Datastore.open(saver.prefix)) == 3
     assert not any(a or b for a, b in hooks(model))
     assert set(vars(model)) == names
-    model(input_ids=tokens(1, 4))  # a plain model again
+
+
+def test_a_call_whose_keys_are_rejected_leaves_no_trace_in_the_store(model, tmp_path):
+    saver = KNNSaver(dstore_dir=tmp_path)
+    with saver(model):
+        model(**inputs(model, batch=2, length=5))
+        block = model.transformer.h[-1].ln_2
+        weight = block.weight.data.clone()
+        block.weight.data.fill_(float("inf"))
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            model(**inputs(model, batch=2, length=5, seed=1))
+        block.weight.data.copy_(weight)
+        model(**inputs(model, batch=2, length=5, seed=2))
+    store = Datastore.open(saver.prefix)
+    expected = [inputs(model, batch=2, length=5, seed=seed)["labels"][:, 1:].reshape(-1) for seed in (0, 2)]
+    assert store.values.take(torch.arange(16)).tolist() == torch.cat(expected).tolist()
+    assert store.documents.runs_R3[:, 0].tolist() == [0, 4, 8, 12]
 
 
 def test_a_wrapper_is_in_one_model_once(model, folder):
@@ -158,6 +178,22 @@ def test_a_failing_call_leaves_the_wrapper_in_place(model, folder):
             model(input_ids=torch.tensor([[10**6]]))
         assert model(**inputs(model)).loss.isfinite()
     assert not any(a or b for a, b in hooks(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "^code_size=64 does not divide the width 16; give 16"),
+        ({"code_size": 4, "ncentroids": 99}, "^ncentroids=99 is more than the datastore's 44 rows; give about 1"),
+        ({"code_size": 4, "ncentroids": 1}, "44 rows, compression learns from at least 256; build none: without an"),
+    ],
+)
+def test_an_index_that_cannot_be_built_names_python_arguments(model, tmp_path, settings, message):
+    saver = KNNSaver(dstore_dir=tmp_path)
+    with saver(model):
+        model(**inputs(model, batch=4, length=12))
+    with pytest.raises(ValueError, match=message):
+        saver.build_index(**settings)
 
 
 def test_messages_name_what_to_do(model, tmp_path):

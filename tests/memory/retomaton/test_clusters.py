@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -319,3 +321,66 @@ def test_files_of_knn_transformers_are_found_by_their_names(tmp_path: Path) -> N
     (tmp_path / "members_gpt2_10_4_10_5.pkl").touch()
     with pytest.raises(ValueError, match="several files of clusters"):
         OriginalFiles.find(tmp_path, "gpt2")
+
+
+def csr_pickle(members: list[np.ndarray], num_rows: int, module: str, protocol: int, **changes: object) -> bytes:
+    """What pickling a SciPy csr_matrix of ones at (cluster, row) gives, by a stand-in of that name."""
+    kind = type("csr_matrix", (), {"__module__": module})
+    parts = [types.ModuleType(name) for name in ("scipy", "scipy.sparse", module)]
+    with pytest.MonkeyPatch.context() as patched:
+        for part in parts:
+            patched.setitem(sys.modules, part.__name__, part)
+        parts[-1].csr_matrix = kind  # type: ignore[attr-defined]
+        matrix = kind()
+        sizes = [len(rows) for rows in members]
+        matrix.__dict__ |= {
+            "_shape": (len(members), num_rows),
+            "maxprint": 50,
+            "indices": np.concatenate(members).astype(np.int32),
+            "indptr": np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32),
+            "data": np.ones(sum(sizes), np.int64),
+        } | changes
+        return pickle.dumps(matrix, protocol)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("module", ["scipy.sparse.csr", "scipy.sparse._csr"])
+def test_a_pickled_csr_matrix_is_read_without_scipy(tmp_path: Path, module: str, protocol: int) -> None:
+    path = tmp_path / "members_gpt2_10_4_10_3.pkl"
+    path.write_bytes(csr_pickle(MEMBERS, 10, module, protocol))
+    assert members(open_clusters(path, a_store())) == [rows.tolist() for rows in MEMBERS]
+    shuffled = csr_pickle([rows[::-1] for rows in MEMBERS], 10, module, protocol, data=np.array([1, 0, 1, 1, 1]))
+    path.write_bytes(shuffled)
+    assert members(open_clusters(path, a_store())) == [[3, 9], [], [0, 7]]  # an explicit zero is no member
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indptr": np.array([0, 9, 3, 5])}, "indptr of its csr_matrix does not divide"),
+        ({"indptr": np.array([0, 3])}, "indptr of its csr_matrix does not divide"),
+        ({"data": np.ones(4)}, "lacks one of indptr, indices and data"),
+        ({"indices": np.array([0.5] * 5)}, "lacks one of indptr, indices and data"),
+        ({"indices": np.array([3, 4, 99, 0, 7])}, "row 99 of a datastore of 10"),
+    ],
+)
+def test_a_damaged_csr_matrix_is_rejected(tmp_path: Path, changes: dict[str, np.ndarray], message: str) -> None:
+    path = tmp_path / "members.pkl"
+    path.write_bytes(csr_pickle(MEMBERS, 10, "scipy.sparse._csr", 4, **changes))
+    with pytest.raises(ValueError, match=message):
+        read_members(path, a_store())
+
+
+@pytest.mark.parametrize("name", ["csc_matrix", "csr_array", "save_npz"])
+def test_no_other_class_of_scipy_is_admitted(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "members.pkl"
+    path.write_bytes(f"cscipy.sparse._csr\n{name}\n(tR.".encode())
+    with pytest.raises(ValueError, match=rf"it names scipy\.sparse\._csr\.{name}"):
+        read_members(path, a_store())
+
+
+def test_the_reconstructor_of_old_pickles_makes_nothing_but_a_matrix(tmp_path: Path) -> None:
+    path = tmp_path / "members.pkl"
+    path.write_bytes(b"ccopy_reg\n_reconstructor\n(cbuiltins\ndict\ncbuiltins\nobject\nNtR.")
+    with pytest.raises(ValueError, match="it makes an object of <class 'dict'>"):
+        read_members(path, a_store())

@@ -123,7 +123,7 @@ def test_it_is_the_automaton(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_compat_counts_a_row_as_often_as_it_is_reached_and_knows_no_documents(seed: int) -> None:
-    automaton = drawn(seed, compat=True, deleted=set(), min_knns=3, max_knns=50)
+    automaton = drawn(seed, compat=True, deleted=set(), clusters=[], min_knns=3, max_knns=50)
     memory, text = a_memory(automaton), a_text(seed, [25])
     same_as_reference(automaton, memory, text)
 
