@@ -15,6 +15,8 @@ from fairseq_cli.entry import run
 
 logger = logging.getLogger(__name__)
 
+NUM_SPECIAL = 4  # <s>, <pad>, </s> and <unk>, which dict.txt does not list
+
 IGNORED: dict[str, tuple[int, str]] = ignored_flags.PREPROCESS | {
     "--no-progress-bar": (0, "there is no bar"),
     "--log-interval": (1, "each file is reported once"),
@@ -53,9 +55,9 @@ class PreprocessConfig:
     thresholdtgt: int = flag("--thresholdtgt", default=0)
     """Target symbols that occur less often become <unk>."""
     nwordssrc: int = flag("--nwordssrc", default=-1)
-    """Number of source symbols to keep, the special ones not counted; -1 for all."""
+    """Size of the source dictionary before padding, the four special symbols included; -1 for no limit."""
     nwordstgt: int = flag("--nwordstgt", default=-1)
-    """Number of target symbols to keep, the special ones not counted; -1 for all."""
+    """Size of the target dictionary before padding, the four special symbols included; -1 for no limit."""
     joined_dictionary: bool = flag("--joined-dictionary", default=False)
     """Source and target share a dictionary."""
     padding_factor: int = flag("--padding-factor", default=8)
@@ -68,6 +70,12 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         require_at_least(1, workers=self.workers)
         require_at_least(1, hint="1 is no padding", padding_factor=self.padding_factor)
+        for name, nwords in (("--nwordssrc", self.nwordssrc), ("--nwordstgt", self.nwordstgt)):
+            if 0 < nwords <= NUM_SPECIAL:
+                raise ValueError(
+                    f"{name} {nwords} counts the {NUM_SPECIAL} special symbols and so keeps no word; give at least "
+                    f"{NUM_SPECIAL + 1}, or -1 for no limit"
+                )
         if not self.only_source:
             if not (self.source_lang and self.target_lang):
                 raise ValueError("give --source-lang and --target-lang, or --only-source for the text of one language")
@@ -131,6 +139,13 @@ def main(argv: Sequence[str]) -> None:
                 format(100 * report.num_replaced / max(1, report.num_tokens), ".3"),
                 dictionary[dictionary.unk()],
             )
+            if report.num_padding:
+                logger.warning(
+                    "%s holds %s %d times, the padding symbol, which models read as zeros; spell it another way if it is a word",
+                    path,
+                    dictionary[dictionary.pad()],
+                    report.num_padding,
+                )
     logger.info("Wrote preprocessed data to %s", config.destdir)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
 from fairseq.config import flag, float_list, int_list, require_at_least
+
+logger = logging.getLogger(__name__)
+
+NEVER_STOPS = "training would never stop; give --max-update, --max-epoch, --stop-min-lr or --stop-time-hours"
 
 
 def _pair(name: str, value: tuple[float, ...]) -> None:
@@ -207,16 +212,39 @@ class OptimizationConfig:
     """Batches per update and process; a list gives one number per epoch, the last one applies from then on."""
     lr: tuple[float, ...] = flag("--lr", "--learning-rate", default=(0.25,), parse=float_list)
     """Learning rate; a list gives one per epoch, see the schedule."""
-    min_lr: float = flag("--min-lr", "--stop-min-lr", default=-1.0)
-    """Stop training once the learning rate is this small."""
+    stop_min_lr: float = flag("--stop-min-lr", default=-1.0)
+    """Stop training once the learning rate is this small; -1 for never."""
+    min_lr: float | None = flag("--min-lr", default=None)
+    """Lowest rate of the cosine schedule (without --max-lr), as in fairseq 0.12; with any other schedule, as in
+    fairseq 0.9, the same as --stop-min-lr."""
 
     def __post_init__(self) -> None:
         if min(self.update_freq) < 1:
             raise ValueError(f"--update-freq must be at least 1, got {','.join(map(str, self.update_freq))}")
-        if self.max_epoch <= 0 and self.max_update <= 0 and self.stop_time_hours <= 0 and self.min_lr < 0:
-            raise ValueError("training would never stop; give --max-update, --max-epoch or --stop-time-hours")
+        if self.max_epoch <= 0 and self.max_update <= 0 and self.stop_time_hours <= 0 and self._no_lowest:
+            raise ValueError(NEVER_STOPS)
         if not all(0 <= rate < math.inf for rate in self.lr):
             raise ValueError(f"--lr must be finite and at least 0, got {','.join(map(str, self.lr))}")
+
+    @property
+    def _no_lowest(self) -> bool:
+        return self.stop_min_lr < 0 and (self.min_lr is None or self.min_lr < 0)
+
+    def stop_lr(self, *, has_floor: bool) -> float:
+        """The rate at which training stops; -1 for none. fairseq 0.9 and 0.12 mean different things by ``--min-lr``.
+
+        Args:
+            has_floor: the schedule takes ``--min-lr`` as its lowest rate, so that it does not stop training.
+        Raises: ValueError when nothing else would stop it.
+        """
+        if not has_floor and self.min_lr is not None:
+            if self.stop_min_lr < 0:
+                logger.info("--min-lr %g stops training at that rate, as in fairseq 0.9", self.min_lr)
+                return self.min_lr
+            logger.warning("--min-lr %g is ignored: this schedule has no lowest rate of its own", self.min_lr)
+        if self.stop_min_lr < 0 and self.max_epoch <= 0 and self.max_update <= 0 and self.stop_time_hours <= 0:
+            raise ValueError(NEVER_STOPS)
+        return self.stop_min_lr
 
     def update_freq_in(self, epoch: int) -> int:
         """Batches per update in an epoch (counted from 1)."""

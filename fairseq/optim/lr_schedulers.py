@@ -48,8 +48,13 @@ class LRSchedule:
         return self.lr_at(self.num_updates, self.num_epochs)
 
     @property
+    def has_floor(self) -> bool:
+        """True if ``--min-lr`` is the schedule's lowest rate (fairseq 0.12), not where training stops (0.9)."""
+        return False
+
+    @property
     def is_warming_up(self) -> bool:
-        """True while the rate is warming up; ``--min-lr`` ends no run before that is over."""
+        """True while the rate is warming up; ``--stop-min-lr`` ends no run before that is over."""
         return bool(self.num_updates < getattr(self.config, "warmup_updates", 0))
 
     def step_update(self, num_updates: int) -> float:
@@ -125,6 +130,11 @@ class CosineSchedule(LRSchedule):
                 f"the cosine schedule has no period: give --lr-period-updates, or a --max-update ({max_update}) "
                 f"larger than --warmup-updates ({config.warmup_updates})"
             )
+
+    @property
+    def has_floor(self) -> bool:
+        """True without ``--max-lr``, which fairseq 0.9 requires and 0.12 does not have."""
+        return self.config.max_lr is None
 
     def lr_at(self, num_updates: int, num_epochs: int) -> float:
         """See the class."""

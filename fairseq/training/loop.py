@@ -66,6 +66,7 @@ class TrainingLoop:
             self.optimization,
             self.runtime.seed,
         )
+        self.stop_lr = self.optimization.stop_lr(has_floor=self.trainer.schedule.has_floor)
         self.meters = TrainMeters()
         self.progress = Progress(configs.common, enabled=self.fabric.is_global_zero)
         copy_log_to_file(configs.common)
@@ -92,8 +93,9 @@ class TrainingLoop:
 
     def _schedule(self) -> LRSchedule:
         limits = self.optimization
+        lowest = -1.0 if limits.min_lr is None else limits.min_lr
         return build_lr_scheduler(
-            self.configs.chosen["lr_scheduler"], self.configs.options, limits.lr, limits.max_update, limits.min_lr
+            self.configs.chosen["lr_scheduler"], self.configs.options, limits.lr, limits.max_update, lowest
         )
 
     def _train_iterator(self, epoch: int) -> EpochBatchIterator:
@@ -318,7 +320,7 @@ class TrainingLoop:
             return True
         if limits.stop_time_hours > 0 and self.fabric.broadcast(limits.stop_time_hours * 3600 < self._seconds()):
             return True
-        return self.trainer.lr <= limits.min_lr and not self.trainer.schedule.is_warming_up
+        return self.trainer.lr <= self.stop_lr and not self.trainer.schedule.is_warming_up
 
     def _seconds(self) -> float:
         return self.seconds + time.perf_counter() - self.started

@@ -8,6 +8,7 @@ from hypothesis import given as draw
 from hypothesis import strategies as st
 
 from fairseq.optim import LR_SCHEDULERS
+from fairseq.optim.configs import OptimizationConfig
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 
 TRIME = {"max_lr": 1.0, "warmup_init_lr": 1e-7, "t_mult": 2.0, "lr_period_updates": 270_000.0, "lr_shrink": 0.75}
@@ -188,3 +189,25 @@ def test_a_stored_state_goes_on_as_if_never_interrupted(name):
 def test_mistakes_are_told(name, given, lrs, said):
     with pytest.raises(ValueError, match=said):
         build_lr_scheduler(name, given, lrs)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "limits", "stops"),
+    [
+        ("cosine", {"max_lr": 1.0}, {"min_lr": 1e-9}, 1e-9),  # fairseq 0.9, where --max-lr is required
+        ("cosine", {}, {"min_lr": 1e-4}, -1.0),  # fairseq 0.12, where it does not exist
+        ("cosine", {}, {"min_lr": 1e-4, "stop_min_lr": 1e-9}, 1e-9),
+        ("inverse_sqrt", {}, {"min_lr": 1e-9}, 1e-9),
+        ("inverse_sqrt", {}, {"min_lr": 1e-5, "stop_min_lr": 1e-9}, 1e-9),
+        ("fixed", {}, {"stop_min_lr": 1e-3}, 1e-3),
+    ],
+)
+def test_min_lr_stops_training_where_fairseq_0_9_says_so_and_is_a_floor_in_0_12(name, schedule, limits, stops):
+    config = OptimizationConfig(max_update=100, lr=(0.5,), **limits)
+    made = build_lr_scheduler(name, schedule, (0.5,), max_update=100, min_lr=limits.get("min_lr", -1.0))
+    assert config.stop_lr(has_floor=made.has_floor) == stops
+
+
+def test_a_floor_ends_no_training():
+    with pytest.raises(ValueError, match="never stop"):
+        OptimizationConfig(lr=(0.5,), min_lr=1e-4).stop_lr(has_floor=True)
