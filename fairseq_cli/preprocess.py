@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
             )
             if report.num_padding:
                 logger.warning(
-                    "%s holds %s %d times, the padding symbol, which models read as zeros; spell it another way if it is a word",
+                    "%s holds %s %d times: it is the padding symbol, read as zeros; spell it otherwise if it is a word",
                     path,
                     dictionary[dictionary.pad()],
                     report.num_padding,
