@@ -154,7 +154,8 @@ def _from_old_numbers(stored: IntArray, path: str) -> IntArray:
     if len(stored) and int(stored.min()) < 1:
         raise ValueError(f"{path} holds the number 0, but its layout counts from 1; run preprocess.py again")
     logger.info("%s has the layout before mmap and is read whole; preprocess.py writes one that is mapped", path)
-    return stored - stored.dtype.type(1)
+    tokens: IntArray = stored - stored.dtype.type(1)
+    return tokens
 
 
 def _map_tokens(path: str, dtype: np.dtype[Any], count: int) -> IntArray:

@@ -17,7 +17,13 @@ from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.trime_batching import ranks_together, training_order
 from fairseq.metrics.training import TrainMeters, valid_figures
-from fairseq.models.config import TransformerLMConfig, require_same_architecture
+from fairseq.models.architectures import build_model_config
+from fairseq.models.config import (
+    TransformerLMConfig,
+    architecture_of,
+    model_config_from,
+    require_same_architecture,
+)
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
 from fairseq.runtime.distributed import make_fabric
@@ -51,8 +57,10 @@ class TrainingLoop:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.task: LanguageModelingTask = TASKS[configs.chosen["task"]].load()(configs.task)
         torch.manual_seed(self.runtime.seed)
-        self.model = self._model()
         self.checkpoint_manager = CheckpointManager(self.checkpoints)
+        self.restore_path = self.checkpoint_manager.restore_path()
+        self.restored = load_checkpoint(self.restore_path) if self.restore_path else None
+        self.model = self._model()
         self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model)
         find_unused = self.model.may_skip_parameters or configs.distributed.find_unused_parameters
@@ -83,7 +91,24 @@ class TrainingLoop:
             own = {field.name for field in fields(TransformerLMConfig)}
             asked = {name: value for name, value in given.items() if name in own}
             return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked)
-        return self.task.build_model(chosen["arch"], given)
+        return self.task.build_model(chosen["arch"], self._foreign_architecture() | dict(given))
+
+    def _foreign_architecture(self) -> dict[str, Any]:
+        """Architecture of a checkpoint of fairseq that the run starts with, as far as no other one is asked for.
+
+        ``--arch transformer_lm`` stands for other settings in fairseq 0.12 (post-norm) than in 0.9.
+        """
+        found, options = self.restored, self.configs.options
+        saved_arch = found.config["chosen"].get("arch") if found is not None else None
+        if found is None or not found.written_by or ("arch" in options and saved_arch != options["arch"]):
+            return {}
+        saved = architecture_of(model_config_from(found.config["model"]))
+        asked = architecture_of(build_model_config(self.configs.chosen["arch"], options))
+        taken = {name: value for name, value in saved.items() if name not in options and value != asked[name]}
+        if taken:
+            listed = ", ".join(f"{name} {value}" for name, value in taken.items())
+            logger.info("taken from %s (%s): %s", self.restore_path, found.written_by, listed)
+        return taken
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -273,10 +298,10 @@ class TrainingLoop:
 
     def _restore(self) -> None:
         """Take up the run in --save-dir, if there is one. Raises: ValueError when it is another model's."""
-        path = self.checkpoint_manager.restore_path()
-        if path is None:
+        path, found = self.restore_path, self.restored
+        if path is None or found is None:
             return
-        found = load_checkpoint(path)
+        self.restored = None  # its weights are needed only once
         loaded = load_model_for(self.task.dictionary, found, path)
         require_same_architecture(path, loaded.config, self.model.config)
         try:
