@@ -24,7 +24,7 @@ from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
-from fairseq.optim.configs import OptimizationConfig
+from fairseq.optim.configs import EmaConfig, OptimizationConfig
 from fairseq.registry import Entry, lookup
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.runtime.manifest import Command
@@ -97,6 +97,7 @@ _TRAINING = (
     ValidationConfig,
     DistributedConfig,
     OptimizationConfig,
+    EmaConfig,
     CheckpointConfig,
 )
 
@@ -157,6 +158,7 @@ def training_configs(settings: Settings) -> TrainingConfigs:
         distributed=settings.config(DistributedConfig),
         optimization=settings.config(OptimizationConfig),
         checkpoints=settings.config(CheckpointConfig),
+        ema=settings.config(EmaConfig),
     )
     source = configs.checkpoints.finetune_from_model
     if source is None:

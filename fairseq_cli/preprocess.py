@@ -23,8 +23,6 @@ IGNORED: dict[str, tuple[int, str]] = ignored_flags.PREPROCESS | {
     "--log-format": (1, "each file is reported once"),
     "--tensorboard-logdir": (1, "there is nothing to plot"),
     "--user-dir": (1, "no plug-in takes part in preprocessing"),
-    "--alignfile": (1, "word alignments are not written"),
-    "--align-suffix": (1, "word alignments are not written"),
 }
 
 
@@ -64,11 +62,20 @@ class PreprocessConfig:
     """A dictionary's size is padded to a multiple of this."""
     dataset_impl: str = flag("--dataset-impl", default="mmap", choices=("mmap", "cached", "lazy", "raw"))
     """File format; the older ones are written as mmap."""
+    dict_only: bool = flag("--dict-only", default=False)
+    """Write the dictionaries and no data."""
+    alignfile: str | None = flag("--alignfile", default=None)
+    """Rejected: word alignments are not read."""
+    align_suffix: str | None = flag("--align-suffix", default=None)
+    """Rejected: word alignments are not read."""
     workers: int = flag("--workers", default=1)
     """Processes that share the work; the result does not depend on it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, workers=self.workers)
+        for name, value in (("--align-suffix", self.align_suffix), ("--alignfile", self.alignfile)):
+            if value is not None:
+                raise ValueError(f"{name} {value} is not offered: word alignments are not binarised; leave it out")
         require_at_least(1, hint="1 is no padding", padding_factor=self.padding_factor)
         for name, nwords in (("--nwordssrc", self.nwordssrc), ("--nwordstgt", self.nwordstgt)):
             if 0 < nwords <= NUM_SPECIAL:
@@ -128,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
         _save_dictionary(dictionary, config.dictionary_path(lang))
     for lang, dictionary in dictionaries.items():
         logger.info("[%s] Dictionary: %d types", lang, len(dictionary))
-        for path, name in config.texts(lang):
+        for path, name in () if config.dict_only else config.texts(lang):
             report = binarize(path, dictionary, os.path.join(config.destdir, name), config.workers)
             logger.info(
                 "[%s] %s: %d sents, %d tokens, %s%% replaced by %s",

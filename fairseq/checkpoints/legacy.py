@@ -189,7 +189,10 @@ def from_fairseq(content: Any, path: str) -> dict[str, Any]:
     if config["chosen"]["task"] == "language_modeling":
         config["model"] = _language_model_settings(config, weights, path)
     history = plain(content.get("optimizer_history")) or [{}]
-    progress = {"num_updates": history[-1].get("num_updates") or 0}
+    progress: dict[str, Any] = {"num_updates": history[-1].get("num_updates") or 0}
+    extra = content.get("extra_state")
+    if isinstance(extra, Mapping) and isinstance(extra.get("ema"), Mapping):  # --store-ema
+        progress["ema"] = unwrap_names(extra["ema"], path)
     return {"config": config, "model": dict(weights), "progress": progress}
 
 

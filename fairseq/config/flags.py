@@ -235,6 +235,8 @@ class FlagParser(argparse.ArgumentParser):
         settings["type"] = field.metadata.get("parse") or _value_parser(annotation)
         if field.metadata.get("const") is not None:
             settings |= {"nargs": "?", "const": field.metadata["const"]}
+        if annotation == tuple[str, ...]:
+            settings |= {"type": str, "nargs": "+"}
         if "choices" not in settings:
             settings["metavar"] = field.name.upper()
         group.add_argument(*names, dest=field.name, **settings)

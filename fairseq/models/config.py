@@ -76,6 +76,8 @@ class TransformerLMConfig:
     """Do not multiply the embedding by the square root of its width."""
     max_target_positions: int = flag("--max-target-positions", default=1024)
     """Longest input the model is made for; learned positions end there."""
+    checkpoint_activations: bool = flag("--checkpoint-activations", default=False)
+    """Compute each layer again for its gradients instead of keeping what it computed: less memory, more time."""
     knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
     """Inner state that is the memory key; separated_head is a linear map of last_ffn_input that is learned with it."""
 
@@ -180,7 +182,7 @@ def model_config_from(values: Mapping[str, Any]) -> TransformerLMConfig:
 
 
 # Settings that a resumed run may change: regularisation, and what else leaves the computation of an input alone.
-_MAY_CHANGE = ("drop", "max_target_positions", "decoder_layers_to_keep", "knn_keytype")
+_MAY_CHANGE = ("drop", "max_target_positions", "decoder_layers_to_keep", "knn_keytype", "checkpoint_activations")
 
 
 def architecture_of(config: TransformerLMConfig) -> dict[str, Any]:

@@ -328,6 +328,26 @@ class ManualConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Options of the moving average of the weights."""
+
+    store_ema: bool = flag("--store-ema", default=False)
+    """Keep an exponential moving average of the weights in each checkpoint; average_checkpoints.py --ema reads it."""
+    ema_decay: float = flag("--ema-decay", default=0.9999)
+    """Share of the average that is kept at each update."""
+    ema_start_update: int = flag("--ema-start-update", default=0)
+    """Update at which averaging begins; the weights are copied before."""
+    ema_update_freq: int = flag("--ema-update-freq", default=1)
+    """Average after every so many updates."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"--ema-decay must lie in [0, 1], got {self.ema_decay}")
+        require_at_least(0, ema_start_update=self.ema_start_update)
+        require_at_least(1, ema_update_freq=self.ema_update_freq)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
     """Options of optimisation: limits, learning rates, clipping and accumulation."""
 
@@ -341,6 +361,8 @@ class OptimizationConfig:
     """Scale gradients down to this norm; 0 leaves them alone."""
     update_freq: tuple[int, ...] = flag("--update-freq", default=(1,), parse=int_list)
     """Batches per update and process; a list gives one number per epoch, the last one applies from then on."""
+    skip_remainder_batch: bool = flag("--skip-remainder-batch", default=False)
+    """Drop the batches at the end of an epoch that are fewer than --update-freq."""
     lr: tuple[float, ...] = flag("--lr", "--learning-rate", default=(0.25,), parse=float_list)
     """Learning rate; a list gives one per epoch, see the schedule."""
     stop_min_lr: float = flag("--stop-min-lr", default=-1.0)

@@ -274,7 +274,7 @@ class TriStageSchedule(LRSchedule):
         if done < 0:
             return self.high
         share = done / self.decay if done <= self.decay and self.decay else 1.0
-        return self.high * self.config.final_lr_scale**share
+        return float(self.high * self.config.final_lr_scale**share)
 
 
 class TriangularSchedule(LRSchedule):
@@ -317,5 +317,5 @@ class ManualSchedule(LRSchedule):
         for table, number in ((self.by_update, num_updates), (self.by_epoch, num_epochs + 1)):
             reached = [key for key in table if key <= number]
             if reached:
-                return table[max(reached)]
+                return float(table[max(reached)])
         return self.first

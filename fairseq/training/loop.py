@@ -24,6 +24,7 @@ from fairseq.models.config import (
     model_config_from,
     require_same_architecture,
 )
+from fairseq.optim.ema import WeightAverage
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
 from fairseq.runtime.distributed import make_fabric
@@ -74,6 +75,7 @@ class TrainingLoop:
             self.optimization,
             self.runtime.seed,
         )
+        self.average = WeightAverage(configs.ema, self.model) if configs.ema.store_ema else None
         self.stop_lr = self.optimization.stop_lr(has_floor=self.trainer.schedule.has_floor)
         self.meters = TrainMeters()
         self.progress = Progress(configs.common, enabled=self.fabric.is_global_zero)
@@ -149,9 +151,10 @@ class TrainingLoop:
     def _valid_iterators(self) -> dict[str, EpochBatchIterator]:
         if self.validation.disable_validation:
             return {}
+        self._warn_of_unused_subsets()
         found = {}
         for subset in self.validation.valid_subset.split(","):
-            dataset = self.task.blocks(subset)
+            dataset = self.task.blocks(subset, combine=self.validation.combine_valid_subsets)
             batches = self.task.training_batches(
                 dataset,
                 max_tokens=self.validation.max_tokens_valid or self.data.max_tokens,
@@ -166,6 +169,18 @@ class TrainingLoop:
                 dataset, batches, rank=self.fabric.global_rank, world_size=self.fabric.world_size
             )
         return found
+
+    def _warn_of_unused_subsets(self) -> None:
+        """Name the numbered splits beside those of --valid-subset that no validation reads."""
+        config = self.validation
+        named = config.valid_subset.split(",")
+        unused = {more for subset in named for more in self.task.numbered_after(subset)} - set(named)
+        if unused and not (config.combine_valid_subsets or config.ignore_unused_valid_subsets):
+            logger.warning(
+                "validation does not read %s; add them to --valid-subset, or give --combine-valid-subsets, or "
+                "--ignore-unused-valid-subsets to say so",
+                ", ".join(sorted(unused)),
+            )
 
     def run(self) -> None:
         """Train until a limit is reached, beginning where the last checkpoint of this run stands."""
@@ -199,13 +214,23 @@ class TrainingLoop:
             self._turn_to_folder_of(epoch)
         self.trainer.start_epoch(epoch)
         update_freq = self.optimization.update_freq_in(epoch)
+        skips = self.optimization.skip_remainder_batch
         total, done = (_ceil_div(n, update_freq) for n in (len(self.iterator), self.iterator.batches_done))
+        if skips:
+            total = len(self.iterator) // update_freq
+            if not total:
+                raise ValueError(
+                    f"--skip-remainder-batch drops the whole epoch: it has {len(self.iterator)} batches per process, "
+                    f"--update-freq takes {update_freq}; lower --update-freq"
+                )
         if done == 0:
             self.meters.begin_epoch()
         with self.progress.epoch(epoch, total, done) as shown:
-            for batches in _groups_of(update_freq, iter(self.iterator)):
+            for batches in _groups_of(update_freq, iter(self.iterator), whole=skips):
                 began = time.perf_counter()
                 self.meters.add(self.trainer.train_step(batches), time.perf_counter() - began)
+                if self.average is not None:
+                    self.average.update(self.model, self.trainer.num_updates)
                 shown.step(lambda: self.meters.inner_figures(self.trainer.num_updates, self.trainer.lr))
                 if not self.iterator.end_of_epoch and self._wants_stop_inside():
                     self._validate_and_save(epoch, end_of_epoch=False)
@@ -231,6 +256,8 @@ class TrainingLoop:
         every = self.validation.validate_interval_updates
         validates = (epoch % self.validation.validate_interval == 0 if end_of_epoch else True) or ends
         validates |= every > 0 and update % every == 0
+        due = self.checkpoints.saves_after(update)
+        validates |= due
         figure = self._validate(epoch) if validates and self.valid_sets else None
         if end_of_epoch:
             self.trainer.end_epoch(epoch, figure)
@@ -239,7 +266,7 @@ class TrainingLoop:
         names = self.checkpoint_manager.names(
             epoch=epoch, update=update, end_of_epoch=end_of_epoch, better=better, figure=figure
         )
-        wanted = not end_of_epoch or ends or epoch % self.checkpoints.save_interval == 0 or better
+        wanted = not end_of_epoch or ends or epoch % self.checkpoints.save_interval == 0 or better or due
         if wanted:
             self._save(names)
 
@@ -260,7 +287,7 @@ class TrainingLoop:
         figure = None
         for subset, batches in self.valid_sets.items():
             began = time.perf_counter()
-            sums = self.trainer.valid_pass(iter(batches))
+            sums = self.trainer.valid_pass(itertools.islice(iter(batches), self.validation.max_valid_steps))
             batches.next_epoch()
             figures = valid_figures(sums, time.perf_counter() - began, self.trainer.num_updates)
             if figure is None:
@@ -293,7 +320,8 @@ class TrainingLoop:
                 "meters": self.meters.state_dict(),
                 "seconds": self._seconds(),
                 "figures": self.last_figures,
-            },
+            }
+            | ({} if self.average is None else {"ema": self.average.weights}),
         )
 
     def _restore(self) -> None:
@@ -325,6 +353,8 @@ class TrainingLoop:
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if self.average is not None:
+            self.average.load(progress.get("ema") or self.model.state_dict())
         if not options.reset_dataloader and found.iterator is not None:
             self.iterator.load_state_dict(found.iterator)
         if not options.reset_meters:
@@ -374,10 +404,11 @@ class TrainingLoop:
         )
 
 
-def _groups_of(count: int, batches: Iterator[LMBatch]) -> Iterator[list[LMBatch]]:
-    """Consecutive batches, ``count`` at a time; the last group of an epoch may be smaller."""
+def _groups_of(count: int, batches: Iterator[LMBatch], *, whole: bool = False) -> Iterator[list[LMBatch]]:
+    """Consecutive batches, ``count`` at a time; a smaller last group of an epoch is dropped with ``whole``."""
     while group := list(itertools.islice(batches, count)):
-        yield group
+        if len(group) == count or not whole:
+            yield group
 
 
 def _ceil_div(a: int, b: int) -> int:

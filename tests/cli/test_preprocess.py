@@ -98,6 +98,11 @@ def test_the_padding_symbol_in_text_is_reported(text, caplog):
     assert "pads holds <pad> 2 times" in caplog.text
 
 
+def test_dict_only_writes_no_data(text):
+    preprocess("--only-source", "--trainpref", "train", "--destdir", "out", "--dict-only")
+    assert sorted(files_in("out")) == ["dict.txt"]
+
+
 def test_a_ready_dictionary_is_taken_as_it_is(text):
     (text / "ready.txt").write_text("sat 9\nthe 1\ndog 4\n")
     preprocess(
@@ -184,6 +189,7 @@ def test_a_second_run_may_follow_but_not_change_the_dictionary(text):
         (("--only-source", "--trainpref", "train", "--srcdict", "valid"), "valid, line 1: expected 'symbol count'"),
         (("--only-source", "--trainpref", "train", "--workers", "0"), "--workers must be at least 1, got 0"),
         (("--only-source", "--trainpref", "train", "--padding-factor", "0"), "--padding-factor must be at least 1"),
+        (("--only-source", "--trainpref", "train", "--align-suffix", "a"), "--align-suffix a is not offered"),
         (
             ("-s", "de", "-t", "en", "--joined-dictionary", "--srcdict", "a", "--tgtdict", "b"),
             "--joined-dictionary takes one of",
