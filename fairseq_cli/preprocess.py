@@ -64,18 +64,11 @@ class PreprocessConfig:
     """File format; the older ones are written as mmap."""
     dict_only: bool = flag("--dict-only", default=False)
     """Write the dictionaries and no data."""
-    alignfile: str | None = flag("--alignfile", default=None)
-    """Rejected: word alignments are not read."""
-    align_suffix: str | None = flag("--align-suffix", default=None)
-    """Rejected: word alignments are not read."""
     workers: int = flag("--workers", default=1)
     """Processes that share the work; the result does not depend on it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, workers=self.workers)
-        for name, value in (("--align-suffix", self.align_suffix), ("--alignfile", self.alignfile)):
-            if value is not None:
-                raise ValueError(f"{name} {value} is not offered: word alignments are not binarised; leave it out")
         require_at_least(1, hint="1 is no padding", padding_factor=self.padding_factor)
         for name, nwords in (("--nwordssrc", self.nwordssrc), ("--nwordstgt", self.nwordstgt)):
             if 0 < nwords <= NUM_SPECIAL:
@@ -162,7 +155,7 @@ def parse(argv: Sequence[str]) -> PreprocessConfig:
     parser.add_config(PreprocessConfig)
     for name, (takes_value, _) in IGNORED.items():
         parser.add_ignored(name, takes_value=bool(takes_value))
-    given = parser.parse(argv)
+    given = parser.parse(argv, ignored_flags.REJECTED_PREPROCESS)
     for name in parser.pop_ignored(given):
         logger.warning("%s is ignored: %s", name, IGNORED[name][1])
     config = build(PreprocessConfig, given)

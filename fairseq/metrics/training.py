@@ -2,8 +2,8 @@
 
 ``loss`` and its relatives are in bits per token, ``ppl`` is 2 ** loss, ``wps`` tokens per second, ``ups`` updates per
 second, ``accuracy`` the percentage of targets that were most probable, ``wpb`` tokens and ``bsz`` blocks per batch (of
-an update, all processes together), ``gnorm`` the gradient's mean norm before clipping, ``clip`` the percentage of updates
-that were clipped, ``train_wall`` seconds spent in updates, ``wall`` seconds since the run began.
+an update, all processes together), ``gnorm`` the gradient's mean norm before clipping, ``clip`` the percentage of
+updates that were clipped, ``train_wall`` seconds spent in updates, ``wall`` seconds since the run began.
 """
 
 from __future__ import annotations

@@ -65,16 +65,12 @@ class AdamaxConfig:
     """Least size of a gradient in the denominator."""
     weight_decay: float = flag("--weight-decay", "--wd", default=0.0)
     """Fraction of each weight taken off at an update, times the learning rate."""
-    no_bias_correction: bool = flag("--no-bias-correction", default=False)
-    """Rejected: PyTorch's Adamax always corrects the bias of the first updates."""
 
     def __post_init__(self) -> None:
         _pair("--adamax-betas", self.adamax_betas)
         if not all(0 <= beta < 1 for beta in self.adamax_betas):
             raise ValueError(f"--adamax-betas must lie in [0, 1), got {self.adamax_betas}")
         require_at_least(0, adamax_eps=self.adamax_eps, weight_decay=self.weight_decay)
-        if self.no_bias_correction:
-            raise ValueError("--no-bias-correction is not offered; leave it out, and warm up with --warmup-updates")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,7 +189,6 @@ def test_a_second_run_may_follow_but_not_change_the_dictionary(text):
         (("--only-source", "--trainpref", "train", "--srcdict", "valid"), "valid, line 1: expected 'symbol count'"),
         (("--only-source", "--trainpref", "train", "--workers", "0"), "--workers must be at least 1, got 0"),
         (("--only-source", "--trainpref", "train", "--padding-factor", "0"), "--padding-factor must be at least 1"),
-        (("--only-source", "--trainpref", "train", "--align-suffix", "a"), "--align-suffix a is not offered"),
         (
             ("-s", "de", "-t", "en", "--joined-dictionary", "--srcdict", "a", "--tgtdict", "b"),
             "--joined-dictionary takes one of",
