@@ -51,6 +51,11 @@ class Checkpoint:
     progress: dict[str, Any] | None = None
     """Counts and figures of the run."""
 
+    @property
+    def written_by(self) -> str:
+        """The program that wrote it: FAIRSEQ_0_9 (its forks too), FAIRSEQ_0_12, or the empty string for this one."""
+        return str(self.config.get("written_by", {}).get("program", ""))
+
 
 def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
     """Write a checkpoint: under another name first, to disk, then renamed, so that ``path`` is always whole.

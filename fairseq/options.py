@@ -24,7 +24,7 @@ from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
-from fairseq.optim.configs import OptimizationConfig
+from fairseq.optim.configs import EmaConfig, OptimizationConfig
 from fairseq.registry import Entry, lookup
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.runtime.manifest import Command
@@ -97,6 +97,7 @@ _TRAINING = (
     ValidationConfig,
     DistributedConfig,
     OptimizationConfig,
+    EmaConfig,
     CheckpointConfig,
 )
 
@@ -134,7 +135,7 @@ def parse_train(argv: Sequence[str]) -> Settings:
     for config_class in (*_parts(chosen), *_TRAINING, TransformerLMConfig):
         parser.add_config(config_class)
     _add_ignored(parser, ignored_flags.TRAIN)
-    given = parser.parse(argv, _flags_of_others(chosen))
+    given = parser.parse(argv, ignored_flags.REJECTED_TRAIN | _flags_of_others(chosen))
     _warn_ignored(parser, given, ignored_flags.TRAIN)
     return Settings("train.py", tuple(argv), given, chosen)
 
@@ -157,6 +158,7 @@ def training_configs(settings: Settings) -> TrainingConfigs:
         distributed=settings.config(DistributedConfig),
         optimization=settings.config(OptimizationConfig),
         checkpoints=settings.config(CheckpointConfig),
+        ema=settings.config(EmaConfig),
     )
     source = configs.checkpoints.finetune_from_model
     if source is None:
@@ -224,7 +226,8 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     parser.add_config(_KeyTapConfig)
     _add_ignored(parser, ignored_flags.EVALUATE)
     elsewhere = f"belongs to {'eval_lm.py' if trime else 'eval_lm-trime.py'}, not to {program}"
-    given = parser.parse(argv, {name: elsewhere for c in others for field in fields(c) for name in flag_names(field)})
+    reasons = {name: elsewhere for c in others for field in fields(c) for name in flag_names(field)}
+    given = parser.parse(argv, ignored_flags.REJECTED_EVALUATE | reasons)
     _warn_ignored(parser, given, ignored_flags.EVALUATE)
     if not {"max_tokens", "max_sentences"} & given.keys():
         given["max_tokens"] = 12000  # fairseq's batch where nothing was asked for

@@ -15,14 +15,14 @@ from fairseq_cli.entry import run
 
 logger = logging.getLogger(__name__)
 
+NUM_SPECIAL = 4  # <s>, <pad>, </s> and <unk>, which dict.txt does not list
+
 IGNORED: dict[str, tuple[int, str]] = ignored_flags.PREPROCESS | {
     "--no-progress-bar": (0, "there is no bar"),
     "--log-interval": (1, "each file is reported once"),
     "--log-format": (1, "each file is reported once"),
     "--tensorboard-logdir": (1, "there is nothing to plot"),
     "--user-dir": (1, "no plug-in takes part in preprocessing"),
-    "--alignfile": (1, "word alignments are not written"),
-    "--align-suffix": (1, "word alignments are not written"),
 }
 
 
@@ -53,21 +53,29 @@ class PreprocessConfig:
     thresholdtgt: int = flag("--thresholdtgt", default=0)
     """Target symbols that occur less often become <unk>."""
     nwordssrc: int = flag("--nwordssrc", default=-1)
-    """Number of source symbols to keep, the special ones not counted; -1 for all."""
+    """Size of the source dictionary before padding, the four special symbols included; -1 for no limit."""
     nwordstgt: int = flag("--nwordstgt", default=-1)
-    """Number of target symbols to keep, the special ones not counted; -1 for all."""
+    """Size of the target dictionary before padding, the four special symbols included; -1 for no limit."""
     joined_dictionary: bool = flag("--joined-dictionary", default=False)
     """Source and target share a dictionary."""
     padding_factor: int = flag("--padding-factor", default=8)
     """A dictionary's size is padded to a multiple of this."""
     dataset_impl: str = flag("--dataset-impl", default="mmap", choices=("mmap", "cached", "lazy", "raw"))
     """File format; the older ones are written as mmap."""
+    dict_only: bool = flag("--dict-only", default=False)
+    """Write the dictionaries and no data."""
     workers: int = flag("--workers", default=1)
     """Processes that share the work; the result does not depend on it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, workers=self.workers)
         require_at_least(1, hint="1 is no padding", padding_factor=self.padding_factor)
+        for name, nwords in (("--nwordssrc", self.nwordssrc), ("--nwordstgt", self.nwordstgt)):
+            if 0 < nwords <= NUM_SPECIAL:
+                raise ValueError(
+                    f"{name} {nwords} counts the {NUM_SPECIAL} special symbols and so keeps no word; give at least "
+                    f"{NUM_SPECIAL + 1}, or -1 for no limit"
+                )
         if not self.only_source:
             if not (self.source_lang and self.target_lang):
                 raise ValueError("give --source-lang and --target-lang, or --only-source for the text of one language")
@@ -120,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
         _save_dictionary(dictionary, config.dictionary_path(lang))
     for lang, dictionary in dictionaries.items():
         logger.info("[%s] Dictionary: %d types", lang, len(dictionary))
-        for path, name in config.texts(lang):
+        for path, name in () if config.dict_only else config.texts(lang):
             report = binarize(path, dictionary, os.path.join(config.destdir, name), config.workers)
             logger.info(
                 "[%s] %s: %d sents, %d tokens, %s%% replaced by %s",
@@ -131,6 +139,13 @@ def main(argv: Sequence[str]) -> None:
                 format(100 * report.num_replaced / max(1, report.num_tokens), ".3"),
                 dictionary[dictionary.unk()],
             )
+            if report.num_padding:
+                logger.warning(
+                    "%s holds %s %d times: it is the padding symbol, read as zeros; spell it otherwise if it is a word",
+                    path,
+                    dictionary[dictionary.pad()],
+                    report.num_padding,
+                )
     logger.info("Wrote preprocessed data to %s", config.destdir)
 
 
@@ -140,7 +155,7 @@ def parse(argv: Sequence[str]) -> PreprocessConfig:
     parser.add_config(PreprocessConfig)
     for name, (takes_value, _) in IGNORED.items():
         parser.add_ignored(name, takes_value=bool(takes_value))
-    given = parser.parse(argv)
+    given = parser.parse(argv, ignored_flags.REJECTED_PREPROCESS)
     for name in parser.pop_ignored(given):
         logger.warning("%s is ignored: %s", name, IGNORED[name][1])
     config = build(PreprocessConfig, given)

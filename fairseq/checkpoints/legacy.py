@@ -33,8 +33,14 @@ _USUAL = re.compile(
 _PYTHON_2_NAMES = {"__builtin__.long": "builtins.int", "__builtin__.unicode": "builtins.str"}
 _PICKLES_OF_OLD_FORMAT = 5  # magic number, version, system, content, storage keys; raw storages follow
 
+# Kinds of checkpoints whose users expect different things of one flag.
+FAIRSEQ_0_9, FAIRSEQ_0_12 = "fairseq 0.9", "fairseq 0.12"
 # Settings of fairseq 0.12 that change what a model computes and that this package has not.
 _UNSUPPORTED = ("base_layers", "scale_fc", "scale_attn", "scale_heads", "scale_resids", "decoder_xformers_att_config")
+# What wrappers of a whole module put before a weight's name: data-parallel ones, compilation, sharding, checkpointing.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.)+"
+)
 _TASK_FIELDS = ("data", "sample_break_mode", "tokens_per_sample", "max_target_positions", "add_bos_token")
 _TRANSLATION_FIELDS = ("source_lang", "target_lang", "left_pad_source", "left_pad_target", "max_source_positions")
 
@@ -173,16 +179,40 @@ def from_fairseq(content: Any, path: str) -> dict[str, Any]:
     weights = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{path} is no checkpoint of a model: it has no weights under 'model'")
+    weights = unwrap_names(weights, path)
     settings = plain(content.get("cfg") or content.get("args"))
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds weights but no settings ('args' or 'cfg'), so its architecture is not known")
     nested = "task" in settings and isinstance(settings["task"], dict)
     config = _groups_of_nested(settings) if nested else _groups_of_flat(settings)
+    config["written_by"] = {"program": FAIRSEQ_0_12 if nested else FAIRSEQ_0_9}
     if config["chosen"]["task"] == "language_modeling":
         config["model"] = _language_model_settings(config, weights, path)
     history = plain(content.get("optimizer_history")) or [{}]
-    progress = {"num_updates": history[-1].get("num_updates") or 0}
+    progress: dict[str, Any] = {"num_updates": history[-1].get("num_updates") or 0}
+    extra = content.get("extra_state")
+    if isinstance(extra, Mapping) and isinstance(extra.get("ema"), Mapping):  # --store-ema
+        progress["ema"] = unwrap_names(extra["ema"], path)
     return {"config": config, "model": dict(weights), "progress": progress}
+
+
+def unwrap_names(weights: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Weights under the names they have without wrappers such as data-parallel ones (``module.decoder...``).
+
+    Raises: ValueError for two weights of one name, or weights that fully sharded training left flattened.
+    """
+    if any("flat_param" in name for name in weights):
+        raise ValueError(
+            f"{path} holds flattened shards of weights (fully sharded training); write a whole checkpoint with the "
+            "program that trained it (fairseq: --no-use-sharded-state or consolidate_fsdp_shards)"
+        )
+    found: dict[str, Any] = {}
+    for name, value in weights.items():
+        own = _WRAPPERS.sub("", name)
+        if own in found:
+            raise ValueError(f"{path} holds the weight {own} twice, once as {name}; remove one of them")
+        found[own] = value
+    return found
 
 
 def _groups_of_flat(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -230,6 +260,9 @@ def _language_model_settings(config: dict[str, Any], weights: Mapping[str, Any],
     )
     if values.get("no_tie_adaptive_proj") is False and model.get("tie_adaptive_weights"):
         model["tie_adaptive_proj"] = True
+    if "decoder_normalize_before" not in model and config["written_by"]["program"] == FAIRSEQ_0_12:
+        # 0.12's default; 0.9 makes every language model pre-norm.
+        model["decoder_normalize_before"] = "decoder.layer_norm.weight" in weights
     if model.get("decoder_normalize_before", True):  # before there was a flag for it, only the file shows it
         model["no_decoder_final_norm"] = "decoder.layer_norm.weight" not in weights
     if model.get("adaptive_softmax_cutoff") is not None:

@@ -29,6 +29,7 @@ def flag(
     choices: Sequence[str] | None = None,
     parse: Callable[[str], Any] | None = None,
     const: object = None,
+    negatable: bool = False,
 ) -> Any:
     """Declare a config field that is also a flag.
 
@@ -39,8 +40,9 @@ def flag(
         choices: the permitted values.
         parse: turns the flag's text into the value; by default the field's annotation decides.
         const: makes the flag's value optional: given without a value it means ``const``.
+        negatable: a switch that is on by default, or in some named architecture: ``--no-NAME`` turns it off.
     """
-    metadata = {"names": names, "choices": choices, "parse": parse, "const": const}
+    metadata = {"names": names, "choices": choices, "parse": parse, "const": const, "negatable": negatable}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -113,6 +115,11 @@ def flag_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return tuple(field.metadata.get("names") or ()) or ("--" + field.name.replace("_", "-"),)
 
 
+def negative_name(name: str) -> str:
+    """The flag that turns a switch off: ``--no-x`` for ``--x``, and ``--x`` for ``--no-x``."""
+    return "--" + name.removeprefix("--no-") if name.startswith("--no-") else "--no-" + name.removeprefix("--")
+
+
 def field_help(config_class: type) -> dict[str, str]:
     """Field name -> the string written under it, for every field that has one (parents included)."""
     found: dict[str, str] = {}
@@ -155,11 +162,19 @@ _IGNORED = "ignored "
 class _Flag(argparse.Action):
     """A switch that is present only if it was given; unlike store_true it sets no default."""
 
+    value = True
+
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **kwargs | {"default": argparse.SUPPRESS})
 
     def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, True)
+        setattr(namespace, self.dest, self.value)
+
+
+class _NegativeFlag(_Flag):
+    """A switch that turns another one off."""
+
+    value = False
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -212,10 +227,16 @@ class FlagParser(argparse.ArgumentParser):
             self._spellings[self._normal(name)] = name
         if annotation is bool:
             group.add_argument(*names, dest=field.name, action=_Flag, **settings)
+            if field.metadata.get("negatable"):
+                negative = negative_name(names[0])
+                self._spellings[self._normal(negative)] = negative
+                group.add_argument(negative, dest=field.name, action=_NegativeFlag, help=f"Turns {names[0]} off.")
             return
         settings["type"] = field.metadata.get("parse") or _value_parser(annotation)
         if field.metadata.get("const") is not None:
             settings |= {"nargs": "?", "const": field.metadata["const"]}
+        if annotation == tuple[str, ...]:
+            settings |= {"type": str, "nargs": "+"}
         if "choices" not in settings:
             settings["metavar"] = field.name.upper()
         group.add_argument(*names, dest=field.name, **settings)

@@ -1,12 +1,14 @@
 """Flags of the originals that set nothing here. Each is accepted with one warning that says why.
 
-A value of 0 means the flag is a switch, 1 that it takes a value (which is skipped).
+A value of 0 means the flag is a switch, 1 that it takes a value (which is skipped). Flags that would change the result
+and are not offered are in ``REJECTED`` tables: an error with the reason.
 """
 
 from __future__ import annotations
 
 _FABRIC = "Lightning Fabric decides it"
 _LAUNCHER = "torchrun or --distributed-world-size sets it"
+_TRACKERS = "figures go to the log, --tensorboard-logdir and --wandb-project"
 _SCALER = "the loss scale is PyTorch's GradScaler's"
 _TRAINING = "it belongs to training and changes no evaluation"
 
@@ -48,6 +50,36 @@ TRAIN: dict[str, tuple[int, str]] = COMMON | {
     "--character-filters": (1, "character embeddings are not offered"),
     "--character-embedding-dim": (1, "character embeddings are not offered"),
     "--char-embedder-highway-layers": (1, "character embeddings are not offered"),
+    "--aim-repo": (1, _TRACKERS),
+    "--aim-run-hash": (1, _TRACKERS),
+    "--azureml-logging": (0, _TRACKERS),
+    "--on-cpu-convert-precision": (0, "weights are converted once, where the model is"),
+    "--amp-batch-retries": (1, _SCALER),
+    "--amp-init-scale": (1, _SCALER),
+    "--amp-scale-window": (1, _SCALER),
+    "--profile": (0, "run a profiler around the command"),
+    "--reset-logging": (0, "logging is set up once per command"),
+    "--suppress-crashes": (0, "an error always ends the command"),
+    "--use-plasma-view": (0, "data is always memory-mapped"),
+    "--plasma-path": (1, "data is always memory-mapped"),
+    "--scoring": (1, "training generates no text"),
+    "--required-seq-len-multiple": (1, "rows are padded to the longest one of their batch"),
+    "--gen-subset": (1, "--train-subset and --valid-subset name the splits of training"),
+    "--num-shards": (1, "processes share an epoch by --distributed-world-size"),
+    "--shard-id": (1, "processes share an epoch by --distributed-world-size"),
+    "--grouped-shuffling": (0, "an epoch shuffles whole batches"),
+    "--update-epoch-batch-itr": (1, "batches are made once, and shuffled by --seed and epoch"),
+    "--update-ordered-indices-seed": (0, "batches are made once, and shuffled by --seed and epoch"),
+    "--slowmo-momentum": (1, _FABRIC),
+    "--slowmo-base-algorithm": (1, _FABRIC),
+    "--localsgd-frequency": (1, _FABRIC),
+    "--debug-param-names": (0, "there is nothing to debug so"),
+    "--load-checkpoint-on-all-dp-ranks": (0, "every process reads the checkpoint"),
+    "--write-checkpoints-asynchronously": (0, "checkpoints are written before training resumes"),
+    "--save-async": (0, "checkpoints are written before training resumes"),
+    "--ema-fp32": (0, "the average is always kept in float32"),
+    "--mem-size": (1, "training has no long-term memory of that size; --train-mem-size sets its own"),
+    "--num-comb-shards": (1, "no shards of memories are combined in training"),
     "--dist": (1, "the original never read it"),
     "--temp": (1, "the original never read it"),
     "--probe": (1, "training searches no index"),
@@ -71,9 +103,11 @@ EVALUATE: dict[str, tuple[int, str]] = COMMON | {
     "--arch": (1, "the checkpoint knows its architecture"),
     "--momentum": (1, _TRAINING),
     "--weight-decay": (1, _TRAINING),
+    "--wd": (1, _TRAINING),
     "--lr-shrink": (1, _TRAINING),
     "--warmup-updates": (1, _TRAINING),
     "--force-anneal": (1, _TRAINING),
+    "--fa": (1, _TRAINING),
     "--ddp-backend": (1, _TRAINING),
 }
 
@@ -86,4 +120,59 @@ PREPROCESS: dict[str, tuple[int, str]] = {
     "--memory-efficient-fp16": (0, "no model runs"),
     "--fp16-init-scale": (1, "no model runs"),
     "--seed": (1, "nothing is drawn"),
+}
+
+_NEXT_TOKEN = "is not offered: a language model predicts the next token here"
+_PIPELINE = "is not offered: a model runs on one device per process"
+_SHARDED = "is not offered: every process holds all weights"
+
+_REJECTED: dict[str, str] = {
+    "--output-dictionary-size": "is not offered: the output has the dictionary's types",
+    "--self-target": _NEXT_TOKEN,
+    "--future-target": _NEXT_TOKEN,
+    "--past-target": _NEXT_TOKEN,
+    "--truncate-sequence": "is not offered; --sample-break-mode none cuts long sentences",
+}
+
+REJECTED_TRAIN: dict[str, str] = _REJECTED | {
+    "--optimizer-overrides": "is not offered; give the optimizer's own flags, they win over the checkpoint's",
+    "--tpu": "is not offered; train on CPUs or CUDA devices",
+    "--amp": "is not offered; --fp16 and --bf16 are PyTorch's mixed precision here",
+    "--model-parallel-size": _PIPELINE,
+    "--quantization-config-path": "is not offered: models are trained in float32, float16 or bfloat16",
+    "--validate-after-updates": "is not offered; --validate-interval-updates sets when to validate",
+    "--pipeline-model-parallel": _PIPELINE,
+    "--pipeline-balance": _PIPELINE,
+    "--pipeline-devices": _PIPELINE,
+    "--pipeline-chunks": _PIPELINE,
+    "--pipeline-encoder-balance": _PIPELINE,
+    "--pipeline-encoder-devices": _PIPELINE,
+    "--pipeline-decoder-balance": _PIPELINE,
+    "--pipeline-decoder-devices": _PIPELINE,
+    "--pipeline-checkpoint": _PIPELINE,
+    "--zero-sharding": _SHARDED,
+    "--no-reshard-after-forward": _SHARDED,
+    "--fp32-reduce-scatter": _SHARDED,
+    "--cpu-offload": _SHARDED,
+    "--use-sharded-state": _SHARDED,
+    "--not-fsdp-flatten-parameters": _SHARDED,
+    "--continue-once": "is not offered; --restore-file names the checkpoint to start with",
+    "--keep-interval-updates-pattern": "is not offered; --keep-interval-updates sets how many are kept",
+    "--checkpoint-suffix": "is not offered; give each run a --save-dir",
+    "--checkpoint-shard-count": "is not offered: a checkpoint is one file",
+    "--no-bias-correction": "is not offered: PyTorch's Adamax always corrects the first updates",
+    "--ema-seed-model": "is not offered: the average begins with the model's weights",
+}
+
+REJECTED_PREPROCESS: dict[str, str] = {
+    "--align-suffix": "is not offered: word alignments are not binarised; leave it out",
+    "--alignfile": "is not offered: word alignments are not binarised; leave it out",
+}
+
+REJECTED_EVALUATE: dict[str, str] = _REJECTED | {
+    "--predefined-batches": "belongs to train.py",
+    "--output-segments-to-file": "belongs to train.py",
+    "--bisearch-l": "is not offered; fairseq-knn-sweep finds the best --lmbda",
+    "--bisearch-r": "is not offered; fairseq-knn-sweep finds the best --lmbda",
+    "--bisearch-step": "is not offered; fairseq-knn-sweep finds the best --lmbda",
 }

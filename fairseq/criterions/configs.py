@@ -21,6 +21,8 @@ class LabelSmoothingConfig(CriterionConfig):
 
     label_smoothing: float = flag("--label-smoothing", default=0.0)
     """Share of the target's probability spread evenly over the other types; 0 means plain cross-entropy."""
+    report_accuracy: bool = flag("--report-accuracy", default=False)
+    """Report the percentage of targets that are the most probable type."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:

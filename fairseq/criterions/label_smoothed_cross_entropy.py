@@ -34,8 +34,10 @@ class LabelSmoothedCrossEntropy(Criterion):
     def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """The smoothed loss; the plain one is reported as ``nll_loss``, and perplexity is computed from that."""
         hidden_ND, target_N = scored(model(batch.tokens_BT), batch)
-        total, nll = smoothed_nll(model.vocab_logp(hidden_ND), target_N, self.config.label_smoothing)
-        return self.loss(total, batch, nll_loss=nll)
+        logp_NV = model.vocab_logp(hidden_ND)
+        total, nll = smoothed_nll(logp_NV, target_N, self.config.label_smoothing)
+        correct = {"n_correct": (logp_NV.argmax(1) == target_N).sum()} if self.config.report_accuracy else {}
+        return self.loss(total, batch, nll_loss=nll, **correct)
 
 
 def smoothed_nll(logp_NV: Tensor, target_N: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,8 @@ class BinarizeReport:
     """Tokens written, those that end sentences included."""
     num_replaced: int
     """Tokens that are not in the dictionary, written as <unk>."""
+    num_padding: int = 0
+    """Tokens that the text spells like the padding symbol."""
 
 
 def find_chunks(path: str, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
@@ -127,7 +129,7 @@ def count_symbols(paths: Iterable[str], workers: int = 1) -> Counter[str]:
 
 def binarize(path: str, dictionary: Dictionary, prefix: str, workers: int = 1) -> BinarizeReport:
     """Write a text file as ``prefix.bin`` and ``prefix.idx``; both appear only once they are complete."""
-    num_sentences = num_tokens = num_replaced = 0
+    num_sentences = num_tokens = num_replaced = num_padding = 0
     encoder = Encoder(dictionary)
     with (
         MMapIndexedDatasetBuilder(prefix + ".bin", encoder.dtype) as builder,
@@ -138,8 +140,9 @@ def binarize(path: str, dictionary: Dictionary, prefix: str, workers: int = 1) -
             num_sentences += len(sizes)
             num_tokens += len(tokens)
             num_replaced += replaced
+            num_padding += int((tokens == dictionary.pad()).sum())
         builder.finalize(prefix + ".idx")
-    return BinarizeReport(num_sentences, num_tokens, num_replaced)
+    return BinarizeReport(num_sentences, num_tokens, num_replaced, num_padding)
 
 
 @contextmanager

@@ -84,12 +84,13 @@ class Dictionary:
 
         Args:
             threshold: drop symbols that occur less often.
-            nwords: keep at most this many symbols besides the specials; 0 or less for all.
+            nwords: largest size before padding, the specials included (as in fairseq); 0 or less for no limit.
             padding_factor: the size becomes a multiple of it by adding ``madeupword0000`` and so on.
         """
         first = self.nspecial
         order = sorted(range(first, len(self.symbols)), key=lambda i: (-self.counts[i], self.symbols[i]))
-        order = [i for i in order[: nwords if nwords > 0 else None] if self.counts[i] >= threshold]
+        kept = max(0, nwords - first) if nwords > 0 else None
+        order = [i for i in order[:kept] if self.counts[i] >= threshold]
         self.symbols = self.symbols[:first] + [self.symbols[i] for i in order]
         self.counts = self.counts[:first] + [self.counts[i] for i in order]
         self.indices = {symbol: i for i, symbol in enumerate(self.symbols)}

@@ -3,11 +3,16 @@
 ``X.bin`` holds the concatenated numbers of all sentences. ``X.idx`` holds, little-endian: the magic
 ``MMIDIDX\\0\\0``, version (uint64), number type (uint8 code), number of sentences (uint64), their sizes (int32 each)
 and their byte offsets in ``X.bin`` (int64 each).
+
+The layout before it (``--dataset-impl lazy`` and ``cached``) is read too. Its ``X.bin`` holds each number plus one; its
+``X.idx`` holds the magic ``TNTIDX\\0\\0``, version, number type, bytes per number, number of sentences S and of sizes
+(uint64 each), offsets into the sizes (S + 1), offsets into ``X.bin`` in numbers (S + 1), and the sizes (int64 each).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -18,10 +23,17 @@ import numpy.typing as npt
 
 from fairseq.runtime.atomic_files import naming, replacing
 
+logger = logging.getLogger(__name__)
+
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQ")
+_OLD_MAGIC = b"TNTIDX\x00\x00"
+_OLD_HEADER = struct.Struct("<8sQQQQQ")
+# Layouts that are not read: first bytes of the index -> the name of --dataset-impl.
+_OTHER_LAYOUTS = {b"HUFFIDX\x00\x00": "huffman", b">": "fasta"}
 # Codes 6 and 7 are floating point: legal in the format, but no token numbers.
+_FLOAT_CODES = (6, 7)
 _DTYPES: dict[int, type[np.integer[Any]]] = {
     1: np.uint8,
     2: np.int8,
@@ -29,6 +41,8 @@ _DTYPES: dict[int, type[np.integer[Any]]] = {
     4: np.int32,
     5: np.int64,
     8: np.uint16,
+    9: np.uint32,
+    10: np.uint64,
 }
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
@@ -46,8 +60,9 @@ class MMapIndexedDataset:
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         """Map the files. Raises: ValueError when one is missing, truncated or not a data set."""
         self.prefix = os.fspath(prefix)
-        dtype, self.sizes = _read_index(self.prefix + ".idx")
-        self.tokens: IntArray = _map_tokens(self.prefix + ".bin", dtype, int(self.sizes.sum(dtype=np.int64)))
+        is_old, dtype, self.sizes = _read_index(self.prefix + ".idx")
+        tokens = _map_tokens(self.prefix + ".bin", dtype, int(self.sizes.sum(dtype=np.int64)))
+        self.tokens: IntArray = _from_old_numbers(tokens, self.prefix + ".bin") if is_old else tokens
         self._ends = np.cumsum(self.sizes, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -64,18 +79,27 @@ class MMapIndexedDataset:
         return (self[i] for i in range(len(self)))
 
 
-def _read_index(path: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
+def _read_index(path: str) -> tuple[bool, np.dtype[Any], npt.NDArray[np.int32]]:
+    """True for the layout before mmap, the type of the numbers, and the sentences' sizes."""
     if not os.path.exists(path):
         raise ValueError(f"no such data set: {path} is missing; run preprocess.py")
     with open(path, "rb") as file:
-        header = file.read(_HEADER.size)
+        header = file.read(_OLD_HEADER.size)
+    if header.startswith(_OLD_MAGIC):
+        return True, *_read_old_index(path, header)
+    for magic, name in _OTHER_LAYOUTS.items():
+        if header.startswith(magic):
+            raise ValueError(
+                f"{path} is of fairseq's --dataset-impl {name}, which is not read here; binarise the text again "
+                "with preprocess.py"
+            )
     if len(header) < _HEADER.size or not header.startswith(MAGIC):
         raise ValueError(f"{path} is not a fairseq mmap index (bad magic); run preprocess.py again")
+    header = header[: _HEADER.size]
     _, version, code, count = _HEADER.unpack(header)
     if version != VERSION:
         raise ValueError(f"{path} has format version {version}, expected {VERSION}; run preprocess.py again")
-    if code not in _DTYPES:
-        raise ValueError(f"{path} has number type {code}, expected one of {sorted(_DTYPES)}; run preprocess.py again")
+    _require_integers(path, code)
     actual, expected = os.path.getsize(path), _HEADER.size + 12 * count
     if actual != expected:
         raise ValueError(
@@ -89,7 +113,49 @@ def _read_index(path: str) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
     ends = np.cumsum(sizes, dtype=np.int64) * dtype.itemsize
     if count and (pointers[0] != 0 or sizes.min() < 0 or not np.array_equal(pointers[1:], ends[:-1])):
         raise ValueError(f"{path}: sizes and offsets do not match; it is damaged: run preprocess.py again")
-    return dtype.newbyteorder("<"), np.array(sizes, dtype=np.int32)
+    return False, dtype.newbyteorder("<"), np.array(sizes, dtype=np.int32)
+
+
+def _require_integers(path: str, code: int) -> None:
+    if code in _FLOAT_CODES:
+        raise ValueError(f"{path} has number type {code}, floating point: features, not tokens; give binarised text")
+    if code not in _DTYPES:
+        raise ValueError(f"{path} has number type {code}, expected one of {sorted(_DTYPES)}; run preprocess.py again")
+
+
+def _read_old_index(path: str, header: bytes) -> tuple[np.dtype[Any], npt.NDArray[np.int32]]:
+    """Number type and sizes of an index in the layout before mmap; each sentence has one size, its tokens."""
+    again = "run preprocess.py again"
+    if len(header) < _OLD_HEADER.size:
+        raise ValueError(f"{path} has {len(header)} bytes, its header alone has {_OLD_HEADER.size}; {again}")
+    _, version, code, item_bytes, count, num_sizes = _OLD_HEADER.unpack(header)
+    if version != VERSION:
+        raise ValueError(f"{path} has format version {version}, expected {VERSION}; {again}")
+    _require_integers(path, code)
+    dtype = np.dtype(_DTYPES[code])
+    if item_bytes != dtype.itemsize or num_sizes != count:
+        raise ValueError(
+            f"{path}: {num_sizes} sizes of {count} sentences, {item_bytes} bytes per {dtype}: this is no text; {again}"
+        )
+    actual, expected = os.path.getsize(path), _OLD_HEADER.size + 8 * (3 * count + 2)
+    if actual != expected:
+        raise ValueError(
+            f"{path} has {actual} bytes, {count} sentences need {expected}; it is truncated or damaged: {again}"
+        )
+    numbers = np.fromfile(path, "<i8", offset=_OLD_HEADER.size)
+    offsets, sizes = numbers[count + 1 : 2 * count + 2], numbers[2 * count + 2 :]
+    if sizes.min(initial=0) < 0 or offsets[0] != 0 or not np.array_equal(offsets[1:], np.cumsum(sizes)):
+        raise ValueError(f"{path}: sizes and offsets do not match; it is damaged: {again}")
+    return dtype.newbyteorder("<"), sizes.astype(np.int32)
+
+
+def _from_old_numbers(stored: IntArray, path: str) -> IntArray:
+    """Token numbers of the layout before mmap, which counts them from 1. Raises: ValueError for a number of 0."""
+    if len(stored) and int(stored.min()) < 1:
+        raise ValueError(f"{path} holds the number 0, but its layout counts from 1; run preprocess.py again")
+    logger.info("%s has the layout before mmap and is read whole; preprocess.py writes one that is mapped", path)
+    tokens: IntArray = stored - stored.dtype.type(1)
+    return tokens
 
 
 def _map_tokens(path: str, dtype: np.dtype[Any], count: int) -> IntArray:

@@ -12,7 +12,8 @@ from fairseq.data.types import LMBatch
 class LMContextWindowDataset:
     """Each block with up to ``context_window`` tokens of the blocks before it, which are read but not scored.
 
-    The text a model sees is that of the *kept* blocks: one that is dropped as too long is context for none.
+    The text a model sees is that of the *kept* blocks: one that is dropped as too long is context for none. Where
+    blocks begin with <s>, it stands before each block of the context and between context and block, as in fairseq.
     Calls keep no state, so blocks can be requested in any order and by any process.
     """
 
@@ -23,19 +24,15 @@ class LMContextWindowDataset:
             kept: numbers of the blocks that are evaluated; rising.
             context_window: largest number of context tokens of a row.
             max_len: longest row; a long block gets less context.
-        Raises: ValueError when blocks begin with <s>, which cannot follow a context.
         """
-        if context_window and dataset.bos is not None:
-            raise ValueError(
-                f"--add-bos-token and --context-window {context_window} exclude each other; drop one of them"
-            )
         self.dataset = dataset
         self.context_window = context_window
         self.max_len = max_len
         self._kept = np.asarray(kept, dtype=np.int64)
         assert (np.diff(self._kept) > 0).all(), "kept blocks are not in the order of the text"
-        # Edges of the kept blocks in the text that consists of them alone.
-        self._edges = np.concatenate([[0], np.cumsum(dataset.sizes[self._kept])])
+        # Edges of the kept blocks, <s> included, in the text that consists of them alone.
+        self._bos: Tokens = np.array([] if dataset.bos is None else [dataset.bos], dtype=np.int64)
+        self._edges = np.concatenate([[0], np.cumsum(dataset.sizes[self._kept] + len(self._bos))])
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
@@ -51,12 +48,13 @@ class LMContextWindowDataset:
         if position == len(self._kept) or self._kept[position] != i:
             raise IndexError(f"block {i} is not among the {len(self._kept)} kept blocks")
         end = int(self._edges[position])
-        start = end - max(0, min(self.context_window, self.max_len - int(self.sizes[i]), end))
+        room = self.max_len - int(self.sizes[i]) - len(self._bos)
+        start = end - max(0, min(self.context_window, room, end))
         if start == end:
             return np.empty(0, dtype=np.int64)
         first = int(np.searchsorted(self._edges, start, side="right")) - 1
-        sources = [self.dataset.source(block) for block in self._kept[first:position].tolist()]
-        return np.concatenate(sources)[start - end :]
+        parts = [(self._bos, self.dataset.source(block)) for block in self._kept[first:position].tolist()]
+        return np.concatenate([tokens for part in parts for tokens in part])[start - end :]
 
     def collate(self, indices: npt.ArrayLike) -> LMBatch:
         """The batch of these blocks, by their number in the underlying data set."""
@@ -64,4 +62,5 @@ class LMContextWindowDataset:
             return self.dataset.collate(indices)
         ids = np.asarray(indices, dtype=np.int64)
         source, target = self.dataset.source, self.dataset.target
-        return pad_rows(ids, ((self.context(i), source(i), target(i)) for i in ids.tolist()), self.dataset.pad)
+        context = ((np.concatenate([self.context(i), self._bos]), source(i), target(i)) for i in ids.tolist())
+        return pad_rows(ids, context, self.dataset.pad)

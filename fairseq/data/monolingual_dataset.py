@@ -46,7 +46,8 @@ class MonolingualDataset:
         size = int(self.blocks.sizes[i])
         if start > 0:
             return self.blocks.tokens[start - 1 : start - 1 + size].astype(np.int64)
-        return np.concatenate([[self.eos], self.blocks.tokens[: size - 1]]).astype(np.int64)
+        # Converted first: joined with an int64, uint64 becomes float64.
+        return np.concatenate([[self.eos], self.blocks.tokens[: size - 1].astype(np.int64)])
 
     def with_long_blocks_split(self, longest: int) -> MonolingualDataset:
         """The same text, no block longer than ``longest``."""

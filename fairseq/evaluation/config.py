@@ -45,9 +45,10 @@ class EvaluationConfig:
     scores_file: str | None = flag("--scores-file", default=None)
     """NumPy .npz file for the log-probability of every scored token."""
     output_word_probs: bool = flag("--output-word-probs", default=False)
-    """Print every word with its log-probability."""
+    """Print every word with its natural log-probability."""
     output_word_stats: bool = flag("--output-word-stats", default=False)
-    """Print, per word of the vocabulary, how often it occurred and its mean log-probability."""
+    """Print six columns per word: the word, its count, the sum of its natural log-probabilities, whether it was joined
+    from pieces, the sum for the words after it, and their number."""
     quiet: bool = flag("--quiet", default=False)
     """Print the report only."""
     score_all: bool = flag("--score-all", default=False)

@@ -59,12 +59,11 @@ def write_outputs(
             np.savez_compressed(file, block=block, target=token, logp=logp)
     if config.output_word_probs and not config.quiet:
         for number, words in report.words():
-            line = "\t".join(f"{word} [{logp:.2f}]" for word, logp in words)
+            line = "\t".join(f"{word} [{logp:.6f}]" for word, logp in words)
             sys.stdout.write(f"{number} {line}\n")
     if config.output_word_stats:
-        sys.stdout.write("word\tcount\tmean_logp\tmean_next_logp\n")
-        for word, count, mean, following in report.word_statistics():
-            sys.stdout.write(f"{word}\t{count}\t{mean:.4f}\t{following:.4f}\n")
+        for row in report.word_statistics():
+            sys.stdout.write("\t".join(map(str, row)) + "\n")
     path = f"{eval_file or scores_file}.run.json" if eval_file or scores_file else _default_manifest(configs)
     write_evaluation_manifest(configs, evaluation, path, figures.to_dict())
 

@@ -22,10 +22,13 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 if TYPE_CHECKING:
     from fairseq.data.iterators import EpochBatchIterator
-    from fairseq.evaluation.config import EvaluationConfigs
+    from fairseq.evaluation.config import EvaluationConfig, EvaluationConfigs
     from fairseq.models.transformer_lm import TransformerLanguageModel
 
 logger = logging.getLogger(__name__)
+
+# --model-overrides of the checkpoint's task, which fairseq 0.9 reads from there.
+TASK_OVERRIDES: dict[str, type] = {"tokens_per_sample": int, "add_bos_token": bool}
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,12 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
     paths = str(config.path).split(":")
     checkpoints = [load_checkpoint(path) for path in paths]
     trained = dict(checkpoints[0].config.get("task", {}))
+    trained |= _task_overrides(config)
     block_size = block_size_for(
-        stated.get("tokens_per_sample"), int(trained.get("tokens_per_sample") or 1024), config.context_window
+        stated.get("tokens_per_sample"),
+        int(trained.get("tokens_per_sample") or 1024),
+        config.context_window,
+        checkpoints[0].written_by,
     )
     task = LanguageModelingTask(
         build(
@@ -101,7 +108,7 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
         logger.info("inputs of up to %d tokens, the model was made for %d", block_size + config.context_window, limit)
     kept, _ = filter_by_size(np.arange(len(blocks.sizes)), blocks.sizes, max(limit, block_size))
     dataset = LMContextWindowDataset(
-        blocks, kept, context_window=config.context_window, max_len=max(block_size + config.context_window, limit)
+        blocks, kept, context_window=config.context_window, max_len=_longest_row(block_size, config, task, limit)
     )
     part = (part_in_order if in_order else part_by_length)(kept, blocks.sizes, config, data)
     if not part.batches:
@@ -122,6 +129,23 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
     )
 
 
+def _task_overrides(config: EvaluationConfig) -> dict[str, Any]:
+    """Those of --model-overrides that belong to the task. Raises: ValueError for one of another type."""
+    found = {name: value for name, value in (config.model_overrides or {}).items() if name in TASK_OVERRIDES}
+    for name, value in found.items():
+        kind = TASK_OVERRIDES[name]
+        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and value < 1):
+            example = "True or False" if kind is bool else "a positive integer"
+            raise ValueError(f"--model-overrides: {name} {value!r} is not {example}; give one")
+    return found
+
+
+def _longest_row(block_size: int, config: EvaluationConfig, task: LanguageModelingTask, limit: int) -> int:
+    """Length that the context fills a row up to; with <s> before each block fairseq counts that symbol in."""
+    row = block_size + config.context_window
+    return row if task.config.add_bos_token else max(row, limit)
+
+
 def _prepared(
     configs: EvaluationConfigs, checkpoint: Checkpoint, path: str, task: LanguageModelingTask, device: torch.device
 ) -> TransformerLanguageModel:
@@ -129,6 +153,8 @@ def _prepared(
     runtime = configs.runtime
     overrides = dict(configs.evaluation.model_overrides or {})
     overrides.pop("knn_keytype", None)  # where keys are read is no part of the model: see _key_tap
+    for name in TASK_OVERRIDES:  # of the text, not of the model: see open_evaluation
+        overrides.pop(name, None)
     model = load_model_for(task.dictionary, checkpoint, path, overrides)
     if runtime.any_fp16 and device.type == "cpu":
         logger.warning("--fp16 needs a GPU; the model runs in float32 (--bf16 runs on CPUs)")

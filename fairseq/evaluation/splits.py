@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fairseq.checkpoints.legacy import FAIRSEQ_0_9, FAIRSEQ_0_12
 from fairseq.data.batching import batch_by_size
 from fairseq.data.batching_config import DatasetConfig
 from fairseq.evaluation.config import EvaluationConfig
+
+logger = logging.getLogger(__name__)
 
 Blocks = np.ndarray[Any, Any]
 
@@ -34,25 +38,55 @@ class SplitPart:
     """Digest of the batches of all shards together, where the order of the text is kept."""
 
 
-def block_size_for(given: int | None, trained: int, context_window: int) -> int:
+def block_size_for(given: int | None, trained: int, context_window: int, written_by: str = "") -> int:
     """Number of tokens that a block scores.
 
-    The originals disagree about --tokens-per-sample in evaluation: fairseq 0.9's forks ignore it and take the
-    checkpoint's less the context, fairseq 0.12 takes the given one less the context, and the published commands
-    of TRIME give the number of scored tokens. All published commands come out right so: what is given counts as
-    the scored tokens when it is that already (by the checkpoint) or when the context leaves nothing of it.
+    The programs disagree about --tokens-per-sample in evaluation: fairseq 0.9 and its forks ignore it and take the
+    checkpoint's less the context; 0.12 takes the given one less the context. For a checkpoint of ours it is the number
+    of scored tokens where it is that already (by the checkpoint) or where the context leaves nothing of it, as the
+    published commands of TRIME give it, and includes the context otherwise, as in 0.12.
 
+    Args:
+        given: --tokens-per-sample, or None.
+        trained: the checkpoint's.
+        written_by: kind of checkpoint, see ``Checkpoint.written_by``.
     Raises: ValueError when the context window leaves no token to score.
     """
-    if given is None:
+    if given is None or written_by == FAIRSEQ_0_9:
         size = trained - context_window
         if size < 1:
             raise ValueError(
                 f"--context-window {context_window} leaves nothing of the model's {trained} tokens per sample to "
-                "score; give a smaller one, or --tokens-per-sample with the number of tokens to score at a time"
+                "score; give a smaller one, or --model-overrides \"{'tokens_per_sample': N}\" with N tokens of context "
+                "and block together"
+            )
+        if given not in (None, size):
+            logger.warning(
+                "--tokens-per-sample %d is not used: as in fairseq 0.9, blocks have the checkpoint's %d tokens "
+                "less --context-window %d, which is %d; --model-overrides \"{'tokens_per_sample': N}\" changes it",
+                given,
+                trained,
+                context_window,
+                size,
             )
         return size
-    return given if given == trained - context_window or given <= context_window else given - context_window
+    if written_by != FAIRSEQ_0_12 and (given == trained - context_window or given <= context_window):
+        if context_window:
+            logger.info("--tokens-per-sample %d: the tokens scored after each --context-window", given)
+        return given
+    if given <= context_window:
+        raise ValueError(
+            f"--tokens-per-sample {given} includes --context-window {context_window}, as in fairseq 0.12, and leaves "
+            "nothing to score; give context and scored tokens together"
+        )
+    if context_window:
+        logger.info(
+            "--tokens-per-sample %d includes --context-window %d, as in fairseq 0.12: %d are scored at a time",
+            given,
+            context_window,
+            given - context_window,
+        )
+    return given - context_window
 
 
 def part_by_length(kept: Blocks, sizes: Blocks, config: EvaluationConfig, data: DatasetConfig) -> SplitPart:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,39 @@ class Figures:
             "tokens_per_second": self.tokens_per_second,
             "buckets": self.buckets,
         }
+
+
+class _Word(NamedTuple):
+    text: str
+    logp: float
+    is_joined: bool
+    """Made of several pieces."""
+
+
+class WordStatistics(NamedTuple):
+    """A row of ``--output-word-stats``, in the order of fairseq's columns; log-probabilities are natural."""
+
+    word: str
+    num: int
+    """Occurrences."""
+    logp: float
+    """Sum over its occurrences."""
+    is_joined: bool
+    """Joined from pieces (``--remove-bpe``)."""
+    next_logp: float
+    """Sum over the words after it in the same block."""
+    num_next: int
+    """Number of those words."""
+
+    def plus(self, logp: float, next_logp: float | None) -> WordStatistics:
+        """With one occurrence more; ``next_logp`` is None for the last word of a block."""
+        more = () if next_logp is None else (next_logp,)
+        return self._replace(
+            num=self.num + 1,
+            logp=self.logp + logp,
+            next_logp=self.next_logp + sum(more),
+            num_next=self.num_next + len(more),
+        )
 
 
 class PerplexityReport:
@@ -131,30 +164,34 @@ class PerplexityReport:
 
     def words(self) -> Iterator[tuple[int, list[tuple[str, float]]]]:
         """Per block: its number and its words with their ln p, pieces joined."""
+        for number, words in self._joined_words():
+            yield number, [(word.text, word.logp) for word in words]
+
+    def word_statistics(self) -> list[WordStatistics]:
+        """Counts and sums per word, frequent words first and those of one count in the order of the text."""
+        found: dict[str, WordStatistics] = {}
+        for _, words in self._joined_words():
+            # fairseq takes the next score that is not 0: the pieces of a word that were joined to it have 0 there.
+            following: list[float | None] = [None] * (len(words) + 1)
+            for place in reversed(range(len(words))):
+                following[place] = words[place].logp or following[place + 1]
+            for word, after in zip(words, following[1:]):
+                row = found.get(word.text) or WordStatistics(word.text, 0, 0.0, word.is_joined, 0.0, 0)
+                found[word.text] = row.plus(word.logp, after)
+        return sorted(found.values(), key=lambda row: -row.num)
+
+    def _joined_words(self) -> Iterator[tuple[int, list[_Word]]]:
         block, token, logp = self.arrays()
         is_joined = joined(block, self.continues[token])
         starts: list[int] = np.flatnonzero(np.r_[True, block[1:] != block[:-1]]).tolist() if len(block) else []
         for start, end in zip(starts, [*starts[1:], len(block)]):
-            line: list[tuple[str, float]] = []
-            text, score = "", 0.0
+            line: list[_Word] = []
+            text, score, pieces = "", 0.0, 0
             for i in range(start, end):
                 piece = self.dictionary[int(token[i])]
                 text, score = text + (piece.removesuffix(self.mark) if is_joined[i] else piece), score + float(logp[i])
+                pieces += 1
                 if not is_joined[i]:
-                    line.append((text, score))
-                    text, score = "", 0.0
+                    line.append(_Word(text, score, pieces > 1))
+                    text, score, pieces = "", 0.0, 0
             yield int(block[start]), line
-
-    def word_statistics(self) -> list[tuple[str, int, float, float]]:
-        """Per word: itself, its count, its mean ln p, and the mean ln p of the word after it; frequent first."""
-        sums: dict[str, list[float]] = {}
-        for _, line in self.words():
-            for place, (word, logp) in enumerate(line):
-                row = sums.setdefault(word, [0, 0.0, 0, 0.0])
-                row[0] += 1
-                row[1] += logp
-                if place + 1 < len(line):
-                    row[2] += 1
-                    row[3] += line[place + 1][1]
-        rows = [(w, int(n), total / n, after / m if m else 0.0) for w, (n, total, m, after) in sums.items()]
-        return sorted(rows, key=lambda row: (-row[1], row[0]))

@@ -1,9 +1,9 @@
 """From sums over batches to the figures that are reported, under fairseq's names.
 
 ``loss`` and its relatives are in bits per token, ``ppl`` is 2 ** loss, ``wps`` tokens per second, ``ups`` updates per
-second, ``wpb`` tokens and ``bsz`` blocks per batch (of an update, all processes together), ``gnorm`` the gradient's
-mean norm before clipping, ``clip`` the percentage of updates that were clipped, ``train_wall`` seconds spent in
-updates, ``wall`` seconds since the run began.
+second, ``accuracy`` the percentage of targets that were most probable, ``wpb`` tokens and ``bsz`` blocks per batch (of
+an update, all processes together), ``gnorm`` the gradient's mean norm before clipping, ``clip`` the percentage of
+updates that were clipped, ``train_wall`` seconds spent in updates, ``wall`` seconds since the run began.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def loss_figures(sums: Mapping[str, float]) -> Figures:
             found[name] = _bits(sums[name], sums["num_tokens"])
     if "nll_loss" not in found and sums["sample_size"] != sums["num_tokens"]:  # the loss is a mean over sentences
         found["nll_loss"] = _bits(sums["loss"], sums["num_tokens"])
+    if "n_correct" in sums:
+        found["accuracy"] = 100 * _ratio(sums["n_correct"], sums["num_tokens"])
     found["ppl"] = perplexity(found.get("nll_loss", found["loss"]))
     return found
 

@@ -38,9 +38,9 @@ class TransformerLMConfig:
     """Number of layers."""
     decoder_attention_heads: int = flag("--decoder-attention-heads", default=8)
     """Attention heads of each layer."""
-    decoder_normalize_before: bool = flag("--decoder-normalize-before", default=True)
-    """Layer norm before each block (pre-norm); all named language models have it."""
-    no_decoder_final_norm: bool = flag("--no-decoder-final-norm", default=False)
+    decoder_normalize_before: bool = flag("--decoder-normalize-before", default=True, negatable=True)
+    """Layer norm before each block (pre-norm); all named language models have it, see --restore-file for others."""
+    no_decoder_final_norm: bool = flag("--no-decoder-final-norm", default=False, negatable=True)
     """No layer norm after the last layer of a pre-norm model."""
     adaptive_softmax_cutoff: tuple[int, ...] | None = flag("--adaptive-softmax-cutoff", default=None)
     """Cutoffs between the frequent head of the vocabulary and its ever rarer tails, such as 20000,60000."""
@@ -50,21 +50,21 @@ class TransformerLMConfig:
     """Factor by which each tail of the softmax is narrower than the one before."""
     no_token_positional_embeddings: bool = flag("--no-token-positional-embeddings", default=False)
     """Give the model no positions."""
-    share_decoder_input_output_embed: bool = flag("--share-decoder-input-output-embed", default=False)
+    share_decoder_input_output_embed: bool = flag("--share-decoder-input-output-embed", default=False, negatable=True)
     """Use one matrix as token embedding and as output layer."""
     character_embeddings: bool = flag("--character-embeddings", default=False)
     """Rejected: embeddings made from characters are not supported."""
-    adaptive_input: bool = flag("--adaptive-input", default=False)
+    adaptive_input: bool = flag("--adaptive-input", default=False, negatable=True)
     """Give rarer tokens narrower embeddings."""
     adaptive_input_factor: float = flag("--adaptive-input-factor", default=4.0)
     """Factor by which each band of the embedding is narrower than the one before."""
     adaptive_input_cutoff: tuple[int, ...] | None = flag("--adaptive-input-cutoff", default=None)
     """Cutoffs between the bands of the embedding."""
-    tie_adaptive_weights: bool = flag("--tie-adaptive-weights", default=False)
+    tie_adaptive_weights: bool = flag("--tie-adaptive-weights", default=False, negatable=True)
     """Use the bands of the adaptive input as head and tails of the adaptive softmax."""
-    tie_adaptive_proj: bool = flag("--tie-adaptive-proj", default=False)
+    tie_adaptive_proj: bool = flag("--tie-adaptive-proj", default=False, negatable=True)
     """Use the projections of the adaptive input, transposed, in the adaptive softmax."""
-    decoder_learned_pos: bool = flag("--decoder-learned-pos", default=False)
+    decoder_learned_pos: bool = flag("--decoder-learned-pos", default=False, negatable=True)
     """Learn position embeddings; by default they are sinusoids."""
     decoder_layerdrop: float = flag("--decoder-layerdrop", default=0.0)
     """Probability of leaving a layer out in training (arXiv 1909.11556)."""
@@ -76,6 +76,8 @@ class TransformerLMConfig:
     """Do not multiply the embedding by the square root of its width."""
     max_target_positions: int = flag("--max-target-positions", default=1024)
     """Longest input the model is made for; learned positions end there."""
+    checkpoint_activations: bool = flag("--checkpoint-activations", default=False)
+    """Compute each layer again for its gradients instead of keeping what it computed: less memory, more time."""
     knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
     """Inner state that is the memory key; separated_head is a linear map of last_ffn_input that is learned with it."""
 
@@ -180,16 +182,22 @@ def model_config_from(values: Mapping[str, Any]) -> TransformerLMConfig:
 
 
 # Settings that a resumed run may change: regularisation, and what else leaves the computation of an input alone.
-_MAY_CHANGE = ("drop", "max_target_positions", "decoder_layers_to_keep", "knn_keytype")
+_MAY_CHANGE = ("drop", "max_target_positions", "decoder_layers_to_keep", "knn_keytype", "checkpoint_activations")
+
+
+def architecture_of(config: TransformerLMConfig) -> dict[str, Any]:
+    """The settings of a model that no resumed run may change."""
+    names = [field.name for field in fields(config) if not any(part in field.name for part in _MAY_CHANGE)]
+    return {name: getattr(config, name) for name in names}
 
 
 def require_same_architecture(path: str, saved: TransformerLMConfig, asked: TransformerLMConfig) -> None:
     """Raise ValueError for a setting in which the checkpoint at ``path`` and the flags describe different models."""
-    for field in fields(TransformerLMConfig):
-        before, now = getattr(saved, field.name), getattr(asked, field.name)
-        if before != now and not any(part in field.name for part in _MAY_CHANGE):
+    wanted = architecture_of(asked)
+    for name, before in architecture_of(saved).items():
+        if before != wanted[name]:
             raise ValueError(
-                f"{path} is a model with {flag_names(field)[0]} {before}, the flags ask for {now}: it is another "
+                f"{path} is a model with {_spelling(name)} {before}, the flags ask for {wanted[name]}: it is another "
                 "architecture; give the flags it was trained with, or another --save-dir"
             )
 

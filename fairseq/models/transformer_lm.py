@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.models.legacy_names import upgrade_state_dict
@@ -145,7 +146,10 @@ class TransformerDecoder(nn.Module):
         for number, layer in enumerate(self.layers):
             if self._drops_layer() and not (number == last and key_tap in ("last_ffn_input", "separated_head")):
                 continue
-            x_BTD, last_ffn_input_BTD = layer(x_BTD, incremental_state, str(number))
+            if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
+                x_BTD, last_ffn_input_BTD = checkpoint(layer, x_BTD, None, str(number), use_reentrant=False)
+            else:
+                x_BTD, last_ffn_input_BTD = layer(x_BTD, incremental_state, str(number))
         if incremental_state is not None:
             incremental_state.advance(tokens_BT != self.pad)
         if self.layer_norm is not None:

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 OPTIMIZERS: dict[str, Entry] = {
+    "adadelta": Entry(c.AdadeltaConfig, "fairseq.optim.optimizers:make_adadelta"),
     "adafactor": Entry(c.AdafactorConfig, "fairseq.optim.optimizers:make_adafactor"),
+    "adagrad": Entry(c.AdagradConfig, "fairseq.optim.optimizers:make_adagrad"),
     "adam": Entry(c.AdamConfig, "fairseq.optim.optimizers:make_adam"),
+    "adamax": Entry(c.AdamaxConfig, "fairseq.optim.optimizers:make_adamax"),
     "nag": Entry(c.NagConfig, "fairseq.optim.optimizers:make_nag"),
     "sgd": Entry(c.SgdConfig, "fairseq.optim.optimizers:make_sgd"),
 }
@@ -22,8 +25,11 @@ LR_SCHEDULERS: dict[str, Entry] = {
     "cosine": Entry(c.CosineConfig, "fairseq.optim.lr_schedulers:CosineSchedule"),
     "fixed": Entry(c.FixedConfig, "fairseq.optim.lr_schedulers:FixedSchedule"),
     "inverse_sqrt": Entry(c.InverseSqrtConfig, "fairseq.optim.lr_schedulers:InverseSqrtSchedule"),
+    "manual": Entry(c.ManualConfig, "fairseq.optim.lr_schedulers:ManualSchedule"),
     "polynomial_decay": Entry(c.PolynomialDecayConfig, "fairseq.optim.lr_schedulers:PolynomialDecaySchedule"),
     "reduce_lr_on_plateau": Entry(c.PlateauConfig, "fairseq.optim.lr_schedulers:PlateauSchedule"),
+    "tri_stage": Entry(c.TriStageConfig, "fairseq.optim.lr_schedulers:TriStageSchedule"),
+    "triangular": Entry(c.TriangularConfig, "fairseq.optim.lr_schedulers:TriangularSchedule"),
 }
 
 register_optimizer = class_registrar(OPTIMIZERS, "optimizer")

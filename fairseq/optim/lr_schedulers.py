@@ -48,8 +48,13 @@ class LRSchedule:
         return self.lr_at(self.num_updates, self.num_epochs)
 
     @property
+    def has_floor(self) -> bool:
+        """True if ``--min-lr`` is the schedule's lowest rate (fairseq 0.12), not where training stops (0.9)."""
+        return False
+
+    @property
     def is_warming_up(self) -> bool:
-        """True while the rate is warming up; ``--min-lr`` ends no run before that is over."""
+        """True while the rate is warming up; ``--stop-min-lr`` ends no run before that is over."""
         return bool(self.num_updates < getattr(self.config, "warmup_updates", 0))
 
     def step_update(self, num_updates: int) -> float:
@@ -125,6 +130,11 @@ class CosineSchedule(LRSchedule):
                 f"the cosine schedule has no period: give --lr-period-updates, or a --max-update ({max_update}) "
                 f"larger than --warmup-updates ({config.warmup_updates})"
             )
+
+    @property
+    def has_floor(self) -> bool:
+        """True without ``--max-lr``, which fairseq 0.9 requires and 0.12 does not have."""
+        return self.config.max_lr is None
 
     def lr_at(self, num_updates: int, num_epochs: int) -> float:
         """See the class."""
@@ -229,3 +239,83 @@ class PlateauSchedule(LRSchedule):
         super().load_state_dict(state)
         self._plateau.best, self._plateau.num_bad_epochs = state["best"], state["num_bad_epochs"]
         self._holder.param_groups[0]["lr"] = state["lr"]
+
+
+class TriStageSchedule(LRSchedule):
+    """Linear warm-up to ``--lr``, constant, then exponential descent (arXiv 1904.08779, sec. 4.2)."""
+
+    config: c.TriStageConfig
+
+    def __init__(
+        self, config: c.TriStageConfig, lrs: tuple[float, ...], max_update: int = 0, min_lr: float = -1.0
+    ) -> None:
+        super().__init__(config, lrs, max_update, min_lr)
+        self.high = _only_one(lrs, "tri_stage")
+        self.warmup, self.hold, self.decay = config.warmup_steps, config.hold_steps, config.decay_steps
+        if config.phase_ratio is not None:
+            if max_update <= 0:
+                raise ValueError(
+                    "--phase-ratio gives shares of --max-update: give that too, or --warmup-steps and so on"
+                )
+            self.warmup, self.hold, self.decay = (int(max_update * share) for share in config.phase_ratio)
+        if self.warmup + self.hold + self.decay == 0:
+            raise ValueError("tri_stage has no update in any phase; give --phase-ratio, or --warmup-steps and so on")
+
+    @property
+    def is_warming_up(self) -> bool:
+        """See the base class."""
+        return self.num_updates < self.warmup
+
+    def lr_at(self, num_updates: int, num_epochs: int) -> float:
+        """See the class."""
+        if num_updates < self.warmup:
+            return _linear(self.config.init_lr_scale * self.high, self.high, num_updates, self.warmup)
+        done = num_updates - self.warmup - self.hold
+        if done < 0:
+            return self.high
+        share = done / self.decay if done <= self.decay and self.decay else 1.0
+        return float(self.high * self.config.final_lr_scale**share)
+
+
+class TriangularSchedule(LRSchedule):
+    """Rises and falls linearly between ``--lr`` and ``--max-lr`` (arXiv 1506.01186, sec. 3)."""
+
+    config: c.TriangularConfig
+
+    def __init__(
+        self, config: c.TriangularConfig, lrs: tuple[float, ...], max_update: int = 0, min_lr: float = -1.0
+    ) -> None:
+        super().__init__(config, lrs, max_update, min_lr)
+        self.low = _only_one(lrs, "triangular")
+        if config.max_lr is None or config.max_lr <= self.low:
+            raise ValueError(f"--max-lr {config.max_lr} must be larger than --lr {self.low}, the lowest rate; give one")
+        self.high, self.half = config.max_lr, config.lr_period_updates // 2
+
+    def lr_at(self, num_updates: int, num_epochs: int) -> float:
+        """See the class; period i shrinks the highest rate (and with --shrink-min the lowest) by lr_shrink ** i."""
+        period, place = divmod(num_updates, 2 * self.half)
+        shrink = self.config.lr_shrink**period
+        low = self.low * shrink if self.config.shrink_min else self.low
+        return float(low + (self.high * shrink - low) * (1 - abs(place / self.half - 1)))
+
+
+class ManualSchedule(LRSchedule):
+    """Rates by epoch or update from a table; before its first entry ``--lr``."""
+
+    config: c.ManualConfig
+
+    def __init__(
+        self, config: c.ManualConfig, lrs: tuple[float, ...], max_update: int = 0, min_lr: float = -1.0
+    ) -> None:
+        super().__init__(config, lrs, max_update, min_lr)
+        self.by_epoch, self.by_update = config.epoch2lr or {}, config.update2lr or {}
+        first = self.by_epoch.get(1, self.by_update.get(1))
+        self.first = _only_one(lrs, "manual") if first is None else first
+
+    def lr_at(self, num_updates: int, num_epochs: int) -> float:
+        """The entry of the largest number reached; updates go before epochs."""
+        for table, number in ((self.by_update, num_updates), (self.by_epoch, num_epochs + 1)):
+            reached = [key for key in table if key <= number]
+            if reached:
+                return float(table[max(reached)])
+        return self.first

@@ -38,6 +38,24 @@ def make_adam(params: list[Parameter], config: c.AdamConfig, lr: float) -> torch
     return _fused(torch.optim.AdamW, params, lr=lr, betas=(beta1, beta2), eps=config.adam_eps, weight_decay=decay)
 
 
+def make_adamax(params: list[Parameter], config: c.AdamaxConfig, lr: float) -> torch.optim.Optimizer:
+    """Adamax with the decoupled weight decay of fairseq's."""
+    beta1, beta2 = config.adamax_betas
+    decay = config.weight_decay
+    return Adamax(params, lr=lr, betas=(beta1, beta2), eps=config.adamax_eps, decoupled_weight_decay=decay)
+
+
+def make_adagrad(params: list[Parameter], config: c.AdagradConfig, lr: float) -> torch.optim.Optimizer:
+    """PyTorch's Adagrad, which fairseq's name stands for."""
+    return torch.optim.Adagrad(params, lr=lr, weight_decay=config.weight_decay)
+
+
+def make_adadelta(params: list[Parameter], config: c.AdadeltaConfig, lr: float) -> torch.optim.Optimizer:
+    """PyTorch's Adadelta, which fairseq's name stands for."""
+    rho, eps = config.adadelta_rho, config.adadelta_eps
+    return torch.optim.Adadelta(params, lr=lr, rho=rho, eps=eps, weight_decay=config.weight_decay)
+
+
 def make_nag(params: list[Parameter], config: c.NagConfig, lr: float) -> torch.optim.Optimizer:
     """Simplified Nesterov momentum with decoupled weight decay."""
     return _fused(NAG, params, lr=lr, momentum=config.momentum, decoupled_weight_decay=config.weight_decay)
@@ -84,11 +102,33 @@ class NAG(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update; weights that have no gradient are left alone, by the decay as well."""
-        for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if group["decoupled_weight_decay"] and weights:
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["decoupled_weight_decay"])
+        _decay_weights(self)
         return super().step(closure)
+
+
+class Adamax(torch.optim.Adamax):
+    """Adamax with decoupled weight decay; PyTorch's adds the decay to the gradient."""
+
+    def __init__(
+        self, params: list[Parameter], lr: float, betas: tuple[float, float], eps: float, decoupled_weight_decay: float
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = decoupled_weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update; weights that have no gradient are left alone, by the decay as well."""
+        _decay_weights(self)
+        return super().step(closure)
+
+
+def _decay_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Take a share off the weights that have a gradient."""
+    for group in optimizer.param_groups:
+        weights = [p for p in group["params"] if p.grad is not None]
+        if group["decoupled_weight_decay"] and weights:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["decoupled_weight_decay"])
 
 
 def _fused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -63,23 +64,40 @@ class LanguageModelingTask:
             )
         return path
 
-    def blocks(self, split: str, block_size: int | None = None, epoch: int = 1) -> MonolingualDataset:
+    def numbered_after(self, split: str) -> list[str]:
+        """The splits ``split1``, ``split2``, ... of the first folder, as preprocess.py numbers several texts."""
+        names = (f"{split}{number}" for number in itertools.count(1))
+        return list(itertools.takewhile(lambda name: os.path.exists(f"{self.folders[0]}/{name}.idx"), names))
+
+    def blocks(
+        self, split: str, block_size: int | None = None, epoch: int = 1, *, combine: bool = False
+    ) -> MonolingualDataset:
         """The blocks of a split, each with the token before it. ``block_size`` defaults to --tokens-per-sample.
 
+        Args:
+            combine: the splits numbered after it (``split1``, ...) go on with its text.
         Raises: ValueError when there is no text, or it holds tokens the dictionary has not.
         """
         prefix = self.prefix(split, epoch)
-        text = MMapIndexedDataset(prefix)
-        self._require_known_tokens(text.tokens, prefix)
+        parts = [prefix, *(self.prefix(name) for name in (self.numbered_after(split) if combine else ()))]
+        texts = [MMapIndexedDataset(part) for part in parts]
+        for text, part in zip(texts, parts):
+            self._require_known_tokens(text.tokens, part)
+        # One text stays mapped.
+        tokens, sizes = (
+            (np.concatenate([text.tokens for text in texts]), np.concatenate([text.sizes for text in texts]))
+            if len(texts) > 1
+            else (texts[0].tokens, texts[0].sizes)
+        )
         size = block_size or self.config.tokens_per_sample
-        cut = TokenBlockDataset(text.tokens, text.sizes, size, self.config.sample_break_mode)
+        cut = TokenBlockDataset(tokens, sizes, size, self.config.sample_break_mode)
         if not len(cut):
             raise ValueError(
-                f"split {split!r} is empty: {prefix}.bin holds {len(text.tokens)} tokens and no block; name another "
+                f"split {split!r} is empty: {prefix}.bin holds {len(tokens)} tokens and no block; name another "
                 "split, or run preprocess.py on a text with words"
             )
         dataset = MonolingualDataset(cut, pad=self.dictionary.pad(), eos=self.dictionary.eos(), **self._bos_setting())
-        logger.info("%s: %d tokens in %d blocks of at most %d", prefix, len(text.tokens), len(cut), size)
+        logger.info("%s: %d tokens in %d blocks of at most %d", ", ".join(parts), len(tokens), len(cut), size)
         return dataset
 
     def _bos_setting(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class CheckpointManager:
         names = []
         if end_of_epoch and not config.no_epoch_checkpoints and epoch % config.save_interval == 0:
             names.append(f"checkpoint{epoch}.pt")
-        if not end_of_epoch and config.save_interval_updates > 0 and update % config.save_interval_updates == 0:
+        if config.saves_after(update):  # also at an epoch's end, where fairseq writes no such file
             names.append(f"checkpoint_{epoch}_{update}.pt")
         if better:
             names.append("checkpoint_best.pt")

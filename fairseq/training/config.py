@@ -8,7 +8,7 @@ from typing import Any
 
 from fairseq.config import flag, require_at_least
 from fairseq.data.batching_config import BatchingConfig, DatasetConfig
-from fairseq.optim.configs import OptimizationConfig
+from fairseq.optim.configs import EmaConfig, OptimizationConfig
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.runtime.manifest import Command
 from fairseq.tasks.configs import LanguageModelingConfig
@@ -32,6 +32,12 @@ class ValidationConfig:
     """--max-tokens of validation, when it differs."""
     max_sentences_valid: int | None = flag("--max-sentences-valid", "--batch-size-valid", default=None)
     """--max-sentences of validation, when it differs."""
+    max_valid_steps: int | None = flag("--max-valid-steps", "--nval", default=None)
+    """Validate on the first so many batches of each split only."""
+    combine_valid_subsets: bool = flag("--combine-valid-subsets", "--combine-val", default=False)
+    """Validate on each split together with those numbered after it (valid, valid1, ...) as one text."""
+    ignore_unused_valid_subsets: bool = flag("--ignore-unused-valid-subsets", default=False)
+    """Do not warn of splits numbered after one of --valid-subset that are not validated on."""
     curriculum: int = flag("--curriculum", default=0)
     """Keep the batches of the first so many epochs in order."""
 
@@ -41,6 +47,7 @@ class ValidationConfig:
             validate_interval=self.validate_interval,
             max_tokens_valid=self.max_tokens_valid,
             max_sentences_valid=self.max_sentences_valid,
+            max_valid_steps=self.max_valid_steps,
         )
         require_at_least(0, validate_interval_updates=self.validate_interval_updates, curriculum=self.curriculum)
 
@@ -92,6 +99,10 @@ class CheckpointConfig:
         require_at_least(1, save_interval=self.save_interval)
         require_at_least(0, save_interval_updates=self.save_interval_updates)
 
+    def saves_after(self, update: int) -> bool:
+        """True if --save-interval-updates falls on this update."""
+        return self.save_interval_updates > 0 and update % self.save_interval_updates == 0
+
 
 def require_same_parts(
     path: str, saved: Mapping[str, str | None], asked: Mapping[str, str], config: CheckpointConfig
@@ -133,3 +144,4 @@ class TrainingConfigs:
     distributed: DistributedConfig
     optimization: OptimizationConfig
     checkpoints: CheckpointConfig
+    ema: EmaConfig = EmaConfig()

@@ -17,7 +17,14 @@ from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.trime_batching import ranks_together, training_order
 from fairseq.metrics.training import TrainMeters, valid_figures
-from fairseq.models.config import TransformerLMConfig, require_same_architecture
+from fairseq.models.architectures import build_model_config
+from fairseq.models.config import (
+    TransformerLMConfig,
+    architecture_of,
+    model_config_from,
+    require_same_architecture,
+)
+from fairseq.optim.ema import WeightAverage
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
 from fairseq.runtime.distributed import make_fabric
@@ -51,8 +58,10 @@ class TrainingLoop:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.task: LanguageModelingTask = TASKS[configs.chosen["task"]].load()(configs.task)
         torch.manual_seed(self.runtime.seed)
-        self.model = self._model()
         self.checkpoint_manager = CheckpointManager(self.checkpoints)
+        self.restore_path = self.checkpoint_manager.restore_path()
+        self.restored = load_checkpoint(self.restore_path) if self.restore_path else None
+        self.model = self._model()
         self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model)
         find_unused = self.model.may_skip_parameters or configs.distributed.find_unused_parameters
@@ -66,6 +75,8 @@ class TrainingLoop:
             self.optimization,
             self.runtime.seed,
         )
+        self.average = WeightAverage(configs.ema, self.model) if configs.ema.store_ema else None
+        self.stop_lr = self.optimization.stop_lr(has_floor=self.trainer.schedule.has_floor)
         self.meters = TrainMeters()
         self.progress = Progress(configs.common, enabled=self.fabric.is_global_zero)
         copy_log_to_file(configs.common)
@@ -82,7 +93,24 @@ class TrainingLoop:
             own = {field.name for field in fields(TransformerLMConfig)}
             asked = {name: value for name, value in given.items() if name in own}
             return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked)
-        return self.task.build_model(chosen["arch"], given)
+        return self.task.build_model(chosen["arch"], self._foreign_architecture() | dict(given))
+
+    def _foreign_architecture(self) -> dict[str, Any]:
+        """Architecture of a checkpoint of fairseq that the run starts with, as far as no other one is asked for.
+
+        ``--arch transformer_lm`` stands for other settings in fairseq 0.12 (post-norm) than in 0.9.
+        """
+        found, options = self.restored, self.configs.options
+        saved_arch = found.config["chosen"].get("arch") if found is not None else None
+        if found is None or not found.written_by or ("arch" in options and saved_arch != options["arch"]):
+            return {}
+        saved = architecture_of(model_config_from(found.config["model"]))
+        asked = architecture_of(build_model_config(self.configs.chosen["arch"], options))
+        taken = {name: value for name, value in saved.items() if name not in options and value != asked[name]}
+        if taken:
+            listed = ", ".join(f"{name} {value}" for name, value in taken.items())
+            logger.info("taken from %s (%s): %s", self.restore_path, found.written_by, listed)
+        return taken
 
     def _optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -92,8 +120,9 @@ class TrainingLoop:
 
     def _schedule(self) -> LRSchedule:
         limits = self.optimization
+        lowest = -1.0 if limits.min_lr is None else limits.min_lr
         return build_lr_scheduler(
-            self.configs.chosen["lr_scheduler"], self.configs.options, limits.lr, limits.max_update, limits.min_lr
+            self.configs.chosen["lr_scheduler"], self.configs.options, limits.lr, limits.max_update, lowest
         )
 
     def _train_iterator(self, epoch: int) -> EpochBatchIterator:
@@ -122,9 +151,10 @@ class TrainingLoop:
     def _valid_iterators(self) -> dict[str, EpochBatchIterator]:
         if self.validation.disable_validation:
             return {}
+        self._warn_of_unused_subsets()
         found = {}
         for subset in self.validation.valid_subset.split(","):
-            dataset = self.task.blocks(subset)
+            dataset = self.task.blocks(subset, combine=self.validation.combine_valid_subsets)
             batches = self.task.training_batches(
                 dataset,
                 max_tokens=self.validation.max_tokens_valid or self.data.max_tokens,
@@ -139,6 +169,18 @@ class TrainingLoop:
                 dataset, batches, rank=self.fabric.global_rank, world_size=self.fabric.world_size
             )
         return found
+
+    def _warn_of_unused_subsets(self) -> None:
+        """Name the numbered splits beside those of --valid-subset that no validation reads."""
+        config = self.validation
+        named = config.valid_subset.split(",")
+        unused = {more for subset in named for more in self.task.numbered_after(subset)} - set(named)
+        if unused and not (config.combine_valid_subsets or config.ignore_unused_valid_subsets):
+            logger.warning(
+                "validation does not read %s; add them to --valid-subset, or give --combine-valid-subsets, or "
+                "--ignore-unused-valid-subsets to say so",
+                ", ".join(sorted(unused)),
+            )
 
     def run(self) -> None:
         """Train until a limit is reached, beginning where the last checkpoint of this run stands."""
@@ -172,13 +214,23 @@ class TrainingLoop:
             self._turn_to_folder_of(epoch)
         self.trainer.start_epoch(epoch)
         update_freq = self.optimization.update_freq_in(epoch)
+        skips = self.optimization.skip_remainder_batch
         total, done = (_ceil_div(n, update_freq) for n in (len(self.iterator), self.iterator.batches_done))
+        if skips:
+            total = len(self.iterator) // update_freq
+            if not total:
+                raise ValueError(
+                    f"--skip-remainder-batch drops the whole epoch: it has {len(self.iterator)} batches per process, "
+                    f"--update-freq takes {update_freq}; lower --update-freq"
+                )
         if done == 0:
             self.meters.begin_epoch()
         with self.progress.epoch(epoch, total, done) as shown:
-            for batches in _groups_of(update_freq, iter(self.iterator)):
+            for batches in _groups_of(update_freq, iter(self.iterator), whole=skips):
                 began = time.perf_counter()
                 self.meters.add(self.trainer.train_step(batches), time.perf_counter() - began)
+                if self.average is not None:
+                    self.average.update(self.model, self.trainer.num_updates)
                 shown.step(lambda: self.meters.inner_figures(self.trainer.num_updates, self.trainer.lr))
                 if not self.iterator.end_of_epoch and self._wants_stop_inside():
                     self._validate_and_save(epoch, end_of_epoch=False)
@@ -204,6 +256,8 @@ class TrainingLoop:
         every = self.validation.validate_interval_updates
         validates = (epoch % self.validation.validate_interval == 0 if end_of_epoch else True) or ends
         validates |= every > 0 and update % every == 0
+        due = self.checkpoints.saves_after(update)
+        validates |= due
         figure = self._validate(epoch) if validates and self.valid_sets else None
         if end_of_epoch:
             self.trainer.end_epoch(epoch, figure)
@@ -212,7 +266,7 @@ class TrainingLoop:
         names = self.checkpoint_manager.names(
             epoch=epoch, update=update, end_of_epoch=end_of_epoch, better=better, figure=figure
         )
-        wanted = not end_of_epoch or ends or epoch % self.checkpoints.save_interval == 0 or better
+        wanted = not end_of_epoch or ends or epoch % self.checkpoints.save_interval == 0 or better or due
         if wanted:
             self._save(names)
 
@@ -233,7 +287,7 @@ class TrainingLoop:
         figure = None
         for subset, batches in self.valid_sets.items():
             began = time.perf_counter()
-            sums = self.trainer.valid_pass(iter(batches))
+            sums = self.trainer.valid_pass(itertools.islice(iter(batches), self.validation.max_valid_steps))
             batches.next_epoch()
             figures = valid_figures(sums, time.perf_counter() - began, self.trainer.num_updates)
             if figure is None:
@@ -266,15 +320,16 @@ class TrainingLoop:
                 "meters": self.meters.state_dict(),
                 "seconds": self._seconds(),
                 "figures": self.last_figures,
-            },
+            }
+            | ({} if self.average is None else {"ema": self.average.weights}),
         )
 
     def _restore(self) -> None:
         """Take up the run in --save-dir, if there is one. Raises: ValueError when it is another model's."""
-        path = self.checkpoint_manager.restore_path()
-        if path is None:
+        path, found = self.restore_path, self.restored
+        if path is None or found is None:
             return
-        found = load_checkpoint(path)
+        self.restored = None  # its weights are needed only once
         loaded = load_model_for(self.task.dictionary, found, path)
         require_same_architecture(path, loaded.config, self.model.config)
         try:
@@ -298,6 +353,8 @@ class TrainingLoop:
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if self.average is not None:
+            self.average.load(progress.get("ema") or self.model.state_dict())
         if not options.reset_dataloader and found.iterator is not None:
             self.iterator.load_state_dict(found.iterator)
         if not options.reset_meters:
@@ -318,7 +375,7 @@ class TrainingLoop:
             return True
         if limits.stop_time_hours > 0 and self.fabric.broadcast(limits.stop_time_hours * 3600 < self._seconds()):
             return True
-        return self.trainer.lr <= limits.min_lr and not self.trainer.schedule.is_warming_up
+        return self.trainer.lr <= self.stop_lr and not self.trainer.schedule.is_warming_up
 
     def _seconds(self) -> float:
         return self.seconds + time.perf_counter() - self.started
@@ -347,10 +404,11 @@ class TrainingLoop:
         )
 
 
-def _groups_of(count: int, batches: Iterator[LMBatch]) -> Iterator[list[LMBatch]]:
-    """Consecutive batches, ``count`` at a time; the last group of an epoch may be smaller."""
+def _groups_of(count: int, batches: Iterator[LMBatch], *, whole: bool = False) -> Iterator[list[LMBatch]]:
+    """Consecutive batches, ``count`` at a time; a smaller last group of an epoch is dropped with ``whole``."""
     while group := list(itertools.islice(batches, count)):
-        yield group
+        if len(group) == count or not whole:
+            yield group
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -268,3 +268,48 @@ def test_files_that_are_not_there(tmp_path):
         load_checkpoint(str(tmp_path / "none.pt"))
     with pytest.raises(IsADirectoryError):
         load_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"module.module.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace("decoder.", "decoder._fsdp_wrapped_module.", 1),
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module.", 1),
+    ],
+)
+def test_names_that_wrappers_gave_are_those_of_the_model(tmp_path, spell):
+    plain_weights = weights()
+    wrapped = {spell(name): value for name, value in plain_weights.items()}
+    path = write(tmp_path / "w.pt", {"args": argparse.Namespace(**ARGS), "model": wrapped})
+    loaded = load_model(load_checkpoint(path), 12, 1).state_dict()
+    assert loaded.keys() == plain_weights.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in plain_weights.items())
+
+
+def test_wrapped_names_that_cannot_be_read_are_errors(tmp_path):
+    found = weights()
+    twice = found | {"module.decoder.layer_norm.bias": torch.zeros(8)}
+    path = write(tmp_path / "t.pt", {"args": argparse.Namespace(**ARGS), "model": twice})
+    with pytest.raises(ValueError, match=r"decoder.layer_norm.bias twice, once as module\.decoder"):
+        load_checkpoint(path)
+    flat = {"decoder.flat_param_0": torch.zeros(9)}
+    path = write(tmp_path / "f.pt", {"args": argparse.Namespace(**ARGS), "model": flat})
+    with pytest.raises(ValueError, match="flattened shards of weights"):
+        load_checkpoint(path)
+
+
+def test_a_missing_norm_setting_has_the_default_of_the_program_that_wrote_the_file(tmp_path):
+    bare = SMALL | {"_name": "transformer_lm"}
+    cfg = {"task": {"_name": "language_modeling", "tokens_per_sample": 32}, "model": bare}
+    for pre_norm in (False, True):
+        content = {"args": None, "cfg": cfg, "model": weights(decoder_normalize_before=pre_norm)}
+        loaded = load_checkpoint(write(tmp_path / "new.pt", content))
+        assert loaded.written_by == "fairseq 0.12"
+        assert load_model(loaded, 12, 1).config.decoder_normalize_before is pre_norm
+    old = {name: value for name, value in ARGS.items() if name != "decoder_normalize_before"}
+    loaded = load_checkpoint(write(tmp_path / "old.pt", {"args": argparse.Namespace(**old), "model": weights()}))
+    assert loaded.written_by == "fairseq 0.9"
+    assert load_model(loaded, 12, 1).config.decoder_normalize_before

@@ -77,9 +77,30 @@ def test_characters_as_decimal_codes(text):
 def test_limits_of_the_dictionary(text):
     preprocess("--only-source", "--trainpref", "train", "--thresholdsrc", 2, "--padding-factor", 1, "--destdir", "a")
     assert (text / "a/dict.txt").read_text() == "the 2\n"
-    preprocess("--only-source", "--trainpref", "train", "--nwordssrc", 2, "--padding-factor", 1, "--destdir", "b")
+    preprocess("--only-source", "--trainpref", "train", "--nwordssrc", 6, "--padding-factor", 1, "--destdir", "b")
     assert (text / "b/dict.txt").read_text() == "the 2\ncat 1\n"
     assert strings("b", "train") == ["the cat <unk>", "", "the <unk>"]
+
+
+def test_nwords_counts_the_special_symbols_as_fairseq_does(text):
+    preprocess("--only-source", "--trainpref", "train", "--nwordssrc", 7, "--padding-factor", 8, "--destdir", "c")
+    words = [line.split()[0] for line in (text / "c/dict.txt").read_text().splitlines()]
+    assert (len(words), words[3:]) == (4, ["madeupword0000"])
+    with pytest.raises(ValueError, match="--nwordssrc 4 counts the 4 special symbols and so keeps no word"):
+        preprocess("--only-source", "--trainpref", "train", "--nwordssrc", 4, "--destdir", "d")
+
+
+def test_the_padding_symbol_in_text_is_reported(text, caplog):
+    (text / "pads").write_text("a <pad> b\n<pad>\n")
+    preprocess("--only-source", "--trainpref", "pads", "--destdir", "out", "--padding-factor", 1)
+    assert (text / "out/dict.txt").read_text() == "a 1\nb 1\n"
+    assert [row.tolist() for row in MMapIndexedDataset("out/train")] == [[4, 1, 5, 2], [1, 2]]
+    assert "pads holds <pad> 2 times" in caplog.text
+
+
+def test_dict_only_writes_no_data(text):
+    preprocess("--only-source", "--trainpref", "train", "--destdir", "out", "--dict-only")
+    assert sorted(files_in("out")) == ["dict.txt"]
 
 
 def test_a_ready_dictionary_is_taken_as_it_is(text):
@@ -150,7 +171,7 @@ def test_a_second_run_may_follow_but_not_change_the_dictionary(text):
     with pytest.raises(
         ValueError, match="out/dict.txt is there already and holds other symbols; keep it with --srcdict"
     ):
-        preprocess(*words, "--nwordssrc", 1)
+        preprocess(*words, "--nwordssrc", 5)
     assert files_in("out") == before
     preprocess("--only-source", "--testpref", "test", "--srcdict", "out/dict.txt", "--destdir", "out")
     assert strings("out", "test") == ["cat"]

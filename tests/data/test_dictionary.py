@@ -21,12 +21,12 @@ def test_specials_have_the_numbers_checkpoints_rely_on():
     assert (d.index("never seen"), d[99]) == (3, "<unk>")
 
 
-@given(st.dictionaries(WORDS, st.integers(1, 5)), st.integers(-1, 4), st.integers(-1, 6), st.integers(1, 8))
+@given(st.dictionaries(WORDS, st.integers(1, 5)), st.integers(-1, 4), st.integers(-1, 10), st.integers(1, 8))
 def test_finalize_orders_cuts_and_pads(counts, threshold, nwords, factor):
     d = Dictionary.from_counts(Counter(counts), threshold=threshold, nwords=nwords, padding_factor=factor)
     special = {"<s>", "<pad>", "</s>", "<unk>"}
     ranked = sorted((-n, word) for word, n in counts.items() if word not in special)
-    ranked = ranked[:nwords] if nwords > 0 else ranked
+    ranked = ranked[: max(0, nwords - len(special))] if nwords > 0 else ranked
     expected = [word for n, word in ranked if -n >= threshold]
     assert d.symbols[4 : 4 + len(expected)] == expected
     assert len(d) % factor == 0

@@ -18,7 +18,7 @@ def write(prefix, sentences, dtype=np.uint16):
         builder.finalize(f"{prefix}.idx")
 
 
-@given(SENTENCES, st.sampled_from([np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]))
+@given(SENTENCES, st.sampled_from([np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16, np.uint32, np.uint64]))
 def test_what_is_written_is_read(tmp_path_factory, sentences, dtype):
     prefix = tmp_path_factory.mktemp("d") / "x"
     write(prefix, sentences, dtype)
@@ -35,6 +35,77 @@ def test_the_bytes_are_those_of_the_format(tmp_path):
     assert (tmp_path / "x.idx").read_bytes() == (
         b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, 8, 3) + struct.pack("<3i", 3, 1, 2) + struct.pack("<3q", 0, 6, 8)
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H"), (9, "I"), (10, "Q")]
+)
+def test_every_number_type_of_fairseq_0_12_is_read(tmp_path, code, kind):
+    (tmp_path / "x.bin").write_bytes(struct.pack(f"<4{kind}", 5, 2, 7, 2))
+    size = struct.calcsize(f"<{kind}")
+    (tmp_path / "x.idx").write_bytes(
+        b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, code, 2) + struct.pack("<2i2q", 2, 2, 0, 2 * size)
+    )
+    assert [sentence.tolist() for sentence in MMapIndexedDataset(tmp_path / "x")] == [[5, 2], [7, 2]]
+
+
+def write_old(prefix, sentences, code=4, kind="i", offset=1):
+    """fairseq's layout before mmap, by struct alone."""
+    flat = [token + offset for sentence in sentences for token in sentence]
+    ends = [sum(map(len, sentences[:i])) for i in range(len(sentences) + 1)]
+    count = len(sentences)
+    (prefix.parent / f"{prefix.name}.bin").write_bytes(struct.pack(f"<{len(flat)}{kind}", *flat))
+    (prefix.parent / f"{prefix.name}.idx").write_bytes(
+        b"TNTIDX\x00\x00"
+        + struct.pack("<5Q", 1, code, struct.calcsize(kind), count, count)
+        + struct.pack(f"<{count + 1}q", *range(count + 1))
+        + struct.pack(f"<{count + 1}q", *ends)
+        + struct.pack(f"<{count}q", *map(len, sentences))
+    )
+
+
+@given(SENTENCES, st.sampled_from([(1, "B"), (3, "h"), (4, "i"), (5, "q"), (8, "H")]))
+def test_the_layout_before_mmap_is_read_and_its_numbers_count_from_1(tmp_path_factory, sentences, kind):
+    prefix = tmp_path_factory.mktemp("d") / "x"
+    write_old(prefix, sentences, *kind)
+    data = MMapIndexedDataset(prefix)
+    assert [sentence.tolist() for sentence in data] == sentences
+    assert data.tokens.tolist() == sum(sentences, [])
+
+
+def test_a_damaged_file_of_the_layout_before_mmap_is_an_error(tmp_path):
+    prefix = tmp_path / "x"
+    write_old(prefix, [[4, 2], [2]], offset=0)
+    (tmp_path / "x.bin").write_bytes(struct.pack("<3i", 4, 0, 2))
+    with pytest.raises(ValueError, match="holds the number 0, but its layout counts from 1"):
+        MMapIndexedDataset(prefix)
+    write_old(prefix, [[4, 2], [2]])
+    whole = (tmp_path / "x.idx").read_bytes()
+    (tmp_path / "x.idx").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"x\.idx has 104 bytes, 2 sentences need 112"):
+        MMapIndexedDataset(prefix)
+    (tmp_path / "x.idx").write_bytes(whole[:-8] + struct.pack("<q", 5))
+    with pytest.raises(ValueError, match="sizes and offsets do not match"):
+        MMapIndexedDataset(prefix)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (b"HUFFIDX\x00\x00" + bytes(40), "of fairseq's --dataset-impl huffman, which is not read here"),
+        (b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, 7, 0), "number type 7, floating point: features"),
+        (
+            b"MMIDIDX\x00\x00" + struct.pack("<QBQ", 1, 11, 0),
+            r"number type 11, expected one of \[1, 2, 3, 4, 5, 8, 9, 10\]",
+        ),
+        (b"TNTIDX\x00\x00" + struct.pack("<5Q", 1, 6, 4, 0, 0) + bytes(16), "number type 6, floating point"),
+    ],
+)
+def test_other_layouts_and_features_are_named(tmp_path, index, message):
+    (tmp_path / "x.bin").write_bytes(b"")
+    (tmp_path / "x.idx").write_bytes(index)
+    with pytest.raises(ValueError, match=message):
+        MMapIndexedDataset(tmp_path / "x")
 
 
 def test_number_type_follows_the_vocabulary():

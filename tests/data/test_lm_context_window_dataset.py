@@ -69,9 +69,26 @@ def test_a_block_that_was_left_out_cannot_be_asked_for():
         windows.collate([1])
 
 
-def test_begin_of_sentence_and_context_exclude_each_other():
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 12), st.integers(0, 6))
+def test_blocks_that_begin_with_bos_keep_it_within_the_context(sizes, window, more):
+    """Step by step, as a reader of rows would: the text so far ends the context, and <s> comes before each block."""
+    plain = text_of(sizes)
+    data = MonolingualDataset(plain.blocks, PAD, EOS, bos=0)
+    longest = max(sizes) + window + more - 3
+    windows = LMContextWindowDataset(data, range(len(sizes)), window, longest)
+    so_far = []
+    for i, size in enumerate(sizes):
+        row = [0, *data.source(i).tolist()]
+        room = longest - len(row)
+        context = so_far[-min(window, room) :] if min(window, room) > 0 else []
+        batch = windows.collate([i])
+        assert batch.tokens_BT[0].tolist() == context + row
+        assert batch.target_BT[0][batch.scored_BT[0]].tolist() == data.target(i).tolist()
+        assert batch.scored_BT[0].tolist() == [False] * (len(context) + 1) + [True] * size
+        so_far += row
+
+
+def test_begin_of_sentence_without_context():
     data = text_of([3, 3])
     with_bos = MonolingualDataset(data.blocks, PAD, EOS, bos=0)
-    with pytest.raises(ValueError, match="--add-bos-token and --context-window 4 exclude each other"):
-        LMContextWindowDataset(with_bos, [0, 1], 4, 8)
     assert LMContextWindowDataset(with_bos, [0, 1], 0, 8).collate([1]).tokens_BT.tolist() == [[0, 102, 103, 104]]

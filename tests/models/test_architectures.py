@@ -16,10 +16,28 @@ PLAIN = {
     "transformer_lm_baevski_gbw": (12, 512, 4096, 16, 0.1, 0.1, 0.0, "relu", False),
     "transformer_lm_gbw": (12, 512, 4096, 16, 0.1, 0.1, 0.0, "relu", False),
     "transformer_lm_gpt": (12, 768, 3072, 12, 0.1, 0.1, 0.0, "gelu", True),
+    "transformer_lm_gpt2_tiny": (2, 64, 64, 1, 0.1, 0.1, 0.0, "gelu", True),
+    "transformer_lm_gpt2_big_wide": (24, 2048, 8192, 32, 0.1, 0.1, 0.0, "gelu", True),
+    "transformer_lm_gpt2_bigger": (48, 2048, 8192, 32, 0.1, 0.1, 0.0, "gelu", True),
     "transformer_lm_gpt2_small": (24, 1024, 4096, 16, 0.1, 0.1, 0.0, "gelu", True),
     "transformer_lm_gpt2_medium": (36, 1280, 5120, 20, 0.1, 0.1, 0.0, "gelu", True),
     "transformer_lm_gpt2_big": (48, 1600, 6400, 25, 0.1, 0.1, 0.0, "gelu", True),
 }
+# arXiv 2005.14165, table 2.1; widths and heads of some sizes are rounded in fairseq.
+GPT3 = {
+    f"transformer_lm_gpt3_{name}": (layers, width, 4 * width, heads, 0.0, 0.0, 0.0, "gelu", True)
+    for name, layers, width, heads in (
+        ("small", 12, 768, 12),
+        ("medium", 24, 1024, 16),
+        ("large", 24, 1536, 16),
+        ("xl", 24, 2048, 32),
+        ("2_7", 32, 2560, 32),
+        ("6_7", 32, 4096, 32),
+        ("13", 40, 5120, 40),
+        ("175", 96, 12288, 96),
+    )
+}
+PLAIN |= GPT3
 ADAPTIVE = {
     "transformer_lm_baevski_wiki103": (16, 1024, 4096, 8, 0.3, 0.1, 0.1, "relu", False),
     "transformer_lm_wiki103": (16, 1024, 4096, 8, 0.3, 0.1, 0.1, "relu", False),
@@ -40,6 +58,7 @@ def test_numbers(name):
     assert config.decoder_ffn_embed_dim == inner
     assert (config.dropout, config.attention_dropout, config.activation_dropout) == (dropout, attention, activations)
     assert config.activation_fn == activation
+    assert config.decoder_learned_pos is config.share_decoder_input_output_embed is (name in GPT3)
     assert config.decoder_normalize_before
     assert config.no_decoder_final_norm != final_norm
     adaptive = (

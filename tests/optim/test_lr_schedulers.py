@@ -8,6 +8,7 @@ from hypothesis import given as draw
 from hypothesis import strategies as st
 
 from fairseq.optim import LR_SCHEDULERS
+from fairseq.optim.configs import OptimizationConfig
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 
 TRIME = {"max_lr": 1.0, "warmup_init_lr": 1e-7, "t_mult": 2.0, "lr_period_updates": 270_000.0, "lr_shrink": 0.75}
@@ -127,7 +128,9 @@ def test_plateau_does_not_count_figures_of_the_warmup():
     assert schedule.step_epoch(3, 8.0) == 0.4
 
 
-@pytest.mark.parametrize("name", sorted(LR_SCHEDULERS))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, entry in LR_SCHEDULERS.items() if hasattr(entry.config(), "warmup_updates"))
+)
 def test_a_warmup_ends_when_its_updates_are_done(name):
     schedule = build_lr_scheduler(name, SETTINGS[name] | {"warmup_updates": 3}, (0.5,))
     warming = []
@@ -143,7 +146,45 @@ SETTINGS = {
     "inverse_sqrt": {"warmup_updates": 3},
     "polynomial_decay": {"total_num_update": 20, "warmup_updates": 3},
     "reduce_lr_on_plateau": {"warmup_updates": 3},
+    "tri_stage": {"warmup_steps": 3, "hold_steps": 4, "decay_steps": 8},
+    "triangular": {"max_lr": 0.9, "lr_period_updates": 6.0},
+    "manual": {"epoch2lr": {1: 0.3, 3: 0.1}, "update2lr": {15: 0.05}},
 }
+
+
+def test_tri_stage_warms_up_holds_and_decays_exponentially():
+    schedule = build_lr_scheduler(
+        "tri_stage", {"phase_ratio": (0.1, 0.4, 0.5), "init_lr_scale": 0.1, "final_lr_scale": 0.01}, (0.2,), 100
+    )
+    rates = [schedule.step_update(n) for n in (0, 5, 10, 49, 50, 75, 100, 101)]
+    assert rates == [close(rate) for rate in (0.02, 0.11, 0.2, 0.2, 0.2, 0.02, 0.002, 0.002)]
+    counted = build_lr_scheduler("tri_stage", {"warmup_steps": 10, "hold_steps": 40, "decay_steps": 50}, (0.2,))
+    assert counted.step_update(75) == close(0.2 * math.exp(math.log(0.01) * 0.5))
+    with pytest.raises(ValueError, match="--phase-ratio gives shares of --max-update"):
+        build_lr_scheduler("tri_stage", {"phase_ratio": (0.1, 0.4, 0.5)}, (0.2,))
+    with pytest.raises(ValueError, match="no update in any phase"):
+        build_lr_scheduler("tri_stage", {}, (0.2,))
+
+
+@draw(st.integers(0, 200), st.floats(0.1, 1.0), st.booleans())
+def test_triangular_rises_and_falls_between_two_rates(update, shrink, shrink_min):
+    settings = {"max_lr": 1.0, "lr_period_updates": 20.0, "lr_shrink": shrink, "shrink_min": shrink_min}
+    period, place = update // 20, update % 20
+    low, high = 0.1 * (shrink**period if shrink_min else 1.0), shrink**period
+    share = place / 10 if place <= 10 else (20 - place) / 10
+    made = build_lr_scheduler("triangular", settings, (0.1,))
+    assert made.step_update(update) == pytest.approx(low + (high - low) * share, abs=1e-12)
+
+
+def test_manual_rates_come_from_tables_and_updates_go_first():
+    table = LR_SCHEDULERS["manual"].config.__dataclass_fields__["epoch2lr"].metadata["parse"]
+    epochs, updates = table("{'1': 0.4, '2-3': 0.2, '5,7': 0.1}"), table("{10: 0.05}")
+    assert epochs == {1: 0.4, 2: 0.2, 3: 0.2, 5: 0.1, 7: 0.1}
+    schedule = build_lr_scheduler("manual", {"epoch2lr": epochs, "update2lr": updates}, (0.5,))
+    assert [schedule.lr] + [schedule.step_epoch(epoch) for epoch in range(1, 5)] == [0.4, 0.2, 0.2, 0.2, 0.1]
+    assert [schedule.step_update(n) for n in (9, 10, 11)] == [0.1, 0.05, 0.05]
+    with pytest.raises(ValueError, match="gives no rate for each number or range"):
+        table("[1, 2]")
 
 
 @pytest.mark.parametrize("name", sorted(LR_SCHEDULERS))
@@ -188,3 +229,25 @@ def test_a_stored_state_goes_on_as_if_never_interrupted(name):
 def test_mistakes_are_told(name, given, lrs, said):
     with pytest.raises(ValueError, match=said):
         build_lr_scheduler(name, given, lrs)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "limits", "stops"),
+    [
+        ("cosine", {"max_lr": 1.0}, {"min_lr": 1e-9}, 1e-9),  # fairseq 0.9, where --max-lr is required
+        ("cosine", {}, {"min_lr": 1e-4}, -1.0),  # fairseq 0.12, where it does not exist
+        ("cosine", {}, {"min_lr": 1e-4, "stop_min_lr": 1e-9}, 1e-9),
+        ("inverse_sqrt", {}, {"min_lr": 1e-9}, 1e-9),
+        ("inverse_sqrt", {}, {"min_lr": 1e-5, "stop_min_lr": 1e-9}, 1e-9),
+        ("fixed", {}, {"stop_min_lr": 1e-3}, 1e-3),
+    ],
+)
+def test_min_lr_stops_training_where_fairseq_0_9_says_so_and_is_a_floor_in_0_12(name, schedule, limits, stops):
+    config = OptimizationConfig(max_update=100, lr=(0.5,), **limits)
+    made = build_lr_scheduler(name, schedule, (0.5,), max_update=100, min_lr=limits.get("min_lr", -1.0))
+    assert config.stop_lr(has_floor=made.has_floor) == stops
+
+
+def test_a_floor_ends_no_training():
+    with pytest.raises(ValueError, match="never stop"):
+        OptimizationConfig(lr=(0.5,), min_lr=1e-4).stop_lr(has_floor=True)

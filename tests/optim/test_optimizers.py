@@ -48,6 +48,33 @@ def test_adam_is_the_published_algorithm_with_decoupled_decay(start):
         np.testing.assert_allclose(ours[t - 1], x, rtol=1e-10)
 
 
+def test_adamax_is_the_published_algorithm_with_decoupled_decay(start):
+    beta1, beta2, decay = 0.9, 0.98, 0.1
+    x, mean, largest = start.copy(), 0.0, np.zeros_like(start)
+    ours = run("adamax", start, adamax_betas=(beta1, beta2), adamax_eps=0.0, weight_decay=decay)
+    for t, (lr, grad) in enumerate(zip(RATES, gradients(start.shape, len(RATES))), start=1):
+        mean = beta1 * mean + (1 - beta1) * grad
+        largest = np.maximum(beta2 * largest, abs(grad))
+        x = x - lr * decay * x - lr / (1 - beta1**t) * mean / largest
+        np.testing.assert_allclose(ours[t - 1], x, rtol=1e-10)
+
+
+def test_adagrad_and_adadelta_are_the_published_algorithms(start):
+    rho, eps = 0.9, 1e-6
+    x, total = start.copy(), 0.0
+    y, square, steps = start.copy(), 0.0, 0.0
+    adagrad, adadelta = run("adagrad", start), run("adadelta", start, adadelta_rho=rho, adadelta_eps=eps)
+    for t, (lr, grad) in enumerate(zip(RATES, gradients(start.shape, len(RATES)))):
+        total = total + grad**2
+        x = x - lr * grad / (np.sqrt(total) + 1e-10)
+        np.testing.assert_allclose(adagrad[t], x, rtol=1e-8)
+        square = rho * square + (1 - rho) * grad**2
+        step = np.sqrt(steps + eps) / np.sqrt(square + eps) * grad
+        steps = rho * steps + (1 - rho) * step**2
+        y = y - lr * step
+        np.testing.assert_allclose(adadelta[t], y, rtol=1e-8)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.2])
 def test_nag_is_the_published_recursion_with_the_velocity_rescaled_to_each_rate(start, decay):
     # arXiv 1212.0901, eq. 7: v' = m v - lr g, x' = x + m^2 v - (1 + m) lr g. When the rate changes, v is scaled by
@@ -228,7 +255,7 @@ def test_flags_are_read_as_literals():
 @pytest.mark.parametrize(
     ("name", "given", "said"),
     [
-        ("adma", {}, "did you mean 'adam'"),
+        ("adma", {}, "did you mean 'adamax'"),
         ("adam", {"adam_betas": (0.9,)}, "--adam-betas needs two numbers"),
         ("adam", {"adam_betas": (0.9, 1.0)}, r"--adam-betas must lie in \[0, 1\)"),
         ("adam", {"weight_decay": -1.0}, "--weight-decay must be at least 0, got -1.0"),

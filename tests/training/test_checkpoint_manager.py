@@ -54,7 +54,7 @@ def test_old_checkpoints_are_pruned(tmp_path: Path) -> None:
     for epoch in range(1, 5):
         write(kept, epoch, epoch * 10 - 5, None, end=False)
         write(kept, epoch, epoch * 10, None)
-    assert files(tmp_path) == {"checkpoint3.pt", "checkpoint4.pt", "checkpoint_4_35.pt", "checkpoint_last.pt"}
+    assert files(tmp_path) == {"checkpoint3.pt", "checkpoint4.pt", "checkpoint_4_40.pt", "checkpoint_last.pt"}
 
 
 @pytest.mark.parametrize(("maximize", "left"), [(False, {"1.0000", "2.0000"}), (True, {"4.0000", "3.0000"})])
