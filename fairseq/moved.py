@@ -9,8 +9,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
 
-from fairseq.runtime.lazy import missing_extra
-
 MOVED = {
     "fairseq.memory.combiners.fixed": "fairseq.memory.combiners.interpolation",
     "fairseq.memory.datastore_writer": "fairseq.memory.datastore.writer",
@@ -50,7 +48,7 @@ class _MovedModules:
         try:
             target = importlib.import_module(new)
         except ModuleNotFoundError as error:
-            raise missing_extra(error) from error
+            raise importlib.import_module("fairseq.runtime.lazy").missing_extra(error) from error
         public = getattr(target, "__all__", None) or [name for name in vars(target) if not name.startswith("_")]
 
         def find(name: str) -> Any:

@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
         f"searched {done.num_searched} of {done.num_segments} segments in {done.search_seconds:.1f}s "
         f"({speed:.1f} segments/s), index ready in {done.index_seconds:.1f}s: {done.path}\n"
     )
-    if not done.num_searched:
+    manifest = done.path.with_name(f"search{config.shard_id}.run.json")
+    if not done.num_searched and manifest.exists():
         return
     figures = {
         "num_segments": done.num_segments,
@@ -35,7 +36,6 @@ def main(argv: Sequence[str]) -> None:
         "index_seconds": done.index_seconds,
         "search_seconds": done.search_seconds,
     }
-    manifest = done.path.with_name(f"search{config.shard_id}.run.json")
     settings = to_dict(config)
     write_manifest(
         manifest, program=PROGRAM, argv=argv, config=settings, figures=figures, inputs=[config.segments_path]

@@ -8,7 +8,8 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,9 @@ def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]
     )
     keep_freed_memory()
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with reporting() as output:
+            main(sys.argv[1:] if argv is None else argv)
+        output.end(program)
     except (ValueError, OSError) as error:
         if os.environ.get("FAIRSEQ_TRACEBACK"):
             raise
@@ -41,6 +44,58 @@ def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]
     except KeyboardInterrupt:
         sys.stderr.write(f"{program}: interrupted\n")
         sys.exit(130)
+
+
+class ReportStream:
+    """Standard output that a command may lose (closed, a full disk, a pipe nobody reads) without losing its work."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None if stream is not None else OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def write(self, text: str) -> int:
+        """Write unless the stream is lost."""
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush unless the stream is lost."""
+        self._attempt(lambda stream: stream.flush())
+
+    def end(self, program: str) -> None:
+        """Exit with one line if the report did not arrive; with the status of a broken pipe if nobody read it."""
+        self.flush()
+        if self.lost is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered must not fail once more at exit
+        if self.lost.errno == errno.EPIPE:
+            sys.exit(128 + 13)
+        _print_error(program, f"standard output was lost ({self.lost.strerror}); the files are written")
+        sys.exit(2)
+
+    def _attempt(self, work: Callable[[TextIO], object]) -> None:
+        if self._stream is None or self.lost is not None:
+            return
+        try:
+            work(self._stream)
+        except OSError as error:
+            self.lost = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[ReportStream]:
+    """Replace standard output by one that may be lost."""
+    before: Any = sys.stdout
+    stream = ReportStream(before)
+    sys.stdout = stream
+    try:
+        yield stream
+    finally:
+        sys.stdout = before
 
 
 def keep_freed_memory() -> None:

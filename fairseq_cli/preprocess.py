@@ -7,10 +7,12 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fairseq.config import FlagParser, build, flag, ignored_flags, require_at_least
 from fairseq.data.binarizer import binarize, count_symbols
 from fairseq.data.dictionary import Dictionary
+from fairseq.runtime.files import locked
 from fairseq_cli.entry import run
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,13 @@ def main(argv: Sequence[str]) -> None:
     """Binarise text. Raises: ValueError or OSError on a user's mistake."""
     config = parse(argv)
     _check_files(config)
+    with locked(Path(config.destdir) / ".preprocess.lock", f"the data of --destdir {config.destdir!r}"):
+        _binarize_all(config)
+    logger.info("Wrote preprocessed data to %s", config.destdir)
+
+
+def _binarize_all(config: PreprocessConfig) -> None:
+    """Write the dictionaries and the data of all splits."""
     dictionaries = _dictionaries(config)
     for lang, dictionary in dictionaries.items():
         _save_dictionary(dictionary, config.dictionary_path(lang))
@@ -146,7 +155,6 @@ def main(argv: Sequence[str]) -> None:
                     dictionary[dictionary.pad()],
                     report.num_padding,
                 )
-    logger.info("Wrote preprocessed data to %s", config.destdir)
 
 
 def parse(argv: Sequence[str]) -> PreprocessConfig:

@@ -23,9 +23,11 @@ def main(argv: Sequence[str]) -> None:
         return
     configs = training_configs(settings)
 
+    from fairseq.training.checkpoint_manager import holding_save_dir
     from fairseq.training.loop import TrainingLoop
 
-    TrainingLoop(configs).run()
+    with holding_save_dir(configs.checkpoints):
+        TrainingLoop(configs).run()
 
 
 def cli_main() -> None:

@@ -53,16 +53,15 @@ def counterfactual(rows: Sequence[Mapping[str, str]], edits: Mapping[str, str]) 
 def main(words: list[str]) -> None:
     """Write the splits."""
     settings = read_settings(words, required=("questions", "edits", "tokenizer", "splits", "out"))
+    from experiments import json_lines
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(settings["tokenizer"])
     edits = json.loads(Path(settings["edits"]).read_text(encoding="utf-8"))
-    lines = Path(settings["questions"]).read_text(encoding="utf-8").splitlines()
     splits: dict[str, list[str]] = {name_of(size): [] for size in sorted(settings["splits"])}
     left_out: Counter[str] = Counter()
     by_document: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for line in lines:
-        row = json.loads(line)
+    for row in json_lines(Path(settings["questions"])):
         by_document[row["document"]].append(row)
     for rows in by_document.values():
         made = counterfactual(rows, edits)

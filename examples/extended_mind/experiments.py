@@ -61,6 +61,11 @@ def wilson(successes: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == count else centre + half)
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; only line feeds end a line, other separators may stand in its strings."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 def rows_so_far(record: Path) -> list[dict[str, Any]]:
     """What an earlier run wrote, a JSON object a line; a line that it was killed in is cut off."""
     whole = record.read_bytes() if record.exists() else b""

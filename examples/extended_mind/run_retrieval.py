@@ -94,8 +94,10 @@ class Retrieval:
 
 def questions(folder: Path, limit: int | None) -> Iterator[tuple[str, list[Row]]]:
     """(split, questions on one document), document by document."""
+    from experiments import json_lines
+
     for file in sorted(folder.glob("counterfactual_*.jsonl")):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()][:limit]
+        rows = json_lines(file)[:limit]
         groups = groupby(rows, key=lambda row: row["document"])
         yield from ((file.stem.partition("_")[2], list(group)) for _, group in groups)
 

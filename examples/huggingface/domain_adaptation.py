@@ -181,7 +181,8 @@ def prepare(config: DomainConfig) -> tuple[Any, Any, Texts]:
     windows = []
     most = (config.train_tokens, config.valid_tokens, config.test_tokens)
     for number, (path, count) in enumerate(zip(paths, most)):
-        lines = Path(str(path)).read_text(encoding="utf-8").splitlines(keepends=True)
+        with open(str(path), encoding="utf-8") as file:
+            lines = list(file)
         ids = torch.cat(clm_data.tokenize(lines, tokenizer, 1000))[:count]
         logger.info("%s: %d tokens", path, len(ids))
         windows.append(windows_of(ids, size, size // 2 if number else size))

@@ -139,6 +139,7 @@ def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seq
 def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: str) -> ExternalMemory:
     """The datastore and index that are named, checked against the model; ``score`` as in ``ExternalMemory``."""
     from fairseq.memory.sources.external import open_external
+    from fairseq.runtime.manifest import file_digest
 
     tap, dictionary = evaluation.key_tap, evaluation.task.dictionary
     return open_external(
@@ -148,4 +149,5 @@ def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: st
         key_tap=tap,
         dictionary_digest=dictionary.digest(),
         dictionary_size=len(dictionary),
+        model_digest=lambda: file_digest(str(configs.evaluation.path)),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: 
         metadata |= {"first_row": rows.first, "total_rows": rows.total}
         if store_exists(prefix, metadata | {"rows": rows.count, "key_dtype": knn.key_dtype}):
             sys.stdout.write(f"{prefix} is complete already; remove {prefix}.json to save it again\n")
+            if not os.path.exists(f"{prefix}.run.json"):  # killed between the shard and its manifest
+                write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", {"rows": rows.count})
             _join(configs, evaluation)
             return
     with DatastoreWriter(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
+import socket
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -33,16 +35,42 @@ def writing(path: str | os.PathLike[str], *, binary: bool = False) -> Iterator[I
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The name of a temporary file, which becomes ``path`` when the block ends and is removed when it fails."""
-    temporary = f"{os.fspath(path)}.tmp"
+    """The name of a temporary file, which becomes ``path`` when the block ends and is removed when it fails.
+
+    The name is that of this process, so that two that write the same file do not meet in it; what killed ones left is
+    removed. Missing folders are made.
+    """
+    path = os.fspath(path)
+    temporary = f"{path}.{socket.gethostname()}-{os.getpid()}.tmp"
     try:
         with naming(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            _remove_leftovers(path)
             yield temporary
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def _remove_leftovers(path: str) -> None:
+    """Remove the temporary files of processes of this host that no longer run."""
+    for leftover in glob.glob(f"{glob.escape(path)}.{glob.escape(socket.gethostname())}-*.tmp"):
+        pid = leftover[: -len(".tmp")].rpartition("-")[2]
+        if pid.isdecimal() and int(pid) != os.getpid() and not _is_running(int(pid)):
+            with contextlib.suppress(OSError):
+                os.remove(leftover)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 import time
 import zlib
@@ -73,11 +74,16 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
             if time.monotonic() < deadline:
                 time.sleep(0.05)
                 continue
-            raise OSError(f"another process is writing {what} (lock {str(path)!r}); wait for it or stop it") from None
+            raise OSError(
+                f"another process is writing {what} ({_holder(path)}, lock {str(path)!r}); wait for it or stop it"
+            ) from None
         # The previous holder may have removed the name: only the file that has the name now counts.
         if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             break
         file.close()
+    file.truncate(0)
+    file.write(f"{os.getpid()} {socket.gethostname()}\n".encode())
+    file.flush()
     try:
         yield
     finally:
@@ -85,6 +91,15 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
             path.unlink(missing_ok=True)
         finally:
             file.close()
+
+
+def _holder(path: Path) -> str:
+    """The process that wrote its number into a lock file."""
+    try:
+        pid, host = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return "of unknown number"
+    return f"process {pid} on {host}"
 
 
 class BlockChecksums:

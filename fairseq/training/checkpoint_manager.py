@@ -7,11 +7,44 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+from fairseq.runtime.files import locked
 from fairseq.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def holding_save_dir(config: CheckpointConfig) -> Iterator[None]:
+    """Keep other training runs out of ``--save-dir`` while the block runs; the processes of one run share it.
+
+    Raises: ValueError when the folder cannot be written; OSError when another run holds it.
+    """
+    folder, ranks = Path(config.save_dir), ("RANK", "LOCAL_RANK", "NODE_RANK")
+    if config.no_save or any(os.environ.get(name, "0") != "0" for name in ranks):
+        yield
+        return
+    existed = folder.is_dir()
+    _make_folder(config.save_dir)
+    try:
+        with locked(folder / ".train.lock", f"the checkpoints of --save-dir {config.save_dir!r}"):
+            yield
+    finally:
+        if not existed:
+            with suppress(OSError):  # it is not empty after a run
+                folder.rmdir()
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--save-dir {folder!r} cannot be made: {error.strerror}; choose another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--save-dir {folder!r} cannot be written; choose another folder")
 
 
 class CheckpointManager:
@@ -31,15 +64,7 @@ class CheckpointManager:
         """Make the folder. Raises: ValueError when it cannot be written, before any training."""
         if self.config.no_save:
             return
-        folder = self.config.save_dir
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"--save-dir {folder!r} cannot be made: {error.strerror}; choose another folder"
-            ) from error
-        if not os.access(folder, os.W_OK):
-            raise ValueError(f"--save-dir {folder!r} cannot be written; choose another folder")
+        _make_folder(self.config.save_dir)
         for aside in glob.glob(os.path.join(glob.escape(self.config.save_dir), "*.pt.tmp")):
             os.remove(aside)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import POSITIONS
 from fairseq.runtime.atomic_files import naming, replacing
+from fairseq.runtime.files import locked
 
 _RESERVED = 8 << 20
 
@@ -38,7 +39,7 @@ def save_memory(memory: Memory, path: str | Path) -> None:
         "document_starts": memory.document_starts,
         "layers": list(memory.layers),
     }
-    with replacing(path) as aside:
+    with locked(Path(f"{path}.lock"), f"memory {str(path)!r}"), replacing(path) as aside:
         save_file(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
             aside,

@@ -60,6 +60,13 @@ def open_index(
             f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
             "build_dstore.py"
         )
+    if store.digest is not None and index.fingerprint() is None:
+        logger.warning(
+            "%s does not say over which keys it was built; if datastore %r changed since, its neighbours are wrong: "
+            "rebuild it with build_dstore.py",
+            index.name,
+            store.prefix,
+        )
     if gpu:
         index.use_gpus()
     return index

@@ -26,6 +26,8 @@ class KnnConfig:
     """The datastore's keys are float16."""
     dstore_bf16: bool = flag("--dstore-bf16", default=False)
     """The datastore's keys are bfloat16."""
+    strict_model: bool = flag("--strict-model", default=False)
+    """Reject a datastore that another model saved, which is a warning by default."""
     indexfile: str | None = flag("--indexfile", default=None)
     """The faiss index over the datastore; the ending .l2, .ip or .cos is optional."""
     faiss_metric_type: str = flag("--faiss-metric-type", default="l2", choices=("l2", "ip", "cos"))

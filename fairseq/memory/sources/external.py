@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,6 +177,7 @@ def open_external(
     key_tap: str | None = None,
     dictionary_digest: str | None = None,
     dictionary_size: int | None = None,
+    model_digest: Callable[[], str] | None = None,
 ) -> ExternalMemory:
     """Open store and index and check that they fit each other and the model, before any long work.
 
@@ -183,6 +185,7 @@ def open_external(
         dim: width of the model's keys.
         score: as in ExternalMemory; by default what the config says.
         key_tap: where the model's keys come from.
+        model_digest: digest of the model's file, made only for a store that records its own.
     Raises: ValueError or OSError with both values and the way out.
     """
     store = open_store(config, dim=dim).require(
@@ -192,6 +195,7 @@ def open_external(
         dictionary_digest=dictionary_digest,
         dictionary_size=dictionary_size,
     )
+    _check_model(store, model_digest, strict=config.strict_model)
     index = open_index(
         store,
         Metric.parse(config.faiss_metric_type),
@@ -204,3 +208,20 @@ def open_external(
     memory = ExternalMemory(store, index, config.num_neighbors, score or config.similarity)
     logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)
     return memory
+
+
+def _check_model(store: Datastore, model_digest: Callable[[], str] | None, *, strict: bool) -> None:
+    """Warn of a store that another model saved, or refuse it: its keys may lie elsewhere."""
+    saved = store.metadata.get("model_digest")
+    if saved is None or model_digest is None:
+        return
+    digest = model_digest()
+    if saved == digest:
+        return
+    text = (
+        f"datastore {store.prefix!r} was saved by another model (digest {saved[-12:]}) than this one (digest "
+        f"{digest[-12:]}); its keys may lie elsewhere: save it again with this model"
+    )
+    if strict:
+        raise ValueError(f"{text}, or drop --strict-model")
+    logger.warning("%s (--strict-model makes this an error)", text)
