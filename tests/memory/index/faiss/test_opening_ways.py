@@ -1,5 +1,6 @@
 """Every kind of index, its lists in a file of their own too, opened in every way, in a process that may die of it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from store_making import save_keys
 
+from fairseq.memory.datastore import Datastore
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.faiss.lists_file import check_lists_file
+from fairseq.memory.index.opening import open_index
 from fairseq.memory.types import Metric
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -26,6 +29,7 @@ SEARCH = """
 import sys
 import numpy as np, torch
 from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.opening import open_index
 from fairseq.memory.types import Metric
 for name in sys.argv[2:]:
     for mapped in (False, True):
@@ -94,3 +98,15 @@ def test_bytes_that_look_like_a_description_are_none(tmp_path: Path) -> None:
     for content in (b"ilod", b"ilod" * 40, b"\0" * 100 + b"ilod" + b"\1" * 50, b"ilod" + b"\0" * 200):
         (tmp_path / "codes").write_bytes(content)
         assert not check_lists_file(tmp_path / "codes", {})
+
+
+def test_an_index_that_lost_its_signature_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Datastore.open(save_keys(tmp_path / "store", KEYS))
+    path = built(tmp_path, tmp_path / "store", "flat")
+    open_index(store, Metric.L2, path)
+    assert "does not say" not in caplog.text
+    metadata = json.loads(Path(f"{path}.json").read_text())
+    del metadata["signature"]
+    Path(f"{path}.json").write_text(json.dumps(metadata))
+    open_index(store, Metric.L2, path)
+    assert f"{path} does not say over which keys it was built" in caplog.text
