@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any, cast
 
 MOVED = {
+    "fairseq.memory.bm25_lucene": "fairseq.data.bm25.lucene",
+    "fairseq.memory.clusters": "fairseq.memory.retomaton.clusters",
     "fairseq.memory.combiners.fixed": "fairseq.memory.combiners.interpolation",
     "fairseq.memory.datastore_writer": "fairseq.memory.datastore.writer",
     "fairseq.memory.hf": "fairseq.hf",
@@ -23,6 +25,9 @@ MOVED = {
     "fairseq.memory.index.faiss_index": "fairseq.memory.index.faiss.index",
     "fairseq.memory.joint_loss": "fairseq.memory.trime.joint_loss",
     "fairseq.memory.joint_stream": "fairseq.memory.trime.streaming",
+    "fairseq.memory.knn_config": "fairseq.memory.sources.config",
+    "fairseq.memory.members_files": "fairseq.memory.retomaton.foreign_clusters",
+    "fairseq.memory.retomaton_config": "fairseq.memory.retomaton.config",
     "fairseq.memory.sources.retomaton": "fairseq.memory.retomaton.automaton",
     "fairseq.memory.vocab_mixing": "fairseq.memory.combiners.vocab_mixing",
 }

@@ -137,7 +137,8 @@ def test_an_old_path_works_and_warns(old: str) -> None:
     name |= {"extended_mind_interface": "from_pretrained", "knn": "KNNWrapper", "retomaton": "RetomatonWrapper"}
     name |= {"fixed": "Interpolation", "datastore_writer": "DatastoreWriter", "build_config": "BuildConfig"}
     name |= {"faiss_index": "FaissIndex", "joint_loss": "joint_loss", "joint_stream": "InBatchMemory"}
-    name |= {"vocab_mixing": "VocabularyMixer"}
+    name |= {"vocab_mixing": "VocabularyMixer", "bm25_lucene": "LuceneIndex", "clusters": "Clusters"}
+    name |= {"knn_config": "KnnConfig", "retomaton_config": "RetomatonConfig", "members_files": "read_members"}
     public = "Retomaton" if "sources" in old else name[old.rpartition(".")[2]]
     code = f"""
 import warnings

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,24 @@ class LuceneIndex:
         ]
 
 
+@contextmanager
+def _some_openai_key() -> Iterator[None]:
+    """Give OPENAI_API_KEY some value: pyserini 1.6 makes an OpenAI client on import, and needs no key."""
+    before = os.environ.get("OPENAI_API_KEY")
+    os.environ["OPENAI_API_KEY"] = before or "not-used"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OPENAI_API_KEY"]
+        else:
+            os.environ["OPENAI_API_KEY"] = before
+
+
 def _searcher(folder: Path) -> Any:
     try:
-        from pyserini.search.lucene import LuceneSearcher  # type: ignore[import-not-found, unused-ignore]
+        with _some_openai_key():
+            from pyserini.search.lucene import LuceneSearcher  # type: ignore[import-not-found, unused-ignore]
     except Exception as error:  # without a suitable Java, jnius fails with errors of its own
         raise ValueError(
             f"{str(folder)!r} is a Lucene index and pyserini cannot be loaded ({type(error).__name__}: {error}); pip "
