@@ -8,13 +8,17 @@ Shapes: N or Q queries, M columns of scores (keys), C candidates a query may hol
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
+from numba.core import event
 
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
+
+logger = logging.getLogger(__name__)
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
@@ -27,6 +31,23 @@ _HALVINGS = 10
 ANY_ORDER = {"reassoc", "contract", "nsz"}
 # And so may the largest of numbers be found where none of them is NaN.
 FINITE = ANY_ORDER | {"nnan"}
+
+
+class _Announcement(event.Listener):  # type: ignore[misc, unused-ignore]
+    """Logs one line at the first kernel that is compiled, rather than found on disk: that takes seconds to a minute."""
+
+    def on_start(self, event: event.Event) -> None:
+        """Log, once a process."""
+        if not announced:
+            announced.append(True)
+            logger.info("compiling kernels, once per machine and version")
+
+    def on_end(self, event: event.Event) -> None:
+        """Nothing."""
+
+
+announced: list[bool] = []
+event.register("numba:compile", _Announcement())  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def compiled(**options: Any) -> Callable[[Kernel], Kernel]:
