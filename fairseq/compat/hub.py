@@ -46,7 +46,9 @@ def from_pretrained(
     folder = model_name_or_path
     if not os.path.isdir(folder):
         raise ValueError(f"{folder!r} is no folder; models are not downloaded: give the folder of {checkpoint_file}")
-    words = {name: more.pop(name) for name in ("bpe_codes", "sentencepiece_model", "moses_source_lang") if name in more}
+    words: dict[str, Any] = {
+        name: more.pop(name) for name in ("bpe_codes", "sentencepiece_model", "moses_source_lang") if name in more
+    }
     for name in ("bpe_codes", "sentencepiece_model"):
         if name in words:
             words[name] = _within(folder, words[name])
@@ -107,7 +109,7 @@ class GeneratorHubInterface(nn.Module):
 
     def binarize(self, sentence: str) -> Tensor:
         """The numbers of words or pieces, ended by </s>."""
-        return torch.from_numpy(self.dictionary.encode_line(sentence)).long()
+        return self.dictionary.encode_line(sentence, add_if_not_exist=False).long()
 
     def string(self, tokens: Tensor) -> str:
         """The words or pieces of numbers, without <s> and </s>."""

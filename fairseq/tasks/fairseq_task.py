@@ -45,3 +45,6 @@ class FairseqTask:
         if split not in self.datasets:
             raise KeyError(f"split {split!r} is not loaded; call load_dataset({split!r}) first")
         return self.datasets[split]
+
+
+LegacyFairseqTask = FairseqTask
