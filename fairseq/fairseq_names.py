@@ -21,16 +21,16 @@ MODULES = {
     "fairseq.distributed.utils": "fairseq.compat.distributed",
     "fairseq.distributed_utils": "fairseq.compat.distributed",
     "fairseq.hub_utils": "fairseq.compat.hub",
-    "fairseq.logging": "fairseq.compat",
-    "fairseq.logging.meters": "fairseq.compat.meters",
-    "fairseq.logging.metrics": "fairseq.compat.metrics",
-    "fairseq.logging.progress_bar": "fairseq.compat.progress_bar",
-    "fairseq.meters": "fairseq.compat.meters",
+    "fairseq.logging": "fairseq.compat.logging",
+    "fairseq.logging.meters": "fairseq.compat.logging.meters",
+    "fairseq.logging.metrics": "fairseq.compat.logging.metrics",
+    "fairseq.logging.progress_bar": "fairseq.compat.logging.progress_bar",
+    "fairseq.meters": "fairseq.compat.logging.meters",
     "fairseq.models.fairseq_model": "fairseq.compat.models",
     "fairseq.optim.fairseq_optimizer": "fairseq.compat.optim",
     "fairseq.optim.lr_scheduler": "fairseq.compat.optim",
     "fairseq.optim.lr_scheduler.fairseq_lr_scheduler": "fairseq.compat.optim",
-    "fairseq.progress_bar": "fairseq.compat.progress_bar",
+    "fairseq.progress_bar": "fairseq.compat.logging.progress_bar",
     "fairseq.tokenizer": "fairseq.compat.utils",
     "fairseq.utils": "fairseq.compat.utils",
 }
@@ -58,7 +58,7 @@ NAMES: dict[str, dict[str, str]] = {
         "TokenBlockDataset": "fairseq.compat.datasets",
     },
     "fairseq.metrics": {
-        name: "fairseq.compat.metrics"
+        name: "fairseq.compat.logging.metrics"
         for name in (
             "aggregate get_meter get_smoothed_value get_smoothed_values log_derived log_scalar log_start_time "
             "log_stop_time reset reset_meters"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fairseq.compat import metrics
 from fairseq.compat.flags import config_of, namespace
+from fairseq.compat.logging import metrics
 from fairseq.compat.samples import FairseqModel, Sample, as_sample
 from fairseq.criterions.base import Criterion, Loss
 from fairseq.criterions.configs import CriterionConfig

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fairseq.logging import meters, metrics
 
 from fairseq import checkpoint_utils, hub_utils, options, progress_bar, tasks, utils
 from fairseq.data import (
@@ -17,7 +18,6 @@ from fairseq.data import (
     monolingual_dataset,
     token_block_dataset,
 )
-from fairseq.logging import meters, metrics
 from fairseq.models.transformer_lm import TransformerLanguageModel
 
 

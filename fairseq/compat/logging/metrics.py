@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fairseq.compat.meters import AverageMeter, Meter, MetersDict, StopwatchMeter
+from fairseq.compat.logging.meters import AverageMeter, Meter, MetersDict, StopwatchMeter
 
 _open: list[MetersDict] = []
 _named: dict[str, MetersDict] = {}
