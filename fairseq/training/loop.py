@@ -89,7 +89,8 @@ class TrainingLoop:
     @property
     def model_name(self) -> str:
         """Name of the model's class; a finetuned model keeps its own."""
-        return next(name for name in MODELS if type(self.model) is model_class(name))
+        found = (name for name in MODELS if type(self.model) is model_class(name))
+        return next(found, "transformer_lm")  # a class that a plug-in's task made by itself
 
     def _model(self) -> TransformerLanguageModel:
         chosen, given = self.configs.chosen, self.configs.options
