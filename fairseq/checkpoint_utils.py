@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fairseq.checkpoints.legacy import from_fairseq, read_pickle
 from fairseq.data.dictionary import Dictionary
+from fairseq.fairseq_names import lazy
+from fairseq.models.architectures import model_class
 from fairseq.models.config import TransformerLMConfig, model_config_from
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.transformer_lm import TransformerLanguageModel, num_layers
@@ -165,7 +167,8 @@ def load_model(
             "use the data folder it was trained on, or binarise the text with its dict.txt (--srcdict)"
         )
     config = model_config_from(checkpoint.config["model"] | _known_overrides(overrides or {}))
-    model = TransformerLanguageModel.unfilled(config, dictionary_size, pad)
+    kind = model_class(str(checkpoint.config["model"].get("kind", "transformer_lm")))
+    model: TransformerLanguageModel = kind.unfilled(config, dictionary_size, pad)
     own = model.state_dict()
     weights = keep_layers(upgrade_state_dict(checkpoint.model, own), config)
     _require_fit(own, weights)
@@ -249,3 +252,6 @@ def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> No
     for name, value in weights.items():
         if name not in own:
             raise ValueError(f"the checkpoint has a weight {name} {tuple(value.shape)}, the model has none; {way_out}")
+
+
+__getattr__, __dir__ = lazy(__name__)

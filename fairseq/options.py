@@ -19,6 +19,7 @@ from fairseq.evaluation.config import (
     MemoryEvaluationConfig,
     TrimeEvaluationConfig,
 )
+from fairseq.fairseq_names import lazy
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config
@@ -257,3 +258,6 @@ def _import_plugins(program: str, argv: Sequence[str]) -> None:
         raise ValueError(
             f"--user-dir {user_dir} cannot be imported: {kind}: {error}; FAIRSEQ_TRACEBACK=1 shows where"
         ) from error
+
+
+__getattr__, __dir__ = lazy(__name__)

@@ -18,7 +18,7 @@ from fairseq.optim.configs import OptimizationConfig
 from fairseq.runtime.distributed import sum_over_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from lightning.fabric import Fabric
 
@@ -42,6 +42,27 @@ class LossModule(nn.Module):
         """Loss of one batch, handed over in parts because Fabric cannot rebuild frozen values."""
         loss: Loss = self.criterion(cast("LanguageModel", self.model), LMBatch(*parts))
         return loss.sum, loss.log
+
+
+def sum_logs(
+    logs: Iterable[dict[str, Any]], over_ranks: Callable[[list[float]], Sequence[float]] = lambda values: values
+) -> StepSums:
+    """Add up what a criterion reported for each batch. ``over_ranks`` adds the values of other processes."""
+    sums: dict[str, Any] = defaultdict(float)
+    for log in logs:
+        sums["num_batches"] += 1 if log["nsentences"] else 0
+        for name, value in log.items():
+            sums[name] += value.double() if isinstance(value, Tensor) else value
+    names = sorted(sums)
+    total = dict(zip(names, over_ranks([float(sums[name]) for name in names])))
+    return StepSums(
+        loss=total.pop("loss"),
+        sample_size=total.pop("sample_size"),
+        num_tokens=total.pop("ntokens"),
+        num_sentences=total.pop("nsentences"),
+        num_batches=total.pop("num_batches"),
+        log=total,
+    )
 
 
 class Trainer:
@@ -102,21 +123,7 @@ class Trainer:
 
     def _sum(self, logs: list[dict[str, Any]]) -> StepSums:
         """Add up what the criterion reported, over batches and ranks; one look at the device for all figures."""
-        sums: dict[str, Any] = defaultdict(float)
-        for log in logs:
-            sums["num_batches"] += 1 if log["nsentences"] else 0
-            for name, value in log.items():
-                sums[name] += value.double() if isinstance(value, Tensor) else value
-        names = sorted(sums)
-        total = dict(zip(names, sum_over_ranks(self.fabric, [float(sums[name]) for name in names])))
-        return StepSums(
-            loss=total.pop("loss"),
-            sample_size=total.pop("sample_size"),
-            num_tokens=total.pop("ntokens"),
-            num_sentences=total.pop("nsentences"),
-            num_batches=total.pop("num_batches"),
-            log=total,
-        )
+        return sum_logs(logs, lambda values: sum_over_ranks(self.fabric, values))
 
     def _scale_and_clip(self, sample_size: float) -> float:
         """Turn gradients of the ranks' mean sum into those of the mean per token; returns their norm."""

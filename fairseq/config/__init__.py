@@ -2,6 +2,7 @@
 
 from fairseq.config.flags import (
     FlagParser,
+    Namespace,
     UnreadableError,
     build,
     field_help,
@@ -16,6 +17,7 @@ from fairseq.config.flags import (
 
 __all__ = [
     "FlagParser",
+    "Namespace",
     "UnreadableError",
     "build",
     "field_help",

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from fairseq.registry import did_you_mean
 
 C = TypeVar("C")
+Namespace = argparse.Namespace
 
 
 def flag(
@@ -30,6 +31,7 @@ def flag(
     parse: Callable[[str], Any] | None = None,
     const: object = None,
     negatable: bool = False,
+    help: str = "",
 ) -> Any:
     """Declare a config field that is also a flag.
 
@@ -40,9 +42,11 @@ def flag(
         choices: the permitted values.
         parse: turns the flag's text into the value; by default the field's annotation decides.
         const: makes the flag's value optional: given without a value it means ``const``.
+        help: help text of a field without a string under it, such as one that a plug-in's parser declares.
         negatable: a switch that is on by default, or in some named architecture: ``--no-NAME`` turns it off.
     """
     metadata = {"names": names, "choices": choices, "parse": parse, "const": const, "negatable": negatable}
+    metadata["help"] = help
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -200,7 +204,8 @@ class FlagParser(argparse.ArgumentParser):
         for field in dataclasses.fields(config_class):
             names = flag_names(field)
             if self._normal(names[0]) not in self._spellings:
-                self._add_flag(group, field, names, hints[field.name], helps.get(field.name, ""))
+                text = helps.get(field.name) or field.metadata.get("help", "")
+                self._add_flag(group, field, names, hints[field.name], text)
 
     def _add_flag(
         self,

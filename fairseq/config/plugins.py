@@ -7,24 +7,39 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fairseq.registry import Entry, registrar
 
 T = TypeVar("T", bound=Callable[..., Any])
 
 
-def class_registrar(table: dict[str, Entry], what: str) -> Callable[[str, type], Callable[[T], T]]:
+class Register(Protocol):
+    """A ``register_*`` decorator of named parts."""
+
+    def __call__(self, name: str, config: type | None = None, *, dataclass: type | None = None) -> Callable[[T], T]:
+        """Enter what is decorated under a name, with the config that makes its flags."""
+        ...
+
+
+def class_registrar(table: dict[str, Entry], what: str, old_form: str) -> Register:
     """Make the decorator with which a plug-in enters a class or function and its config into a table.
 
     ``@register_criterion("my_loss", MyLossConfig)`` above ``class MyLoss`` makes ``--criterion my_loss`` known,
-    along with the flags of ``MyLossConfig``.
+    along with the flags of ``MyLossConfig``. Without a config of ours the class is in fairseq's form.
+
+    Args:
+        old_form: ``"package.module:function"`` that makes an entry of a class in fairseq's form and its dataclass.
     """
     enter = registrar(table, what)
 
-    def register(name: str, config: type) -> Callable[[T], T]:
+    def register(name: str, config: type | None = None, *, dataclass: type | None = None) -> Callable[[T], T]:
         def add(target: T) -> T:
-            enter(name)(Entry(config, target))
+            if config is None or getattr(config, "is_fairseq_dataclass", False):
+                entry = Entry(type, old_form).load()(target, dataclass or config)
+            else:
+                entry = Entry(config, target)
+            enter(name)(entry)
             return target
 
         return add

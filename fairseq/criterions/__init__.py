@@ -2,6 +2,7 @@
 
 from fairseq.config.plugins import class_registrar
 from fairseq.criterions import configs as c
+from fairseq.fairseq_names import lazy
 from fairseq.registry import Entry
 
 CRITERIONS: dict[str, Entry] = {
@@ -16,4 +17,5 @@ CRITERIONS: dict[str, Entry] = {
     "trime_loss": Entry(c.TrimeConfig, "fairseq.criterions.trime_loss:local_loss"),
 }
 
-register_criterion = class_registrar(CRITERIONS, "criterion")
+register_criterion = class_registrar(CRITERIONS, "criterion", "fairseq.compat.criterion:entry")
+__getattr__, __dir__ = lazy(__name__)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fairseq.config import build
 from fairseq.criterions import CRITERIONS
 from fairseq.criterions.configs import CriterionConfig
+from fairseq.metrics.training import Figures, loss_figures
 from fairseq.registry import lookup
 
 if TYPE_CHECKING:
@@ -43,6 +44,13 @@ class Criterion:
     def check(self, model: LanguageModel) -> None:
         """Raise ValueError if this loss cannot train that model."""
 
+    def attach(self, task: Any) -> None:
+        """The task that is trained on, before the first batch."""
+
+    def figures(self, sums: Mapping[str, float]) -> Figures:
+        """Figures to report of what :class:`Loss` logs, summed over batches and processes."""
+        return loss_figures(sums)
+
     def start_epoch(self, epoch: int) -> None:
         """Training starts or resumes in this epoch; the first is 1."""
 
@@ -72,12 +80,14 @@ def wide_sum(terms: Tensor) -> Tensor:
     return terms.sum(dtype=torch.promote_types(terms.dtype, torch.float32))
 
 
-def build_criterion(name: str, given: Mapping[str, Any], model: LanguageModel) -> Criterion:
-    """Make the loss of ``--criterion NAME`` from the flags the user gave.
+def build_criterion(name: str, given: Mapping[str, Any], model: LanguageModel, task: Any = None) -> Criterion:
+    """Make the loss of ``--criterion NAME`` from the flags the user gave, for a model and its task.
 
     Raises: ValueError for an unknown name, a setting out of range, or a model the loss cannot train.
     """
     entry = lookup(CRITERIONS, name, "--criterion")
     criterion: Criterion = entry.load()(build(entry.config, given))
     criterion.check(model)
+    if task is not None:
+        criterion.attach(task)
     return criterion

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fairseq.criterions.base import Criterion, Loss, scored, wide_sum
 from fairseq.criterions.configs import LabelSmoothingConfig
+from fairseq.fairseq_names import lazy
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
-    from fairseq.models.base import LanguageModel
+from fairseq.models.base import LanguageModel
 
 
 class LabelSmoothedCrossEntropy(Criterion):
@@ -47,3 +48,6 @@ def smoothed_nll(logp_NV: Tensor, target_N: Tensor, smoothing: float) -> tuple[T
         return nll, nll
     other = smoothing / (logp_NV.shape[1] - 1)
     return (1 - smoothing - other) * nll - other * wide_sum(logp_NV), nll
+
+
+__getattr__, __dir__ = lazy(__name__)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fairseq.runtime.atomic_files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OVERWRITE = "#fairseq:overwrite"
 
@@ -44,6 +47,11 @@ class Dictionary:
     def unk(self) -> int:
         """Number of <unk>."""
         return 3
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dictionary) and self.indices == other.indices
+
+    __hash__ = None  # type: ignore[assignment]  # it changes
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -160,10 +168,31 @@ class Dictionary:
         """SHA-256 of the symbols in order; equal if the numbers mean the same symbols."""
         return hashlib.sha256("\n".join(self.symbols).encode("utf-8")).hexdigest()
 
-    def encode_line(self, line: str, add_eos: bool = True) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Numbers of a line's symbols (split at white space), ended by </s> by default."""
-        numbers = [self.index(symbol) for symbol in line.split()]
-        return np.array([*numbers, self.eos()] if add_eos else numbers, dtype=np.int32)
+    def encode_line(
+        self,
+        line: str,
+        line_tokenizer: Callable[[str], list[str]] = str.split,
+        add_if_not_exist: bool = True,
+        consumer: Callable[[str, int], None] | None = None,
+        append_eos: bool = True,
+        reverse_order: bool = False,
+    ) -> Tensor:
+        """Numbers of a line's symbols, int32 (T,), ended by </s> by default.
+
+        Args:
+            line_tokenizer: splits the line; at white space by default.
+            add_if_not_exist: unknown symbols become symbols of the dictionary, as in fairseq, instead of <unk>.
+            consumer: called with each symbol and its number.
+        """
+        import torch
+
+        symbols = line_tokenizer(line)
+        numbers = [self.add_symbol(s) if add_if_not_exist else self.index(s) for s in symbols]
+        if consumer is not None:
+            for symbol, number in zip(symbols, numbers):
+                consumer(symbol, number)
+        numbers = numbers[::-1] if reverse_order else numbers
+        return torch.tensor([*numbers, self.eos()] if append_eos else numbers, dtype=torch.int32)
 
     def string(self, tokens: Any, bpe_symbol: str | None = None) -> str:
         """The text of token numbers, without <s> and </s>; several rows make several lines.

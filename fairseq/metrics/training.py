@@ -76,10 +76,13 @@ def _flat(sums: StepSums) -> dict[str, float]:
     } | {name: float(value) for name, value in sums.log.items()}
 
 
-def valid_figures(sums: StepSums, seconds: float, num_updates: int) -> Figures:
-    """Figures of a validation pass that took so many seconds."""
+LossFigures = Callable[[Mapping[str, float]], Figures]
+
+
+def valid_figures(sums: StepSums, seconds: float, num_updates: int, losses: LossFigures = loss_figures) -> Figures:
+    """Figures of a validation pass that took so many seconds; ``losses`` makes the criterion's."""
     flat = _flat(sums)
-    return loss_figures(flat) | {
+    return losses(flat) | {
         "wps": _ratio(flat["num_tokens"], seconds),
         "wpb": _ratio(flat["num_tokens"], flat["num_batches"]),
         "bsz": _ratio(flat["num_sentences"], flat["num_batches"]),
@@ -90,8 +93,8 @@ def valid_figures(sums: StepSums, seconds: float, num_updates: int) -> Figures:
 class MeterWindow:
     """Sums over the updates since it was opened, and the seconds it was open."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], losses: LossFigures = loss_figures) -> None:
+        self._clock, self._losses = clock, losses
         self.restart()
 
     def restart(self) -> None:
@@ -115,7 +118,7 @@ class MeterWindow:
         if not sums:
             return dict(now)
         updates = sums["num_updates"]
-        return loss_figures(sums) | {
+        return self._losses(sums) | {
             "wps": _ratio(sums["num_tokens"], self.seconds),
             "ups": _ratio(updates, self.seconds),
             "wpb": sums["num_tokens"] / updates,
@@ -138,8 +141,8 @@ class MeterWindow:
 class TrainMeters:
     """The figures of training: of the epoch so far, and of the updates since they were last shown."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._epoch, self._inner, self._run = MeterWindow(clock), MeterWindow(clock), MeterWindow(clock)
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, losses: LossFigures = loss_figures) -> None:
+        self._epoch, self._inner, self._run = MeterWindow(clock, losses), MeterWindow(clock, losses), MeterWindow(clock)
 
     def begin_epoch(self) -> None:
         """Start the epoch's figures afresh (not when an epoch is continued)."""

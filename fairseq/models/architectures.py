@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
-from fairseq.config import build
+from fairseq.config import Namespace, build
 from fairseq.models.config import TransformerLMConfig
-from fairseq.registry import lookup, registrar
+from fairseq.registry import Entry, lookup, registrar
 
 
 def _size(layers: int, width: int, inner: int, heads: int) -> dict[str, Any]:
@@ -41,7 +42,9 @@ _GPT3 = {
     "share_decoder_input_output_embed": True,
 }
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+Size = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+ARCHITECTURES: dict[str, Size] = {
     "transformer_lm": {},
     "transformer_lm_big": _size(12, 1024, 4096, 16),
     "transformer_lm_baevski_wiki103": _WIKI103,
@@ -69,7 +72,55 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "transformer_lm_gpt3_175": _size(96, 12288, 4 * 12288, 96) | _GPT3,
 }
 
-register_model_architecture = registrar(ARCHITECTURES, "architecture")
+_PLAIN = "transformer_lm"
+
+# Model classes by name; plug-ins add subclasses of the one here.
+MODELS: dict[str, Entry] = {
+    _PLAIN: Entry(TransformerLMConfig, "fairseq.models.transformer_lm:TransformerLanguageModel"),
+}
+# Architecture of a plug-in -> name of its model.
+_MODEL_OF: dict[str, str] = {}
+
+_enter = registrar(ARCHITECTURES, "architecture")
+
+
+def register_model_architecture(name: str, arch: str | None = None) -> Callable[[Any], Any]:
+    """Make the decorator with which a plug-in enters a named size: a dictionary of settings.
+
+    With two names, of the model and of the architecture, it decorates a function of ``args`` that sets what the user
+    did not give, as in fairseq.
+    Raises: ValueError for an unknown model.
+    """
+    if arch is None:
+        return _enter(name)
+    lookup(MODELS, name, "model of register_model_architecture")
+
+    def add(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        _enter(arch)(lambda given: _set_by(function, given))
+        _MODEL_OF[arch] = name
+        return function
+
+    return add
+
+
+def _set_by(function: Callable[[Any], None], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings that a function of ``args`` makes of what the user gave; those of no model here are dropped."""
+    args = Namespace(**given)
+    function(args)
+    own = {field.name for field in fields(TransformerLMConfig)}
+    return {name: value for name, value in vars(args).items() if name in own}
+
+
+def model_name(arch: str) -> str:
+    """Name of the model that an architecture is a size of."""
+    return _MODEL_OF.get(arch, _PLAIN)
+
+
+def model_class(name: str) -> Any:
+    """The class of a model's name. Raises: ValueError for a plug-in's model that is not registered."""
+    if name not in MODELS:
+        raise ValueError(f"the model {name!r} is a plug-in's; give the --user-dir that registers it")
+    return MODELS[name].load()
 
 
 def build_model_config(arch: str, given: Mapping[str, Any]) -> TransformerLMConfig:
@@ -77,4 +128,5 @@ def build_model_config(arch: str, given: Mapping[str, Any]) -> TransformerLMConf
 
     Raises: ValueError for an unknown name, or values that contradict each other.
     """
-    return build(TransformerLMConfig, lookup(ARCHITECTURES, arch, "--arch") | dict(given))
+    size = lookup(ARCHITECTURES, arch, "--arch")
+    return build(TransformerLMConfig, dict(size(given) if callable(size) else size) | dict(given))

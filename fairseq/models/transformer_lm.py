@@ -5,6 +5,7 @@ Shapes: B blocks, T positions, N = any choice of positions, D width, V types. Pa
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from fairseq.fairseq_names import lazy
 from fairseq.models.config import KEY_TAPS, TransformerLMConfig
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.outputs import LMOutput
@@ -196,6 +198,22 @@ class TransformerLanguageModel(nn.Module):
         with _NoInit():
             return cls(config, dictionary_size, pad)
 
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str, checkpoint_file: str = "model.pt", data_name_or_path: str = ".", **more: Any
+    ) -> Any:
+        """A trained model that samples and scores text, as fairseq's hub gives.
+
+        Args:
+            model_name_or_path: folder of the checkpoint.
+            checkpoint_file: its file; several separated by colons are an ensemble.
+            data_name_or_path: folder of ``dict.txt``, within the first one or by itself.
+            more: ``tokenizer``, ``bpe`` and their files; see ``fairseq.compat.hub.from_pretrained``.
+        Raises: ValueError or OSError when a file is missing, or does not fit.
+        """
+        load = importlib.import_module("fairseq.compat.hub").from_pretrained
+        return load(model_name_or_path, checkpoint_file, data_name_or_path, **more)
+
     @property
     def max_positions(self) -> int:
         """Longest input the model is made for."""
@@ -299,3 +317,6 @@ def num_layers(config: TransformerLMConfig) -> int:
 def _require_tap(key_tap: str) -> None:
     if key_tap not in KEY_TAPS:
         raise ValueError(f"--knn-keytype {key_tap!r} is none of {', '.join(KEY_TAPS)}")
+
+
+__getattr__, __dir__ = lazy(__name__)

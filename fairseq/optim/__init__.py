@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fairseq.config.plugins import class_registrar
+from fairseq.fairseq_names import lazy
 from fairseq.optim import configs as c
 from fairseq.registry import Entry
 
@@ -32,8 +33,9 @@ LR_SCHEDULERS: dict[str, Entry] = {
     "triangular": Entry(c.TriangularConfig, "fairseq.optim.lr_schedulers:TriangularSchedule"),
 }
 
-register_optimizer = class_registrar(OPTIMIZERS, "optimizer")
-register_lr_scheduler = class_registrar(LR_SCHEDULERS, "lr scheduler")
+register_optimizer = class_registrar(OPTIMIZERS, "optimizer", "fairseq.compat.optim:optimizer_entry")
+register_lr_scheduler = class_registrar(LR_SCHEDULERS, "lr scheduler", "fairseq.compat.optim:lr_scheduler_entry")
+__getattr__, __dir__ = lazy(__name__)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -1,6 +1,7 @@
 """Tasks by name. Add your line here."""
 
 from fairseq.config.plugins import class_registrar
+from fairseq.fairseq_names import lazy
 from fairseq.registry import Entry
 from fairseq.tasks.configs import LanguageModelingConfig
 
@@ -8,4 +9,5 @@ TASKS: dict[str, Entry] = {
     "language_modeling": Entry(LanguageModelingConfig, "fairseq.tasks.language_modeling:LanguageModelingTask"),
 }
 
-register_task = class_registrar(TASKS, "task")
+register_task = class_registrar(TASKS, "task", "fairseq.compat.tasks:entry")
+__getattr__, __dir__ = lazy(__name__)

@@ -16,30 +16,36 @@ from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.data.monolingual_dataset import MonolingualDataset
 from fairseq.data.token_block_dataset import TokenBlockDataset
-from fairseq.models.architectures import build_model_config
-from fairseq.models.transformer_lm import TransformerLanguageModel
+from fairseq.models.architectures import build_model_config, model_class, model_name
 from fairseq.tasks.configs import LanguageModelingConfig
+from fairseq.tasks.fairseq_task import FairseqTask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fairseq.models.transformer_lm import TransformerLanguageModel
+
 logger = logging.getLogger(__name__)
 
 
-class LanguageModelingTask:
+class LanguageModelingTask(FairseqTask):
     """A data folder, its dictionary, and how its text is cut into blocks and batches."""
 
-    def __init__(self, config: LanguageModelingConfig) -> None:
-        """Read the dictionary. Raises: ValueError or FileNotFoundError when the data folder is not one."""
+    def __init__(self, config: LanguageModelingConfig, dictionary: Dictionary | None = None) -> None:
+        """Read the dictionary, unless it is given.
+
+        Raises: ValueError or FileNotFoundError when the data folder is not one.
+        """
+        super().__init__(config)
         self.config = config
         self.folders = config.data.split(":")
         for folder in self.folders:
             if not os.path.isdir(folder):
                 raise ValueError(f"data folder {folder!r} does not exist; preprocess.py makes one")
-        dictionary = os.path.join(self.folders[0], "dict.txt")
-        if not os.path.exists(dictionary):
+        path = os.path.join(self.folders[0], "dict.txt")
+        if not os.path.exists(path):
             raise ValueError(f"{self.folders[0]!r} holds no dict.txt, so it is no data folder; preprocess.py makes one")
-        self.dictionary = Dictionary.load(dictionary)
+        self.dictionary = Dictionary.load(path) if dictionary is None else dictionary
 
     @property
     def max_positions(self) -> int:
@@ -99,6 +105,10 @@ class LanguageModelingTask:
         dataset = MonolingualDataset(cut, pad=self.dictionary.pad(), eos=self.dictionary.eos(), **self._bos_setting())
         logger.info("%s: %d tokens in %d blocks of at most %d", ", ".join(parts), len(tokens), len(cut), size)
         return dataset
+
+    def read_split(self, split: str, epoch: int, combine: bool) -> MonolingualDataset:
+        """See the base class."""
+        return LanguageModelingTask.blocks(self, split, epoch=epoch, combine=combine)
 
     def _bos_setting(self) -> dict[str, Any]:
         return {"bos": self.dictionary.bos()} if self.config.add_bos_token else {}
@@ -180,4 +190,6 @@ class LanguageModelingTask:
         """A fresh model of a named size, for this dictionary; ``given`` are the flags that override the size."""
         limits = {"max_target_positions": self.max_positions}
         config = build_model_config(arch, limits | dict(given))
-        return TransformerLanguageModel.build(config, len(self.dictionary), self.dictionary.pad())
+        kind = model_class(model_name(arch))
+        model: TransformerLanguageModel = kind.build(config, len(self.dictionary), self.dictionary.pad())
+        return model

@@ -16,8 +16,8 @@ from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for
 from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.trime_batching import ranks_together, training_order
-from fairseq.metrics.training import TrainMeters, valid_figures
-from fairseq.models.architectures import build_model_config
+from fairseq.metrics.training import StepSums, TrainMeters, valid_figures
+from fairseq.models.architectures import MODELS, build_model_config, model_class
 from fairseq.models.config import (
     TransformerLMConfig,
     architecture_of,
@@ -63,7 +63,7 @@ class TrainingLoop:
         self.restored = load_checkpoint(self.restore_path) if self.restore_path else None
         self.model = self._model()
         self.checkpoint_manager.prepare()
-        criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model)
+        criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model, self.task)
         find_unused = self.model.may_skip_parameters or configs.distributed.find_unused_parameters
         self.fabric = make_fabric(self.runtime, configs.distributed, find_unused)
         self.trainer = Trainer(
@@ -77,7 +77,7 @@ class TrainingLoop:
         )
         self.average = WeightAverage(configs.ema, self.model) if configs.ema.store_ema else None
         self.stop_lr = self.optimization.stop_lr(has_floor=self.trainer.schedule.has_floor)
-        self.meters = TrainMeters()
+        self.meters = TrainMeters(losses=criterion.figures)
         self.progress = Progress(configs.common, enabled=self.fabric.is_global_zero)
         copy_log_to_file(configs.common)
         self.valid_sets = self._valid_iterators()
@@ -85,6 +85,12 @@ class TrainingLoop:
         self.seconds = 0.0
         self.started = time.perf_counter()
         self.last_figures: dict[str, float] = {}
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model's class; a finetuned model keeps its own."""
+        found = (name for name in MODELS if type(self.model) is model_class(name))
+        return next(found, "transformer_lm")  # a class that a plug-in's task made by itself
 
     def _model(self) -> TransformerLanguageModel:
         chosen, given = self.configs.chosen, self.configs.options
@@ -199,7 +205,11 @@ class TrainingLoop:
             batches = next(iter(self.valid_sets.values()))
             sums = self.trainer.valid_pass(itertools.islice(iter(batches), 1))
             batches.next_epoch()
-            self._metric_in(valid_figures(sums, 0.0, self.trainer.num_updates))
+            self._metric_in(self._figures(sums, 0.0))
+
+    def _figures(self, sums: StepSums, seconds: float) -> dict[str, float]:
+        """Figures of a validation pass that took so many seconds."""
+        return valid_figures(sums, seconds, self.trainer.num_updates, self.trainer.criterion.figures)
 
     def _metric_in(self, figures: Mapping[str, float]) -> float:
         """The figure that decides. Raises: ValueError when --best-checkpoint-metric is no figure of the validation."""
@@ -289,7 +299,7 @@ class TrainingLoop:
             began = time.perf_counter()
             sums = self.trainer.valid_pass(itertools.islice(iter(batches), self.validation.max_valid_steps))
             batches.next_epoch()
-            figures = valid_figures(sums, time.perf_counter() - began, self.trainer.num_updates)
+            figures = self._figures(sums, time.perf_counter() - began)
             if figure is None:
                 figure = self._metric_in(figures)
                 self.last_figures = dict(figures)
@@ -306,7 +316,7 @@ class TrainingLoop:
             config={
                 "task": to_dict(self.task.config)
                 | {"name": configs.chosen["task"], "dictionary_digest": self.task.dictionary.digest()},
-                "model": to_dict(self.model.config) | {"arch": configs.chosen["arch"]},
+                "model": to_dict(self.model.config) | {"arch": configs.chosen["arch"], "kind": self.model_name},
                 "chosen": dict(configs.chosen),
                 "given": {name: _plain(value) for name, value in configs.options.items()},
             },

@@ -33,7 +33,9 @@ def test_every_line_is_a_sentence(tmp_path_factory, text):
         file.write(text.encode())
     dictionary = Dictionary.from_counts(count_symbols([path]), threshold=2)
     report = binarize(path, dictionary, str(folder / "out"))
-    expected = [dictionary.encode_line(line).tolist() for line in lines_as_python_reads_them(path)]
+    expected = [
+        dictionary.encode_line(line, add_if_not_exist=False).tolist() for line in lines_as_python_reads_them(path)
+    ]
     found = MMapIndexedDataset(folder / "out")
     assert [sentence.tolist() for sentence in found] == expected
     assert report.num_sentences == len(expected)

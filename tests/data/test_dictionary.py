@@ -83,12 +83,12 @@ def test_a_malformed_file_is_an_error_that_names_the_line(tmp_path, content, mes
 
 def test_encoding_and_its_inverse():
     d = Dictionary.from_counts(Counter(["un@@", "der", "stand"]))
-    tokens = d.encode_line(" un@@  der\tstand what\n")
-    assert tokens.dtype == np.int32
+    tokens = d.encode_line(" un@@  der\tstand what\n", add_if_not_exist=False)
+    assert tokens.dtype == torch.int32
     assert tokens.tolist() == [*map(d.index, ["un@@", "der", "stand"]), d.unk(), d.eos()]
-    assert d.encode_line("der", add_eos=False).tolist() == [d.index("der")]
+    assert d.encode_line("der", append_eos=False).tolist() == [d.index("der")]
     assert d.string(tokens) == "un@@ der stand <unk>"
-    assert d.string(torch.from_numpy(tokens), bpe_symbol="@@ ") == "under stand <unk>"
+    assert d.string(tokens.numpy(), bpe_symbol="@@ ") == "under stand <unk>"
     assert d.string(np.stack([tokens, tokens])) == "un@@ der stand <unk>\nun@@ der stand <unk>"
     assert d.string([]) == ""
 
@@ -101,3 +101,16 @@ def test_sentencepiece_marks_are_joined():
 def test_digest_depends_on_the_order_alone():
     one, two, other = (Dictionary.from_counts(Counter(text.split())) for text in ("a a b", "a a a b", "a b b"))
     assert one.digest() == two.digest() != other.digest()
+
+
+def test_a_line_adds_its_symbols_as_in_fairseq():
+    d, same = Dictionary(), Dictionary()
+    seen = []
+    tokens = d.encode_line("a b a", consumer=lambda symbol, number: seen.append((symbol, number)), reverse_order=True)
+    assert (tokens.tolist(), tokens.dtype.itemsize) == ([4, 5, 4, 2], 4)
+    assert seen == [("a", 4), ("b", 5), ("a", 4)]
+    assert d.counts[4:] == [2, 1]
+    assert d != same
+    same.add_counts({"a": 1, "b": 7})
+    assert d == same  # the numbers are the same; counts do not matter
+    assert d != "a b"

@@ -17,7 +17,7 @@ MAX_MODULES_IN_FOLDER = 14
 # Floors, the lowest first: a module imports from its own line or from a line above it. One line per room; what fairseq
 # has at its top level keeps its place there and has a line of its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fairseq", "fairseq.moved"),
+    ("fairseq", "fairseq.moved", "fairseq.fairseq_names"),
     ("fairseq.registry",),
     ("fairseq.config",),
     ("fairseq.runtime",),
@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.training",),
     ("fairseq.evaluation",),
     ("fairseq.options",),
+    ("fairseq.compat",),
     ("fairseq.hf",),
     ("fairseq_cli",),
 )

@@ -1,0 +1,1 @@
+"""What ``fairseq.logging`` holds: meters, metrics and progress bars."""
