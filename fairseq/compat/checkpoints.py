@@ -22,14 +22,14 @@ def settings_of(checkpoint: Checkpoint, overrides: Mapping[str, Any] | None = No
     return Namespace(**(found | dict(overrides or {})))
 
 
-def load_checkpoint_to_cpu(path: str, arg_overrides: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+def load_checkpoint_to_cpu(path: str, arg_overrides: Mapping[str, Any] | None = None, **more: object) -> dict[str, Any]:
     """A checkpoint as fairseq's dictionary with ``args``, ``cfg`` and ``model``. Raises: as load_checkpoint."""
     found = load_checkpoint(path)
     return {"args": settings_of(found, arg_overrides), "cfg": found.config, "model": found.model}
 
 
 def load_model_ensemble_and_task(
-    filenames: Sequence[str], arg_overrides: Mapping[str, Any] | None = None, task: Any = None, **more: Any
+    filenames: Sequence[str], arg_overrides: Mapping[str, Any] | None = None, task: Any = None, **more: object
 ) -> tuple[list[FairseqModel], Namespace, Any]:
     """Models, the settings of the last one, and their task.
 
@@ -53,7 +53,7 @@ def load_model_ensemble_and_task(
 
 
 def load_model_ensemble(
-    filenames: Sequence[str], arg_overrides: Mapping[str, Any] | None = None, task: Any = None, **more: Any
+    filenames: Sequence[str], arg_overrides: Mapping[str, Any] | None = None, task: Any = None, **more: object
 ) -> tuple[list[FairseqModel], Namespace]:
     """As :func:`load_model_ensemble_and_task`, without the task."""
     models, settings, _ = load_model_ensemble_and_task(filenames, arg_overrides, task)

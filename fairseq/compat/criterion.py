@@ -121,7 +121,7 @@ def _number(value: Any, name: str) -> float | Tensor:
     return value
 
 
-def entry(kind: Any, dataclass: type | None) -> Entry:
+def entry(kind: type[Any], dataclass: type | None) -> Entry:
     """A loss in fairseq's form as an entry of our table.
 
     Raises: ValueError for a class that is none.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def numpy_seed(seed: int | None, *addl_seeds: int) -> Iterator[None]:
 
 
 def batch_by_size(
-    indices: Any,
+    indices: Iterable[int],
     num_tokens_fn: Any,
     num_tokens_vec: Any = None,
     max_tokens: int | None = None,
@@ -94,7 +94,7 @@ def batch_by_size(
     return batching.batch_by_size(order, sizes, tokens, rows, required_batch_size_multiple)
 
 
-def filter_by_size(indices: Any, dataset: Any, max_positions: int, raise_exception: bool = False) -> Any:
+def filter_by_size(indices: Iterable[int], dataset: Any, max_positions: int, raise_exception: bool = False) -> Any:
     """The indices of blocks of at most ``max_positions`` tokens. Raises: ValueError for others, if asked to."""
     kept, dropped = batching.filter_by_size(np.asarray(indices), np.asarray(dataset.sizes), max_positions)
     if raise_exception and len(dropped):

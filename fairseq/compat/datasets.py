@@ -5,6 +5,7 @@ Items are tensors; ``collater`` makes fairseq's samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class FairseqDataset(torch.utils.data.Dataset[Any]):
         """The batch of these items."""
         raise NotImplementedError
 
-    def prefetch(self, indices: Any) -> None:
+    def prefetch(self, indices: Iterable[int]) -> None:
         """Nothing: text is mapped."""
 
     @property
@@ -69,7 +70,7 @@ class BaseWrapperDataset(FairseqDataset):
         return self.dataset.collater(samples)
 
 
-class TokenBlockDataset(token_block_dataset.TokenBlockDataset):
+class TokenBlockAdapter(token_block_dataset.TokenBlockDataset):
     """Blocks of sentences (an indexed data set, or rows of numbers), as tensors."""
 
     def __init__(
@@ -104,12 +105,12 @@ class TokenBlockDataset(token_block_dataset.TokenBlockDataset):
         return torch.from_numpy(source), torch.from_numpy(block), torch.from_numpy(past)
 
 
-class MonolingualDataset(FairseqDataset):
+class MonolingualAdapter(FairseqDataset):
     """Blocks where each token is predicted from those before it: items with ``id``, ``source`` and ``target``."""
 
     def __init__(
         self,
-        dataset: TokenBlockDataset,
+        dataset: TokenBlockAdapter,
         sizes: Any,
         src_vocab: Any,
         tgt_vocab: Any = None,
@@ -141,7 +142,7 @@ class MonolingualDataset(FairseqDataset):
         """The tokens of block ``i``."""
         return token_block_dataset.TokenBlockDataset.__getitem__(self.blocks.blocks, i)
 
-    def collate(self, indices: Any) -> Any:
+    def collate(self, indices: Iterable[int]) -> Any:
         """The batch of these blocks, as ours."""
         ids = np.asarray(indices, dtype=np.int64)
         context = np.array([] if self.blocks.bos is None else [self.blocks.bos], dtype=np.int64)
@@ -158,7 +159,7 @@ class MonolingualDataset(FairseqDataset):
         return order[np.argsort(self.sizes[order], kind="stable")]
 
 
-class LMContextWindowDataset(BaseWrapperDataset):
+class LMContextWindowAdapter(BaseWrapperDataset):
     """Blocks preceded by up to ``context_window`` tokens of the text before, which are not scored."""
 
     def __init__(self, dataset: Any, tokens_per_sample: int, context_window: int, pad_idx: int) -> None:
@@ -180,3 +181,7 @@ class LMContextWindowDataset(BaseWrapperDataset):
 
 def _row(tokens: Any) -> Tensor:
     return torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+
+
+TokenBlockDataset, MonolingualDataset = TokenBlockAdapter, MonolingualAdapter
+LMContextWindowDataset = LMContextWindowAdapter

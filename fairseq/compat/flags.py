@@ -124,11 +124,11 @@ def _fields_of(dataclass: type) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _is_enum(kind: Any) -> bool:
+def _is_enum(kind: type[Any]) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum)
 
 
-def namespace(config: Any, **more: Any) -> Namespace:
+def namespace(config: Any, **more: object) -> Namespace:
     """A config as the mutable ``args`` or ``cfg`` of fairseq's parts."""
     values: Mapping[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return Namespace(**{**values, **more})

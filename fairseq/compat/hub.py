@@ -29,7 +29,7 @@ def from_pretrained(
     data_name_or_path: str = ".",
     tokenizer: str | None = None,
     bpe: str | None = None,
-    **more: Any,
+    **more: object,
 ) -> GeneratorHubInterface:
     """Open a trained language model.
 
@@ -115,7 +115,7 @@ class GeneratorHubInterface(nn.Module):
         """The words or pieces of numbers, without <s> and </s>."""
         return self.dictionary.string(tokens.cpu())
 
-    def sample(self, sentences: Any, beam: int = 1, verbose: bool = False, **more: Any) -> Any:
+    def sample(self, sentences: Any, beam: int = 1, verbose: bool = False, **more: object) -> Any:
         """Continue a sentence, or each of a list; settings are those of ``GenerationConfig``."""
         if not isinstance(sentences, str):
             return [self.sample(sentence, beam, verbose, **more) for sentence in sentences]
@@ -132,7 +132,7 @@ class GeneratorHubInterface(nn.Module):
         found = generate(list(models), prefix.to(self.device), self.dictionary, config)
         return [{"tokens": h.tokens, "score": h.score, "positional_scores": h.logp} for h in found]
 
-    def score(self, sentences: Any, **more: Any) -> Any:
+    def score(self, sentences: Any, **more: object) -> Any:
         """Log-probability of each number of a sentence, </s> included, as ``positional_scores``, and their mean."""
         if not isinstance(sentences, str):
             return [self.score(sentence) for sentence in sentences]

@@ -44,7 +44,7 @@ def register_model(name: str, dataclass: type | None = None) -> Callable[[Any], 
     if dataclass is not None:
         raise ValueError(f"register_model: {name!r} has options of its own, which no model here can; {_WAY_OUT}")
 
-    def add(kind: Any) -> Any:
+    def add(kind: type[Any]) -> Any:
         if not (isinstance(kind, type) and issubclass(kind, TransformerLanguageModel)):
             raise ValueError(f"register_model: {name!r} is no TransformerLanguageModel; {_WAY_OUT}")
         _enter(name)(Entry(TransformerLMConfig, kind))

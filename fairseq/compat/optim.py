@@ -46,11 +46,11 @@ class FairseqOptimizer:
 
 
 class LegacyFairseqOptimizer(FairseqOptimizer):
-    """The same; fairseq tells options and dataclasses apart, here both are ``args`` and ``cfg``."""
+    """The same; fairseq separates options and dataclasses, here both are ``args`` and ``cfg``."""
 
 
 class RateHolder(FairseqOptimizer):
-    """What a schedule in fairseq's form sets the rate of; the trainer then takes it from there."""
+    """The optimizer whose rate a schedule in fairseq's form sets; the trainer reads it from there."""
 
     def __init__(self, lr: float) -> None:
         super().__init__(None)
@@ -78,7 +78,7 @@ class FairseqLRScheduler:
         """Add the schedule's options to a parser."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes, as plain types."""
+        """Its changing state, as plain types."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class FairseqFormSchedule(LRSchedule):
         self.holder.set_lr(state["rate"])
 
 
-def _make_optimizer(kind: Any, params: list[torch.nn.Parameter], config: Any, lr: float) -> torch.optim.Optimizer:
+def _make_optimizer(kind: type[Any], params: list[torch.nn.Parameter], config: Any, lr: float) -> torch.optim.Optimizer:
     """PyTorch's optimizer in one of fairseq's form. Raises: ValueError when it has none, or steps in its own way."""
     made = kind(namespace(config, lr=[lr]), params)
     own = [name for name in ("step", "backward", "clip_grad_norm") if name in vars(kind)]
@@ -159,7 +159,7 @@ def _make_optimizer(kind: Any, params: list[torch.nn.Parameter], config: Any, lr
     return optimizer
 
 
-def _require_kind(kind: Any, base: type, decorator: str) -> None:
+def _require_kind(kind: type[Any], base: type, decorator: str) -> None:
     if not (isinstance(kind, type) and issubclass(kind, base)):
         raise ValueError(
             f"{decorator}: {getattr(kind, '__name__', kind)} is no {base.__name__}; derive it from that, or give a "
@@ -167,13 +167,13 @@ def _require_kind(kind: Any, base: type, decorator: str) -> None:
         )
 
 
-def optimizer_entry(kind: Any, dataclass: type | None) -> Entry:
+def optimizer_entry(kind: type[Any], dataclass: type | None) -> Entry:
     """An optimizer in fairseq's form as an entry of our table. Raises: ValueError for a class that is none."""
     _require_kind(kind, FairseqOptimizer, "register_optimizer")
     return Entry(config_of(kind, dataclass), functools.partial(_make_optimizer, kind))
 
 
-def lr_scheduler_entry(kind: Any, dataclass: type | None) -> Entry:
+def lr_scheduler_entry(kind: type[Any], dataclass: type | None) -> Entry:
     """A schedule in fairseq's form as an entry of our table. Raises: ValueError for a class that is none."""
     _require_kind(kind, FairseqLRScheduler, "register_lr_scheduler")
     return Entry(config_of(kind, dataclass), functools.partial(FairseqFormSchedule, kind))

@@ -46,7 +46,7 @@ class FairseqModel(nn.Module):
         self.wrapped = model
         self.training = model.training
 
-    def forward(self, src_tokens: Tensor, src_lengths: Tensor | None = None, **more: Any) -> tuple[Tensor, Any]:
+    def forward(self, src_tokens: Tensor, src_lengths: Tensor | None = None, **more: object) -> tuple[Tensor, Any]:
         """Scores of the types (B, T, V), of an adaptive softmax its inputs, and the states they are made of.
 
         Raises: ValueError for an input that models here do not read.

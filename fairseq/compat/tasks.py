@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
 
 
-def setup_task(settings: Any, **more: Any) -> Any:
+def setup_task(settings: Any, **more: object) -> Any:
     """The task of ``args.task``, with the options in ``args``; fairseq's ``--bpe`` and others are passed over.
 
     Raises: ValueError for an unknown task or a data folder that is none.
@@ -57,11 +57,11 @@ class _LoadedSplits:
         return found if hasattr(found, "collate") else CollatedBlocks(found, self.dictionary.pad())
 
 
-def _make(kind: Any, config: LanguageModelingConfig, **more: Any) -> Any:
+def _make(kind: type[Any], config: LanguageModelingConfig, **more: object) -> Any:
     return kind.setup_task(config, **more)
 
 
-def entry(kind: Any, dataclass: type | None) -> Entry:
+def entry(kind: type[Any], dataclass: type | None) -> Entry:
     """A task in fairseq's form as an entry of our table.
 
     Raises: ValueError for a class that is no language modeling task.

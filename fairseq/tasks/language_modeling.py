@@ -81,7 +81,7 @@ class LanguageModelingTask(FairseqTask):
         """The blocks of a split, each with the token before it. ``block_size`` defaults to --tokens-per-sample.
 
         Args:
-            combine: the splits numbered after it (``split1``, ...) go on with its text.
+            combine: the splits numbered after it (``split1``, ...) continue its text.
         Raises: ValueError when there is no text, or it holds tokens the dictionary has not.
         """
         prefix = self.prefix(split, epoch)

@@ -1,1 +1,1 @@
-"""What ``fairseq.logging`` holds: meters, metrics and progress bars."""
+"""Meters, metrics and progress bars under the names of ``fairseq.logging``."""

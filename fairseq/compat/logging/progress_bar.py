@@ -58,7 +58,7 @@ def progress_bar(
     log_interval: int = 100,
     epoch: int | None = None,
     prefix: str | None = None,
-    **more: Any,
+    **more: object,
 ) -> ProgressBar:
     """A progress bar in the form of ``--log-format``; other destinations are the trainer's affair."""
     where = [f"epoch {epoch:03d}"] if epoch is not None else []
@@ -67,7 +67,7 @@ def progress_bar(
 
 
 def build_progress_bar(
-    settings: Any, iterator: Iterable[Any], epoch: int | None = None, prefix: str | None = None, **more: Any
+    settings: Any, iterator: Iterable[Any], epoch: int | None = None, prefix: str | None = None, **more: object
 ) -> ProgressBar:
     """As :func:`progress_bar`, by ``args.log_format`` and ``args.log_interval`` (fairseq 0.9)."""
     return progress_bar(

@@ -34,7 +34,7 @@ def replace_attribute(owner: nn.Module, name: str, value: object) -> Callable[[]
 
 
 def _original(before: object) -> tuple[object, ...]:
-    """What stands behind replacements that have been restored; nothing if the class's attribute does."""
+    """The attribute below replacements that have been restored; nothing if the class's own is there."""
     restored = getattr(before, "__dict__", {}).get(_RESTORED)
     if restored is None:
         return (before,)
