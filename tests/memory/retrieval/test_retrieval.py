@@ -35,7 +35,7 @@ def tokens(text_sums: bool = False) -> dict:
         "continues_N": rng.random(N) < 0.3,
         "lm_logp_N": -torch.from_numpy(rng.random(N, np.float32)),
         "lm_norm_N": torch.from_numpy(rng.random(N, np.float32)),
-        "near": None,
+        "text_sums": None,
         "found": Candidates(values, scores, keep, rows),
     }
     if text_sums:
@@ -45,10 +45,10 @@ def tokens(text_sums: bool = False) -> dict:
 
 def part(of: dict, start: int, stop: int) -> dict:
     rows = slice(start, stop)
-    found, text_sums = of["found"], of["near"]
-    return {name: value[rows] for name, value in of.items() if name not in ("found", "near")} | {
+    found, text_sums = of["found"], of["text_sums"]
+    return {name: value[rows] for name, value in of.items() if name not in ("found", "text_sums")} | {
         "found": Candidates(*(x[rows] for x in (found.values_NM, found.scores_NM, found.keep_NM, found.rows_NM))),
-        "near": LogSums(text_sums.hit_N[rows], text_sums.whole_N[rows]) if text_sums else None,
+        "text_sums": LogSums(text_sums.hit_N[rows], text_sums.whole_N[rows]) if text_sums else None,
     }
 
 
@@ -60,7 +60,7 @@ def writer(
 
 
 def save(path: Path, steps: tuple[int, ...] = (N,), **more) -> dict:
-    made = tokens(more.get("near", False))
+    made = tokens(more.get("text_sums", False))
     with writer(path, **more) as open_writer:
         for start, stop in zip((0, *steps), steps):
             open_writer.append(**part(made, start, stop))
@@ -68,7 +68,7 @@ def save(path: Path, steps: tuple[int, ...] = (N,), **more) -> dict:
     return made
 
 
-@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("text_sums", [False, True])
 @pytest.mark.parametrize(("num_types", "num_rows"), [(TYPES, 100), (70_000, 2**31 + 5)])
 def test_what_goes_in_comes_out(tmp_path, text_sums, num_types, num_rows):
     made = save(tmp_path / "r", (7, 8, N), text_sums=text_sums, num_types=num_types, num_rows=num_rows)

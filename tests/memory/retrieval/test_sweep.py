@@ -41,7 +41,7 @@ def saved(
     words = {
         "num_types": TYPES,
         "num_rows": N * K,
-        "near": text_sums,
+        "text_sums": text_sums,
         "fingerprint": KNN | fingerprint,
         "about": about or ABOUT,
     }
@@ -83,7 +83,7 @@ def test_a_sweep_of_knn_lm_is_the_formula(tmp_path):
     assert alone == next(r.sums for r in results if r.setting.weight == 0)
 
 
-@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("text_sums", [False, True])
 @pytest.mark.parametrize("mode", ["gn", "li"])
 def test_a_sweep_of_trime_is_separate_evaluations(tmp_path, text_sums, mode):
     about = ABOUT | {"program": "eval_lm-trime.py", "mode": mode, "interp_temp": 3.0}
