@@ -26,10 +26,9 @@ def file_mark(path: Path) -> dict[str, Any]:
     return mark | {"blocks": list(file_checksums(path, BLOCK_BYTES))}
 
 
-def mark_of(size: int, ends: str | None, blocks: Sequence[str]) -> dict[str, Any]:
+def mark_of(size: int, blocks: Sequence[str]) -> dict[str, Any]:
     """A mark of a file whose checksums were taken while it was written."""
-    mark: dict[str, Any] = {"bytes": size, "block_bytes": BLOCK_BYTES, "blocks": list(blocks)}
-    return mark | ({"ends": ends} if ends is not None else {})
+    return {"bytes": size, "block_bytes": BLOCK_BYTES, "blocks": list(blocks)}
 
 
 def differs(path: Path, mark: Mapping[str, Any], *, whole: bool) -> str | None:

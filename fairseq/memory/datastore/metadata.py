@@ -22,7 +22,7 @@ from fairseq.memory.datastore.layout import FORMAT_VERSION, STORE, StoreFiles
 from fairseq.memory.types import Array
 from fairseq.runtime.arrays import read_array
 from fairseq.runtime.files import file_checksums, read_json
-from fairseq.runtime.records import read_record
+from fairseq.runtime.records import OBJECT, POSITIVE, Fields, read_record, require
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,10 @@ def read_metadata(prefix: str | Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}; save it again")
     metadata = read_record(path, STORE, fix)
-    if ("parts" in metadata) == ("checksums" in metadata):
-        raise ValueError(f"{path} is damaged: it holds either 'parts' or 'checksums', one of the two; {fix}")
+    if "parts" not in metadata:
+        require(metadata, Fields({"checksums": OBJECT, "block_bytes": POSITIVE}), str(path), fix)
+    elif "checksums" in metadata:
+        raise ValueError(f"{path} is damaged: a store of shards has no 'checksums' of its own; {fix}")
     if not metadata["complete"]:
         raise ValueError(f"datastore {str(prefix)!r} is not complete; resume with the command that saves it")
     return metadata
