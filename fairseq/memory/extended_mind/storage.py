@@ -26,12 +26,13 @@ from fairseq.runtime.tensor_files import TensorFile, block_sums, read_tensor_fil
 
 _RESERVED = 8 << 20
 _WAY_OUT = "copy it again, or save the memory again"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _READ_WHOLE = frozenset({"tokens", "places"})
 _DESCRIPTION = Fields(
     {
         "model_digest": Nullable(TEXT),
         "positions": one_of(*POSITIONS),
-        "reach": Nullable(WHOLE),
+        "reach": WHOLE,
         "document_starts": Items(WHOLE),
         "layers": Items(WHOLE),
     }
@@ -156,7 +157,7 @@ def _wrong_array(file: TensorFile, layers: Sequence[int]) -> str | None:
             return repr(name)
     for name in entries.keys() - _READ_WHOLE:
         entry = entries[name]
-        if len(entry.shape) != 3 or entry.dtype not in ("F32", "F16", "BF16", "F64"):
+        if len(entry.shape) != 3 or entry.shape[1:2] != entries["places"].shape or entry.dtype not in _FLOATS:
             return repr(name)
         if entry.shape[:2] != entries[name.rpartition(".")[0] + ".keys"].shape[:2]:
             return repr(name)
