@@ -13,6 +13,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from fairseq.checkpoints.integrity import require_intact
 from fairseq.checkpoints.legacy import from_fairseq, read_pickle
 from fairseq.data.dictionary import Dictionary
 from fairseq.fairseq_names import lazy
@@ -127,12 +128,16 @@ def _plain(value: object, where: str) -> Any:
     raise TypeError(f"a checkpoint holds plain types and tensors; {where} is a {type(value).__name__}")
 
 
-def load_checkpoint(path: str) -> Checkpoint:
+def load_checkpoint(path: str, *, whole: bool = False) -> Checkpoint:
     """Read a checkpoint of this package, or of fairseq, knnlm or TRIME.
+
+    Args:
+        whole: compare the optimizer's state with its checksums too, not only the weights; to resume from it.
 
     Raises: OSError when it cannot be opened; ValueError when it is damaged, or no checkpoint.
     """
     content = read_pickle(path)
+    require_intact(path, content, whole=whole)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         return Checkpoint(**from_fairseq(content, path))
     if content["version"] != _VERSION:

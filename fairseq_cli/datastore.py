@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fairseq.config import FlagParser, build, to_dict
@@ -52,9 +53,41 @@ def info(config: InfoConfig, argv: Sequence[str]) -> None:
 
 
 def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
-    """Print what is damaged, or that nothing is."""
+    """Print what is damaged, or that nothing is; every path is looked at before the first damage is raised."""
+    first: Exception | None = None
+    for path in config.paths:
+        try:
+            _verify_path(config, path)
+        except (ValueError, OSError) as error:
+            if len(config.paths) > 1:
+                sys.stdout.write(f"{path}: {' '.join(str(error).split())}\n")
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _verify_path(config: VerifyConfig, path: str) -> None:
+    """Print a line for each thing that a path names. Raises: ValueError for damage."""
+    from fairseq.verification.kinds import recognised
+    from fairseq.verification.kinds import verify as outcome
+
+    kinds = recognised(Path(path))
+    if not kinds:
+        # Arrays of another program; for anything else the message of a store says what is missing.
+        if Path(path).is_file():
+            raise ValueError(f"{path!r} is no file of this toolkit, or damaged beyond recognition; name another")
+        _verify_store(config.store(path))
+    for kind, name in kinds:
+        if kind == "datastore":
+            _verify_store(config.store(str(name)))
+        else:
+            sys.stdout.write(f"{path}: {kind}, {outcome(kind, name)}\n")
+
+
+def _verify_store(config: StoreConfig) -> None:
     from fairseq.memory.datastore.info import count_keys
     from fairseq.memory.datastore.verify import damage
+    from fairseq.verification.kinds import require_sealed
 
     store = _open(config)
     found = list(damage(store.shards))
@@ -70,6 +103,8 @@ def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
     )
     if found:
         raise ValueError(f"{found[0]}; copy the file again, or remove the store's JSON file and save it again")
+    for name in {config.prefix, *(shard.prefix for shard in store.shards)}:
+        require_sealed(Path(f"{name}.json"))
     if counts.nonfinite:
         raise ValueError(
             f"{counts.nonfinite} keys of datastore {config.prefix!r} hold NaN or infinity; {PROGRAM} convert "

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from fairseq.checkpoints.integrity import has_checksums
 from fairseq.models.config import TransformerLMConfig
 
 # Modules whose classes may appear in a checkpoint's settings; they are never imported.
@@ -126,6 +127,9 @@ def _globals_of(path: str) -> set[str]:
             file.seek(0)
             return {name for _ in range(_PICKLES_OF_OLD_FORMAT) for name in _globals_in(file)}
         with zipfile.ZipFile(file) as archive:
+            if not has_checksums(archive):
+                for entry in archive.infolist():
+                    entry.CRC = None  # type: ignore[assignment]  # zipfile then compares none
             pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
             return {name for pickle in pickles for name in _globals_in(archive.open(pickle))}
 

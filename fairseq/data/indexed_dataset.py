@@ -16,12 +16,16 @@ import logging
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fairseq.runtime.atomic_files import naming, replacing
+from fairseq.runtime.file_marks import MARK, differs, mark_of
+from fairseq.runtime.files import BlockChecksums, write_json
+from fairseq.runtime.records import Entries, Fields, one_of, read_record, seal
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,9 @@ _DTYPES: dict[int, type[np.integer[Any]]] = {
     9: np.uint32,
     10: np.uint64,
 }
+SUMS_ENDING = ".sums.json"
+_SUMS_FORMAT = "fairseq-memory checksums"
+_SUMS = Fields({"format": one_of(_SUMS_FORMAT), "version": one_of(1), "files": Entries(MARK)})
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -64,6 +71,7 @@ class MMapIndexedDataset:
         tokens = _map_tokens(self.prefix + ".bin", dtype, int(self.sizes.sum(dtype=np.int64)))
         self.tokens: IntArray = _from_old_numbers(tokens, self.prefix + ".bin") if is_old else tokens
         self._ends = np.cumsum(self.sizes, dtype=np.int64)
+        require_undamaged(self.prefix, whole=False)  # last: the checks before it say more precisely what is wrong
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -77,6 +85,25 @@ class MMapIndexedDataset:
 
     def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
         return (self[i] for i in range(len(self)))
+
+
+def require_undamaged(prefix: str, *, whole: bool) -> bool:
+    """Compare a data set with its checksums; False where there are none (files of fairseq or an earlier release).
+
+    Args:
+        whole: compare every block; otherwise those of files of at most 64 MiB, and the size of longer ones.
+    Raises: ValueError naming the file that differs.
+    """
+    sums = Path(prefix + SUMS_ENDING)
+    if not sums.is_file():
+        return False
+    way_out = f"copy it again, or run preprocess.py again; if another program wrote it, remove {sums}"
+    for ending, mark in read_record(sums, _SUMS, way_out)["files"].items():
+        path = Path(prefix + ending)
+        difference = differs(path, mark, whole=whole) if path.exists() else None  # a missing one is reported later
+        if difference is not None:
+            raise ValueError(f"{path} is damaged or of another data set ({difference}); {way_out}")
+    return True
 
 
 def _read_index(path: str) -> tuple[bool, np.dtype[Any], npt.NDArray[np.int32]]:
@@ -182,6 +209,7 @@ class MMapIndexedDatasetBuilder:
             )
         self._file = open(self.bin_path + ".tmp", "wb")  # noqa: SIM115  closed by finalize or __exit__
         self._sizes: list[npt.NDArray[np.int32]] = []
+        self._sums, self._bytes = BlockChecksums(), 0
 
     def add_item(self, tokens: npt.ArrayLike) -> None:
         """Append one sentence."""
@@ -200,8 +228,11 @@ class MMapIndexedDatasetBuilder:
             raise ValueError(
                 f"{self.bin_path}: tokens {values.min()}..{values.max()} do not fit {self.dtype}; choose a wider type"
             )
+        data = stored.tobytes()
         with naming(self.bin_path):
-            self._file.write(stored.tobytes())
+            self._file.write(data)
+        self._sums.update(memoryview(data))
+        self._bytes += len(data)
         self._sizes.append(lengths)
 
     def merge_file_(self, prefix: str | os.PathLike[str]) -> None:
@@ -216,14 +247,23 @@ class MMapIndexedDatasetBuilder:
         np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
         pointers *= self.dtype.itemsize
         idx_path = os.fspath(idx_path)
+        index = b"".join(
+            [_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(sizes)), sizes.tobytes(), pointers.tobytes()]
+        )
+        sums_path = Path(os.path.splitext(self.bin_path)[0] + SUMS_ENDING)
         with replacing(idx_path) as aside:
             with open(aside, "wb") as file:
-                file.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(sizes)))
-                file.write(sizes.tobytes())
-                file.write(pointers.tobytes())
+                file.write(index)
             with naming(self.bin_path):
                 self._file.close()
+            sums_path.unlink(missing_ok=True)  # before the files it describes change
             os.replace(self.bin_path + ".tmp", self.bin_path)
+        index_sums = BlockChecksums()
+        index_sums.update(memoryview(index))
+        if os.path.splitext(idx_path)[0] == os.path.splitext(self.bin_path)[0]:
+            marks = {".bin": mark_of(self._bytes, self._sums.digests())}
+            marks[".idx"] = mark_of(len(index), index_sums.digests())
+            write_json(sums_path, seal({"format": _SUMS_FORMAT, "version": VERSION, "files": marks}))
 
     def __enter__(self) -> MMapIndexedDatasetBuilder:
         return self

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fairseq.data.batching_config import BatchingConfig
+from fairseq.runtime.files import parse_json
 
 logger = logging.getLogger(__name__)
 Indices = npt.NDArray[np.int64]
@@ -71,11 +72,8 @@ def read_order(path: str | os.PathLike[str], num_blocks: int) -> Indices:
 
     Raises: ValueError naming the blocks that are missing, repeated or unknown.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} is not JSON ({error}); write it with bm25_make_batches.py") from None
+    with open(path, "rb") as file:
+        content = parse_json(file.read(), os.fspath(path), "write it with bm25_make_batches.py")
     order = _as_numbers(content, path)
     if len(order) != num_blocks:
         raise ValueError(

@@ -15,7 +15,10 @@ from typing import Any
 
 from fairseq.runtime.atomic_files import may_write_in, replacing
 
-_FIX = "copy it again, or remove it and run the command that writes it"
+DAMAGED = "copy it again, or remove it and run the command that writes it"
+"""The way out of most damaged files, as a clause of a message."""
+
+_DEEPEST = 64  # levels of JSON: our files have eight, and some hundreds end in a RecursionError somewhere else
 
 BLOCK_BYTES = 4 << 20
 """Bytes per checksum: small enough to locate a flipped bit in a store of hundreds of GB, large enough to keep the
@@ -31,14 +34,36 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises: ValueError naming the file when it holds anything else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): it is damaged or of another program; {_FIX}") from None
+def read_json(path: Path, fix: str = DAMAGED) -> dict[str, Any]:
+    """Read a JSON object; ``records.read_record`` compares its entries with a schema too.
+
+    Raises: ValueError naming the file when it holds anything else.
+    """
+    content = parse_json(path.read_bytes(), str(path), fix)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object: it is damaged or of another program; {_FIX}")
+        raise ValueError(f"{path} does not hold a JSON object: it is damaged or of another program; {fix}")
+    return content
+
+
+def parse_json(text: str | bytes, name: str, fix: str = DAMAGED) -> Any:
+    """Parse JSON that is at most 64 levels deep.
+
+    Args:
+        name: the file's, for the message.
+        fix: the way out, an imperative clause.
+    Raises: ValueError naming the file.
+    """
+    try:
+        content = json.loads(text)
+        level, depth = [content], 0
+        while level:
+            depth += 1
+            if depth > _DEEPEST:
+                raise RecursionError(f"more than {_DEEPEST} levels")
+            nested = (value for value in level if isinstance(value, (dict, list)))
+            level = [item for value in nested for item in (value.values() if isinstance(value, dict) else value)]
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{name} is not JSON ({error}): it is damaged or of another program; {fix}") from None
     return content
 
 

@@ -50,7 +50,7 @@ def test_text_of_a_language_model(text, caplog):
         "--only-source", "--trainpref", "train", "--validpref", "valid", "--testpref", "test", "--destdir", "out"
     )
     assert sorted(files_in("out")) == sorted(
-        ["dict.txt", *(f"{split}.{end}" for split in ("train", "valid", "test") for end in ("bin", "idx"))]
+        ["dict.txt", *(f"{split}.{end}" for split in ("train", "valid", "test") for end in ("bin", "idx", "sums.json"))]
     )
     assert (text / "out/dict.txt").read_text() == "the 2\ncat 1\nmat 1\nsat 1\n"
     assert strings("out", "train") == ["the cat sat", "", "the mat"]
@@ -133,7 +133,12 @@ def test_two_languages(text):
     preprocess(*pair, "--destdir", "out", "--thresholdtgt", 2)
     assert sorted(files_in("out")) == sorted(
         ["dict.de.txt", "dict.en.txt"]
-        + [f"{split}.de-en.{lang}.{e}" for split in ("train", "valid") for lang in ("de", "en") for e in ("bin", "idx")]
+        + [
+            f"{split}.de-en.{lang}.{e}"
+            for split in ("train", "valid")
+            for lang in ("de", "en")
+            for e in ("bin", "idx", "sums.json")
+        ]
     )
     assert strings("out", "train.de-en.de", "dict.de.txt") == ["das Haus ist gross"]
     assert strings("out", "train.de-en.en", "dict.en.txt") == ["<unk> <unk> <unk> big big"]
@@ -159,7 +164,8 @@ def test_a_ready_dictionary_for_one_language(text):
 
 def test_one_language_of_a_pair_keeps_fairseqs_names(text):
     preprocess("--only-source", "-s", "de", "--trainpref", "train", "--destdir", "out")
-    assert sorted(files_in("out")) == ["dict.de.txt", "train.de-None.de.bin", "train.de-None.de.idx"]
+    text = [f"train.de-None.de.{end}" for end in ("bin", "idx", "sums.json")]
+    assert sorted(files_in("out")) == ["dict.de.txt", *text]
 
 
 def test_a_second_run_may_follow_but_not_change_the_dictionary(text):

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.models",),
     ("fairseq.checkpoints",),
     ("fairseq.checkpoint_utils",),
+    ("fairseq.verification",),
     ("fairseq.optim",),
     ("fairseq.criterions",),
     ("fairseq.tasks",),

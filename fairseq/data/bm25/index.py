@@ -16,7 +16,7 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,18 @@ import torch
 from torch import Tensor
 
 from fairseq.data.segments import file_sha256, read_segments
-from fairseq.runtime.files import locked, read_json, write_json
+from fairseq.runtime.file_marks import MARK, differs, file_mark
+from fairseq.runtime.files import locked, write_json
+from fairseq.runtime.records import TEXT, WHOLE, Entries, Fields, read_record, seal
 
 logger = logging.getLogger(__name__)
 Numbers = npt.NDArray[np.int64]
 
 SCORING: dict[str, Any] = {"method": "lucene", "k1": 0.9, "b": 0.4}
 _METADATA_FILE = "about.json"
+_WAY_OUT = "copy the folder again, or remove it and run bm25_search.py to build it again"
+ABOUT = Fields({"path": TEXT, "sha256": TEXT, "num_segments": WHOLE}, {"files": Entries(MARK)})
+"""``about.json`` of an index."""
 _BATCH_QUERIES = 64
 # A term in more than this share of the documents is frequent, as long as the matrix stays below this many bytes.
 _FREQUENT_SHARE = 0.04
@@ -143,14 +148,57 @@ def open_index(folder: Path, segments_path: Path) -> Bm25Index:
     metadata_path = folder / _METADATA_FILE
     if not metadata_path.exists():
         raise ValueError(f"{str(folder)!r} is not an index of bm25_search.py; give another --index_path")
-    metadata = read_json(metadata_path)
+    metadata = read_record(metadata_path, ABOUT, _WAY_OUT)
     if metadata["sha256"] != digest:
         raise ValueError(
             f"index {str(folder)!r} was built from other segments ({metadata['num_segments']} of them, "
             f"{metadata['path']}, sha256 {metadata['sha256'][:12]}) than {str(segments_path)!r} (sha256 "
             f"{digest[:12]}); remove the folder to rebuild it, or give another --index_path"
         )
-    return Bm25Index(_bm25s().BM25.load(folder, mmap=True), digest)
+    require_undamaged(folder, metadata, whole=False)
+    return Bm25Index(_loaded(folder), digest)
+
+
+def require_undamaged(folder: Path, metadata: Mapping[str, Any], *, whole: bool) -> None:
+    """Compare the files of an index with their marks; an index of an earlier release has none.
+
+    Args:
+        whole: compare every block; otherwise those of files of at most 64 MiB, and the ends of longer ones.
+    Raises: ValueError naming the file that is missing or differs.
+    """
+    for name, mark in metadata.get("files", {}).items():
+        path = folder / name
+        difference = differs(path, mark, whole=whole) if path.is_file() else "it is missing"
+        if difference is not None:
+            raise ValueError(f"{path} is damaged ({difference}); {_WAY_OUT}")
+
+
+def verify_index(folder: Path) -> bool:
+    """Compare every file of an index with its mark; False for an index of an earlier release, which has none.
+
+    Raises: ValueError naming the file that is missing or differs.
+    """
+    metadata = read_record(folder / _METADATA_FILE, ABOUT, _WAY_OUT)
+    require_undamaged(folder, metadata, whole=True)
+    return "files" in metadata
+
+
+def _loaded(folder: Path) -> Any:
+    """The index as bm25s reads it. Raises: ValueError naming the folder when a file is damaged or missing."""
+    try:
+        retriever = _bm25s().BM25.load(folder, mmap=True)
+        held = {name: retriever.scores[name] for name in ("indices", "data", "indptr")}
+        starts, count = np.asarray(held["indptr"]), int(retriever.scores["num_docs"])
+        documents = np.asarray(held["indices"])
+        fits = len(starts) > 1 and starts[0] == 0 and starts[-1] == len(documents) == len(held["data"])
+        fits &= bool((np.diff(starts) >= 0).all()) and (not len(documents) or documents.min() >= 0)
+        terms = list(retriever.vocab_dict.values())
+        if not fits or documents.max(initial=0) >= count or not all(0 <= t < len(starts) - 1 for t in terms):
+            raise ValueError("its arrays contradict each other")
+    except Exception as error:  # bm25s reads JSON and arrays unchecked, which can fail in any way
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"index {str(folder)!r} is damaged ({reason}); {_WAY_OUT}") from None
+    return retriever
 
 
 def _is_filled(folder: Path) -> bool:
@@ -187,8 +235,9 @@ def _build(folder: Path, segments_path: Path, digest: str) -> None:
     retriever = _bm25s().BM25(**SCORING)
     retriever.index((terms, tokenizer.word_to_id), create_empty_token=False, show_progress=False)
     retriever.save(temporary)
-    metadata = {"path": str(segments_path), "sha256": digest, "num_segments": len(terms)}
-    write_json(temporary / _METADATA_FILE, metadata)
+    metadata: dict[str, Any] = {"path": str(segments_path), "sha256": digest, "num_segments": len(terms)}
+    metadata["files"] = {path.name: file_mark(path) for path in sorted(temporary.iterdir())}
+    write_json(temporary / _METADATA_FILE, seal(metadata))
     temporary.replace(folder)
     logger.info("indexed %d segments in %.0fs: %s", len(terms), time.perf_counter() - started, folder)
 

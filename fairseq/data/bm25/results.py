@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from fairseq.runtime.atomic_files import writing
 from fairseq.runtime.files import read_json, write_json
+from fairseq.runtime.records import WHOLE, Fields, read_record
 
 logger = logging.getLogger(__name__)
 Numbers = npt.NDArray[np.int32]
@@ -150,7 +151,7 @@ def _in_order(
 def _require_each_once(folder: Path, segments: npt.NDArray[np.int64]) -> None:
     expected = len(segments)
     if (folder / _SEARCH).exists():
-        expected = int(read_json(folder / _SEARCH)["num_segments"])
+        expected = read_record(folder / _SEARCH, Fields({"num_segments": WHOLE}))["num_segments"]
     largest = max(expected, int(segments.max(initial=-1)) + 1)
     times = np.bincount(segments, minlength=largest)
     repeated, missing = np.flatnonzero(times > 1), np.flatnonzero(times == 0)
@@ -172,6 +173,8 @@ def _read_shard(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64
     try:
         # The original program wrote neighbours as strings (and did not find them when reading): accept both.
         lists = [np.array(neighbors, dtype=np.int64) for neighbors in content.values()]
+        if any(len(neighbors.shape) != 1 for neighbors in lists):
+            raise TypeError("the neighbours of a segment are no list")
         segments = np.array(list(content), dtype=np.int64)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(

@@ -31,7 +31,7 @@ _BLOCK_BYTES = 32 << 20
 _SECONDS_BETWEEN_CHECKPOINTS = 5.0
 _FILE_FIELDS = frozenset(
     "format_version complete rows dim key_dtype value_dtype keys_file values_file documents_file block_bytes checksums "
-    "deleted parts shard_id num_shards first_row total_rows copied_from generation compaction".split()
+    "deleted parts shard_id num_shards first_row total_rows copied_from generation compaction deleted_checksum".split()
 )
 
 

@@ -18,11 +18,12 @@ import numpy as np
 from fairseq.memory.datastore.convert import CopyReport, Selection, copy_rows
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.layout import StoreFiles
-from fairseq.memory.datastore.metadata import read_deleted, shard_prefix
+from fairseq.memory.datastore.metadata import deleted_checksum, read_deleted, shard_prefix
 from fairseq.memory.datastore.writer import finish_interrupted
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import replacing
 from fairseq.runtime.files import locked, may_create_in, write_json
+from fairseq.runtime.records import seal
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def delete(
         own = np.union1d(read_deleted(prefix, store.metadata), chosen)
         # The file first: it may hold more rows than the metadata count, never fewer.
         write_deleted(prefix, own)
-        write_json(names.metadata, dict(store.metadata) | {"deleted": len(own)})
+        count = {"deleted": len(own), "deleted_checksum": deleted_checksum(prefix)} if len(own) else {}
+        write_json(names.metadata, seal(dict(store.metadata) | count))
     return DeletionReport(len(deleted) - len(store.deleted), len(deleted), len(store))
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.memory.datastore.foreign_formats import ForeignFiles
-from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
+from fairseq.memory.datastore.layout import KEY_DTYPES, PROGRESS, StoreFiles
 from fairseq.memory.datastore.metadata import read_metadata, saved_shards
-from fairseq.runtime.files import read_json
+from fairseq.runtime.records import read_record
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _why_not_opened(prefix: str | Path) -> str:
         return _why_not_joined(str(prefix), saved)
     progress = StoreFiles.of(prefix, "float32").progress
     if progress.exists():
-        state = read_json(progress)
-        rows, of = state.get("rows_done", 0), state.get("signature", {}).get("rows") or "?"
+        state = read_record(progress, PROGRESS)
+        rows, of = state["rows_done"], state["signature"]["rows"] or "?"
         return f"datastore {str(prefix)!r} is not complete ({rows} of {of} rows); resume with the same command"
     if existing and not existing[0].values.exists():
         return (

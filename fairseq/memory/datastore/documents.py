@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fairseq.memory.types import Array
+from fairseq.runtime.arrays import read_array
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,9 @@ class Documents:
     def read(cls, path: Path, num_rows: int) -> Documents:
         """Map a table. Raises: ValueError naming the file when it does not describe that many rows."""
         try:
-            runs_R3 = np.load(path, mmap_mode="r")
+            runs_R3 = read_array(path, "is not a table of documents", "copy it again", mapped=True)
         except FileNotFoundError:
             raise ValueError(f"{path} is missing, though the metadata list it; copy it too") from None
-        except ValueError as error:
-            raise ValueError(f"{path} is not a table of documents ({error}); copy it again") from None
         if runs_R3.dtype != np.int64 or runs_R3.ndim != 2 or runs_R3.shape[1] != 3:
             raise ValueError(f"{path} holds {runs_R3.dtype} {runs_R3.shape}, not int64 (runs, 3); copy it again")
         first_R = runs_R3[:, 0]

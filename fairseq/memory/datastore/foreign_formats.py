@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
+from fairseq.memory.datastore.layout import KEY_DTYPES, VALUE_DTYPES, StoreFiles
 from fairseq.memory.types import Array
+from fairseq.runtime.arrays import read_array
 
-VALUE_DTYPES = ("int64", "int32", "int16")
 _SIZES_IN_NAME = re.compile(r"dstore_.+_(\d+)_(\d+)")
 _MAGIC = b"\x93NUMPY"
 
@@ -161,10 +161,7 @@ def _has_header(path: Path) -> bool:
 
 def _by_header(path: Path, ndim: int | None) -> Array:
     """Map an array that NumPy saved. Raises: ValueError when it is cut short or has another shape."""
-    try:
-        array: Array = np.load(path, mmap_mode="r")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a complete NumPy array ({error}); copy it again") from None
+    array: Array = read_array(path, "is not a complete NumPy array", "copy it again", mapped=True)
     if ndim is not None and array.ndim != ndim:
         raise ValueError(f"{path} holds an array of shape {array.shape}, keys are (rows, width); save it in that shape")
     if not array.size or not array.flags.c_contiguous:

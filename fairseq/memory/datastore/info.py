@@ -20,6 +20,7 @@ def describe(store: Datastore) -> dict[str, Any]:
     summary |= {"digest": store.digest, "described": bool(store.metadata)}
     documents = {"num_documents": store.metadata.get("num_documents")} if store.has_documents else {}
     files = {"checksums", "block_bytes", "keys_file", "values_file", "documents_file", "parts", "complete"}
+    files |= {"deleted_checksum"}
     others = {name: value for name, value in store.metadata.items() if name not in summary.keys() | files}
     shards = [_describe_shard(shard) for shard in store.shards]
     return summary | others | documents | {"parts": shards}

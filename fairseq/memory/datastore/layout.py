@@ -1,4 +1,4 @@
-"""Names and types of the files that make up a datastore."""
+"""Names, types and schemas of the files that make up a datastore."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.runtime.records import CRC, FLAG, OBJECT, POSITIVE, SUMS, TEXT, WHOLE, Fields, Items, Nullable, one_of
+
 FORMAT_VERSION = 1
 
 
@@ -18,6 +20,42 @@ KEY_DTYPES: Mapping[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("uint16"),
 }
 """Types of keys and their numpy types; numpy has no bfloat16, so its 16 bits are uint16."""
+VALUE_DTYPES = ("int64", "int32", "int16")
+"""Types of values; ours are int64."""
+
+_TYPES = {"dim": POSITIVE, "key_dtype": one_of(*KEY_DTYPES), "value_dtype": one_of(*VALUE_DTYPES)}
+_PART = Fields({"prefix": TEXT, "rows": WHOLE, "digest": Nullable(TEXT), "first_document": WHOLE})
+
+STORE = Fields(
+    {"format_version": POSITIVE, "complete": FLAG, "rows": WHOLE, **_TYPES},
+    {
+        "block_bytes": POSITIVE,
+        "checksums": Fields({"keys": Items(CRC), "values": Items(CRC)}, {"documents": Items(CRC)}),
+        "parts": Items(_PART, at_least=1),
+        "deleted": WHOLE,
+        "deleted_checksum": CRC,
+        "generation": WHOLE,
+        "compaction": Fields({"request": TEXT, "rows_before": WHOLE, "replaced": Items(TEXT)}),
+        "first_row": WHOLE,
+        **{name: Nullable(TEXT) for name in ("keys_file", "values_file", "documents_file", "key_tap")},
+        **{name: Nullable(TEXT) for name in ("dictionary_digest", "model_digest", "model_dtype", "batches_digest")},
+        **{name: Nullable(WHOLE) for name in ("dictionary_size", "context_window", "num_documents")},
+    },
+)
+"""``<prefix>.json``; a store has either ``parts`` or ``checksums``."""
+
+PROGRESS = Fields(
+    {
+        "signature": Fields({"rows": Nullable(WHOLE), "metadata": OBJECT, **_TYPES}),
+        "rows_done": WHOLE,
+        "cursor": Nullable(OBJECT),
+        "checksums": Fields({"keys": SUMS, "values": SUMS}),
+        "block_bytes": POSITIVE,
+        "finishing": FLAG,
+    },
+    {"documents": Items(CRC)},
+)
+"""``<prefix>.progress.json`` of a store that is being saved."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fairseq.memory.datastore.layout import FORMAT_VERSION, StoreFiles
 from fairseq.memory.datastore.metadata import (
     Shard,
     content_digest,
+    deleted_checksum,
     read_deleted,
     read_metadata,
     require_alike,
@@ -25,13 +26,14 @@ from fairseq.memory.datastore.metadata import (
 )
 from fairseq.memory.types import Array
 from fairseq.runtime.files import locked, may_create_in, read_json, write_json
+from fairseq.runtime.records import seal
 
 logger = logging.getLogger(__name__)
 
 # Fields that may differ between the shards of one store, and fields that describe files, not rows.
 _SHARD_FIELDS = frozenset(
     "format_version complete rows keys_file values_file documents_file block_bytes checksums deleted parts shard_id "
-    "num_shards first_row total_rows num_documents with_scores".split()
+    "num_shards first_row total_rows num_documents with_scores deleted_checksum".split()
 )
 _MUST_AGREE = ("dim", "key_dtype", "value_dtype", "key_tap", "dictionary_digest", "dictionary_size", "model_digest")
 
@@ -127,8 +129,8 @@ def _write_combined(
         known = np.union1d(known, deleted)
         write_deleted(prefix, known)
     if len(known):
-        metadata["deleted"] = len(known)
-    write_json(names.metadata, metadata)
+        metadata |= {"deleted": len(known), "deleted_checksum": deleted_checksum(prefix)}
+    write_json(names.metadata, seal(metadata))
     return metadata
 
 

@@ -17,10 +17,12 @@ import numpy as np
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.documents import Documents
-from fairseq.memory.datastore.foreign_formats import VALUE_DTYPES, map_array
-from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, StoreFiles
+from fairseq.memory.datastore.foreign_formats import map_array
+from fairseq.memory.datastore.layout import FORMAT_VERSION, STORE, StoreFiles
 from fairseq.memory.types import Array
-from fairseq.runtime.files import read_json
+from fairseq.runtime.arrays import read_array
+from fairseq.runtime.files import file_checksums, read_json
+from fairseq.runtime.records import OBJECT, POSITIVE, Fields, read_record, require
 
 
 @dataclass(frozen=True)
@@ -76,23 +78,16 @@ def saved_shards(prefix: str | Path) -> dict[int, set[int]]:
 def read_metadata(prefix: str | Path) -> dict[str, Any]:
     """Read ``<prefix>.json``. Raises: ValueError when it does not describe a complete store."""
     path = StoreFiles.of(prefix, "float32").metadata
-    metadata = read_json(path)
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format version {metadata.get('format_version')!r}, this release reads {FORMAT_VERSION}; save it "
-            "again"
-        )
-    try:
-        rows, dim, dtype, value_dtype = (metadata[name] for name in ("rows", "dim", "key_dtype", "value_dtype"))
-        complete = metadata["complete"]
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error}; it is damaged or of another program; save it again") from None
-    if dtype not in KEY_DTYPES or value_dtype not in VALUE_DTYPES:
-        known = f"{', '.join(KEY_DTYPES)} and {', '.join(VALUE_DTYPES)}"
-        raise ValueError(f"{path}: keys of type {dtype!r}, values of {value_dtype!r}, known: {known}; save it again")
-    if not (isinstance(rows, int) and isinstance(dim, int) and dim > 0):
-        raise ValueError(f"{path}: {rows!r} rows of width {dim!r}; it is damaged; save it again")
-    if not complete:
+    fix = "copy it again, or save the store again"
+    version = read_json(path, fix).get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version!r}, this release reads {FORMAT_VERSION}; save it again")
+    metadata = read_record(path, STORE, fix)
+    if "parts" not in metadata:
+        require(metadata, Fields({"checksums": OBJECT, "block_bytes": POSITIVE}), str(path), fix)
+    elif "checksums" in metadata:
+        raise ValueError(f"{path} is damaged: a store of shards has no 'checksums' of its own; {fix}")
+    if not metadata["complete"]:
         raise ValueError(f"datastore {str(prefix)!r} is not complete; resume with the command that saves it")
     return metadata
 
@@ -122,6 +117,12 @@ def read_shards(prefix: str | Path, metadata: Mapping[str, Any]) -> tuple[Shard,
             )
         require_alike(Shard(str(prefix), metadata), shard, ("dim", "key_dtype", "value_dtype"))
         shards.append(Shard(path, shard.metadata, shard.first_row, int(entry["first_document"])))
+    held = sum(shard.rows for shard in shards)
+    if held != metadata["rows"] or [shard.rows for shard in shards] != [part["rows"] for part in metadata["parts"]]:
+        raise ValueError(
+            f"{prefix}.json is damaged: its shards hold {held} rows, it says {metadata['rows']}; run fairseq-datastore "
+            "merge again"
+        )
     return tuple(shards)
 
 
@@ -164,17 +165,23 @@ def read_deleted(prefix: str | Path, metadata: Mapping[str, Any]) -> Array:
         if counted:
             raise ValueError(f"{counted} rows of datastore {str(prefix)!r} are deleted, and {path} is missing; copy it")
         return np.empty(0, np.int64)
-    try:
-        rows: Array = np.load(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a list of rows ({error}); copy it again") from None
+    rows = read_array(path, "is not a list of rows", "copy it again")
     fits = rows.dtype == np.int64 and rows.ndim == 1 and len(rows) >= counted and (np.diff(rows) > 0).all()
     if not fits or (len(rows) and (rows[0] < 0 or rows[-1] >= metadata["rows"])):
         raise ValueError(
             f"{path} holds {rows.shape} {rows.dtype}, not the {counted} or more deleted rows of {metadata['rows']}: "
             "it is damaged or of another store; copy it again"
         )
+    # More rows than the metadata count: the command that deleted them was killed before it wrote their checksum.
+    if len(rows) == counted and metadata.get("deleted_checksum") not in (None, deleted_checksum(prefix)):
+        raise ValueError(f"{path} is damaged: its checksum differs from the one in {prefix}.json; copy it again")
     return rows
+
+
+def deleted_checksum(prefix: str | Path) -> str:
+    """CRC-32 of the file that lists the deleted rows."""
+    path = StoreFiles.of(prefix, "float32").deleted
+    return next(file_checksums(path, max(1, path.stat().st_size)))
 
 
 def all_deleted(prefix: str | Path, metadata: Mapping[str, Any], shards: Sequence[Shard]) -> Array:

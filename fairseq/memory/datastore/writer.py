@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import nonfinite, to_storage_dtype, view_as
-from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, StoreFiles
+from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, PROGRESS, StoreFiles
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import naming
 from fairseq.runtime.files import (
@@ -27,9 +27,9 @@ from fairseq.runtime.files import (
     file_checksums,
     locked,
     may_create_in,
-    read_json,
     write_json,
 )
+from fairseq.runtime.records import read_record, seal
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ class DatastoreWriter:
         self._record(finishing=True)
         self._keys.close()
         self._values.close()
-        install(self.prefix, read_json(self._names.progress))
+        install(self.prefix, read_record(self._names.progress, PROGRESS))
         self._finished = True
         self.close()
 
@@ -227,7 +227,7 @@ class DatastoreWriter:
         """The progress of an interrupted writer with the same arguments, if its rows exist."""
         if not self._names.progress.exists():
             return None
-        state = read_json(self._names.progress)
+        state = read_record(self._names.progress, PROGRESS)
         if state["finishing"]:
             # All its rows were written: complete it first, whichever command wrote them.
             install(self.prefix, state)
@@ -283,7 +283,7 @@ def finish_interrupted(prefix: str | Path) -> None:
     names = StoreFiles.of(prefix, "float32")
     if names.progress.exists():
         with locked(names.lock, f"datastore {str(prefix)!r}"):
-            state = read_json(names.progress) if names.progress.exists() else {}
+            state = read_record(names.progress, PROGRESS) if names.progress.exists() else {}
             if state.get("finishing"):
                 install(prefix, state)
 
@@ -310,7 +310,7 @@ def install(prefix: str | Path, state: Mapping[str, Any]) -> None:
     if state.get("documents"):
         record["documents_file"] = names.documents.name
         record["checksums"]["documents"] = state["documents"]
-    write_json(names.metadata, user_metadata | record)
+    write_json(names.metadata, seal(user_metadata | record))
     names.progress.unlink()
     for other in {StoreFiles.of(prefix, dtype).keys for dtype in KEY_DTYPES} - {names.keys}:
         if other.exists():

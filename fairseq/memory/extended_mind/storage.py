@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,23 @@ from torch import Tensor
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import POSITIONS
 from fairseq.runtime.atomic_files import naming, replacing
-from fairseq.runtime.files import locked
+from fairseq.runtime.files import locked, parse_json
+from fairseq.runtime.records import CRC, TEXT, WHOLE, Entries, Fields, Items, Nullable, one_of, require
+from fairseq.runtime.tensor_files import TensorFile, block_sums, read_tensor_file
 
 _RESERVED = 8 << 20
+_WAY_OUT = "copy it again, or save the memory again"
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_READ_WHOLE = frozenset({"tokens", "places"})
+_DESCRIPTION = Fields(
+    {
+        "model_digest": Nullable(TEXT),
+        "positions": one_of(*POSITIONS),
+        "reach": WHOLE,
+        "document_starts": Items(WHOLE),
+        "layers": Items(WHOLE),
+    }
+)
 
 FORMAT = "fairseq-memory extended mind 1"
 
@@ -39,11 +55,17 @@ def save_memory(memory: Memory, path: str | Path) -> None:
         "document_starts": memory.document_starts,
         "layers": list(memory.layers),
     }
+    held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with locked(Path(f"{path}.lock"), f"memory {str(path)!r}"), replacing(path) as aside:
         save_file(
-            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+            held,
             aside,
-            metadata={"format": FORMAT, "memory": json.dumps(description)},
+            metadata={
+                "format": FORMAT,
+                "memory": json.dumps(description),
+                "memory_crc": _crc(json.dumps(description)),
+                "checksums": json.dumps({name: _sums_of(tensor) for name, tensor in held.items()}),
+            },
         )
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
@@ -56,31 +78,99 @@ def load_memory(path: str | Path) -> Memory:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise ValueError(f"no memory at {str(path)!r}; write one with save_memory")
+    file, description = read_memory_header(path)
+    for name in file.damaged(_checksums(file, small=True)):
+        raise ValueError(f"{path} is damaged: its array {name!r} differs from what was saved; {_WAY_OUT}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} is no memory: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        description: dict[str, Any] = json.loads(metadata["memory"])
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); save the memory again") from None
-    if description["positions"] not in POSITIONS:
-        raise ValueError(f"{path} has positions {description['positions']!r}; known: {', '.join(POSITIONS)}")
+        with safe_open(path, framework="pt") as held:
+            tensors = {name: held.get_tensor(name) for name in file.entries}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); {_WAY_OUT}") from None
+    token_N, place_S = tensors["tokens"], tensors["places"]
+    if len(place_S) and not 0 <= int(place_S.min()) <= int(place_S.max()) < len(token_N):
+        raise ValueError(f"{path} is damaged: its places are not among its {len(token_N)} tokens; {_WAY_OUT}")
     return Memory(
         layers={
             number: LayerMemory(tensors[f"layers.{number}.keys"], tensors[f"layers.{number}.values"])
             for number in description["layers"]
         },
-        token_N=tensors["tokens"],
-        place_S=tensors["places"],
+        token_N=token_N,
+        place_S=place_S,
         document_starts=tuple(description["document_starts"]),
         model_digest=description["model_digest"],
         positions=description["positions"],
         reach=description["reach"],
     )
+
+
+def read_memory_header(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
+    """The header of a memory file, and its description; every array has the shape that others give it.
+
+    Raises: ValueError naming the file when it is missing, damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no memory at {str(path)!r}; write one with save_memory")
+    file = read_tensor_file(path, "memory", _WAY_OUT)
+    if file.metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no memory: its format is {file.metadata.get('format')!r}, not {FORMAT!r}")
+    text = file.metadata.get("memory", "null")
+    description = parse_json(text, str(path), _WAY_OUT)
+    require(description, _DESCRIPTION, str(path), _WAY_OUT)
+    if file.metadata.get("memory_crc") not in (None, _crc(text)):
+        raise ValueError(f"{path} is damaged: its description differs from what was saved; {_WAY_OUT}")
+    fault = _wrong_array(file, description["layers"])
+    if fault is not None:
+        raise ValueError(f"{path} is damaged: its array {fault} is missing or of another type or shape; {_WAY_OUT}")
+    return file, description
+
+
+def verify_memory(path: str | Path) -> None:
+    """Compare every array with its checksum. Raises: ValueError naming the file and the array that differs."""
+    file, _ = read_memory_header(path)
+    for name in file.damaged(_checksums(file, small=False)):
+        raise ValueError(f"{path} is damaged: its array {name!r} differs from what was saved; {_WAY_OUT}")
+
+
+def has_checksums(path: str | Path) -> bool:
+    """False for a memory of an earlier release."""
+    return "checksums" in read_memory_header(path)[0].metadata
+
+
+def _checksums(file: TensorFile, *, small: bool) -> dict[str, list[str]]:
+    """The checksums of all arrays, or of those that every reader reads whole; none in files of earlier releases."""
+    sums = parse_json(file.metadata.get("checksums", "{}"), str(file.path), _WAY_OUT)
+    require(sums, Entries(Items(CRC)), f"{file.path}: its checksums", _WAY_OUT)
+    if sums and sums.keys() != file.entries.keys():
+        raise ValueError(f"{file.path} is damaged: its checksums are of other arrays; {_WAY_OUT}")
+    return {name: saved for name, saved in sums.items() if not small or name in _READ_WHOLE}
+
+
+def _wrong_array(file: TensorFile, layers: Sequence[int]) -> str | None:
+    """Name of the first array that the others contradict; None where all fit together."""
+    entries = file.entries
+    expected = {"tokens", "places"} | {f"layers.{n}.{kind}" for n in layers for kind in ("keys", "values")}
+    if entries.keys() != expected:
+        return repr(min(entries.keys() ^ expected))
+    for name in _READ_WHOLE:
+        if len(entries[name].shape) != 1 or entries[name].dtype not in ("I64", "I32"):
+            return repr(name)
+    for name in entries.keys() - _READ_WHOLE:
+        entry = entries[name]
+        if len(entry.shape) != 3 or entry.shape[1:2] != entries["places"].shape or entry.dtype not in _FLOATS:
+            return repr(name)
+        if entry.shape[:2] != entries[name.rpartition(".")[0] + ".keys"].shape[:2]:
+            return repr(name)
+    return None
+
+
+def _crc(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _sums_of(tensor: Tensor) -> list[str]:
+    """A CRC-32 for each 4 MiB of a tensor's bytes."""
+    return block_sums(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 class LayerStore:

@@ -26,10 +26,14 @@ from fairseq.memory.index.ops.kmeans import Assigner, kmeans, sample_size
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.retomaton.clusters import Clusters, store_mark
 from fairseq.memory.types import Array
+from fairseq.runtime.arrays import read_array
 from fairseq.runtime.atomic_files import naming, writing
-from fairseq.runtime.files import locked, may_create_in, read_json, write_json
+from fairseq.runtime.files import DAMAGED, locked, may_create_in, write_json
+from fairseq.runtime.records import OBJECT, WHOLE, Fields, read_record
 
 logger = logging.getLogger(__name__)
+
+_PROGRESS = Fields({"signature": OBJECT, "rows_done": WHOLE})
 
 # Rows are sorted in blocks that start at multiples of this, wherever a killed run stopped.
 _BLOCK_ROWS = 1 << 17
@@ -124,16 +128,18 @@ def _check(store: Datastore, count: int, sampled: int) -> None:
 def _complete(files: _Files, signature: Mapping[str, Any]) -> bool:
     if not files.clusters.exists():
         return False
-    Clusters.read(files.clusters)  # a damaged file is reported, not overwritten
-    with np.load(files.clusters) as held:
-        return "signature" in held and str(held["signature"]) == repr(dict(signature))
+    # A damaged file is reported, not overwritten.
+    return Clusters.read(files.clusters).signature == repr(dict(signature))
 
 
 def _centroids(config: ClusterConfig, store: Datastore, files: _Files, signature: Mapping[str, Any]) -> Tensor:
     """The centroids of an interrupted run, or new ones, which are put on disk."""
     if files.progress.exists() and files.centroids.exists():
-        if read_json(files.progress).get("signature") == signature:
-            return torch.from_numpy(np.load(files.centroids))
+        if read_record(files.progress, _PROGRESS)["signature"] == signature:
+            held_CD = read_array(files.centroids, "is not an array of centroids")
+            if held_CD.dtype == np.float32 and held_CD.shape == (signature["num_clusters"], store.dim):
+                return torch.from_numpy(held_CD)
+            raise ValueError(f"{files.centroids} is damaged: {held_CD.dtype} {held_CD.shape}; {DAMAGED}")
         logger.warning("%s: another command left an unfinished run; it is thrown away", files.clusters)
     rows = np.random.default_rng(config.seed).choice(len(store), signature["sampled"], replace=False)
     keys_ND = store.keys.take(np.sort(rows))
@@ -154,7 +160,7 @@ def _centroids(config: ClusterConfig, store: Datastore, files: _Files, signature
 
 def _sorted(store: Datastore, files: _Files, signature: Mapping[str, Any], centroids_CD: Tensor) -> Array:
     """The cluster of each row; those an interrupted run has sorted are read."""
-    done = int(read_json(files.progress)["rows_done"]) if files.sorted.exists() else 0
+    done = read_record(files.progress, _PROGRESS)["rows_done"] if files.sorted.exists() else 0
     if done and files.sorted.stat().st_size < 4 * done:
         logger.warning("%s is shorter than its progress file says; sorting again", files.sorted)
         done = 0

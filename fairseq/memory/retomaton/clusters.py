@@ -8,7 +8,6 @@ Shapes: R rows of the store, C clusters.
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.types import Array
+from fairseq.runtime.arrays import read_arrays
 from fairseq.runtime.atomic_files import writing
 
 _FORMAT = "fairseq-memory clusters"
@@ -38,6 +38,8 @@ class Clusters:
     """int32, or int64 for large stores: the rows cluster by cluster, rising within each."""
     store: str = ""
     """Identity of the store (:func:`store_mark`); empty where the file has none."""
+    signature: str = ""
+    """What they were made with; empty where the file does not say."""
 
     def __len__(self) -> int:
         return len(self.first_C) - 1
@@ -108,15 +110,18 @@ class Clusters:
     @classmethod
     def read(cls, path: str | Path) -> Clusters:
         """Read what :meth:`save` wrote. Raises: ValueError when it is missing, damaged or something else."""
+        fix = f"copy it again, or {_REBUILD}"
         try:
-            with np.load(path) as held:
-                if str(held.get("format")) != _FORMAT or int(held["version"]) != _VERSION:
-                    raise ValueError("it is of another program or release")
-                clusters = cls(held["cluster"], held["first"], held["members"], str(held["store"]))
+            held = read_arrays(path, "is no whole file of clusters", fix)
         except FileNotFoundError:
             raise ValueError(f"no clusters at {str(path)!r}; {_REBUILD}") from None
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{path} is no whole file of clusters ({error}); copy it again, or {_REBUILD}") from None
+        if str(held.get("format")) != _FORMAT or str(held.get("version")) != str(_VERSION):
+            raise ValueError(f"{path} is of another program or release, or damaged; {fix}")
+        missing = {"cluster", "first", "members", "store"} - held.keys()
+        if missing:
+            raise ValueError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}; {fix}")
+        texts = (str(held[name]) if name in held else "" for name in ("store", "signature"))
+        clusters = cls(held["cluster"], held["first"], held["members"], *texts)
         if not clusters._fit_together():
             raise ValueError(f"{path} is damaged: its arrays contradict each other; copy it again, or {_REBUILD}")
         return clusters

@@ -13,8 +13,10 @@ from fairseq.data.dictionary import Dictionary
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.retrieval.file import Retrieval, store_digest
+from fairseq.memory.retrieval.schema import EXPLAINED_ABOUT, EXPLAINED_MADE_OF
 from fairseq.memory.retrieval.sweep import Grid, Setting, opinions
 from fairseq.memory.types import Array
+from fairseq.runtime.records import require
 
 BEFORE, AFTER = 12, 3
 """Tokens of context that are shown."""
@@ -69,6 +71,8 @@ def open_store(retrieval: Retrieval, prefix: str | None) -> Datastore:
 
     Raises: ValueError when it is not there or is another one.
     """
+    require(retrieval.fingerprint, EXPLAINED_MADE_OF, f"{retrieval.path}: its made_of")
+    require(retrieval.about, EXPLAINED_ABOUT, f"{retrieval.path}: its about")
     saved, place = retrieval.fingerprint, retrieval.about["store"]
     try:
         hints = StoreHints(dim=saved["dim"], size=None if place["described"] else saved["store_rows"])

@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import as_tensor
+from fairseq.memory.retrieval.schema import CHECKSUMS, PROGRESS, TEXT_SUMS, TYPES, WIDE
 from fairseq.memory.types import Array, Candidates, LogSums
-from fairseq.runtime.files import BLOCK_BYTES, read_json
+from fairseq.runtime.files import parse_json
+from fairseq.runtime.records import OBJECT, read_record, require
+from fairseq.runtime.tensor_files import TensorFile, read_tensor_file
 
 if TYPE_CHECKING:
     from fairseq.memory.datastore.datastore import Datastore
@@ -39,7 +42,6 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "U16": np.dtype("<u2"),
     "BOOL": np.dtype("?"),
 }
-_LONGEST_HEADER = 100 << 20  # as safetensors has it
 _WAY_OUT = "copy it again, or remove it and save it again (--save-retrieval)"
 
 
@@ -113,6 +115,7 @@ class Retrieval:
     """More about the evaluation that saved it: its settings, and where its files lay."""
     arrays: Mapping[str, Array]
     checksums: Mapping[str, list[str]] = field(repr=False)
+    _file: TensorFile = field(repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Retrieval:
@@ -125,27 +128,21 @@ class Retrieval:
     @classmethod
     def read(cls, path: Path) -> Retrieval:
         """Map a file, complete or not. Raises: ValueError when it is cut short or of another kind."""
-        header, first = _header(path)
-        try:
-            metadata = header.pop("__metadata__")
-            if metadata["format"] != FORMAT:
-                raise KeyError(metadata["format"])
-            content = {name: json.loads(metadata[name]) for name in ("version", "made_of", "about", "checksums")}
-            specs = {
-                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
-            }
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(_foreign(path)) from None
+        file = read_tensor_file(path, "file of --save-retrieval", _WAY_OUT)
+        if file.metadata.get("format") != FORMAT:
+            raise ValueError(_foreign(path))
+        names = ("version", "made_of", "about", "checksums")
+        content = {name: parse_json(file.metadata.get(name, ""), str(path), _WAY_OUT) for name in names}
         if content["version"] != FORMAT_VERSION:
             raise ValueError(f"{path}: format version {content['version']}; this release reads {FORMAT_VERSION}")
-        held, needed = path.stat().st_size, first + max(end for *_, end in specs.values())
-        if held != needed:
-            raise ValueError(f"{path} holds {held} bytes, its header says {needed}: it is truncated; {_WAY_OUT}")
+        _require_arrays(file, content["checksums"])
+        for name in ("made_of", "about"):
+            require(content[name], OBJECT, f"{path}: its {name}", _WAY_OUT)
         arrays: dict[str, Array] = {
-            name: np.memmap(path, DTYPES[dtype], "r", first + start, shape) if math.prod(shape) else np.empty(shape)
-            for name, (dtype, shape, start, _) in specs.items()
+            name: file.bytes_of(name).view(DTYPES[entry.dtype]).reshape(entry.shape)
+            for name, entry in file.entries.items()
         }
-        return cls(path, content["made_of"], content["about"], arrays, content["checksums"])
+        return cls(path, content["made_of"], content["about"], arrays, content["checksums"], file)
 
     def __len__(self) -> int:
         return len(self.arrays["target"])
@@ -176,12 +173,16 @@ class Retrieval:
 
     def verify(self) -> None:
         """Compare every block with its checksum. Raises: ValueError naming the array that differs."""
-        for name, saved in self.checksums.items():
-            flat = self.arrays[name].reshape(-1).view(np.uint8)
-            for number, before in enumerate(saved):
-                start = number * BLOCK_BYTES
-                if f"{zlib.crc32(flat[start : start + BLOCK_BYTES].data):08x}" != before:
-                    raise ValueError(f"{self.path}: its array {name!r} is not as it was saved; {_WAY_OUT}")
+        for name in self._file.damaged(self.checksums):
+            raise ValueError(f"{self.path}: its array {name!r} is not as it was saved; {_WAY_OUT}")
+        saved = self._file.metadata.get("description")
+        if saved is not None and saved != description_sum(self._file.metadata):
+            raise ValueError(f"{self.path} is damaged: its description differs from what was saved; {_WAY_OUT}")
+
+
+def description_sum(metadata: Mapping[str, str]) -> str:
+    """CRC-32 of the texts that say what a file was made of."""
+    return f"{zlib.crc32(json.dumps([metadata['made_of'], metadata['about']]).encode()):08x}"
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -205,19 +206,23 @@ def progress_of(path: Path) -> Path:
     return path.with_name(path.name + ".progress.json")
 
 
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header, and where the arrays begin."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_LONGEST_HEADER, path.stat().st_size - 8):
-            raise ValueError(_foreign(path))
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise ValueError(_foreign(path)) from None
-    if not isinstance(header, dict):
-        raise ValueError(_foreign(path))
-    return header, 8 + length
+def _require_arrays(file: TensorFile, checksums: object) -> None:
+    """Raise ValueError unless the arrays are those of :func:`specs_of` and each has its checksums."""
+    way = f"{file.path}: its header"
+    require(checksums, CHECKSUMS, way, _WAY_OUT)
+    assert isinstance(checksums, dict)
+    types = {**TYPES, **(TEXT_SUMS if TEXT_SUMS.keys() & file.entries.keys() else {})}
+    if not types.keys() == file.entries.keys() == checksums.keys():
+        wrong = sorted((types.keys() ^ file.entries.keys()) | (types.keys() ^ checksums.keys()))
+        raise ValueError(f"{way} lacks or adds the array {wrong[0]!r} or its checksums: it is damaged; {_WAY_OUT}")
+    wide, target = file.entries["ids"].shape, file.entries["target"].shape
+    for name, entry in file.entries.items():
+        shape = wide if name in WIDE else target
+        if entry.dtype not in types[name] or entry.shape != shape or len(wide) != 2 or target != wide[:1]:
+            raise ValueError(
+                f"{way} says {entry.dtype} {entry.shape} of {name!r}, not {types[name][0]} {shape}: it is damaged; "
+                f"{_WAY_OUT}"
+            )
 
 
 def _foreign(path: Path) -> str:
@@ -228,7 +233,7 @@ def _why_not_there(path: Path) -> str:
     if path.is_dir():
         return f"{path} is a folder; name a file that eval_lm.py --save-retrieval wrote"
     if progress_of(path).exists():
-        state = read_json(progress_of(path))
-        done, of = state.get("rows_done", 0), state.get("num_tokens", "?")
-        return f"{path} is not complete ({done} of {of} tokens); run the command that saves it again to resume"
+        state = read_record(progress_of(path), PROGRESS)
+        of = f"{state['rows_done']} of {state['num_tokens']} tokens"
+        return f"{path} is not complete ({of}); run the command that saves it again to resume"
     return f"no file {path}; eval_lm.py --knnlm --save-retrieval {path} saves one"

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from fairseq.memory.combiners.joint import JointNormalization, mixed_where_found
 from fairseq.memory.retrieval.file import Retrieval, differences
+from fairseq.memory.retrieval.schema import ABOUT, JOINT_ABOUT, MADE_OF
 from fairseq.memory.retrieval.sweep_config import SweepConfig
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.metrics.word_loss import LossSums, loss_sums
+from fairseq.runtime.records import require
 from fairseq.runtime.threads import run_in_threads
 
 _PART_NUMBERS = 1 << 18  # neighbours held by a thread at a time, which stay in the CPU's cache
@@ -233,6 +235,8 @@ def open_all(paths: Sequence[str]) -> list[Retrieval]:
     shards = set()
     for retrieval in opened:
         retrieval.verify()
+        require(retrieval.fingerprint, MADE_OF, f"{retrieval.path}: its made_of")
+        require(retrieval.about, JOINT_ABOUT if retrieval.is_joint else ABOUT, f"{retrieval.path}: its about")
         require_alike(opened[0], retrieval, (*SHARED, "subset", "text_digest", "k"))
         shard = tuple(retrieval.fingerprint["shard"])
         if shard in shards:

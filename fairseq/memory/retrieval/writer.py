@@ -24,13 +24,16 @@ from fairseq.memory.retrieval.file import (
     FORMAT_VERSION,
     ArraySpec,
     Retrieval,
+    description_sum,
     differences,
     progress_of,
     specs_of,
 )
+from fairseq.memory.retrieval.schema import PROGRESS
 from fairseq.memory.types import Array, Candidates, LogSums
 from fairseq.runtime.atomic_files import naming
-from fairseq.runtime.files import BLOCK_BYTES, BlockChecksums, locked, may_create_in, read_json, write_json
+from fairseq.runtime.files import BLOCK_BYTES, BlockChecksums, locked, may_create_in, write_json
+from fairseq.runtime.records import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ class RetrievalWriter:
         )
         self._file_metadata = {"format": FORMAT, "version": str(FORMAT_VERSION), "made_of": json.dumps(fingerprint)}
         self._file_metadata["about"] = json.dumps(about)
+        self._file_metadata["description"] = description_sum(self._file_metadata)
         may_create_in(self.path.absolute().parent)
         with ExitStack() as until_ready:
             until_ready.enter_context(locked(Path(f"{self.path}.lock"), f"{str(self.path)!r}"))
@@ -190,7 +194,7 @@ class RetrievalWriter:
         """The progress of an interrupted writer of the same content, if its rows are there."""
         if not progress_of(self.path).exists():
             return None
-        state = read_json(progress_of(self.path))
+        state = read_record(progress_of(self.path), PROGRESS)
         if state["signature"] != self._signature:
             logger.warning(
                 "%s: another command left %d tokens unfinished; they are thrown away", self.path, state["rows_done"]

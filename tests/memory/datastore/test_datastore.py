@@ -155,7 +155,7 @@ def test_missing_incomplete_truncated_and_foreign_stores(tmp_path):
     with pytest.raises(ValueError, match="is not JSON"):
         Datastore.open(tmp_path / "s")
     (tmp_path / "s.json").write_text('{"format_version": 1, "rows": 0}')
-    with pytest.raises(ValueError, match="lacks 'dim'"):
+    with pytest.raises(ValueError, match="lacks 'complete'"):
         Datastore.open(tmp_path / "s")
     (tmp_path / "s.json").write_text('{"format_version": 9}')
     with pytest.raises(ValueError, match="format version 9"):

@@ -35,12 +35,14 @@ from fairseq.memory.index.build.files import (
     signature_of,
 )
 from fairseq.memory.index.faiss.builder import FaissBuilder
-from fairseq.memory.index.faiss.file_marks import file_mark
+from fairseq.memory.index.faiss.index import index_metadata
 from fairseq.memory.index.faiss.on_disk_lists import assemble_on_disk
 from fairseq.memory.index.ops.kmeans import sample_size
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.atomic_files import naming
-from fairseq.runtime.files import locked, read_json, write_json
+from fairseq.runtime.file_marks import file_mark
+from fairseq.runtime.files import locked, write_json
+from fairseq.runtime.records import seal
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +112,7 @@ def build_index(config: BuildConfig) -> BuiltIndex:
 
 
 def _built(files: BuildFiles, store: Datastore) -> BuiltIndex:
-    metadata = read_json(files.metadata)
+    metadata = index_metadata(files.index)
     size = sum(mark["bytes"] for mark in metadata.get("files", {}).values()) or files.index.stat().st_size
     trained, added = (float(metadata.get(name, 0.0)) for name in ("train_seconds", "add_seconds"))
     return BuiltIndex(files.index, len(store), size, trained, added)
@@ -302,7 +304,7 @@ class _Build:
         metadata |= {"train_seconds": self.trained, "add_seconds": sum(spent) + time.perf_counter() - began}
         if len(self.dropped):
             metadata["left_out"] = self.dropped.tolist()
-        write_json(self.files.metadata, metadata | {"signature": self.signature})
+        write_json(self.files.metadata, seal(metadata | {"signature": self.signature}))
         _clean(self.config)
 
     def _codes(self, path: Path) -> Array:

@@ -11,9 +11,15 @@ from typing import Any
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.build.config import BuildConfig
-from fairseq.runtime.files import read_json, write_json
+from fairseq.memory.index.faiss.file_marks import SIGNATURE
+from fairseq.memory.index.faiss.index import index_metadata
+from fairseq.runtime.files import write_json
+from fairseq.runtime.records import NUMBER, WHOLE, Fields, read_record
 
 logger = logging.getLogger(__name__)
+
+_STEP = Fields({"signature": SIGNATURE}, {"seconds": NUMBER})
+_ROWS_DONE = Fields({**_STEP.required, "rows_done": WHOLE, "code_bytes": WHOLE}, _STEP.optional)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +73,15 @@ def signature_of(config: BuildConfig, store: Datastore) -> dict[str, Any]:
 
 def is_complete(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
     """True if the index is complete."""
-    return files.index.exists() and files.metadata.exists() and read_json(files.metadata).get("signature") == signature
+    return files.index.exists() and index_metadata(files.index).get("signature") == signature
 
 
 def rows_done(files: BuildFiles, signature: Mapping[str, Any]) -> int:
     """Rows of a part that an interrupted build of the same index has done."""
     if not files.progress.exists():
         return 0
-    state = read_json(files.progress)
-    if state.get("signature") != signature:
+    state = read_record(files.progress, _ROWS_DONE)
+    if state["signature"] != signature:
         return 0
     if not files.codes.exists():
         return 0
@@ -87,14 +93,14 @@ def rows_done(files: BuildFiles, signature: Mapping[str, Any]) -> int:
 
 def remove_leftovers_of_another(files: BuildFiles, signature: Mapping[str, Any]) -> None:
     """Remove an interrupted build of another index under the same names."""
-    if files.progress.exists() and read_json(files.progress).get("signature") != signature:
+    if files.progress.exists() and read_record(files.progress, _STEP)["signature"] != signature:
         logger.warning("%s: another command left an unfinished build; it is removed", files.index)
         files.remove_unfinished()
 
 
 def require_one_build(files: BuildFiles, signature: Mapping[str, Any]) -> None:
     """Raise ValueError with both values where the parts beside this one are of another build."""
-    other = read_json(files.trained_metadata).get("signature", {}) if files.trained_metadata.exists() else signature
+    other = read_record(files.trained_metadata, _STEP)["signature"] if files.trained_metadata.exists() else signature
     for name in (other.keys() | signature.keys()) - {"store"}:
         if other.get(name) != signature.get(name):
             raise ValueError(
@@ -113,7 +119,7 @@ def is_trained(files: BuildFiles, signature: Mapping[str, Any]) -> bool:
     return (
         files.trained.exists()
         and files.trained_metadata.exists()
-        and read_json(files.trained_metadata).get("signature") == signature
+        and read_record(files.trained_metadata, _STEP)["signature"] == signature
     )
 
 
@@ -124,4 +130,4 @@ def record(files: BuildFiles, signature: Mapping[str, Any], **more: object) -> N
 
 def seconds_spent(path: Path) -> float:
     """Seconds that earlier commands spent on the same step, by its file."""
-    return float(read_json(path).get("seconds", 0.0)) if path.exists() else 0.0
+    return float(read_record(path, _STEP).get("seconds", 0.0)) if path.exists() else 0.0

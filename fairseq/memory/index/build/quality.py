@@ -26,6 +26,7 @@ from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex, index_metadata, lists_of
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.files import write_json
+from fairseq.runtime.records import seal
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def report(config: BuildConfig, store: Datastore, built: BuiltIndex) -> dict[str
     figures |= {"bytes_per_key": built.bytes / built.rows, "build_seconds": built.train_seconds + built.add_seconds}
     if k >= 1:
         figures["probes"] = measured(index, store, torch.from_numpy(rows), k, _probes(config))
-    write_json(files.metadata, metadata | {"report": figures})
+    write_json(files.metadata, seal(metadata | {"report": figures}))
     return figures
 
 

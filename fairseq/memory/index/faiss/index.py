@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.base import check_k, check_queries
-from fairseq.memory.index.faiss.file_marks import check_marks
+from fairseq.memory.index.faiss.file_marks import INDEX, WAY_OUT, check_marks
 from fairseq.memory.index.faiss.gpu import GpuSearch
 from fairseq.memory.index.faiss.lists_file import check_lists_file
 from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy, faiss_strategy
@@ -33,8 +33,8 @@ from fairseq.memory.index.lists.search import search_lists
 from fairseq.memory.index.ops.merging import alive_of
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
-from fairseq.runtime.files import read_json
 from fairseq.runtime.hardware import has_fast_int8
+from fairseq.runtime.records import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -361,7 +361,7 @@ class FaissIndex:
 def index_metadata(path: Path) -> dict[str, Any]:
     """The metadata file beside an index; empty where there is none."""
     metadata = Path(f"{path}.json")
-    return read_json(metadata) if metadata.is_file() else {}
+    return read_record(metadata, INDEX, WAY_OUT) if metadata.is_file() else {}
 
 
 def lists_of(index: SwigIndex) -> Any:
