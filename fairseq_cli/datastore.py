@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,10 +77,10 @@ def _verify_path(config: VerifyConfig, path: str) -> None:
         # Arrays of another program; for anything else the message of a store says what is missing.
         if Path(path).is_file():
             raise ValueError(f"{path!r} is no file of this toolkit, or damaged beyond recognition; name another")
-        _verify_store(config.store(path))
+        _verify_store(replace(config, prefix=path))
     for kind, name in kinds:
         if kind == "datastore":
-            _verify_store(config.store(str(name)))
+            _verify_store(replace(config, prefix=str(name)))
         else:
             sys.stdout.write(f"{path}: {kind}, {outcome(kind, name)}\n")
 

@@ -62,29 +62,17 @@ class InfoConfig(StoreConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig:
+class VerifyConfig(StoreConfig):
     """Compare files of every kind with their checksums: datastores (whose keys that are not finite or all zeros are
     counted too), indexes, clusters, saved neighbours, memories, bm25 folders, binarised text and checkpoints."""
 
-    paths: tuple[str, ...] = flag("paths", default=())
-    """Prefixes, files or folders."""
-    dstore_size: int | None = flag("--dstore-size", default=None)
-    """Rows; needed for datastores of other programs that do not state them."""
-    dimension: int | None = flag("--dimension", default=None)
-    """Width of the keys; needed for datastores of other programs that do not state them."""
-    dstore_fp16: bool = flag("--dstore-fp16", default=False)
-    """The keys are float16; our own datastores record it."""
-    dstore_bf16: bool = flag("--dstore-bf16", default=False)
-    """The keys are bfloat16; our own datastores record it."""
+    more: tuple[str, ...] = flag("more", default=())
+    """More prefixes, files or folders."""
 
-    def __post_init__(self) -> None:
-        if not self.paths:
-            raise ValueError("nothing to verify; name prefixes, files or folders")
-
-    def store(self, prefix: str) -> StoreConfig:
-        """The options of one datastore."""
-        sizes = {"dstore_size": self.dstore_size, "dimension": self.dimension}
-        return StoreConfig(prefix=prefix, dstore_fp16=self.dstore_fp16, dstore_bf16=self.dstore_bf16, **sizes)
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Everything to verify."""
+        return (self.prefix, *self.more)
 
 
 @dataclass(frozen=True, kw_only=True)
