@@ -110,9 +110,12 @@ def test_a_full_disk_leaves_the_file_before(tmp_path, monkeypatch, room):
     assert load_model(load_checkpoint(path), 12, 1).config == model.config
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(OSError, match=r"gone.a\.pt"):
-        save_checkpoint(str(tmp_path / "gone" / "a.pt"), make()[1])
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+    save_checkpoint(str(tmp_path / "gone" / "a.pt"), make()[1])
+    assert [path.name for path in (tmp_path / "gone").iterdir()] == ["a.pt"]
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file.a\.pt|file"):
+        save_checkpoint(str(tmp_path / "file" / "a.pt"), make()[1])
 
 
 def test_a_run_killed_while_writing_leaves_the_file_before(tmp_path, monkeypatch):

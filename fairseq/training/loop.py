@@ -60,7 +60,7 @@ class TrainingLoop:
         torch.manual_seed(self.runtime.seed)
         self.checkpoint_manager = CheckpointManager(self.checkpoints)
         self.restore_path = self.checkpoint_manager.restore_path()
-        self.restored = load_checkpoint(self.restore_path) if self.restore_path else None
+        self.restored = load_checkpoint(self.restore_path, whole=True) if self.restore_path else None
         self.model = self._model()
         self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model, self.task)
