@@ -91,14 +91,21 @@ def require_undamaged(prefix: str, *, whole: bool) -> bool:
     """Compare a data set with its checksums; False where there are none (files of fairseq or an earlier release).
 
     Args:
-        whole: compare every block; otherwise those of files of at most 64 MiB, and the size of longer ones.
+        whole: compare every block; otherwise those of files of at most 64 MiB, unless a size says that another program
+            wrote the files since: then one line is logged.
     Raises: ValueError naming the file that differs.
     """
     sums = Path(prefix + SUMS_ENDING)
     if not sums.is_file():
         return False
     way_out = f"copy it again, or run preprocess.py again; if another program wrote it, remove {sums}"
-    for ending, mark in read_record(sums, _SUMS, way_out)["files"].items():
+    marks = read_record(sums, _SUMS, way_out)["files"]
+    sizes = {ending: Path(prefix + ending).stat().st_size for ending in marks if Path(prefix + ending).exists()}
+    if not whole and any(size != marks[ending]["bytes"] for ending, size in sizes.items()):
+        # Both files fit each other (checked before), so they are whole and of another data set.
+        logger.warning("%s is of another data set than %s.bin, and is passed over; remove it", sums, prefix)
+        return False
+    for ending, mark in marks.items():
         path = Path(prefix + ending)
         difference = differs(path, mark, whole=whole) if path.exists() else None  # a missing one is reported later
         if difference is not None:
