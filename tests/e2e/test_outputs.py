@@ -105,7 +105,12 @@ def test_a_second_preprocessing_into_a_folder_is_refused(tmp_path: Path, capsys:
     assert "another process is writing the data of --destdir" in message
     assert list((tmp_path / "d").iterdir()) == []
     preprocess.main(words)
-    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["dict.txt", "train.bin", "train.idx"]
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "dict.txt",
+        "train.bin",
+        "train.idx",
+        "train.sums.json",
+    ]
 
 
 def test_a_store_of_another_model_is_reported(
