@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fairseq.config import FlagParser, build, flag, flag_names, ignored_flags
 from fairseq.config.plugins import import_user_dir
 from fairseq.criterions import CRITERIONS
-from fairseq.data.batching_config import BatchingConfig, DatasetConfig
+from fairseq.data.batching_config import BatchingConfig, DatasetConfig, with_default_batch
 from fairseq.evaluation.config import (
     BulkConfig,
     EvaluationConfig,
@@ -230,9 +230,7 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     reasons = {name: elsewhere for c in others for field in fields(c) for name in flag_names(field)}
     given = parser.parse(argv, ignored_flags.REJECTED_EVALUATE | reasons)
     _warn_ignored(parser, given, ignored_flags.EVALUATE)
-    if not {"max_tokens", "max_sentences"} & given.keys():
-        given["max_tokens"] = 12000  # fairseq's batch where nothing was asked for
-    return Settings(program, tuple(argv), given, {"task": task})
+    return Settings(program, tuple(argv), with_default_batch(given), {"task": task})
 
 
 @dataclass(frozen=True, kw_only=True)

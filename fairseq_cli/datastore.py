@@ -88,7 +88,7 @@ def _verify_path(config: VerifyConfig, path: str) -> None:
 def _verify_store(config: StoreConfig) -> None:
     from fairseq.memory.datastore.info import count_keys
     from fairseq.memory.datastore.verify import damage
-    from fairseq.verification.kinds import require_sealed
+    from fairseq.verification.kinds import require_sealed_store
 
     store = _open(config)
     found = list(damage(store.shards))
@@ -104,8 +104,7 @@ def _verify_store(config: StoreConfig) -> None:
     )
     if found:
         raise ValueError(f"{found[0]}; copy the file again, or remove the store's JSON file and save it again")
-    for name in {config.prefix, *(shard.prefix for shard in store.shards)}:
-        require_sealed(Path(f"{name}.json"))
+    require_sealed_store(store)
     if counts.nonfinite:
         raise ValueError(
             f"{counts.nonfinite} keys of datastore {config.prefix!r} hold NaN or infinity; {PROGRAM} convert "

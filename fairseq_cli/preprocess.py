@@ -17,7 +17,7 @@ from fairseq_cli.entry import run
 
 logger = logging.getLogger(__name__)
 
-NUM_SPECIAL = 4  # <s>, <pad>, </s> and <unk>, which dict.txt does not list
+NUM_SPECIAL = Dictionary().nspecial
 
 IGNORED: dict[str, tuple[int, str]] = ignored_flags.PREPROCESS | {
     "--no-progress-bar": (0, "there is no bar"),

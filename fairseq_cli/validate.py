@@ -10,7 +10,7 @@ from typing import Any
 
 from fairseq.config import FlagParser, build, flag, literal_dict, require_at_least
 from fairseq.config.plugins import import_user_dir
-from fairseq.data.batching_config import DatasetConfig
+from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
 from fairseq_cli.entry import run
 
@@ -41,9 +41,7 @@ def main(argv: Sequence[str]) -> None:
     parser = FlagParser("fairseq-validate", "Validate a trained model by the criterion it was trained with.")
     for config in (ValidateConfig, RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config)
-    given = parser.parse(argv)
-    if not {"max_tokens", "max_sentences"} & given.keys():
-        given["max_tokens"] = 12000
+    given = with_default_batch(parser.parse(argv))
     validation, runtime = build(ValidateConfig, given), build(RuntimeConfig, given)
     data, common = build(DatasetConfig, given), build(CommonConfig, given)
     if runtime.user_dir:

@@ -37,9 +37,9 @@ def require_intact(path: str, content: object, *, whole: bool = False) -> None:
         if archive is None or not has_checksums(archive):
             return
         if whole or _byte_order(archive) != sys.byteorder:
-            _require_records(path, archive, archive.namelist())
+            _require_records(archive, archive.namelist())
             return
-        _require_records(path, archive, [name for name in archive.namelist() if "/data/" not in name])
+        _require_records(archive, [name for name in archive.namelist() if "/data/" not in name])
         known = {(entry.file_size, entry.CRC) for entry in archive.infolist()}
     kept = {k: v for k, v in content.items() if k not in _NOT_READ} if isinstance(content, Mapping) else content
     # A storage is a record. By its length and checksum: torch does not say which one.
@@ -57,15 +57,15 @@ def require_intact(path: str, content: object, *, whole: bool = False) -> None:
         raise ValueError(f"{path} is damaged: {min(wrong)} differs from its checksum; {_WAY_OUT}")
 
 
-def verify_checkpoint(path: str) -> bool:
-    """Compare every record with its checksum; False when the file has none.
+def verify_archive(path: str) -> bool:
+    """Compare every record of a checkpoint, or any zip archive, with its checksum; False when the file has none.
 
     Raises: ValueError naming the file and the record that differs.
     """
     with _archive(path) as archive:
         if archive is None or not has_checksums(archive):
             return False
-        _require_records(path, archive, archive.namelist())
+        _require_records(archive, archive.namelist())
     return True
 
 
@@ -93,7 +93,7 @@ def _damage_in(path: str) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({' '.join(str(error).split())[:160]}); {_WAY_OUT}") from None
 
 
-def _require_records(path: str, archive: zipfile.ZipFile, names: list[str]) -> None:
+def _require_records(archive: zipfile.ZipFile, names: list[str]) -> None:
     for name in names:
         with archive.open(name) as record:  # at its end zipfile compares the checksum
             while record.read(1 << 22):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq.config import flag, require_at_least
 
@@ -58,3 +59,8 @@ class DatasetConfig:
             max_sentences=self.max_sentences,
             required_batch_size_multiple=self.required_batch_size_multiple,
         )
+
+
+def with_default_batch(given: dict[str, Any]) -> dict[str, Any]:
+    """The given options, with fairseq's 12,000 tokens a batch where neither tokens nor sentences are limited."""
+    return given if {"max_tokens", "max_sentences"} & given.keys() else given | {"max_tokens": 12000}

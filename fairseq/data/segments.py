@@ -29,7 +29,6 @@ def write_segments(
 
     No other file remains in the folder: pyserini reads all of its files.
     """
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     count = 0
     with writing(path) as file:
         file.write("[")

@@ -45,7 +45,6 @@ def write_outputs(
     config, program = configs.evaluation, configs.command.program
     eval_file, scores_file = config.eval_file, config.scores_file
     if config.results_path:
-        os.makedirs(config.results_path, exist_ok=True)
         eval_file = eval_file or os.path.join(
             config.results_path, f"{os.path.splitext(program)[0]}-{config.gen_subset}.json"
         )
@@ -53,7 +52,6 @@ def write_outputs(
     if eval_file:
         write_atomically(eval_file, json.dumps(figures.to_dict(), indent=1) + "\n")
     if scores_file:
-        os.makedirs(os.path.dirname(os.path.abspath(scores_file)), exist_ok=True)
         block, token, logp = report.arrays()
         with replacing(scores_file) as aside, open(aside, "wb") as file:
             np.savez_compressed(file, block=block, target=token, logp=logp)

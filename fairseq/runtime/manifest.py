@@ -83,7 +83,6 @@ def write_manifest(
         "hardware": _hardware(),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_atomically(path, json.dumps(record, indent=1, default=str) + "\n")
     logger.info("run manifest: %s", path)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fairseq.runtime.files import BLOCK_BYTES, DAMAGED, parse_json
+from fairseq.runtime.files import DAMAGED, BlockChecksums, parse_json
 from fairseq.runtime.records import TEXT, WHOLE, Entries, Fields, Items, one_of, require
 
 ITEM_BYTES: Mapping[str, int] = {
@@ -62,9 +61,10 @@ class TensorFile:
 
 
 def block_sums(data: npt.NDArray[np.uint8]) -> list[str]:
-    """A CRC-32 for each 4 MiB."""
-    starts = range(0, len(data), BLOCK_BYTES)
-    return [f"{zlib.crc32(data[start : start + BLOCK_BYTES].data):08x}" for start in starts]
+    """The checksums of bytes in memory, or mapped, block by block."""
+    sums = BlockChecksums()
+    sums.update(data.data)
+    return sums.digests()
 
 
 def is_tensor_file(path: Path) -> bool:

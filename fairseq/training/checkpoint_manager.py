@@ -65,7 +65,7 @@ class CheckpointManager:
         if self.config.no_save:
             return
         _make_folder(self.config.save_dir)
-        for aside in glob.glob(os.path.join(glob.escape(self.config.save_dir), "*.pt.tmp")):
+        for aside in glob.glob(os.path.join(glob.escape(self.config.save_dir), "*.pt*.tmp")):
             os.remove(aside)
 
     def path(self, name: str) -> str:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fairseq.runtime.files import read_json
 from fairseq.runtime.records import is_sealed
 from fairseq.runtime.tensor_files import is_tensor_file, read_tensor_file
+
+if TYPE_CHECKING:
+    from fairseq.memory.datastore.datastore import Datastore
 
 Check = Callable[[Path], str]
 
@@ -82,12 +86,17 @@ def require_sealed(path: Path) -> None:
         raise ValueError(f"{path} is damaged: it differs from its own checksum; copy it again, or save its data again")
 
 
+def require_sealed_store(store: Datastore) -> None:
+    """Raise ValueError for a JSON file of a store or of one of its shards that differs from its own checksum."""
+    for name in {store.prefix, *(shard.prefix for shard in store.shards)}:
+        require_sealed(Path(f"{name}.json"))
+
+
 def _datastore(prefix: Path) -> str:
     from fairseq.memory.datastore.datastore import Datastore
 
     store = Datastore.open(prefix)
-    for name in {str(prefix), *(shard.prefix for shard in store.shards)}:
-        require_sealed(Path(f"{name}.json"))
+    require_sealed_store(store)
     store.verify()
     assert len(store.documents.runs_R3)
     return f"{len(store)} rows in {len(store.shards)} parts: {_WHOLE}"
@@ -109,12 +118,14 @@ def _index(path: Path) -> str:
 
 
 def _clusters(path: Path) -> str:
+    from fairseq.checkpoints.integrity import verify_archive
     from fairseq.memory.retomaton.clusters import Clusters
-    from fairseq.runtime.arrays import read_arrays
 
-    held = read_arrays(path, "is no whole file of arrays")
-    if "cluster" not in held and str(held.get("format")) != "fairseq-memory clusters":
-        return f"{len(held)} arrays: every one is as it was saved"  # the scores of an evaluation
+    if verify_archive(str(path)):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if not {"cluster.npy", "format.npy"} & set(names):
+            return f"{len(names)} arrays: every one is as it was saved"  # the scores of an evaluation
     return f"{len(Clusters.read(path))} clusters: {_WHOLE}"
 
 
@@ -127,11 +138,11 @@ def _neighbors(path: Path) -> str:
 
 
 def _memory(path: Path) -> str:
-    from fairseq.memory.extended_mind.storage import has_checksums, load_memory, verify_memory
+    from fairseq.memory.extended_mind.storage import load_memory, verify_memory
 
-    verify_memory(path)
+    has_sums = verify_memory(path)
     memory = load_memory(path)
-    return f"{len(memory)} memories: {_WHOLE if has_checksums(path) else _NO_SUMS}"
+    return f"{len(memory)} memories: {_WHOLE if has_sums else _NO_SUMS}"
 
 
 def _bm25_index(folder: Path) -> str:
@@ -158,10 +169,10 @@ def _text(prefix: Path) -> str:
 
 def _checkpoint(path: Path) -> str:
     from fairseq.checkpoint_utils import load_checkpoint
-    from fairseq.checkpoints.integrity import verify_checkpoint
+    from fairseq.checkpoints.integrity import verify_archive
 
-    has_sums = verify_checkpoint(str(path))
-    weights = load_checkpoint(str(path), whole=True).model
+    has_sums = verify_archive(str(path))
+    weights = load_checkpoint(str(path)).model
     return f"{len(weights)} weights: {_WHOLE if has_sums else _NO_SUMS}"
 
 

@@ -91,3 +91,12 @@ def test_a_restore_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_no_save_writes_nothing(tmp_path: Path) -> None:
     write(keeper(tmp_path / "none", no_save=True), 1, 1, 1.0)
     assert not (tmp_path / "none").exists()
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(tmp_path: Path) -> None:
+    write(keeper(tmp_path), 1, 10, 5.0)
+    kept = files(tmp_path)
+    for leftover in ("checkpoint_1_5.pt.some-host-7.tmp", "checkpoint_best.pt.tmp"):
+        (tmp_path / leftover).touch()
+    keeper(tmp_path)
+    assert files(tmp_path) == kept

@@ -213,3 +213,14 @@ def test_a_made_up_json_file_ends_in_one_line(tmp_path, content):
         with pytest.raises(ValueError, match=name) as raised:
             main(["verify", str(tmp_path / name.partition(".")[0])])
         assert "\n" not in str(raised.value)
+
+
+def test_the_scores_of_an_evaluation_are_verified(tmp_path):
+    scores = tmp_path / "scores-valid.npz"
+    np.savez_compressed(scores, block=np.zeros(3), target=np.arange(300), logp=np.random.default_rng(0).random(300))
+    assert [verify(kind, name) for kind, name in recognised(scores)] == ["3 arrays: every one is as it was saved"]
+    data = bytearray(scores.read_bytes())
+    data[len(data) // 2] ^= 4
+    scores.write_bytes(data)
+    with pytest.raises(ValueError, match="scores-valid.npz is damaged"):
+        main(["verify", str(scores)])

@@ -55,6 +55,7 @@ def save_memory(memory: Memory, path: str | Path) -> None:
         "document_starts": memory.document_starts,
         "layers": list(memory.layers),
     }
+    text = json.dumps(description)
     held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with locked(Path(f"{path}.lock"), f"memory {str(path)!r}"), replacing(path) as aside:
         save_file(
@@ -62,8 +63,8 @@ def save_memory(memory: Memory, path: str | Path) -> None:
             aside,
             metadata={
                 "format": FORMAT,
-                "memory": json.dumps(description),
-                "memory_crc": _crc(json.dumps(description)),
+                "memory": text,
+                "memory_crc": _crc(text),
                 "checksums": json.dumps({name: _sums_of(tensor) for name, tensor in held.items()}),
             },
         )
@@ -125,16 +126,15 @@ def read_memory_header(path: str | Path) -> tuple[TensorFile, dict[str, Any]]:
     return file, description
 
 
-def verify_memory(path: str | Path) -> None:
-    """Compare every array with its checksum. Raises: ValueError naming the file and the array that differs."""
+def verify_memory(path: str | Path) -> bool:
+    """Compare every array with its checksum; False for a memory of an earlier release, which has none.
+
+    Raises: ValueError naming the file and the array that differs.
+    """
     file, _ = read_memory_header(path)
     for name in file.damaged(_checksums(file, small=False)):
         raise ValueError(f"{path} is damaged: its array {name!r} differs from what was saved; {_WAY_OUT}")
-
-
-def has_checksums(path: str | Path) -> bool:
-    """False for a memory of an earlier release."""
-    return "checksums" in read_memory_header(path)[0].metadata
+    return "checksums" in file.metadata
 
 
 def _checksums(file: TensorFile, *, small: bool) -> dict[str, list[str]]:

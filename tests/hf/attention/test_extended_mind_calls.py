@@ -196,7 +196,7 @@ def test_memories_are_kept_anywhere_and_in_files(llama, tmp_path, device, memory
         assert torch.equal(llama(PROMPT).logits, expected)
         mind.set_memory(MEMORY)
         assert torch.equal(llama(PROMPT).logits, expected)
-    assert not path.with_suffix(".safetensors.tmp").exists()
+    assert [p for p in path.parent.iterdir() if p.name.endswith((".tmp", ".lock"))] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -232,7 +232,8 @@ def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype):
 
 def bytes_of_live_tensors():
     """Bytes of all tensors that no file stands behind: unlike the heap of the process, the same in every run."""
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    # No subclass: what torch.compile keeps of an earlier test are tensors without bytes.
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(s.nbytes() for s in storages.values() if s.filename is None)
 

@@ -10,24 +10,11 @@ import torch
 pytest.importorskip("transformers")
 
 from mind_models import ids, tiny
+from stand_ins import Around
 
 from fairseq.hf.attention.wrapper import extended_mind
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-class Around(torch.nn.Module):
-    """As peft has it: the forward of the model inside is called, and its generate."""
-
-    def __init__(self, inside):
-        super().__init__()
-        self.inside, self.config = inside, inside.config
-
-    def forward(self, *args, **kwargs):
-        return self.inside.forward(*args, **kwargs)
-
-    def generate(self, *args, **kwargs):
-        return self.inside.generate(*args, **kwargs)
 
 
 def with_lora(model):

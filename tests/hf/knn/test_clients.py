@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from stand_ins import Around
 from tiny_models import VOCABULARY, inputs, make, tokens
 
 from fairseq.hf.knn.evaluation import evaluate, windows_of
@@ -105,20 +106,6 @@ def test_positional_arguments_reach_a_forward_of_args(model, folder):
             model(*[None] * 40)
         close(model(ids).logits, expected)
     assert model.forward.__name__ == "<lambda>"
-
-
-class Around(torch.nn.Module):
-    """As peft has it: forward calls the forward of the model inside, generate its generate."""
-
-    def __init__(self, inside):
-        super().__init__()
-        self.inside, self.config = inside, inside.config
-
-    def forward(self, *args, **kwargs):
-        return self.inside.forward(*args, **kwargs)
-
-    def generate(self, *args, **kwargs):
-        return self.inside.generate(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def check_lists_file(index: Path, metadata: Mapping[str, Any]) -> bool:
     Raises: ValueError when the file of lists is missing or has another size than the index says.
     """
     described = metadata.get("files")
-    if described is not None and len(described) == 1:
+    if (described is not None and len(described) == 1) or not index.stat().st_size:
         return False
     with open(index, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = _described_lists(data)

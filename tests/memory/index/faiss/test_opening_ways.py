@@ -94,6 +94,13 @@ def test_a_lists_file_of_others_is_recognised_without_metadata(tmp_path: Path, p
         FaissIndex.open(tmp_path / "theirs", Metric.L2)
 
 
+def test_an_empty_file_is_no_index(tmp_path: Path) -> None:
+    (tmp_path / "x.l2").touch()
+    for mapped in (False, True):
+        with pytest.raises(ValueError, match="x.l2 is not a whole faiss index"):
+            FaissIndex.open(tmp_path / "x", Metric.L2, mapped=mapped)
+
+
 def test_bytes_that_look_like_a_description_are_none(tmp_path: Path) -> None:
     for content in (b"ilod", b"ilod" * 40, b"\0" * 100 + b"ilod" + b"\1" * 50, b"ilod" + b"\0" * 200):
         (tmp_path / "codes").write_bytes(content)
