@@ -1,0 +1,59 @@
+"""BLEU, chrF++ and TER of translations, as sacrebleu computes them (arXiv 1804.08771), and fairseq's line for BLEU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+
+def token_bleu(system: Sequence[str], reference: Sequence[str], *, order: int = 4, ignore_case: bool = False) -> Any:
+    """BLEU of sentences whose tokens are separated by blanks, unsmoothed; a score of sacrebleu.
+
+    Args:
+        order: longest n-grams that are compared.
+    Raises: ValueError for different numbers of sentences.
+    """
+    return _token_metric(order, ignore_case, "none").corpus_score(*_paired(system, reference))
+
+
+def sentence_bleus(
+    system: Sequence[str], reference: Sequence[str], *, order: int = 4, ignore_case: bool = False
+) -> list[Any]:
+    """BLEU of each sentence; one is added to the counts of n-grams of two and more tokens (Lin and Och, 2004).
+
+    Raises: ValueError for different numbers of sentences.
+    """
+    metric = _token_metric(order, ignore_case, "add-k")
+    _paired(system, reference)
+    return [metric.corpus_score([one], [[other]]) for one, other in zip(system, reference)]
+
+
+def bleu_line(score: Any) -> str:
+    """A BLEU score in fairseq's words."""
+    order, length = len(score.precisions), max(score.ref_len, 1)
+    precisions = "/".join(f"{precision:.1f}" for precision in score.precisions)
+    return (
+        f"BLEU{order} = {score.score:.2f}, {precisions} (BP={score.bp:.3f}, ratio={score.sys_len / length:.3f}, "
+        f"syslen={score.sys_len}, reflen={score.ref_len})"
+    )
+
+
+def _token_metric(order: int, ignore_case: bool, smooth: str) -> Any:
+    bleu = importlib.import_module("sacrebleu.metrics").BLEU  # takes longer to import than to use
+    return bleu(
+        lowercase=ignore_case,
+        tokenize="none",
+        force=True,
+        max_ngram_order=order,
+        smooth_method=smooth,
+        smooth_value=1 if smooth == "add-k" else None,
+    )
+
+
+def _paired(system: Sequence[str], reference: Sequence[str]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    if len(system) != len(reference):
+        raise ValueError(
+            f"the system's text has {len(system)} sentences, the reference {len(reference)}; they must be the same ones"
+        )
+    return system, [reference]
