@@ -17,10 +17,10 @@ from fairseq.checkpoints.integrity import require_intact
 from fairseq.checkpoints.legacy import from_fairseq, read_pickle
 from fairseq.data.dictionary import Dictionary
 from fairseq.fairseq_names import lazy
-from fairseq.models.architectures import model_class
+from fairseq.models.architectures import model_class, model_config_class
 from fairseq.models.config import TransformerLMConfig, model_config_from
 from fairseq.models.legacy_names import upgrade_state_dict
-from fairseq.models.transformer_lm import TransformerLanguageModel, num_layers
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.registry import did_you_mean
 from fairseq.runtime.atomic_files import writing
 
@@ -152,28 +152,31 @@ def load_checkpoint(path: str, *, whole: bool = False) -> Checkpoint:
 
 
 def load_model(
-    checkpoint: Checkpoint, dictionary_size: int, pad: int, overrides: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint,
+    dictionary_size: int,
+    pad: int,
+    overrides: Mapping[str, Any] | None = None,
+    source_size: int | None = None,
 ) -> TransformerLanguageModel:
     """Make the model of a checkpoint, in float32 on the CPU, in training mode.
 
     Args:
+        source_size: types of the source's dictionary, for a translation model.
         overrides: settings of the model that replace the checkpoint's (``--model-overrides``).
     Raises: ValueError when the dictionary has another size, an override is unknown, or the weights do not fit.
     """
     task, arch = (checkpoint.config.get(group, {}).get(name) for group, name in (("task", "name"), ("model", "arch")))
-    if task != "language_modeling" or "decoder.embed_tokens" not in " ".join(checkpoint.model):
-        raise ValueError(
-            f"the checkpoint holds no transformer language model, but {arch!r} for task {task!r}; give one"
-        )
-    found = vocabulary_size(checkpoint.model)
-    if found != dictionary_size:
-        raise ValueError(
-            f"the checkpoint was trained with a dictionary of {found} types, the data's has {dictionary_size}; "
-            "use the data folder it was trained on, or binarise the text with its dict.txt (--srcdict)"
-        )
-    config = model_config_from(checkpoint.config["model"] | _known_overrides(overrides or {}))
-    kind = model_class(str(checkpoint.config["model"].get("kind", "transformer_lm")))
-    model: TransformerLanguageModel = kind.unfilled(config, dictionary_size, pad)
+    wanted, named = ("language_modeling", "language") if source_size is None else ("translation", "translation")
+    if task != wanted or "decoder.embed_tokens" not in " ".join(checkpoint.model):
+        raise ValueError(f"the checkpoint holds no transformer {named} model, but {arch!r} for task {task!r}; give one")
+    _require_size(checkpoint, "decoder", dictionary_size, "" if source_size is None else " target")
+    if source_size is not None:
+        _require_size(checkpoint, "encoder", source_size, " source")
+    name = str(checkpoint.config["model"].get("kind", "transformer_lm" if source_size is None else "transformer"))
+    settings = checkpoint.config["model"] | _known_overrides(overrides or {}, model_config_class(name))
+    config = model_config_from(settings, model_config_class(name))
+    sizes = {} if source_size is None else {"source_size": source_size}
+    model: TransformerLanguageModel = model_class(name).unfilled(config, dictionary_size, pad, **sizes)
     own = model.state_dict()
     weights = keep_layers(upgrade_state_dict(checkpoint.model, own), config)
     _require_fit(own, weights)
@@ -182,35 +185,60 @@ def load_model(
 
 
 def load_model_for(
-    dictionary: Dictionary, checkpoint: Checkpoint, path: str, overrides: Mapping[str, Any] | None = None
+    dictionary: Dictionary,
+    checkpoint: Checkpoint,
+    path: str,
+    overrides: Mapping[str, Any] | None = None,
+    source: Dictionary | None = None,
 ) -> TransformerLanguageModel:
-    """As load_model, for a task's dictionary. Raises: ValueError naming the file when the dictionary differs."""
+    """As load_model, for a task's dictionaries.
+
+    Args:
+        dictionary: of what the model predicts.
+        source: of what a translation model reads.
+    Raises: ValueError naming the file when a dictionary differs.
+    """
     try:
-        model = load_model(checkpoint, len(dictionary), dictionary.pad(), overrides)
-        _require_dictionary(checkpoint, dictionary.digest())
+        size = None if source is None else len(source)
+        model = load_model(checkpoint, len(dictionary), dictionary.pad(), overrides, size)
+        _require_dictionary(checkpoint, dictionary, "dictionary_digest")
+        if source is not None:
+            _require_dictionary(checkpoint, source, "source_dictionary_digest")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return model
 
 
-def _require_dictionary(checkpoint: Checkpoint, digest: str) -> None:
-    """Raise ValueError when a model was trained with another dictionary of the same size, where that is recorded."""
-    saved = checkpoint.config.get("task", {}).get("dictionary_digest")
-    if saved not in (None, digest):
+def _require_size(checkpoint: Checkpoint, side: str, size: int, which: str) -> None:
+    """Raise ValueError when a model was trained with a dictionary of another size."""
+    found = vocabulary_size(checkpoint.model, side)
+    if found != size:
         raise ValueError(
-            f"the checkpoint was trained with another dictionary than the data's dict.txt (digest {saved[:12]}, not "
-            f"{digest[:12]}); use the data folder it was trained on, or binarise the text with its dict.txt (--srcdict)"
+            f"the checkpoint was trained with a dictionary of {found} types, the data's{which} has {size}; "
+            "use the data folder it was trained on, or binarise the text with its dict.txt (--srcdict)"
         )
 
 
-def vocabulary_size(weights: Mapping[str, Tensor]) -> int:
-    """Number of types a language model's weights are for."""
-    bands = re.compile(r"decoder\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
+def _require_dictionary(checkpoint: Checkpoint, dictionary: Dictionary, entry: str) -> None:
+    """Raise ValueError when a model was trained with another dictionary of the same size, where that is recorded."""
+    saved, digest = checkpoint.config.get("task", {}).get(entry), dictionary.digest()
+    if saved not in (None, digest):
+        which = "source " if entry.startswith("source") else ""
+        raise ValueError(
+            f"the checkpoint was trained with another {which}dictionary than the data's dict.txt (digest "
+            f"{saved[:12]}, not {digest[:12]}); use the data folder it was trained on, or binarise the text with its "
+            "dict.txt (--srcdict)"
+        )
+
+
+def vocabulary_size(weights: Mapping[str, Tensor], side: str = "decoder") -> int:
+    """Number of types that one side of a model's weights are for."""
+    bands = re.compile(rf"{side}\.embed_tokens\.(weight|embeddings\.\d+\.0\.weight)")
     return sum(len(value) for name, value in weights.items() if bands.fullmatch(name))
 
 
-def _known_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name for field in fields(TransformerLMConfig)}
+def _known_overrides(overrides: Mapping[str, Any], config: type[TransformerLMConfig]) -> dict[str, Any]:
+    known = {field.name for field in fields(config)}
     for name in overrides:
         if _NOT_OF_THE_MODEL.fullmatch(name):
             logger.warning("--model-overrides: %s is no setting of the model and is ignored", name)
@@ -220,26 +248,33 @@ def _known_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep_layers(weights: Mapping[str, Tensor], config: TransformerLMConfig) -> dict[str, Tensor]:
-    """Drop and renumber layers as ``--decoder-layers-to-keep`` says, unless the file holds just those already.
+    """Drop and renumber layers as ``--decoder-layers-to-keep`` and its like say, unless the file holds just those.
 
     Raises: ValueError when the file has no layer of that number.
     """
-    numbers = {int(hit.group(1)) for hit in map(re.compile(r"decoder\.layers\.(\d+)\.").match, weights) if hit}
-    keep = config.decoder_layers_to_keep
-    if keep is None or len(numbers) == num_layers(config):
-        return dict(weights)
+    weights = dict(weights)
+    for side in ("encoder", "decoder"):
+        weights = _keep_layers(weights, side, getattr(config, f"{side}_layers_to_keep", None))
+    return weights
+
+
+def _keep_layers(weights: dict[str, Tensor], side: str, keep: tuple[int, ...] | None) -> dict[str, Tensor]:
+    layer = re.compile(rf"{side}\.layers\.(\d+)(\..*)")
+    numbers = {int(hit.group(1)) for hit in map(layer.match, weights) if hit}
+    if not keep or len(numbers) == len(keep):
+        return weights
     if not numbers.issuperset(keep):
         raise ValueError(
-            f"--decoder-layers-to-keep {','.join(map(str, keep))}: the checkpoint has layers 0 to {max(numbers)}"
+            f"--{side}-layers-to-keep {','.join(map(str, keep))}: the checkpoint has layers 0 to {max(numbers)}"
         )
     place = {old: new for new, old in enumerate(sorted(keep))}
     kept = {}
     for name, value in weights.items():
-        hit = re.match(r"decoder\.layers\.(\d+)(\..*)", name)
+        hit = layer.match(name)
         if hit is None:
             kept[name] = value
         elif int(hit.group(1)) in place:
-            kept[f"decoder.layers.{place[int(hit.group(1))]}{hit.group(2)}"] = value
+            kept[f"{side}.layers.{place[int(hit.group(1))]}{hit.group(2)}"] = value
     return kept
 
 

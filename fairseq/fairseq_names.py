@@ -53,6 +53,7 @@ NAMES: dict[str, dict[str, str]] = {
         "EpochBatchIterator": "fairseq.data.iterators",
         "FairseqDataset": "fairseq.compat.datasets",
         "LMContextWindowDataset": "fairseq.compat.datasets",
+        "LanguagePairDataset": "fairseq.data.language_pair_dataset",
         "MMapIndexedDataset": "fairseq.data.indexed_dataset",
         "MonolingualDataset": "fairseq.compat.datasets",
         "TokenBlockDataset": "fairseq.compat.datasets",
@@ -70,6 +71,10 @@ NAMES: dict[str, dict[str, str]] = {
         "FairseqLanguageModel": "fairseq.compat.models",
         "register_model": "fairseq.compat.models",
         "register_model_architecture": "fairseq.models.architectures",
+    },
+    "fairseq.models.transformer": {
+        "TransformerDecoder": "fairseq.models.transformer_decoder",
+        "TransformerEncoder": "fairseq.models.transformer_encoder",
     },
     "fairseq.models.transformer_lm": {
         name: "fairseq.compat.models"
@@ -101,14 +106,13 @@ NAMES: dict[str, dict[str, str]] = {
 
 _SEARCH = "is not offered: datastores are searched by fairseq.memory.ExternalMemory"
 _TEXT = "is not offered: TransformerLanguageModel.from_pretrained(...).sample(...) generates text"
-_PAIRS = "is not offered: models here read one text, see fairseq.models.transformer_lm.TransformerLanguageModel"
+_PAIRS = "is not offered: derive from fairseq.models.transformer.TransformerModel, the model with an encoder"
 _LAYER = "has another signature here: see the modules of fairseq/modules"
 
 # Name of fairseq -> why there is none, and what to use instead.
 ELSEWHERE = {
     "fairseq.data.IndexedCachedDataset": "is not offered: fairseq.data.MMapIndexedDataset reads its files too",
-    "fairseq.data.LanguagePairDataset": _PAIRS,
-    "fairseq.data.data_utils.infer_language_pair": _PAIRS,
+    "fairseq.data.data_utils.infer_language_pair": "is not offered: fairseq.tasks.translation.TranslationTask finds it",
     "fairseq.data.indexed_dataset.make_dataset": "is not offered: fairseq.data.data_utils.load_indexed_dataset opens "
     "binarised text",
     "fairseq.file_io": "is not offered: open() and os.path read and write files",
@@ -120,14 +124,13 @@ ELSEWHERE = {
     "fairseq.models.FairseqEncoderDecoderModel": _PAIRS,
     "fairseq.models.FairseqIncrementalDecoder": "is not offered: derive from "
     "fairseq.models.transformer_lm.TransformerDecoder, whose forward takes incremental_state",
-    "fairseq.models.transformer": _PAIRS,
     "fairseq.modules.AdaptiveInput": _LAYER,
     "fairseq.modules.AdaptiveSoftmax": _LAYER,
     "fairseq.modules.FairseqDropout": "is not offered: torch.nn.Dropout computes the same",
     "fairseq.modules.MultiheadAttention": _LAYER,
     "fairseq.modules.PositionalEmbedding": _LAYER,
     "fairseq.modules.TransformerDecoderLayer": _LAYER,
-    "fairseq.modules.TransformerEncoderLayer": _PAIRS,
+    "fairseq.modules.TransformerEncoderLayer": _LAYER,
     "fairseq.modules.quant_noise": "is not offered: models are trained in float32, float16 or bfloat16",
     "fairseq.optim.FP16Optimizer": "is not offered: --fp16 is PyTorch's mixed precision",
     "fairseq.options.get_parser": "is not offered: get_training_parser or get_eval_lm_parser make a command's",
@@ -135,7 +138,6 @@ ELSEWHERE = {
     "fairseq.pdb": "is not offered: breakpoint() opens Python's own debugger",
     "fairseq.search": _TEXT,
     "fairseq.sequence_generator": _TEXT,
-    "fairseq.tasks.translation": _PAIRS,
 }
 
 

@@ -22,8 +22,8 @@ from fairseq.evaluation.config import (
 from fairseq.fairseq_names import lazy
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
-from fairseq.models.architectures import ARCHITECTURES, build_model_config
-from fairseq.models.config import KEY_TAPS, TransformerLMConfig
+from fairseq.models.architectures import ARCHITECTURES, build_model_config, model_config_class, model_name
+from fairseq.models.config import KEY_TAPS
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
 from fairseq.optim.configs import EmaConfig, OptimizationConfig
 from fairseq.registry import Entry, lookup
@@ -133,7 +133,7 @@ def parse_train(argv: Sequence[str]) -> Settings:
     chosen = _chosen(first.peek(argv))
     parser = FlagParser("train.py", "Train a model.")
     parser.add_config(ChoicesConfig)
-    for config_class in (*_parts(chosen), *_TRAINING, TransformerLMConfig):
+    for config_class in (*_parts(chosen), *_TRAINING, model_config_class(model_name(chosen["arch"]))):
         parser.add_config(config_class)
     _add_ignored(parser, ignored_flags.TRAIN)
     given = parser.parse(argv, ignored_flags.REJECTED_TRAIN | _flags_of_others(chosen))

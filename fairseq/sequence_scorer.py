@@ -83,7 +83,7 @@ class SequenceScorer:
         parts = []
         key_BTD = None
         for model in self.models:
-            out = model(here.tokens_BT, key_tap=self.key_tap)
+            out = model(here.tokens_BT, key_tap=self.key_tap, **here.source)
             hidden_ND, key_BTD = out.hidden_BTD.flatten(0, 1)[place_N], out.key_BTD
             logp_N, norm_N = model.target_logp(hidden_ND, target_N, self.softmax_batch)
             if self._correct is not None:
@@ -108,7 +108,7 @@ class SequenceScorer:
     def keys(self, batch: LMBatch) -> ScoredPositions:
         """Keys alone: no softmax is computed."""
         here, place_N = batch.to(self.device), self._places(batch)
-        out = self.models[0](here.tokens_BT, key_tap=self.key_tap)
+        out = self.models[0](here.tokens_BT, key_tap=self.key_tap, **here.source)
         empty, target_N = torch.empty(0), here.target_BT.view(-1)[place_N]
         assert out.key_BTD is not None, "keys were asked of a scorer without a key tap"
         return ScoredPositions(_block_of(batch, place_N), target_N, empty, empty, out.key_BTD.flatten(0, 1)[place_N])

@@ -38,9 +38,9 @@ class LossModule(nn.Module):
         self.model = model
         self.criterion = criterion
 
-    def forward(self, *parts: Any) -> tuple[Tensor, dict[str, Any]]:
+    def forward(self, kind: type[LMBatch], *parts: Any) -> tuple[Tensor, dict[str, Any]]:
         """Loss of one batch, handed over in parts because Fabric cannot rebuild frozen values."""
-        loss: Loss = self.criterion(cast("LanguageModel", self.model), LMBatch(*parts))
+        loss: Loss = self.criterion(cast("LanguageModel", self.model), kind(*parts))
         return loss.sum, loss.log
 
 
@@ -118,7 +118,7 @@ class Trainer:
             return self._sum([self._loss(batch)[1] for batch in batches])
 
     def _loss(self, batch: LMBatch) -> tuple[Tensor, dict[str, Any]]:
-        result: tuple[Tensor, dict[str, Any]] = self.wrapped(*batch.to(self.fabric.device).parts())
+        result: tuple[Tensor, dict[str, Any]] = self.wrapped(type(batch), *batch.to(self.fabric.device).parts())
         return result
 
     def _sum(self, logs: list[dict[str, Any]]) -> StepSums:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from fairseq.checkpoints.integrity import has_checksums
-from fairseq.models.config import TransformerLMConfig
+from fairseq.models.config import TransformerConfig, TransformerLMConfig
 
 # Modules whose classes may appear in a checkpoint's settings; they are never imported.
 _FOREIGN = re.compile(
@@ -37,7 +37,16 @@ _PICKLES_OF_OLD_FORMAT = 5  # magic number, version, system, content, storage ke
 # Kinds of checkpoints whose users expect different things of one flag.
 FAIRSEQ_0_9, FAIRSEQ_0_12 = "fairseq 0.9", "fairseq 0.12"
 # Settings of fairseq 0.12 that change what a model computes and that this package has not.
-_UNSUPPORTED = ("base_layers", "scale_fc", "scale_attn", "scale_heads", "scale_resids", "decoder_xformers_att_config")
+_UNSUPPORTED = (
+    "base_layers",
+    "scale_fc",
+    "scale_attn",
+    "scale_heads",
+    "scale_resids",
+    "decoder_xformers_att_config",
+    "no_cross_attention",
+    "cross_self_attention",
+)
 # What wrappers of a whole module put before a weight's name: data-parallel ones, compilation, sharding, checkpointing.
 _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.)+"
@@ -192,6 +201,8 @@ def from_fairseq(content: Any, path: str) -> dict[str, Any]:
     config["written_by"] = {"program": FAIRSEQ_0_12 if nested else FAIRSEQ_0_9}
     if config["chosen"]["task"] == "language_modeling":
         config["model"] = _language_model_settings(config, weights, path)
+    elif config["chosen"]["task"] == "translation":
+        config["model"] = _translation_settings(config, weights, path)
     history = plain(content.get("optimizer_history")) or [{}]
     progress: dict[str, Any] = {"num_updates": history[-1].get("num_updates") or 0}
     extra = content.get("extra_state")
@@ -253,12 +264,7 @@ def _follow(groups: dict[str, dict[str, Any]], value: Any) -> Any:
 def _language_model_settings(config: dict[str, Any], weights: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The fields of TransformerLMConfig, completed from settings that old versions expressed in other ways."""
     values, task = config["model"], config["task"]
-    for name in _UNSUPPORTED:
-        if values.get(name):
-            raise ValueError(f"{path} is a model with {name}={values[name]!r}, which is not offered here")
-    own = {field.name for field in fields(TransformerLMConfig)}
-    model = {name: value for name, value in values.items() if name in own and value is not None}
-    model["activation_dropout"] = values.get("activation_dropout") or values.get("relu_dropout") or 0.0
+    model = _own_settings(values, TransformerLMConfig, path)
     model["max_target_positions"] = (
         values.get("max_target_positions") or task.get("max_target_positions") or task.get("tokens_per_sample") or 1024
     )
@@ -272,3 +278,26 @@ def _language_model_settings(config: dict[str, Any], weights: Mapping[str, Any],
     if model.get("adaptive_softmax_cutoff") is not None:
         model["share_decoder_input_output_embed"] = False  # fairseq does not read it then
     return model | {"arch": config["chosen"]["arch"]}
+
+
+def _translation_settings(config: dict[str, Any], weights: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The fields of TransformerConfig; see :func:`_language_model_settings`."""
+    values, task = config["model"], config["task"]
+    model = _own_settings(values, TransformerConfig, path)
+    for side in ("source", "target"):
+        name = f"max_{side}_positions"
+        model[name] = values.get(name) or task.get(name) or 1024
+    if model.get("decoder_normalize_before"):
+        model["no_decoder_final_norm"] = "decoder.layer_norm.weight" not in weights
+    return model | {"arch": config["chosen"]["arch"], "kind": "transformer"}
+
+
+def _own_settings(values: Mapping[str, Any], kind: type, path: str) -> dict[str, Any]:
+    """The settings that a config has. Raises: ValueError for one that changes the model and is not offered."""
+    for name in _UNSUPPORTED:
+        if values.get(name):
+            raise ValueError(f"{path} is a model with {name}={values[name]!r}, which is not offered here")
+    own = {field.name for field in fields(kind)}
+    model = {name: value for name, value in values.items() if name in own and value is not None}
+    dropout = values.get("activation_dropout") or values.get("relu_dropout") or 0.0
+    return model | {"activation_dropout": dropout}

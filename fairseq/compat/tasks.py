@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fairseq.compat.flags import config_of
 from fairseq.compat.samples import as_batch
 from fairseq.config import build
+from fairseq.data.batching import Blocks
 from fairseq.registry import Entry, lookup
 from fairseq.tasks import TASKS
 from fairseq.tasks.configs import LanguageModelingConfig
@@ -31,12 +32,17 @@ def setup_task(settings: Any, **more: object) -> Any:
     return entry.load()(build(entry.config, values), **more)
 
 
-class CollatedBlocks:
+class CollatedBlocks(Blocks):
     """A data set in fairseq's form (``__getitem__``, ``sizes``, ``collater``) as blocks of ours."""
 
     def __init__(self, dataset: Any, pad: int) -> None:
         self.dataset, self.pad = dataset, pad
-        self.sizes = np.asarray(dataset.sizes)
+        self._sizes = np.asarray(dataset.sizes)
+
+    @property
+    def sizes(self) -> npt.NDArray[Any]:
+        """Tokens of each block."""
+        return self._sizes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -54,7 +60,7 @@ class _LoadedSplits:
         """The blocks of a split; their size is the plug-in's affair."""
         self.load_dataset(split, epoch=epoch, combine=combine)
         found = self.dataset(split)
-        return found if hasattr(found, "collate") else CollatedBlocks(found, self.dictionary.pad())
+        return found if isinstance(found, Blocks) else CollatedBlocks(found, self.dictionary.pad())
 
 
 def _make(kind: type[Any], config: LanguageModelingConfig, **more: object) -> Any:

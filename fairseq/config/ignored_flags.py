@@ -77,6 +77,8 @@ TRAIN: dict[str, tuple[int, str]] = COMMON | {
     "--load-checkpoint-on-all-dp-ranks": (0, "every process reads the checkpoint"),
     "--write-checkpoints-asynchronously": (0, "checkpoints are written before training resumes"),
     "--save-async": (0, "checkpoints are written before training resumes"),
+    "--left-pad-target": (1, "targets are padded on the right"),
+    "--num-batch-buckets": (1, "rows are padded to the longest one of their batch"),
     "--ema-fp32": (0, "the average is always kept in float32"),
     "--mem-size": (1, "training has no long-term memory of that size; --train-mem-size sets its own"),
     "--num-comb-shards": (1, "no shards of memories are combined in training"),
@@ -134,7 +136,16 @@ _REJECTED: dict[str, str] = {
     "--truncate-sequence": "is not offered; --sample-break-mode none cuts long sentences",
 }
 
+_IN_TURN = "is not offered: decoders attend to their own text and to the source in turn"
+
 REJECTED_TRAIN: dict[str, str] = _REJECTED | {
+    "--upsample-primary": "is not offered; repeat the lines of the text before preprocess.py instead",
+    "--load-alignments": "is not offered: no loss here reads word alignments",
+    "--no-cross-attention": _IN_TURN,
+    "--cross-self-attention": _IN_TURN,
+    "--encoder-embed-path": "is not offered; --finetune-from-model starts with the weights of a checkpoint",
+    "--decoder-embed-path": "is not offered; --finetune-from-model starts with the weights of a checkpoint",
+    "--merge-src-tgt-embed": "is not offered; binarise with --joined-dictionary and give --share-all-embeddings",
     "--optimizer-overrides": "is not offered; give the optimizer's own flags, they win over the checkpoint's",
     "--tpu": "is not offered; train on CPUs or CUDA devices",
     "--amp": "is not offered; --fp16 and --bf16 are PyTorch's mixed precision here",

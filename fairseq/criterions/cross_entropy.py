@@ -31,6 +31,6 @@ class CrossEntropy(Criterion):
 
 def target_nll(model: LanguageModel, batch: LMBatch) -> Tensor:
     """-log p of the scored targets, summed, in nats; gradients flow to the model."""
-    hidden_ND, target_N = scored(model(batch.tokens_BT), batch)
+    hidden_ND, target_N = scored(model(batch.tokens_BT, **batch.source), batch)
     logp_N: Tensor = model.target_logp(hidden_ND, target_N)[0]
     return -wide_sum(logp_N)

@@ -34,7 +34,7 @@ class LabelSmoothedCrossEntropy(Criterion):
 
     def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """The smoothed loss; the plain one is reported as ``nll_loss``, and perplexity is computed from that."""
-        hidden_ND, target_N = scored(model(batch.tokens_BT), batch)
+        hidden_ND, target_N = scored(model(batch.tokens_BT, **batch.source), batch)
         logp_NV = model.vocab_logp(hidden_ND)
         total, nll = smoothed_nll(logp_NV, target_N, self.config.label_smoothing)
         correct = {"n_correct": (logp_NV.argmax(1) == target_N).sum()} if self.config.report_accuracy else {}

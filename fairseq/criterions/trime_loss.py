@@ -60,7 +60,7 @@ class TrimeLoss(Criterion):
     def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """See the class. Reports the language model's own loss as ``ori_loss``, the joint one as ``norm_loss``."""
         warming_up = model.training and self.epoch <= self.warmup_epochs
-        out = model(batch.tokens_BT, key_tap=None if warming_up else _tap(model))
+        out = model(batch.tokens_BT, key_tap=None if warming_up else _tap(model), **batch.source)
         hidden_ND, target_N = scored(out, batch)
         logp_N, norm_N = model.target_logp(hidden_ND, target_N)
         ori_loss = -wide_sum(logp_N)

@@ -12,6 +12,35 @@ from fairseq.config import require_at_least
 IntArray = npt.NDArray[np.integer[Any]]
 
 
+class Blocks:
+    """What batching needs of blocks of one text, from their sizes alone."""
+
+    unit = "block"
+
+    @property
+    def sizes(self) -> IntArray:
+        """Scored tokens of each block."""
+        raise NotImplementedError
+
+    def order(self, seed: int, *, shuffle: bool) -> npt.NDArray[np.int64]:
+        """Numbers of the blocks by length; equals in an order drawn from the seed, or that of the text."""
+        order = np.random.default_rng(seed).permutation(len(self.sizes)) if shuffle else np.arange(len(self.sizes))
+        return order[np.argsort(self.sizes[order], kind="stable")]
+
+    def fits(self, max_positions: int) -> npt.NDArray[np.bool_]:
+        """True for the blocks of at most so many tokens."""
+        fits: npt.NDArray[np.bool_] = self.sizes <= max_positions
+        return fits
+
+    def lengths(self, i: int) -> str:
+        """Length of a block, in words."""
+        return f"{self.sizes[i]} tokens"
+
+    def limits(self, max_positions: int) -> str:
+        """Longest block that a model reads, in words."""
+        return str(max_positions)
+
+
 def filter_by_size(indices: IntArray, sizes: IntArray, max_positions: int | None) -> tuple[IntArray, IntArray]:
     """Split ``indices`` into blocks of at most ``max_positions`` tokens and longer ones; both keep their order."""
     if max_positions is None:

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fairseq.data.batching import Blocks
 from fairseq.data.token_block_dataset import TokenBlockDataset
 from fairseq.data.types import LMBatch
 
 Tokens = npt.NDArray[np.int64]
 
 
-class MonolingualDataset:
+class MonolingualDataset(Blocks):
     """Blocks where each token is predicted from those before it.
 
     A block's first token is predicted from the token before the block in the text (</s> where the text begins).

@@ -1,14 +1,17 @@
 """Batches that the data layer hands to models.
 
-Shapes: B blocks (rows), T positions of the longest row.
+Shapes: B blocks (rows), T positions of the longest row, S positions of the longest source sentence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+B = TypeVar("B", bound="LMBatch")
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,34 @@ class LMBatch:
             object.__setattr__(self, "num_scored", int(self.scored_BT.sum()))
 
     @classmethod
-    def empty(cls) -> LMBatch:
+    def empty(cls: type[B]) -> B:
         """A batch without rows, for a rank that has no work in a step."""
         nothing = torch.empty(0, 1, dtype=torch.int64)
         return cls(torch.empty(0, dtype=torch.int64), nothing, nothing, nothing.bool(), 0)
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """The fields in order, so that ``LMBatch(*batch.parts())`` equals the batch."""
-        return self.ids_B, self.tokens_BT, self.target_BT, self.scored_BT, self.num_scored
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the model reads besides ``tokens_BT``, by name."""
+        return {}
 
-    def to(self, device: torch.device | str) -> LMBatch:
+    def parts(self) -> tuple[Any, ...]:
+        """The fields in order, so that ``type(batch)(*batch.parts())`` equals the batch."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def to(self: B, device: torch.device | str) -> B:
         """The same batch on another device."""
-        ids_B, tokens_BT, target_BT, scored_BT = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.ids_B, self.tokens_BT, self.target_BT, self.scored_BT)
-        )
-        return LMBatch(ids_B, tokens_BT, target_BT, scored_BT, self.num_scored)
+        moved = [x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self.parts()]
+        return type(self)(*moved)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TranslationBatch(LMBatch):
+    """Target sentences with the source sentences they translate, which are padded on the left or on the right."""
+
+    source_BS: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.int64))
+    """int64 source sentences, </s> included."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """See the base class."""
+        return {"source_BS": self.source_BS}

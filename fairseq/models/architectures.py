@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fairseq.config import Namespace, build
-from fairseq.models.config import TransformerLMConfig
+from fairseq.models.config import TransformerConfig, TransformerLMConfig
 from fairseq.registry import Entry, lookup, registrar
 
 
@@ -18,6 +18,12 @@ def _size(layers: int, width: int, inner: int, heads: int) -> dict[str, Any]:
         "decoder_ffn_embed_dim": inner,
         "decoder_attention_heads": heads,
     }
+
+
+def _pair(layers: int, width: int, inner: int, heads: int) -> dict[str, Any]:
+    """A size of encoder and decoder alike."""
+    one = _size(layers, width, inner, heads)
+    return one | {name.replace("decoder", "encoder"): value for name, value in one.items()}
 
 
 # The setting of "Adaptive input representations" (arXiv 1809.10853) for WikiText-103.
@@ -71,15 +77,35 @@ ARCHITECTURES: dict[str, Size] = {
     "transformer_lm_gpt3_13": _size(40, 5120, 4 * 5120, 40) | _GPT3,
     "transformer_lm_gpt3_175": _size(96, 12288, 4 * 12288, 96) | _GPT3,
 }
+# The sizes of "Attention is all you need" (arXiv 1706.03762) and of the papers after it.
+_BIG = _pair(6, 1024, 4096, 16) | {"dropout": 0.3}
+TRANSLATION: dict[str, Size] = {
+    "transformer": {},
+    "transformer_tiny": _pair(2, 64, 64, 2),
+    "transformer_iwslt_de_en": _pair(6, 512, 1024, 4),
+    "transformer_wmt_en_de": {},
+    "transformer_vaswani_wmt_en_de_big": _BIG,
+    "transformer_vaswani_wmt_en_fr_big": _BIG | {"dropout": 0.1},
+    "transformer_wmt_en_de_big": _BIG | {"attention_dropout": 0.1},
+    "transformer_wmt_en_de_big_t2t": _BIG
+    | {
+        "encoder_normalize_before": True,
+        "decoder_normalize_before": True,
+        "attention_dropout": 0.1,
+        "activation_dropout": 0.1,
+    },
+}
+ARCHITECTURES.update(TRANSLATION)
 
 _PLAIN = "transformer_lm"
 
 # Model classes by name; plug-ins add subclasses of the one here.
 MODELS: dict[str, Entry] = {
     _PLAIN: Entry(TransformerLMConfig, "fairseq.models.transformer_lm:TransformerLanguageModel"),
+    "transformer": Entry(TransformerConfig, "fairseq.models.transformer:TransformerModel"),
 }
-# Architecture of a plug-in -> name of its model.
-_MODEL_OF: dict[str, str] = {}
+# Architecture -> name of its model, where that is not a language model.
+_MODEL_OF: dict[str, str] = dict.fromkeys(TRANSLATION, "transformer")
 
 _enter = registrar(ARCHITECTURES, "architecture")
 
@@ -107,7 +133,7 @@ def _set_by(function: Callable[[Any], None], given: Mapping[str, Any]) -> Mappin
     """The settings that a function of ``args`` makes of what the user gave; those of no model here are dropped."""
     args = Namespace(**given)
     function(args)
-    own = {field.name for field in fields(TransformerLMConfig)}
+    own = {field.name for field in fields(TransformerConfig)}
     return {name: value for name, value in vars(args).items() if name in own}
 
 
@@ -123,10 +149,19 @@ def model_class(name: str) -> Any:
     return MODELS[name].load()
 
 
+def model_config_class(name: str) -> type[TransformerLMConfig]:
+    """The config of a model's name. Raises: ValueError as :func:`model_class`."""
+    if name not in MODELS:
+        raise ValueError(f"the model {name!r} is a plug-in's; give the --user-dir that registers it")
+    kind = MODELS[name].config
+    return kind if issubclass(kind, TransformerLMConfig) else TransformerLMConfig
+
+
 def build_model_config(arch: str, given: Mapping[str, Any]) -> TransformerLMConfig:
     """The config of a named size with what the user gave laid over it.
 
     Raises: ValueError for an unknown name, or values that contradict each other.
     """
     size = lookup(ARCHITECTURES, arch, "--arch")
-    return build(TransformerLMConfig, dict(size(given) if callable(size) else size) | dict(given))
+    kind = model_config_class(model_name(arch))
+    return build(kind, dict(size(given) if callable(size) else size) | dict(given))

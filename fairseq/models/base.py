@@ -45,8 +45,12 @@ class LanguageModel(Protocol):
         """The module that holds the output layer."""
         ...
 
-    def __call__(self, tokens_BT: Tensor, key_tap: str | None = None) -> LMOutput:
-        """Inner states of every position, and the state at a tap as memory key."""
+    def __call__(self, tokens_BT: Tensor, key_tap: str | None = None, **source: Any) -> LMOutput:
+        """Inner states of every position, and the state at a tap as memory key.
+
+        Args:
+            source: what the model reads besides its own text (``batch.source``).
+        """
         ...
 
     def key_dim(self, key_tap: str) -> int:

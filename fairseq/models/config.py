@@ -1,4 +1,4 @@
-"""Options of the transformer language model. No torch here: the flags are made from these."""
+"""Options of transformers. No torch here: the flags are made from these."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TransformerLMConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("adaptive_softmax_cutoff", "adaptive_input_cutoff", "decoder_layers_to_keep"):
+        for name in [field.name for field in fields(self) if "tuple" in str(field.type)]:
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
         for name in ("decoder_output_dim", "decoder_input_dim"):  # they follow the layers' width unless they are given
             object.__setattr__(self, name, getattr(self, name) or self.decoder_embed_dim)
@@ -173,16 +173,85 @@ class TransformerLMConfig:
             )
 
 
-def model_config_from(values: Mapping[str, Any]) -> TransformerLMConfig:
-    """A config from the plain values of a checkpoint; other entries are passed over.
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(TransformerLMConfig):
+    """Shape and regularisation of a translation model, whose decoder is a language model with a source to look at.
+
+    The defaults are ``--arch transformer``.
+    """
+
+    decoder_normalize_before: bool = flag("--decoder-normalize-before", default=False, negatable=True)
+    """Layer norm before each block of the decoder (pre-norm) instead of after it."""
+    encoder_embed_dim: int = flag("--encoder-embed-dim", default=512)
+    """Width of the encoder's layers."""
+    encoder_ffn_embed_dim: int = flag("--encoder-ffn-embed-dim", default=2048)
+    """Inner width of the encoder's feed-forward blocks."""
+    encoder_layers: int = flag("--encoder-layers", default=6)
+    """Number of the encoder's layers."""
+    encoder_attention_heads: int = flag("--encoder-attention-heads", default=8)
+    """Attention heads of each of the encoder's layers."""
+    encoder_normalize_before: bool = flag("--encoder-normalize-before", default=False, negatable=True)
+    """Layer norm before each block of the encoder (pre-norm) instead of after it."""
+    encoder_learned_pos: bool = flag("--encoder-learned-pos", default=False, negatable=True)
+    """Learn the source's position embeddings; by default they are sinusoids."""
+    encoder_layerdrop: float = flag("--encoder-layerdrop", default=0.0)
+    """Probability of leaving a layer of the encoder out in training (arXiv 1909.11556)."""
+    encoder_layers_to_keep: tuple[int, ...] | None = flag("--encoder-layers-to-keep", default=None)
+    """Numbers of the encoder's layers that are kept of a larger checkpoint, such as 0,2,4."""
+    share_all_embeddings: bool = flag("--share-all-embeddings", default=False, negatable=True)
+    """Use one matrix as embedding of both languages and as output layer; needs a joined dictionary."""
+    max_source_positions: int = flag("--max-source-positions", default=1024)
+    """Longest source sentence the model is made for; learned positions end there."""
+
+    def __post_init__(self) -> None:
+        if self.share_all_embeddings:
+            object.__setattr__(self, "share_decoder_input_output_embed", True)
+        super().__post_init__()
+
+    def _check_ranges(self) -> None:
+        super()._check_ranges()
+        require_at_least(
+            1,
+            encoder_embed_dim=self.encoder_embed_dim,
+            encoder_ffn_embed_dim=self.encoder_ffn_embed_dim,
+            encoder_layers=self.encoder_layers,
+            encoder_attention_heads=self.encoder_attention_heads,
+            max_source_positions=self.max_source_positions,
+        )
+        if self.encoder_embed_dim % self.encoder_attention_heads:
+            raise ValueError(
+                f"--encoder-embed-dim {self.encoder_embed_dim} is not divisible by "
+                f"--encoder-attention-heads {self.encoder_attention_heads}"
+            )
+
+    def _check_shared(self) -> None:
+        super()._check_shared()
+        if self.share_all_embeddings and self.encoder_embed_dim != self.decoder_input_dim:
+            raise ValueError(
+                f"--share-all-embeddings needs equal widths: --encoder-embed-dim is {self.encoder_embed_dim}, "
+                f"--decoder-embed-dim {self.decoder_input_dim}"
+            )
+
+
+def model_config_from(
+    values: Mapping[str, Any], kind: type[TransformerLMConfig] = TransformerLMConfig
+) -> TransformerLMConfig:
+    """A config of a kind from the plain values of a checkpoint; other entries are passed over.
 
     Raises: ValueError when the values contradict each other.
     """
-    return build(TransformerLMConfig, values)
+    return build(kind, values)
 
 
 # Settings that a resumed run may change: regularisation, and what else leaves the computation of an input alone.
-_MAY_CHANGE = ("drop", "max_target_positions", "decoder_layers_to_keep", "knn_keytype", "checkpoint_activations")
+_MAY_CHANGE = (
+    "drop",
+    "max_target_positions",
+    "max_source_positions",
+    "layers_to_keep",
+    "knn_keytype",
+    "checkpoint_activations",
+)
 
 
 def architecture_of(config: TransformerLMConfig) -> dict[str, Any]:
@@ -203,7 +272,7 @@ def require_same_architecture(path: str, saved: TransformerLMConfig, asked: Tran
 
 
 def _spelling(name: str) -> str:
-    return next(flag_names(field)[0] for field in fields(TransformerLMConfig) if field.name == name)
+    return next(flag_names(field)[0] for field in fields(TransformerConfig) if field.name == name)
 
 
 def _int_tuple(name: str, value: Any) -> tuple[int, ...] | None:

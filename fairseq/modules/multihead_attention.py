@@ -6,10 +6,26 @@ Shapes: B batch, T queries, S keys, H heads, D width of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder made of the source sentences that a decoder attends to."""
+
+    hidden_BSC: Tensor
+    """Its output."""
+    visible_BS: Tensor | None
+    """bool, False on padding; None when nothing is padding."""
+
+    def rows(self, index_N: Tensor) -> Encoded:
+        """The sentences of these numbers."""
+        return Encoded(self.hidden_BSC[index_N], None if self.visible_BS is None else self.visible_BS[index_N])
 
 
 class IncrementalState:
@@ -21,6 +37,7 @@ class IncrementalState:
         self.num_words_B: Tensor | None = None
         """Tokens read so far that are not padding, per row."""
         self._cache: dict[str, tuple[Tensor, Tensor]] = {}
+        self._source: dict[str, tuple[Tensor, Tensor]] = {}
 
     def extend(self, name: str, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor]:
         """Append a layer's new keys and values; returns all of them so far."""
@@ -31,15 +48,27 @@ class IncrementalState:
         self._cache[name] = (key_BHSD, value_BHSD)
         return key_BHSD, value_BHSD
 
+    def of_source(self, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values of the source sentences, made in the first step; one row per sentence."""
+        if name not in self._source:
+            self._source[name] = make()
+        return self._source[name]
+
     def advance(self, is_word_BT: Tensor) -> None:
         """Count tokens that every layer has read."""
         counts_B = is_word_BT.sum(1)
         self.num_words_B = counts_B if self.num_words_B is None else self.num_words_B + counts_B
         self.num_tokens += is_word_BT.shape[1]
 
-    def reorder(self, order_B: Tensor) -> None:
-        """Take over the rows ``order_B`` of the cache: beam search continues some rows and drops others."""
+    def reorder(self, order_B: Tensor, sentences: Tensor | None = None) -> None:
+        """Take over the rows ``order_B`` of the cache: beam search continues some rows and drops others.
+
+        Args:
+            sentences: numbers of the source sentences that remain, when some do not.
+        """
         self._cache = {name: (k[order_B], v[order_B]) for name, (k, v) in self._cache.items()}
+        if sentences is not None:
+            self._source = {name: (k[sentences], v[sentences]) for name, (k, v) in self._source.items()}
         if self.num_words_B is not None:
             self.num_words_B = self.num_words_B[order_B]
 
@@ -62,12 +91,13 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights; the three inputs count as one matrix of three times the height.
+        """Draw the initial weights; three inputs of one width count as one matrix of three times the height.
 
         Their biases are drawn too, as fairseq's are (the standard deviations in its trained models show it).
         """
+        same_width = self.k_proj.in_features == self.q_proj.in_features
         for projection in (self.k_proj, self.v_proj, self.q_proj):
-            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
+            nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2) if same_width else 1)
             bound = 1 / math.sqrt(projection.in_features)
             nn.init.uniform_(projection.bias, -bound, bound)
         nn.init.xavier_uniform_(self.out_proj.weight)
@@ -76,14 +106,13 @@ class MultiheadAttention(nn.Module):
     def forward(
         self,
         query_BTC: Tensor,
-        source_BSC: Tensor | None = None,
         *,
         mask_BTS: Tensor | None = None,
         is_causal: bool = False,
         incremental_state: IncrementalState | None = None,
         name: str = "",
     ) -> Tensor:
-        """Attend from each query to the source (by default the queries' own text).
+        """Attend from each query to the queries' own text.
 
         Args:
             mask_BTS: True where a query may look; broadcast over what is missing.
@@ -91,20 +120,45 @@ class MultiheadAttention(nn.Module):
                 after every token it might disturb and needs no mask of its own.
             incremental_state: the keys read so far, extended by these; ``name`` distinguishes the layers.
         """
-        source_BSC = query_BTC if source_BSC is None else source_BSC
         q_BHTD = self._heads(self.q_proj(query_BTC))
-        k_BHSD, v_BHSD = self._heads(self.k_proj(source_BSC)), self._heads(self.v_proj(source_BSC))
+        k_BHSD, v_BHSD = self.keys_and_values(query_BTC)
         if incremental_state is not None:
             k_BHSD, v_BHSD = incremental_state.extend(name, k_BHSD, v_BHSD)
             if is_causal:
                 mask_BTS, is_causal = _causal_tail(q_BHTD.shape[2], k_BHSD.shape[2], q_BHTD.device), False
-        if mask_BTS is not None and mask_BTS.dim() == 3:
-            mask_BTS = mask_BTS[:, None]
+        return self._attend(q_BHTD, k_BHSD, v_BHSD, mask_BTS, is_causal)
+
+    def to_source(
+        self, query_NTC: Tensor, source: Encoded, incremental_state: IncrementalState | None = None, name: str = ""
+    ) -> Tensor:
+        """Attend from each query to its source sentence.
+
+        Args:
+            query_NTC: N rows, as many for each of the B source sentences, one sentence's after another's; a
+                sentence's keys are then read once for all of its rows.
+            incremental_state: keeps the keys of the source; ``name`` distinguishes the layers.
+        """
+        if incremental_state is None:
+            k_BHSD, v_BHSD = self.keys_and_values(source.hidden_BSC)
+        else:
+            k_BHSD, v_BHSD = incremental_state.of_source(name, lambda: self.keys_and_values(source.hidden_BSC))
+        rows = query_NTC.shape
+        query_BTC = query_NTC.reshape(len(k_BHSD), -1, rows[2])  # the order of queries means nothing here
+        mask_B1S = None if source.visible_BS is None else source.visible_BS[:, None]
+        return self._attend(self._heads(self.q_proj(query_BTC)), k_BHSD, v_BHSD, mask_B1S, False).reshape(rows)
+
+    def keys_and_values(self, source_BSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a text, (B, H, S, D)."""
+        return self._heads(self.k_proj(source_BSC)), self._heads(self.v_proj(source_BSC))
+
+    def _attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, None]
         out_BHTD = F.scaled_dot_product_attention(
             q_BHTD,
             k_BHSD,
             v_BHSD,
-            attn_mask=mask_BTS,
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=is_causal,
         )

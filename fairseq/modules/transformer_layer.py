@@ -1,4 +1,5 @@
-"""One layer of a transformer: attention to the text, then a feed-forward block. Shapes: B batch, T time, D width."""
+"""One layer of a transformer: attention to the text, in a decoder with an encoder to the source, then a feed-forward
+block. Shapes: B batch, T time, D width."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq.modules.multihead_attention import IncrementalState, MultiheadAttention
+from fairseq.modules.multihead_attention import Encoded, IncrementalState, MultiheadAttention
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,8 +25,8 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class TransformerLayer(nn.Module):
     """Self-attention and feed-forward block, each with its residual connection and layer norm.
 
-    Pre-norm: ``x + block(norm(x))``; post-norm: ``norm(x + block(x))``. Layers that also attend to an encoder put
-    that step between the two halves, which is why these are methods of their own.
+    Pre-norm: ``x + block(norm(x))``; post-norm: ``norm(x + block(x))``. Between the two, the layer of a decoder with
+    an encoder attends to the encoder's output.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TransformerLayer(nn.Module):
         attention_dropout: float = 0.0,
         activation_dropout: float = 0.0,
         normalize_before: bool = True,
+        encoder_width: int | None = None,
     ) -> None:
         super().__init__()
         self.dropout = dropout
@@ -47,23 +49,44 @@ class TransformerLayer(nn.Module):
         self.normalize_before = normalize_before
         self.self_attn = MultiheadAttention(width, num_heads, attention_dropout)
         self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.encoder_attn: MultiheadAttention | None = None
+        if encoder_width is not None:
+            self.encoder_attn = MultiheadAttention(width, num_heads, attention_dropout, encoder_width)
+            self.encoder_attn_layer_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, inner_width)
         self.fc2 = nn.Linear(inner_width, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
-        self.self_attn.reset_parameters()
+        for attention in (self.self_attn, self.encoder_attn):
+            if attention is not None:
+                attention.reset_parameters()
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(
-        self, x_BTD: Tensor, incremental_state: IncrementalState | None = None, name: str = ""
+        self,
+        x_BTD: Tensor,
+        incremental_state: IncrementalState | None = None,
+        name: str = "",
+        source: Encoded | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run a causal layer; returns its output and the input of its feed-forward block, both (B, T, D)."""
         x_BTD = self.attend_to_self(x_BTD, is_causal=True, incremental_state=incremental_state, name=name)
+        if self.encoder_attn is not None:
+            assert source is not None, "a decoder with an encoder was given no source"
+            x_BTD = self._attend_to_source(x_BTD, source, incremental_state, name)
         return self.feed_forward(x_BTD)
+
+    def _attend_to_source(
+        self, x_BTD: Tensor, source: Encoded, incremental_state: IncrementalState | None, name: str
+    ) -> Tensor:
+        assert self.encoder_attn is not None
+        norm = self.encoder_attn_layer_norm
+        query_BTD = norm(x_BTD) if self.normalize_before else x_BTD
+        return self.add(x_BTD, self.encoder_attn.to_source(query_BTD, source, incremental_state, name), norm)
 
     def attend_to_self(
         self,

@@ -3,10 +3,11 @@
 from fairseq.config.plugins import class_registrar
 from fairseq.fairseq_names import lazy
 from fairseq.registry import Entry
-from fairseq.tasks.configs import LanguageModelingConfig
+from fairseq.tasks.configs import LanguageModelingConfig, TranslationConfig
 
 TASKS: dict[str, Entry] = {
     "language_modeling": Entry(LanguageModelingConfig, "fairseq.tasks.language_modeling:LanguageModelingTask"),
+    "translation": Entry(TranslationConfig, "fairseq.tasks.translation:TranslationTask"),
 }
 
 register_task = class_registrar(TASKS, "task", "fairseq.compat.tasks:entry")

@@ -1,10 +1,10 @@
-"""Options of a task: its data and how text is cut into blocks."""
+"""Options of tasks: their data, and how it is cut and padded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import flag, require_at_least
+from fairseq.config import UnreadableError, flag, require_at_least
 
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
 
@@ -26,3 +26,40 @@ class LanguageModelingConfig:
 
     def __post_init__(self) -> None:
         require_at_least(1, tokens_per_sample=self.tokens_per_sample, max_target_positions=self.max_target_positions)
+
+
+def _true_or_false(text: object) -> bool:
+    """Read "True" or "False", as fairseq's padding flags take them and its checkpoints keep them."""
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    found = known.get(str(text).lower())
+    if found is None:
+        raise UnreadableError(f"{text!r} is neither True nor False")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationConfig:
+    """Sentence pairs of two languages."""
+
+    data: str = flag("data")
+    """Folder made by preprocess.py; several separated by colons take turns by epoch."""
+    source_lang: str | None = flag("--source-lang", "-s", default=None)
+    """Source language; by default that of the folder's files."""
+    target_lang: str | None = flag("--target-lang", "-t", default=None)
+    """Target language; by default that of the folder's files."""
+    left_pad_source: bool = flag("--left-pad-source", default=True, parse=_true_or_false)
+    """Pad the source on the left (True) or on the right (False)."""
+    max_source_positions: int = flag("--max-source-positions", default=1024)
+    """Longest source sentence, in tokens."""
+    max_target_positions: int = flag("--max-target-positions", default=1024)
+    """Longest target sentence, in tokens."""
+    truncate_source: bool = flag("--truncate-source", default=False)
+    """Cut source sentences to --max-source-positions tokens instead of leaving the pair out."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "left_pad_source", _true_or_false(self.left_pad_source))
+        require_at_least(
+            1, max_source_positions=self.max_source_positions, max_target_positions=self.max_target_positions
+        )
+        if self.source_lang is not None and self.source_lang == self.target_lang:
+            raise ValueError(f"--source-lang and --target-lang are both {self.source_lang!r}; they must differ")

@@ -12,6 +12,8 @@ class FairseqTask:
     """A task with fairseq's names: ``args``, ``datasets``, ``load_dataset``, the dictionaries."""
 
     dictionary: Dictionary
+    source: Dictionary | None = None
+    """Dictionary of the source that is translated; None where there is one text."""
 
     def __init__(self, config: Any) -> None:
         self.args = self.cfg = config
@@ -25,11 +27,11 @@ class FairseqTask:
     @property
     def source_dictionary(self) -> Dictionary:
         """Dictionary of the inputs."""
-        return self.dictionary
+        return self.source or self.dictionary
 
     @property
     def target_dictionary(self) -> Dictionary:
-        """Dictionary of the targets, which is the same."""
+        """Dictionary of the targets; without a source it is the same."""
         return self.dictionary
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **more: Any) -> None:

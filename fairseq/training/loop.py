@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import logging
 import os
@@ -17,9 +18,15 @@ from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.trime_batching import ranks_together, training_order
 from fairseq.metrics.training import StepSums, TrainMeters, valid_figures
-from fairseq.models.architectures import MODELS, build_model_config, model_class
+from fairseq.models.architectures import (
+    MODELS,
+    build_model_config,
+    model_class,
+    model_config_class,
+    model_name,
+)
 from fairseq.models.config import (
-    TransformerLMConfig,
+    TransformerConfig,
     architecture_of,
     model_config_from,
     require_same_architecture,
@@ -96,10 +103,13 @@ class TrainingLoop:
         chosen, given = self.configs.chosen, self.configs.options
         path = self.checkpoints.finetune_from_model
         if path:
-            own = {field.name for field in fields(TransformerLMConfig)}
+            own = {field.name for field in fields(TransformerConfig)}
             asked = {name: value for name, value in given.items() if name in own}
-            return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked)
-        return self.task.build_model(chosen["arch"], self._foreign_architecture() | dict(given))
+            return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked, self.task.source)
+        model: TransformerLanguageModel = self.task.build_model(
+            chosen["arch"], self._foreign_architecture() | dict(given)
+        )
+        return model
 
     def _foreign_architecture(self) -> dict[str, Any]:
         """Architecture of a checkpoint of fairseq that the run starts with, as far as no other one is asked for.
@@ -110,8 +120,9 @@ class TrainingLoop:
         saved_arch = found.config["chosen"].get("arch") if found is not None else None
         if found is None or not found.written_by or ("arch" in options and saved_arch != options["arch"]):
             return {}
-        saved = architecture_of(model_config_from(found.config["model"]))
-        asked = architecture_of(build_model_config(self.configs.chosen["arch"], options))
+        arch = self.configs.chosen["arch"]
+        saved = architecture_of(model_config_from(found.config["model"], model_config_class(model_name(arch))))
+        asked = architecture_of(build_model_config(arch, options))
         taken = {name: value for name, value in saved.items() if name not in options and value != asked[name]}
         if taken:
             listed = ", ".join(f"{name} {value}" for name, value in taken.items())
@@ -132,7 +143,7 @@ class TrainingLoop:
         )
 
     def _train_iterator(self, epoch: int) -> EpochBatchIterator:
-        dataset = self.task.blocks(self.validation.train_subset, epoch=epoch)
+        dataset = self.task.blocks(self.validation.train_subset, epoch=epoch, combine=True)
         batches = self.task.training_batches(
             dataset,
             max_tokens=self.data.max_tokens,
@@ -314,8 +325,7 @@ class TrainingLoop:
         configs = self.configs
         return Checkpoint(
             config={
-                "task": to_dict(self.task.config)
-                | {"name": configs.chosen["task"], "dictionary_digest": self.task.dictionary.digest()},
+                "task": to_dict(self.task.config) | {"name": configs.chosen["task"], **self._digests()},
                 "model": to_dict(self.model.config) | {"arch": configs.chosen["arch"], "kind": self.model_name},
                 "chosen": dict(configs.chosen),
                 "given": {name: _plain(value) for name, value in configs.options.items()},
@@ -334,13 +344,18 @@ class TrainingLoop:
             | ({} if self.average is None else {"ema": self.average.weights}),
         )
 
+    def _digests(self) -> dict[str, str]:
+        """Digests of the dictionaries, by the names under which a checkpoint keeps them."""
+        source = {} if self.task.source is None else {"source_dictionary_digest": self.task.source.digest()}
+        return {"dictionary_digest": self.task.dictionary.digest(), **source}
+
     def _restore(self) -> None:
         """Take up the run in --save-dir, if there is one. Raises: ValueError when it is another model's."""
         path, found = self.restore_path, self.restored
         if path is None or found is None:
             return
         self.restored = None  # its weights are needed only once
-        loaded = load_model_for(self.task.dictionary, found, path)
+        loaded = load_model_for(self.task.dictionary, found, path, source=self.task.source)
         require_same_architecture(path, loaded.config, self.model.config)
         try:
             self.model.load_state_dict(loaded.state_dict())
@@ -393,9 +408,10 @@ class TrainingLoop:
     def _write_manifest(self) -> None:
         if self.checkpoints.no_save:
             return
-        prefixes = [self.task.prefix(self.validation.train_subset), *map(self.task.prefix, self.valid_sets)]
+        splits = [self.validation.train_subset, *self.valid_sets]
+        prefixes = [prefix for split in splits for prefix in self.task.prefixes(split)]
         files = [prefix + end for prefix in prefixes for end in (".bin", ".idx")]
-        files.append(os.path.join(self.task.folders[0], "dict.txt"))
+        files += glob.glob(os.path.join(glob.escape(self.task.folders[0]), "dict*.txt"))
         write_manifest(
             self.checkpoint_manager.path("train.run.json"),
             program=self.configs.command.program,

@@ -54,11 +54,11 @@ def run_rank(rank, folder):
         criterion = build_criterion(name, given, model)
         criterion.ranks_per_memory = ranks_per_memory
         wrapped = DistributedDataParallel(LossModule(model, criterion))
-        loss, _ = wrapped(*batches_of(lengths)[rank].parts())
+        loss, _ = wrapped(LMBatch, *batches_of(lengths)[rank].parts())
         loss.backward()
         model.eval()
         with torch.inference_mode():
-            again, _ = wrapped(*batches_of(lengths)[rank].parts())
+            again, _ = wrapped(LMBatch, *batches_of(lengths)[rank].parts())
         # Data parallelism takes the mean over ranks; the trainer undoes that, so here too.
         gradients = [2 * p.grad for p in model.parameters()]
         found[case] = {"loss": loss.detach(), "eval": again.clone(), "gradients": gradients}

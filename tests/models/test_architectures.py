@@ -45,11 +45,36 @@ ADAPTIVE = {
 }
 
 
+# layers, width, inner width, heads, dropout, of attention, of activations, pre-norm; encoder and decoder alike
+TRANSLATION = {
+    "transformer": (6, 512, 2048, 8, 0.1, 0.0, 0.0, False),
+    "transformer_tiny": (2, 64, 64, 2, 0.1, 0.0, 0.0, False),
+    "transformer_iwslt_de_en": (6, 512, 1024, 4, 0.1, 0.0, 0.0, False),
+    "transformer_wmt_en_de": (6, 512, 2048, 8, 0.1, 0.0, 0.0, False),
+    "transformer_vaswani_wmt_en_de_big": (6, 1024, 4096, 16, 0.3, 0.0, 0.0, False),
+    "transformer_vaswani_wmt_en_fr_big": (6, 1024, 4096, 16, 0.1, 0.0, 0.0, False),
+    "transformer_wmt_en_de_big": (6, 1024, 4096, 16, 0.3, 0.1, 0.0, False),
+    "transformer_wmt_en_de_big_t2t": (6, 1024, 4096, 16, 0.3, 0.1, 0.1, True),
+}
+
+
 def test_every_name_is_listed_here():
-    assert set(ARCHITECTURES) == PLAIN.keys() | ADAPTIVE.keys()
+    assert set(ARCHITECTURES) == PLAIN.keys() | ADAPTIVE.keys() | TRANSLATION.keys()
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(TRANSLATION))
+def test_numbers_of_translation_models(name):
+    config = build_model_config(name, {})
+    layers, width, inner, heads, dropout, attention, activations, pre_norm = TRANSLATION[name]
+    for side in ("encoder", "decoder"):
+        found = [getattr(config, f"{side}_{what}") for what in ("layers", "embed_dim", "ffn_embed_dim")]
+        assert found == [layers, width, inner]
+        assert getattr(config, f"{side}_attention_heads") == heads
+        assert getattr(config, f"{side}_normalize_before") is pre_norm
+    assert (config.dropout, config.attention_dropout, config.activation_dropout) == (dropout, attention, activations)
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN | ADAPTIVE))
 def test_numbers(name):
     config = build_model_config(name, {})
     layers, width, inner, heads, dropout, attention, activations, activation, final_norm = (PLAIN | ADAPTIVE)[name]

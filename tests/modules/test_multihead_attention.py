@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fairseq.modules.multihead_attention import IncrementalState, MultiheadAttention
+from fairseq.modules.multihead_attention import Encoded, IncrementalState, MultiheadAttention
 
 
 def by_hand(attention, query_BTC, source_BSC, allowed_TS):
@@ -45,10 +45,23 @@ def test_masked_attention_to_a_source_of_another_width():
     attention = MultiheadAttention(8, 2, key_width=6).double()
     attention.reset_parameters()
     query, source = torch.randn(2, 3, 8, dtype=torch.double), torch.randn(2, 4, 6, dtype=torch.double)
-    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])[:, None]
-    torch.testing.assert_close(
-        attention(query, source, mask_BTS=mask), by_hand(attention, query, source, mask.expand(2, 3, 4))
-    )
+    visible = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    expected = by_hand(attention, query, source, visible[:, None].expand(2, 3, 4))
+    torch.testing.assert_close(attention.to_source(query, Encoded(source, visible)), expected)
+
+
+def test_rows_of_one_source_share_its_keys():
+    torch.manual_seed(2)
+    attention = MultiheadAttention(8, 2).double()
+    attention.reset_parameters()
+    query, source = torch.randn(6, 1, 8, dtype=torch.double), torch.randn(2, 4, 8, dtype=torch.double)
+    everything = torch.ones(6, 1, 4, dtype=torch.bool)
+    expected = by_hand(attention, query, source.repeat_interleave(3, 0), everything)
+    state = IncrementalState()
+    for _ in range(2):  # the second time from the cache
+        torch.testing.assert_close(attention.to_source(query, Encoded(source, None), state, "0"), expected)
+    state.reorder(torch.tensor([3, 3, 4]), sentences=torch.tensor([1]))
+    torch.testing.assert_close(attention.to_source(query[3:], Encoded(source[1:], None), state, "0"), expected[3:])
 
 
 def test_steps_of_any_size_equal_one_pass(attention):

@@ -1,0 +1,172 @@
+"""Translation: from a folder of two languages to batches of sentence pairs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDataset
+from fairseq.data.language_pair_dataset import LanguagePairDataset, Sentences, Side
+from fairseq.tasks.configs import TranslationConfig
+from fairseq.tasks.data_folder import DataFolderTask
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"(?P<split>.+)\.(?P<pair>[^.]+-[^.]+)\.(?P<lang>[^.]+)\.idx")
+
+
+class TranslationTask(DataFolderTask):
+    """A data folder of two languages and their dictionaries."""
+
+    config: TranslationConfig
+    way_out = "raise --max-source-positions and --max-target-positions"
+
+    def __init__(self, config: TranslationConfig) -> None:
+        """Read the dictionaries.
+
+        Raises: ValueError or FileNotFoundError when the data folder is not one of these languages.
+        """
+        super().__init__(config)
+        self.source_lang, self.target_lang = self._languages()
+        self.source: Dictionary = self._dictionary(self.source_lang)
+        self.dictionary = self._dictionary(self.target_lang)
+        if self.source.pad() != self.dictionary.pad():
+            raise ValueError("source and target dictionary have padding at different places; run preprocess.py again")
+        for lang, dictionary in ((self.source_lang, self.source), (self.target_lang, self.dictionary)):
+            logger.info("[%s] dictionary: %d types", lang, len(dictionary))
+
+    def _languages(self) -> tuple[str, str]:
+        """Source and target: as asked for, or those of the folder's files."""
+        pairs = _pairs_in(self.folders[0])
+        source, target = self.config.source_lang, self.config.target_lang
+        if source and target:
+            wanted = [f"{source}-{target}", f"{target}-{source}"]
+            if pairs and not any(pair in pairs for pair in wanted):
+                raise ValueError(
+                    f"--source-lang {source} --target-lang {target}: {self.folders[0]!r} holds {', '.join(pairs)}; "
+                    "name languages of it"
+                )
+            return source, target
+        fitting = [pair for pair in pairs if (source or target) in (None, *pair.split("-"))]
+        if len(fitting) != 1:
+            raise ValueError(
+                f"{self.folders[0]!r} holds {', '.join(pairs) or 'no text of two languages'}; "
+                + ("give --source-lang and --target-lang" if pairs else "preprocess.py makes such a folder")
+            )
+        first, _, second = fitting[0].partition("-")
+        turned = source == second or target == first
+        return (second, first) if turned else (first, second)
+
+    def _dictionary(self, lang: str) -> Dictionary:
+        path = os.path.join(self.folders[0], f"dict.{lang}.txt")
+        if not os.path.exists(path):
+            raise ValueError(f"{self.folders[0]!r} holds no dict.{lang}.txt; preprocess.py writes it")
+        return Dictionary.load(path)
+
+    @property
+    def src_dict(self) -> Dictionary:
+        """Dictionary of the source, by fairseq's name."""
+        return self.source
+
+    @property
+    def tgt_dict(self) -> Dictionary:
+        """Dictionary of the target, by fairseq's name."""
+        return self.dictionary
+
+    @property
+    def max_positions(self) -> int:
+        """Longest target sentence, in tokens."""
+        return self.config.max_target_positions
+
+    def model_limits(self) -> dict[str, int]:
+        """See the base class."""
+        limits = {"max_source_positions": self.config.max_source_positions}
+        return super().model_limits() | limits
+
+    def has_split(self, split: str) -> bool:
+        """See the base class."""
+        return any(os.path.exists(f"{path}.idx") for path in self._sources_of(split, self.folders[0]))
+
+    def _sources_of(self, split: str, folder: str) -> list[str]:
+        """Places where the source of a split may be: folders are made for either direction."""
+        source, target = self.source_lang, self.target_lang
+        return [
+            os.path.join(folder, f"{split}.{pair}.{source}") for pair in (f"{source}-{target}", f"{target}-{source}")
+        ]
+
+    def prefixes(self, split: str, epoch: int = 1) -> list[str]:
+        """Paths of a split's source and, where there is one, target, without ``.bin``.
+
+        Raises: ValueError naming the splits that exist when this one does not.
+        """
+        folder = self.folders[(epoch - 1) % len(self.folders)]
+        for source in self._sources_of(split, folder):
+            target = f"{source[: -len(self.source_lang)]}{self.target_lang}"
+            if os.path.exists(f"{source}.idx"):
+                return [source, target] if os.path.exists(f"{target}.idx") else [source]
+        here = sorted({hit["split"] for name in os.listdir(folder) if (hit := _NAME.fullmatch(name))})
+        raise ValueError(
+            f"no split {split!r} of {self.source_lang}-{self.target_lang} in {folder!r}, which holds: "
+            f"{', '.join(here) or 'no text of two languages'}"
+        )
+
+    def blocks(
+        self, split: str, epoch: int = 1, *, combine: bool = False, needs_target: bool = True
+    ) -> LanguagePairDataset:
+        """The sentence pairs of a split.
+
+        Args:
+            combine: the splits numbered after it (``split1``, ...) follow.
+            needs_target: False if sources alone will do.
+        Raises: ValueError when there is no text, its sides do not fit, or it holds tokens a dictionary has not.
+        """
+        parts = [
+            self.prefixes(split, epoch),
+            *(self.prefixes(s) for s in (self.numbered_after(split) if combine else ())),
+        ]
+        if needs_target and any(len(part) == 1 for part in parts):
+            raise ValueError(f"split {split!r} has no {self.target_lang} side: {parts[0][0]} stands alone")
+        limit = self.config.max_source_positions if self.config.truncate_source else None
+        sides = [
+            self._side([part[number] for part in parts], lang, dictionary, None if number else limit)
+            for number, (lang, dictionary) in enumerate(
+                [(self.source_lang, self.source), (self.target_lang, self.dictionary)][: min(map(len, parts))]
+            )
+        ]
+        for part in parts if len(sides) > 1 else ():
+            source, target = (len(MMapIndexedDataset(path)) for path in part)
+            if source != target:
+                raise ValueError(
+                    f"{part[0]} has {source} sentences, {part[1]} has {target}; they must be translations of each "
+                    "other, line by line: run preprocess.py on both again"
+                )
+        dataset = LanguagePairDataset(
+            sides[0],
+            sides[1] if len(sides) > 1 else None,
+            left_pad_source=self.config.left_pad_source,
+            max_source_positions=self.config.max_source_positions,
+        )
+        if not len(dataset):
+            raise ValueError(f"split {split!r} is empty: {parts[0][0]}.bin holds no sentence; name another split")
+        logger.info(
+            "%s %s %s-%s %d examples", self.config.data, split, self.source_lang, self.target_lang, len(dataset)
+        )
+        return dataset
+
+    def _side(self, paths: list[str], lang: str, dictionary: Dictionary, longest: int | None) -> Side:
+        texts = [MMapIndexedDataset(path) for path in paths]
+        sentences = Sentences(texts, longest)
+        name = f"{self.folders[0]}/dict.{lang}.txt"
+        self.require_known_tokens(sentences.largest_token, paths[0], name, len(dictionary))
+        return Side(sentences, dictionary.pad(), dictionary.eos())
+
+    def read_split(self, split: str, epoch: int, combine: bool) -> LanguagePairDataset:
+        """See the base class."""
+        return self.blocks(split, epoch, combine=combine)
+
+
+def _pairs_in(folder: str) -> list[str]:
+    """Language pairs of the binarised text in a folder."""
+    return sorted({hit["pair"] for name in os.listdir(folder) if (hit := _NAME.fullmatch(name))})
