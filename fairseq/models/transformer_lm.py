@@ -150,6 +150,12 @@ class TransformerLanguageModel(nn.Module):
             return self.decoder.adaptive_softmax.vocab_logp(hidden_ND)
         return log_softmax(self._output_scores(hidden_ND))
 
+    def vocab_scores(self, hidden_ND: Tensor) -> Tensor:
+        """Scores of every type before any softmax, (N, V) float32; of an adaptive softmax its log-probabilities."""
+        if self.decoder.adaptive_softmax is not None:
+            return self.decoder.adaptive_softmax.vocab_logp(hidden_ND)
+        return self._output_scores(hidden_ND).float()
+
     def _output_scores(self, hidden_ND: Tensor) -> Tensor:
         assert self.decoder.output_projection is not None, "there is an adaptive softmax instead"
         scores_NV: Tensor = self.decoder.output_projection(hidden_ND)

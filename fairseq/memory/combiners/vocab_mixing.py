@@ -7,16 +7,93 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq.memory.log_space import log_add
-from fairseq.memory.scoring import check_temperature, check_weight
+from fairseq.memory.scoring import check_temperature, check_weight, masked_logsumexp
 from fairseq.memory.types import Candidates
 
 _CHUNK_NUMBERS = 1 << 20  # scores worked on at a time: 4 MB in float32
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What each row's mixture is made of."""
+
+    scores_CM: Tensor
+    """Scores of the candidates, whose softmax is the memory's distribution."""
+    memory_C: Tensor
+    """Factor of that distribution."""
+    log_model_C: Tensor
+    """Log of the factor of the model's distribution."""
+    temperature: float = 1.0
+    """Divides the scores before the softmax."""
+
+
+class Weighting(Protocol):
+    """Decides how much of each row's distribution the memory gets."""
+
+    def __call__(self, norm_C: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> Weights:
+        """Weights of rows, from the log-sum of the model's scores and the candidates; all are kept without a mask."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedWeighting:
+    """The same weight everywhere: kNN-LM's (arXiv 1911.00172, eq. 3) and kNN-MT's (arXiv 2010.00710, eq. 3).
+
+    Raises: ValueError when a field is out of range.
+    """
+
+    weight: float
+    """Share of the candidates, 0 to 1."""
+    temperature: float = 1.0
+    """Divides their scores."""
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight, "--lmbda")
+        check_temperature(self.temperature)
+
+    def __call__(self, norm_C: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> Weights:
+        """See ``Weighting``."""
+        log_left = math.log1p(-self.weight) if self.weight < 1.0 else -math.inf
+        memory_C, log_model_C = torch.full_like(norm_C, self.weight), torch.full_like(norm_C, log_left)
+        return Weights(scores_CM, memory_C, log_model_C, self.temperature)
+
+
+@dataclass(frozen=True)
+class JointWeighting:
+    """Vocabulary and memory normalised together: the memory's share is its part of both sums (arXiv 2205.12674, sec. 3).
+
+    Scores must be inner products; they are divided by the root of the width.
+
+    Raises: ValueError when the temperature is out of range.
+    """
+
+    dim: int
+    """Width of the keys."""
+    temperature: float = 1.0
+    """Divides the scores."""
+    adds_up: bool = True
+    """False for what TRIME's translation program computed: the memory's distribution is added whole, so that the result
+    sums to more than 1."""
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    def __call__(self, norm_C: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> Weights:
+        """See ``Weighting``."""
+        scale = self.temperature * self.dim**0.5
+        scores_CM = scores_CM.float() / scale
+        keep = torch.ones_like(scores_CM, dtype=torch.bool) if keep_CM is None else keep_CM
+        excess_C = masked_logsumexp(scores_CM, keep) - norm_C
+        memory_C = torch.sigmoid(excess_C) if self.adds_up else torch.ones_like(excess_C)
+        return Weights(scores_CM, memory_C, torch.nn.functional.logsigmoid(-excess_C))
 
 
 class VocabularyMixer:
@@ -33,16 +110,14 @@ class VocabularyMixer:
     ```
     """
 
-    def __init__(self, weight: float, temperature: float = 1.0) -> None:
+    def __init__(self, weight: float | Weighting, temperature: float = 1.0) -> None:
         """Args.
 
-        weight: share of the candidates, 0 to 1.
-        temperature: divides their scores.
+        weight: share of the candidates, 0 to 1, or what decides about it.
+        temperature: divides their scores, where the weight is a number.
         Raises: ValueError when either is out of range.
         """
-        check_weight(weight, "--lmbda")
-        check_temperature(temperature)
-        self.weight, self.temperature = weight, temperature
+        self.weighting = FixedWeighting(weight, temperature) if isinstance(weight, (int, float)) else weight
         self._mass_CV: Tensor | None = None
 
     def normalize_(self, scores_RV: Tensor, rows_N: Tensor | None = None) -> None:
@@ -84,25 +159,24 @@ class VocabularyMixer:
         if not scores_CM.shape[1]:
             logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
             return
-        logp_CV -= torch.logsumexp(logp_CV, dim=1, keepdim=True)
-        log_left = math.log1p(-self.weight) if self.weight < 1.0 else -math.inf
+        norm_C1 = torch.logsumexp(logp_CV, dim=1, keepdim=True)
+        logp_CV -= norm_C1
+        weights = self.weighting(norm_C1[:, 0], values_CM, scores_CM, keep_CM)
         if logp_CV.device.type == "cpu" and logp_CV.is_contiguous():
-            self._mix_on_cpu_(logp_CV, values_CM, scores_CM, keep_CM, log_left)
+            self._mix_on_cpu_(logp_CV, values_CM, keep_CM, weights)
         else:
-            self._mix_anywhere_(logp_CV, values_CM, scores_CM, keep_CM, log_left)
+            self._mix_anywhere_(logp_CV, values_CM, keep_CM, weights)
 
-    def _mix_anywhere_(
-        self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None, log_left: float
-    ) -> None:
+    def _mix_anywhere_(self, logp_CV: Tensor, values_CM: Tensor, keep_CM: Tensor | None, weights: Weights) -> None:
         """Mix candidates into log-probabilities by torch, on any device."""
-        scores_CM = scores_CM / self.temperature
+        scores_CM = weights.scores_CM / weights.temperature
         if keep_CM is not None:
             scores_CM.masked_fill_(~keep_CM, -torch.inf)
             values_CM = values_CM.masked_fill(~keep_CM, 0)
         best_C1 = scores_CM.amax(1, keepdim=True)
-        logp_CV += torch.where(torch.isneginf(best_C1), 0.0, log_left)
+        logp_CV += torch.where(torch.isneginf(best_C1), 0.0, weights.log_model_C[:, None])
         share_CM = scores_CM.sub_(best_C1.clamp_(min=torch.finfo(scores_CM.dtype).min)).exp_()
-        share_CM *= self.weight / share_CM.sum(1, keepdim=True).clamp_min(1e-30)
+        share_CM *= weights.memory_C[:, None] / share_CM.sum(1, keepdim=True).clamp_min(1e-30)
         mass_CV = self._zeros(logp_CV)
         mass_CV.scatter_add_(1, values_CM, share_CM)
         # All candidates of a token read the same sum and write the same result, so that their order means nothing.
@@ -110,9 +184,7 @@ class VocabularyMixer:
         logp_CV.scatter_(1, values_CM, mixed_CM)
         mass_CV.scatter_(1, values_CM, 0.0)
 
-    def _mix_on_cpu_(
-        self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None, log_left: float
-    ) -> None:
+    def _mix_on_cpu_(self, logp_CV: Tensor, values_CM: Tensor, keep_CM: Tensor | None, weights: Weights) -> None:
         """The same in one compiled loop: for one row, as generation has it, many operations take several times as long.
 
         Raises: ValueError for candidates beyond the vocabulary.
@@ -120,12 +192,18 @@ class VocabularyMixer:
         from fairseq.memory.combiners.vocab_mixing_kernels import mix_candidates
 
         keep = np.empty((0, 0), np.bool_) if keep_CM is None else keep_CM.contiguous().numpy()
-        values, scores = (
-            values_CM.expand(len(scores_CM), -1).contiguous().numpy(),
-            scores_CM.float().contiguous().numpy(),
+        scores_CM = weights.scores_CM.float().contiguous()
+        values = values_CM.expand(len(scores_CM), -1).contiguous().numpy()
+        each_C = (weights.memory_C.float().numpy(), weights.log_model_C.float().numpy())
+        strangers = mix_candidates(  # type: ignore[call-arg]
+            values,
+            scores_CM.numpy(),
+            keep,
+            np.float32(weights.temperature),
+            *each_C,
+            logp_CV.numpy(),
+            self._zeros(logp_CV[0]).numpy(),
         )
-        numbers = [np.float32(number) for number in (self.temperature, self.weight, log_left)]
-        strangers = mix_candidates(values, scores, keep, *numbers, logp_CV.numpy(), self._zeros(logp_CV[0]).numpy())  # type: ignore[call-arg]
         if strangers:
             raise ValueError(
                 f"{strangers} neighbours hold tokens beyond the vocabulary of {logp_CV.shape[1]}; the datastore is of "

@@ -14,14 +14,15 @@ from fairseq.memory.index.ops.kernels import compiled
 
 @compiled()
 def mix_candidates(
-    values_CM: Any, scores_CM: Any, keep_CM: Any, temperature: Any, weight: Any, log_left: Any, logp_CV: Any,
-    mass_V: Any,
+    values_CM: Any, scores_CM: Any, keep_CM: Any, temperature: Any, weight_C: Any, log_left_C: Any,
+    logp_CV: Any, mass_V: Any,
 ) -> int:  # fmt: skip
     """Turn the model's log-probabilities into those of its mixture with candidates, in place.
 
     Args:
         keep_CM: which candidates count; of no rows where all do. Rows without any stay as they are.
-        log_left: log of the model's weight.
+        weight_C: weight of the candidates in each row.
+        log_left_C: log of the model's weight.
         mass_V: zeros; they are zeros again afterwards.
     Returns: how many of the tokens do not exist; those are passed over.
     """
@@ -39,11 +40,11 @@ def mix_candidates(
             share_M[m] = np.exp(share_M[m] - best)
             total += share_M[m]
         for v in range(vocabulary):
-            logp_CV[c, v] += log_left
+            logp_CV[c, v] += log_left_C[c]
         for m in range(len(share_M)):
             if share_M[m] > 0.0:
                 if 0 <= values_CM[c, m] < vocabulary:
-                    mass_V[values_CM[c, m]] += share_M[m] * (weight / total)
+                    mass_V[values_CM[c, m]] += share_M[m] * (weight_C[c] / total)
                 else:
                     strangers += 1
         for m in range(len(share_M)):

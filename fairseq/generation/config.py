@@ -1,0 +1,71 @@
+"""Options of generated text. No torch here: the flags are made from these."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fairseq.config import flag, require_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Options of beam search and sampling."""
+
+    beam: int = flag("--beam", default=5)
+    """Hypotheses kept for each sentence, or drawn with --sampling."""
+    nbest: int = flag("--nbest", default=1)
+    """Hypotheses returned for each sentence."""
+    max_len_a: float = flag("--max-len-a", default=0.0)
+    """A text has at most A * (source tokens) + B tokens, </s> aside."""
+    max_len_b: int = flag("--max-len-b", default=200)
+    """B of --max-len-a. A language model counts the beginning that it was given."""
+    min_len: int = flag("--min-len", default=1)
+    """Smallest number of tokens, </s> aside."""
+    match_source_len: bool = flag("--match-source-len", default=False)
+    """Generate as many tokens as the source has."""
+    unnormalized: bool = flag("--unnormalized", default=False)
+    """Rank hypotheses by their log-probability alone, as --lenpen 0."""
+    lenpen: float = flag("--lenpen", default=1.0)
+    """Power of the length that log-probabilities are divided by; larger favours long text."""
+    unkpen: float = flag("--unkpen", default=0.0)
+    """Taken off the log-probability of <unk>."""
+    temperature: float = flag("--temperature", default=1.0)
+    """Divides the model's scores before the softmax."""
+    prefix_size: int = flag("--prefix-size", default=0)
+    """Begin each text with so many tokens of the reference."""
+    no_repeat_ngram_size: int = flag("--no-repeat-ngram-size", default=0)
+    """No n-gram of this size occurs twice in a text; 0 for no such rule."""
+    sampling: bool = flag("--sampling", default=False)
+    """Draw tokens instead of searching."""
+    sampling_topk: int = flag("--sampling-topk", default=-1)
+    """Draw from so many most probable types; -1 for all."""
+    sampling_topp: float = flag("--sampling-topp", default=-1.0)
+    """Draw from the fewest types that hold this share of the probability (arXiv 1904.09751); -1 for all."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, beam=self.beam, nbest=self.nbest)
+        require_at_least(
+            0,
+            max_len_a=self.max_len_a,
+            max_len_b=self.max_len_b,
+            min_len=self.min_len,
+            prefix_size=self.prefix_size,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+        )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"--temperature {self.temperature} is not above 0; --beam 1 takes the most probable token")
+        if self.nbest > self.beam:
+            raise ValueError(f"--nbest {self.nbest} is more than the {self.beam} hypotheses of --beam; give a larger one")
+        for name, value in (("--sampling-topk", self.sampling_topk), ("--sampling-topp", self.sampling_topp)):
+            if value > 0 and not self.sampling:
+                raise ValueError(f"{name} {value} belongs to --sampling: give it too, or leave {name} out")
+        if self.sampling_topk > 0 and self.sampling_topp > 0:
+            raise ValueError("--sampling-topk and --sampling-topp exclude each other; give one of them")
+        if self.sampling_topp > 1:
+            raise ValueError(f"--sampling-topp {self.sampling_topp} is a share of the probability; give at most 1")
+        if not self.max_len_a and self.prefix_size > self.max_len_b:
+            raise ValueError(
+                f"--prefix-size {self.prefix_size} begins texts that --max-len-b {self.max_len_b} ends before; raise "
+                "--max-len-b"
+            )

@@ -1,0 +1,111 @@
+"""The distribution of the next token, by one model or several, with a memory mixed in.
+
+Shapes: R live rows, S sentences, T tokens read in one step, D width, V types.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fairseq.modules.multihead_attention import Encoded, IncrementalState
+
+if TYPE_CHECKING:
+    from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
+    from fairseq.memory.sources.external import ExternalMemory
+    from fairseq.models.transformer_lm import TransformerLanguageModel
+
+
+class StepMemory(Protocol):
+    """A memory that changes the distribution of the next token."""
+
+    key_tap: str
+    """Inner state of the model that is the query."""
+
+    def mix_(self, scores_RV: Tensor, query_RD: Tensor) -> None:
+        """Turn the model's scores into log-probabilities of model and memory together, in place."""
+        ...
+
+
+class NeighborMemory:
+    """The nearest rows of a datastore, mixed into the vocabulary (arXiv 2010.00710)."""
+
+    def __init__(self, memory: ExternalMemory, mixer: VocabularyMixer, key_tap: str) -> None:
+        self.memory, self.mixer, self.key_tap = memory, mixer, key_tap
+
+    def mix_(self, scores_RV: Tensor, query_RD: Tensor) -> None:
+        """See ``StepMemory``: one search for all rows."""
+        found = self.memory.candidates(self.memory.neighbors(query_RD), scores_RV.device)
+        self.mixer.mix_(scores_RV, None, found)
+
+
+class NextToken:
+    """Models that read a batch of texts step by step; each sentence may have several rows, one after the other."""
+
+    def __init__(
+        self,
+        models: Sequence[TransformerLanguageModel],
+        source: Mapping[str, Any],
+        *,
+        temperature: float = 1.0,
+        memory: StepMemory | None = None,
+    ) -> None:
+        """Args.
+
+        source: what the models read besides their own text (``batch.source``); read once.
+        temperature: divides the scores of every model.
+        memory: of the one model there is.
+        """
+        assert memory is None or len(models) == 1, "keys come from one model"
+        self.models = list(models)
+        self.temperature = temperature
+        self.memory = memory
+        self._states = [IncrementalState() for _ in models]
+        self._encoded: list[Encoded | None] = [
+            model.encode(source["source_BS"]) if "source_BS" in source else None  # type: ignore[operator]
+            for model in models
+        ]
+
+    def logp(self, tokens_RT: Tensor) -> Tensor:
+        """Read tokens after those of earlier calls; log-probability of every type after the last, (R, V) float32.
+
+        The result may be written to.
+        """
+        parts = [self._logp(number, tokens_RT) for number in range(len(self.models))]
+        return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0) - math.log(len(parts))
+
+    def prefix_logp(self, tokens_RT: Tensor, target_RT: Tensor) -> Tensor:
+        """Read tokens as :meth:`logp` does; log-probability of the target of each, (R, T)."""
+        shape, steps = tokens_RT.shape, []
+        for step in range(shape[1]):  # a memory may need every step's whole distribution
+            steps.append(self.logp(tokens_RT[:, step : step + 1]).gather(1, target_RT[:, step, None]))
+        return torch.cat(steps, 1) if steps else torch.empty(shape, device=tokens_RT.device)
+
+    def _logp(self, number: int, tokens_RT: Tensor) -> Tensor:
+        model, encoded = self.models[number], self._encoded[number]
+        tap = None if self.memory is None else self.memory.key_tap
+        given = {} if encoded is None else {"encoded": encoded}
+        out = model(tokens_RT, tap, self._states[number], **given)
+        hidden_RD = out.hidden_BTD[:, -1]
+        if self.memory is None and self.temperature == 1.0:
+            return model.vocab_logp(hidden_RD)
+        scores_RV = model.vocab_scores(hidden_RD)
+        if self.temperature != 1.0:
+            scores_RV = scores_RV / self.temperature
+        if self.memory is None:
+            return torch.log_softmax(scores_RV, 1)
+        assert out.key_BTD is not None, "a key was asked for"
+        self.memory.mix_(scores_RV, out.key_BTD[:, -1])
+        return scores_RV
+
+    def reorder(self, rows_R: Tensor, sentences: Tensor | None = None) -> None:
+        """Go on with these rows; ``sentences`` are the numbers of the sentences that remain, when some do not."""
+        for number, state in enumerate(self._states):
+            state.reorder(rows_R, sentences)
+            encoded = self._encoded[number]
+            if encoded is not None and sentences is not None:
+                self._encoded[number] = encoded.rows(sentences)
