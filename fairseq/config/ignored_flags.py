@@ -113,6 +113,20 @@ EVALUATE: dict[str, tuple[int, str]] = COMMON | {
     "--ddp-backend": (1, _TRAINING),
 }
 
+GENERATE: dict[str, tuple[int, str]] = {
+    name: reason for name, reason in EVALUATE.items() if name not in ("--tokenizer", "--bpe", "--lm-eval")
+} | {
+    "--no-early-stop": (0, "a sentence ends when --beam hypotheses have ended"),
+    "--no-beamable-mm": (0, "a source is always read once for all of its beams"),
+    "--print-step": (0, "there is one step per token"),
+    "--max-source-length": (1, "--max-source-positions is the limit"),
+    "--sacrebleu-tokenizer": (1, "sacrebleu's own is taken, the signature names it"),
+    "--num-batch-buckets": (1, "rows are padded to the longest one of their batch"),
+    "--left-pad-target": (1, "targets are padded on the right"),
+    "--decoder-embed-dim": (1, "the checkpoint and the datastore know their width"),
+    "--required-seq-len-multiple": (1, "rows are padded to the longest one of their batch"),
+}
+
 PREPROCESS: dict[str, tuple[int, str]] = {
     name: value for name, value in (COMMON | EVALUATE).items() if name not in ("--dataset-impl", "--arch")
 } | {
@@ -186,4 +200,28 @@ REJECTED_EVALUATE: dict[str, str] = _REJECTED | {
     "--bisearch-l": "is not offered; fairseq-knn-sweep finds the best --lmbda",
     "--bisearch-r": "is not offered; fairseq-knn-sweep finds the best --lmbda",
     "--bisearch-step": "is not offered; fairseq-knn-sweep finds the best --lmbda",
+}
+
+_BEAMS = "is not offered; --sampling gives other texts than beam search"
+_REFINED = "is not offered: models here write from left to right"
+
+REJECTED_GENERATE: dict[str, str] = {
+    "--constraints": "is not offered; --prefix-size begins texts with given words",
+    "--diverse-beam-groups": _BEAMS,
+    "--diverse-beam-strength": _BEAMS,
+    "--diversity-rate": _BEAMS,
+    "--lm-path": "is not offered; several models in --path are averaged",
+    "--lm-weight": "is not offered; several models in --path are averaged",
+    "--print-alignment": "is not offered: attention is not kept while generating",
+    "--replace-unk": "is not offered; word pieces (--bpe) leave no unknown words",
+    "--retain-dropout": "is not offered: models generate without dropout",
+    "--iter-decode-eos-penalty": _REFINED,
+    "--iter-decode-max-iter": _REFINED,
+    "--iter-decode-force-max-iter": _REFINED,
+    "--iter-decode-with-beam": _REFINED,
+    "--iter-decode-with-external-reranker": _REFINED,
+    "--retain-iter-history": _REFINED,
+    "--decoding-format": _REFINED,
+    "--upsample-primary": "belongs to training",
+    "--load-alignments": "is not offered: word alignments are not read",
 }

@@ -94,7 +94,7 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
     )
     blocks = task.blocks(config.gen_subset)
     device = torch.device("cuda" if runs_on_gpu(configs.runtime) else "cpu")
-    models = [_prepared(configs, c, path, task, device) for c, path in zip(checkpoints, paths)]
+    models = [_prepared(configs, c, path, task) for c, path in zip(checkpoints, paths)]
     longest = min((model.longest_input for model in models if model.longest_input), default=None)
     if longest is not None and block_size + config.context_window > longest:
         raise ValueError(
@@ -147,22 +147,14 @@ def _longest_row(block_size: int, config: EvaluationConfig, task: LanguageModeli
 
 
 def _prepared(
-    configs: EvaluationConfigs, checkpoint: Checkpoint, path: str, task: LanguageModelingTask, device: torch.device
+    configs: EvaluationConfigs, checkpoint: Checkpoint, path: str, task: LanguageModelingTask
 ) -> TransformerLanguageModel:
     """A model on its device, in its precision, in evaluation mode."""
-    runtime = configs.runtime
     overrides = dict(configs.evaluation.model_overrides or {})
     overrides.pop("knn_keytype", None)  # where keys are read is no part of the model: see _key_tap
     for name in TASK_OVERRIDES:  # of the text, not of the model: see open_evaluation
         overrides.pop(name, None)
-    model = load_model_for(task.dictionary, checkpoint, path, overrides)
-    if runtime.any_fp16 and device.type == "cpu":
-        logger.warning("--fp16 needs a GPU; the model runs in float32 (--bf16 runs on CPUs)")
-    elif runtime.any_fp16:
-        model = model.half()
-    if runtime.any_bf16:
-        model = model.bfloat16()
-    return model.to(device).eval().requires_grad_(False)
+    return task.load_model(checkpoint, path, overrides, configs.runtime)
 
 
 def _key_tap(configs: EvaluationConfigs, model: TransformerLanguageModel) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from fairseq.config import flag, require_at_least
+from fairseq.config import flag, literal_dict, require_at_least
+from fairseq.metrics.bleu import SCORINGS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class GenerationConfig:
     """Power of the length that log-probabilities are divided by; larger favours long text."""
     unkpen: float = flag("--unkpen", default=0.0)
     """Taken off the log-probability of <unk>."""
-    temperature: float = flag("--temperature", default=1.0)
+    logit_temperature: float = flag("--temperature", default=1.0)
     """Divides the model's scores before the softmax."""
     prefix_size: int = flag("--prefix-size", default=0)
     """Begin each text with so many tokens of the reference."""
@@ -53,8 +55,8 @@ class GenerationConfig:
             prefix_size=self.prefix_size,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
         )
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature {self.temperature} is not above 0; --beam 1 takes the most probable token")
+        if not 0 < self.logit_temperature < math.inf:
+            raise ValueError(f"--temperature {self.logit_temperature} is not above 0; --beam 1 takes the most probable token")
         if self.nbest > self.beam:
             raise ValueError(f"--nbest {self.nbest} is more than the {self.beam} hypotheses of --beam; give a larger one")
         for name, value in (("--sampling-topk", self.sampling_topk), ("--sampling-topp", self.sampling_topp)):
@@ -69,3 +71,71 @@ class GenerationConfig:
                 f"--prefix-size {self.prefix_size} begins texts that --max-len-b {self.max_len_b} ends before; raise "
                 "--max-len-b"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Options of generate.py and interactive.py: checkpoint, text and report."""
+
+    path: str | None = flag("--path", default=None)
+    """Checkpoint; several separated by colons make an ensemble."""
+    gen_subset: str = flag("--gen-subset", default="test")
+    """Split whose sentences are translated, or whose texts are continued."""
+    num_shards: int = flag("--num-shards", default=1)
+    """Parts the split is cut into, for as many commands."""
+    shard_id: int = flag("--shard-id", default=0)
+    """Part that this command takes, from 0."""
+    remove_bpe: str | None = flag("--remove-bpe", "--post-process", default=None, const="@@ ")
+    """Join word pieces that this mark continues; "sentencepiece" for those of sentencepiece."""
+    quiet: bool = flag("--quiet", default=False)
+    """Print the scores only."""
+    results_path: str | None = flag("--results-path", default=None)
+    """Folder for the lines, in generate-SUBSET.txt, and plain texts; by default lines are printed."""
+    model_overrides: dict[str, Any] | None = flag("--model-overrides", default=None, parse=literal_dict)
+    """Dictionary literal of model settings that replace the checkpoint's, and of a datastore's."""
+    score_reference: bool = flag("--score-reference", default=False)
+    """Score the references instead of generating."""
+    scoring: str = flag("--scoring", default="bleu", choices=SCORINGS)
+    """bleu of tokens as they are; sacrebleu (BLEU, chrF++, TER), chrf or ter of detokenised text."""
+    sacrebleu: bool = flag("--sacrebleu", default=False)
+    """As --scoring sacrebleu."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("give --path CHECKPOINT: which model generates is not known otherwise")
+        require_at_least(1, num_shards=self.num_shards)
+        if not 0 <= self.shard_id < self.num_shards:
+            raise ValueError(f"--shard-id {self.shard_id} is not in 0..{self.num_shards - 1} (--num-shards)")
+
+    @property
+    def paths(self) -> list[str]:
+        """The checkpoints."""
+        return str(self.path).split(":")
+
+    @property
+    def scores_by(self) -> str:
+        """Name of the scoring."""
+        return "sacrebleu" if self.sacrebleu else self.scoring
+
+
+LAMBDA_TYPES = ("fix", "trime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemoryConfig:
+    """Options of a datastore that takes part in every step of generation."""
+
+    knnmt: bool = flag("--knnmt", "--knnlm", default=False)
+    """Mix the nearest neighbours of a datastore into each step (kNN-MT, arXiv 2010.00710)."""
+    knn_lambda_type: str = flag("--knn-lambda-type", default="fix", choices=LAMBDA_TYPES)
+    """Share of the neighbours: fix takes --lmbda, trime normalises vocabulary and neighbours together."""
+    compat_trime_mass: bool = flag("--compat-trime-mass", default=False)
+    """Add the neighbours' distribution whole, as TRIME's program for translation did: the sum is then above 1."""
+    knn_keytype: str | None = flag("--knn-keytype", default=None)
+    """Inner state that is the query; by default model_output of a translation model, else as the store says."""
+
+    def __post_init__(self) -> None:
+        if self.compat_trime_mass and self.knn_lambda_type != "trime":
+            raise ValueError("--compat-trime-mass belongs to --knn-lambda-type trime: give both, or leave it out")
+        if self.knn_lambda_type != "fix" and not self.knnmt:
+            raise ValueError(f"--knn-lambda-type {self.knn_lambda_type} is read with --knnmt only: give it too")

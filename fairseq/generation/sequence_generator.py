@@ -82,7 +82,11 @@ class SequenceGenerator:
 
     @torch.inference_mode()
     def generate(
-        self, source: Mapping[str, Any], source_lengths: Sequence[int], prefix_BT: Tensor | None = None
+        self,
+        source: Mapping[str, Any],
+        source_lengths: Sequence[int],
+        prefix_BT: Tensor | None = None,
+        limits: Sequence[int] | None = None,
     ) -> list[list[Hypothesis]]:
         """The --nbest hypotheses of each sentence, the best first.
 
@@ -92,6 +96,8 @@ class SequenceGenerator:
             source: what the models read besides their own text (``batch.source``), B rows; empty for a language model.
             source_lengths: tokens of each source, </s> included; of a language model's prefix.
             prefix_BT: int64 beginnings that the texts are given, without </s> or padding.
+            limits: tokens before </s> that each text may have, instead of those of the config.
+        Raises: ValueError for a beginning that is longer than its text may be.
         """
         config, lengths_B = self.config, torch.tensor(list(source_lengths))
         count, device = len(lengths_B), self._device()
@@ -99,11 +105,12 @@ class SequenceGenerator:
             prefix_BT = torch.empty(count, 0, dtype=torch.int64)
         prefix_BT = prefix_BT.to(device)
         found: list[list[Hypothesis]] = [[] for _ in range(count)]
-        steps = NextToken(self.models, source, temperature=config.temperature, memory=self.memory)
+        steps = NextToken(self.models, source, temperature=config.logit_temperature, memory=self.memory)
         empty_B = (lengths_B < 2) & bool(source)
         for number in empty_B.nonzero()[:, 0].tolist():
             found[number] = [Hypothesis(torch.tensor([self.eos], device=device), torch.zeros(1, device=device), 0.0)]
-        beams = self._begin(steps, prefix_BT, self._limits(lengths_B).to(device))
+        limit_B = self._limits(lengths_B) if limits is None else torch.tensor(list(limits))
+        beams = self._begin(steps, prefix_BT, limit_B.to(device))
         last_RT = torch.cat([torch.full((count, 1), self.eos, device=device), prefix_BT], 1)[:, -1:]
         if bool(empty_B.any()):
             beams, rows, sentences = self._without(beams, empty_B.to(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -57,3 +58,38 @@ def _paired(system: Sequence[str], reference: Sequence[str]) -> tuple[Sequence[s
             f"the system's text has {len(system)} sentences, the reference {len(reference)}; they must be the same ones"
         )
     return system, [reference]
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Scores of translations as text."""
+
+    lines: tuple[str, ...]
+    """The first in fairseq's words, others with sacrebleu's signatures."""
+    figures: dict[str, float]
+
+
+SCORINGS = ("bleu", "sacrebleu", "chrf", "ter")
+
+
+def score_texts(scoring: str, system: Sequence[str], reference: Sequence[str]) -> TextScores:
+    """Score whole texts.
+
+    Args:
+        scoring: ``bleu`` compares tokens as they are, the others detokenised text: ``sacrebleu`` gives BLEU, chrF++ and
+            TER, ``chrf`` and ``ter`` one of them.
+    Raises: ValueError for different numbers of sentences.
+    """
+    if scoring == "bleu":
+        score = token_bleu(system, reference)
+        return TextScores((bleu_line(score),), {"bleu": score.score})
+    library = importlib.import_module("sacrebleu.metrics")
+    metrics = {"bleu": library.BLEU(), "chrf++": library.CHRF(word_order=2), "ter": library.TER()}
+    wanted = {"sacrebleu": tuple(metrics), "chrf": ("chrf++",), "ter": ("ter",)}[scoring]
+    lines, figures = [], {}
+    system, references = _paired(system, reference)
+    for name in wanted:
+        score = metrics[name].corpus_score(system, references)
+        figures[name] = score.score
+        lines += [score.format(), f"{score.name}|{metrics[name].get_signature()}"]
+    return TextScores(tuple(lines), figures)

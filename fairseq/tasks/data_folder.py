@@ -6,14 +6,21 @@ import itertools
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fairseq.checkpoint_utils import load_model_for
 from fairseq.data.batching import batch_by_size
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.models.architectures import build_model_config, model_class, model_name
+from fairseq.runtime.distributed import runs_on_gpu
 from fairseq.tasks.fairseq_task import FairseqTask
+
+if TYPE_CHECKING:
+    from fairseq.checkpoint_utils import Checkpoint
+    from fairseq.models.transformer_lm import TransformerLanguageModel
+    from fairseq.runtime.config import RuntimeConfig
 
 logger = logging.getLogger(__name__)
 IntArray = np.ndarray[Any, Any]
@@ -156,6 +163,23 @@ class DataFolderTask(FairseqTask):
         kind = model_class(model_name(arch))
         sizes = {} if self.source is None else {"source_size": len(self.source)}
         return kind.build(config, len(self.dictionary), self.dictionary.pad(), **sizes)
+
+    def load_model(
+        self, checkpoint: Checkpoint, path: str, overrides: Mapping[str, Any] | None, runtime: RuntimeConfig
+    ) -> TransformerLanguageModel:
+        """The model of a checkpoint for use, not for training: on its device and in its precision.
+
+        Raises: ValueError naming ``path`` when it does not fit this task's dictionaries.
+        """
+        device = "cuda" if runs_on_gpu(runtime) else "cpu"
+        model = load_model_for(self.dictionary, checkpoint, path, overrides, self.source)
+        if runtime.any_fp16 and device == "cpu":
+            logger.warning("--fp16 needs a GPU; the model runs in float32 (--bf16 runs on CPUs)")
+        elif runtime.any_fp16:
+            model = model.half()
+        if runtime.any_bf16:
+            model = model.bfloat16()
+        return model.to(device).eval().requires_grad_(False)
 
     def model_limits(self) -> dict[str, int]:
         """Positions of a fresh model, by the names of its settings."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairseq.memory.log_space import log_add
 from fairseq.memory.scoring import check_temperature, check_weight, interpolate, joint_logp_of_sums, knn_logp, log_sums
 from fairseq.memory.types import Candidates, LogSums
 
@@ -83,3 +84,33 @@ class JointNormalization:
 def mixed_where_found(logp_N: Tensor, memory_logp_N: Tensor, found_N: Tensor, weight: float) -> Tensor:
     """A memory's own distribution mixed in, (N,), but where it found nothing: there is no distribution then."""
     return torch.where(found_N, interpolate(logp_N, memory_logp_N, weight), logp_N)
+
+
+@dataclass(frozen=True)
+class WholeMemoryAdded:
+    """What TRIME's translation program computes: ``(1 - share) p_lm + p_memory``, which sums to more than 1.
+
+    The share is the memory's part of vocabulary and memory normalised together, and is left out of the second term.
+    For comparison with that program only: ``JointNormalization`` is the distribution that TRIME trains.
+    """
+
+    dim: int
+    """Width of the keys."""
+    temperature: float = 1.0
+    """Divides the similarities."""
+
+    def __call__(
+        self,
+        lm_logp_N: Tensor,
+        norm_N: Tensor,
+        candidates: Candidates | None,
+        target_N: Tensor,
+        text_sums: LogSums | None = None,
+    ) -> Tensor:
+        """Log of each target's sum, (N,)."""
+        assert text_sums is None, "there are no memories of the text in translation"
+        assert candidates is not None, "there is nothing to add"
+        scale = self.temperature * self.dim**0.5
+        sums = log_sums(candidates, target_N, scale)
+        log_left_N = torch.nn.functional.logsigmoid(norm_N - sums.whole_N)
+        return log_add(lm_logp_N + log_left_N, knn_logp(candidates, target_N, scale))

@@ -1,0 +1,114 @@
+"""Models, text and memory of a generation command, opened and checked against each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fairseq.checkpoint_utils import load_checkpoint
+from fairseq.generation.config import GenerateConfig, GenerationConfig, StepMemoryConfig
+from fairseq.generation.next_token import NeighborMemory
+from fairseq.generation.sequence_generator import SequenceGenerator
+from fairseq.memory.combiners.interpolation import Interpolation
+from fairseq.memory.combiners.joint import JointNormalization, WholeMemoryAdded
+from fairseq.memory.combiners.vocab_mixing import FixedWeighting, JointWeighting, VocabularyMixer, Weighting
+from fairseq.memory.sources.external import open_external
+from fairseq.runtime.manifest import file_digest
+
+if TYPE_CHECKING:
+    from fairseq.memory.combiners.base import Combiner
+    from fairseq.memory.sources.config import KnnConfig
+    from fairseq.models.transformer_lm import TransformerLanguageModel
+    from fairseq.runtime.config import RuntimeConfig
+    from fairseq.tasks.data_folder import DataFolderTask
+
+
+@dataclass(frozen=True)
+class StepMemorySettings:
+    """What a memory is opened from."""
+
+    memory: StepMemoryConfig
+    knn: KnnConfig
+
+    def check(self) -> None:
+        """Raise ValueError for options that contradict each other, before anything is loaded."""
+        memory, knn = self.memory, self.knn
+        if not memory.knnmt:
+            for name in ("dstore_filename", "indexfile"):
+                if getattr(knn, name):
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(knn, name)} is read with --knnmt: give it too")
+            return
+        if not knn.dstore_filename:
+            raise ValueError("--knnmt needs --dstore-filename: which datastore is searched is not known otherwise")
+        by_distance = knn.faiss_metric_type != "ip" and knn.similarity != "dot"
+        if memory.knn_lambda_type == "trime" and by_distance:
+            raise ValueError(
+                f"--knn-lambda-type trime is about inner products, the index's metric is {knn.faiss_metric_type}: the "
+                "farther a neighbour, the more it would count. Build the index with --dist ip and give "
+                "--faiss-metric-type ip, or leave --knn-lambda-type out"
+            )
+
+    def combiner(self, dim: int) -> Combiner:
+        """The same for given targets."""
+        if self.memory.compat_trime_mass:
+            return WholeMemoryAdded(dim, self.knn.temperature)
+        if self.memory.knn_lambda_type == "trime":
+            return JointNormalization(dim, self.knn.temperature)
+        return Interpolation(self.knn.weight, self.knn.temperature)
+
+    def weighting(self, dim: int) -> Weighting:
+        """How much of each step's distribution the neighbours get."""
+        if self.memory.knn_lambda_type == "trime":
+            return JointWeighting(dim, self.knn.temperature, adds_up=not self.memory.compat_trime_mass)
+        return FixedWeighting(self.knn.weight, self.knn.temperature)
+
+
+def require_checkpoints(config: GenerateConfig) -> None:
+    """Raise ValueError for a checkpoint that is missing."""
+    for path in config.paths:
+        if not os.path.isfile(path):
+            raise ValueError(f"--path: no checkpoint at {path!r}")
+
+
+def open_models(
+    config: GenerateConfig, task: DataFolderTask, overrides: dict[str, Any], runtime: RuntimeConfig
+) -> list[TransformerLanguageModel]:
+    """The models of --path. Raises: ValueError or OSError when one does not fit the data."""
+    return [task.load_model(load_checkpoint(path), path, overrides, runtime) for path in config.paths]
+
+
+def open_memory(
+    settings: StepMemorySettings, config: GenerateConfig, task: DataFolderTask, model: TransformerLanguageModel
+) -> NeighborMemory | None:
+    """The datastore of --knnmt as part of each step; None without one.
+
+    Raises: ValueError or OSError with both values and the way out when it is not of this model.
+    """
+    if not settings.memory.knnmt:
+        return None
+    if len(config.paths) > 1:
+        raise ValueError(f"--knnmt: keys come from one model, --path names {len(config.paths)}; give the store's own")
+    tap = settings.memory.knn_keytype or ("last_ffn_input" if task.source is None else "model_output")
+    dim = model.key_dim(tap)
+    memory = open_external(
+        settings.knn,
+        dim=dim,
+        key_tap=tap,
+        dictionary_digest=task.dictionary.digest(),
+        dictionary_size=len(task.dictionary),
+        model_digest=lambda: file_digest(config.paths[0]),
+    )
+    return NeighborMemory(memory, VocabularyMixer(settings.weighting(dim)), tap)
+
+
+def open_generator(
+    generation: GenerationConfig,
+    settings: StepMemorySettings,
+    config: GenerateConfig,
+    task: DataFolderTask,
+    models: list[TransformerLanguageModel],
+) -> SequenceGenerator:
+    """The generator of a command. Raises: ValueError or OSError for a memory that does not fit."""
+    memory = open_memory(settings, config, task, models[0])
+    return SequenceGenerator(models, task.dictionary, generation, memory)

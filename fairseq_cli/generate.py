@@ -1,0 +1,280 @@
+"""Translate, or continue text, by beam search or sampling, with a datastore (kNN-MT, kNN-LM) or without."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fairseq.config import FlagParser, build, ignored_flags
+from fairseq.config.plugins import import_user_dir
+from fairseq.data.batching_config import DatasetConfig, with_default_batch
+from fairseq.data.codecs import CodecConfig
+from fairseq.generation.config import GenerateConfig, GenerationConfig, StepMemoryConfig
+from fairseq.generation.foreign_overrides import split_overrides
+from fairseq.memory.sources.config import KnnConfig
+from fairseq.options import TaskChoiceConfig
+from fairseq.registry import lookup
+from fairseq.runtime.atomic_files import require_writable, writing
+from fairseq.runtime.config import CommonConfig, RuntimeConfig
+from fairseq.runtime.manifest import Command, write_manifest
+from fairseq.tasks import TASKS
+from fairseq_cli.entry import run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fairseq.data.types import LMBatch
+    from fairseq.generation.lines import Output, Wording
+    from fairseq.generation.setup import StepMemorySettings
+
+logger = logging.getLogger(__name__)
+CONFIGS = (GenerateConfig, GenerationConfig, StepMemoryConfig, KnnConfig, RuntimeConfig, CommonConfig, DatasetConfig)
+
+
+@dataclass(frozen=True)
+class GenerateConfigs:
+    """Every config of one command, each validated before anything is loaded."""
+
+    command: Command
+    task_name: str
+    task: Any
+    generate: GenerateConfig
+    generation: GenerationConfig
+    memory: StepMemorySettings
+    codec: CodecConfig
+    runtime: RuntimeConfig
+    common: CommonConfig
+    data: DatasetConfig
+    overrides: dict[str, Any]
+    """Settings of the model that replace the checkpoint's."""
+
+
+def parse(argv: Sequence[str], program: str = "generate.py") -> GenerateConfigs:
+    """Parse and check the arguments. Raises: ValueError for what does not go together."""
+    first = FlagParser(program, "")
+    first.add_config(RuntimeConfig)
+    user_dir = first.peek(argv).get("user_dir")
+    if user_dir:
+        import_user_dir(user_dir)
+    parser = FlagParser(program, "Translate or continue text with a trained model.")
+    parser.add_config(TaskChoiceConfig)
+    task = str(parser.peek(argv).get("task", "translation"))
+    for config in (lookup(TASKS, task, "--task").config, *CONFIGS, CodecConfig):
+        parser.add_config(config)
+    for name, (takes_value, _) in ignored_flags.GENERATE.items():
+        parser.add_ignored(name, takes_value=bool(takes_value))
+    given = with_default_batch(parser.parse(argv, ignored_flags.REJECTED_GENERATE))
+    for name in parser.pop_ignored(given):
+        logger.warning("%s is ignored: %s", name, ignored_flags.GENERATE[name][1])
+    return configs_of(Command(program, tuple(argv), given), given, task)
+
+
+def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateConfigs:
+    """Build every config. Raises: ValueError from their checks."""
+    from fairseq.generation.setup import StepMemorySettings, require_checkpoints
+
+    generate = build(GenerateConfig, given)
+    of_store, of_model = split_overrides(generate.model_overrides or {})
+    given = of_store | given
+    knn = build(KnnConfig, {"num_neighbors": 8} | given)
+    configs = GenerateConfigs(
+        command=command,
+        task_name=task,
+        task=build(TASKS[task].config, given),
+        generate=generate,
+        generation=build(GenerationConfig, given),
+        memory=StepMemorySettings(build(StepMemoryConfig, given), knn),
+        codec=build(CodecConfig, given),
+        runtime=build(RuntimeConfig, given),
+        common=build(CommonConfig, given),
+        data=build(DatasetConfig, given),
+        overrides=of_model,
+    )
+    configs.memory.check()
+    require_checkpoints(generate)
+    if generate.results_path:
+        require_writable(generate.results_path, "--results-path")
+    return configs
+
+
+def main(argv: Sequence[str]) -> None:
+    """Generate for a split and print fairseq's lines and scores."""
+    configs = parse(argv)
+    from fairseq.data.codecs import TextCodec
+    from fairseq.generation.lines import Wording
+    from fairseq.generation.setup import open_models
+
+    config = configs.generate
+    task = TASKS[configs.task_name].load()(configs.task)
+    source_lang, target_lang = getattr(task, "source_lang", None), getattr(task, "target_lang", None)
+    codec = dataclasses.replace(configs.codec, source_lang=source_lang, target_lang=target_lang)
+    wording = Wording(task.source, task.dictionary, TextCodec.of(codec), config.remove_bpe)
+    dataset = task.blocks(config.gen_subset, **({} if task.source is None else {"needs_target": False}))
+    models = open_models(config, task, configs.overrides, configs.runtime)
+    batches = task.training_batches(
+        dataset,
+        max_tokens=configs.data.max_tokens,
+        max_sentences=configs.data.max_sentences,
+        multiple=configs.data.required_batch_size_multiple,
+        seed=configs.runtime.seed,
+        shuffle=False,
+        skip_too_long=configs.data.skip_invalid_size_inputs_valid_test,
+        max_positions=min(model.max_positions for model in models),
+    )
+    batches = batches[config.shard_id :: config.num_shards]
+    run_of = _Run(configs, task, wording, models)
+    path = os.path.join(config.results_path, f"generate-{config.gen_subset}.txt") if config.results_path else None
+    with writing(path) if path else contextlib.nullcontext(sys.stdout) as file:
+        run_of.write(file, task.iterator(dataset, batches, num_workers=configs.data.num_workers), len(batches))
+    if path:
+        run_of.write_files(path)
+
+
+class _Run:
+    """One command at work: lines out, scores at the end."""
+
+    def __init__(self, configs: GenerateConfigs, task: Any, wording: Wording, models: list[Any]) -> None:
+        from fairseq.generation.scoring import ReferenceScorer
+        from fairseq.generation.setup import open_memory
+        from fairseq.generation.sequence_generator import SequenceGenerator
+
+        self.configs, self.task, self.wording = configs, task, wording
+        memory = open_memory(configs.memory, configs.generate, task, models[0])
+        self.reference_scorer = None
+        if configs.generate.score_reference:
+            combine = configs.memory.combiner(models[0].key_dim(memory.key_tap)) if memory else None
+            self.reference_scorer = ReferenceScorer(models, memory, combine)
+        self.generator = SequenceGenerator(models, task.dictionary, configs.generation, memory)
+        self.hypotheses: dict[int, str] = {}
+        self.references: dict[int, str] = {}
+        self.figures: dict[str, float] = {}
+        self.num_tokens, self.seconds = 0, 0.0
+
+    def write(self, file: TextIO, batches: Iterator[LMBatch], count: int) -> None:
+        """Write the lines of all batches, and the scores."""
+        from tqdm import tqdm
+
+        config = self.configs.generate
+        bar = tqdm(batches, total=count, disable=True if self.configs.common.no_progress_bar else None)
+        for batch in bar:
+            for output in self._outputs(batch):
+                if not config.quiet:
+                    file.writelines(f"{line}\n" for line in output.lines())
+            bar.set_postfix(tokens_per_s=f"{self.num_tokens / max(self.seconds, 1e-9):.0f}")
+        logger.info("NOTE: hypothesis and token scores are output in base 2")
+        sentences, tokens, seconds = len(self.hypotheses), self.num_tokens, max(self.seconds, 1e-9)
+        logger.info(
+            "Translated %s sentences (%s tokens) in %.1fs (%.2f sentences/s, %.2f tokens/s)",
+            f"{sentences:,}", f"{tokens:,}", seconds, sentences / seconds, tokens / seconds,
+        )  # fmt: skip
+        self.figures |= {"sentences": sentences, "tokens": tokens, "tokens_per_second": tokens / seconds}
+        for line in self._scores():
+            file.write(f"{line}\n")
+
+    def _scores(self) -> list[str]:
+        """The lines of the scores; none without references."""
+        from fairseq.metrics.bleu import score_texts
+
+        if not self.references:
+            return []
+        config, order = self.configs.generate, sorted(self.references)
+        scores = score_texts(
+            config.scores_by, [self.hypotheses[i] for i in order], [self.references[i] for i in order]
+        )
+        self.figures |= scores.figures
+        first, *more = scores.lines
+        return [f"Generate {config.gen_subset} with beam={self.configs.generation.beam}: {first}", *more]
+
+    def _outputs(self, batch: LMBatch) -> Iterator[Output]:
+        """What was generated for each row of a batch."""
+        from fairseq.generation.lines import Output
+
+        started = time.perf_counter()
+        if self.reference_scorer is not None:
+            found = [[hypothesis] for hypothesis in self.reference_scorer.score(batch)]
+        else:
+            found = self._generated(batch)
+        self.seconds += time.perf_counter() - started
+        plain = self.configs.generate.scores_by == "bleu"
+        for row, hypotheses in enumerate(found):
+            number = int(batch.ids_B[row])
+            joined = [self.wording.of_hypothesis(hypothesis.tokens) for hypothesis in hypotheses]
+            texts = [self.wording.codec.decode(text) for text in joined]
+            self.num_tokens += len(hypotheses[0].tokens)
+            target = batch.target_BT[row][batch.scored_BT[row]]
+            self.hypotheses[number] = joined[0] if plain else texts[0]
+            reference = self.wording.of_reference(target) if len(target) else None
+            if reference is not None and self.wording.source is not None:
+                self.references[number] = self.wording.joined_reference(target) if plain else reference
+            source = self._source_text(batch, row)
+            yield Output(number, source, reference, list(zip(hypotheses, joined, texts)))
+
+    def _source_text(self, batch: LMBatch, row: int) -> str | None:
+        if self.wording.source is None:
+            return None
+        tokens = batch.source["source_BS"][row]
+        return self.wording.of_source(tokens[tokens != self.task.source.pad()])
+
+    def _generated(self, batch: LMBatch) -> list[list[Any]]:
+        """Hypotheses of each row. Rows whose given beginnings are of one length are generated together."""
+        beginnings = [self._beginning(batch, row) for row in range(len(batch.ids_B))]
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for row, (tokens, ends) in enumerate(beginnings):
+            groups.setdefault((len(tokens), ends), []).append(row)
+        found: list[list[Any]] = [[] for _ in beginnings]
+        torch = importlib.import_module("torch")
+        device = next(self.generator.models[0].parameters()).device
+        for (length, ends), rows in groups.items():
+            source = {name: rows_BS[rows].to(device) for name, rows_BS in batch.source.items()}
+            prefix_BT = torch.stack([beginnings[row][0] for row in rows])
+            lengths = [length + 1] * len(rows)
+            if self.task.source is not None:
+                lengths = (source["source_BS"] != self.task.source.pad()).sum(1).tolist()
+            limits = [length] * len(rows) if ends else None
+            for row, hypotheses in zip(rows, self.generator.generate(source, lengths, prefix_BT, limits)):
+                found[row] = hypotheses
+        return found
+
+    def _beginning(self, batch: LMBatch, row: int) -> tuple[Tensor, bool]:
+        """Tokens a row's text begins with, and True if </s> follows them."""
+        size = self.configs.generation.prefix_size
+        words = batch.target_BT[row][batch.scored_BT[row]]
+        words = words[:-1] if len(words) and words[-1] == self.task.dictionary.eos() else words
+        if self.task.source is None and not size:  # a language model continues the whole line
+            return words, False
+        return words[:size], size > len(words)
+
+    def write_files(self, path: str) -> None:
+        """Write the texts alone, a sentence a line, for other scorers, and the run manifest."""
+        folder, name = os.path.split(path.removesuffix(".txt"))
+        for kind, texts in (("hyp", self.hypotheses), ("ref", self.references)):
+            if texts:
+                with writing(os.path.join(folder, f"{name}.{kind}")) as file:
+                    file.writelines(f"{texts[number]}\n" for number in sorted(texts))
+        command = self.configs.command
+        write_manifest(
+            os.path.join(folder, f"{name}.run.json"),
+            program=command.program,
+            argv=command.argv,
+            config={"given": dict(command.given)},
+            figures=self.figures,
+            inputs=[*self.configs.generate.paths],
+            seed=self.configs.runtime.seed,
+        )
+
+
+def cli_main() -> None:
+    """Entry point of generate.py and fairseq-generate."""
+    run("generate.py", main)
+
+
+if __name__ == "__main__":
+    cli_main()
