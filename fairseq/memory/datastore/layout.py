@@ -58,6 +58,9 @@ PROGRESS = Fields(
 """``<prefix>.progress.json`` of a store that is being saved."""
 
 
+_ENDINGS = {"metadata": "json", "progress": "progress.json", "lock": "lock"}
+
+
 @dataclass(frozen=True)
 class StoreFiles:
     """The names of a store's files."""
@@ -72,8 +75,20 @@ class StoreFiles:
 
     @classmethod
     def of(cls, prefix: str | Path, dtype: str) -> StoreFiles:
-        """The names for a prefix and a key type."""
+        """The names for a prefix and a key type.
+
+        A prefix that ends with a slash, or a folder that holds a store, names a folder: its files have kNN-MT's names.
+        """
+        folder = Path(prefix)
+        is_folder = str(prefix).endswith("/") or (
+            not Path(f"{prefix}.json").exists()
+            and any((folder / f"datastore{end}").exists() for end in (".json", ".progress.json"))
+        )
+        if is_folder:
+            plain = {"keys": "keys.npy", "values": "vals.npy", "documents": "docs.npy", "deleted": "deleted.npy"}
+            ours = {name: f"datastore.{end}" for name, end in _ENDINGS.items()}
+            return cls(**{name: folder / file for name, file in (plain | ours).items()})
         infix = {"float16": "-fp16", "bfloat16": "-bf16"}.get(dtype, "")
         names = {"keys": f"{infix}_keys.npy", "values": "_vals.npy", "documents": "_docs.npy"}
-        names |= {"deleted": ".deleted.npy", "metadata": ".json", "progress": ".progress.json", "lock": ".lock"}
+        names |= {"deleted": ".deleted.npy"} | {name: f".{end}" for name, end in _ENDINGS.items()}
         return cls(**{name: Path(f"{prefix}{suffix}") for name, suffix in names.items()})
