@@ -30,6 +30,7 @@ MODULES = {
     "fairseq.optim.fairseq_optimizer": "fairseq.compat.optim",
     "fairseq.optim.lr_scheduler": "fairseq.compat.optim",
     "fairseq.optim.lr_scheduler.fairseq_lr_scheduler": "fairseq.compat.optim",
+    "fairseq.sequence_generator": "fairseq.generation.sequence_generator",
     "fairseq.progress_bar": "fairseq.compat.logging.progress_bar",
     "fairseq.tokenizer": "fairseq.compat.utils",
     "fairseq.utils": "fairseq.compat.utils",
@@ -105,7 +106,7 @@ NAMES: dict[str, dict[str, str]] = {
 }
 
 _SEARCH = "is not offered: datastores are searched by fairseq.memory.ExternalMemory"
-_TEXT = "is not offered: TransformerLanguageModel.from_pretrained(...).sample(...) generates text"
+_TEXT = "is not offered: fairseq.generation.sequence_generator generates text from left to right"
 _PAIRS = "is not offered: derive from fairseq.models.transformer.TransformerModel, the model with an encoder"
 _LAYER = "has another signature here: see the modules of fairseq/modules"
 
@@ -135,9 +136,8 @@ ELSEWHERE = {
     "fairseq.optim.FP16Optimizer": "is not offered: --fp16 is PyTorch's mixed precision",
     "fairseq.options.get_parser": "is not offered: get_training_parser or get_eval_lm_parser make a command's",
     "fairseq.options.get_preprocessing_parser": "is not offered: fairseq_cli.preprocess.parse reads its flags",
-    "fairseq.pdb": "is not offered: breakpoint() opens Python's own debugger",
     "fairseq.search": _TEXT,
-    "fairseq.sequence_generator": _TEXT,
+    "fairseq.pdb": "is not offered: breakpoint() opens Python's own debugger",
 }
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from fairseq.config import FlagParser, build, ignored_flags
 from fairseq.config.plugins import import_user_dir
@@ -143,8 +143,8 @@ class _Run:
 
     def __init__(self, configs: GenerateConfigs, task: Any, wording: Wording, models: list[Any]) -> None:
         from fairseq.generation.scoring import ReferenceScorer
-        from fairseq.generation.setup import open_memory
         from fairseq.generation.sequence_generator import SequenceGenerator
+        from fairseq.generation.setup import open_memory
 
         self.configs, self.task, self.wording = configs, task, wording
         memory = open_memory(configs.memory, configs.generate, task, models[0])
@@ -158,7 +158,7 @@ class _Run:
         self.figures: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
 
-    def write(self, file: TextIO, batches: Iterator[LMBatch], count: int) -> None:
+    def write(self, file: Any, batches: Iterator[LMBatch], count: int) -> None:
         """Write the lines of all batches, and the scores."""
         from tqdm import tqdm
 
@@ -186,9 +186,7 @@ class _Run:
         if not self.references:
             return []
         config, order = self.configs.generate, sorted(self.references)
-        scores = score_texts(
-            config.scores_by, [self.hypotheses[i] for i in order], [self.references[i] for i in order]
-        )
+        scores = score_texts(config.scores_by, [self.hypotheses[i] for i in order], [self.references[i] for i in order])
         self.figures |= scores.figures
         first, *more = scores.lines
         return [f"Generate {config.gen_subset} with beam={self.configs.generation.beam}: {first}", *more]

@@ -48,8 +48,8 @@ class SaveDatastoreConfig:
 def main(argv: Sequence[str]) -> None:
     """Save; the same command again resumes an interrupted save."""
     parser = FlagParser(PROGRAM, "Write the datastore of a translation model.")
-    for config in (TranslationConfig, SaveDatastoreConfig, KnnConfig, RuntimeConfig, CommonConfig, DatasetConfig):
-        parser.add_config(config)
+    for config_class in (TranslationConfig, SaveDatastoreConfig, KnnConfig, RuntimeConfig, CommonConfig, DatasetConfig):
+        parser.add_config(config_class)
     for name, (takes_value, _) in ignored_flags.GENERATE.items():
         parser.add_ignored(name, takes_value=bool(takes_value))
     parser.add_ignored("--task", takes_value=True)

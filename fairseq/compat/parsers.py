@@ -8,10 +8,10 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from fairseq import options
-from fairseq.compat.generation import GenerationConfig
 from fairseq.config import FlagParser, Namespace, flag
 from fairseq.data.batching_config import DatasetConfig
 from fairseq.evaluation.config import BulkConfig, EvaluationConfig, MemoryEvaluationConfig
+from fairseq.generation.config import GenerationConfig
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import build_model_config

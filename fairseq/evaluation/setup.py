@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for
+from fairseq.checkpoint_utils import Checkpoint, load_checkpoint
 from fairseq.config import build
 from fairseq.data.batching import filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset

@@ -56,9 +56,13 @@ class GenerationConfig:
             no_repeat_ngram_size=self.no_repeat_ngram_size,
         )
         if not 0 < self.logit_temperature < math.inf:
-            raise ValueError(f"--temperature {self.logit_temperature} is not above 0; --beam 1 takes the most probable token")
+            raise ValueError(
+                f"--temperature {self.logit_temperature} is not above 0; --beam 1 takes the most probable token"
+            )
         if self.nbest > self.beam:
-            raise ValueError(f"--nbest {self.nbest} is more than the {self.beam} hypotheses of --beam; give a larger one")
+            raise ValueError(
+                f"--nbest {self.nbest} is more than the {self.beam} hypotheses of --beam; give a larger one"
+            )
         for name, value in (("--sampling-topk", self.sampling_topk), ("--sampling-topp", self.sampling_topp)):
             if value > 0 and not self.sampling:
                 raise ValueError(f"{name} {value} belongs to --sampling: give it too, or leave {name} out")

@@ -39,6 +39,9 @@ class NeighborMemory:
 
     def mix_(self, scores_RV: Tensor, query_RD: Tensor) -> None:
         """See ``StepMemory``: one search for all rows."""
+        if self.mixer.is_off:
+            self.mixer.normalize_(scores_RV)
+            return
         found = self.memory.candidates(self.memory.neighbors(query_RD), scores_RV.device)
         self.mixer.mix_(scores_RV, None, found)
 

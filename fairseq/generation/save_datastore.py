@@ -79,7 +79,9 @@ def metadata_of(text: StoreText, model: TransformerLanguageModel, path: str, key
     }
 
 
-def save_pairs(text: StoreText, model: TransformerLanguageModel, path: str, prefix: str, dtype: str, key_tap: str) -> int:
+def save_pairs(
+    text: StoreText, model: TransformerLanguageModel, path: str, prefix: str, dtype: str, key_tap: str
+) -> int:
     """Write the store, or go on with an interrupted one, and print its size and the speed; returns its rows.
 
     Args:

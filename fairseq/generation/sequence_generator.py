@@ -113,9 +113,9 @@ class SequenceGenerator:
         beams = self._begin(steps, prefix_BT, limit_B.to(device))
         last_RT = torch.cat([torch.full((count, 1), self.eos, device=device), prefix_BT], 1)[:, -1:]
         if bool(empty_B.any()):
-            beams, rows, sentences = self._without(beams, empty_B.to(device))
-            steps.reorder(rows, sentences)
-            last_RT = last_RT[rows]
+            beams, stay = self._without(beams, empty_B.to(device))
+            steps.reorder(stay, stay)
+            last_RT = last_RT[stay]
         while len(beams.sentence_S):
             logp_RV = self._permitted(steps.logp(last_RT), beams)
             chosen = self._choose(logp_RV, beams)
@@ -149,13 +149,17 @@ class SequenceGenerator:
         sentences = torch.arange(count, device=prefix_BT.device)
         return _Beams(sentences, prefix_BT, logp_BT, logp_BT.sum(1, keepdim=True), limit_B)
 
-    def _without(self, beams: _Beams, gone_S: Tensor) -> tuple[_Beams, Tensor, Tensor]:
-        """Beams of one row each without some sentences; also the rows and the sentences that remain."""
+    def _without(self, beams: _Beams, gone_S: Tensor) -> tuple[_Beams, Tensor]:
+        """Beams of one row each without some sentences; also the sentences that remain."""
         stay = (~gone_S).nonzero()[:, 0]
         left = _Beams(
-            beams.sentence_S[stay], beams.tokens_RT[stay], beams.logp_RT[stay], beams.total_SK[stay], beams.limit_S[stay]
+            beams.sentence_S[stay],
+            beams.tokens_RT[stay],
+            beams.logp_RT[stay],
+            beams.total_SK[stay],
+            beams.limit_S[stay],
         )
-        return left, stay, stay
+        return left, stay
 
     def _permitted(self, logp_RV: Tensor, beams: _Beams) -> Tensor:
         """The same with what no text may hold next at -inf, in place."""

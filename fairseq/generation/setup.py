@@ -37,7 +37,9 @@ class StepMemorySettings:
         if not memory.knnmt:
             for name in ("dstore_filename", "indexfile"):
                 if getattr(knn, name):
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(knn, name)} is read with --knnmt: give it too")
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} {getattr(knn, name)} is read with --knnmt: give it too"
+                    )
             return
         if not knn.dstore_filename:
             raise ValueError("--knnmt needs --dstore-filename: which datastore is searched is not known otherwise")

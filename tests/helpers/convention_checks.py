@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.criterions",),
     ("fairseq.tasks",),
     ("fairseq.sequence_scorer",),
+    ("fairseq.generation",),
     ("fairseq.trainer",),
     ("fairseq.training",),
     ("fairseq.evaluation",),
