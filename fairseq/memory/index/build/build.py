@@ -104,13 +104,12 @@ def build_index(config: BuildConfig) -> BuiltIndex:
             missing = job.missing_parts()
             if missing and config.merge:
                 raise ValueError(
-                    f"{files.index} lacks the parts {', '.join(map(str, missing))} of {config.num_shards}; run the same "
-                    "command with the --shard_id of each"
+                    f"{files.index} lacks the parts {', '.join(map(str, missing))} of {config.num_shards}; run the "
+                    "same command with the --shard_id of each"
                 )
             if missing:
-                return BuiltIndex(
-                    files.codes, len(job.rows), files.codes.stat().st_size, job.trained, job.added, missing
-                )
+                size = files.codes.stat().st_size
+                return BuiltIndex(files.codes, len(job.rows), size, job.trained, job.added, missing)
             job.assemble()
             return _built(files, store)
 
