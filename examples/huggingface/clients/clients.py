@@ -1,0 +1,63 @@
+"""Run programs that drive a model on one with a memory: clients.py [CLIENT ...], all that are installed by default.
+
+Prints a line per check: the largest difference from what the model gives when it is called directly, or the message of
+a call that is rejected. Exits with status 1 if one is not as it must be.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+CLIENTS = {
+    "lm_eval": "lm_eval_client",
+    "peft": "peft_client",
+    "trl": "trl_client",
+    "accelerate": "accelerate_client",
+    "pipeline": "pipeline_client",
+    "compile": "compile_client",
+    "batching": "batching_client",
+}
+"""The package that has to be installed, and the module here that runs it."""
+
+
+def checks_of(client: str, kind: str) -> list[object]:
+    """The checks and refusals of one client with a memory of one kind."""
+    from tiny import save_store, tiny_model
+
+    model = tiny_model()
+    with tempfile.TemporaryDirectory() as folder:
+        save_store(model, Path(folder))
+        found: list[object] = importlib.import_module(CLIENTS[client]).run(kind, model, Path(folder))
+        return found
+
+
+def main(words: list[str]) -> int:
+    """Run clients; returns how many checks failed."""
+    unknown = set(words) - set(CLIENTS)
+    if unknown:
+        sys.exit(f"error: unknown client {min(unknown)!r}; known: {', '.join(CLIENTS)}")
+    from tiny import KINDS, Check
+
+    failed = 0
+    for client in words or [name for name in CLIENTS if importlib.util.find_spec(name.partition("-")[0])]:
+        for kind in KINDS:
+            for check in checks_of(client, kind):
+                assert hasattr(check, "passes")
+                failed += not check.passes
+                sign = "ok" if check.passes else "WRONG"
+                figure = f"{check.difference:.1e}" if isinstance(check, Check) else repr(check.message)
+                sys.stdout.write(f"{sign:5} {client:12} {kind:13} {check.what}: {figure}\n")
+                sys.stdout.flush()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(1 if main(sys.argv[1:]) else 0)
