@@ -41,6 +41,9 @@ def checks_of(client: str, kind: str) -> list[object]:
 
 def main(words: list[str]) -> int:
     """Run clients; returns how many checks failed."""
+    if set(words) & {"-h", "--help"}:
+        sys.stdout.write(f"{__doc__}\nClients: {', '.join(CLIENTS)}\n")
+        return 0
     unknown = set(words) - set(CLIENTS)
     if unknown:
         sys.exit(f"error: unknown client {min(unknown)!r}; known: {', '.join(CLIENTS)}")

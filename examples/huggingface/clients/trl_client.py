@@ -68,7 +68,7 @@ def step_by_hand(kind: str, model: Any, store: Path) -> tuple[float, dict[str, t
     parts = [target_logp(expected(kind, twin, store, ids_T), ids_T) for ids_T in _TEXTS_BT]
     loss = -torch.cat(parts).mean()
     loss.backward()
-    return float(loss), {name: (w - _RATE * w.grad).detach() for name, w in twin.named_parameters()}
+    return float(loss.detach()), {name: (w - _RATE * w.grad).detach() for name, w in twin.named_parameters()}
 
 
 def run(kind: str, model: Any, store: Path) -> list[Check | Refusal]:
