@@ -12,15 +12,16 @@ _NEW = 4
 
 def run(kind: str, model: Any, store: Path) -> list[Check | Refusal]:
     """Three requests at once, where the memory has no state of its own sequence."""
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     prompts = [random_ids(length, seed=length) for length in (5, 9, 7)]
-    config = GenerationConfig(
-        max_new_tokens=_NEW, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
-    )
+    greedy = GenerationConfig(max_new_tokens=_NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # Otherwise it takes most of the memory that is free, and a minute to fill it.
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
 
     def generate() -> Any:
-        return model.generate_batch([prompt.tolist() for prompt in prompts], generation_config=config)
+        ids = [prompt.tolist() for prompt in prompts]
+        return model.generate_batch(ids, generation_config=greedy, continuous_batching_config=small)
 
     if kind != "knn":
         with with_memory(kind, model, store):
