@@ -13,6 +13,7 @@ from fairseq.config import FlagParser, build, to_dict
 from fairseq.memory.datastore.config import (
     ConvertConfig,
     DeleteConfig,
+    DoctorConfig,
     InfoConfig,
     MergeConfig,
     SampleConfig,
@@ -203,6 +204,30 @@ def plan(config: PlanConfig, argv: Sequence[str]) -> None:
     sys.stdout.write(table(config, rates, made, total_ram_bytes()))
 
 
+def doctor(config: DoctorConfig, argv: Sequence[str]) -> None:
+    """Compile the kernels if asked to, and print how many are compiled and where they are."""
+    import time
+
+    from fairseq.memory.kernel_warmup import status, warm
+
+    start = time.perf_counter()
+    now = warm(_print_line) if config.warm else status()
+    where = f"{now.compiled} of {now.total} are compiled, in {now.folder!r}"
+    if config.warm:
+        _print_line(f"kernels: {where}; it took {time.perf_counter() - start:.1f}s")
+    elif now.compiled == now.total:
+        _print_line(f"kernels: {where}")
+    elif now.obstacle:
+        _print_line(f"kernels: every process compiles them: {now.obstacle}; set NUMBA_CACHE_DIR to a folder for them")
+    else:
+        _print_line(f"kernels: {where}; {PROGRAM} doctor --warm compiles the others")
+
+
+def _print_line(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def _rows_in(path: str) -> Any:
     import numpy as np
 
@@ -229,6 +254,7 @@ COMMANDS = {
     "delete": Entry(DeleteConfig, delete),
     "sample": Entry(SampleConfig, sample),
     "plan": Entry(PlanConfig, plan),
+    "doctor": Entry(DoctorConfig, doctor),
 }
 
 

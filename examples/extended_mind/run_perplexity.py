@@ -3,7 +3,8 @@
 The model reads ``seq_len_trained`` tokens at a time and is scored on the last ``stride`` of them, every ``step`` tokens
 (all are scored by default). What stands before them in the article, up to ``input_length`` tokens in all, is external
 memory, with the settings of each of ``memories`` in turn; where these are null the model reads all of it itself. Each
-of ``input_lengths`` is scored on the same tokens. ``out/perplexity.json`` gets the figures by article,
+of ``input_lengths`` is scored on the same tokens. A memory is read as it is, or after the model's first token where its
+settings have ``add_first_token: true``. ``out/perplexity.json`` gets the figures by article,
 ``out/perplexity.png`` shows them. A killed run goes on behind the last window it scored.
 
 Source: arXiv 2406.02332, section 4.2.
@@ -47,8 +48,11 @@ class Scorer:
 
     def sums(self, ids: Any, name: str, window: tuple[int, int, int]) -> dict[str, float]:
         """For each input length the sum of -log p of a window's scored tokens, in nats."""
+        from fairseq.hf.attention.build import TextTokens
+
         start, scored, stop = window
         mind, seen = self._mind(name), {}
+        add_first_token = (self.settings["memories"][name] or {}).get("add_first_token", False)
         for length in self.settings["input_lengths"]:
             # Where an article has no more to give, lengths do not differ: one reading is enough.
             first = max(0, stop - length)
@@ -59,7 +63,7 @@ class Scorer:
             else:
                 # Read from its own first token on: memories know nothing that is out of reach, and their first takes
                 # the attention that is for nothing, as the first token of any text does.
-                mind.set_memory(ids[first:start])
+                mind.set_memory(TextTokens(ids[first:start]) if add_first_token else ids[first:start])
                 with mind:
                     seen[first] = self._sum(ids[start:stop], stop - scored)
         return {str(length): seen[max(0, stop - length)] for length in self.settings["input_lengths"]}
@@ -69,7 +73,9 @@ class Scorer:
 
         memory = self.settings["memories"][name]
         if memory is not None and name not in self._minds:
-            self._minds[name] = ExtendedMind(self.model, **{"remove_special_ids": False, **memory})
+            own = {each: value for each, value in memory.items() if each != "add_first_token"}
+            mind = ExtendedMind(self.model, tokenizer=self.tokenizer, **{"remove_special_ids": False, **own})
+            self._minds[name] = mind
         return self._minds.get(name)
 
     def _sum(self, ids: Any, scored: int) -> float:

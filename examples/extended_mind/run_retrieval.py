@@ -86,7 +86,9 @@ class Retrieval:
         if memory is None:
             return greedy(self.model, self.tokenizer, prompts, num_tokens)
         text = self.settings["memory_text"].format(text=document)
-        mind = ExtendedMind(self.model, text, tokenizer=self.tokenizer, config=memory)
+        add_first_token = memory.get("add_first_token", True)
+        config = {name: value for name, value in memory.items() if name != "add_first_token"}
+        mind = ExtendedMind(self.model, text, tokenizer=self.tokenizer, config=config, add_first_token=add_first_token)
         with mind:
             topk = topk_for(self.settings, memory, len(mind.memories[0]))
             return greedy(self.model, self.tokenizer, prompts, num_tokens, topk=topk)

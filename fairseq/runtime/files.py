@@ -9,7 +9,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ DAMAGED = "copy it again, or remove it and run the command that writes it"
 """The way out of most damaged files, as a clause of a message."""
 
 _DEEPEST = 64  # levels of JSON: our files have eight, and some hundreds end in a RecursionError somewhere else
+
+_SECONDS_TO_SIGN = 1.0
 
 BLOCK_BYTES = 4 << 20
 """Bytes per checksum: small enough to locate a flipped bit in a store of hundreds of GB, large enough to keep the
@@ -79,32 +81,40 @@ def may_create_in(folder: Path) -> None:
         raise OSError(f"cannot write in {str(folder)!r}: {error.strerror or error}; choose another folder") from None
 
 
+class LockedError(OSError):
+    """Another process holds a lock; the message names it."""
+
+
 @contextmanager
 def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
     """Hold a lock file while the block runs. The system releases the lock of a killed process.
 
     Args:
         seconds: time to wait for another process that holds it.
-    Raises: OSError when another process holds it.
+    Raises: LockedError when another process holds it.
     """
     import fcntl  # missing on Windows, where this module must still import
 
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     while True:
         file = open(path, "ab")  # noqa: SIM115 - closed below, after the name is removed
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            if time.monotonic() < deadline:
-                time.sleep(0.05)
+            waited, holder = time.monotonic() - start, _holder(path)
+            # A holder without a name has just begun, and will write it, or has just ended.
+            if waited < seconds or (holder is None and waited < _SECONDS_TO_SIGN):
+                time.sleep(0.05 if holder else 0.002)
                 continue
-            raise OSError(
-                f"another process is writing {what} ({_holder(path)}, lock {str(path)!r}); wait for it or stop it"
+            raise LockedError(
+                f"another process is writing {what} ({holder or 'of unknown number'}, lock {str(path)!r}); wait for it "
+                "or stop it"
             ) from None
         # The previous holder may have removed the name: only the file that has the name now counts.
-        if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-            break
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
         file.close()
     file.truncate(0)
     file.write(f"{os.getpid()} {socket.gethostname()}\n".encode())
@@ -118,12 +128,12 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
             file.close()
 
 
-def _holder(path: Path) -> str:
-    """The process that wrote its number into a lock file."""
+def _holder(path: Path) -> str | None:
+    """The process that wrote its number into a lock file; None where none has."""
     try:
         pid, host = path.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
-        return "of unknown number"
+        return None
     return f"process {pid} on {host}"
 
 

@@ -57,6 +57,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("retomaton",),
         ("retrieval",),
         ("planning",),
+        ("kernel_warmup",),
     ),
     "fairseq.memory.index": (
         ("base",),

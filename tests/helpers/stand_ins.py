@@ -15,3 +15,17 @@ class Around(torch.nn.Module):
 
     def generate(self, *args, **kwargs):
         return self.inside.generate(*args, **kwargs)
+
+
+def fuse_head(model):
+    """As trl has it: a ``forward`` over the present one that runs the layers and the output embedding itself."""
+    own = model.forward
+
+    def fused(*args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return own(*args, labels=labels, **kwargs)
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        scores = model.lm_head(hidden[:, :-1]).flatten(0, 1)
+        return {"loss": torch.nn.functional.cross_entropy(scores, labels[:, 1:].flatten())}
+
+    model.forward = fused

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -99,3 +101,18 @@ def inputs(model: torch.nn.Module, batch: int = 3, length: int = 10, seed: int =
     if model.config.is_encoder_decoder:
         return {"input_ids": tokens(batch, 6, seed=seed + 1), "labels": ids}
     return {"input_ids": ids, "labels": ids}
+
+
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""What releases of transformers call a key-value cache: 5.24, those before it, and their state-space models."""
+
+
+def cache_in(output) -> object:
+    """The cache of an output."""
+    return next(output[name] for name in _CACHES if output.get(name) is not None)
+
+
+def resuming(model: torch.nn.Module, cache: object) -> dict[str, object]:
+    """Arguments of a call that resumes a cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return {next(name for name in _CACHES if name in parameters): cache, "use_cache": True}

@@ -1,15 +1,17 @@
 """Locks that name their holder, and temporary files that no other process meets."""
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from fairseq.runtime.atomic_files import replacing, write_atomically
-from fairseq.runtime.files import locked, may_create_in
+from fairseq.runtime.files import LockedError, locked, may_create_in
 
 
 def dead_process() -> int:
@@ -25,6 +27,23 @@ def test_a_lock_names_the_process_that_holds_it(tmp_path: Path) -> None:
     with locked(path, "it"), pytest.raises(OSError, match=wanted), locked(path, "it"):
         pass
     assert not path.exists()
+
+
+def test_a_holder_that_has_not_signed_yet_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        timer = threading.Timer(0.2, path.write_text, ("123 there\n",))
+        timer.start()
+        with pytest.raises(LockedError, match="process 123 on there"), locked(path, "it"):
+            pass
+        timer.join()
+        path.write_text("")
+        timer = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with locked(path, "it"):
+            assert path.read_text().split()[0] == str(os.getpid())
+        timer.join()
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fairseq.data.segments import file_sha256, read_segments
 from fairseq.runtime.file_marks import MARK, differs, file_mark
-from fairseq.runtime.files import locked, write_json
+from fairseq.runtime.files import LockedError, locked, write_json
 from fairseq.runtime.records import TEXT, WHOLE, Entries, Fields, read_record, seal
 
 logger = logging.getLogger(__name__)
@@ -214,9 +214,8 @@ def _wait_for_lock(lock: Path) -> Iterator[None]:
             try:
                 lock_stack.enter_context(locked(lock, "the index"))
                 break
-            except OSError:
-                if not lock.exists():
-                    raise
+            except LockedError:
+                pass
             logger.info("waiting for the process that builds the index")
             time.sleep(_WAIT_SECONDS)
         yield

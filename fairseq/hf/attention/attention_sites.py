@@ -90,11 +90,12 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor | None]:
     """The function that models call in place of their attention function, with its parameters."""
     own = _own_attention(implementation, module)
-    plain = functools.partial(own, module, query, key, value, attention_mask, **kwargs)
     handler, layer = _HANDLERS.get(module), getattr(module, "layer_idx", None)
     if handler is None or layer is None or not handler.wants(layer):
-        own_result: tuple[Tensor, Tensor | None] = plain()
+        own_result: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, **kwargs)
         return own_result
+    query, key, value = _in_one_type(query, key, value)
+    plain = functools.partial(own, module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a bias of its own to scores; it cannot take memories")
     if kwargs.get("dropout"):
@@ -111,10 +112,29 @@ def _dispatch(
     return handler.attend(AttentionCall(layer, module, query, key, value, rule, plain, sink_H=kwargs.get("s_aux")))
 
 
+def _in_one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's attention takes them under autocast, where a rotation leaves queries and keys in float32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
 def _register() -> None:
     for implementation, mask in _MASKS.items():
         AttentionInterface.register(_NAME + implementation, functools.partial(_dispatch, implementation))
         AttentionMaskInterface.register(_NAME + implementation, mask)
+
+
+def check_still_taken_over(model: nn.Module) -> None:
+    """Raise ValueError when the model was given another attention function in the meantime."""
+    for config in _configs(model):
+        if not str(config._attn_implementation_internal).startswith(_NAME):
+            raise ValueError(
+                f"the attention implementation of this {type(model).__name__} was set to "
+                f"{config._attn_implementation_internal!r} while memories are attached, which takes them out; set it "
+                "before you attach them"
+            )
 
 
 def _configs(model: nn.Module) -> list[Any]:

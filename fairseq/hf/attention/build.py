@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.hf.attention.attention_sites import AttentionCall, Sites, evaluating, find_sites, taken_over
+from fairseq.hf.hooks.inner_model import check_is_loaded
 from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.settings import MindSettings
@@ -64,8 +65,10 @@ def build_memory(
         keep: ``all``, or ``newest`` to read only the last ``settings.limit`` tokens of a longer text, with a warning.
         folder: where files are made that keys and values are written to window by window, so that they are never in
             memory together. They are the memory's as long as it lives.
-    Raises: ValueError for a text that is empty or longer than allowed, and for tokens outside the vocabulary.
+    Raises: ValueError for a text that is empty or longer than allowed, for tokens outside the vocabulary, and for a
+        model whose weights are offloaded.
     """
+    check_is_loaded(model)
     settings, sites = settings or MindSettings(), sites or find_sites(model)
     vocabulary = input_vocabulary(model)
     documents = [_checked(ids, vocabulary) for ids in token_documents(source, tokenizer)]

@@ -21,7 +21,7 @@ from fairseq.hf.attention.build import (
     texts_in,
     token_documents,
 )
-from fairseq.hf.hooks.inner_model import inner_model
+from fairseq.hf.hooks.inner_model import check_is_loaded, inner_model
 from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.cache import Memory
 from fairseq.memory.extended_mind.lookup import LayerLookup
@@ -50,6 +50,7 @@ class MemorySet:
     ) -> None:
         """Find the attentions of the model; the arguments are those of ``ExtendedMind``."""
         model = cast("PreTrainedModel", inner_model(model))
+        check_is_loaded(model)
         self.model, self.tokenizer, self.add_first_token = model, tokenizer, add_first_token
         self.settings = MindSettings.merged(config, settings)
         self.sites = find_sites(model)
@@ -181,6 +182,7 @@ class MemorySet:
             self.set_memory(self.source)
 
     def _check(self, memory: Memory) -> None:
+        check_is_loaded(self.model)
         mine = model_digest(self.model)
         if memory.model_digest != mine:
             raise ValueError(f"this memory is of model {memory.model_digest}, not of {mine}; build it with this model")

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fairseq.hf.attention.attention_sites import AttentionCall, taken_over
+from fairseq.hf.attention.attention_sites import AttentionCall, check_still_taken_over, taken_over
 from fairseq.hf.attention.build import rotary_modules, with_positions
 from fairseq.hf.attention.citations import Citation, cite
 from fairseq.hf.attention.memory_set import Memories, MemorySet
+from fairseq.hf.hooks.continuous_batching import rejecting_continuous_batching
 from fairseq.hf.hooks.patching import replace_attribute, replace_forward, wrapped
 from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.memory.extended_mind.attention import Partial, local_attention
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 PER_CALL = ("topk", "use_external_mind", "mask_by_sim", "sim_threshold")
 """Settings that ``model(...)`` and ``model.generate(...)`` take for one call."""
+_CONTINUOUS_BATCHING = (
+    "memories inside attention do not work with continuous batching (generate_batch), which puts all requests into one "
+    "row and sets an attention function of its own; use model.generate"
+)
 
 
 @dataclass
@@ -100,6 +105,15 @@ class ExtendedMind(MemorySet):
         if memory is not None:
             self.set_memory(memory)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExtendedMind:
+        """Itself, for a copy of a model that still reaches it. Raises: ValueError while it is attached."""
+        if self.attached:
+            raise ValueError(
+                f"this {type(self.model).__name__} has memories attached and cannot be copied: attention of the copy "
+                "would be without them; detach them first"
+            )
+        return self
+
     def _check_may_change(self) -> None:
         if self._generating:
             raise ValueError("the memory cannot change while the model generates with it; wait until generate returns")
@@ -118,10 +132,13 @@ class ExtendedMind(MemorySet):
         with contextlib.ExitStack() as undo:
             undo.enter_context(taken_over(self.model, self))
             self._hook_positions(undo)
-            undo.callback(replace_forward(self.model, wrapped(self.model.forward, self._forward)))
+            undo.enter_context(rejecting_continuous_batching(self.model, _CONTINUOUS_BATCHING))
+            # The model below the output embedding, which others call without passing the model's forward (trl does).
+            undo.callback(self.model.base_model.register_forward_pre_hook(self._before_layers).remove)
+            undo.callback(replace_forward(self.model, wrapped(self.model, self.model.forward, self._forward)))
             generate = getattr(self.model, "generate", None)
             if generate is not None:
-                undo.callback(replace_attribute(self.model, "generate", wrapped(generate, self._generate)))
+                undo.callback(replace_attribute(self.model, "generate", wrapped(self.model, generate, self._generate)))
             self._undo = undo.pop_all()
         return self
 
@@ -157,8 +174,8 @@ class ExtendedMind(MemorySet):
                 undo.callback(hook.remove)
 
     def _shift(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        call = self._current.get()
-        if call is None or not call.settings.use_external_mind or not call.settings.topk or not self._memories:
+        settings = self._now().settings
+        if not settings.use_external_mind or not settings.topk or not self._memories:
             return None
         first = next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
         sizes = [min(len(memory.token_N), memory.reach) + 1 for memory in self._of_rows(len(first))]
@@ -167,12 +184,37 @@ class ExtendedMind(MemorySet):
 
     # Calls
 
+    def _now(self) -> _Call:
+        """The call that runs now; one without settings of its own where the model's ``forward`` is not on the stack.
+
+        Layers run so when something calls the model below the output embedding, and when gradient checkpointing
+        computes them again.
+        """
+        return self._current.get() or _Call(self.settings, record_selected=False)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_layers(self, module: nn.Module, inputs: object) -> None:
+        check_still_taken_over(self.model)
+        if self._current.get() is None:
+            self._build_waiting()
+
+    def _check_is_repeatable(self, changes: Mapping[str, Any]) -> None:
+        """Raise ValueError where layers will be computed again after a call whose settings are forgotten by then."""
+        if not changes or not self.model.training or not torch.is_grad_enabled():
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            raise ValueError(
+                f"{', '.join(changes)} for one call and gradient checkpointing exclude each other, because layers are "
+                "computed again after the call; give the settings to extended_mind"
+            )
+
     def _forward(
         self, own: Callable[..., Any], *inputs: object, output_retrieved_memory_idx: bool = False, **named: object
     ) -> Any:
         if not self.attached:  # and still reached, through a forward that was put over this one
             return own(*inputs, **named)
         changes = {name: named.pop(name) for name in PER_CALL if name in named}
+        self._check_is_repeatable(changes)
         if self._current.get() is None:
             self._build_waiting()
         outer = self._current.get()
@@ -248,13 +290,15 @@ class ExtendedMind(MemorySet):
 
     def wants(self, layer: int) -> bool:
         """True if a layer uses memories in this call."""
-        call = self._current.get()
-        return bool(self._memories) and call is not None and call.settings.uses(layer)
+        return bool(self._memories) and self._now().settings.uses(layer)
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Attention over memories and local keys with one softmax."""
-        current = self._current.get()
-        assert current is not None
+        # Scores and their sums are computed in float32 also where products are to be of half precision.
+        with torch.autocast(call.query_BHTD.device.type, enabled=False):
+            return self._attend(call, self._now())
+
+    def _attend(self, call: AttentionCall, current: _Call) -> tuple[Tensor, Tensor | None]:
         local = local_attention(call.query_BHTD, call.key_BGLD, call.value_BGLD, call.rule)
         if call.sink_H is not None:
             local = _with_sink(local, call.sink_H)
@@ -289,8 +333,7 @@ class ExtendedMind(MemorySet):
         return parts[0] if len(parts) == 1 else _stacked(parts)
 
     def _of_rows(self, rows: int) -> list[Memory]:
-        current = self._current.get()
-        return self._memories_of(rows, generating=current is not None and current.generating)
+        return self._memories_of(rows, generating=self._now().generating)
 
 
 @contextlib.contextmanager

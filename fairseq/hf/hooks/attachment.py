@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.capture import Capture
-from fairseq.hf.hooks.inner_model import inner_model, parameters_of, running_eagerly
+from fairseq.hf.hooks.inner_model import check_is_loaded, inner_model, parameters_of, running_eagerly
 from fairseq.hf.hooks.key_value_cache import cache_of, num_cached
 from fairseq.hf.hooks.names import KeyType
-from fairseq.hf.hooks.patching import replace_forward, wrapped
+from fairseq.hf.hooks.patching import is_running, replace_forward, wrapped
 from fairseq.hf.hooks.protocols import ModelOutput
 from fairseq.hf.hooks.taps import Tap, find_tap, num_layers, output_embedding
 
@@ -162,11 +162,12 @@ class Attachment:
         tap = find_tap(model, self._kind)
         self._prepare(model, tap)
         self._parameters, self._num_layers = parameters_of(model), num_layers(model)
-        self._model, self._capture = model, Capture(tap)
+        self._model, self._capture = model, Capture(tap, self._check_passed)
         self._undo.callback(self._capture.remove)
         self._undo.enter_context(running_eagerly(given))
         # A forward of its own, not hooks: peft calls the forward of the model inside, and compiled code skips hooks.
-        self._undo.callback(replace_forward(model, wrapped(model.forward, self._forward)))
+        self._own_forward = wrapped(model, model.forward, self._forward)
+        self._undo.callback(replace_forward(model, self._own_forward))
         self._undo.callback(model.register_forward_pre_hook(self._expect).remove)
         self._undo.callback(model.register_forward_hook(self._check_reached).remove)
         _BROKEN_INTO[model] = self
@@ -254,11 +255,24 @@ class Attachment:
     def _check_reached(self, model: nn.Module, inputs: object, output: object) -> None:
         """Raise ValueError when a forward that was put over this one has not called it."""
         if not self._thread.is_reached and not self._thread.is_inside and not self._is_idle():
-            raise ValueError(
-                f"forward of this {type(model).__name__} was replaced after break_into, and the new one does not call "
-                f"the {type(self).__name__}: its logits and loss are the model's alone (trl's fused_lm_head does "
-                "this); call break_into after the replacement"
-            )
+            self._raise_not_reached()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _check_passed(self) -> None:
+        """The same, where that forward is called by itself and hooks of the model are passed by (older peft does)."""
+        model = self._model
+        if model is None or self._thread.is_inside or self._is_idle():
+            return
+        present = vars(model).get("forward", self._own_forward)
+        if present is not self._own_forward and is_running(present):
+            self._raise_not_reached()
+
+    def _raise_not_reached(self) -> NoReturn:
+        raise ValueError(
+            f"forward of this {type(self.model).__name__} was replaced after break_into, and the new one does not call "
+            f"the {type(self).__name__}: its logits and loss are the model's alone (trl's fused_lm_head does this); "
+            "call break_into after the replacement"
+        )
 
 
 class _PerThread(threading.local):
@@ -314,12 +328,7 @@ def check_can_be_tapped(model: nn.Module) -> None:
             f"this {kind} is quantised ({getattr(method, 'value', method)}) and cannot be tapped; load it without a "
             "quantization_config (or with dequantize=True), in torch.bfloat16 to save memory"
         )
-    away = [name for name, value in model.named_parameters() if value.device.type == "meta"]
-    if away:
-        raise ValueError(
-            f"{len(away)} parameters of this {kind} are offloaded or not loaded (device meta), {away[0]} for one: it "
-            "cannot be tapped; load it whole, without a device_map that puts parts on cpu or disk"
-        )
+    check_is_loaded(model)
     output_embedding(model)
     can_generate: Any = getattr(model, "can_generate", None)
     if can_generate is not None and not can_generate():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,9 @@ from fairseq.hf.hooks.taps import Tap
 class Capture:
     """Holds the latest tensor that passed a tap, until it is taken; each thread has its own."""
 
-    def __init__(self, tap: Tap) -> None:
-        self.tap = tap
+    def __init__(self, tap: Tap, on_pass: Callable[[], None] | None = None) -> None:
+        """Begin to capture; ``on_pass`` is called whenever something passes."""
+        self.tap, self._on_pass = tap, on_pass
         self._captured = threading.local()
         if tap.takes_input:
             self._handle = tap.module.register_forward_pre_hook(self._see_input, with_kwargs=True)
@@ -51,12 +52,15 @@ class Capture:
         self._handle.remove()
 
     def _see_input(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        value = inputs[0] if inputs else next(iter(named.values()))
-        self._captured.value = value.detach()
+        self._hold(inputs[0] if inputs else next(iter(named.values())))
 
     def _see_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        value = output[0] if isinstance(output, tuple) else output  # a mixture of experts returns its routing too
+        self._hold(output[0] if isinstance(output, tuple) else output)  # a mixture of experts returns its routing too
+
+    def _hold(self, value: Tensor) -> None:
         self._captured.value = value.detach()
+        if self._on_pass is not None:
+            self._on_pass()
 
 
 @contextmanager

@@ -46,6 +46,16 @@ def _outermost(model: nn.Module) -> Iterator[nn.Module]:
             yield from _outermost(child)
 
 
+def check_is_loaded(model: nn.Module) -> None:
+    """Raise ValueError when weights are elsewhere until they are used, or were never loaded."""
+    away = [name for name, value in model.named_parameters() if value.device.type == "meta"]
+    if away:
+        raise ValueError(
+            f"{len(away)} parameters of this {type(model).__name__} are offloaded or not loaded (device meta), "
+            f"{away[0]} for one; load it whole, without a device_map that puts parts on cpu or disk"
+        )
+
+
 def parameters_of(model: nn.Module, forward: Callable[..., Any] | None = None) -> list[str]:
     """Names of the parameters of a model's forward call, in order.
 

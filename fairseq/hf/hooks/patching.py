@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,36 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[
     return replace_attribute(module, "forward", forward)
 
 
-def wrapped(own: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """``wrapper(own, ...)`` with the signature of ``own``, which transformers reads."""
-    return functools.wraps(own)(functools.partial(wrapper, own))
+def wrapped(owner: nn.Module, own: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """``wrapper(own, ...)`` with the signature of ``own``, which transformers reads.
+
+    Others may bind it to its owner as if it were a function of the class (accelerate does, when it unwraps a model of
+    half precision): the owner is then no argument.
+    """
+    # A partial, because a copy of the owner must get one of its own; functions are not copied.
+    return functools.wraps(own)(functools.partial(_without_owner, owner, wrapper, own))
+
+
+def _without_owner(
+    owner: nn.Module, wrapper: Callable[..., Any], own: Callable[..., Any], /, *inputs: Any, **named: Any
+) -> Any:
+    return wrapper(own, *(inputs[1:] if inputs and inputs[0] is owner else inputs), **named)
+
+
+def is_running(function: Callable[..., Any]) -> bool:
+    """True if a function, method or partial of one is on this thread's stack of calls."""
+    owner = None
+    while not hasattr(function, "__code__") or hasattr(function, "__func__"):
+        inside = getattr(function, "__func__", None) or getattr(function, "func", None)
+        if inside is None:
+            return False
+        owner = getattr(function, "__self__", None) or next(iter(getattr(function, "args", ())), None) or owner
+        function = inside
+    code, frame = function.__code__, sys._getframe().f_back
+    while frame is not None:
+        # One function may stand in for the forward of every module (accelerate has it so); its owner comes first.
+        is_owners = not isinstance(owner, nn.Module) or frame.f_locals.get(code.co_varnames[0]) is owner
+        if frame.f_code is code and is_owners:
+            return True
+        frame = frame.f_back
+    return False

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.attachment import ForwardCall
+from fairseq.hf.hooks.continuous_batching import rejecting_continuous_batching
 from fairseq.hf.hooks.key_value_cache import cache_of, num_cached
-from fairseq.hf.hooks.patching import replace_attribute
 from fairseq.hf.hooks.protocols import ModelOutput
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.cached_steps import StepKeeper, max_steps
@@ -30,7 +29,10 @@ _AHEAD = 4096
 """Positions at least that a bulk search before their turn is weighed for."""
 _AT_ONCE = 512
 """Positions of different sequences that are looked up together."""
-_CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
+_CONTINUOUS_BATCHING = (
+    "RetomatonWrapper does not follow the sequences of continuous batching (generate_batch), whose requests share one "
+    "row and one cache; use model.generate, or KNNWrapper, which has no state"
+)
 
 
 class RetomatonWrapper(KNNWrapper):
@@ -114,9 +116,7 @@ class RetomatonWrapper(KNNWrapper):
         self._automaton = Retomaton(self.memory, clusters=clusters, compat=self.flattens_batches, **settings)
         self.num_positions = self.num_searched = 0
         self._keeper = StepKeeper()
-        for name in _CONTINUOUS_BATCHING:
-            if hasattr(model, name):
-                self._undo.callback(replace_attribute(model, name, functools.partial(_reject_continuous_batching)))
+        self._undo.enter_context(rejecting_continuous_batching(model, _CONTINUOUS_BATCHING))
 
     def _end(self, *, failed: bool) -> None:
         super()._end(failed=failed)
@@ -126,7 +126,7 @@ class RetomatonWrapper(KNNWrapper):
     def _changed_call(self, named: dict[str, Any]) -> dict[str, Any]:
         cache = cache_of(named)
         if any(each.__name__ == "PagedAttentionCache" for each in type(cache).__mro__):
-            _reject_continuous_batching()
+            raise ValueError(_CONTINUOUS_BATCHING)
         return super()._changed_call(named)
 
     def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> MixedScores:
@@ -201,11 +201,3 @@ class RetomatonWrapper(KNNWrapper):
         if self.flattens_batches:  # the original's figures hang on how its searches round
             return False
         return index.bulk_pays(min(num_positions, _AHEAD))
-
-
-def _reject_continuous_batching(*inputs: object, **named: object) -> NoReturn:
-    """Raise ValueError: the requests of a step stand in one row, and their caches are shared pages."""
-    raise ValueError(
-        "RetomatonWrapper does not follow the sequences of continuous batching (generate_batch), whose requests share "
-        "one row and one cache; use model.generate, or KNNWrapper, which has no state"
-    )

@@ -127,6 +127,14 @@ class DeleteConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Report whether the kernels of searches are compiled for this machine, and where they are kept."""
+
+    warm: bool = flag("--warm", default=False)
+    """Compile all that are not, so that no search has to wait for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig(StoreConfig):
     """Write a datastore of some rows, drawn at random."""
 

@@ -150,12 +150,22 @@ def copy_rows(
         record |= {"document_unit": "row", "num_documents": 1}
     record |= dict(metadata) | {"copied_from": _fingerprint(source)}
     metadata_file = StoreFiles.of(prefix, dtype).metadata
-    if not in_place and metadata_file.exists():
+
+    def is_written() -> bool:
+        if in_place or not metadata_file.exists():
+            return False
         if not store_exists(prefix, record | {"rows": count, "key_dtype": dtype}):
             raise ValueError(f"{metadata_file} is that of another datastore; choose another name, or remove the file")
         logger.info("%s is complete already; remove it to make it again", prefix)
+        return True
+
+    if is_written():
         return count
     with DatastoreWriter(prefix, count, source.dim, dtype, record, documents=documents) as writer:
+        if not in_place and metadata_file.exists():  # since, by another process: only now it is kept out
+            writer.discard()
+            is_written()
+            return count
         if source.shards and len(all_deleted(source.prefix, source.metadata, source.shards)) != len(source.deleted):
             raise ValueError(f"rows of datastore {source.prefix!r} were deleted during the copy; run the command again")
         start, saved = int((writer.cursor or {}).get("row", 0)), time.perf_counter()

@@ -193,6 +193,11 @@ class DatastoreWriter:
         """Close the files and release the lock; the next writer resumes from the last checkpoint."""
         self._open.close()
 
+    def discard(self) -> None:
+        """Remove what is not finished, then close."""
+        self._remove_unfinished()
+        self.close()
+
     def _write(self, array: str, file: IO[bytes], rows: Array) -> None:
         data = rows.reshape(-1).view(np.uint8).data
         # Plain writes, not a memory map: dirty pages of a map count as memory of this process until the kernel writes

@@ -66,7 +66,7 @@ def _belongs(best_K: Any, ids_K: Any, score: Any, number: int) -> Any:
     return score > best_K[-1] or (score == best_K[-1] and number < ids_K[-1])
 
 
-@compiled()
+@compiled("(f4[:,::1], i8, i8, i8[:,::1], f4[:,::1])")
 def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: Any) -> None:
     """Merge scores of memories ``first`` and so on into the best of each query, best first.
 
@@ -87,7 +87,7 @@ def best_of_rows(score_NM: Any, columns: int, first: int, ids_NK: Any, best_NK: 
                     _insert(best_K, ids_K, score_M[i], first + i)
 
 
-@compiled(fastmath=ANY_ORDER)
+@compiled("(f4[:,:,::1], f4[:,::1], f4[::1], f4[::1], f4[:,:,::1], i1[:,:,::1], i4[:,::1])", fastmath=ANY_ORDER)
 def round_queries(
     query_GND: Any, step_GD: Any, error_G: Any, longest_G: Any, unit_GND: Any, quantized_GND: Any, reach_GN: Any
 ) -> None:
@@ -167,7 +167,7 @@ def _multiply_again(which_J: Any, query_D: Any, key_MD: Any, inverse_M: Any, sco
     return fetched
 
 
-@compiled()
+@compiled("(i4[:,::1], i8, i8, i4[::1], f4[:,::1], f4[:,::1], f4[::1], Tuple((i4[:,::1], i8[:,::1], f4[:,::1])))")
 def best_of_quantized_rows(
     raw_NM: Any, columns: int, first: int, reach_N: Any, query_ND: Any, key_MD: Any, inverse_M: Any, best: Any
 ) -> Any:
@@ -205,7 +205,7 @@ def best_of_quantized_rows(
     return fetched
 
 
-@compiled()
+@compiled("(i4[:,:,::1], i4[:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], i8[:,:,::1], f4[:,:,::1])")
 def best_of_quantized_heads(
     raw_GNM: Any, reach_GN: Any, query_GND: Any, key_GMD: Any, inverse_GM: Any, ids_GNK: Any, best_GNK: Any
 ) -> None:
@@ -225,18 +225,21 @@ def _add_weighted(out_D: Any, weight: Any, value_D: Any) -> None:
         out_D[d] += weight * value_D[d]
 
 
-@compiled()
+@compiled("(f4[:,:,::1], i8[:,:,::1], f4[:,:,::1], f4[:,:,::1], f8, f4[:,:,::1], f4[:,:,::1], f4[:,::1], i8, i8)")
 def attend_to_selected(
-    query_NTD: Any, ids_NTK: Any, key_GSD: Any, value_GSD: Any, scale: float, score_NTK: Any, out_NTD: Any, norm_NT: Any
-) -> None:
+    query_NTD: Any, ids_NTK: Any, key_GSD: Any, value_GSD: Any, scale: float, score_NTK: Any, out_NTD: Any,
+    norm_NT: Any, first: int, past: int,
+) -> None:  # fmt: skip
     """Attention over chosen memories for N heads (of any rows), head n reading from key-value head ``n * G // N``.
 
-    ``score_NTK`` holds what is added to each score, -inf where a memory is dropped, and gets the scores.
+    Args:
+        score_NTK: holds what is added to each score, -inf where a memory is dropped, and gets the scores.
+        first, past: queries T that are wanted; slices of the arrays would be of other types, and compiled once more.
     """
     heads_each = len(query_NTD) // len(key_GSD)
     for n in range(len(query_NTD)):
         key_SD, value_SD = key_GSD[n // heads_each], value_GSD[n // heads_each]
-        for t in range(query_NTD.shape[1]):
+        for t in range(first, past):
             score_K, ids_K, query_D = score_NTK[n, t], ids_NTK[n, t], query_NTD[n, t]
             largest = np.float32(-np.inf)
             for i in range(len(score_K)):
@@ -257,7 +260,10 @@ def attend_to_selected(
             norm_NT[n, t] = largest + np.log(total)
 
 
-@compiled()
+@compiled(
+    "(i4[:,:,::1], i4[:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1], f4[:,:,::1], f8, f8, "
+    "i8[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,:,::1], f4[:,::1])",
+)
 def attend_to_few(
     raw_GNM: Any, reach_GN: Any, unit_GND: Any, query_GND: Any, key_GSD: Any, inverse_GS: Any, value_GSD: Any,
     scale: float, threshold: float, ids_GNK: Any, best_GNK: Any, score_GNK: Any, out_GND: Any, norm_GN: Any,
@@ -271,4 +277,5 @@ def attend_to_few(
             for i in range(ids_GNK.shape[2]):
                 stays = ids_GNK[g, n, i] >= 0 and best_GNK[g, n, i] > threshold
                 score_GNK[g, n, i] = np.float32(0.0) if stays else np.float32(-np.inf)
-    attend_to_selected(query_GND, ids_GNK, key_GSD, value_GSD, scale, score_GNK, out_GND, norm_GN)
+    count = query_GND.shape[1]
+    attend_to_selected(query_GND, ids_GNK, key_GSD, value_GSD, scale, score_GNK, out_GND, norm_GN, 0, count)

@@ -172,17 +172,17 @@ class LayerLookup:
         ids_HNK = ids_BHTK.transpose(0, 1).reshape(heads, rows * queries, -1).contiguous()
         out_HND = torch.empty(heads, rows * queries, self.layer.value_GSD.shape[-1])
         norm_HN = torch.empty(heads, rows * queries)
-        memories = (self.layer.key_GSD.numpy(), self.layer.value_GSD.numpy())
+        arrays = tuple(x.numpy() for x in (query_HND, ids_HNK, self.layer.key_GSD, self.layer.value_GSD))
+        results = tuple(x.numpy() for x in (score_HNK, out_HND, norm_HN))
 
-        def attend(part: slice) -> None:
-            arrays = (x[:, part].numpy() for x in (query_HND, ids_HNK))
-            results = (x[:, part].numpy() for x in (score_HNK, out_HND, norm_HN))
-            attend_to_selected(*arrays, *memories, scale, *results)  # type: ignore[call-arg, arg-type]
+        def attend(start: int) -> None:
+            past = min(start + step, count)
+            attend_to_selected(*arrays, scale, *results, start, past)  # type: ignore[call-arg, arg-type]
 
         count = rows * queries
         shared = are_worth_threads(count * heads / _QUERIES_OF_A_START)
         step = -(-count // torch.get_num_threads()) if shared else count
-        run_in_threads(attend, [slice(start, start + step) for start in range(0, count, max(1, step))])
+        run_in_threads(attend, range(0, count, max(1, step)))
 
         def by_row(x: Tensor) -> Tensor:
             return x.reshape(heads, rows, queries, *x.shape[2:]).transpose(0, 1)

@@ -21,7 +21,8 @@ from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Array, Candidates, Neighbors
 
-_NONE = np.empty(0, np.int32)
+# The types that small clusters have, so that nothing is compiled once more for none.
+_NO_CLUSTERS = (np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32))
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Retomaton:
         self._values: Array = np.asarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
         self._role_R = row_roles(external, ignore_documents=compat)
         held = None if clusters is None or no_pointer else clusters
-        self._clusters = (_NONE, _NONE, _NONE) if held is None else (held.cluster_R, held.first_C, held.member_R)
+        self._clusters = _NO_CLUSTERS if held is None else (held.cluster_R, held.first_C, held.member_R)
 
     def start(self, num_sequences: int) -> RetomatonState:
         """State of sequences that have read nothing: their first step is a search."""

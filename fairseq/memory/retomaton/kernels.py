@@ -108,7 +108,10 @@ def _most_pointers_first(cluster_R: Any, rows_P: Any) -> Any:
     return cluster_U[:count][np.argsort(-num_U[:count], kind="mergesort")]
 
 
-@compiled()
+@compiled(
+    "(Tuple((i8[:,::1], i8[:,::1], f4[:,::1], i8[::1])), u1[::1], b1, Tuple((i4[::1], i8[::1], i4[::1])), "
+    "Tuple((i8[:,::1], i8[::1], i8[::1])))",
+)
 def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, followed: Any) -> None:
     """Pointers of each sequence after its token: successors of the candidates that hold it, and their clusters.
 
@@ -140,7 +143,10 @@ def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, followed: Any)
         out_P[count:] = -1
 
 
-@compiled()
+@compiled(
+    "(Tuple((i8[::1], i8[:,::1], f4[:,::1])), Tuple((i8[:,::1], f4[:,::1])), b1, "
+    "Tuple((i8[:,::1], f4[:,::1], i8[::1])))",
+)
 def join(found: Any, active: Any, distinct: bool, joined: Any) -> None:
     """The candidates of each sequence: what its search found, if it was searched, and its pointers.
 

@@ -6,10 +6,11 @@ import copy
 import logging
 import math
 import threading
+import types
 
 import pytest
 import torch
-from stand_ins import Around
+from stand_ins import Around, fuse_head
 from tiny_models import VOCABULARY, inputs, make, tokens
 
 from fairseq.hf.knn.evaluation import evaluate, windows_of
@@ -171,6 +172,27 @@ def test_a_forward_without_logits_is_one_clear_error(model, folder):
         model.forward = lambda *args, **kwargs: own(*args, **kwargs)
         with pytest.raises(ValueError, match="was replaced after break_into"):
             model(input_ids=ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("around", [lambda model: model, Around], ids=["called", "its forward called"])
+def test_a_forward_that_leaves_the_wrapper_out_is_rejected(model, folder, around):
+    ids, expected = tokens(1, 7), mixture(model, tokens(1, 7))
+    with KNNWrapper(dstore_dir=folder, **SETTINGS)(model):
+        fuse_head(model)
+        outer = around(model)
+        with pytest.raises(ValueError, match="was replaced after break_into"):
+            outer(input_ids=ids, labels=ids, fused_lm_head=True)
+        close(outer(input_ids=ids).logits, expected)
+        assert model.base_model(ids).last_hidden_state.shape == (1, 7, 16)  # without the head there is nothing to mix
+
+
+@torch.no_grad()
+def test_a_forward_that_is_bound_to_the_model_again_gives_the_mixture(model, folder):
+    ids, expected = tokens(1, 7), mixture(model, tokens(1, 7))
+    with KNNWrapper(dstore_dir=folder, **SETTINGS)(model):
+        model.forward = types.MethodType(model.forward, model)  # as accelerate's unwrap_model does
+        close(model(ids).logits, expected)
 
 
 def test_gradients_are_those_of_the_formula(model, folder):

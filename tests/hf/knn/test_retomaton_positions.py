@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, inputs, make, tokens, transformers
+from tiny_models import VOCABULARY, cache_in, inputs, make, resuming, tokens, transformers
 
 from fairseq.hf.hooks.capture import capture_key
 from fairseq.hf.knn.retomaton import RetomatonWrapper
@@ -98,10 +98,10 @@ def expected_of(model, attached, ids, begins=(0,)):
 def test_a_second_turn_of_which_only_the_last_position_is_scored_begins_anew(model, attached):
     for start in (40, 90, 140):
         ids = a_text()[start : start + 12]
-        cache = model(ids[None, :6], use_cache=True).cache
-        out = model(ids[None, 6:], cache=cache, use_cache=True, logits_to_keep=1)
+        cache = cache_in(model(ids[None, :6], use_cache=True))
+        out = model(ids[None, 6:], **resuming(model, cache), logits_to_keep=1)
         close(out.logits[0, -1], expected_of(model, attached, ids, begins=(11,))[-1])
-        after = model(a_text()[None, start + 12 : start + 13], cache=out.cache, use_cache=True).logits[0, -1]
+        after = model(a_text()[None, start + 12 : start + 13], **resuming(model, cache_in(out))).logits[0, -1]
         whole = expected_of(model, attached, a_text()[start : start + 13], begins=(11,))
         close(after, whole[-1])
 
@@ -148,20 +148,20 @@ def test_assisted_decoding_gives_the_text_of_greedy_search(model, attached, assi
 def test_a_cache_that_is_cropped_copied_or_selected_takes_its_steps_along(model, attached):
     text = a_text()
     ids = torch.stack([text[60:75], text[100:115]])
-    cache = model(ids[:, :8], use_cache=True).cache
+    cache = cache_in(model(ids[:, :8], use_cache=True))
     for place in range(8, 12):
-        cache = model(ids[:, place : place + 1], cache=cache, use_cache=True).cache
+        cache = cache_in(model(ids[:, place : place + 1], **resuming(model, cache)))
     twin = copy.deepcopy(cache)
     cache.crop(-3)  # 9 tokens are left
     searched = attached.num_searched
-    found = model(ids[:, 9:15], cache=cache, use_cache=True).logits
+    found = model(ids[:, 9:15], **resuming(model, cache)).logits
     for row in range(2):
         close(found[row], expected_of(model, attached, ids[row])[9:])
     assert attached.num_searched - searched < 12
     twin.batch_select_indices(torch.tensor([1]))
     twin.batch_repeat_interleave(2)
     twin.reorder_cache(torch.tensor([1, 0]))
-    found = model(ids[[1, 1], 12:15], cache=twin, use_cache=True).logits
+    found = model(ids[[1, 1], 12:15], **resuming(model, twin)).logits
     for row in range(2):
         close(found[row], expected_of(model, attached, ids[1])[12:])
     kind, state = twin.__reduce_ex__(pickle.HIGHEST_PROTOCOL)[1]
@@ -169,7 +169,7 @@ def test_a_cache_that_is_cropped_copied_or_selected_takes_its_steps_along(model,
     assert "_retomaton_steps" not in state
     assert b"retomaton_steps" not in pickle.dumps(twin)
     twin.reset()
-    close(model(ids[:, :3], cache=twin).logits[0], expected_of(model, attached, ids[0, :3]))
+    close(model(ids[:, :3], **resuming(model, twin)).logits[0], expected_of(model, attached, ids[0, :3]))
 
 
 def test_padding_on_the_right_and_left_continues_from_the_last_token(model, attached):
@@ -198,7 +198,7 @@ def test_continuous_batching_is_rejected_with_what_to_use(model, attached):
 
 def test_break_out_restores_the_class_of_the_caches(model, folder):
     with RetomatonWrapper(dstore_dir=folder, **SETTINGS)(model):
-        cache = model(a_text()[None, :5], use_cache=True).cache
+        cache = cache_in(model(a_text()[None, :5], use_cache=True))
         assert isinstance(cache, transformers.DynamicCache)
     assert type(cache) is transformers.DynamicCache
     assert "_retomaton_steps" not in vars(cache)
@@ -221,7 +221,7 @@ def test_a_state_space_model_generates_token_by_token_as_it_reads(tmp_path):
         out = mamba(ids[:, :4], use_cache=True)
         found = [out.logits]
         for place in range(4, 10):
-            out = mamba(ids[:, place : place + 1], cache=out.cache, use_cache=True)
+            out = mamba(ids[:, place : place + 1], **resuming(mamba, cache_in(out)))
             found.append(out.logits)
         assert reto.num_searched == 2 * once < 40
         close(torch.cat(found, 1), whole)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import CONFIGS, DECODERS, SEQ2SEQ, VOCABULARY, inputs, make, tokens
+from tiny_models import CONFIGS, DECODERS, SEQ2SEQ, VOCABULARY, cache_in, inputs, make, resuming, tokens
 
 from fairseq.hf.knn.evaluation import Window, evaluate, save_datastore, windows_of
 from fairseq.hf.knn.retomaton import RetomatonWrapper
@@ -289,8 +289,8 @@ def test_retomaton_carries_each_sequence_through_the_cache(tmp_path):
         cache = None
         parts = []
         for piece in text.split(7, dim=1):
-            out = model(input_ids=piece, cache=cache, use_cache=True)
-            cache = out.cache
+            out = model(input_ids=piece, **resuming(model, cache))
+            cache = cache_in(out)
             parts.append(out.logits)
         assert reto.num_searched == 2 * once
         assert reto.saved_share == 1 - once / 40
@@ -332,13 +332,13 @@ def test_retomaton_takes_its_state_along_with_the_beams(name, tmp_path):
             total, cache, known = 0.0, None, {}
             for t in range(start, len(sequence)):
                 given = sequence[None, :t] if t == start else sequence[None, t - 1 : t]
-                call = {"input_ids": given, "cache": cache, "use_cache": True}
+                call = {"input_ids": given} | resuming(model, cache)
                 if name in SEQ2SEQ:
                     call = {"input_ids": prompt["input_ids"][n : n + 1], "decoder_input_ids": given} | known
-                    call |= {"cache": cache, "use_cache": True}
+                    call |= resuming(model, cache)
                 elif t == start:
                     call["logits_to_keep"] = 1
                 step = model(**call)
-                cache = step.cache
+                cache = cache_in(step)
                 total += float(step.logits[0, -1, sequence[t]])
             assert float(out.sequences_scores[n]) == pytest.approx(total, abs=2e-3)

@@ -96,19 +96,22 @@ def build_index(config: BuildConfig) -> BuiltIndex:
                 job.encode()
             else:
                 job.fill()
-    with locked(files.joining_lock, f"index {str(files.index)!r}", _SECONDS_TO_JOIN):
-        if is_complete(files, signature):  # by the command of another part
+        # Before another command of this part may begin, which would take what assembling removes for its own start.
+        with locked(files.joining_lock, f"index {str(files.index)!r}", _SECONDS_TO_JOIN):
+            if is_complete(files, signature):  # by the command of another part
+                _clean(config)
+                return _built(files, store)
+            missing = job.missing_parts()
+            if missing and config.merge:
+                raise ValueError(
+                    f"{files.index} lacks the parts {', '.join(map(str, missing))} of {config.num_shards}; run the "
+                    "same command with the --shard_id of each"
+                )
+            if missing:
+                size = files.codes.stat().st_size
+                return BuiltIndex(files.codes, len(job.rows), size, job.trained, job.added, missing)
+            job.assemble()
             return _built(files, store)
-        missing = job.missing_parts()
-        if missing and config.merge:
-            raise ValueError(
-                f"{files.index} lacks the parts {', '.join(map(str, missing))} of {config.num_shards}; run the same "
-                "command with the --shard_id of each"
-            )
-        if missing:
-            return BuiltIndex(files.codes, len(job.rows), files.codes.stat().st_size, job.trained, job.added, missing)
-        job.assemble()
-        return _built(files, store)
 
 
 def _built(files: BuildFiles, store: Datastore) -> BuiltIndex:

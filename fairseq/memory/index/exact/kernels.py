@@ -40,6 +40,11 @@ class BlockBounds(NamedTuple):
     """The raw scores are integers."""
 
 
+# Types of a call, for ``compiled``.
+_BOUNDS = "Tuple((f8, f8[::1], f8[::1], b1))"
+_CANDIDATES = "Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[::1]))"
+
+
 @compiled()
 def _raw_threshold(threshold: float, scale: float, shift: float, margin: float, integral: bool) -> Any:
     """The approximate score that every key at the threshold reaches."""
@@ -71,7 +76,10 @@ def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width
     return kept, threshold
 
 
-@compiled()
+@compiled(
+    f"(i4[:,::1], i8, i8, {_BOUNDS}, i8, {_CANDIDATES}, i8, i8)",
+    f"(f4[:,::1], i8, i8, {_BOUNDS}, i8, {_CANDIDATES}, i8, i8)",
+)
 def collect_candidates(
     raw_QM: Any, num_rows: int, first_row: int, bounds: Any, k: int, candidates: Any, query: int, column: int
 ) -> tuple[int, int]:
@@ -118,7 +126,7 @@ def collect_candidates(
     return query, column
 
 
-@compiled()
+@compiled(f"({_CANDIDATES}, i8)")
 def prune_all(candidates: Any, k: int) -> None:
     """:func:`prune` for every query."""
     lower_QC, ids_QC, filled_Q, threshold_Q, width_Q = candidates
@@ -127,7 +135,7 @@ def prune_all(candidates: Any, k: int) -> None:
         filled_Q[q], threshold_Q[q] = filled, threshold
 
 
-@compiled()
+@compiled("(f4[:,::1], i8[::1], f4[:,::1], i8[::1], b1, f4[::1])")
 def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance: bool, out_H: Any) -> None:
     """Inner product, or minus the squared distance, of H pairs of a query and a key."""
     for i in range(len(row_H)):
@@ -135,7 +143,7 @@ def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance
         out_H[i] = neg_sq_l2(query_D, key_D) if by_distance else dot(query_D, key_D)
 
 
-@compiled()
+@compiled(f"(f4[:,::1], f4[:,::1], i8, b1, f4[::1], {_CANDIDATES}, f4[:,::1])")
 def score_candidates(
     query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, bound_Q: Any, candidates: Any, true_QC: Any
 ) -> None:
@@ -172,7 +180,7 @@ def score_candidates(
                 waiting = 0
 
 
-@compiled()
+@compiled("(f4[:,::1], i8[::1], i8, f4[::1])")
 def reached_by(lower_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
     """A number that at least k of each row's first ``filled`` entries reach, and few more; NaN reaches nothing."""
     for q in range(len(filled_Q)):

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numba.core import cgutils, types
 
-from fairseq.memory.index.lists.large_k_kernels import pack, select_candidates
+from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, select_candidates
 from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, GROUP, compiled, dot, neg_sq_l2
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
@@ -52,6 +52,11 @@ class TableRoom(NamedTuple):
     edge_1P: Any
     end_1P: Any
     place_F: Any
+
+
+# Types of a call, for ``compiled``.
+_LISTS = "Tuple((f4[:,:,::1], f4[:,::1], i8[:,::1], i8[::1], f4[::1]))"
+_ROOM = "Tuple((f4[:,::1], f4[:,::1], f4[::1], i8[:,::1], i8[:,::1], i8[::1]))"
 
 
 @compiled()
@@ -104,7 +109,7 @@ def _finish(score_SP: Any, group: int, bias_S: Any, share: Any, most_S: Any) -> 
     return after
 
 
-@compiled()
+@compiled("(f4[::1], f4[:,:,::1], u1[:,::1], i8[::1], u1[::1], b1, f4[:,::1], f4[::1])")
 def write_biases(
     centroid_D: Any, words_MEJ: Any, code_SM: Any, id_S: Any, alive: Any, by_distance: bool, table_MJ: Any,
     bias_S: Any,
@@ -133,7 +138,7 @@ def write_biases(
         bias_S[i] = total
 
 
-@compiled()
+@compiled(f"(i8[::1], {_LISTS}, u1[::1], b1, f4[:,::1])")
 def prepare_lists(number_L: Any, lists: Any, alive: Any, by_distance: bool, table_MJ: Any) -> None:
     """:func:`write_biases` for some lists; ``lists`` as in :func:`search_tables`."""
     words_MEJ, centroid_LD, address_L2, first_L, bias = lists
@@ -152,7 +157,7 @@ def share_of_list(query_D: Any, centroid_D: Any, by_distance: bool) -> Any:
     return neg_sq_l2(query_D, centroid_D) if by_distance else dot(query_D, centroid_D)
 
 
-@compiled()
+@compiled(f"(f4[:,::1], i8[:,::1], i8, {_LISTS}, b1, {_ROOM}, {SELECTION_ROOM}, i8[:,::1], i8[::1])")
 def search_tables(
     query_QD: Any, probed_QP: Any, wanted: int, lists: Any, by_distance: bool, room: Any, selection_room: Any,
     packed_QC: Any, count_Q: Any,

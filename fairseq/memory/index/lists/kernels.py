@@ -59,7 +59,17 @@ class ScannedQueries(NamedTuple):
     """See ``bound_queries``."""
 
 
-@compiled(fastmath=FINITE)
+# Types of a call, for ``compiled``.
+_HEAP = "Tuple((f4[:,::1], i8[:,::1], i8[:,::1], i8[::1], f4[::1], f4[::1], b1[::1]))"
+_KEYS = "Tuple((f4[:,::1], f4[:,::1], i8[::1], f4[:,::1]))"
+_QUERIES = "Tuple((f4[:,::1], i8[::1], i8[::1], f4[:,::1]))"
+
+
+@compiled(
+    "(f4[:,::1], i8[::1], f4[::1], b1, i8, f4[::1], b1, i1[:,::1], f4[:,::1])",
+    "(f4[:,::1], i8[::1], f4[::1], b1, i8, f4[::1], b1, f4[:,::1], f4[:,::1])",
+    fastmath=FINITE,
+)
 def bound_queries(
     query_ND: Any, row_Q: Any, centroid_D: Any, by_distance: bool, width: int, largest: Any, integral: bool,
     quantized_QE: Any, bound_Q4: Any,
@@ -226,7 +236,10 @@ def _prune_candidates(
     return filled, threshold
 
 
-@compiled()
+@compiled(
+    f"(i4[:,:,::1], f4, {_QUERIES}, {_KEYS}, {_HEAP}, b1, i8, b1, f4[::1])",
+    f"(f4[:,:,::1], f4, {_QUERIES}, {_KEYS}, {_HEAP}, b1, i8, b1, f4[::1])",
+)
 def scan(
     raw_QGP: Any,
     step: Any,
@@ -293,7 +306,7 @@ def scan(
         filled_N[n], threshold_N[n] = filled, threshold
 
 
-@compiled()
+@compiled(f"({_HEAP}, i8)")
 def prune_group(heap: Any, k: int) -> None:
     """Drop the candidates of every query that cannot be among its k best; ``heap`` as in :func:`scan`."""
     score_NC, ids_NC, order_NC, filled_N, threshold_N, doubt_N, _ = heap
@@ -303,7 +316,7 @@ def prune_group(heap: Any, k: int) -> None:
         )
 
 
-@compiled()
+@compiled("(f4[:,::1], i8[:,::1], i8[:,::1], i8[::1])")
 def order_equals(score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any) -> None:
     """Bring candidates of equal scores into the order of their ids; the scores are falling already."""
     for n in range(len(filled_N)):
@@ -320,7 +333,7 @@ def order_equals(score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any) -> No
             first = after
 
 
-@compiled()
+@compiled("(f4[:,::1], i8[:,::1], i8[:,::1], i8[::1], i8, i8[::1], b1)")
 def settle_ties(
     score_NC: Any, ids_NC: Any, order_NC: Any, filled_N: Any, k: int, row_H: Any, by_distance: bool
 ) -> None:

@@ -34,7 +34,15 @@ class SelectionRoom(NamedTuple):
     """Groups of that query, and one more."""
 
 
-@compiled(fastmath=FINITE)
+SELECTION_ROOM = "Tuple((i8[::1], f4[::1], f4[::1], i8[::1]))"
+"""Its types, for ``compiled``."""
+
+
+@compiled(
+    "(i4[:,:,::1], f4, f4[:,::1], f4, f4[:,::1], i8[::1], f4[:,::1], f4[::1])",
+    "(f4[:,:,::1], f4, f4[:,::1], f4, f4[:,::1], i8[::1], f4[:,::1], f4[::1])",
+    fastmath=FINITE,
+)
 def write_upper_bounds(
     raw_VGP: Any,
     step: Any,
@@ -94,7 +102,9 @@ def _list_group(bound_SP: Any, group: int, reach: Any, place_C: Any, bound_C: An
     return count
 
 
-@compiled()
+@compiled(
+    f"(f4[:,::1], f4[::1], i8[:,::1], f4[:,::1], i8, i8[::1], i8[:,::1], {SELECTION_ROOM})",
+)
 def select_candidates(
     bound_SP: Any, most_S: Any, edge_QP: Any, gap_QP: Any, wanted: int, place_F: Any, end_QP: Any, room: Any
 ) -> None:
@@ -152,7 +162,7 @@ def pack(score: Any, row: Any) -> Any:
     return ((np.int64(-1) - bits) << 32) | row
 
 
-@compiled()
+@compiled("(f4[:,::1], i8[::1], i8[::1], i8[::1], i8[::1], f4[:,::1], i8[::1], b1, i8[::1])")
 def score_selected(
     query_ND: Any, row_V: Any, begin_V: Any, end_V: Any, start_V: Any, keys_MD: Any, ids_M: Any, by_distance: bool,
     place_F: Any,
@@ -173,7 +183,7 @@ def score_selected(
             place_F[i] = pack(score, ids_M[m])
 
 
-@compiled()
+@compiled("(i8[::1], i8[::1], i8[::1], i8[:,::1])")
 def gather_packed(place_F: Any, begin_Q: Any, end_Q: Any, packed_QC: Any) -> None:
     """Put the packed neighbours of each query into a row."""
     for q in range(len(begin_Q)):
@@ -182,7 +192,7 @@ def gather_packed(place_F: Any, begin_Q: Any, end_Q: Any, packed_QC: Any) -> Non
         packed_QC[q, count:] = NOTHING
 
 
-@compiled()
+@compiled("(i8[:,::1], i8[:,::1], f4[:,::1])", "(i8[:,:], i8[:,::1], f4[:,::1])")
 def unpack(packed_QC: Any, ids_QK: Any, scores_QK: Any) -> None:
     """Turn the first packed neighbours, sorted, into ids and scores; -1 and minus infinity where there are fewer."""
     bits_QK = scores_QK.view(np.int32)

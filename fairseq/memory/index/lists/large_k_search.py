@@ -175,7 +175,7 @@ class _LargeKGroup:
     def _best_of(self, part: slice, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.lists.large_k_kernels import gather_packed, unpack
 
-        end_Q = self._end_QP[part, -1]
+        end_Q = self._end_QP[part, -1].copy()  # whose numbers follow each other, as the kernel is compiled for
         begin_Q = np.append(self._end_QP[part.start - 1, -1] if part.start else 0, end_Q[:-1])
         packed_QC = np.empty((len(begin_Q), int((end_Q - begin_Q).max(initial=0))), np.int64)
         gather_packed(self._place_F, begin_Q, end_Q, packed_QC)

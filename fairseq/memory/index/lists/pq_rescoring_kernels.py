@@ -10,7 +10,7 @@ from fairseq.memory.index.lists.adc_kernels import share_of_list, write_table
 from fairseq.memory.index.ops.kernels import compiled
 
 
-@compiled()
+@compiled("(Tuple((u1[:,::1], f4[::1], i4[::1], f4[:,::1], f4[:,:,::1])), b1, f4[:,::1], i8[:,::1], f4[:,::1])")
 def score_codes(coded: Any, by_distance: bool, query_ND: Any, ids_NM: Any, out_NM: Any) -> None:
     """Minus the squared distance, or the inner product, of each query and each of its rows; -inf for a row of -1.
 

@@ -30,7 +30,10 @@ def _count(raw_C: Any, reach: Any) -> Any:
     return count
 
 
-@compiled()
+@compiled(
+    "(i4[:,::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1], b1)",
+    "(f4[:,::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1], b1)",
+)
 def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: Any, by_distance: bool) -> None:
     """Write the number of each key's nearest centroid.
 
@@ -59,7 +62,7 @@ def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: 
         near_Q[q] = nearest
 
 
-@compiled(fastmath=ANY_ORDER)
+@compiled("(f4[:,::1], i8[::1], i8[::1], f4[:,::1])", fastmath=ANY_ORDER)
 def means(keys_ND: Any, order_N: Any, edges: Any, means_CD: Any) -> None:
     """Mean of the keys ``order[edges[c]:edges[c + 1]]`` for each c; zeros for none."""
     for c in range(len(means_CD)):

@@ -34,6 +34,16 @@ def summed(terms: np.ndarray) -> np.float32:
 
 
 @numba.njit
+def dot(a_D, b_D):
+    return kernels.dot(a_D, b_D)
+
+
+@numba.njit
+def neg_sq_l2(a_D, b_D):
+    return kernels.neg_sq_l2(a_D, b_D)
+
+
+@numba.njit
 def of_three(query, a, b, c):
     return products(query, (a, b, c)), squared_distances(query, (a, b, c))
 
@@ -45,8 +55,8 @@ def test_every_loop_sums_alike(width):
     dots = [summed(query * key) for key in keys]
     squares = [summed((query - key) ** 2) for key in keys]
     assert of_three(query, *keys) == (tuple(dots), tuple(squares))
-    assert [kernels.dot(query, key) for key in keys] == dots
-    assert [-kernels.neg_sq_l2(query, key) for key in keys] == squares
+    assert [dot(query, key) for key in keys] == dots
+    assert [-neg_sq_l2(query, key) for key in keys] == squares
     for by_distance, expected in ((False, dots), (True, [-x for x in squares])):
         row, pairs = np.zeros(3, np.int64), np.empty(3, np.float32)
         exact_kernels.score_pairs(query[None], row, keys, np.arange(3), by_distance, pairs)
@@ -61,7 +71,7 @@ def test_every_loop_sums_alike(width):
 def test_rows_with_gaps_are_refused():
     rows = np.ones((4, 4), np.float32)
     with pytest.raises(numba.TypingError, match="float32 without gaps"):
-        kernels.dot(rows[0], rows[:, 0])
+        dot(rows[0], rows[:, 0])
 
 
 @pytest.mark.parametrize("module", ["ops.kernels", "exact.kernels", "lists.kernels", "lists.adc_kernels"])
@@ -79,11 +89,13 @@ def test_sums_are_the_same_when_a_caller_that_may_fuse_is_compiled_first(tmp_pat
     np.savez(tmp_path / "rows.npz", query=query, keys=keys)
     code = f"""
 import numpy as np
+import numba
 from fairseq.memory.index.lists.adc_kernels import share_of_list
 from fairseq.memory.index.ops.kernels import dot, neg_sq_l2
 rows = np.load({str(tmp_path / "rows.npz")!r})
-share_of_list(rows["query"], rows["keys"][0], True)
-sums = [[function(rows["query"], key) for key in rows["keys"]] for function in (dot, neg_sq_l2)]
+numba.njit(lambda a, b: share_of_list(a, b, True))(rows["query"], rows["keys"][0])
+functions = [numba.njit(lambda a, b: dot(a, b)), numba.njit(lambda a, b: neg_sq_l2(a, b))]
+sums = [[function(rows["query"], key) for key in rows["keys"]] for function in functions]
 np.save({str(tmp_path / "sums.npy")!r}, np.array(sums, np.float32))
 """
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}

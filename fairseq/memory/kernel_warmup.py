@@ -1,0 +1,80 @@
+"""Compiling all kernels before their first use, and reporting which of them are compiled."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MODULES = (
+    "fairseq.memory.index.ops.kernels",
+    "fairseq.memory.index.ops.kmeans_kernels",
+    "fairseq.memory.index.exact.kernels",
+    "fairseq.memory.index.lists.kernels",
+    "fairseq.memory.index.lists.large_k_kernels",
+    "fairseq.memory.index.lists.adc_kernels",
+    "fairseq.memory.index.lists.pq_rescoring_kernels",
+    "fairseq.memory.extended_mind.kernels",
+    "fairseq.memory.retomaton.kernels",
+    "fairseq.memory.combiners.vocab_mixing_kernels",
+)
+"""All modules of compiled kernels, those that others call first."""
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """How many kernels are on disk, and where."""
+
+    compiled: int
+    total: int
+    folder: str
+    """Empty where the user has no home."""
+    obstacle: str
+    """Why compiled kernels are not kept; empty where they are."""
+
+
+def status() -> KernelStatus:
+    """Look which kernels are compiled for this CPU, source and versions of numba and Python."""
+    from fairseq.memory.index.ops.kernel_cache import cache_folder, why_not_kept
+
+    on_disk = [kernel._cache.has(types, kernel.targetctx) for _, kernel, types in _kernels()]
+    return KernelStatus(sum(on_disk), len(on_disk), str(cache_folder() or ""), why_not_kept())
+
+
+def warm(report: Callable[[str], object]) -> KernelStatus:
+    """Compile every kernel for all types that it is called with, unless it is on disk.
+
+    Args:
+        report: gets a line for each, with the seconds it took.
+    Raises: OSError where compiled kernels cannot be kept.
+    """
+    from fairseq.memory.index.ops.kernel_cache import KernelCache
+
+    before = status()
+    if before.obstacle and before.compiled < before.total:
+        raise OSError(f"compiled kernels cannot be kept: {before.obstacle}; set NUMBA_CACHE_DIR to a folder for them")
+    KernelCache.announced = True  # by the lines of the report
+    for number, (name, kernel, types) in enumerate(_kernels(), 1):
+        start, held = time.perf_counter(), kernel._cache.has(types, kernel.targetctx)
+        if not held:
+            kernel.compile(types)
+        done = "compiled before" if held else f"{time.perf_counter() - start:.1f}s"
+        report(f"[{number}/{before.total}] {name}: {done}")
+    return status()
+
+
+def _kernels() -> list[tuple[str, Any, Any]]:
+    """Name, kernel and types of its arguments, for each that is called from Python."""
+    from numba.core import sigutils
+
+    for module in MODULES:
+        importlib.import_module(module)
+    from fairseq.memory.index.ops.kernels import KERNELS
+
+    return [
+        (name, kernel, sigutils.normalize_signature(signature)[0])  # type: ignore[no-untyped-call, unused-ignore]
+        for name, (kernel, signatures) in KERNELS.items()
+        for signature in signatures
+    ]

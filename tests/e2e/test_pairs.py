@@ -1,0 +1,101 @@
+"""Two commands that write one output at the same time: the second is rejected, or both are right.
+
+``FAIRSEQ_PAIRS=100`` runs so many pairs instead of 20; ``FAIRSEQ_PAIRS_SEED`` draws other moments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_MODEL
+
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.writer import DatastoreWriter
+
+PAIRS = int(os.environ.get("FAIRSEQ_PAIRS", "20"))
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+pytestmark = pytest.mark.slow
+
+
+def test_pairs_of_commands_leave_what_one_leaves(data_bin: Path, trained: Path, tmp_path: Path) -> None:
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "helpers")))
+    words = [
+        ROOT / "tests" / "helpers" / "pairs.py",
+        tmp_path / "pairs",
+        data_bin,
+        trained / "checkpoint_best.pt",
+        PAIRS,
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=ENVIRONMENT | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, check=False
+    )
+    pairs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [pair for pair in pairs if pair["faults"]] == []
+    assert len(pairs) == PAIRS
+    assert done.returncode == 0
+    rejected = sum(sorted(pair["codes"]) == [0, 2] for pair in pairs)
+    assert 0 < rejected < PAIRS, "the commands never met, or always"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train.py {data} --save-dir {out}/run --max-update 3 " + " ".join(TINY_MODEL),
+        "preprocess.py --only-source --trainpref {data}/../train.txt --destdir {out}/run",
+    ],
+    ids=["train", "preprocess"],
+)
+def test_a_pair_of_processes(data_bin: Path, tmp_path: Path, line: str) -> None:
+    def start(out: Path) -> subprocess.Popen[str]:
+        script, *words = line.format(data=data_bin, out=out).split()
+        command = [sys.executable, str(ROOT / script), *words]
+        return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    def names(folder: Path) -> set[str]:
+        return {path.name for path in (folder / "run").iterdir()}
+
+    both = [start(tmp_path / "pair") for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes
+    for process, error, other in zip(both, errors, reversed(both)):
+        if process.returncode:
+            assert process.returncode == 2, error
+            assert f"(process {other.pid} on {socket.gethostname()}, " in error.splitlines()[-1]
+    alone = start(tmp_path / "alone")
+    assert alone.communicate(timeout=120)[1]
+    assert names(tmp_path / "pair") == names(tmp_path / "alone")
+
+
+def test_a_copy_does_not_replace_a_store_that_came_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fairseq.memory.datastore import convert
+
+    def save(name: str) -> Datastore:
+        with DatastoreWriter(tmp_path / name, 20, 4) as writer:
+            writer.append(np.ones((20, 4), np.float32), np.arange(20))
+            writer.finish()
+        return Datastore.open(tmp_path / name)
+
+    source = save("source")
+
+    class Late(DatastoreWriter):
+        """Is made after another command has completed a store of the same name."""
+
+        def __init__(self, *words: object, **more: object) -> None:
+            if not (tmp_path / "new.json").exists():
+                save("new")
+            super().__init__(*words, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(convert, "DatastoreWriter", Late)
+    with pytest.raises(ValueError, match=r"new\.json is that of another datastore"):
+        convert.sample(source, tmp_path / "new", 5, seed=1)
+    assert len(Datastore.open(tmp_path / "new")) == 20
+    assert {path.name for path in tmp_path.glob("new*")} == {"new.json", "new_keys.npy", "new_vals.npy"}

@@ -1,0 +1,149 @@
+"""Every kind of search on little data, so that every kernel is called with all types that it is called with.
+
+Run as a program it prints which kernels were compiled, rather than found on disk, and which were called with types that
+they do not declare, as JSON; it ends at the first that is compiled if it is given ``--stop``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from numba.core import event, sigutils
+
+from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
+from fairseq.memory.datastore.chunked_array import ChunkedArray
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.extended_mind.cache import LayerMemory, Memory
+from fairseq.memory.extended_mind.lookup import LayerLookup, ScoreRule
+from fairseq.memory.extended_mind.search import KernelSearch
+from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.ops.kmeans import kmeans
+from fairseq.memory.retomaton.automaton import Retomaton
+from fairseq.memory.retomaton.clusters import Clusters
+from fairseq.memory.sources.external import ExternalMemory
+from fairseq.memory.types import Metric
+from fairseq.runtime import hardware
+
+DIM, ROWS = 16, 3000
+
+
+def run() -> None:
+    """All searches, as on each kind of CPU."""
+    for name in ("int8", "float32"):
+        hardware.fast_products = lambda name=name: getattr(torch, name)  # type: ignore[assignment]
+        _exact_searches()
+        _list_searches()
+        kmeans(_keys(ROWS, DIM), 20, seed=0, iterations=2)
+        _extended_mind()
+    _retomaton()
+    _mixing()
+
+
+def _keys(rows: int, dim: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).standard_normal((rows, dim), dtype=np.float32)
+
+
+def _exact_searches() -> None:
+    keys = _keys(ROWS, DIM)
+    query_ND = torch.from_numpy(_keys(200, DIM, 1))
+    for metric in (Metric.L2, Metric.IP):
+        for count, k in ((200, 4), (200, 2000), (3, 4)):  # as lists, block by block, and for few queries
+            ExactIndex(keys, metric).search(query_ND[:count], k)
+    lengths = np.linspace(0.1, 3.0, ROWS, dtype=np.float32)[:, None]
+    wide = _keys(ROWS, 128) * lengths  # block by block, although there are many
+    ExactIndex(wide, Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
+    equal = np.repeat(keys[:3], 4000, 0)  # too many candidates that tie
+    ExactIndex(equal, Metric.L2).search(query_ND[:3], 4)
+
+
+def _list_searches() -> None:
+    keys = _keys(ROWS, DIM)
+    query_ND = torch.from_numpy(_keys(700, DIM, 1))
+    inner = faiss.index_factory(DIM, "IVF40,PQ4")
+    inner.do_polysemous_training = False  # which takes 16 seconds
+    inner.train(keys)
+    inner.add(np.concatenate([keys, np.repeat(keys[:1], 100, 0)]))  # many that tie
+    inner.nprobe = 6
+    index = FaissIndex(inner, Metric.L2)
+    index.search(torch.cat([query_ND, torch.from_numpy(keys[:3])]), 8)  # in bulk
+    for count in (700, 3, 1):  # many neighbours: in bulk, by tables
+        index.search(query_ND[:count], 200)
+    index.score_rows(query_ND[:4], torch.arange(40).view(4, 10))
+
+
+def _extended_mind() -> None:
+    key_GSD, value_GSD = (torch.from_numpy(_keys(2 * 300, DIM, seed)).view(2, 300, DIM) for seed in (0, 1))
+    memory = Memory(
+        layers={0: LayerMemory(key_GSD, value_GSD)},
+        token_N=torch.arange(300),
+        place_S=torch.arange(300),
+        document_starts=(0,),
+        model_digest=None,
+        positions="origin",
+        reach=0,
+    )
+    for count in (1, 2000):  # all at once, and block by block
+        KernelSearch(key_GSD).search(torch.from_numpy(_keys(2 * count, DIM)).view(2, count, DIM), 4)
+        for slope_H in (None, torch.ones(2)):
+            rule = ScoreRule(0.25, slope_H=slope_H, before_B=None if slope_H is None else torch.zeros(1))
+            query_BHTD = torch.from_numpy(_keys(2 * count, DIM)).view(1, 2, count, DIM)
+            LayerLookup(memory, 0, MindSettings(topk=4)).attend(query_BHTD, rule, MindSettings(topk=4))
+
+
+def _retomaton() -> None:
+    keys, values = _keys(400, DIM), np.arange(400) % 7
+    store = Datastore("store", ChunkedArray.of(keys), ChunkedArray.of(values), {})
+    for clusters in (None, Clusters.of_assignment(np.arange(400) % 20, 20)):
+        external = ExternalMemory(store, ExactIndex(store.keys, Metric.L2), 8)
+        automaton = Retomaton(external, min_knns=1, max_knns=16, no_pointer=False, clusters=clusters, compat=False)
+        query_BD, state = torch.from_numpy(keys[:3]), automaton.start(3)
+        for _ in range(2):
+            step = automaton.lookup(query_BD, state)
+            state = automaton.follow(step, step.found.values_NM[:, 0])
+
+
+def _mixing() -> None:
+    values_CM, scores_CM = torch.arange(12).view(3, 4), torch.zeros(3, 4)
+    for keep_CM in (None, torch.ones(3, 4, dtype=torch.bool)):
+        VocabularyMixer(0.3)._mix_on_cpu_(torch.zeros(3, 20), values_CM, scores_CM, keep_CM, -0.3)
+
+
+class _Compilations(event.Listener):  # type: ignore[misc]
+    def __init__(self, *, stop: bool) -> None:
+        self.names: list[str] = []
+        self._stop = stop
+
+    def on_start(self, event: Any) -> None:
+        self.names.append(event.data["dispatcher"].py_func.__qualname__)
+        if self._stop:
+            sys.exit(json.dumps({"compiled": self.names}))
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def main() -> None:
+    compilations = _Compilations(stop="--stop" in sys.argv)
+    event.register("numba:compile", compilations)
+    run()
+    from fairseq.memory.index.ops.kernels import KERNELS
+
+    uncalled, undeclared = [], []
+    for name, (kernel, signatures) in KERNELS.items():
+        declared = {sigutils.normalize_signature(signature)[0] for signature in signatures}
+        called = set(kernel.signatures)
+        uncalled += [f"{name}{types}" for types in declared - called]
+        undeclared += [f"{name}{types}" for types in called - declared]
+    report = {"compiled": compilations.names, "uncalled": uncalled, "undeclared": undeclared}
+    sys.stdout.write(json.dumps(report) + "\n")
+
+
+if __name__ == "__main__":
+    main()
