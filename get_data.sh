@@ -14,4 +14,4 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=$(command -v python || command -v python3)
   [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python
 fi
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m fairseq_cli.get_data "$@"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m fairseq_cli.data.get_data "$@"

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fairseq.generation.setup import StepMemorySettings
 
 logger = logging.getLogger(__name__)
+
+PROGRAM = "generate.py"
 CONFIGS = (GenerateConfig, GenerationConfig, StepMemoryConfig, KnnConfig, RuntimeConfig, CommonConfig, DatasetConfig)
 
 
@@ -57,8 +59,18 @@ class GenerateConfigs:
     """Settings of the model that replace the checkpoint's."""
 
 
-def parse(argv: Sequence[str], program: str = "generate.py") -> GenerateConfigs:
+def parse(argv: Sequence[str]) -> GenerateConfigs:
     """Parse and check the arguments. Raises: ValueError for what does not go together."""
+    given, task = parsed(argv, PROGRAM)
+    return configs_of(Command(PROGRAM, tuple(argv), given), given, task)
+
+
+def parsed(argv: Sequence[str], program: str, more: Sequence[type] = ()) -> tuple[dict[str, Any], str]:
+    """The values that the arguments give, and the task; plug-ins are imported first.
+
+    Args:
+        more: configs of the program besides those of all generation.
+    """
     first = FlagParser(program, "")
     first.add_config(RuntimeConfig)
     user_dir = first.peek(argv).get("user_dir")
@@ -67,14 +79,14 @@ def parse(argv: Sequence[str], program: str = "generate.py") -> GenerateConfigs:
     parser = FlagParser(program, "Translate or continue text with a trained model.")
     parser.add_config(TaskChoiceConfig)
     task = str(parser.peek(argv).get("task", "translation"))
-    for config in (lookup(TASKS, task, "--task").config, *CONFIGS, CodecConfig):
+    for config in (lookup(TASKS, task, "--task").config, *CONFIGS, CodecConfig, *more):
         parser.add_config(config)
     for name, (takes_value, _) in ignored_flags.GENERATE.items():
         parser.add_ignored(name, takes_value=bool(takes_value))
     given = with_default_batch(parser.parse(argv, ignored_flags.REJECTED_GENERATE))
     for name in parser.pop_ignored(given):
         logger.warning("%s is ignored: %s", name, ignored_flags.GENERATE[name][1])
-    return configs_of(Command(program, tuple(argv), given), given, task)
+    return given, task
 
 
 def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateConfigs:
@@ -108,15 +120,11 @@ def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateCo
 def main(argv: Sequence[str]) -> None:
     """Generate for a split and print fairseq's lines and scores."""
     configs = parse(argv)
-    from fairseq.data.codecs import TextCodec
-    from fairseq.generation.lines import Wording
     from fairseq.generation.setup import open_models
 
     config = configs.generate
     task = TASKS[configs.task_name].load()(configs.task)
-    source_lang, target_lang = getattr(task, "source_lang", None), getattr(task, "target_lang", None)
-    codec = dataclasses.replace(configs.codec, source_lang=source_lang, target_lang=target_lang)
-    wording = Wording(task.source, task.dictionary, TextCodec.of(codec), config.remove_bpe)
+    wording = open_wording(configs, task)
     dataset = task.blocks(config.gen_subset, **({} if task.source is None else {"needs_target": False}))
     models = open_models(config, task, configs.overrides, configs.runtime)
     batches = task.training_batches(
@@ -136,6 +144,16 @@ def main(argv: Sequence[str]) -> None:
         run_of.write(file, task.iterator(dataset, batches, num_workers=configs.data.num_workers), len(batches))
     if path:
         run_of.write_files(path)
+
+
+def open_wording(configs: GenerateConfigs, task: Any) -> Wording:
+    """How numbers become text, in the languages of the task."""
+    from fairseq.data.codecs import TextCodec
+    from fairseq.generation.lines import Wording
+
+    languages = {name: getattr(task, name, None) for name in ("source_lang", "target_lang")}
+    codec = TextCodec.of(dataclasses.replace(configs.codec, **languages))
+    return Wording(task.source, task.dictionary, codec, configs.generate.remove_bpe)
 
 
 class _Run:

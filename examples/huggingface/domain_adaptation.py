@@ -37,7 +37,7 @@ from fairseq.memory.retomaton.build_clusters import build_clusters
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.scoring import interpolate, knn_logp
 from fairseq.runtime.manifest import write_manifest
-from fairseq_cli import get_data
+from fairseq_cli.data import get_data
 from fairseq_cli.entry import run
 
 logger = logging.getLogger("domain_adaptation")

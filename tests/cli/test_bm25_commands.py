@@ -25,13 +25,13 @@ def search_words(folder, *more):
 
 
 def search(folder, *more):
-    from fairseq_cli.bm25_search import main
+    from fairseq_cli.data.bm25_search import main
 
     run("bm25_search.py", main, search_words(folder, *more))
 
 
 def make_batches(folder, *more):
-    from fairseq_cli.bm25_make_batches import main
+    from fairseq_cli.data.bm25_make_batches import main
 
     words = ["--results_path", str(folder / "results"), "--batch_file", str(folder / "batches.json"), *more]
     run("bm25_make_batches.py", main, words)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fairseq.data.corpora import corpora
-from fairseq_cli import get_data
+from fairseq_cli.data import get_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,7 +98,7 @@ def test_prepare_script_asks_for_the_text_beside_it(tmp_path: Path) -> None:
         ["bash", str(script)], cwd=tmp_path, env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True
     )
     assert told.stdout.split() == [
-        *("-m", "fairseq_cli.get_data", "wikitext-103", "--text-only"),
+        *("-m", "fairseq_cli.data.get_data", "wikitext-103", "--text-only"),
         *("--text-dir", str(script.parent / "wikitext-103")),
         *("--download-dir", str(ROOT / "downloads")),
     ]

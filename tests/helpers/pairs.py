@@ -33,9 +33,9 @@ import torch
 from conftest import TINY_MODEL
 
 import fairseq_cli.average_checkpoints
-import fairseq_cli.bm25_make_batches
-import fairseq_cli.bm25_search
 import fairseq_cli.build_dstore
+import fairseq_cli.data.bm25_make_batches
+import fairseq_cli.data.bm25_search
 import fairseq_cli.datastore
 import fairseq_cli.eval_lm
 import fairseq_cli.preprocess

@@ -1,0 +1,1 @@
+"""Commands that fetch texts and choose which of them meet in a batch."""
