@@ -151,8 +151,8 @@ def open_wording(configs: GenerateConfigs, task: Any) -> Wording:
     from fairseq.data.codecs import TextCodec
     from fairseq.generation.lines import Wording
 
-    languages = {name: getattr(task, name, None) for name in ("source_lang", "target_lang")}
-    codec = TextCodec.of(dataclasses.replace(configs.codec, **languages))
+    source, target = getattr(task, "source_lang", None), getattr(task, "target_lang", None)
+    codec = TextCodec.of(dataclasses.replace(configs.codec, source_lang=source, target_lang=target))
     return Wording(task.source, task.dictionary, codec, configs.generate.remove_bpe)
 
 

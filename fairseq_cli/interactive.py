@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import sys
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from fairseq.config import flag, require_at_least
+from fairseq.config import build, flag, require_at_least
 from fairseq.runtime.manifest import Command
 from fairseq.tasks import TASKS
 from fairseq_cli.entry import run
@@ -45,9 +44,7 @@ def main(argv: Sequence[str]) -> None:
     """Print fairseq's lines for every line that is read."""
     given, task = parsed(argv, PROGRAM, (InteractiveConfig,))
     configs = configs_of(Command(PROGRAM, tuple(argv), given), given, task)
-    config = InteractiveConfig(
-        **{f.name: given[f.name] for f in dataclasses.fields(InteractiveConfig) if f.name in given}
-    )
+    config = build(InteractiveConfig, given)
     if configs.generate.score_reference or configs.generation.prefix_size:
         raise ValueError(
             "--score-reference and --prefix-size need references, which typed lines have not; leave them out"
