@@ -180,6 +180,8 @@ def _check_files(config: PreprocessConfig) -> None:
             raise ValueError(f"no such text file: {path}")
         with open(path, "rb"):
             pass
+    if not config.only_source:
+        _check_pairs(config)
     try:
         os.makedirs(config.destdir, exist_ok=True)
         with tempfile.TemporaryFile(dir=config.destdir):
@@ -188,6 +190,27 @@ def _check_files(config: PreprocessConfig) -> None:
         raise ValueError(
             f"--destdir {config.destdir} cannot be written: {error.strerror}; choose another folder"
         ) from error
+
+
+def _check_pairs(config: PreprocessConfig) -> None:
+    """Raise ValueError for texts that are no translations of each other, line by line."""
+    for (source, _), (target, _) in zip(*(config.texts(lang) for lang in config.langs)):
+        counts = [_num_lines(path) for path in (source, target)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"{source} has {counts[0]} lines, {target} has {counts[1]}; each line must be the translation of the "
+                "other file's line"
+            )
+
+
+def _num_lines(path: str) -> int:
+    """Lines of a text; the last one may lack its line feed."""
+    count, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            count += block.count(b"\n")
+            last = block[-1:]
+    return count + (last != b"\n")
 
 
 def _dictionaries(config: PreprocessConfig) -> dict[str | None, Dictionary]:

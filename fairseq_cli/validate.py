@@ -66,7 +66,7 @@ def _validate(config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfi
     settings = settings_of(checkpoint, {"data": config.data})
     task = setup_task(settings)
     device = torch.device("cuda" if runs_on_gpu(runtime) else "cpu")
-    model = load_model_for(task.dictionary, checkpoint, path, config.model_overrides).to(device).eval()
+    model = load_model_for(task.dictionary, checkpoint, path, config.model_overrides, task.source).to(device).eval()
     name = checkpoint.config.get("chosen", {}).get("criterion")
     name = name or ("adaptive_loss" if model.has_adaptive_softmax else "cross_entropy")
     criterion, progress = build_criterion(name, vars(settings), model, task), Progress(common)

@@ -1,0 +1,263 @@
+"""Translation from text to scores, by the commands that users have."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from sacrebleu.metrics import BLEU
+
+from fairseq.checkpoint_utils import load_checkpoint
+from fairseq.data.dictionary import Dictionary
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.describe import StoreHints
+from fairseq.tasks.configs import TranslationConfig
+from fairseq.tasks.translation import TranslationTask
+from fairseq_cli import generate, interactive, preprocess, save_datastore, train, validate
+
+MODEL = (
+    "--task translation --arch transformer_tiny --encoder-layers 1 --decoder-layers 1 --dropout 0 --optimizer adam "
+    "--adam-betas (0.9,0.98) --lr 0.01 --lr-scheduler inverse_sqrt --warmup-updates 10 --criterion "
+    "label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 400 --share-decoder-input-output-embed "
+    "--decoder-normalize-before --cpu --no-progress-bar --num-workers 0 --no-epoch-checkpoints --log-interval 50"
+).split()
+
+
+def sentence(rng):
+    return [int(word) for word in rng.integers(12, size=int(rng.integers(2, 9)))]
+
+
+def write_pairs(folder, name, count, seed):
+    """A language of 12 words and its translation: each word has one of its own, odd ones are followed by a mark."""
+    rng = np.random.default_rng(seed)
+    words = [sentence(rng) for _ in range(count)]
+    source = "\n".join(" ".join(f"s{word}" for word in line) for line in words)
+    target = "\n".join(" ".join(f"t{word} !" if word % 2 else f"t{word}" for word in line) for line in words)
+    (folder / f"{name}.xx").write_text(source + "\n", encoding="utf-8")
+    (folder / f"{name}.yy").write_text(target + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    for seed, (name, count) in enumerate((("train", 600), ("valid", 60), ("test", 40))):
+        write_pairs(folder, name, count, seed)
+    texts = [f"--{name}pref={folder / name}" for name in ("train", "valid", "test")]
+    preprocess.main(["--source-lang", "xx", "--target-lang", "yy", *texts, "--destdir", str(folder / "bin")])
+    return folder / "bin"
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    train.main([str(data), *MODEL, "--max-update", "220", "--save-dir", str(folder)])
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.fixture(scope="module")
+def store(data, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store") / "train"
+    words = ["--path", str(model), "--dstore-mmap", str(folder), "--max-tokens", "300", "--cpu"]
+    save_datastore.main([str(data), *words])
+    return folder
+
+
+def lines_of(capsys, command, *words):
+    capsys.readouterr()
+    command(list(map(str, words)))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_training_learns_resumes_and_validates(data, model, tmp_path, caplog):
+    figures = load_checkpoint(str(model)).progress["figures"]
+    assert figures["ppl"] < 6
+    for updates in (5, 9):
+        train.main([str(data), *MODEL, "--max-update", str(updates), "--save-dir", str(tmp_path / "cut")])
+    train.main([str(data), *MODEL, "--max-update", "9", "--save-dir", str(tmp_path / "whole")])
+    cut, whole = (load_checkpoint(str(tmp_path / name / "checkpoint_last.pt")) for name in ("cut", "whole"))
+    assert all(torch.equal(cut.model[name], value) for name, value in whole.model.items())
+    caplog.set_level("INFO")
+    validate.main([str(data), "--path", str(model), "--cpu", "--log-format", "json"])
+    shown = [json.loads(r.message) for r in caplog.records if r.message.startswith("{")][-1]
+    assert shown["valid_loss"] == pytest.approx(figures["loss"], abs=6e-4)
+
+
+def test_texts_are_read_as_fairseq_batches_them(data):
+    task = TranslationTask(TranslationConfig(data=str(data)))
+    assert (task.source_lang, task.target_lang) == ("xx", "yy")
+    dataset = task.blocks("test")
+    batch = dataset.collate([0, 1, 2, 3])
+    sizes = dataset.source_sizes[batch.ids_B.numpy()]
+    assert (np.diff(sizes) <= 0).all(), "longer sources come first"
+    for row, number in enumerate(batch.ids_B.tolist()):
+        source = batch.source_BS[row]
+        assert source[: len(source) - sizes[row]].eq(1).all(), "sources are padded on the left"
+        assert source[len(source) - sizes[row] :].tolist() == dataset.source(number).tolist()
+        target = batch.target_BT[row][batch.scored_BT[row]].tolist()
+        assert target == dataset.target(number).tolist()
+        assert batch.tokens_BT[row, : len(target)].tolist() == [2, *target[:-1]]
+
+
+def test_generated_lines_and_scores(data, model, capsys, tmp_path):
+    out = lines_of(
+        capsys, generate.main, data, "--path", model, "--beam", 3, "--nbest", 2, "--cpu", "--scoring", "sacrebleu"
+    )
+    kinds = [re.match(r"([STHDP])-(\d+)\t", line) for line in out]
+    counted = [hit.group(1) for hit in kinds if hit]
+    assert counted == list("STHDPHDP") * 40
+    texts = {(hit.group(1), int(hit.group(2))): line.split("\t")[-1] for hit, line in zip(kinds, out) if hit}
+    best = {}
+    for hit, line in zip(kinds, out):
+        if hit and hit.group(1) == "H":
+            best.setdefault(int(hit.group(2)), line.split("\t"))
+    reference = [texts["T", n] for n in range(40)]
+    score = BLEU().corpus_score([best[n][2] for n in range(40)], [reference])
+    assert score.score > 12
+    assert out[-6] == f"Generate test with beam=3: {score.format()}"
+    assert "tok:13a" in out[-5]
+    log = [float(p) for p in next(line for line in out if line.startswith("P-7")).split("\t")[1].split()]
+    assert float(best[7][1]) == pytest.approx(sum(log) / len(log), abs=2e-4)
+    generate.main([str(data), "--path", str(model), "--beam", "3", "--cpu", "--results-path", str(tmp_path), "--quiet"])
+    assert (tmp_path / "generate-test.hyp").read_text().splitlines() == [best[n][2] for n in range(40)]
+    assert (tmp_path / "generate-test.txt").read_text().startswith("Generate test with beam=3: BLEU4 = ")
+    assert json.loads((tmp_path / "generate-test.run.json").read_text())["figures"]["sentences"] == 40
+
+
+def test_references_are_scored(data, model, capsys):
+    out = lines_of(capsys, generate.main, data, "--path", model, "--score-reference", "--cpu")
+    task = TranslationTask(TranslationConfig(data=str(data)))
+    loaded = task.load_model(load_checkpoint(str(model)), str(model), None, generate.RuntimeConfig(cpu=True))
+    dataset = task.blocks("test")
+    for number in (0, 11, 39):
+        target = torch.from_numpy(dataset.target(number))
+        tokens = torch.cat([torch.tensor([2]), target[:-1]])[None]
+        hidden = loaded(tokens, source_BS=torch.from_numpy(dataset.source(number))[None]).hidden_BTD[0]
+        logp = loaded.vocab_logp(hidden).gather(1, target[:, None])[:, 0] / math.log(2)
+        shown = next(line for line in out if line.startswith(f"P-{number}\t")).split("\t")[1].split()
+        assert [float(p) for p in shown] == pytest.approx(logp.tolist(), abs=1e-4)
+
+
+def test_a_store_holds_every_target_position(data, model, store):
+    task = TranslationTask(TranslationConfig(data=str(data)))
+    dataset = task.blocks("train")
+    opened = Datastore.open(store, StoreHints())
+    assert len(opened) == dataset.target_sizes.sum()
+    loaded = task.load_model(load_checkpoint(str(model)), str(model), None, generate.RuntimeConfig(cpu=True))
+    keys = np.fromfile(store / "keys.npy", np.float32).reshape(len(opened), -1)
+    values = np.fromfile(store / "vals.npy", np.int64)
+    assert opened.metadata["key_tap"] == "model_output"
+    found = {}
+    row = 0
+    for batch in task.training_batches(
+        dataset, max_tokens=300, max_sentences=None, multiple=8, seed=1, max_positions=loaded.max_positions
+    ):
+        for number in dataset.collate(batch).ids_B.tolist():
+            found[number] = row
+            row += int(dataset.target_sizes[number])
+    for number in (0, 100, 599):
+        target = dataset.target(number)
+        first = found[number]
+        assert values[first : first + len(target)].tolist() == target.tolist()
+        tokens = torch.from_numpy(np.concatenate([[2], target[:-1]]))[None]
+        with torch.no_grad():
+            out = loaded(tokens, "model_output", source_BS=torch.from_numpy(dataset.source(number))[None])
+        np.testing.assert_allclose(keys[first : first + len(target)], out.key_BTD[0].numpy(), atol=1e-5)
+
+
+def test_neighbors_by_flags_and_by_overrides_are_the_same(data, model, store, capsys):
+    words = (data, "--path", model, "--beam", 3, "--cpu")
+    plain = lines_of(capsys, generate.main, *words)
+    flags = ("--knnmt", "--dstore-filename", store, "--k", 4, "--lmbda", 0.5, "--knn-temp", 5)
+    by_flags = lines_of(capsys, generate.main, *words, *flags)
+    overrides = {"use_knn_datastore": True, "load_knn_datastore": True, "dstore_filename": str(store), "k": 4}
+    overrides |= {"knn_lambda_type": "fix", "knn_lambda_value": 0.5, "knn_temperature_value": 5}
+    overrides |= {"knn_sim_func": "do_not_recomp_l2", "knn_temperature_type": "fix", "use_gpu_to_search": True}
+    assert lines_of(capsys, generate.main, *words, "--model-overrides", overrides) == by_flags
+    assert by_flags != plain
+    assert lines_of(capsys, generate.main, *words, *flags[:-3], 0, *flags[-2:]) == plain, "no weight, no change"
+
+
+def test_typed_lines_are_translated(data, model, capsys, monkeypatch, tmp_path):
+    lines = ["s1 s2 s3", "", "s4 s4 s5 s6 s7", "s9 unseen s1"]
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    words = (data, "--path", model, "--beam", 3, "--cpu", "--input", tmp_path / "lines")
+    one = lines_of(capsys, interactive.main, *words)
+    many = lines_of(capsys, interactive.main, *words, "--buffer-size", 10)
+    keep = [line for line in one if line[0] in "SHD"]
+    assert [line.split("\t")[-1] for line in keep] == [line.split("\t")[-1] for line in many if line[0] in "SHD"]
+    assert [line.split("\t")[-1] for line in keep if line[0] == "S"] == ["s1 s2 s3", "", lines[2], "s9 <unk> s1"]
+    assert keep[4].split("\t")[-1] == "", "an empty line has an empty translation"
+
+
+def test_python_translates_too(data, model, capsys):
+    from fairseq.models.transformer import TransformerModel
+
+    hub = TransformerModel.from_pretrained(
+        str(model.parent), "checkpoint_last.pt", str(data), source_lang="xx", target_lang="yy"
+    )
+    out = lines_of(capsys, generate.main, data, "--path", model, "--beam", 5, "--cpu")
+    sources = [line.split("\t")[1] for line in out if line.startswith("S-")]
+    expected = [line.split("\t")[2] for line in out if line.startswith("H-")]
+    assert hub.translate(sources) == expected
+    assert hub.translate(sources[3]) == expected[3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source-lang", "xx", "--target-lang", "zz"], "holds xx-yy; name languages of it"),
+        (["--gen-subset", "other"], "no split 'other' of xx-yy in .*, which holds: test, train, valid"),
+        (["--beam", "0"], "--beam must be at least 1, got 0"),
+        (["--prefix-size", "9", "--max-len-b", "3"], "--prefix-size 9 begins texts that --max-len-b 3 ends before"),
+        (["--bpe", "subword_nmt"], "--bpe subword_nmt needs --bpe-codes FILE; give it"),
+        (["--knnmt"], "--knnmt needs --dstore-filename"),
+        (
+            ["--knnmt", "--dstore-filename", "x", "--knn-lambda-type", "trime"],
+            "--knn-lambda-type trime is about inner products, the index's metric is l2",
+        ),
+        (["--compat-trime-mass"], "--compat-trime-mass belongs to --knn-lambda-type trime"),
+        (
+            ["--max-source-positions", "4"],
+            "sentence \\d+ has \\d+ source and \\d+ target tokens, the model reads at most 4",
+        ),
+        (["--path", "nothing.pt"], "--path: no checkpoint at 'nothing.pt'"),
+    ],
+)
+def test_mistakes_are_named(data, model, words, message):
+    with pytest.raises(ValueError, match=message):
+        generate.main([str(data), "--path", str(model), "--cpu", *words])
+
+
+def test_a_store_of_other_things_is_rejected(data, model, store, tmp_path):
+    words = [str(data), "--path", str(model), "--cpu", "--knnmt", "--lmbda", "0.3", "--dstore-filename"]
+    rng = np.random.default_rng(0)
+    rng.random((50, 16), np.float32).tofile(tmp_path / "keys.npy")
+    rng.integers(4, 9, 50).tofile(tmp_path / "vals.npy")
+    with pytest.raises(ValueError, match="12800|50"):
+        generate.main([*words, str(tmp_path), "--dstore-size", "50"])
+    wanted = r"--dstore-size 7 does not fit: split 'train' has \d+ target tokens"
+    with pytest.raises(ValueError, match=wanted):
+        save_datastore.main(
+            [str(data), "--path", str(model), "--dstore-mmap", str(tmp_path / "s"), "--dstore-size", "7", "--cpu"]
+        )
+
+
+def test_sides_of_different_length_are_rejected_with_both_counts(tmp_path):
+    write_pairs(tmp_path, "train", 20, 0)
+    with open(tmp_path / "train.yy", "a", encoding="utf-8") as file:
+        file.write("t1\n")
+    words = ["--source-lang", "xx", "--target-lang", "yy", "--trainpref", str(tmp_path / "train")]
+    with pytest.raises(ValueError, match="has 20 lines, .* has 21; each line"):
+        preprocess.main([*words, "--destdir", str(tmp_path / "bin")])
+
+
+def test_a_dictionary_of_another_pair_is_rejected(data, model, tmp_path):
+    for name in data.iterdir():
+        (tmp_path / name.name).write_bytes(name.read_bytes())
+    swapped = Dictionary.load(data / "dict.yy.txt")
+    swapped.symbols[5], swapped.symbols[6] = swapped.symbols[6], swapped.symbols[5]
+    (tmp_path / "dict.yy.txt").write_bytes(swapped.to_bytes())
+    with pytest.raises(ValueError, match="trained with another dictionary"):
+        generate.main([str(tmp_path), "--path", str(model), "--cpu"])
