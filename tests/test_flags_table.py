@@ -4,7 +4,7 @@ import pytest
 from flags_table import PAGE, PROGRAMS, classify, reference_flags, section
 
 from fairseq import options
-from fairseq_cli import preprocess
+from fairseq_cli import generate, preprocess
 
 FLAGS = [(command, name) for command in PROGRAMS for name in reference_flags()[command]]
 
@@ -23,6 +23,8 @@ def parse(command, words):
         return options.parse_train(["data", *words])
     if command == "evaluate":
         return options.parse_eval_lm(["data", "--path", "x", *words])
+    if command == "generate":
+        return generate.parsed(["data", "--path", "x", *words], "generate.py")
     return preprocess.parse(["--only-source", "--trainpref", "x", *words])
 
 
@@ -38,7 +40,7 @@ def test_a_rejected_flag_gives_its_reason(command, name, capsys):
 def test_ignored_flags_are_accepted_with_a_warning(caplog):
     from flags_table import IGNORED
 
-    for command in ("train", "evaluate"):
+    for command in ("train", "evaluate", "generate"):
         names = [name for cmd, name in FLAGS if cmd == command and classify(cmd, name)[0] == "ignored"]
         words = [word for name in names for word in (name, *["1"] * IGNORED[command][name][0])]
         caplog.clear()

@@ -11,6 +11,7 @@ _LAUNCHER = "torchrun or --distributed-world-size sets it"
 _TRACKERS = "figures go to the log, --tensorboard-logdir and --wandb-project"
 _SCALER = "the loss scale is PyTorch's GradScaler's"
 _TRAINING = "it belongs to training and changes no evaluation"
+_TRAINING_ALONE = "it belongs to training"
 
 COMMON: dict[str, tuple[int, str]] = {
     "--all-gather-list-size": (1, "figures are summed as tensors"),
@@ -113,6 +114,32 @@ EVALUATE: dict[str, tuple[int, str]] = COMMON | {
     "--ddp-backend": (1, _TRAINING),
 }
 
+# What training and its processes take; generate.py runs one process and writes no checkpoint.
+_TRAINING_VALUES = (
+    "--aim-repo --aim-run-hash --amp-batch-retries --amp-init-scale --amp-scale-window --batch-size-valid "
+    "--beam-mt --best-checkpoint-metric --continue-once --curriculum --ddp-comm-hook --device-id "
+    "--distributed-backend --distributed-init-method --distributed-num-procs --distributed-port "
+    "--distributed-rank --distributed-world-size --finetune-from-model --fixed-validation-seed "
+    "--heartbeat-timeout --keep-best-checkpoints --keep-interval-updates --keep-interval-updates-pattern "
+    "--keep-last-epochs --lenpen-mt --local-rank --localsgd-frequency --max-len-a-mt --max-len-b-mt "
+    "--max-sentences-valid --max-tokens-valid --max-valid-steps --nprocs-per-node --nval --optimizer-overrides "
+    "--patience --pipeline-balance --pipeline-checkpoint --pipeline-chunks --pipeline-decoder-balance "
+    "--pipeline-decoder-devices --pipeline-devices --pipeline-encoder-balance --pipeline-encoder-devices "
+    "--plasma-path --restore-file --save-dir --save-interval --save-interval-updates --slowmo-base-algorithm "
+    "--slowmo-momentum --train-subset --update-epoch-batch-itr --valid-subset --validate-after-updates "
+    "--validate-interval --validate-interval-updates --zero-sharding"
+).split()
+_TRAINING_SWITCHES = (
+    "--azureml-logging --combine-val --combine-valid-subsets --cpu-offload --disable-validation "
+    "--distributed-no-spawn --fast-stat-sync --find-unused-parameters --fix-batches-to-gpus --fp32-reduce-scatter "
+    "--gradient-as-bucket-view --grouped-shuffling --ignore-unused-valid-subsets "
+    "--load-checkpoint-on-all-dp-ranks --maximize-best-checkpoint-metric --no-epoch-checkpoints "
+    "--no-last-checkpoints --no-reshard-after-forward --no-save --no-save-optimizer-state "
+    "--not-fsdp-flatten-parameters --on-cpu-convert-precision --profile --reset-dataloader --reset-logging "
+    "--reset-lr-scheduler --reset-meters --reset-optimizer --save-async --suppress-crashes "
+    "--update-ordered-indices-seed --use-plasma-view --use-sharded-state --write-checkpoints-asynchronously"
+).split()
+
 GENERATE: dict[str, tuple[int, str]] = {
     name: reason for name, reason in EVALUATE.items() if name not in ("--tokenizer", "--bpe", "--lm-eval")
 } | {
@@ -125,6 +152,8 @@ GENERATE: dict[str, tuple[int, str]] = {
     "--left-pad-target": (1, "targets are padded on the right"),
     "--decoder-embed-dim": (1, "the checkpoint and the datastore know their width"),
     "--required-seq-len-multiple": (1, "rows are padded to the longest one of their batch"),
+    **{name: (1, _TRAINING_ALONE) for name in _TRAINING_VALUES},
+    **{name: (0, _TRAINING_ALONE) for name in _TRAINING_SWITCHES},
 }
 
 PREPROCESS: dict[str, tuple[int, str]] = {
@@ -222,6 +251,16 @@ REJECTED_GENERATE: dict[str, str] = {
     "--iter-decode-with-external-reranker": _REFINED,
     "--retain-iter-history": _REFINED,
     "--decoding-format": _REFINED,
+    "--model-parallel-size": _PIPELINE,
+    "--pipeline-model-parallel": _PIPELINE,
+    "--eos-token": "is not offered: texts end with the dictionary's </s>",
+    "--retain-dropout-modules": "is not offered: models generate without dropout",
+    "--quantization-config-path": "is not offered: models run in float32, float16 or bfloat16",
+    "--tpu": "is not offered; generate on CPUs or CUDA devices",
+    "--amp": "is not offered; --fp16 and --bf16 set the precision",
+    "--checkpoint-suffix": "is not offered: a checkpoint is one file",
+    "--checkpoint-shard-count": "is not offered: a checkpoint is one file",
+    "--no-seed-provided": "is not offered; --seed sets the seed",
     "--upsample-primary": "belongs to training",
     "--load-alignments": "is not offered: word alignments are not read",
 }

@@ -66,7 +66,9 @@ class IncrementalState:
         Args:
             sentences: numbers of the source sentences that remain, when some do not.
         """
-        self._cache = {name: (k[order_B], v[order_B]) for name, (k, v) in self._cache.items()}
+        self._cache = {
+            name: (k.index_select(0, order_B), v.index_select(0, order_B)) for name, (k, v) in self._cache.items()
+        }
         if sentences is not None:
             self._source = {name: (k[sentences], v[sentences]) for name, (k, v) in self._source.items()}
         if self.num_words_B is not None:

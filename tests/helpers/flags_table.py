@@ -13,12 +13,13 @@ from pathlib import Path
 from fairseq import options
 from fairseq.config import flag_names, ignored_flags
 from fairseq.criterions import CRITERIONS
+from fairseq.data.codecs import CodecConfig
 from fairseq.evaluation import config as evaluation
 from fairseq.memory.retomaton.config import RetomatonConfig
-from fairseq.models.config import TransformerLMConfig
+from fairseq.models.config import TransformerConfig, TransformerLMConfig
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
 from fairseq.tasks import TASKS
-from fairseq_cli import preprocess
+from fairseq_cli import generate, preprocess
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/compatibility.md"
@@ -44,6 +45,12 @@ MAPPED = {
         "--dstore-size": "checked against the store",
     },
     "preprocess": {"--dataset-impl": "always written as mmap"},
+    "generate": {
+        "--memory-efficient-fp16": "as --fp16",
+        "--memory-efficient-bf16": "as --bf16",
+        "--num-workers": "threads; processes in fairseq",
+        "--max-len-a": "of each source; fairseq takes the longest of the batch",
+    },
 }
 # Flags that exist to be rejected with a reason of their own.
 REJECTED_BY_CONFIG = {
@@ -54,6 +61,7 @@ CONFIGS: dict[str, tuple[type, ...]] = {
     "train": (
         options.ChoicesConfig,
         TransformerLMConfig,
+        TransformerConfig,
         *options._TRAINING,
         *(entry.config for table in _TABLES for name, entry in table.items()),
     ),
@@ -65,18 +73,26 @@ CONFIGS: dict[str, tuple[type, ...]] = {
         *(options.RuntimeConfig, options.CommonConfig, options.DatasetConfig),
     ),
     "preprocess": (preprocess.PreprocessConfig,),
+    "generate": (*generate.CONFIGS, CodecConfig, options.TaskChoiceConfig, TASKS["translation"].config),
 }
 IGNORED = {
     "train": ignored_flags.TRAIN,
     "evaluate": ignored_flags.EVALUATE,
     "preprocess": preprocess.IGNORED,
+    "generate": ignored_flags.GENERATE,
 }
 REJECTED = {
     "train": ignored_flags.REJECTED_TRAIN,
     "evaluate": ignored_flags.REJECTED_EVALUATE,
     "preprocess": ignored_flags.REJECTED_PREPROCESS,
+    "generate": ignored_flags.REJECTED_GENERATE,
 }
-PROGRAMS = {"train": "train.py", "evaluate": "eval_lm.py, eval_lm-trime.py", "preprocess": "preprocess.py"}
+PROGRAMS = {
+    "train": "train.py",
+    "evaluate": "eval_lm.py, eval_lm-trime.py",
+    "preprocess": "preprocess.py",
+    "generate": "generate.py",
+}
 
 
 def reference_flags() -> dict[str, list[str]]:
@@ -114,8 +130,6 @@ def section() -> str:
             rows = [" ".join(names) + (f" ({why})" if why else "") for why, names in kinds[kind].items()]
             if rows:
                 lines.append(f"| {program} | {kind} | {'; '.join(rows)} |\n")
-    generate = " ".join(f"`{name}`" for name in reference_flags()["generate"])
-    lines.append(f"| fairseq-generate | rejected | there is no such command; only it takes {generate} |\n")
     return "".join([*lines, END])
 
 
