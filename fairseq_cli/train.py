@@ -1,4 +1,4 @@
-"""Train a language model."""
+"""Train a model."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from fairseq.data.batching_config import BatchingConfig
 from fairseq.options import parse_train, training_configs
 from fairseq.tasks import TASKS
 from fairseq.training.config import ValidationConfig
-from fairseq.training.output_segments import output_segments
+from fairseq.training.output_segments import output_samples, output_segments
 from fairseq_cli.entry import run
 
 
 def main(argv: Sequence[str]) -> None:
     """Train; the same command again resumes an interrupted run."""
     settings = parse_train(argv)
-    segments = settings.config(BatchingConfig).output_segments_to_file
-    if segments is not None:
-        task = settings.chosen["task"]
-        split = settings.config(ValidationConfig).train_subset
-        output_segments(segments, task, settings.config(TASKS[task].config), split)
-        return
+    batching = settings.config(BatchingConfig)
+    for path, output in (
+        (batching.output_segments_to_file, output_segments),
+        (batching.output_samples_to_file, output_samples),
+    ):
+        if path is not None:
+            task = settings.chosen["task"]
+            split = settings.config(ValidationConfig).train_subset
+            output(path, task, settings.config(TASKS[task].config), split)
+            return
     configs = training_configs(settings)
 
     from fairseq.training.checkpoint_manager import holding_save_dir

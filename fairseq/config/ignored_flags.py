@@ -190,6 +190,9 @@ REJECTED_TRAIN: dict[str, str] = _REJECTED | {
     "--decoder-embed-path": "is not offered; --finetune-from-model starts with the weights of a checkpoint",
     "--merge-src-tgt-embed": "is not offered; binarise with --joined-dictionary and give --share-all-embeddings",
     "--optimizer-overrides": "is not offered; give the optimizer's own flags, they win over the checkpoint's",
+    "--ce-warmup-ratio": "is not offered: processes share memories, and each would have to draw alike; "
+    "--ce-warmup-epoch trains whole epochs by cross-entropy",
+    "--ignore-prefix-size": "is not offered: every token of a target counts; cut the prefix off before preprocess.py",
     "--tpu": "is not offered; train on CPUs or CUDA devices",
     "--amp": "is not offered; --fp16 and --bf16 are PyTorch's mixed precision here",
     "--model-parallel-size": _PIPELINE,

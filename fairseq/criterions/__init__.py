@@ -15,6 +15,7 @@ CRITERIONS: dict[str, Entry] = {
     "trime_long_loss": Entry(c.TrimeGatheredConfig, "fairseq.criterions.trime_loss:long_loss"),
     "trime_long_loss_same_device": Entry(c.TrimeConfig, "fairseq.criterions.trime_loss:long_loss_same_device"),
     "trime_loss": Entry(c.TrimeConfig, "fairseq.criterions.trime_loss:local_loss"),
+    "trime_mt_loss": Entry(c.TrimeTranslationConfig, "fairseq.criterions.trime_mt_loss:TrimeTranslationLoss"),
 }
 
 register_criterion = class_registrar(CRITERIONS, "criterion", "fairseq.compat.criterion:entry")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from fairseq.config import flag
+from fairseq.config import flag, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +61,31 @@ class TrimeExternalConfig(TrimeGatheredConfig):
         super().__post_init__()
         if not 0 <= self.cross_sent_ratio <= 1:
             raise ValueError(f"--cross-sent-ratio must lie in [0, 1], got {self.cross_sent_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimeTranslationConfig(TrimeGatheredConfig):
+    """Vocabulary and the other target sentences of the batch normalised together."""
+
+    dist_func: str = flag("--dist-func", default="ip", choices=("ip", "l2"))
+    """Similarity of two states: inner product, or minus the squared distance; both over the root of their width."""
+    temp: float = flag("--temp", default=1.0)
+    """Temperature that divides the similarities."""
+    topk_mem: int | None = flag("--topk-mem", default=None)
+    """A position sees only so many memories of the batch, the most similar ones; by default all."""
+    label_smoothing: float = flag("--label-smoothing", default=0.0)
+    """Accepted for scripts that give 0; no other value is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dist_func not in ("ip", "l2"):
+            raise ValueError(f"--dist-func {self.dist_func!r} is neither ip nor l2")
+        if not 0 < self.temp < math.inf:
+            raise ValueError(f"--temp {self.temp} is not positive; 1 leaves the similarities as they are")
+        require_at_least(1, topk_mem=self.topk_mem)
+        if self.label_smoothing != 0:
+            raise ValueError(
+                f"--label-smoothing must be 0 with --criterion trime_mt_loss, got {self.label_smoothing}: memories "
+                "belong to one target each, and there is none to smooth over; give 0, or use --criterion "
+                "label_smoothed_cross_entropy"
+            )

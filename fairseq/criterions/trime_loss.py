@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
     from fairseq.models.base import LanguageModel
 
-DEFAULT_TAP = "last_ffn_input"
-
 
 class TrimeLoss(Criterion):
     """-log of each target's share of vocabulary and memory together, summed.
@@ -35,6 +34,8 @@ class TrimeLoss(Criterion):
     """Consecutive ranks that hold one text between them (trime_long_loss: --train-mem-size over --max-tokens).
 
     They share their memories, other ranks do not; None means all ranks."""
+    default_tap = "last_ffn_input"
+    """Inner state that is the key, unless --knn-keytype names another."""
 
     def __init__(self, config: TrimeConfig, rule: VisibilityRule) -> None:
         super().__init__(config)
@@ -51,7 +52,7 @@ class TrimeLoss(Criterion):
             raise ValueError(
                 f"a TRIME loss needs a model that gives memory keys (--knn-keytype); {type(model).__name__} does not"
             )
-        model.key_dim(_tap(model))
+        model.key_dim(self._tap(model))
 
     def start_epoch(self, epoch: int) -> None:
         """See ``Criterion``; decides about --ce-warmup-epoch."""
@@ -60,7 +61,7 @@ class TrimeLoss(Criterion):
     def __call__(self, model: LanguageModel, batch: LMBatch) -> Loss:
         """See the class. Reports the language model's own loss as ``ori_loss``, the joint one as ``norm_loss``."""
         warming_up = model.training and self.epoch <= self.warmup_epochs
-        out = model(batch.tokens_BT, key_tap=None if warming_up else _tap(model), **batch.source)
+        out = model(batch.tokens_BT, key_tap=None if warming_up else self._tap(model), **batch.source)
         hidden_ND, target_N = scored(out, batch)
         logp_N, norm_N = model.target_logp(hidden_ND, target_N)
         ori_loss = -wide_sum(logp_N)
@@ -69,10 +70,18 @@ class TrimeLoss(Criterion):
         assert out.key_BTD is not None, "a key was asked for"
         key_ND = _scored_keys(out.key_BTD, batch)
         own = InBatchMemory(target_N, _lengths(batch), self._rule(model), 1 / math.sqrt(key_ND.shape[1]))
-        memory, other_key_MD = self._with_other_ranks(own, key_ND)
+        memory, other_key_MD = self._with_other_ranks(self.adapt(own), key_ND)
         total = joint_loss(key_ND, logp_N, norm_N, memory, other_key_MD)
         _require_finite(total, key_ND, hidden_ND)
         return self.loss(total, batch, ori_loss=ori_loss, norm_loss=total)
+
+    def adapt(self, memory: InBatchMemory) -> InBatchMemory:
+        """The batch as memory with this loss's own settings."""
+        return memory
+
+    def _tap(self, model: LanguageModel) -> str:
+        """Tap of the model's memory keys."""
+        return getattr(getattr(model, "config", None), "knn_keytype", None) or self.default_tap
 
     def _rule(self, model: LanguageModel) -> VisibilityRule:
         """Visibility among the positions of a batch."""
@@ -87,7 +96,7 @@ class TrimeLoss(Criterion):
             return own, None
         gathered = gather_ragged(key_ND, own.token_N, with_gradient=self.gather_grad and torch.is_grad_enabled())
         key_MD, token_M = (torch.cat(parts) for parts in zip(*self._visible(gathered, rank, world)))
-        return InBatchMemory(own.token_N, own.lengths, own.rule, own.scale, token_M), key_MD
+        return replace(own, other_token_M=token_M), key_MD
 
     def _visible(self, gathered: Gathered, rank: int, world: int) -> list[tuple[Tensor, ...]]:
         """Keys and tokens of the ranks before and after this one; no rows where the rule hides them."""
@@ -102,11 +111,6 @@ local_loss = functools.partial(TrimeLoss, rule=LOCAL)
 long_loss = functools.partial(TrimeLoss, rule=LONG)
 long_loss_same_device = functools.partial(TrimeLoss, rule=LONG)
 external_loss = functools.partial(TrimeLoss, rule=EXTERNAL)
-
-
-def _tap(model: LanguageModel) -> str:
-    """Tap of the model's memory keys."""
-    return getattr(getattr(model, "config", None), "knn_keytype", None) or DEFAULT_TAP
 
 
 def _scored_keys(key_BTD: Tensor, batch: LMBatch) -> Tensor:

@@ -55,6 +55,7 @@ def batch_by_size(
     max_tokens: int | None = None,
     max_sentences: int | None = None,
     required_batch_size_multiple: int = 1,
+    unit: str = "block",
 ) -> list[npt.NDArray[np.int64]]:
     """Cut ``indices``, in their order, into batches.
 
@@ -74,8 +75,8 @@ def batch_by_size(
     if max_tokens is not None and len(lengths) and lengths.max() > max_tokens:
         worst = int(lengths.argmax())
         raise ValueError(
-            f"block {order[worst]} has {lengths[worst]} tokens, more than --max-tokens {max_tokens}; "
-            "raise --max-tokens or make blocks shorter (--tokens-per-sample)"
+            f"{unit} {order[worst]} has {lengths[worst]} tokens, more than --max-tokens {max_tokens}; "
+            "raise --max-tokens" + (" or make blocks shorter (--tokens-per-sample)" if unit == "block" else "")
         )
     edges = _edges(lengths.tolist(), max_tokens, max_sentences, max(1, required_batch_size_multiple))
     return [order[start:end] for start, end in zip(edges, edges[1:])]

@@ -17,13 +17,20 @@ class BatchingConfig:
     train_mem_size: int | None = flag("--train-mem-size", default=None)
     """Tokens of consecutive blocks that share a memory; n times --max-tokens spread over n processes."""
     predefined_batches: str | None = flag("--predefined-batches", default=None)
-    """JSON list of block numbers, as bm25_make_batches.py writes it: batches are consecutive slices of it."""
+    """JSON list of block or sentence numbers, as bm25_make_batches.py writes it, to be cut into batches as it is."""
     output_segments_to_file: str | None = flag("--output-segments-to-file", default=None)
     """Write the text of the training blocks to this JSON file, for bm25_search.py, and exit."""
+    output_samples_to_file: str | None = flag("--output-samples-to-file", default=None)
+    """Write the target sentences of the training pairs to this JSON file, for bm25_search.py, and exit."""
 
     def __post_init__(self) -> None:
         if self.keep_order and self.predefined_batches:
             raise ValueError("--keep-order and --predefined-batches exclude each other; give one of them")
+        if self.output_segments_to_file and self.output_samples_to_file:
+            raise ValueError(
+                "--output-segments-to-file is for language models and --output-samples-to-file for translation; give "
+                "one of them"
+            )
         require_at_least(1, train_mem_size=self.train_mem_size)
         if self.train_mem_size is not None and not self.keep_order and not self.predefined_batches:
             raise ValueError(

@@ -1,6 +1,7 @@
-"""Blocks of text as a JSON file of segments, the form pyserini's JsonCollection reads.
+"""Texts as a JSON file of segments, the form pyserini's JsonCollection reads.
 
-The file is a list of ``{"id": "0", "contents": "text"}`` in corpus order; ids are positions.
+The file is a list of ``{"id": "0", "contents": "text"}`` in corpus order; ids are positions. Those of sentences are
+numbers, as TRIME's program for translation writes them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,27 @@ from fairseq.data.dictionary import Dictionary
 from fairseq.runtime.atomic_files import writing
 
 _CHUNK_CHARS = 1 << 22
+_WRITERS = "--output-segments-to-file (translation: --output-samples-to-file)"
 _BETWEEN = re.compile(r"[\s,]*")
 
 
 def write_segments(
     path: str | os.PathLike[str], blocks: Iterable[npt.NDArray[np.integer[Any]]], dictionary: Dictionary
 ) -> int:
-    """Write the text of each block, under a temporary name first; returns their number.
+    """Write the text of each block, as :func:`write_texts` does; returns their number."""
+    return write_texts(path, map(dictionary.string, blocks), str)
+
+
+def write_texts(path: str | os.PathLike[str], texts: Iterable[str], make_id: Callable[[int], str | int]) -> int:
+    """Write texts, each with the id of its position, under a temporary name first; returns their number.
 
     No other file remains in the folder: pyserini reads all of its files.
     """
     count = 0
     with writing(path) as file:
         file.write("[")
-        for count, block in enumerate(blocks, start=1):
-            segment = {"id": str(count - 1), "contents": dictionary.string(block)}
+        for count, text in enumerate(texts, start=1):
+            segment = {"id": make_id(count - 1), "contents": text}
             file.write(("\n" if count == 1 else ",\n") + json.dumps(segment, ensure_ascii=False))
         file.write("\n]\n")
     return count
@@ -48,12 +55,13 @@ def read_segments(path: str | os.PathLike[str]) -> Iterator[str]:
         if not isinstance(item, dict) or not isinstance(item.get("contents"), str) or "id" not in item:
             raise ValueError(
                 f'{os.fspath(path)}: item {position} is not a segment {{"id": ..., "contents": ...}}; '
-                "write the file with train.py --output-segments-to-file"
+                f"write the file with train.py {_WRITERS}"
             )
         if str(item["id"]) != str(position):
             raise ValueError(
                 f"{os.fspath(path)}: segment {position} has the id {item['id']!r}, ids must be positions in corpus "
-                "order, by which batches find their blocks; write it again with train.py --output-segments-to-file"
+                "order, by which batches find their blocks; write it again with train.py "
+                f"{_WRITERS}"
             )
         yield item["contents"]
 

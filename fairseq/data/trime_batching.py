@@ -19,15 +19,21 @@ from fairseq.runtime.files import parse_json
 
 logger = logging.getLogger(__name__)
 Indices = npt.NDArray[np.int64]
+_OTHER_DATA = {
+    "block": "other text or another --tokens-per-sample: make it again (--output-segments-to-file",
+    "sentence": "other text: make it again (--output-samples-to-file",
+}
 
 
-def training_order(config: BatchingConfig, num_blocks: int) -> Indices | None:
+def training_order(config: BatchingConfig, num_blocks: int, unit: str = "block") -> Indices | None:
     """The order in which blocks are cut into batches; None for any order.
 
+    Args:
+        unit: what they are called in messages, ``block`` or ``sentence``.
     Raises: ValueError when --predefined-batches does not hold every block once.
     """
     if config.predefined_batches is not None:
-        return read_order(config.predefined_batches, num_blocks)
+        return read_order(config.predefined_batches, num_blocks, unit)
     return np.arange(num_blocks) if config.keep_order else None
 
 
@@ -67,51 +73,50 @@ def ranks_together(config: BatchingConfig, max_tokens: int | None, world_size: i
     return ranks
 
 
-def read_order(path: str | os.PathLike[str], num_blocks: int) -> Indices:
+def read_order(path: str | os.PathLike[str], num_blocks: int, unit: str = "block") -> Indices:
     """Read a JSON list that holds each of the numbers 0 to ``num_blocks - 1`` once.
 
     Raises: ValueError naming the blocks that are missing, repeated or unknown.
     """
     with open(path, "rb") as file:
         content = parse_json(file.read(), os.fspath(path), "write it with bm25_make_batches.py")
-    order = _as_numbers(content, path)
+    order = _as_numbers(content, path, unit)
     if len(order) != num_blocks:
         raise ValueError(
-            f"{os.fspath(path)} holds {len(order)} blocks, the training data has {num_blocks}; it belongs to "
-            "other text or another --tokens-per-sample: make it again (--output-segments-to-file, bm25_search.py, "
-            "bm25_make_batches.py)"
+            f"{os.fspath(path)} holds {len(order)} {unit}s, the training data has {num_blocks}; it belongs to "
+            f"{_OTHER_DATA[unit]}, bm25_search.py, bm25_make_batches.py)"
         )
     outside = order[(order < 0) | (order >= num_blocks)]
     if len(outside):
         raise ValueError(
-            f"{os.fspath(path)} holds block {outside[0]}; the training data has 0 to {num_blocks - 1}; make it again"
+            f"{os.fspath(path)} holds {unit} {outside[0]}; the training data has 0 to {num_blocks - 1}; make it again"
         )
     times = np.bincount(order, minlength=num_blocks)
     if len(order) and times.max() > 1:
         repeated, missing = np.flatnonzero(times > 1), np.flatnonzero(times == 0)
         raise ValueError(
-            f"{os.fspath(path)} holds {len(repeated)} blocks more than once ({_preview(repeated)}) and {len(missing)} "
-            f"not at all ({_preview(missing)}); list every block once"
+            f"{os.fspath(path)} holds {len(repeated)} {unit}s more than once ({_preview(repeated)}) and "
+            f"{len(missing)} not at all ({_preview(missing)}); list every {unit} once"
         )
     return order
 
 
-def _as_numbers(content: Any, path: str | os.PathLike[str]) -> Indices:
+def _as_numbers(content: Any, path: str | os.PathLike[str], unit: str) -> Indices:
     if not isinstance(content, list):
         raise ValueError(
-            f"{os.fspath(path)} holds a JSON {type(content).__name__}, expected a list of block numbers; make it again"
+            f"{os.fspath(path)} holds a JSON {type(content).__name__}, expected a list of {unit} numbers; make it again"
         )
     wrong = [item for item in content if type(item) is not int]
     if wrong:
         raise ValueError(
-            f"{os.fspath(path)} holds {len(wrong)} items that are not block numbers, such as "
+            f"{os.fspath(path)} holds {len(wrong)} items that are not {unit} numbers, such as "
             f"{json.dumps(wrong[0])[:40]}; make it again"
         )
     try:
         return np.array(content, dtype=np.int64)
     except OverflowError:
         raise ValueError(
-            f"{os.fspath(path)} holds {max(content, key=abs)}, which is not a block number; make it again"
+            f"{os.fspath(path)} holds {max(content, key=abs)}, which is not a {unit} number; make it again"
         ) from None
 
 

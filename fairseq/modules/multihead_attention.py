@@ -145,7 +145,8 @@ class MultiheadAttention(nn.Module):
         else:
             k_BHSD, v_BHSD = incremental_state.of_source(name, lambda: self.keys_and_values(source.hidden_BSC))
         rows = query_NTC.shape
-        query_BTC = query_NTC.reshape(len(k_BHSD), -1, rows[2])  # the order of queries means nothing here
+        per_sentence = rows[0] * rows[1] // max(1, len(k_BHSD))  # -1 cannot be told of a batch without sentences
+        query_BTC = query_NTC.reshape(len(k_BHSD), per_sentence, rows[2])  # the order of queries means nothing here
         mask_B1S = None if source.visible_BS is None else source.visible_BS[:, None]
         return self._attend(self._heads(self.q_proj(query_BTC)), k_BHSD, v_BHSD, mask_B1S, False).reshape(rows)
 

@@ -55,6 +55,10 @@ class TranslationConfig:
     """Longest target sentence, in tokens."""
     truncate_source: bool = flag("--truncate-source", default=False)
     """Cut source sentences to --max-source-positions tokens instead of leaving the pair out."""
+    eval_bleu_detok: str = flag("--eval-bleu-detok", default="space", choices=("moses", "nltk", "space"))
+    """How words of the target become text: by the rules of Moses or nltk, or as they are."""
+    eval_bleu_remove_bpe: str | None = flag("--eval-bleu-remove-bpe", default=None, const="@@ ")
+    """Mark that joins the pieces of a word of the target."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "left_pad_source", _true_or_false(self.left_pad_source))

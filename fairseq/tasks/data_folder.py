@@ -127,7 +127,7 @@ class DataFolderTask(FairseqTask):
             raise ValueError(
                 f"all {count} {unit}s are longer than the model's {dataset.limits(limit)} positions; {self.way_out}"
             )
-        return batch_by_size(kept, dataset.sizes, max_tokens, max_sentences, multiple)
+        return batch_by_size(kept, dataset.sizes, max_tokens, max_sentences, multiple, unit)
 
     way_out = "raise --max-target-positions"
 

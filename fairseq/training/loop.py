@@ -151,7 +151,7 @@ class TrainingLoop:
             multiple=self.data.required_batch_size_multiple,
             seed=self.runtime.seed,
             max_positions=self.model.max_positions,
-            order=training_order(self.batching, len(dataset)),
+            order=training_order(self.batching, len(dataset), dataset.unit),
         )
         return self.task.iterator(
             dataset,

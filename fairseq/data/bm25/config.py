@@ -16,7 +16,7 @@ class SearchConfig:
     index_path: str = flag("--index_path")
     """Folder of the index, built by pyserini.index.lucene or by this program, which builds it if it is missing."""
     segments_path: str = flag("--segments_path")
-    """JSON file of the segments (train.py --output-segments-to-file); each is a query."""
+    """JSON file of the segments (train.py --output-segments-to-file or --output-samples-to-file); each is a query."""
     results_path: str = flag("--results_path")
     """Folder for the results, one shard<i>.json per shard."""
     num_shards: int = flag("--num_shards", default=1)

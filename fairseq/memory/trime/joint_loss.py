@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairseq.memory.similarity import lifted
 from fairseq.memory.trime.streaming import Gradients, InBatchMemory, accumulate_strips, begin, end
 from fairseq.memory.trime.strip_gradients import EagerStripGradient
 from fairseq.memory.trime.symmetric import accumulate_symmetric
+from fairseq.memory.trime.topk_loss import topk_loss
+from fairseq.memory.types import Metric
 
 __all__ = ["InBatchMemory", "joint_loss"]
 
@@ -50,7 +53,7 @@ def joint_loss(
         key_ND: queries and keys at once; types narrower than float32 are summed in float32.
         lm_logp_N: the language model's log-probability of each target.
         lm_norm_N: the log-sum of its scores (adaptive softmax: of its head).
-        memory: values of the memories, and which positions see them.
+        memory: values of the memories, their similarity, and which positions see them.
         other_key_MD: keys of memories from other ranks (``memory.other_token_M``).
     Returns: a scalar. A position that sees no memory contributes exactly ``-lm_logp``.
     Source: arXiv 2205.12674, sec. 3 and 4.
@@ -66,7 +69,8 @@ def joint_loss(
         from fairseq.memory.trime.triton_kernels import compute_on_gpu
 
         compute = compute_on_gpu
-        if torch.is_autocast_enabled("cuda"):  # a layer norm leaves float32, whose products are many times slower
+        narrows = memory.metric == Metric.IP and torch.is_autocast_enabled("cuda")
+        if narrows:  # a layer norm leaves float32, whose products are many times slower
             key_ND = key_ND.to(torch.get_autocast_dtype("cuda"))
     return apply(compute, key_ND, lm_logp_N, lm_norm_N, memory, other_key_MD)
 
@@ -80,10 +84,26 @@ def apply(
     other_key_MD: Tensor | None,
 ) -> Tensor:
     """:func:`joint_loss` by a given way to compute it."""
+    if memory.metric == Metric.L2:
+        key_ND, other_key_MD = _lift(key_ND, other_key_MD)
+    num_memories = len(key_ND) + (0 if other_key_MD is None else len(other_key_MD))
+    if memory.topk is not None and memory.topk < num_memories:
+        return topk_loss(key_ND, lm_logp_N, lm_norm_N, memory, other_key_MD)
     inputs = (key_ND, lm_logp_N, lm_norm_N, other_key_MD)
     needs_grad = NeedsGrad(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs))
     result: Tensor = _JointLoss.apply(compute, memory, needs_grad, *inputs)  # type: ignore[no-untyped-call]
     return result
+
+
+def _lift(key_ND: Tensor, other_key_MD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Keys whose products are minus the squared distances; in float32 at least, as lengths lose more than products."""
+    wide = torch.promote_types(key_ND.dtype, torch.float32)
+    key_ND = key_ND.to(wide)
+    with torch.no_grad():  # neither changes a distance
+        center_D = key_ND.mean(0) if len(key_ND) else key_ND.new_zeros(key_ND.shape[1])
+        radius = (key_ND - center_D).square().sum().div(max(1, len(key_ND))).sqrt().clamp_(min=1.0)
+    other = None if other_key_MD is None else lifted(other_key_MD.to(wide), center_D, radius)
+    return lifted(key_ND, center_D, radius), other
 
 
 class _JointLoss(torch.autograd.Function):
@@ -93,6 +113,9 @@ class _JointLoss(torch.autograd.Function):
     def forward(ctx: Any, compute: Compute, memory: InBatchMemory, needs_grad: NeedsGrad, *inputs: Any) -> Tensor:
         with torch.autocast(inputs[0].device.type, enabled=False):
             total, gradients = compute(memory, needs_grad, *inputs)
+        for gradient in (gradients[0], gradients[3]) if memory.metric == Metric.L2 else ():
+            if gradient is not None:
+                gradient[:, -1].neg_()  # the products were taken with conjugate rows
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
         return total

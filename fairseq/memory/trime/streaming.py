@@ -2,7 +2,8 @@
 
 Shapes: N positions, M memories from elsewhere, D key width; R rows and W columns of a strip.
 
-With s the similarities, and everything relative to the vocabulary's log-sum:
+With s the similarities, products of keys (see ``similarity.conjugate``), and everything relative to the vocabulary's
+log-sum:
 
     whole = log(1 + sum of exp(s) over the memories seen)
     target = log(exp(logp) + sum of exp(s) over those that hold the target)
@@ -16,14 +17,16 @@ go to its rows and to its columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fairseq.memory.similarity import conjugate
 from fairseq.memory.trime.visibility import Strip, VisibilityRule, VisibleRanges
+from fairseq.memory.types import Metric
 
 # Rows of a strip, its bytes, and the width of the stairs that skip what is above the diagonal. On a CPU
 # products of fewer than 256 rows lose more speed than the triangle costs; a GPU wants few large products.
@@ -36,11 +39,12 @@ CHUNK = 1 << 18
 class InBatchMemory:
     """In-batch memory: every position of a training batch is a key, and its target is the value.
 
-    ```python
+        ```python
+        from fairseq.memory.similarity import conjugate
     from fairseq.memory.trime.visibility import LOCAL  # LONG and EXTERNAL are the other two rules
 
-    in_batch = InBatchMemory(token_N=token_N[:8], lengths=[4, 4], rule=LOCAL, scale=16**-0.5)
-    ```
+        in_batch = InBatchMemory(token_N=token_N[:8], lengths=[4, 4], rule=LOCAL, scale=16**-0.5)
+        ```
     """
 
     token_N: Tensor
@@ -50,9 +54,13 @@ class InBatchMemory:
     rule: VisibilityRule
     """Role of the memories for each position: ``LOCAL``, ``LONG`` or ``EXTERNAL``."""
     scale: float
-    """Factor of the inner products: 1 / (sqrt(D) * temperature)."""
+    """Factor of the similarities: 1 / (sqrt(D) * temperature)."""
     other_token_M: Tensor | None = None
     """Values of memories from elsewhere, which every position sees."""
+    metric: Metric = Metric.IP
+    """Similarity of keys: ``IP``, or ``L2``, minus the squared distance."""
+    topk: int | None = None
+    """A position sees only so many of its memories, the most similar ones; None for all."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class RunningSums:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Buffers that collect the keys' gradients; None for what needs none."""
+    """Buffers that collect the keys' gradients, conjugate; None for what needs none."""
 
     key_ND: Tensor | None
     other_MD: Tensor | None
@@ -133,28 +141,13 @@ def accumulate_strips(
     memory: InBatchMemory, key_ND: Tensor, other_key_MD: Tensor | None, to_gradient: StripGradient, gradients: Gradients
 ) -> None:
     """Go through a batch strip by strip, each row of a strip seeing all its memories at once."""
-    num_other = 0 if other_key_MD is None else len(other_key_MD)
-    across = memory.rule.earlier or memory.rule.later
-    num_rows, stair_width = strip_shape(num_other + (len(key_ND) if across else max(memory.lengths)), key_ND)
-    strips = [s for s in memory.rule.strips(memory.lengths, num_rows) if num_other + s.high > s.low]
-    if not strips:
-        return
-    # Made once: the system takes longer to hand out megabytes than they take to fill.
-    most_rows = max(s.num_rows for s in strips)
-    wide = torch.promote_types(key_ND.dtype, torch.float32)
-    buffer = key_ND.new_empty(max(s.num_rows * (num_other + s.high - s.low) for s in strips), dtype=wide)
-    query_buffer = key_ND.new_empty(most_rows, key_ND.shape[1])
-    sum_buffer = torch.empty_like(query_buffer, dtype=wide)
-    for strip in strips:
-        width = num_other + strip.high - strip.low
-        score_RW = buffer[: strip.num_rows * width].view(strip.num_rows, width)
+    num_rows = 0
+    for strip, parts, score_RW in score_strips(memory, key_ND, other_key_MD, gradients):
+        if strip.num_rows > num_rows:
+            num_rows = strip.num_rows
+            query_buffer = key_ND.new_empty(num_rows, key_ND.shape[1])
+            sum_buffer = torch.empty_like(query_buffer, dtype=score_RW.dtype)
         query_RD = key_ND[strip.rows]
-        parts = []
-        if other_key_MD is not None:
-            parts.append(_Part(slice(None), slice(0, num_other), other_key_MD, gradients.other_MD))
-        parts += _own_parts(strip, stair_width, num_other, key_ND, gradients.key_ND)
-        for part in parts:
-            scores(query_RD[part.rows], part.key_WD, memory.scale, score_RW[part.rows, part.columns])
         weight_RW, factor_R = to_gradient(score_RW, strip, gradients.wanted)
         if gradients.wanted:
             weighted_RD = query_RD
@@ -166,8 +159,37 @@ def accumulate_strips(
                 gradients.key_ND[strip.rows] += sum_RD if factor_R is None else sum_RD.mul_(factor_R[:, None])
 
 
+def score_strips(
+    memory: InBatchMemory, key_ND: Tensor, other_key_MD: Tensor | None, gradients: Gradients
+) -> Iterator[tuple[Strip, list[Part], Tensor]]:
+    """Each strip with its parts and similarities (R, W), which lie in memory that the next strip uses again.
+
+    Columns hold memories from elsewhere first. Similarities that no row sees may be anything.
+    """
+    num_other = 0 if other_key_MD is None else len(other_key_MD)
+    across = memory.rule.earlier or memory.rule.later
+    num_rows, stair_width = strip_shape(num_other + (len(key_ND) if across else max(memory.lengths)), key_ND)
+    strips = [s for s in memory.rule.strips(memory.lengths, num_rows) if num_other + s.high > s.low]
+    if not strips:
+        return
+    # Made once: the system takes longer to hand out megabytes than they take to fill.
+    wide = torch.promote_types(key_ND.dtype, torch.float32)
+    buffer = key_ND.new_empty(max(s.num_rows * (num_other + s.high - s.low) for s in strips), dtype=wide)
+    for strip in strips:
+        width = num_other + strip.high - strip.low
+        score_RW = buffer[: strip.num_rows * width].view(strip.num_rows, width)
+        parts = []
+        if other_key_MD is not None:
+            parts.append(Part(slice(None), slice(0, num_other), other_key_MD, gradients.other_MD))
+        parts += _own_parts(strip, stair_width, num_other, key_ND, gradients.key_ND)
+        query_RD = conjugate(key_ND[strip.rows], memory.metric)
+        for part in parts:
+            scores(query_RD[part.rows], part.key_WD, memory.scale, score_RW[part.rows, part.columns])
+        yield strip, parts, score_RW
+
+
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A block of a strip with the keys of its columns, and where their gradients go."""
 
     rows: slice
@@ -176,24 +198,29 @@ class _Part:
     grad_WD: Tensor | None
 
 
-def _own_parts(strip: Strip, stair_width: int, num_other: int, key_ND: Tensor, grad_ND: Tensor | None) -> list[_Part]:
+def _own_parts(strip: Strip, stair_width: int, num_other: int, key_ND: Tensor, grad_ND: Tensor | None) -> list[Part]:
     left = num_other - strip.low
     found = []
     for rows, columns in strip.pieces(stair_width) if strip.high > strip.low else ():
         inside = slice(rows.start - strip.start, rows.stop - strip.start)
         grad_WD = None if grad_ND is None else grad_ND[columns]
         place = slice(left + columns.start, left + columns.stop)
-        found.append(_Part(inside, place, key_ND[columns], grad_WD))
+        found.append(Part(inside, place, key_ND[columns], grad_WD))
     return found
 
 
-def _spread(weight_RW: Tensor, parts: list[_Part], query_RD: Tensor, scale: float, sum_RD: Tensor) -> None:
+def _spread(weight_RW: Tensor, parts: list[Part], query_RD: Tensor, scale: float, sum_RD: Tensor) -> None:
     """Hand a strip's weights on: to its columns' gradients, and to its rows' in ``sum_RD``, which is overwritten."""
     for part in parts:
         part_RW = weight_RW[part.rows, part.columns]
         add_product(sum_RD[part.rows], part_RW, part.key_WD, scale, overwrite=part is parts[0])  # it has all rows
         if part.grad_WD is not None:
             add_product(part.grad_WD, part_RW.t(), query_RD[part.rows], scale)
+
+
+def can_widen(key_ND: Tensor) -> bool:
+    """True if such keys can be multiplied in float32 without a copy of the keys (CUDA, PyTorch 2.8 and later)."""
+    return key_ND.dtype == torch.float32 or (key_ND.is_cuda and "dtype" in torch.ops.aten.mm.overloads())  # type: ignore[no-untyped-call]
 
 
 def scores(query_RD: Tensor, key_WD: Tensor, scale: float, out_RW: Tensor) -> None:

@@ -10,11 +10,13 @@ Shapes: N positions, D key width; R rows and W columns of a strip, P pairs of po
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fairseq.memory.scoring import LOWEST
+from fairseq.memory.similarity import conjugate
 from fairseq.memory.trime.streaming import (
     CHUNK,
     Gradients,
@@ -52,7 +54,7 @@ def accumulate_symmetric(
         return None
     gradients = Gradients(torch.zeros_like(key_ND) if needs_key_grad else None, None)
     if memory.rule.own_past:
-        own = InBatchMemory(memory.token_N, memory.lengths, LOCAL, memory.scale)
+        own = replace(memory, rule=LOCAL)
         accumulate_strips(
             own, key_ND, None, EagerStripGradient(sums.with_rule(LOCAL, memory.lengths), LOCAL), gradients
         )
@@ -69,6 +71,7 @@ class _Pairs:
 
     def __init__(self, memory: InBatchMemory, key_ND: Tensor, norm_N: Tensor) -> None:
         self.key_ND, self.scale = key_ND, memory.scale
+        self.conjugate_ND = conjugate(key_ND, memory.metric)
         num_rows, self.stair_width = strip_shape(len(key_ND), key_ND)
         self.strips = list(segment_strips(memory.lengths, num_rows))
         sizes = ((strip.rows.stop - strip.rows.start) * strip.width for strip in self.strips)
@@ -135,7 +138,7 @@ class _Pairs:
         num_rows, width = strip.rows.stop - strip.rows.start, strip.width
         exp_RW = self.buffer[: num_rows * width].view(num_rows, width)
         for inside, rows, columns in self._pieces(strip):
-            scores(self.key_ND[rows], self.key_ND[columns], self.scale, exp_RW[inside, columns])
+            scores(self.conjugate_ND[rows], self.key_ND[columns], self.scale, exp_RW[inside, columns])
         step = max(1, CHUNK // width)
         for start, stop, seen in strip.spans:
             for top in range(start, stop, step):

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fairseq.memory.trime.joint_loss import Computed, NeedsGrad, compute_eager
-from fairseq.memory.trime.streaming import Gradients, InBatchMemory, RunningSums, accumulate_strips, begin, end
+from fairseq.memory.trime.streaming import (
+    Gradients,
+    InBatchMemory,
+    RunningSums,
+    accumulate_strips,
+    begin,
+    can_widen,
+    end,
+)
 from fairseq.memory.trime.visibility import Strip
 
 _BLOCK = 1024
@@ -44,11 +52,6 @@ def compute_on_gpu(
     accumulate_strips(memory, key_ND, other_key_MD, TritonStripGradient(sums, key_ND.dtype), gradients)
     total, logp_grad_N, norm_grad_N = end(sums, logp_N)
     return total, [gradients.key_ND, logp_grad_N, norm_grad_N, gradients.other_MD]
-
-
-def can_widen(key_ND: Tensor) -> bool:
-    """True if such keys can be multiplied in float32 without a copy of the keys (CUDA, PyTorch 2.8 and later)."""
-    return key_ND.dtype == torch.float32 or (key_ND.is_cuda and "dtype" in torch.ops.aten.mm.overloads())
 
 
 class TritonStripGradient:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq.memory.scoring import joint_nll
@@ -229,19 +229,6 @@ def test_going_backward_twice_gives_the_same_twice():
     (2 * loss).backward()
     for x, grad in zip(case.inputs, first):
         torch.testing.assert_close(x.grad, 3 * grad)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, inputs=(), options=None):  # noqa: D105
-        made = func(*inputs, **options or {})
-        for x in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
-        return made
 
 
 @pytest.mark.parametrize("num_types", [1, 1000])
