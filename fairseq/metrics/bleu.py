@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +93,27 @@ def score_texts(scoring: str, system: Sequence[str], reference: Sequence[str]) -
         figures[name] = score.score
         lines += [score.format(), f"{score.name}|{metrics[name].get_signature()}"]
     return TextScores(tuple(lines), figures)
+
+
+_ORDERS = range(1, 5)
+
+
+def bleu_counts(system: Sequence[str], reference: Sequence[str], *, tokenize: str) -> dict[str, float]:
+    """What BLEU is computed from, to be summed over parts of a text.
+
+    Args:
+        tokenize: sacrebleu's tokenizer, or ``none`` for text whose tokens are separated by blanks.
+    """
+    score = importlib.import_module("sacrebleu.metrics").BLEU(tokenize=tokenize, force=True)
+    found = score.corpus_score(*_paired(system, reference))
+    counts = {f"bleu_hits_{n}": float(found.counts[n - 1]) for n in _ORDERS}
+    counts |= {f"bleu_ngrams_{n}": float(found.totals[n - 1]) for n in _ORDERS}
+    return counts | {"bleu_sys_len": float(found.sys_len), "bleu_ref_len": float(found.ref_len)}
+
+
+def bleu_of_counts(counts: Mapping[str, float]) -> float:
+    """BLEU of summed counts, smoothed as sacrebleu smooths that of a text."""
+    hits, ngrams = ([int(counts[f"bleu_{kind}_{n}"]) for n in _ORDERS] for kind in ("hits", "ngrams"))
+    compute = importlib.import_module("sacrebleu.metrics").BLEU.compute_bleu
+    lengths = {"sys_len": int(counts["bleu_sys_len"]), "ref_len": int(counts["bleu_ref_len"])}
+    return float(compute(hits, ngrams, **lengths, smooth_method="exp").score)

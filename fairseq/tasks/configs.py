@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from fairseq.config import UnreadableError, flag, require_at_least
 
@@ -37,6 +39,17 @@ def _true_or_false(text: object) -> bool:
     return found
 
 
+def _json_dict(text: str) -> dict[str, Any]:
+    """Read a JSON object. Raises: UnreadableError when it is anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UnreadableError(f'{text!r} is no JSON object, such as {{"beam": 5}}')
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class TranslationConfig:
     """Sentence pairs of two languages."""
@@ -55,6 +68,16 @@ class TranslationConfig:
     """Longest target sentence, in tokens."""
     truncate_source: bool = flag("--truncate-source", default=False)
     """Cut source sentences to --max-source-positions tokens instead of leaving the pair out."""
+    eval_bleu: bool = flag("--eval-bleu", default=False)
+    """Translate the validation set in every validation, and report BLEU."""
+    eval_bleu_args: dict[str, Any] | None = flag("--eval-bleu-args", default=None, parse=_json_dict)
+    """JSON of generation settings for it, such as {"beam": 5, "max_len_a": 1.2, "max_len_b": 10}."""
+    eval_bleu_detok_args: dict[str, Any] | None = flag("--eval-bleu-detok-args", default=None, parse=_json_dict)
+    """JSON of settings of --eval-bleu-detok, such as {"moses_no_escape": true}."""
+    eval_tokenized_bleu: bool = flag("--eval-tokenized-bleu", default=False)
+    """Compare tokens as they are instead of detokenised text."""
+    eval_bleu_print_samples: bool = flag("--eval-bleu-print-samples", default=False)
+    """Log the first translation of each validation, with its reference."""
     eval_bleu_detok: str = flag("--eval-bleu-detok", default="space", choices=("moses", "nltk", "space"))
     """How words of the target become text: by the rules of Moses or nltk, or as they are."""
     eval_bleu_remove_bpe: str | None = flag("--eval-bleu-remove-bpe", default=None, const="@@ ")

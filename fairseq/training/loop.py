@@ -17,6 +17,8 @@ from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for
 from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.trime_batching import ranks_together, training_order
+from fairseq.generation.validation import ValidationBleu
+from fairseq.metrics.bleu import bleu_of_counts
 from fairseq.metrics.training import StepSums, TrainMeters, valid_figures
 from fairseq.models.architectures import (
     MODELS,
@@ -34,7 +36,7 @@ from fairseq.models.config import (
 from fairseq.optim.ema import WeightAverage
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
-from fairseq.runtime.distributed import make_fabric
+from fairseq.runtime.distributed import make_fabric, sum_over_ranks
 from fairseq.runtime.manifest import write_manifest
 from fairseq.tasks import TASKS
 from fairseq.trainer import Trainer
@@ -65,6 +67,7 @@ class TrainingLoop:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.task: LanguageModelingTask = TASKS[configs.chosen["task"]].load()(configs.task)
         torch.manual_seed(self.runtime.seed)
+        self.bleu = ValidationBleu.of(self.task)
         self.checkpoint_manager = CheckpointManager(self.checkpoints)
         self.restore_path = self.checkpoint_manager.restore_path()
         self.restored = load_checkpoint(self.restore_path, whole=True) if self.restore_path else None
@@ -216,7 +219,7 @@ class TrainingLoop:
             batches = next(iter(self.valid_sets.values()))
             sums = self.trainer.valid_pass(itertools.islice(iter(batches), 1))
             batches.next_epoch()
-            self._metric_in(self._figures(sums, 0.0))
+            self._metric_in(self._figures(sums, 0.0) | ({} if self.bleu is None else {"bleu": 0.0}))
 
     def _figures(self, sums: StepSums, seconds: float) -> dict[str, float]:
         """Figures of a validation pass that took so many seconds."""
@@ -310,7 +313,7 @@ class TrainingLoop:
             began = time.perf_counter()
             sums = self.trainer.valid_pass(itertools.islice(iter(batches), self.validation.max_valid_steps))
             batches.next_epoch()
-            figures = self._figures(sums, time.perf_counter() - began)
+            figures = self._figures(sums, time.perf_counter() - began) | self._generated_figures(batches)
             if figure is None:
                 figure = self._metric_in(figures)
                 self.last_figures = dict(figures)
@@ -319,6 +322,17 @@ class TrainingLoop:
                     figures[f"best_{self.checkpoints.best_checkpoint_metric}"] = best
             self.progress.validated(subset, epoch, figures)
         return figure
+
+    def _generated_figures(self, batches: EpochBatchIterator) -> dict[str, float]:
+        """BLEU of translations of a validation split, with --eval-bleu."""
+        if self.bleu is None:
+            return {}
+        read = itertools.islice(iter(batches), self.validation.max_valid_steps)
+        counts = self.bleu.counts(self.model, read)
+        batches.next_epoch()
+        names = sorted(counts)
+        sums = sum_over_ranks(self.fabric, [counts[name] for name in names])
+        return {"bleu": bleu_of_counts(dict(zip(names, sums)))}
 
     def _checkpoint(self) -> Checkpoint:
         state = self.trainer.state_dict(with_optimizer=not self.checkpoints.no_save_optimizer_state)

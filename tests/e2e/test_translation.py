@@ -84,6 +84,32 @@ def test_training_learns_resumes_and_validates(data, model, tmp_path, caplog):
     assert shown["valid_loss"] == pytest.approx(figures["loss"], abs=6e-4)
 
 
+def test_validation_translates_and_decides_by_bleu(data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    options = [
+        "--eval-bleu",
+        "--eval-bleu-args",
+        '{"beam": 2, "max_len_a": 1.2, "max_len_b": 10}',
+        "--max-update",
+        "60",
+    ]
+    options += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric", "--eval-bleu-print-samples"]
+    words = [str(data), *MODEL, *options, "--save-dir", str(tmp_path), "--validate-interval-updates", "30"]
+    train.main([*words, "--log-format", "json", "--eval-bleu-detok", "space"])
+    figures = [json.loads(r.message) for r in caplog.records if '"valid_bleu"' in r.message]
+    best = load_checkpoint(str(tmp_path / "checkpoint_best.pt"))
+    shown = max(float(figure["valid_bleu"]) for figure in figures)
+    assert best.progress["figures"]["bleu"] == pytest.approx(shown, abs=0.01)
+    generate.main(
+        [str(data), "--path", str(tmp_path / "checkpoint_best.pt"), "--gen-subset", "valid", "--beam", "2", "--cpu"]
+        + ["--max-len-a", "1.2", "--max-len-b", "10", "--results-path", str(tmp_path), "--scoring", "sacrebleu"]
+    )
+    report = json.loads((tmp_path / "generate-valid.run.json").read_text())
+    assert report["figures"]["bleu"] == pytest.approx(shown, abs=0.01)
+    with pytest.raises(ValueError, match="--eval-bleu-args: there is no setting 'beams' \\(did you mean 'beam'"):
+        train.main([*words, "--eval-bleu-args", '{"beams": 2}', "--max-update", "90"])
+
+
 def test_texts_are_read_as_fairseq_batches_them(data):
     task = TranslationTask(TranslationConfig(data=str(data)))
     assert (task.source_lang, task.target_lang) == ("xx", "yy")
