@@ -39,12 +39,11 @@ CHUNK = 1 << 18
 class InBatchMemory:
     """In-batch memory: every position of a training batch is a key, and its target is the value.
 
-        ```python
-        from fairseq.memory.similarity import conjugate
+    ```python
     from fairseq.memory.trime.visibility import LOCAL  # LONG and EXTERNAL are the other two rules
 
-        in_batch = InBatchMemory(token_N=token_N[:8], lengths=[4, 4], rule=LOCAL, scale=16**-0.5)
-        ```
+    in_batch = InBatchMemory(token_N=token_N[:8], lengths=[4, 4], rule=LOCAL, scale=16**-0.5)
+    ```
     """
 
     token_N: Tensor
