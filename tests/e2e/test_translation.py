@@ -287,3 +287,58 @@ def test_a_dictionary_of_another_pair_is_rejected(data, model, tmp_path):
     (tmp_path / "dict.yy.txt").write_bytes(swapped.to_bytes())
     with pytest.raises(ValueError, match="trained with another dictionary"):
         generate.main([str(tmp_path), "--path", str(model), "--cpu"])
+
+
+class Died(BaseException):
+    """Stands for a kill."""
+
+
+def dies_at(monkeypatch, owner, name, call):
+    """Let call number ``call`` of a method die."""
+    original, calls = getattr(owner, name), []
+
+    def dying(self, *words):
+        calls.append(name)
+        if len(calls) == call:
+            raise Died
+        return original(self, *words)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+def test_an_interrupted_translation_leaves_nothing_half_done(data, model, tmp_path, monkeypatch):
+    from fairseq.generation.next_token import NextToken
+
+    def words(folder):
+        settings = ["--beam", "2", "--cpu", "--max-tokens", "60", "--results-path", str(tmp_path / folder)]
+        return [str(data), "--path", str(model), *settings]
+
+    generate.main(words("whole"))
+    with monkeypatch.context() as patch:
+        dies_at(patch, NextToken, "logp", 25)
+        with pytest.raises(Died):
+            generate.main(words("cut"))
+    assert not list((tmp_path / "cut").glob("generate*"))
+    generate.main(words("cut"))
+    for name in ("generate-test.txt", "generate-test.hyp", "generate-test.ref"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("call", [1, 3, 8])
+def test_an_interrupted_store_is_gone_on_with(data, model, store, tmp_path, monkeypatch, call, caplog):
+    from fairseq.generation import save_datastore as saving
+    from fairseq.sequence_scorer import SequenceScorer
+
+    words = ["--path", str(model), "--dstore-mmap", str(tmp_path / "cut"), "--max-tokens", "300", "--cpu"]
+    monkeypatch.setattr(saving, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with monkeypatch.context() as patch:
+        dies_at(patch, SequenceScorer, "keys", call)
+        with pytest.raises(Died):
+            save_datastore.main([str(data), *words])
+    with pytest.raises(ValueError, match="is not complete|no datastore at"):
+        Datastore.open(tmp_path / "cut")
+    caplog.set_level("INFO")
+    save_datastore.main([str(data), *words])
+    assert ("resuming at row" in caplog.text) == (call > 1)
+    for name in ("keys.npy", "vals.npy", "docs.npy"):
+        assert (tmp_path / "cut" / name).read_bytes() == (store / name).read_bytes()
