@@ -12,35 +12,30 @@ from typing import Any
 
 import torch
 from clm_arguments import DataArguments
+from script_data import all_files, check_subset, dataset_folder, files_in, subset_name
 from torch import Tensor
 
-from fairseq.hf.knn.evaluation import Window, windows_of
-from fairseq.registry import did_you_mean
+from fairseq.hf.knn.batches import Window, windows_of
 
 logger = logging.getLogger(__name__)
 
-_SUBSETS = ("train", "validation", "test")
-_ALSO = {"valid": "validation", "dev": "validation"}
 _LARGEST_BLOCK = 1024  # where a model reads more, longer windows cost more than they gain, as in Hugging Face's script
 
 
 def read_lines(data: DataArguments, subset: str) -> Iterable[str]:
     """The lines of a subset. Raises: ValueError when there is no such text."""
-    subset = _ALSO.get(subset, subset)
+    subset = subset_name(subset)
     if data.dataset_name is None:
         return _from_files(data, subset)
-    folder = Path(data.dataset_name)
-    if data.dataset_config_name and (folder / data.dataset_config_name).is_dir():
-        folder = folder / data.dataset_config_name
-    if folder.is_dir():
+    folder = dataset_folder(data)
+    if folder is not None:
         return _lines_of(_file_in(folder, subset), data.keep_linebreaks)
     return _from_hub(data, subset)
 
 
 def _from_files(data: DataArguments, subset: str) -> Iterable[str]:
     files = data.files()
-    if subset not in files:
-        raise ValueError(f"unknown --eval_subset {subset!r}{did_you_mean(subset, files)}; known: {', '.join(files)}")
+    check_subset(subset, files)
     path = files[subset]
     if path is not None:
         return _lines_of(Path(path), data.keep_linebreaks)
@@ -71,11 +66,9 @@ def _num_held_out(num_lines: int, data: DataArguments) -> int:
 
 def _file_in(folder: Path, subset: str) -> Path:
     """The one file of a folder whose name has the subset as a word."""
-    names = {subset, *(short for short, name in _ALSO.items() if name == subset)}
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    found = [path for path in files if names & set(path.name.replace("-", ".").replace("_", ".").split("."))]
+    found = files_in(folder, subset)
     if len(found) != 1:
-        what = ", ".join(path.name for path in found or files) or "nothing"
+        what = ", ".join(path.name for path in found or all_files(folder)) or "nothing"
         raise ValueError(
             f"{folder} should have one text file of the subset {subset!r}, {subset}.txt say; it has: {what}"
         )
@@ -110,8 +103,7 @@ def _from_hub(data: DataArguments, subset: str) -> Iterable[str]:
         found = datasets.load_dataset(name, data.dataset_config_name)
     except (OSError, ValueError, RuntimeError) as error:  # no network, or no such data set
         raise ValueError(f"--dataset_name {name} is no local folder and cannot be had ({error}); {instead}") from error
-    if subset not in found:
-        raise ValueError(f"unknown --eval_subset {subset!r}{did_you_mean(subset, found)}; it has: {', '.join(found)}")
+    check_subset(subset, found, "it has")
     table = found[subset]
     column = "text" if "text" in table.column_names else table.column_names[0]
     return (row[column] for row in table)

@@ -10,7 +10,8 @@ from fairseq.runtime.lazy import lazy_names
 if TYPE_CHECKING:
     from fairseq.hf.attention.original_api import from_pretrained
     from fairseq.hf.attention.wrapper import ExtendedMind, extended_mind
-    from fairseq.hf.knn.evaluation import evaluate, save_datastore, windows_of
+    from fairseq.hf.knn.batches import SentencePair, windows_of
+    from fairseq.hf.knn.evaluation import evaluate, save_datastore
     from fairseq.hf.knn.retomaton import RetomatonWrapper
     from fairseq.hf.knn.saver import KNNSaver
     from fairseq.hf.knn.wrapper import KNNWrapper
@@ -20,6 +21,7 @@ __all__ = [
     "KNNSaver",
     "KNNWrapper",
     "RetomatonWrapper",
+    "SentencePair",
     "evaluate",
     "extended_mind",
     "from_pretrained",
@@ -34,10 +36,11 @@ __getattr__, __dir__ = lazy_names(
         "KNNSaver": "fairseq.hf.knn.saver",
         "KNNWrapper": "fairseq.hf.knn.wrapper",
         "RetomatonWrapper": "fairseq.hf.knn.retomaton",
+        "SentencePair": "fairseq.hf.knn.batches",
         "evaluate": "fairseq.hf.knn.evaluation",
         "extended_mind": "fairseq.hf.attention.wrapper",
         "from_pretrained": "fairseq.hf.attention.original_api",
         "save_datastore": "fairseq.hf.knn.evaluation",
-        "windows_of": "fairseq.hf.knn.evaluation",
+        "windows_of": "fairseq.hf.knn.batches",
     },
 )

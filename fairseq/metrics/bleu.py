@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -67,6 +67,8 @@ class TextScores:
     lines: tuple[str, ...]
     """The first in fairseq's words, others with sacrebleu's signatures."""
     figures: dict[str, float]
+    signatures: dict[str, str] = field(default_factory=dict)
+    """How sacrebleu computed each figure."""
 
 
 SCORINGS = ("bleu", "sacrebleu", "chrf", "ter")
@@ -86,13 +88,16 @@ def score_texts(scoring: str, system: Sequence[str], reference: Sequence[str]) -
     library = importlib.import_module("sacrebleu.metrics")
     metrics = {"bleu": library.BLEU(), "chrf++": library.CHRF(word_order=2), "ter": library.TER()}
     wanted = {"sacrebleu": tuple(metrics), "chrf": ("chrf++",), "ter": ("ter",)}[scoring]
-    lines, figures = [], {}
+    lines: list[str] = []
+    figures: dict[str, float] = {}
+    signatures: dict[str, str] = {}
     system, references = _paired(system, reference)
     for name in wanted:
         score = metrics[name].corpus_score(system, references)
         figures[name] = score.score
-        lines += [score.format(), f"{score.name}|{metrics[name].get_signature()}"]
-    return TextScores(tuple(lines), figures)
+        signatures[name] = f"{score.name}|{metrics[name].get_signature()}"
+        lines += [score.format(), signatures[name]]
+    return TextScores(tuple(lines), figures, signatures)
 
 
 _ORDERS = range(1, 5)

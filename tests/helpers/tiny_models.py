@@ -75,9 +75,10 @@ CONFIGS = {
     "bart": _BART,
     "marian": _BART | {"decoder_vocab_size": VOCABULARY},
     "mbart": _BART,
+    "m2m_100": _BART,
     "t5": _T5,
 }
-SEQ2SEQ = ("bart", "marian", "mbart", "t5")
+SEQ2SEQ = ("bart", "m2m_100", "marian", "mbart", "t5")
 DECODERS = tuple(name for name in CONFIGS if name not in SEQ2SEQ)
 
 
@@ -101,6 +102,17 @@ def inputs(model: torch.nn.Module, batch: int = 3, length: int = 10, seed: int =
     if model.config.is_encoder_decoder:
         return {"input_ids": tokens(batch, 6, seed=seed + 1), "labels": ids}
     return {"input_ids": ids, "labels": ids}
+
+
+def shifted(model: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """The inputs of an encoder-decoder model's decoder that belong to labels, one sequence after the other."""
+    pad = model.config.pad_token_id
+    rows = []
+    for row in labels.tolist():
+        text = [token for token in row if token != -100]
+        first = text[-1] if model.config.model_type == "mbart" else model.config.decoder_start_token_id
+        rows.append(([first, *text] + [pad] * len(row))[: len(row)])
+    return torch.tensor(rows)
 
 
 _CACHES = ("cache", "past_key_values", "cache_params")

@@ -20,6 +20,7 @@ from fairseq.hf.hooks.key_value_cache import cache_of, num_cached
 from fairseq.hf.hooks.names import KeyType
 from fairseq.hf.hooks.patching import is_running, replace_forward, wrapped
 from fairseq.hf.hooks.protocols import ModelOutput
+from fairseq.hf.hooks.seq2seq import is_seq2seq
 from fairseq.hf.hooks.taps import Tap, find_tap, num_layers, output_embedding
 
 Self = TypeVar("Self", bound="Attachment")
@@ -149,7 +150,7 @@ class Attachment:
     @property
     def is_seq2seq(self) -> bool:
         """True if the model has an encoder; its labels are then the tokens to predict, not its inputs."""
-        return bool(getattr(self.model.config, "is_encoder_decoder", False))
+        return is_seq2seq(self.model)
 
     def break_into(self: Self, model: nn.Module) -> Self:
         """Attach to a model; every forward call then passes here. Returns itself, for use in ``with``.

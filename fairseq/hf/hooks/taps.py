@@ -3,7 +3,8 @@
 A tap is a module and a side of it. ``last_ffn_input`` is what the feed-forward block of the last decoder layer reads
 (after its layer norm in models that normalise first), ``last_ffn_output`` what it returns, before it is added to the
 residual stream; ``final_hidden`` is what the output embedding reads, in any model. Layers without a module for the
-block (OPT, BART) are tapped at its two linear maps.
+block (OPT, BART) are tapped at its two linear maps. Of an encoder-decoder model only the decoder is searched; its block
+comes after the cross-attention.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fairseq.hf.hooks.names import KeyType
+from fairseq.hf.hooks.seq2seq import decoder_path
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ TAPS: dict[str, FeedForward] = {
     "bart": _LINEAR_PAIR,
     "marian": _LINEAR_PAIR,
     "mbart": _LINEAR_PAIR,
+    "m2m_100": _LINEAR_PAIR,
     "t5": FeedForward("decoder.block.-1.layer.-1.DenseReluDense"),
 }
 
@@ -126,13 +129,24 @@ def discover(model: nn.Module) -> FeedForward:
 
 
 def _layer_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The lists of a model that may be a decoder's layers, those not within another list."""
+    """The lists of a model that may be a decoder's layers, those not within another list.
+
+    Of an encoder-decoder model only those in its decoder, whatever its modules are called: an encoder of as many layers
+    would do as well by the config.
+    """
+    decoder = decoder_path(model)
     for path, module in model.named_modules():
-        words = path.split(".")
+        if decoder is not None and not path.startswith(decoder + "."):
+            continue
+        words = (path if decoder is None else path.removeprefix(decoder + ".")).split(".")
         is_within_another = any(word.isdigit() for word in words)
-        is_other_tower = any(mark in word and "decoder" not in word for word in words for mark in _NOT_DECODERS)
+        is_other_tower = decoder is None and any(_is_of_other_tower(word) for word in words)
         if isinstance(module, nn.ModuleList) and len(module) and not is_within_another and not is_other_tower:
             yield path, module
+
+
+def _is_of_other_tower(word: str) -> bool:
+    return "decoder" not in word and any(mark in word for mark in _NOT_DECODERS)
 
 
 def _block_in(path: str, layers: nn.ModuleList) -> FeedForward | None:

@@ -28,7 +28,7 @@ from fairseq.memory.types import Array, Metric
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"dstore_(?P<model>.+?)(?:_(?P<rows>\d+))?_(?P<dim>\d+)")
+_NAME = r"dstore_(?P<model>{model})(?:_(?P<rows>\d+))?_(?P<dim>\d+)"
 DEFAULT_K = 1024
 _ENDINGS = {".indexed": Metric.L2, ".l2": Metric.L2, ".ip": Metric.IP, ".cos": Metric.COS}
 
@@ -60,13 +60,13 @@ class StorePlace:
         Raises: ValueError when there is none or more than one.
         """
         if _is_store(str(where)):
-            return cls._of(str(where))
+            return cls._of(str(where), model)
         if not Path(where).is_dir():
             raise ValueError(
                 f"no datastore at {str(where)!r}: it is neither a folder nor the prefix of a store's files; KNNSaver "
                 "saves one"
             )
-        found = [cls._of(prefix) for prefix in _prefixes(Path(where))]
+        found = [cls._of(prefix, model) for prefix in _prefixes(Path(where))]
         fitting = [place for place in found if place._fits(model, rows, dim)]
         if len(fitting) == 1:
             return fitting[0]
@@ -80,19 +80,28 @@ class StorePlace:
         )
 
     @classmethod
-    def _of(cls, prefix: str) -> StorePlace:
-        sizes_in_name = _NAME.fullmatch(Path(prefix).name)
+    def _of(cls, prefix: str, model: str) -> StorePlace:
+        sizes_in_name = _sizes_in(prefix, model)
         if sizes_in_name is None or StoreFiles.of(prefix, "float32").metadata.exists():
             return cls(prefix, None, None, find_index(prefix))
         rows = int(sizes_in_name["rows"]) if sizes_in_name["rows"] else None
         return cls(prefix, rows, int(sizes_in_name["dim"]), find_index(prefix))
 
     def _fits(self, model: str, rows: int | None, dim: int | None) -> bool:
-        sizes_in_name = _NAME.fullmatch(Path(self.prefix).name)
+        sizes_in_name = _sizes_in(self.prefix, model)
         if sizes_in_name is None:
             return True
         sizes = ((rows, sizes_in_name["rows"]), (dim, sizes_in_name["dim"]))
         return sizes_in_name["model"] == model and all(not (want and has) or want == int(has) for want, has in sizes)
+
+
+def _sizes_in(prefix: str, model: str) -> re.Match[str] | None:
+    """Model, rows and width from the name of a store; None for a name without them.
+
+    A type of model may end in a number itself (m2m_100), so a name that begins with the type at hand is of that type.
+    """
+    name = Path(prefix).name
+    return re.fullmatch(_NAME.format(model=re.escape(model)), name) or re.fullmatch(_NAME.format(model=".+?"), name)
 
 
 def index_name(prefix: str | Path) -> str:

@@ -16,6 +16,7 @@ from fairseq.hf.hooks.capture import Capture
 from fairseq.hf.hooks.identity import model_type
 from fairseq.hf.hooks.names import Dist, dist, key_type
 from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
+from fairseq.hf.hooks.seq2seq import shifted_labels
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.gradient import MixedScores, with_gradient
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
@@ -161,10 +162,10 @@ class KNNWrapper(Attachment):
         if labels is None or self._makes_own_loss:
             return named
         if self.is_seq2seq and named.get("decoder_input_ids") is None and named.get("decoder_inputs_embeds") is None:
-            shifted = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-            if shifted is None:
+            ids = shifted_labels(self.model, labels)
+            if ids is None:
                 return named
-            named["decoder_input_ids"] = shifted(labels=labels)
+            named["decoder_input_ids"] = ids
         named["labels"] = None
         return named
 

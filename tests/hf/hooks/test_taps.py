@@ -54,6 +54,7 @@ BY_HAND = {
     "bart": ("model.decoder.layers.1.encoder_attn_layer_norm", "model.decoder.layers.1.fc2"),
     "marian": ("model.decoder.layers.1.encoder_attn_layer_norm", "model.decoder.layers.1.fc2"),
     "mbart": ("model.decoder.layers.1.final_layer_norm", "model.decoder.layers.1.fc2"),
+    "m2m_100": ("model.decoder.layers.1.final_layer_norm", "model.decoder.layers.1.fc2"),
     "t5": ("decoder.block.1.layer.2.layer_norm", "decoder.block.1.layer.2.DenseReluDense"),
 }
 

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import CONFIGS, DECODERS, SEQ2SEQ, VOCABULARY, cache_in, inputs, make, resuming, tokens
+from tiny_models import CONFIGS, DECODERS, SEQ2SEQ, VOCABULARY, cache_in, inputs, make, resuming, shifted, tokens
+from tiny_stores import K, by_hand, saved
 
 from fairseq.hf.knn.evaluation import Window, evaluate, save_datastore, windows_of
 from fairseq.hf.knn.retomaton import RetomatonWrapper
@@ -16,34 +17,6 @@ from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
 
 pytestmark = pytest.mark.usefixtures("no_grad")
-K = 8
-
-
-def saved(model, folder, name=None, batches=4, **more):
-    """A store of random text read by the model, saved call by call."""
-    saver = KNNSaver(dstore_dir=folder, dtype="float32", name=name, **more)
-    with saver(model):
-        for seed in range(batches):
-            model(**inputs(model, batch=4, length=12, seed=10 + seed))
-    return saver.prefix
-
-
-def by_hand(logits, key, store, weight, k=K):
-    """log((1 - w) p_lm + w p_knn) of every token, in float64, one position after the other.
-
-    Returns as well whether the k-th neighbour of a position is nearer than the next one by more than rounding.
-    """
-    keys, values = np.asarray(store.keys).astype(np.float64), np.asarray(store.values).astype(int)
-    out, is_clear = np.empty(logits.shape), np.empty(len(logits), bool)
-    for n, (row, query) in enumerate(zip(logits.double().numpy(), key.double().numpy())):
-        score = -((keys - query) ** 2).sum(1)
-        order = np.argsort(-score, kind="stable")
-        near, is_clear[n] = order[:k], score[order[k - 1]] - score[order[k]] > 1e-6 * abs(score[order[k]])
-        share = np.exp(score[near] - score[near].max())
-        knn = np.bincount(values[near], share / share.sum(), minlength=len(row))
-        lm = np.exp(row - row.max())
-        out[n] = np.log((1 - weight) * lm / lm.sum() + weight * knn)
-    return out, is_clear
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -56,7 +29,7 @@ def test_logits_and_loss_are_those_of_the_mixture(name, tmp_path):
     with knn(model):
         open_call = {key: value for key, value in call.items() if key != "labels"}
         if name in SEQ2SEQ:
-            open_call["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=call["labels"])
+            open_call["decoder_input_ids"] = shifted(model, call["labels"])
         found = model(**open_call)
         key = knn.tap
         with_labels = model(**call)
@@ -317,7 +290,7 @@ def test_an_empty_evaluation_has_no_tokens(tmp_path):
         assert not len(evaluate(model, [Window(tokens(1))], knn).logp)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", *SEQ2SEQ])
 def test_retomaton_takes_its_state_along_with_the_beams(name, tmp_path):
     """A beam's score is the sum of what the same automaton gives its tokens when they are read one by one."""
     model = make(name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
-from clm_arguments import KnnArguments
+from script_arguments import KnnArguments
+from script_models import evaluating
+from transformers import TrainingArguments
 
 from fairseq.hf.knn.evaluation import save_datastore
 from fairseq.hf.knn.retomaton import RetomatonWrapper
@@ -41,8 +44,8 @@ def find_store(config: Any, knn: KnnArguments) -> tuple[StorePlace, Datastore]:
     return place, store.require(size=knn.dstore_size)
 
 
-def save(model: Any, tokenizer: Any, windows: Any, knn: KnnArguments, batch_size: int) -> tuple[str, int]:
-    """Save the keys of windows. Returns the store's prefix and rows; a run that was killed goes on."""
+def save(model: Any, tokenizer: Any, pieces: Any, knn: KnnArguments, batch_size: int) -> tuple[str, int]:
+    """Save the keys of windows or pairs. Returns the store's prefix and rows; a run that was killed goes on."""
     saver = KNNSaver(
         dstore_size=knn.dstore_size,
         dstore_dir=str(knn.dstore_dir),
@@ -51,7 +54,7 @@ def save(model: Any, tokenizer: Any, windows: Any, knn: KnnArguments, batch_size
         tokenizer=tokenizer,
     )
     with saver(model):
-        rows = save_datastore(model, windows, saver, batch_size=batch_size)
+        rows = save_datastore(model, pieces, saver, batch_size=batch_size)
     assert saver.prefix is not None
     return saver.prefix, rows
 
@@ -90,6 +93,20 @@ def cluster(config: Any, knn: KnnArguments) -> BuiltClusters:
             dstore_fp16=place.rows is not None,
         )
     )
+
+
+def make(model: Any, config: Any, tokenizer: Any, pieces: Any, knn: KnnArguments, training: TrainingArguments) -> None:
+    """Save, index and cluster a store, as far as the flags ask for it."""
+    if knn.save_knnlm_dstore:
+        with evaluating(model, training):
+            prefix, rows = save(model, tokenizer, pieces, knn, training.per_device_eval_batch_size)
+        sys.stdout.write(f"saved {rows} keys to {prefix}\n")
+    if knn.build_index:
+        built = index(config, knn)
+        sys.stdout.write(f"built {built.path} over {built.rows} keys\n")
+    if knn.cluster_dstore:
+        made = cluster(config, knn)
+        sys.stdout.write(f"made {made.num_clusters} clusters of {made.rows} keys: {made.path}\n")
 
 
 def wrapper(knn: KnnArguments, tokenizer: Any) -> KNNWrapper | None:
