@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,10 @@ def from_pretrained(
     words: dict[str, Any] = {name: more.pop(name) for name in sorted(names & more.keys())}
     words = {name: _within(folder, value) if name in _FILES else value for name, value in words.items()}
     words = _languages(checkpoints[0]) | words | {"tokenizer": tokenizer, "bpe": bpe}
-    codec = TextCodec.of(CodecConfig(**words))
+    try:
+        codec = TextCodec.of(CodecConfig(**words))
+    except ValueError as error:  # it speaks of flags
+        raise ValueError(_in_python(str(error))) from error
     data = _within(folder, data_name_or_path)
     source, dictionary = _dictionaries(data, words)
     models = [load_model_for(dictionary, c, path, more, source).eval() for c, path in zip(checkpoints, paths)]
@@ -76,6 +80,12 @@ def _dictionaries(folder: str, words: Mapping[str, Any]) -> tuple[Dictionary | N
     paths = (os.path.join(folder, f"dict.{words[name]}.txt") for name in ("source_lang", "target_lang"))
     source, target = (Dictionary.load(path) for path in paths)
     return source, target
+
+
+def _in_python(message: str) -> str:
+    """A message about flags in the words of Python's arguments."""
+    message = re.sub(r"--([a-z0-9-]+) FILE", lambda hit: hit[1].replace("-", "_") + "=FILE", message)
+    return re.sub(r"--([a-z0-9-]+)", lambda hit: hit[1].replace("-", "_"), message)
 
 
 def _within(folder: str, name: str) -> str:

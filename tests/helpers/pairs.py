@@ -50,11 +50,12 @@ SECONDS = 60.0
 """A command that takes longer is taken for stuck."""
 
 MAINS: dict[str, Callable[[Sequence[str]], None]] = {
-    name: getattr(fairseq_cli, name).main
-    for name in (
-        *("average_checkpoints", "bm25_make_batches", "bm25_search", "build_dstore"),
-        *("datastore", "eval_lm", "preprocess", "train"),
+    name: getattr(room, name).main
+    for room, names in (
+        (fairseq_cli, ("average_checkpoints", "build_dstore", "datastore", "eval_lm", "preprocess", "train")),
+        (fairseq_cli.data, ("bm25_make_batches", "bm25_search")),
     )
+    for name in names
 }
 
 

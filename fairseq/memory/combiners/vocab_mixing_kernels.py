@@ -12,7 +12,7 @@ import numpy as np
 from fairseq.memory.index.ops.kernels import compiled
 
 
-@compiled("(i8[:,::1], f4[:,::1], b1[:,::1], f4, f4, f4, f4[:,::1], f4[::1])")
+@compiled("(i8[:,::1], f4[:,::1], b1[:,::1], f4, f4[::1], f4[::1], f4[:,::1], f4[::1])")
 def mix_candidates(
     values_CM: Any, scores_CM: Any, keep_CM: Any, temperature: Any, weight_C: Any, log_left_C: Any,
     logp_CV: Any, mass_V: Any,
