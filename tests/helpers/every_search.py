@@ -28,7 +28,7 @@ from fairseq.memory.index.ops.kmeans import kmeans
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Candidates, Metric
 from fairseq.runtime import hardware
 
 DIM, ROWS = 16, 3000
@@ -111,8 +111,9 @@ def _retomaton() -> None:
 
 def _mixing() -> None:
     values_CM, scores_CM = torch.arange(12).view(3, 4), torch.zeros(3, 4)
-    for keep_CM in (None, torch.ones(3, 4, dtype=torch.bool)):
-        VocabularyMixer(0.3)._mix_on_cpu_(torch.zeros(3, 20), values_CM, scores_CM, keep_CM, -0.3)
+    some_CM = torch.arange(12).view(3, 4) % 2 == 0
+    for keep_CM in (torch.ones(3, 4, dtype=torch.bool), some_CM):
+        VocabularyMixer(0.3).mix_(torch.zeros(3, 20), None, Candidates(values_CM, scores_CM, keep_CM))
 
 
 class _Compilations(event.Listener):  # type: ignore[misc]
