@@ -47,6 +47,23 @@ _DEFAULTS: dict[str, Any] = {
 _ORIGINAL = {"num_neighbors": 8, "probe": 32, "weight": 0.5, "temperature": 10.0}
 
 
+_NUMBERS: dict[str, type] = {
+    "num_neighbors": int,
+    "probe": int,
+    "dstore_size": int,
+    "weight": float,
+    "temperature": float,
+}
+
+
+def _number(option: str, value: Any, kind: type) -> Any:
+    """A setting as the number that it must be. Raises: ValueError naming its key."""
+    key = next(key for key, name in _SAME.items() if name == option)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+        raise ValueError(f"--model-overrides: {key} {value!r} is not {'a whole' if kind is int else 'a'} number")
+    return kind(value)
+
+
 def split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the datastore, and the overrides that are the model's.
 
@@ -64,7 +81,7 @@ def split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
                 f"--model-overrides: {name} {given[name]!r} is not offered; --knn-lambda-type names what there is"
             )
     options = _ORIGINAL | {_SAME[name]: value for name, value in given.items() if name in _SAME and value is not None}
-    options["temperature"], options["weight"] = float(options["temperature"]), float(options["weight"])
+    options |= {name: _number(name, options[name], kind) for name, kind in _NUMBERS.items() if name in options}
     by_distance = given.get("knn_sim_func") == "do_not_recomp_l2" or given.get("faiss_metric_type") == "l2"
     options |= {"knnmt": True, "faiss_metric_type": "l2" if by_distance else "ip"}
     if given.get("knn_sim_func") is not None:

@@ -11,6 +11,7 @@ from sacrebleu.metrics import BLEU
 
 from fairseq.checkpoint_utils import load_checkpoint
 from fairseq.data.dictionary import Dictionary
+from fairseq.generation.foreign_overrides import split_overrides
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
 from fairseq.tasks.configs import TranslationConfig
@@ -254,6 +255,21 @@ def test_python_translates_too(data, model, capsys):
 def test_mistakes_are_named(data, model, words, message):
     with pytest.raises(ValueError, match=message):
         generate.main([str(data), "--path", str(model), "--cpu", *words])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": "x"}, "--model-overrides: k 'x' is not a whole number"),
+        ({"probe": 2.5}, "--model-overrides: probe 2.5 is not a whole number"),
+        ({"knn_lambda_value": None, "knn_temperature_value": "10"}, "knn_temperature_value '10' is not a number"),
+        ({"only_use_max_idx": True}, "only_use_max_idx True is not offered"),
+        ({"knn_k_type": "trainable"}, "knn_k_type 'trainable' is not offered"),
+    ],
+)
+def test_overrides_that_mean_nothing_are_rejected(given, message):
+    with pytest.raises(ValueError, match=message):
+        split_overrides({"use_knn_datastore": True, "dstore_filename": "store"} | given)
 
 
 def test_a_store_of_other_things_is_rejected(data, model, store, tmp_path):
