@@ -21,7 +21,8 @@ def map_in_threads(
     """``map(function, tasks)`` on as many threads as torch may use, in the order of the tasks.
 
     Within a task torch computes on one thread. For many small operations, one task per thread beats torch's intra-op
-    threads, which synchronise after every operation; on a busy machine each wait costs a time slice.
+    threads, which synchronise after every operation; on a busy machine each wait costs a time slice. Inference mode is
+    on in the threads where it is on for the caller: without it they could not write what the caller made.
 
     Args:
         setup: called once in each thread, to restrict other libraries that start threads.
@@ -35,9 +36,15 @@ def map_in_threads(
         torch.set_num_threads(1)  # of the calling thread
         setup()
 
+    inference = torch.is_inference_mode_enabled()
+
+    def run(task: T) -> R:
+        with torch.inference_mode(inference):
+            return function(task)
+
     try:
         with ThreadPoolExecutor(count, initializer=start) as pool:
-            yield from pool.map(function, tasks)
+            yield from pool.map(run, tasks)
     finally:
         torch.set_num_threads(count)  # threads that start later inherit the latest setting
 

@@ -110,9 +110,8 @@ class ExactIndex:
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu().contiguous()
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
-        with torch.inference_mode(False):  # other threads write them, where that mode is not on
-            ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
-            scores_NK = torch.empty(len(query_ND), k)
+        ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
+        scores_NK = torch.empty(len(query_ND), k)
         bulk = max(1, self.memory_bytes // (CANDIDATE_BYTES * capacity(k) + 12 * self.dim))
         blocks = self._as_lists(query_ND, k)
         for part in _slices(len(query_ND), bulk):
