@@ -103,12 +103,14 @@ _TRAINING = (
 )
 
 
-def _add_ignored(parser: FlagParser, table: Mapping[str, tuple[int, str]]) -> None:
+def add_ignored(parser: FlagParser, table: Mapping[str, tuple[int, str]]) -> None:
+    """Let a parser accept the flags of a table of ``ignored_flags``."""
     for name, (takes_value, _) in table.items():
         parser.add_ignored(name, takes_value=bool(takes_value))
 
 
-def _warn_ignored(parser: FlagParser, given: dict[str, Any], table: Mapping[str, tuple[int, str]]) -> None:
+def warn_ignored(parser: FlagParser, given: dict[str, Any], table: Mapping[str, tuple[int, str]]) -> None:
+    """Log a line for each of them that was given, and forget it."""
     for name in parser.pop_ignored(given):
         logger.warning("%s is ignored: %s", name, table[name][1])
 
@@ -127,7 +129,7 @@ def _flags_of_others(chosen: Mapping[str, str]) -> dict[str, str]:
 
 def parse_train(argv: Sequence[str]) -> Settings:
     """Parse ``train.py``'s arguments. Exits with status 2 and one line on a mistake; plug-ins are imported first."""
-    _import_plugins("train.py", argv)
+    import_plugins("train.py", argv)
     first = FlagParser("train.py", "Train a model.")
     first.add_config(ChoicesConfig)
     chosen = _chosen(first.peek(argv))
@@ -135,9 +137,9 @@ def parse_train(argv: Sequence[str]) -> Settings:
     parser.add_config(ChoicesConfig)
     for config_class in (*_parts(chosen), *_TRAINING, model_config_class(model_name(chosen["arch"]))):
         parser.add_config(config_class)
-    _add_ignored(parser, ignored_flags.TRAIN)
+    add_ignored(parser, ignored_flags.TRAIN)
     given = parser.parse(argv, ignored_flags.REJECTED_TRAIN | _flags_of_others(chosen))
-    _warn_ignored(parser, given, ignored_flags.TRAIN)
+    warn_ignored(parser, given, ignored_flags.TRAIN)
     return Settings("train.py", tuple(argv), given, chosen)
 
 
@@ -214,7 +216,7 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
 
 def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     """Parse the arguments of ``eval_lm.py`` or ``eval_lm-trime.py``. Exits with status 2 and one line on a mistake."""
-    _import_plugins(program, argv)
+    import_plugins(program, argv)
     parser = FlagParser(program, "Score text with a language model, with or without a memory.")
     parser.add_config(TaskChoiceConfig)
     task = parser.peek(argv).get("task", "language_modeling")
@@ -225,11 +227,11 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     for config_class in (RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config_class)
     parser.add_config(_KeyTapConfig)
-    _add_ignored(parser, ignored_flags.EVALUATE)
+    add_ignored(parser, ignored_flags.EVALUATE)
     elsewhere = f"belongs to {'eval_lm.py' if trime else 'eval_lm-trime.py'}, not to {program}"
     reasons = {name: elsewhere for c in others for field in fields(c) for name in flag_names(field)}
     given = parser.parse(argv, ignored_flags.REJECTED_EVALUATE | reasons)
-    _warn_ignored(parser, given, ignored_flags.EVALUATE)
+    warn_ignored(parser, given, ignored_flags.EVALUATE)
     return Settings(program, tuple(argv), with_default_batch(given), {"task": task})
 
 
@@ -241,7 +243,8 @@ class _KeyTapConfig:
     """Inner state that is the key: last_ffn_input, model_output or separated_head."""
 
 
-def _import_plugins(program: str, argv: Sequence[str]) -> None:
+def import_plugins(program: str, argv: Sequence[str]) -> None:
+    """Import the --user-dir that the arguments name. Raises: ValueError naming what failed in it."""
     first = FlagParser(program, "")
     first.add_config(RuntimeConfig)
     user_dir = first.peek(argv).get("user_dir")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import os
 import sys
@@ -14,13 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fairseq.config import FlagParser, build, ignored_flags
-from fairseq.config.plugins import import_user_dir
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.data.codecs import CodecConfig
 from fairseq.generation.config import GenerateConfig, GenerationConfig, StepMemoryConfig
 from fairseq.generation.foreign_overrides import split_overrides
 from fairseq.memory.sources.config import KnnConfig
-from fairseq.options import TaskChoiceConfig
+from fairseq.options import TaskChoiceConfig, add_ignored, import_plugins, warn_ignored
 from fairseq.registry import lookup
 from fairseq.runtime.atomic_files import require_writable, writing
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
@@ -71,21 +69,15 @@ def parsed(argv: Sequence[str], program: str, more: Sequence[type] = ()) -> tupl
     Args:
         more: configs of the program besides those of all generation.
     """
-    first = FlagParser(program, "")
-    first.add_config(RuntimeConfig)
-    user_dir = first.peek(argv).get("user_dir")
-    if user_dir:
-        import_user_dir(user_dir)
+    import_plugins(program, argv)
     parser = FlagParser(program, "Translate or continue text with a trained model.")
     parser.add_config(TaskChoiceConfig)
     task = str(parser.peek(argv).get("task", "translation"))
     for config in (lookup(TASKS, task, "--task").config, *CONFIGS, CodecConfig, *more):
         parser.add_config(config)
-    for name, (takes_value, _) in ignored_flags.GENERATE.items():
-        parser.add_ignored(name, takes_value=bool(takes_value))
+    add_ignored(parser, ignored_flags.GENERATE)
     given = with_default_batch(parser.parse(argv, ignored_flags.REJECTED_GENERATE))
-    for name in parser.pop_ignored(given):
-        logger.warning("%s is ignored: %s", name, ignored_flags.GENERATE[name][1])
+    warn_ignored(parser, given, ignored_flags.GENERATE)
     return given, task
 
 
@@ -127,16 +119,8 @@ def main(argv: Sequence[str]) -> None:
     wording = open_wording(configs, task)
     dataset = task.blocks(config.gen_subset, **({} if task.source is None else {"needs_target": False}))
     models = open_models(config, task, configs.overrides, configs.runtime)
-    batches = task.training_batches(
-        dataset,
-        max_tokens=configs.data.max_tokens,
-        max_sentences=configs.data.max_sentences,
-        multiple=configs.data.required_batch_size_multiple,
-        seed=configs.runtime.seed,
-        shuffle=False,
-        skip_too_long=configs.data.skip_invalid_size_inputs_valid_test,
-        max_positions=min(model.max_positions for model in models),
-    )
+    longest = min(model.max_positions for model in models)
+    batches = task.batches(dataset, configs.data, seed=configs.runtime.seed, max_positions=longest)
     batches = batches[config.shard_id :: config.num_shards]
     run_of = _Run(configs, task, wording, models)
     path = os.path.join(config.results_path, f"generate-{config.gen_subset}.txt") if config.results_path else None
@@ -241,12 +225,13 @@ class _Run:
 
     def _generated(self, batch: LMBatch) -> list[list[Any]]:
         """Hypotheses of each row. Rows whose given beginnings are of one length are generated together."""
+        import torch
+
         beginnings = [self._beginning(batch, row) for row in range(len(batch.ids_B))]
         groups: dict[tuple[int, bool], list[int]] = {}
         for row, (tokens, ends) in enumerate(beginnings):
             groups.setdefault((len(tokens), ends), []).append(row)
         found: list[list[Any]] = [[] for _ in beginnings]
-        torch = importlib.import_module("torch")
         device = next(self.generator.models[0].parameters()).device
         for (length, ends), rows in groups.items():
             source = {name: rows_BS[rows].to(device) for name, rows_BS in batch.source.items()}

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq.config import FlagParser, build, flag, ignored_flags, literal_dict
-from fairseq.config.plugins import import_user_dir
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.memory.sources.config import KnnConfig
+from fairseq.options import add_ignored, import_plugins, warn_ignored
 from fairseq.runtime.atomic_files import require_writable
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
 from fairseq.tasks.configs import TranslationConfig
 from fairseq_cli.entry import run
 
 PROGRAM = "save_datastore.py"
+
+IGNORED = ignored_flags.GENERATE | {"--task": (1, "a store of this command is always of translations")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +49,17 @@ class SaveDatastoreConfig:
 
 def main(argv: Sequence[str]) -> None:
     """Save; the same command again resumes an interrupted save."""
+    import_plugins(PROGRAM, argv)
     parser = FlagParser(PROGRAM, "Write the datastore of a translation model.")
     for config_class in (TranslationConfig, SaveDatastoreConfig, KnnConfig, RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config_class)
-    for name, (takes_value, _) in ignored_flags.GENERATE.items():
-        parser.add_ignored(name, takes_value=bool(takes_value))
-    parser.add_ignored("--task", takes_value=True)
+    add_ignored(parser, IGNORED)
     given = with_default_batch(parser.parse(argv))
-    parser.pop_ignored(given)
+    warn_ignored(parser, given, IGNORED)
     config, runtime, data = build(SaveDatastoreConfig, given), build(RuntimeConfig, given), build(DatasetConfig, given)
     knn = build(KnnConfig, given)
     folder = str(config.dstore_mmap)
     require_writable(folder, "--dstore-mmap")
-    if runtime.user_dir:
-        import_user_dir(runtime.user_dir)
 
     from fairseq.checkpoint_utils import load_checkpoint
     from fairseq.generation.save_datastore import StoreText, require_rows, save_pairs
@@ -70,16 +69,8 @@ def main(argv: Sequence[str]) -> None:
     task = TranslationTask(build(TranslationConfig, given))
     dataset = task.blocks(config.valid_subset)
     model = task.load_model(load_checkpoint(str(config.path)), str(config.path), config.model_overrides, runtime)
-    batches = task.training_batches(
-        dataset,
-        max_tokens=data.max_tokens,
-        max_sentences=data.max_sentences,
-        multiple=data.required_batch_size_multiple,
-        seed=runtime.seed,
-        shuffle=config.valid_subset != "test",  # as fairseq orders its splits
-        skip_too_long=data.skip_invalid_size_inputs_valid_test,
-        max_positions=model.max_positions,
-    )
+    shuffle = config.valid_subset != "test"  # as fairseq orders its splits
+    batches = task.batches(dataset, data, seed=runtime.seed, max_positions=model.max_positions, shuffle=shuffle)
     text = StoreText(task, config.valid_subset, dataset, batches)
     require_rows(text, knn.dstore_size)
     os.makedirs(folder, exist_ok=True)

@@ -72,16 +72,7 @@ def _validate(config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfi
     criterion, progress = build_criterion(name, vars(settings), model, task), Progress(common)
     for subset in config.valid_subset.split(","):
         dataset = task.blocks(subset)
-        batches = task.training_batches(
-            dataset,
-            max_tokens=data.max_tokens,
-            max_sentences=data.max_sentences,
-            multiple=data.required_batch_size_multiple,
-            seed=runtime.seed,
-            shuffle=False,
-            skip_too_long=data.skip_invalid_size_inputs_valid_test,
-            max_positions=model.max_positions,
-        )
+        batches = task.batches(dataset, data, seed=runtime.seed, max_positions=model.max_positions)
         began = time.perf_counter()
         read = itertools.islice(iter(task.iterator(dataset, batches, num_workers=0)), config.max_valid_steps)
         with torch.inference_mode():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for
+from fairseq.config import in_python
 from fairseq.data.codecs import CodecConfig, TextCodec
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.language_pair_dataset import pad_sentences
@@ -56,7 +56,7 @@ def from_pretrained(
     try:
         codec = TextCodec.of(CodecConfig(**words))
     except ValueError as error:  # it speaks of flags
-        raise ValueError(_in_python(str(error))) from error
+        raise ValueError(in_python(str(error))) from error
     data = _within(folder, data_name_or_path)
     source, dictionary = _dictionaries(data, words)
     models = [load_model_for(dictionary, c, path, more, source).eval() for c, path in zip(checkpoints, paths)]
@@ -80,12 +80,6 @@ def _dictionaries(folder: str, words: Mapping[str, Any]) -> tuple[Dictionary | N
     paths = (os.path.join(folder, f"dict.{words[name]}.txt") for name in ("source_lang", "target_lang"))
     source, target = (Dictionary.load(path) for path in paths)
     return source, target
-
-
-def _in_python(message: str) -> str:
-    """A message about flags in the words of Python's arguments."""
-    message = re.sub(r"--([a-z0-9-]+) FILE", lambda hit: hit[1].replace("-", "_") + "=FILE", message)
-    return re.sub(r"--([a-z0-9-]+)", lambda hit: hit[1].replace("-", "_"), message)
 
 
 def _within(folder: str, name: str) -> str:

@@ -9,9 +9,11 @@ from fairseq.config.flags import (
     flag,
     flag_names,
     float_list,
+    in_python,
     int_list,
     literal_dict,
     require_at_least,
+    require_shard,
     to_dict,
 )
 
@@ -24,8 +26,10 @@ __all__ = [
     "flag",
     "flag_names",
     "float_list",
+    "in_python",
     "int_list",
     "literal_dict",
     "require_at_least",
+    "require_shard",
     "to_dict",
 ]

@@ -11,6 +11,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 import types
@@ -122,6 +123,19 @@ def flag_names(field: dataclasses.Field[Any]) -> tuple[str, ...]:
 def negative_name(name: str) -> str:
     """The flag that turns a switch off: ``--no-x`` for ``--x``, and ``--x`` for ``--no-x``."""
     return "--" + name.removeprefix("--no-") if name.startswith("--no-") else "--no-" + name.removeprefix("--")
+
+
+def require_shard(shard_id: int, num_shards: int) -> None:
+    """Raise ValueError unless --shard-id is one of --num-shards parts."""
+    require_at_least(1, num_shards=num_shards)
+    if not 0 <= shard_id < num_shards:
+        raise ValueError(f"--shard-id {shard_id} is not in 0..{num_shards - 1} (--num-shards)")
+
+
+def in_python(message: str) -> str:
+    """A command's message with the names of Python's arguments for those of flags: ``k=3`` for ``--k 3``."""
+    message = re.sub(r"--([\w-]+) (\d+|FILE)\b", lambda hit: f"{hit[1].replace('-', '_')}={hit[2]}", message)
+    return re.sub(r"--([\w-]+)", lambda hit: hit[1].replace("-", "_"), message)
 
 
 def field_help(config_class: type) -> dict[str, str]:

@@ -121,15 +121,20 @@ class LanguagePairDataset:
         assert self.target_side is not None, "there are sources alone"
         return self.target_side.sentences[i]
 
-    def collate(self, indices: npt.ArrayLike) -> TranslationBatch:
-        """The batch of these pairs, longer sources first.
+    def batch_order(self, indices: npt.ArrayLike) -> Sizes:
+        """Numbers of the pairs in the order of their rows in a batch, longer sources first.
 
         Rows of a datastore follow from it; equals come in the order of PyTorch's own sort, as in fairseq.
         """
         ids = np.asarray(indices, dtype=np.int64)
+        ordered: Sizes = ids[torch.from_numpy(self.source_sizes[ids]).sort(descending=True).indices.numpy()]
+        return ordered
+
+    def collate(self, indices: npt.ArrayLike) -> TranslationBatch:
+        """The batch of these pairs, in the order of :meth:`batch_order`."""
+        ids = self.batch_order(indices)
         if not len(ids):
             return TranslationBatch.empty()
-        ids = ids[torch.from_numpy(self.source_sizes[ids]).sort(descending=True).indices.numpy()]
         source_BS = pad_sentences([self.source(i) for i in ids.tolist()], self.source_side.pad, self.left_pad_source)
         side = self.target_side
         if side is None:

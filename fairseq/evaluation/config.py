@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.config import flag, require_at_least
+from fairseq.config import flag, require_at_least, require_shard
 from fairseq.data.batching_config import DatasetConfig
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
@@ -58,9 +58,8 @@ class EvaluationConfig:
         if not self.path:
             raise ValueError("give --path CHECKPOINT: which model is evaluated is not known otherwise")
         require_at_least(0, context_window=self.context_window)
-        require_at_least(1, softmax_batch=self.softmax_batch, num_shards=self.num_shards)
-        if not 0 <= self.shard_id < self.num_shards:
-            raise ValueError(f"--shard-id {self.shard_id} is not in 0..{self.num_shards - 1} (--num-shards)")
+        require_at_least(1, softmax_batch=self.softmax_batch)
+        require_shard(self.shard_id, self.num_shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_CHECKPOINTS = 5.0
 _SECONDS_TO_JOIN = 60.0  # another shard's joining takes a moment
 
 
@@ -99,7 +98,7 @@ def save_datastore(
 
     Returns: the mean -log2 p of all scored tokens (None unless ``with_scores``), and the seconds this call took.
     """
-    started = saved = time.perf_counter()
+    started = time.perf_counter()
     cursor = dict(writer.cursor or {})
     at = SavingProgress(int(cursor.get("batch", 0)), int(cursor.get("seen", 0)), float(cursor.get("logp_sum", 0.0)))
     if at.batch:
@@ -114,9 +113,7 @@ def save_datastore(
         at.seen += len(scored.target_N)
         if with_scores:
             at.logp_sum += float(scored.logp_N.double().sum())
-        if time.perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-            writer.checkpoint(at.to_dict())
-            saved = time.perf_counter()
+        writer.checkpoint_when_due(at.to_dict())
     writer.checkpoint(at.to_dict())
     writer.finish()
     loss = -at.logp_sum / at.seen / math.log(2) if with_scores else None

@@ -56,10 +56,7 @@ def drawn_continuations(logp_RV: Tensor, total_SK: Tensor, topk: int, topp: floa
 def forbid_repeated_ngrams_(logp_RV: Tensor, tokens_RT: Tensor, size: int) -> None:
     """Set tokens that would repeat an n-gram of a row's text to -inf, in place."""
     length = tokens_RT.shape[1]
-    if length + 1 < size:
-        return
-    begins = length - size + 1  # number of n-grams that the text holds
-    if begins < 1:
+    if length < size:
         return
     grams_RGN = tokens_RT.unfold(1, size, 1)
     last_RN = tokens_RT[:, length - size + 1 :]

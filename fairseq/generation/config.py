@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.config import flag, literal_dict, require_at_least
+from fairseq.config import flag, literal_dict, require_at_least, require_shard
 from fairseq.metrics.bleu import SCORINGS
 
 
@@ -107,9 +107,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("give --path CHECKPOINT: which model generates is not known otherwise")
-        require_at_least(1, num_shards=self.num_shards)
-        if not 0 <= self.shard_id < self.num_shards:
-            raise ValueError(f"--shard-id {self.shard_id} is not in 0..{self.num_shards - 1} (--num-shards)")
+        require_shard(self.shard_id, self.num_shards)
 
     @property
     def paths(self) -> list[str]:

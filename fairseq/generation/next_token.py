@@ -17,6 +17,7 @@ from fairseq.modules.multihead_attention import Encoded, IncrementalState
 if TYPE_CHECKING:
     from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
     from fairseq.memory.sources.external import ExternalMemory
+    from fairseq.memory.types import Candidates
     from fairseq.models.transformer_lm import TransformerLanguageModel
 
 
@@ -42,8 +43,11 @@ class NeighborMemory:
         if self.mixer.is_off:
             self.mixer.normalize_(scores_RV)
             return
-        found = self.memory.candidates(self.memory.neighbors(query_RD), scores_RV.device)
-        self.mixer.mix_(scores_RV, None, found)
+        self.mixer.mix_(scores_RV, None, self.find(query_RD))
+
+    def find(self, query_RD: Tensor) -> Candidates:
+        """The nearest rows of each query, on its device."""
+        return self.memory.candidates(self.memory.neighbors(query_RD), query_RD.device)
 
 
 class NextToken:

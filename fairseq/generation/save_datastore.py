@@ -5,6 +5,7 @@ Source: arXiv 2010.00710, sec. 3.1.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import sys
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_CHECKPOINTS = 5.0
-
 
 @dataclass(frozen=True)
 class StoreText:
@@ -37,15 +36,15 @@ class StoreText:
     dataset: LanguagePairDataset
     batches: list[Any]
 
-    @property
+    @functools.cached_property
     def ids(self) -> Any:
         """int64 numbers of the pairs in the order of the rows."""
-        return np.concatenate([self.dataset.collate(batch).ids_B.numpy() for batch in self.batches])
+        return np.concatenate([self.dataset.batch_order(batch) for batch in self.batches])
 
     @property
     def num_rows(self) -> int:
         """Target tokens, </s> included."""
-        return int(self.dataset.target_sizes[np.concatenate(self.batches)].sum())
+        return int(self.dataset.target_sizes[self.ids].sum())
 
 
 def require_rows(text: StoreText, stated: int | None) -> int:
@@ -95,10 +94,10 @@ def save_pairs(
     sizes = text.dataset.target_sizes[order]
     documents = np.stack([np.cumsum(sizes) - sizes, order, np.zeros_like(order)], axis=1)
     scorer = SequenceScorer([model], key_tap=key_tap, device=next(model.parameters()).device)
-    started = saved = time.perf_counter()
+    started = time.perf_counter()
     with DatastoreWriter(
         prefix,
-        num_rows=int(sizes.sum()),
+        num_rows=text.num_rows,
         dim=model.key_dim(key_tap),
         dtype=dtype,
         metadata=metadata_of(text, model, path, key_tap),
@@ -111,14 +110,12 @@ def save_pairs(
             scored = scorer.keys(batch)
             writer.append(scored.keys, scored.target_N)
             done += 1
-            if time.perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                writer.checkpoint({"batch": done})
-                saved = time.perf_counter()
+            writer.checkpoint_when_due({"batch": done})
         writer.checkpoint({"batch": done})
         writer.finish()
     seconds = time.perf_counter() - started
     sys.stdout.write(
-        f"saved {int(sizes.sum())} keys of width {writer.dim} to {prefix} in {seconds:.1f}s "
-        f"({sizes.sum() / max(seconds, 1e-9):.0f} tokens/s)\n"
+        f"saved {text.num_rows} keys of width {writer.dim} to {prefix} in {seconds:.1f}s "
+        f"({text.num_rows / max(seconds, 1e-9):.0f} tokens/s)\n"
     )
-    return int(sizes.sum())
+    return text.num_rows

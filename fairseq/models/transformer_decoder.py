@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fairseq.models.config import TransformerLMConfig
 from fairseq.models.outputs import LMOutput
+from fairseq.models.parts import make_layer, make_positions
 from fairseq.modules.adaptive_input import AdaptiveInput
 from fairseq.modules.adaptive_softmax import AdaptiveSoftmax, SharedLinear
 from fairseq.modules.multihead_attention import Encoded, IncrementalState
-from fairseq.modules.positional_embedding import LearnedPositionalEmbedding, SinusoidalPositionalEmbedding
+from fairseq.modules.positional_embedding import LearnedPositionalEmbedding
 from fairseq.modules.transformer_layer import TransformerLayer
 
 
@@ -41,18 +42,19 @@ class TransformerDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.pad = pad
-        self.encoder_width = encoder_width
         width = config.decoder_embed_dim
         input_width = config.decoder_input_dim or width
         self.register_buffer("version", torch.full((1,), 3.0))
         self.embed_scale = 1.0 if config.no_scale_embedding else math.sqrt(width)
         self.embed_tokens = shared_embedding or self._make_embedding(dictionary_size)
-        self.embed_positions = self._make_positions()
+        self.embed_positions = make_positions(
+            config, width, config.max_target_positions, pad, learned=config.decoder_learned_pos
+        )
         adaptive = isinstance(self.embed_tokens, AdaptiveInput)
         narrow = not adaptive and input_width != width
         self.project_in_dim = nn.Linear(input_width, width, bias=False) if narrow else None
         self.layernorm_embedding = nn.LayerNorm(width) if config.layernorm_embedding else None
-        self.layers = nn.ModuleList(self._make_layer() for _ in range(num_layers(config)))
+        self.layers = nn.ModuleList(make_layer(config, "decoder", encoder_width) for _ in range(num_layers(config)))
         has_final_norm = config.decoder_normalize_before and not config.no_decoder_final_norm
         self.layer_norm = nn.LayerNorm(width) if has_final_norm else None
         self.output_width = config.decoder_output_dim or width
@@ -95,27 +97,6 @@ class TransformerDecoder(nn.Module):
                 config.adaptive_input_cutoff or (),
             )
         return nn.Embedding(dictionary_size, input_width, padding_idx=self.pad)
-
-    def _make_positions(self) -> LearnedPositionalEmbedding | SinusoidalPositionalEmbedding | None:
-        config = self.config
-        if config.no_token_positional_embeddings:
-            return None
-        kind = LearnedPositionalEmbedding if config.decoder_learned_pos else SinusoidalPositionalEmbedding
-        return kind(config.max_target_positions, config.decoder_embed_dim, self.pad)
-
-    def _make_layer(self) -> TransformerLayer:
-        config = self.config
-        return TransformerLayer(
-            config.decoder_embed_dim,
-            config.decoder_ffn_embed_dim,
-            config.decoder_attention_heads,
-            activation=config.activation_fn,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            activation_dropout=config.activation_dropout,
-            normalize_before=config.decoder_normalize_before,
-            encoder_width=self.encoder_width,
-        )
 
     def reset_parameters(self) -> None:
         """Draw the initial weights as fairseq does: narrow normals for embeddings, Glorot's uniform for maps."""

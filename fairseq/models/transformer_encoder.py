@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fairseq.models.config import TransformerConfig
+from fairseq.models.parts import make_layer, make_positions
 from fairseq.modules.multihead_attention import Encoded
-from fairseq.modules.positional_embedding import LearnedPositionalEmbedding, SinusoidalPositionalEmbedding
+from fairseq.modules.positional_embedding import LearnedPositionalEmbedding
 from fairseq.modules.transformer_layer import TransformerLayer
 
 
@@ -30,31 +31,13 @@ class TransformerEncoder(nn.Module):
         self.register_buffer("version", torch.full((1,), 3.0))
         self.embed_scale = 1.0 if config.no_scale_embedding else math.sqrt(width)
         self.embed_tokens = nn.Embedding(dictionary_size, width, padding_idx=pad)
-        self.embed_positions = self._make_positions()
+        self.embed_positions = make_positions(
+            config, width, config.max_source_positions, pad, learned=config.encoder_learned_pos
+        )
         self.layernorm_embedding = nn.LayerNorm(width) if config.layernorm_embedding else None
         count = len(config.encoder_layers_to_keep or ()) or config.encoder_layers
-        self.layers = nn.ModuleList(self._make_layer() for _ in range(count))
+        self.layers = nn.ModuleList(make_layer(config, "encoder") for _ in range(count))
         self.layer_norm = nn.LayerNorm(width) if config.encoder_normalize_before else None
-
-    def _make_positions(self) -> LearnedPositionalEmbedding | SinusoidalPositionalEmbedding | None:
-        config = self.config
-        if config.no_token_positional_embeddings:
-            return None
-        kind = LearnedPositionalEmbedding if config.encoder_learned_pos else SinusoidalPositionalEmbedding
-        return kind(config.max_source_positions, config.encoder_embed_dim, self.pad)
-
-    def _make_layer(self) -> TransformerLayer:
-        config = self.config
-        return TransformerLayer(
-            config.encoder_embed_dim,
-            config.encoder_ffn_embed_dim,
-            config.encoder_attention_heads,
-            activation=config.activation_fn,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            activation_dropout=config.activation_dropout,
-            normalize_before=config.encoder_normalize_before,
-        )
 
     def reset_parameters(self) -> None:
         """Draw the initial weights as the decoder does."""

@@ -19,6 +19,7 @@ from fairseq.tasks.fairseq_task import FairseqTask
 
 if TYPE_CHECKING:
     from fairseq.checkpoint_utils import Checkpoint
+    from fairseq.data.batching_config import DatasetConfig
     from fairseq.models.transformer_lm import TransformerLanguageModel
     from fairseq.runtime.config import RuntimeConfig
 
@@ -128,6 +129,26 @@ class DataFolderTask(FairseqTask):
                 f"all {count} {unit}s are longer than the model's {dataset.limits(limit)} positions; {self.way_out}"
             )
         return batch_by_size(kept, dataset.sizes, max_tokens, max_sentences, multiple, unit)
+
+    def batches(
+        self, dataset: Examples, config: DatasetConfig, *, seed: int, max_positions: int, shuffle: bool = False
+    ) -> list[IntArray]:
+        """Batches for a pass over a split that trains nothing, sized and filtered as the options say.
+
+        Args:
+            shuffle: draw the order of equally long examples from ``seed``.
+        Raises: ValueError as :meth:`training_batches`.
+        """
+        return self.training_batches(
+            dataset,
+            max_tokens=config.max_tokens,
+            max_sentences=config.max_sentences,
+            multiple=config.required_batch_size_multiple,
+            seed=seed,
+            shuffle=shuffle,
+            skip_too_long=config.skip_invalid_size_inputs_valid_test,
+            max_positions=max_positions,
+        )
 
     way_out = "raise --max-target-positions"
 

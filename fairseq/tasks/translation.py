@@ -135,9 +135,9 @@ class TranslationTask(DataFolderTask):
                 [(self.source_lang, self.source), (self.target_lang, self.dictionary)][: min(map(len, parts))]
             )
         ]
-        for part in parts if len(sides) > 1 else ():
-            source, target = (len(MMapIndexedDataset(path)) for path in part)
-            if source != target:
+        for part, *texts in zip(parts, *(side.sentences.texts for side in sides)):
+            if len({len(text) for text in texts}) > 1:
+                source, target = map(len, texts)
                 raise ValueError(
                     f"{part[0]} has {source} sentences, {part[1]} has {target}; they must be translations of each "
                     "other, line by line: run preprocess.py on both again"

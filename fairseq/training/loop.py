@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,18 +173,14 @@ class TrainingLoop:
             return {}
         self._warn_of_unused_subsets()
         found = {}
+        data = replace(
+            self.data,
+            max_tokens=self.validation.max_tokens_valid or self.data.max_tokens,
+            max_sentences=self.validation.max_sentences_valid or self.data.max_sentences,
+        )
         for subset in self.validation.valid_subset.split(","):
             dataset = self.task.blocks(subset, combine=self.validation.combine_valid_subsets)
-            batches = self.task.training_batches(
-                dataset,
-                max_tokens=self.validation.max_tokens_valid or self.data.max_tokens,
-                max_sentences=self.validation.max_sentences_valid or self.data.max_sentences,
-                multiple=self.data.required_batch_size_multiple,
-                seed=self.runtime.seed,
-                shuffle=False,
-                skip_too_long=self.data.skip_invalid_size_inputs_valid_test,
-                max_positions=self.model.max_positions,
-            )
+            batches = self.task.batches(dataset, data, seed=self.runtime.seed, max_positions=self.model.max_positions)
             found[subset] = self.task.iterator(
                 dataset, batches, rank=self.fabric.global_rank, world_size=self.fabric.world_size
             )

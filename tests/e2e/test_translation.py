@@ -342,11 +342,11 @@ def test_an_interrupted_translation_leaves_nothing_half_done(data, model, tmp_pa
 
 @pytest.mark.parametrize("call", [1, 3, 8])
 def test_an_interrupted_store_is_gone_on_with(data, model, store, tmp_path, monkeypatch, call, caplog):
-    from fairseq.generation import save_datastore as saving
+    from fairseq.memory.datastore import writer
     from fairseq.sequence_scorer import SequenceScorer
 
     words = ["--path", str(model), "--dstore-mmap", str(tmp_path / "cut"), "--max-tokens", "300", "--cpu"]
-    monkeypatch.setattr(saving, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(writer, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     with monkeypatch.context() as patch:
         dies_at(patch, SequenceScorer, "keys", call)
         with pytest.raises(Died):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import logging
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_commands import names_read, readme_commands
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -319,14 +318,7 @@ def test_half_precision_moves_the_figure_a_little(clm: Clm, corpus: Path) -> Non
 def test_every_argument_is_read(examples: Path) -> None:
     import clm_arguments
 
-    read = set()
-    for path in examples.glob("*.py"):
-        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
-        nodes = [node for f in functions if f.name != "__post_init__" for node in ast.walk(f)]
-        read |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-        read |= {
-            n.value for n in nodes if isinstance(n, ast.Constant) and n.value in ("cache_dir", "trust_remote_code")
-        }
+    read = names_read(examples, ("cache_dir", "trust_remote_code"))
     kinds = (clm_arguments.ModelArguments, clm_arguments.DataArguments, clm_arguments.KnnArguments)
     assert {field.name for kind in kinds for field in dataclasses.fields(kind)} - read == set()
 
@@ -334,9 +326,7 @@ def test_every_argument_is_read(examples: Path) -> None:
 def test_the_commands_of_the_readme_are_understood(examples: Path) -> None:
     from clm_arguments import parse
 
-    text = (examples / "README.md").read_text().replace("\\\n", " ").replace("${MODEL}", "models/smollm2")
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python -u")]
-    words = [rest for _, _, script, *rest in commands if script.endswith("/run_clm.py")]
+    words = readme_commands(examples, "run_clm.py", "models/smollm2")
     assert len(words) == 6
     for each in words:
         chosen, data, _, training = parse(each)

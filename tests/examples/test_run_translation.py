@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import math
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_commands import names_read, readme_commands
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -411,11 +411,7 @@ def test_more_positions_than_the_model_has_are_rejected(translation: Translation
 def test_every_argument_is_read(examples: Path) -> None:
     import translation_arguments
 
-    read = set()
-    for path in examples.glob("*.py"):
-        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
-        nodes = [node for f in functions if f.name != "__post_init__" for node in ast.walk(f)]
-        read |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    read = names_read(examples)
     fields = {field.name for field in dataclasses.fields(translation_arguments.TranslationArguments)}
     assert fields - read == set()
 
@@ -423,9 +419,7 @@ def test_every_argument_is_read(examples: Path) -> None:
 def test_the_commands_of_the_readme_are_understood(examples: Path) -> None:
     from translation_arguments import parse
 
-    text = (examples / "README.md").read_text().replace("\\\n", " ").replace("${MODEL}", "t5-small")
-    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("python -u")]
-    words = [rest for _, _, script, *rest in commands if script.endswith("/run_translation.py")]
+    words = readme_commands(examples, "run_translation.py", "t5-small")
     assert len(words) == 5
     for each in words:
         chosen, data, _, training = parse(each)

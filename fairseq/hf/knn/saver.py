@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-import time
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fairseq.config import in_python
 from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall
 from fairseq.hf.hooks.capture import Capture
 from fairseq.hf.hooks.identity import model_type
@@ -133,7 +132,6 @@ class KNNSaver(Attachment):
         self.prefix = prefix
         self._resumed_at, self._seen, self._num_sequences = self._writer.rows_done, 0, 0
         self._runs: list[Array] = []
-        self._recorded = time.perf_counter()
         if self._resumed_at:
             logger.info("%s: %d rows of an earlier run are kept", prefix, self._resumed_at)
 
@@ -186,9 +184,7 @@ class KNNSaver(Attachment):
             raise
         self._note(place_N2, seen)
         self._seen = seen + len(value_N)
-        if time.perf_counter() - self._recorded > _SECONDS_BETWEEN_CHECKPOINTS:
-            self._writer.checkpoint()
-            self._recorded = time.perf_counter()
+        self._writer.checkpoint_when_due(seconds=_SECONDS_BETWEEN_CHECKPOINTS)
 
     def _counting(self, call: ForwardCall) -> Tensor:
         """True where a row is made, (B, T): the token to predict counts, and neither it nor the position is padding."""
@@ -234,4 +230,4 @@ class KNNSaver(Attachment):
 def _in_python(message: str) -> str:
     """The message of a command with the names of arguments for those of flags."""
     message = message.replace("use --index flat", "build none: without an index the search is exact")
-    return re.sub(r"--(\w+)", r"\1", re.sub(r"--(\w+) (\d+)", r"\1=\2", message))
+    return in_python(message)

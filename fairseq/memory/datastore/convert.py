@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from fairseq.memory.types import Array
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 32 << 20
-_SECONDS_BETWEEN_CHECKPOINTS = 5.0
 _FILE_FIELDS = frozenset(
     "format_version complete rows dim key_dtype value_dtype keys_file values_file documents_file block_bytes checksums "
     "deleted parts shard_id num_shards first_row total_rows copied_from generation compaction deleted_checksum".split()
@@ -168,14 +166,12 @@ def copy_rows(
             return count
         if source.shards and len(all_deleted(source.prefix, source.metadata, source.shards)) != len(source.deleted):
             raise ValueError(f"rows of datastore {source.prefix!r} were deleted during the copy; run the command again")
-        start, saved = int((writer.cursor or {}).get("row", 0)), time.perf_counter()
+        start = int((writer.cursor or {}).get("row", 0))
         if start:
             logger.info("resuming at row %d of %d", start, len(source))
         for first, stop in _blocks(len(source), source.dim, start):
             writer.append(*_rows(source, chosen.within(first, stop), first, stop))
-            if time.perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                writer.checkpoint({"row": stop})
-                saved = time.perf_counter()
+            writer.checkpoint_when_due({"row": stop})
         writer.finish()
     return count
 

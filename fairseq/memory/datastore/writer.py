@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,7 @@ from fairseq.runtime.records import read_record, seal
 logger = logging.getLogger(__name__)
 
 ARRAYS = ("keys", "values")
+SECONDS_BETWEEN_CHECKPOINTS = 5.0
 
 
 class NonFiniteError(ValueError):
@@ -83,6 +85,7 @@ class DatastoreWriter:
         self.prefix, self.num_rows, self.dim, self.dtype = str(prefix), num_rows, dim, dtype
         self._key_bytes = dim * KEY_DTYPES[dtype].itemsize
         self._documents = documents
+        self._recorded = time.perf_counter()
         self._names = StoreFiles.of(prefix, dtype)
         self._signature: dict[str, Any] = {"rows": num_rows, "dim": dim, "key_dtype": dtype, "value_dtype": "int64"}
         self._signature["metadata"] = dict(metadata or {})
@@ -155,6 +158,13 @@ class DatastoreWriter:
             return
         self.cursor = dict(cursor) if cursor is not None else None
         self._record(finishing=False)
+
+    def checkpoint_when_due(self, cursor: Mapping[str, Any] | None = None, seconds: float | None = None) -> None:
+        """A :meth:`checkpoint` if the last one, or the start, is some seconds ago; by default five."""
+        wait = SECONDS_BETWEEN_CHECKPOINTS if seconds is None else seconds
+        if time.perf_counter() - self._recorded > wait:
+            self.checkpoint(cursor)
+            self._recorded = time.perf_counter()
 
     def written_values(self, start: int, stop: int) -> Array:
         """Values of written rows, int64; a caller without a cursor finds its position in the text from them."""

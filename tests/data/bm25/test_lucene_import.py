@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from fairseq.data.bm25 import lucene
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A pyserini that, as 1.6.0 does, makes a client on import that an empty key ends."""
     folder = tmp_path / "pyserini" / "search" / "lucene"
     folder.mkdir(parents=True)
@@ -25,8 +26,14 @@ def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "class autoclass:\n    def __init__(self, name): ...\n    def setMaxClauseCount(self, count): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    _forget_pyserini()
+    yield
+    _forget_pyserini()  # or another test's stand-ins would not be imported
+
+
+def _forget_pyserini() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] in ("pyserini", "jnius")]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("key", [None, "", "mine"])

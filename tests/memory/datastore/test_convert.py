@@ -80,7 +80,7 @@ def test_a_conversion_goes_on_and_is_not_repeated(tmp_path, monkeypatch, caplog)
     save(tmp_path / "a", 40)
     store = Datastore.open(tmp_path / "a")
     convert(store, tmp_path / "whole", "float16", {}, drop=False)
-    monkeypatch.setattr("fairseq.memory.datastore.convert._SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr("fairseq.memory.datastore.writer.SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     plain, calls = DatastoreWriter.append, []
 
     def append(self, keys, values):
