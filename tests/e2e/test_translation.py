@@ -205,7 +205,7 @@ def test_a_trained_combiner_translates_and_scores(kind, data, model, store, caps
     for more, message in (
         (("--k", 4), "was trained with --k 6, not 4; give --k 6"),
         (("--knn-temp", 9), "was trained with --knn-temp 5.0, not 9.0; give --knn-temp 5.0"),
-        (("--no-load-keys",), "was trained for similarities of kind recompute, this is index"),
+        (("--knn-sim-func", "dot"), "was trained for similarities of kind recompute, this is dot"),
     ):
         with pytest.raises(ValueError, match=message):
             generate.main(list(map(str, (*words, *more))))
