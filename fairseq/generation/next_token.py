@@ -15,8 +15,10 @@ from torch import Tensor
 from fairseq.modules.multihead_attention import Encoded, IncrementalState
 
 if TYPE_CHECKING:
+    from fairseq.memory.combiners.facts import FactReader
     from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
     from fairseq.memory.sources.external import ExternalMemory
+    from fairseq.memory.types import Candidates
     from fairseq.models.transformer_lm import TransformerLanguageModel
 
 
@@ -34,16 +36,26 @@ class StepMemory(Protocol):
 class NeighborMemory:
     """The nearest rows of a datastore, mixed into the vocabulary (arXiv 2010.00710)."""
 
-    def __init__(self, memory: ExternalMemory, mixer: VocabularyMixer, key_tap: str) -> None:
-        self.memory, self.mixer, self.key_tap = memory, mixer, key_tap
+    def __init__(
+        self, memory: ExternalMemory, mixer: VocabularyMixer, key_tap: str, facts: FactReader | None = None
+    ) -> None:
+        """Args.
+
+        facts: adds to the candidates what the mixer's weighting reads besides.
+        """
+        self.memory, self.mixer, self.key_tap, self.facts = memory, mixer, key_tap, facts
 
     def mix_(self, scores_RV: Tensor, query_RD: Tensor) -> None:
         """See ``StepMemory``: one search for all rows."""
         if self.mixer.is_off:
             self.mixer.normalize_(scores_RV)
             return
-        found = self.memory.candidates(self.memory.neighbors(query_RD), scores_RV.device)
-        self.mixer.mix_(scores_RV, None, found)
+        self.mixer.mix_(scores_RV, None, self.candidates(query_RD, scores_RV.device))
+
+    def candidates(self, query_RD: Tensor, device: torch.device) -> Candidates:
+        """The neighbours of some keys, with what the weighting reads besides."""
+        found = self.memory.candidates(self.memory.neighbors(query_RD), device)
+        return found if self.facts is None else self.facts(found, query_RD)
 
 
 class NextToken:
