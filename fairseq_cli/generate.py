@@ -17,6 +17,7 @@ from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.data.codecs import CodecConfig
 from fairseq.generation.config import GenerateConfig, GenerationConfig, StepMemoryConfig
 from fairseq.generation.foreign_overrides import split_overrides
+from fairseq.memory.combiners.learned_files import read_made_for
 from fairseq.memory.sources.config import KnnConfig
 from fairseq.options import TaskChoiceConfig, add_ignored, import_plugins, warn_ignored
 from fairseq.registry import lookup
@@ -88,14 +89,15 @@ def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateCo
     generate = build(GenerateConfig, given)
     of_store, of_model = split_overrides(generate.model_overrides or {})
     given = of_store | given
-    knn = build(KnnConfig, {"num_neighbors": 8} | given)
+    step = build(StepMemoryConfig, given)
+    knn = build(KnnConfig, {"num_neighbors": 8} | of_combiner(step) | given)
     configs = GenerateConfigs(
         command=command,
         task_name=task,
         task=build(TASKS[task].config, given),
         generate=generate,
         generation=build(GenerationConfig, given),
-        memory=StepMemorySettings(build(StepMemoryConfig, given), knn),
+        memory=StepMemorySettings(step, knn),
         codec=build(CodecConfig, given),
         runtime=build(RuntimeConfig, given),
         common=build(CommonConfig, given),
@@ -107,6 +109,18 @@ def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateCo
     if generate.results_path:
         require_writable(generate.results_path, "--results-path")
     return configs
+
+
+def of_combiner(config: StepMemoryConfig) -> dict[str, Any]:
+    """Options of the neighbours that the file of --combiner was trained with; the command's own ones come first."""
+    if not config.combiner:
+        return {}
+    made_for = read_made_for(config.combiner)
+    return {
+        "num_neighbors": made_for.k,
+        "temperature": made_for.temperature,
+        "faiss_metric_type": made_for.metric,
+    }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -152,7 +166,7 @@ class _Run:
         memory = open_memory(configs.memory, configs.generate, task, models[0])
         self.reference_scorer = None
         if configs.generate.score_reference:
-            combine = configs.memory.combiner(models[0].key_dim(memory.key_tap)) if memory else None
+            combine = configs.memory.combiner(models[0].key_dim(memory.key_tap), memory) if memory else None
             self.reference_scorer = ReferenceScorer(models, memory, combine)
         self.generator = SequenceGenerator(models, task.dictionary, configs.generation, memory)
         self.hypotheses: dict[int, str] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq.config import flag, literal_dict, require_at_least, require_shard
+from fairseq.memory.combiners.config import KINDS
 from fairseq.metrics.bleu import SCORINGS
 
 
@@ -120,7 +121,7 @@ class GenerateConfig:
         return "sacrebleu" if self.sacrebleu else self.scoring
 
 
-LAMBDA_TYPES = ("fix", "trime")
+LAMBDA_TYPES = ("fix", "trime", *KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,10 @@ class StepMemoryConfig:
     knnmt: bool = flag("--knnmt", "--knnlm", default=False)
     """Mix the nearest neighbours of a datastore into each step (kNN-MT, arXiv 2010.00710)."""
     knn_lambda_type: str = flag("--knn-lambda-type", default="fix", choices=LAMBDA_TYPES)
-    """Share of the neighbours: fix takes --lmbda, trime normalises vocabulary and neighbours together."""
+    """Share of the neighbours: fix takes --lmbda, trime normalises vocabulary and neighbours together, the others take
+    what the network of --combiner says."""
+    combiner: str | None = flag("--combiner", default=None)
+    """File that fairseq-train-combiner wrote; --k and --knn-temp are then those it was trained with."""
     compat_trime_mass: bool = flag("--compat-trime-mass", default=False)
     """Add the neighbours' distribution whole, as TRIME's program for translation did: the sum is then above 1."""
     knn_keytype: str | None = flag("--knn-keytype", default=None)
@@ -141,3 +145,17 @@ class StepMemoryConfig:
             raise ValueError("--compat-trime-mass belongs to --knn-lambda-type trime: give both, or leave it out")
         if self.knn_lambda_type != "fix" and not self.knnmt:
             raise ValueError(f"--knn-lambda-type {self.knn_lambda_type} is read with --knnmt only: give it too")
+        if self.learned and not self.combiner:
+            raise ValueError(
+                f"--knn-lambda-type {self.knn_lambda_type} needs --combiner FILE, which fairseq-train-combiner writes"
+            )
+        if self.combiner and not self.learned:
+            raise ValueError(
+                f"--combiner {self.combiner} is not read with --knn-lambda-type {self.knn_lambda_type}; give the kind "
+                f"it was trained as: {', '.join(KINDS)}"
+            )
+
+    @property
+    def learned(self) -> bool:
+        """True if a trained network decides the share."""
+        return self.knn_lambda_type in KINDS

@@ -43,6 +43,9 @@ _DEFAULTS: dict[str, Any] = {
     "gumbel_softmax_temperature": 1,
     "only_train_knn_parameter": False,
 }
+_TRAIN = (
+    "train a network with fairseq-train-combiner and give --knn-lambda-type adaptive --combiner FILE, or leave it out"
+)
 # Defaults of the decoder's own parser.
 _ORIGINAL = {"num_neighbors": 8, "probe": 32, "weight": 0.5, "temperature": 10.0}
 
@@ -75,11 +78,14 @@ def split_overrides(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     given = {name: value for name, value in overrides.items() if name in own}
     if not given.get("use_knn_datastore"):
         return {}, rest
+    if given.get("knn_lambda_type") not in (None, "fix", "trime"):
+        raise ValueError(
+            f"--model-overrides: knn_lambda_type {given['knn_lambda_type']!r} would need the networks in that "
+            f"program's checkpoint; {_TRAIN}"
+        )
     for name, default in _DEFAULTS.items():
         if given.get(name, default) not in (default, None):
-            raise ValueError(
-                f"--model-overrides: {name} {given[name]!r} is not offered; --knn-lambda-type names what there is"
-            )
+            raise ValueError(f"--model-overrides: {name} {given[name]!r} is not offered; {_TRAIN}")
     options = _ORIGINAL | {_SAME[name]: value for name, value in given.items() if name in _SAME and value is not None}
     options |= {name: _number(name, options[name], kind) for name, kind in _NUMBERS.items() if name in options}
     by_distance = given.get("knn_sim_func") == "do_not_recomp_l2" or given.get("faiss_metric_type") == "l2"

@@ -15,6 +15,7 @@ from torch import Tensor
 from fairseq.modules.multihead_attention import Encoded, IncrementalState
 
 if TYPE_CHECKING:
+    from fairseq.memory.combiners.facts import FactReader
     from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
     from fairseq.memory.sources.external import ExternalMemory
     from fairseq.memory.types import Candidates
@@ -35,8 +36,14 @@ class StepMemory(Protocol):
 class NeighborMemory:
     """The nearest rows of a datastore, mixed into the vocabulary (arXiv 2010.00710)."""
 
-    def __init__(self, memory: ExternalMemory, mixer: VocabularyMixer, key_tap: str) -> None:
-        self.memory, self.mixer, self.key_tap = memory, mixer, key_tap
+    def __init__(
+        self, memory: ExternalMemory, mixer: VocabularyMixer, key_tap: str, facts: FactReader | None = None
+    ) -> None:
+        """Args.
+
+        facts: adds to the candidates what the mixer's weighting reads besides.
+        """
+        self.memory, self.mixer, self.key_tap, self.facts = memory, mixer, key_tap, facts
 
     def mix_(self, scores_RV: Tensor, query_RD: Tensor) -> None:
         """See ``StepMemory``: one search for all rows."""
@@ -46,8 +53,9 @@ class NeighborMemory:
         self.mixer.mix_(scores_RV, None, self.find(query_RD))
 
     def find(self, query_RD: Tensor) -> Candidates:
-        """The nearest rows of each query, on its device."""
-        return self.memory.candidates(self.memory.neighbors(query_RD), query_RD.device)
+        """The nearest rows of each query, on its device, with what the weighting reads besides."""
+        found = self.memory.candidates(self.memory.neighbors(query_RD), query_RD.device)
+        return found if self.facts is None else self.facts(found, query_RD)
 
 
 class NextToken:

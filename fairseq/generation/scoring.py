@@ -42,7 +42,10 @@ class ReferenceScorer:
         if self.memory is not None:
             assert found.key_ND is not None
             assert self.combine is not None
-            logp_N = self.combine(logp_N, found.norm_N, self.memory.find(found.key_ND), found.target_N)
+            near = self.memory.find(found.key_ND)
+            if self.memory.facts is not None:
+                near = self.memory.facts.with_model(near, found.key_ND)
+            logp_N = self.combine(logp_N, found.norm_N, near, found.target_N)
         lengths = batch.scored_BT.sum(1).tolist()
         for tokens, logp in zip(torch.split(found.target_N, lengths), torch.split(logp_N, lengths)):
             yield Hypothesis(tokens, logp, float(logp.mean()))

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fairseq.checkpoint_utils import load_checkpoint
 from fairseq.generation.config import GenerateConfig, GenerationConfig, StepMemoryConfig
 from fairseq.generation.next_token import NeighborMemory
 from fairseq.generation.sequence_generator import SequenceGenerator
+from fairseq.memory.combiners.facts import FactReader
 from fairseq.memory.combiners.interpolation import Interpolation
 from fairseq.memory.combiners.joint import JointNormalization, WholeMemoryAdded
+from fairseq.memory.combiners.learned import LearnedCombiner, LearnedWeighting
+from fairseq.memory.combiners.learned_files import load_combiner
 from fairseq.memory.combiners.vocab_mixing import FixedWeighting, JointWeighting, VocabularyMixer, Weighting
+from fairseq.memory.retrieval.file import store_digest
 from fairseq.memory.sources.external import open_external
 from fairseq.runtime.manifest import file_digest
 
 if TYPE_CHECKING:
     from fairseq.memory.combiners.base import Combiner
     from fairseq.memory.sources.config import KnnConfig
+    from fairseq.memory.sources.external import ExternalMemory
     from fairseq.models.transformer_lm import TransformerLanguageModel
     from fairseq.runtime.config import RuntimeConfig
     from fairseq.tasks.data_folder import DataFolderTask
@@ -51,16 +58,26 @@ class StepMemorySettings:
                 "--faiss-metric-type ip, or leave --knn-lambda-type out"
             )
 
-    def combiner(self, dim: int) -> Combiner:
+    def combiner(self, dim: int, memory: NeighborMemory) -> Combiner:
         """The same for given targets."""
+        if isinstance(memory.mixer.weighting, LearnedWeighting):
+            return LearnedCombiner(memory.mixer.weighting.network)
         if self.memory.compat_trime_mass:
             return WholeMemoryAdded(dim, self.knn.temperature)
         if self.memory.knn_lambda_type == "trime":
             return JointNormalization(dim, self.knn.temperature)
         return Interpolation(self.knn.weight, self.knn.temperature)
 
-    def weighting(self, dim: int) -> Weighting:
-        """How much of each step's distribution the neighbours get."""
+    def weighting(self, dim: int, now: Mapping[str, Any]) -> Weighting:
+        """How much of each step's distribution the neighbours get.
+
+        Args:
+            now: what a learned combiner must have been trained for.
+        """
+        if self.memory.combiner:
+            network, made_for = load_combiner(self.memory.combiner)
+            made_for.require(self.memory.combiner, now, strict=self.knn.strict_model)
+            return LearnedWeighting(network)
         if self.memory.knn_lambda_type == "trime":
             return JointWeighting(dim, self.knn.temperature, adds_up=not self.memory.compat_trime_mass)
         return FixedWeighting(self.knn.weight, self.knn.temperature)
@@ -93,15 +110,34 @@ def open_memory(
         raise ValueError(f"--knnmt: keys come from one model, --path names {len(config.paths)}; give the store's own")
     tap = settings.memory.knn_keytype or ("last_ffn_input" if task.source is None else "model_output")
     dim = model.key_dim(tap)
+    digest = cache(lambda: file_digest(config.paths[0]))
     memory = open_external(
         settings.knn,
         dim=dim,
         key_tap=tap,
         dictionary_digest=task.dictionary.digest(),
         dictionary_size=len(task.dictionary),
-        model_digest=lambda: file_digest(config.paths[0]),
+        model_digest=digest,
     )
-    return NeighborMemory(memory, VocabularyMixer(settings.weighting(dim)), tap)
+    now = {"kind": settings.memory.knn_lambda_type} | setting_of(settings.knn, memory, tap)
+    weighting = settings.weighting(dim, now | {"model_digest": digest()} if settings.memory.combiner else now)
+    facts = None
+    if isinstance(weighting, LearnedWeighting) and weighting.network.needs:
+        facts = FactReader(weighting.network.needs, memory.store, model, tap)
+    return NeighborMemory(memory, VocabularyMixer(weighting), tap, facts)
+
+
+def setting_of(knn: KnnConfig, memory: ExternalMemory, key_tap: str) -> dict[str, Any]:
+    """What decides the scores that a learned combiner reads, by the names of ``MadeFor``."""
+    return {
+        "k": knn.num_neighbors,
+        "temperature": knn.temperature,
+        "dim": memory.store.dim,
+        "key_tap": key_tap,
+        "metric": knn.faiss_metric_type,
+        "similarity": knn.similarity,
+        "store_digest": store_digest(memory.store),
+    }
 
 
 def open_generator(

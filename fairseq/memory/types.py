@@ -63,6 +63,27 @@ class Neighbors:
 
 
 @dataclass(frozen=True)
+class NeighborFacts:
+    """More about N positions and their M neighbours, for combiners that learned to read it; None where nobody asks."""
+
+    query_ND: Tensor | None = None
+    """The position's key."""
+    key_NMD: Tensor | None = None
+    """The neighbours' keys; zeros where none was found."""
+    stored_logp_NM: Tensor | None = None
+    """ln p that the model gave to the neighbour's token where the neighbour was stored."""
+    model_logp_NM: Tensor | None = None
+    """ln p that the model gives to the neighbour's token at the position."""
+    top_logp_NM: Tensor | None = None
+    """The M largest ln p of the model at the position, falling."""
+
+    def rows(self, part: slice | Tensor) -> NeighborFacts:
+        """The facts about some positions."""
+        given = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return NeighborFacts(**{name: None if value is None else value[part] for name, value in given.items()})
+
+
+@dataclass(frozen=True)
 class Candidates:
     """Tokens that a memory offers to N positions: M each (or one shared row of M), with scores and a mask.
 
@@ -84,10 +105,19 @@ class Candidates:
     """bool, True where position n may use candidate m; (N, M)."""
     rows_NM: Tensor | None = None
     """int64 row of the datastore that each candidate comes from, -1 where none was found; None without a datastore."""
+    facts: NeighborFacts | None = None
+    """What a learned combiner reads besides; None for all others."""
 
     def __post_init__(self) -> None:
         assert self.scores_NM.shape == self.keep_NM.shape, (self.scores_NM.shape, self.keep_NM.shape)
         assert self.keep_NM.dtype == torch.bool, self.keep_NM.dtype
+
+    def rows(self, part: slice | Tensor) -> Candidates:
+        """The candidates of some positions."""
+        values_NM = self.values_NM if len(self.values_NM) != len(self.scores_NM) else self.values_NM[part]
+        rows_NM = None if self.rows_NM is None else self.rows_NM[part]
+        facts = None if self.facts is None else self.facts.rows(part)
+        return Candidates(values_NM, self.scores_NM[part], self.keep_NM[part], rows_NM, facts)
 
     def same_token(self, target_N: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
         """(N, M): True (or 1 in a numeric ``dtype``) where the candidate's token is the position's target."""

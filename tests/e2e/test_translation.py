@@ -17,6 +17,7 @@ from fairseq.memory.datastore.describe import StoreHints
 from fairseq.tasks.configs import TranslationConfig
 from fairseq.tasks.translation import TranslationTask
 from fairseq_cli import generate, interactive, preprocess, save_datastore, train, validate
+from fairseq_cli.memory import train_combiner
 
 MODEL = (
     "--task translation --arch transformer_tiny --encoder-layers 1 --decoder-layers 1 --dropout 0 --optimizer adam "
@@ -206,6 +207,37 @@ def test_neighbors_by_flags_and_by_overrides_are_the_same(data, model, store, ca
     assert lines_of(capsys, generate.main, *words, *flags[:-3], 0, *flags[-2:]) == plain, "no weight, no change"
 
 
+@pytest.mark.parametrize("kind", ["adaptive", "kster", "robust"])
+def test_a_trained_combiner_translates_and_scores(kind, data, model, store, capsys, tmp_path):
+    neighbors = ("--dstore-filename", store, "--knn-temp", 5, "--max-tokens", 300, "--cpu")
+    file = tmp_path / "combiner.safetensors"
+    words = (data, "--path", model, *neighbors, "--k", 6, "--kind", kind, "--max-epoch", 4, "--out", file)
+    out = lines_of(capsys, train_combiner.main, *words)
+    losses = re.fullmatch(r"held-out loss of \d+ tokens: model alone ([\d.]+), \w+ ([\d.]+) nats .*", out[0])
+    assert float(losses[2]) < float(losses[1])
+    assert json.loads((tmp_path / "combiner.run.json").read_text())["figures"]["epochs"] <= 4
+    words = (data, "--path", model, "--cpu", "--knnmt", "--knn-lambda-type", kind, "--combiner", file)
+    words = (*words, "--dstore-filename", store)
+    plain = lines_of(capsys, generate.main, data, "--path", model, "--beam", 3, "--cpu")
+    assert lines_of(capsys, generate.main, *words, "--beam", 3) != plain
+    # What a whole vocabulary is mixed to is what the references are scored by: a text that is forced step by step.
+    scored = lines_of(capsys, generate.main, *words, "--score-reference")
+    forced = lines_of(capsys, generate.main, *words, "--beam", 1, "--prefix-size", 100)
+    for number in range(0, 40, 7):
+        one, two = (
+            next(line for line in lines if line.startswith(f"P-{number}\t")).split("\t")[1].split()
+            for lines in (scored, forced)
+        )
+        assert [float(p) for p in one] == pytest.approx([float(p) for p in two], abs=3e-4)
+    for more, message in (
+        (("--k", 4), "was trained with --k 6, not 4; give --k 6"),
+        (("--knn-temp", 9), "was trained with --knn-temp 5.0, not 9.0; give --knn-temp 5.0"),
+        (("--knn-sim-func", "dot"), "was trained for similarities of kind recompute, this is dot"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate.main(list(map(str, (*words, *more))))
+
+
 def test_typed_lines_are_translated(data, model, capsys, monkeypatch, tmp_path):
     lines = ["s1 s2 s3", "", "s4 s4 s5 s6 s7", "s9 unseen s1"]
     (tmp_path / "lines").write_text("\n".join(lines) + "\n")
@@ -243,6 +275,15 @@ def test_python_translates_too(data, model, capsys):
         (
             ["--knnmt", "--dstore-filename", "x", "--knn-lambda-type", "trime"],
             "--knn-lambda-type trime is about inner products, the index's metric is l2",
+        ),
+        (["--knnmt", "--dstore-filename", "x", "--knn-lambda-type", "adaptive"], "adaptive needs --combiner FILE"),
+        (
+            ["--knnmt", "--dstore-filename", "x", "--combiner", "y"],
+            "--combiner y is not read with --knn-lambda-type fix",
+        ),
+        (
+            ["--model-overrides", "{'use_knn_datastore': True, 'knn_lambda_type': 'trainable'}"],
+            "knn_lambda_type 'trainable' would need the networks .* --knn-lambda-type adaptive --combiner FILE",
         ),
         (["--compat-trime-mass"], "--compat-trime-mass belongs to --knn-lambda-type trime"),
         (

@@ -38,8 +38,14 @@ class Weights:
 class Weighting(Protocol):
     """Decides how much of each row's distribution the memory gets."""
 
-    def __call__(self, norm_C: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> Weights:
-        """Weights of rows, from the log-sum of the model's scores and the candidates; all are kept without a mask."""
+    def __call__(self, norm_C: Tensor, logp_CV: Tensor, found: Candidates) -> Weights:
+        """Weights of rows.
+
+        Args:
+            norm_C: log-sum of the model's scores.
+            logp_CV: the model's log-probabilities; not to be written to.
+            found: the rows' candidates.
+        """
         ...
 
 
@@ -59,11 +65,11 @@ class FixedWeighting:
         check_weight(self.weight, "--lmbda")
         check_temperature(self.temperature)
 
-    def __call__(self, norm_C: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> Weights:
+    def __call__(self, norm_C: Tensor, logp_CV: Tensor, found: Candidates) -> Weights:
         """See ``Weighting``."""
         log_left = math.log1p(-self.weight) if self.weight < 1.0 else -math.inf
         memory_C, log_model_C = torch.full_like(norm_C, self.weight), torch.full_like(norm_C, log_left)
-        return Weights(scores_CM, memory_C, log_model_C, self.temperature)
+        return Weights(found.scores_NM, memory_C, log_model_C, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -86,12 +92,11 @@ class JointWeighting:
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
 
-    def __call__(self, norm_C: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> Weights:
+    def __call__(self, norm_C: Tensor, logp_CV: Tensor, found: Candidates) -> Weights:
         """See ``Weighting``."""
         scale = self.temperature * self.dim**0.5
-        scores_CM = scores_CM.float() / scale
-        keep = torch.ones_like(scores_CM, dtype=torch.bool) if keep_CM is None else keep_CM
-        excess_C = masked_logsumexp(scores_CM, keep) - norm_C
+        scores_CM = found.scores_NM.float() / scale
+        excess_C = masked_logsumexp(scores_CM, found.keep_NM) - norm_C
         memory_C = torch.sigmoid(excess_C) if self.adds_up else torch.ones_like(excess_C)
         return Weights(scores_CM, memory_C, torch.nn.functional.logsigmoid(-excess_C))
 
@@ -150,8 +155,7 @@ class VocabularyMixer:
             logp_CV = scores_RV[chosen].float()  # a slice of rows in float32 is worked on where it is
             part = slice(done, done + len(logp_CV))
             done = part.stop
-            keep_CM = None if keeps_all else found.keep_NM[part]
-            self._mix_chunk_(logp_CV, found.values_NM[part], found.scores_NM[part], keep_CM)
+            self._mix_chunk_(logp_CV, found.rows(part), keeps_all)
             if target_N is not None:
                 logp.append(logp_CV.gather(1, target_N[part, None])[:, 0])
             if rows_N is not None or scores_RV.dtype is not torch.float32:
@@ -160,8 +164,9 @@ class VocabularyMixer:
             return None
         return torch.cat(logp) if logp else scores_RV.new_empty(0, dtype=torch.float32)
 
-    def _mix_chunk_(self, logp_CV: Tensor, values_CM: Tensor, scores_CM: Tensor, keep_CM: Tensor | None) -> None:
-        if not scores_CM.shape[1]:
+    def _mix_chunk_(self, logp_CV: Tensor, found: Candidates, keeps_all: bool) -> None:
+        values_CM, keep_CM = found.values_NM, None if keeps_all else found.keep_NM
+        if not values_CM.shape[1]:
             logp_CV.copy_(torch.log_softmax(logp_CV, dim=1))  # as models compute it
             return
         empty_E = None if keep_CM is None else (~keep_CM.any(1)).nonzero()[:, 0]
@@ -170,7 +175,7 @@ class VocabularyMixer:
         kept = None if empty_E is None or not len(empty_E) else torch.log_softmax(logp_CV[empty_E], dim=1)
         norm_C1 = torch.logsumexp(logp_CV, dim=1, keepdim=True)
         logp_CV -= norm_C1
-        weights = self.weighting(norm_C1[:, 0], values_CM, scores_CM, keep_CM)
+        weights = self.weighting(norm_C1[:, 0], logp_CV, found)
         if logp_CV.device.type == "cpu" and logp_CV.is_contiguous():
             self._mix_on_cpu_(logp_CV, values_CM, keep_CM, weights)
         else:

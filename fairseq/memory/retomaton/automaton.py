@@ -83,7 +83,7 @@ class RetomatonStep:
     def select(self, sequences: Tensor) -> RetomatonStep:
         """The step of some sequences, by number or by a boolean each; one may come twice."""
         here, there = sequences.to(self.found.scores_NM.device), sequences.cpu()
-        found = Candidates(*(x[here] for x in (self.found.values_NM, self.found.scores_NM, self.found.keep_NM)))
+        found = Candidates(self.found.values_NM[here], self.found.scores_NM[here], self.found.keep_NM[here])
         return RetomatonStep(found, self.rows_BM[there], self.searched_B[there])
 
     @classmethod

@@ -1,0 +1,1 @@
+"""Commands about memories and the ways to combine them with a model."""
