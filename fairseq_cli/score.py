@@ -28,18 +28,22 @@ class ScoreConfig:
     """Score detokenised text with sacrebleu's own tokenizer; by default tokens are what blanks separate."""
     sentence_bleu: bool = flag("--sentence-bleu", default=False)
     """Score each sentence, with one added to the counts of n-grams of two and more tokens."""
+    baseline: str | None = flag("--baseline", default=None)
+    """Another translation of the same text: with --sacrebleu, tell whether --sys is better, by paired bootstrap."""
 
     def __post_init__(self) -> None:
         require_at_least(1, order=self.order)
         if self.ref is None:
             raise ValueError("--ref names no reference; give the file of reference sentences")
-        for name, path in (("--sys", self.sys), ("--ref", self.ref)):
-            if path != "-" and not os.path.isfile(path):
+        for name, path in (("--sys", self.sys), ("--ref", self.ref), ("--baseline", self.baseline)):
+            if path not in (None, "-") and not os.path.isfile(path):
                 raise ValueError(f"{name}: no such file: {path}")
         if self.sacrebleu and (self.sentence_bleu or self.order != 4):
             raise ValueError(
                 "--sacrebleu scores a whole text by n-grams of up to 4 tokens; leave out --sentence-bleu and --order"
             )
+        if self.baseline is not None and not self.sacrebleu:
+            raise ValueError("--baseline compares detokenised text; give --sacrebleu too")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,18 +51,26 @@ def main(argv: Sequence[str]) -> None:
     parser = FlagParser("fairseq-score", "Score a translation against a reference by BLEU.")
     parser.add_config(ScoreConfig)
     config = build(ScoreConfig, parser.parse(argv))
-    from fairseq.metrics.bleu import bleu_line, sentence_bleus, token_bleu
+    from fairseq.metrics.bleu import bleu_line, paired_bootstrap, sentence_bleus, token_bleu
 
     system, reference = _lines(config.sys), _lines(str(config.ref))
-    if len(system) != len(reference):
-        raise ValueError(
-            f"--sys {config.sys} has {len(system)} lines, --ref {config.ref} has {len(reference)}; give the same "
-            "sentences in the same order"
-        )
+    baseline = None if config.baseline is None else _lines(config.baseline)
+    for name, path, lines in (("--sys", config.sys, system), ("--baseline", config.baseline, baseline)):
+        if lines is not None and len(lines) != len(reference):
+            raise ValueError(
+                f"{name} {path} has {len(lines)} lines, --ref {config.ref} has {len(reference)}; give the same "
+                "sentences in the same order"
+            )
     if config.sacrebleu:
         metric = importlib.import_module("sacrebleu.metrics").BLEU(lowercase=config.ignore_case)
         print(metric.corpus_score(system, [reference]).format())
         print(metric.get_signature())
+        if baseline is not None:
+            told = paired_bootstrap(system, baseline, reference)
+            print(
+                f"{told.bleu:.2f} +- {told.interval:.2f} against {told.baseline:.2f} of {config.baseline}: "
+                f"p = {told.p_value:.4f} (paired bootstrap, 1,000 resamples)"
+            )
     elif config.sentence_bleu:
         scores = sentence_bleus(system, reference, order=config.order, ignore_case=config.ignore_case)
         for number, score in enumerate(scores):

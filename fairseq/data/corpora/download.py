@@ -28,7 +28,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch(name: str, bases: Sequence[str], folder: Path, sha256: str) -> Path:
+def fetch(name: str, bases: Sequence[str], folder: Path, sha256: str | None) -> Path:
     """Download ``name`` from the first base address that answers, unless the right file exists already.
 
     Bytes are collected in ``NAME.part``, from which a later call resumes; the file gets its name once its SHA-256 is
@@ -36,13 +36,16 @@ def fetch(name: str, bases: Sequence[str], folder: Path, sha256: str) -> Path:
 
     Args:
         bases: addresses to which ``/NAME`` is appended, tried in order.
-        sha256: of the whole file, in hexadecimal.
+        sha256: of the whole file, in hexadecimal; None where none is known: then the first download's is kept in
+            ``NAME.sha256`` and compared with from then on.
     Returns: the file's path, ``folder/NAME``.
     Raises: ConnectionError when no address serves the file; ValueError when its content is not the expected one.
     """
-    path = folder / name
+    path, noted = folder / name, folder / (name + ".sha256")
+    if sha256 is None and noted.exists():
+        sha256 = noted.read_text(encoding="utf-8").strip()
     if path.exists():
-        _require_digest(path, sha256)
+        _require_digest(path, sha256 or _note_digest(path, noted))
         return path
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (name + ".part")
@@ -54,13 +57,21 @@ def fetch(name: str, bases: Sequence[str], folder: Path, sha256: str) -> Path:
         except (OSError, HTTPException) as error:
             failures.append(f"{url} ({_reason(error)})")
             continue
-        _require_digest(part, sha256)
+        _require_digest(part, sha256 or _note_digest(part, noted))
         part.rename(path)
         return path
     raise ConnectionError(
         f"cannot download {name}: {'; '.join(failures)}. Check the network (downloaded bytes are kept), set "
         f"DATA_MIRROR=ADDRESS to another server that has {name}, or put the file at {path} yourself"
     )
+
+
+def _note_digest(path: Path, noted: Path) -> str:
+    """Keep the digest of a file for which none is published."""
+    digest = sha256_of(path)
+    noted.write_text(f"{digest}\n", encoding="utf-8")
+    logger.warning("no SHA-256 of %s is known to compare with; it is %s, kept in %s", path.name, digest, noted)
+    return digest
 
 
 def _require_digest(path: Path, expected: str) -> None:

@@ -118,3 +118,12 @@ def test_a_wrong_file_put_there_by_hand_is_rejected_and_kept(tmp_path: Path) -> 
 def test_no_network_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError, match=r"cannot download a\.zip: .*refused.*DATA_MIRROR"):
         download.fetch("a.zip", [closed_port()], tmp_path, DIGEST)
+
+
+def test_without_a_known_digest_the_first_one_is_kept_and_compared_with(server: Server, tmp_path: Path) -> None:
+    path = download.fetch("thing.zip", [server.base], tmp_path, None)
+    assert (tmp_path / "thing.zip.sha256").read_text().strip() == DIGEST
+    assert download.fetch("thing.zip", [], tmp_path, None) == path
+    path.write_bytes(CONTENT[1:])
+    with pytest.raises(ValueError, match=f"expected {DIGEST}"):
+        download.fetch("thing.zip", [server.base], tmp_path, None)
