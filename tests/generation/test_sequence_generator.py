@@ -275,7 +275,7 @@ def test_impossible_settings_are_rejected():
         ({"beam": 14}, "--beam 14 is too large for a dictionary of 15 types"),
         ({"beam": 0}, "--beam"),
         ({"nbest": 4, "beam": 3}, "--nbest 4 is more than the 3 hypotheses of --beam"),
-        ({"logit_temperature": 0.0}, "--temperature 0.0 is not above 0"),
+        ({"logit_temperature": 0.0}, "--temperature must be at least 1e-06, got 0.0; --beam 1 takes the most probable"),
         ({"prefix_size": 9, "max_len_b": 4}, "--prefix-size 9 begins texts that --max-len-b 4 ends before"),
     ):
         with pytest.raises(ValueError, match=message):
