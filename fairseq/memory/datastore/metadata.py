@@ -95,15 +95,16 @@ def read_metadata(prefix: str | Path) -> dict[str, Any]:
 # What a store is of, in the order in which a difference is worth naming.
 _IDENTITY = {
     "subset": "split",
-    "key_tap": "state as key",
+    "key_tap": "kind of keys",
     "key_dtype": "type of keys",
     "dim": "width of keys",
     "model_digest": "model",
-    "model_overrides": "settings of the model",
+    "model_overrides": "list of model settings",
     "dictionary_digest": "dictionary",
     "text_digest": "text",
     "source_text_digest": "source text",
     "context_window": "context window",
+    "add_bos_token": "use of --add-bos-token",
     "rows": "number of rows",
     "batches_digest": "cut of the text into batches",
 }
@@ -136,9 +137,9 @@ def is_saved(prefix: str | Path, dtype: str, metadata: Mapping[str, Any], *, ove
     for name in [*_IDENTITY, *sorted(wanted.keys() - _IDENTITY.keys() - _NOT_COMPARED)]:
         if name in wanted and name in existing and existing[name] != wanted[name]:
             raise ValueError(
-                f"datastore {str(prefix)!r} is complete and of another {_IDENTITY.get(name, name)} "
-                f"({_short(existing[name])}) than this command's ({_short(wanted[name])}); name another place, or "
-                f"replace it with {OVERWRITE}"
+                f"datastore {str(prefix)!r} is complete and its {_IDENTITY.get(name, name)} is "
+                f"{_short(existing[name])}, that of this command is {_short(wanted[name])}; name another place, or "
+                f"replace the store with {OVERWRITE}"
             )
     try:
         for shard in read_shards(prefix, existing):
