@@ -146,7 +146,8 @@ def main(argv: Sequence[str]) -> None:
     config = configs.generate
     task = TASKS[configs.task_name].load()(configs.task)
     wording = open_wording(configs, task)
-    dataset = task.blocks(config.gen_subset, **({} if task.source is None else {"needs_target": False}))
+    reads_target = config.score_reference or configs.generation.prefix_size > 0
+    dataset = task.blocks(config.gen_subset, **({} if task.source is None else {"needs_target": reads_target}))
     models = open_models(config, task, configs.overrides, configs.runtime)
     dataset = task.for_models(dataset, models)
     longest = min(model.max_positions for model in models)

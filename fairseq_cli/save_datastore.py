@@ -82,13 +82,15 @@ def main(argv: Sequence[str]) -> None:
     text = StoreText(task, config.valid_subset, dataset, batches)
     require_rows(text, knn.dstore_size)
     os.makedirs(folder, exist_ok=True)
-    rows = save_pairs(text, model, place)
+    manifest = os.path.join(folder, "datastore.run.json")
+    if not save_pairs(text, model, place) and os.path.exists(manifest):
+        return  # it tells of the command that saved the store
     write_manifest(
-        os.path.join(folder, "datastore.run.json"),
+        manifest,
         program=PROGRAM,
         argv=argv,
         config={"given": dict(given)},
-        figures={"rows": rows},
+        figures={"rows": text.num_rows},
         inputs=[path, *(f"{prefix}.bin" for prefix in task.prefixes(config.valid_subset))],
         seed=runtime.seed,
     )

@@ -113,8 +113,8 @@ def metadata_of(text: StoreText, model: TransformerLanguageModel, place: StorePl
     }
 
 
-def save_pairs(text: StoreText, model: TransformerLanguageModel, place: StorePlace) -> int:
-    """Write the store, or resume an interrupted save, and print its size and the speed; returns its rows.
+def save_pairs(text: StoreText, model: TransformerLanguageModel, place: StorePlace) -> bool:
+    """Write the store, or resume an interrupted save, and print its size and the speed; False if it is there already.
 
     Raises: ValueError or OSError when the store cannot be written, or a complete one of anything else is there.
     """
@@ -122,7 +122,7 @@ def save_pairs(text: StoreText, model: TransformerLanguageModel, place: StorePla
     sizes_of_store = {"rows": text.num_rows, "dim": model.key_dim(key_tap)}
     if is_saved(prefix, place.dtype, metadata | sizes_of_store, overwrite=place.overwrite):
         sys.stdout.write(f"{prefix} is complete already; {OVERWRITE} saves it again\n")
-        return text.num_rows
+        return False
     order = text.ids
     sizes = text.dataset.target_sizes[order]
     documents = np.stack([np.cumsum(sizes) - sizes, order, np.zeros_like(order)], axis=1)
@@ -151,4 +151,4 @@ def save_pairs(text: StoreText, model: TransformerLanguageModel, place: StorePla
         f"saved {text.num_rows} keys of width {writer.dim} to {prefix} in {seconds:.1f}s "
         f"({text.num_rows / max(seconds, 1e-9):.0f} tokens/s)\n"
     )
-    return text.num_rows
+    return True
