@@ -35,10 +35,11 @@ def save_datastore(configs: EvaluationConfigs) -> None:
     """Write the keys and next tokens of a split as a datastore."""
     from fairseq.evaluation.memories import open_reader
     from fairseq.evaluation.run import set_determinism
-    from fairseq.evaluation.save_datastore import save_and_report
+    from fairseq.evaluation.save_datastore import check_place, save_and_report
     from fairseq.evaluation.setup import open_evaluation
 
     set_determinism(configs.runtime)
+    check_place(configs)
     evaluation = open_evaluation(configs, in_order=True)
     scorer, _ = open_reader(configs, evaluation)
     save_and_report(configs, evaluation, scorer)

@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 from fairseq.config import FlagParser, build, ignored_flags
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.data.codecs import CodecConfig
-from fairseq.generation.config import GenerateConfig, GenerationConfig, StepMemoryConfig
+from fairseq.generation.config import GenerateConfig, GenerationConfig, StepKnnConfig, StepMemoryConfig
 from fairseq.generation.foreign_overrides import split_overrides
 from fairseq.memory.combiners.learned_files import read_made_for
-from fairseq.memory.sources.config import KnnConfig
+from fairseq.memory.datastore.config import SAVES_PAIRS, SAVES_TEXT
 from fairseq.options import TaskChoiceConfig, add_ignored, import_plugins, warn_ignored
 from fairseq.registry import lookup
 from fairseq.runtime.atomic_files import require_writable, writing
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
 from fairseq.runtime.manifest import Command, write_manifest
 from fairseq.tasks import TASKS
+from fairseq.tasks.configs import TranslationConfig, overridden_limits
 from fairseq_cli.entry import run
 
 if TYPE_CHECKING:
@@ -37,7 +38,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROGRAM = "generate.py"
-CONFIGS = (GenerateConfig, GenerationConfig, StepMemoryConfig, KnnConfig, RuntimeConfig, CommonConfig, DatasetConfig)
+CONFIGS = (
+    GenerateConfig,
+    GenerationConfig,
+    StepMemoryConfig,
+    StepKnnConfig,
+    RuntimeConfig,
+    CommonConfig,
+    DatasetConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -90,25 +99,31 @@ def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateCo
     of_store, of_model = split_overrides(generate.model_overrides or {})
     given = of_store | given
     step = build(StepMemoryConfig, given)
-    knn = build(KnnConfig, {"num_neighbors": 8} | of_combiner(step) | given)
+    knn = build(StepKnnConfig, of_combiner(step) | given)
     configs = GenerateConfigs(
         command=command,
         task_name=task,
-        task=build(TASKS[task].config, given),
+        task=build(TASKS[task].config, overridden_limits(of_model) | given),
         generate=generate,
         generation=build(GenerationConfig, given),
-        memory=StepMemorySettings(step, knn),
+        memory=StepMemorySettings(step, knn, store_command(task)),
         codec=build(CodecConfig, given),
         runtime=build(RuntimeConfig, given),
         common=build(CommonConfig, given),
         data=build(DatasetConfig, given),
         overrides=of_model,
     )
-    configs.memory.check()
+    generate.check_reference(configs.generation)
     require_checkpoints(generate)
+    configs.memory.check()
     if generate.results_path:
         require_writable(generate.results_path, "--results-path")
     return configs
+
+
+def store_command(task: str) -> str:
+    """Command that makes the datastore of a task's models."""
+    return SAVES_PAIRS if issubclass(TASKS[task].config, TranslationConfig) else SAVES_TEXT
 
 
 def of_combiner(config: StepMemoryConfig) -> dict[str, Any]:
@@ -131,17 +146,19 @@ def main(argv: Sequence[str]) -> None:
     config = configs.generate
     task = TASKS[configs.task_name].load()(configs.task)
     wording = open_wording(configs, task)
-    dataset = task.blocks(config.gen_subset, **({} if task.source is None else {"needs_target": False}))
+    reads_target = config.score_reference or configs.generation.prefix_size > 0
+    dataset = task.blocks(config.gen_subset, **({} if task.source is None else {"needs_target": reads_target}))
     models = open_models(config, task, configs.overrides, configs.runtime)
+    dataset = task.for_models(dataset, models)
     longest = min(model.max_positions for model in models)
     batches = task.batches(dataset, configs.data, seed=configs.runtime.seed, max_positions=longest)
     batches = batches[config.shard_id :: config.num_shards]
     run_of = _Run(configs, task, wording, models)
-    path = os.path.join(config.results_path, f"generate-{config.gen_subset}.txt") if config.results_path else None
+    path = os.path.join(config.results_path, f"{config.results_name}.txt") if config.results_path else None
     with writing(path) if path else contextlib.nullcontext(sys.stdout) as file:
         run_of.write(file, task.iterator(dataset, batches, num_workers=configs.data.num_workers), len(batches))
     if path:
-        run_of.write_files(path)
+        run_of.write_files(path, has_references=getattr(dataset, "target_side", None) is not None)
 
 
 def open_wording(configs: GenerateConfigs, task: Any) -> Wording:
@@ -196,10 +213,10 @@ class _Run:
             file.write(f"{line}\n")
 
     def _scores(self) -> list[str]:
-        """The lines of the scores; none without references."""
+        """The lines of the scores; none without references, or where they are the texts themselves."""
         from fairseq.metrics.bleu import score_texts
 
-        if not self.references:
+        if not self.references or self.reference_scorer is not None:
             return []
         config, order = self.configs.generate, sorted(self.references)
         scores = score_texts(config.scores_by, [self.hypotheses[i] for i in order], [self.references[i] for i in order])
@@ -267,13 +284,20 @@ class _Run:
             return words, False
         return words[:size], size > len(words)
 
-    def write_files(self, path: str) -> None:
-        """Write the texts alone, a sentence a line, for other scorers, and the run manifest."""
+    def write_files(self, path: str, *, has_references: bool) -> None:
+        """Write the texts alone, a sentence a line, for other scorers, and the run manifest.
+
+        Files of an earlier command that this one has no texts for are removed.
+        """
         folder, name = os.path.split(path.removesuffix(".txt"))
-        for kind, texts in (("hyp", self.hypotheses), ("ref", self.references)):
-            if texts:
-                with writing(os.path.join(folder, f"{name}.{kind}")) as file:
-                    file.writelines(f"{texts[number]}\n" for number in sorted(texts))
+        hypotheses = None if self.reference_scorer is not None else self.hypotheses
+        for kind, texts in (("hyp", hypotheses), ("ref", self.references if has_references else None)):
+            if texts is None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, f"{name}.{kind}"))
+                continue
+            with writing(os.path.join(folder, f"{name}.{kind}")) as file:
+                file.writelines(f"{texts[number]}\n" for number in sorted(texts))
         command = self.configs.command
         write_manifest(
             os.path.join(folder, f"{name}.run.json"),

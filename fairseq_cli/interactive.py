@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from fairseq.config import build, flag, require_at_least
+from fairseq.config import LARGEST_COUNT, build, flag, require_within
 from fairseq.runtime.manifest import Command
 from fairseq.tasks import TASKS
 from fairseq_cli.entry import run
@@ -37,7 +37,7 @@ class InteractiveConfig:
     """Lines that are read before they are translated together; larger is faster."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, buffer_size=self.buffer_size)
+        require_within(1, LARGEST_COUNT, buffer_size=self.buffer_size)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -67,7 +67,8 @@ class _Session:
         self.task: Any = TASKS[configs.task_name].load()(configs.task)
         self.wording: Wording = open_wording(configs, self.task)
         models = open_models(configs.generate, self.task, configs.overrides, configs.runtime)
-        self.longest = min(getattr(model.config, "max_source_positions", model.max_positions) for model in models)
+        longest = [getattr(model.config, "max_source_positions", model.max_positions) for model in models]
+        self.longest = min(*longest, getattr(configs.task, "max_source_positions", longest[0]))
         self.generator: SequenceGenerator = open_generator(
             configs.generation, configs.memory, configs.generate, self.task, models
         )

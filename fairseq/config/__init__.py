@@ -1,6 +1,7 @@
 """Options as frozen dataclasses, the flags made from them, and plug-ins. The only room that knows argparse."""
 
 from fairseq.config.flags import (
+    LARGEST_COUNT,
     FlagParser,
     Namespace,
     UnreadableError,
@@ -14,10 +15,13 @@ from fairseq.config.flags import (
     literal_dict,
     require_at_least,
     require_shard,
+    require_within,
+    shard_suffix,
     to_dict,
 )
 
 __all__ = [
+    "LARGEST_COUNT",
     "FlagParser",
     "Namespace",
     "UnreadableError",
@@ -31,5 +35,7 @@ __all__ = [
     "literal_dict",
     "require_at_least",
     "require_shard",
+    "require_within",
+    "shard_suffix",
     "to_dict",
 ]

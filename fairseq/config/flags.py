@@ -11,6 +11,8 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import math
+import numbers
 import re
 import sys
 import textwrap
@@ -71,6 +73,10 @@ def float_list(text: str) -> tuple[float, ...]:
         raise UnreadableError(f"{text!r} is not a comma-separated list of numbers (for example 0.1,0.2)") from None
 
 
+LARGEST_COUNT = 2**31 - 1
+"""Largest whole number that a count may be: it still fits what tensors and C libraries count with."""
+
+
 def require_at_least(limit: float, *, between: str = "-", hint: str = "", **values: float | None) -> None:
     """Raise ValueError for a value below the limit (or NaN), named as its flag; None is no value.
 
@@ -78,10 +84,20 @@ def require_at_least(limit: float, *, between: str = "-", hint: str = "", **valu
         between: separator in the flags' names, ``-`` or ``_``.
         hint: what the message ends with.
     """
+    require_within(limit, math.inf, between=between, hint=hint, **values)
+
+
+def require_within(low: float, high: float, *, between: str = "-", hint: str = "", **values: float | None) -> None:
+    """Raise ValueError for a value outside of two limits (or NaN, or no number); otherwise as ``require_at_least``."""
     for name, value in values.items():
-        if value is not None and not value >= limit:
-            spelling = "--" + name.replace("_", between)
-            raise ValueError(f"{spelling} must be at least {limit}, got {value}{'; ' if hint else ''}{hint}")
+        if value is None:
+            continue
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if is_number and low <= value <= high:
+            continue
+        bound = f"at most {high}" if is_number and value > high else f"at least {low}"
+        spelling = "--" + name.replace("_", between)
+        raise ValueError(f"{spelling} must be {bound}, got {value}{'; ' if hint else ''}{hint}")
 
 
 def literal_dict(text: str) -> dict[str, Any]:
@@ -130,6 +146,11 @@ def require_shard(shard_id: int, num_shards: int) -> None:
     require_at_least(1, num_shards=num_shards)
     if not 0 <= shard_id < num_shards:
         raise ValueError(f"--shard-id {shard_id} is not in 0..{num_shards - 1} (--num-shards)")
+
+
+def shard_suffix(shard_id: int, num_shards: int) -> str:
+    """Part of the names of a shard's files, such as ``.shard0of4``; empty where there is one shard."""
+    return f".shard{shard_id}of{num_shards}" if num_shards > 1 else ""
 
 
 def in_python(message: str) -> str:

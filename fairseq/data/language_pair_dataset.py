@@ -5,6 +5,7 @@ Shapes: B sentences, S positions of the longest source, T of the longest target.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,12 +105,22 @@ class LanguagePairDataset:
         fits: npt.NDArray[np.bool_] = self.source_sizes <= self.max_source_positions
         return fits if self.target_side is None else fits & (self.target_sizes <= max_positions)
 
+    def with_source_limit(self, longest: int) -> LanguagePairDataset:
+        """The same pairs, of which those fit whose source has at most ``longest`` tokens too."""
+        limited = copy.copy(self)
+        limited.max_source_positions = min(self.max_source_positions, longest)
+        return limited
+
     def lengths(self, i: int) -> str:
         """Lengths of a pair, in words."""
+        if self.target_side is None:
+            return f"{self.source_sizes[i]} source tokens"
         return f"{self.source_sizes[i]} source and {self.target_sizes[i]} target tokens"
 
     def limits(self, max_positions: int) -> str:
         """What a model reads, in words."""
+        if self.target_side is None:
+            return f"{self.max_source_positions}"
         return f"{self.max_source_positions} and {max_positions}"
 
     def source(self, i: int) -> Tokens:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.config import flag, require_at_least, require_shard
+from fairseq.config import flag, require_at_least, require_shard, require_within
 from fairseq.data.batching_config import DatasetConfig
 from fairseq.memory.retomaton.config import RetomatonConfig
-from fairseq.memory.sources.config import KnnConfig
+from fairseq.memory.sources.config import TEMPERATURES, KnnConfig
 from fairseq.runtime.atomic_files import require_writable
 from fairseq.runtime.config import RuntimeConfig
 from fairseq.runtime.manifest import Command
@@ -75,6 +74,9 @@ class MemoryEvaluationConfig:
     score_while_saving: bool = flag("--score-while-saving", default=False)
     """Compute the perplexity too while saving (costs the softmax, which saving does not need)."""
 
+    overwrite_dstore: bool = flag("--overwrite-dstore", default=False)
+    """Replace a complete datastore, also one of another split, model, key or text."""
+
     def __post_init__(self) -> None:
         if self.knnlm and self.save_knnlm_dstore:
             raise ValueError("--knnlm and --save-knnlm-dstore exclude each other; save first, then evaluate")
@@ -82,6 +84,8 @@ class MemoryEvaluationConfig:
             raise ValueError("--save-knnlm-dstore needs --dstore-mmap PREFIX: where the datastore goes")
         if self.score_while_saving and not self.save_knnlm_dstore:
             raise ValueError("--score-while-saving goes with --save-knnlm-dstore")
+        if self.overwrite_dstore and not self.save_knnlm_dstore:
+            raise ValueError("--overwrite-dstore goes with --save-knnlm-dstore")
         if self.dstore_mmap and not self.save_knnlm_dstore:
             raise ValueError(
                 f"--dstore-mmap {self.dstore_mmap} is where --save-knnlm-dstore writes: give both or neither"
@@ -137,8 +141,7 @@ class TrimeEvaluationConfig:
         for flag_name, given in (("--use-interp", self.use_interp), (f"--mode {self.mode}", self.mode != "gn")):
             if given and not self.use_external:
                 raise ValueError(f"{flag_name} mixes in the external memory: give --use-external and its datastore")
-        if not 0.0 < self.interp_temp < math.inf:
-            raise ValueError(f"--interp-temp {self.interp_temp} is not positive; 1 changes nothing")
+        require_within(*TEMPERATURES, hint="1 changes nothing", interp_temp=self.interp_temp)
 
     @property
     def interpolates(self) -> bool:

@@ -9,6 +9,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fairseq.config import shard_suffix
+
 if TYPE_CHECKING:
     from fairseq.evaluation.config import EvaluationConfigs
     from fairseq.evaluation.setup import Evaluation
@@ -45,10 +47,9 @@ def write_outputs(
     config, program = configs.evaluation, configs.command.program
     eval_file, scores_file = config.eval_file, config.scores_file
     if config.results_path:
-        eval_file = eval_file or os.path.join(
-            config.results_path, f"{os.path.splitext(program)[0]}-{config.gen_subset}.json"
-        )
-        scores_file = scores_file or os.path.join(config.results_path, f"scores-{config.gen_subset}.npz")
+        part = f"{config.gen_subset}{shard_suffix(config.shard_id, config.num_shards)}"
+        eval_file = eval_file or os.path.join(config.results_path, f"{os.path.splitext(program)[0]}-{part}.json")
+        scores_file = scores_file or os.path.join(config.results_path, f"scores-{part}.npz")
     if eval_file:
         write_atomically(eval_file, json.dumps(figures.to_dict(), indent=1) + "\n")
     if scores_file:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fairseq.evaluation.outputs import write_evaluation_manifest
 from fairseq.memory.datastore.documents import Documents
-from fairseq.memory.datastore.metadata import shard_prefix, store_exists
+from fairseq.memory.datastore.metadata import OVERWRITE, is_saved, shard_prefix
 from fairseq.memory.datastore.writer import DatastoreWriter
 
 if TYPE_CHECKING:
@@ -124,26 +124,46 @@ def _rows(values: Tensor, skip: int) -> Tensor:
     return values[skip:] if skip else values
 
 
+def store_prefixes(configs: EvaluationConfigs) -> tuple[str, str]:
+    """Prefix of the whole store, and of what this process writes: the same, or that of its shard."""
+    prefix, config = str(configs.memory.dstore_mmap), configs.evaluation
+    sharded = config.num_shards > 1
+    return prefix, shard_prefix(prefix, config.shard_id, config.num_shards) if sharded else prefix
+
+
+def check_place(configs: EvaluationConfigs) -> None:
+    """Raise ValueError, before a model is loaded, where a complete store of another split or model is in the way."""
+    from fairseq.runtime.manifest import file_digest
+
+    config = configs.evaluation
+    facts = {"subset": config.gen_subset, "model_digest": file_digest(str(config.path))}
+    for prefix in store_prefixes(configs):
+        is_saved(prefix, configs.knn.key_dtype, facts, overwrite=configs.memory.overwrite_dstore)
+
+
 def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: SequenceScorer) -> None:
     """Write the datastore, or one shard of it, and print rows, speed and, if asked for, the perplexity."""
     config, memory_config, knn = configs.evaluation, configs.memory, configs.knn
-    rows = store_rows(evaluation, knn.dstore_size)
-    prefix, sharded = str(memory_config.dstore_mmap), config.num_shards > 1
+    rows, dim = store_rows(evaluation, knn.dstore_size), evaluation.models[0].key_dim(evaluation.key_tap)
+    whole, prefix = store_prefixes(configs)
+    sharded, overwrite = prefix != whole, memory_config.overwrite_dstore
     metadata = _metadata(configs, evaluation)
+    saved = is_saved(whole, knn.key_dtype, metadata | {"rows": rows.total, "dim": dim}, overwrite=overwrite)
     if sharded:
-        prefix = shard_prefix(prefix, config.shard_id, config.num_shards)
         metadata |= {"shard_id": config.shard_id, "num_shards": config.num_shards}
         metadata |= {"first_row": rows.first, "total_rows": rows.total}
-        if store_exists(prefix, metadata | {"rows": rows.count, "key_dtype": knn.key_dtype}):
-            sys.stdout.write(f"{prefix} is complete already; remove {prefix}.json to save it again\n")
-            if not os.path.exists(f"{prefix}.run.json"):  # killed between the shard and its manifest
-                write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", {"rows": rows.count})
+        saved = is_saved(prefix, knn.key_dtype, metadata | {"rows": rows.count, "dim": dim}, overwrite=overwrite)
+    if saved:
+        sys.stdout.write(f"{prefix} is complete already; {OVERWRITE} saves it again\n")
+        if not os.path.exists(f"{prefix}.run.json"):  # killed between the store and its manifest
+            write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", {"rows": rows.count})
+        if sharded:
             _join(configs, evaluation)
-            return
+        return
     with DatastoreWriter(
         prefix,
         num_rows=rows.count,
-        dim=evaluation.models[0].key_dim(evaluation.key_tap),
+        dim=dim,
         dtype=knn.key_dtype,
         metadata=metadata,
         documents=documents_of(evaluation, rows),
@@ -172,6 +192,8 @@ def _metadata(configs: EvaluationConfigs, evaluation: Evaluation) -> dict[str, A
     return {
         "key_tap": evaluation.key_tap,
         "context_window": evaluation.context_window,
+        "add_bos_token": evaluation.task.config.add_bos_token,
+        "longest_input": evaluation.dataset.max_len,
         "subset": config.gen_subset,
         "model_digest": file_digest(str(config.path)),
         "dictionary_digest": dictionary.digest(),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.config import flag, literal_dict, require_at_least, require_shard
+from fairseq.config import LARGEST_COUNT, flag, literal_dict, require_shard, require_within, shard_suffix
 from fairseq.memory.combiners.config import KINDS
+from fairseq.memory.sources.config import KnnConfig
 from fairseq.metrics.bleu import SCORINGS
 
 
@@ -47,19 +47,21 @@ class GenerationConfig:
     """Draw from the fewest types that hold this share of the probability (arXiv 1904.09751); -1 for all."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, beam=self.beam, nbest=self.nbest)
-        require_at_least(
+        require_within(1, LARGEST_COUNT, beam=self.beam, nbest=self.nbest)
+        require_within(
             0,
+            LARGEST_COUNT,
             max_len_a=self.max_len_a,
             max_len_b=self.max_len_b,
             min_len=self.min_len,
             prefix_size=self.prefix_size,
             no_repeat_ngram_size=self.no_repeat_ngram_size,
         )
-        if not 0 < self.logit_temperature < math.inf:
-            raise ValueError(
-                f"--temperature {self.logit_temperature} is not above 0; --beam 1 takes the most probable token"
-            )
+        # Beyond these limits float32 makes infinities of the scores, and no text has a finite one.
+        require_within(-10.0, 10.0, hint="1 is the mean over the tokens, 0 the sum", lenpen=self.lenpen)
+        require_within(-1e9, 1e9, hint="1e9 keeps <unk> out of every text", unkpen=self.unkpen)
+        take_best = "--beam 1 takes the most probable token"
+        require_within(1e-6, 1e6, hint=take_best, temperature=self.logit_temperature)
         if self.nbest > self.beam:
             raise ValueError(
                 f"--nbest {self.nbest} is more than the {self.beam} hypotheses of --beam; give a larger one"
@@ -67,10 +69,15 @@ class GenerationConfig:
         for name, value in (("--sampling-topk", self.sampling_topk), ("--sampling-topp", self.sampling_topp)):
             if value > 0 and not self.sampling:
                 raise ValueError(f"{name} {value} belongs to --sampling: give it too, or leave {name} out")
+        if self.sampling_topk != -1:
+            require_within(1, LARGEST_COUNT, hint="-1 draws from all types", sampling_topk=self.sampling_topk)
+        if self.sampling_topp != -1 and not 0 < self.sampling_topp <= 1:
+            raise ValueError(
+                f"--sampling-topp {self.sampling_topp} is no share of the probability; give one above 0 and at most 1, "
+                "or -1 to draw from all types"
+            )
         if self.sampling_topk > 0 and self.sampling_topp > 0:
             raise ValueError("--sampling-topk and --sampling-topp exclude each other; give one of them")
-        if self.sampling_topp > 1:
-            raise ValueError(f"--sampling-topp {self.sampling_topp} is a share of the probability; give at most 1")
         if not self.max_len_a and self.prefix_size > self.max_len_b:
             raise ValueError(
                 f"--prefix-size {self.prefix_size} begins texts that --max-len-b {self.max_len_b} ends before; raise "
@@ -95,11 +102,12 @@ class GenerateConfig:
     quiet: bool = flag("--quiet", default=False)
     """Print the scores only."""
     results_path: str | None = flag("--results-path", default=None)
-    """Folder for the lines, in generate-SUBSET.txt, and plain texts; by default lines are printed."""
+    """Folder for the lines, in generate-SUBSET.txt, and plain texts; by default lines are printed. The files of a shard
+    are called generate-SUBSET.shardIofN."""
     model_overrides: dict[str, Any] | None = flag("--model-overrides", default=None, parse=literal_dict)
     """Dictionary literal of model settings that replace the checkpoint's, and of a datastore's."""
     score_reference: bool = flag("--score-reference", default=False)
-    """Score the references instead of generating."""
+    """Score the references instead of generating; there is no BLEU then."""
     scoring: str = flag("--scoring", default="bleu", choices=SCORINGS)
     """bleu of tokens as they are; sacrebleu (BLEU, chrF++, TER), chrf or ter of detokenised text."""
     sacrebleu: bool = flag("--sacrebleu", default=False)
@@ -110,10 +118,29 @@ class GenerateConfig:
             raise ValueError("give --path CHECKPOINT: which model generates is not known otherwise")
         require_shard(self.shard_id, self.num_shards)
 
+    def check_reference(self, generation: GenerationConfig) -> None:
+        """Raise ValueError for options of generated texts where the references are scored."""
+        others = {
+            f"--nbest {generation.nbest}": generation.nbest > 1,
+            f"--prefix-size {generation.prefix_size}": generation.prefix_size > 0,
+            "--sampling": generation.sampling,
+        }
+        for words, given in others.items():
+            if self.score_reference and given:
+                raise ValueError(
+                    f"--score-reference scores the one reference of each sentence, {words} is about generated texts; "
+                    "leave one of them out"
+                )
+
     @property
     def paths(self) -> list[str]:
         """The checkpoints."""
         return str(self.path).split(":")
+
+    @property
+    def results_name(self) -> str:
+        """Name of the files in --results-path, without their endings; each shard has one of its own."""
+        return f"generate-{self.gen_subset}{shard_suffix(self.shard_id, self.num_shards)}"
 
     @property
     def scores_by(self) -> str:
@@ -122,6 +149,16 @@ class GenerateConfig:
 
 
 LAMBDA_TYPES = ("fix", "trime", *KINDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKnnConfig(KnnConfig):
+    """Neighbours from a datastore in every step of generation (kNN-MT, arXiv 2010.00710)."""
+
+    num_neighbors: int = flag("--k", default=8)
+    """Neighbours fetched in each step."""
+    temperature: float = flag("--knn-temp", "--softmax-temp", default=1.0)
+    """Divides the similarities before they become probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ Border code: the keys are those of adaptive kNN-MT's decoder (arXiv 2105.13022).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -62,7 +63,8 @@ _NUMBERS: dict[str, type] = {
 def _number(option: str, value: Any, kind: type) -> Any:
     """A setting as the number that it must be. Raises: ValueError naming its key."""
     key = next(key for key, name in _SAME.items() if name == option)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or kind(value) != value:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    if not is_number or kind(value) != value:
         raise ValueError(f"--model-overrides: {key} {value!r} is not {'a whole' if kind is int else 'a'} number")
     return kind(value)
 

@@ -97,7 +97,7 @@ class SequenceGenerator:
             source_lengths: tokens of each source, </s> included; of a language model's prefix.
             prefix_BT: int64 beginnings that the texts are given, without </s> or padding.
             limits: tokens before </s> that each text may have, instead of those of the config.
-        Raises: ValueError for a beginning that is longer than its text may be.
+        Raises: ValueError for a beginning that is longer than its text may be, or scores that are not finite.
         """
         config, lengths_B = self.config, torch.tensor(list(source_lengths))
         count, device = len(lengths_B), self._device()
@@ -123,6 +123,11 @@ class SequenceGenerator:
             if len(beams.sentence_S):
                 steps.reorder(rows, sentences)
                 last_RT = beams.tokens_RT[:, -1:]
+        if not all(found):
+            raise ValueError(
+                f"{sum(not hypotheses for hypotheses in found)} of {count} sentences have no text with a finite score: "
+                "the model's scores overflow; run it without --fp16, or check the checkpoint"
+            )
         return [sorted(hypotheses, key=lambda h: -h.score)[: config.nbest] for hypotheses in found]
 
     def _device(self) -> torch.device:
@@ -134,7 +139,9 @@ class SequenceGenerator:
         longest = min(model.max_positions for model in self.models) - 1
         if config.match_source_len:
             return (lengths_B - 1).clamp(max=longest)
-        return (config.max_len_a * lengths_B + config.max_len_b).long().clamp(max=longest)
+        # In Python's floats, as fairseq counts: in those of a tensor a large limit overflows.
+        limits = (int(min(config.max_len_a * length + config.max_len_b, longest)) for length in lengths_B.tolist())
+        return torch.tensor(list(limits), dtype=torch.int64)
 
     def _begin(self, steps: NextToken, prefix_BT: Tensor, limit_B: Tensor) -> _Beams:
         """One row for each sentence: the beginning it was given."""

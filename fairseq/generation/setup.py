@@ -18,6 +18,7 @@ from fairseq.memory.combiners.joint import JointNormalization, WholeMemoryAdded
 from fairseq.memory.combiners.learned import LearnedCombiner, LearnedWeighting
 from fairseq.memory.combiners.learned_files import load_combiner
 from fairseq.memory.combiners.vocab_mixing import FixedWeighting, JointWeighting, VocabularyMixer, Weighting
+from fairseq.memory.datastore.describe import require_some_store
 from fairseq.memory.retrieval.file import store_digest
 from fairseq.memory.sources.external import open_external
 from fairseq.runtime.manifest import file_digest
@@ -37,6 +38,8 @@ class StepMemorySettings:
 
     memory: StepMemoryConfig
     knn: KnnConfig
+    saved_by: str
+    """Command that makes the datastore of such a model."""
 
     def check(self) -> None:
         """Raise ValueError for options that contradict each other, before anything is loaded."""
@@ -57,6 +60,7 @@ class StepMemorySettings:
                 "farther a neighbour, the more it would count. Build the index with --dist ip and give "
                 "--faiss-metric-type ip, or leave --knn-lambda-type out"
             )
+        require_some_store(knn.dstore_filename, self.saved_by)
 
     def combiner(self, dim: int, memory: NeighborMemory) -> Combiner:
         """The same for given targets."""
@@ -118,6 +122,7 @@ def open_memory(
         dictionary_digest=task.dictionary.digest(),
         dictionary_size=len(task.dictionary),
         model_digest=digest,
+        saved_by=settings.saved_by,
     )
     now = {"kind": settings.memory.knn_lambda_type} | setting_of(settings.knn, memory, tap)
     weighting = settings.weighting(dim, now | {"model_digest": digest()} if settings.memory.combiner else now)

@@ -41,6 +41,8 @@ class CombinerRun:
     key_tap: str
     config: CombinerTrainingConfig
     seed: int
+    saved_by: str
+    """Command that makes the datastore of such a model."""
 
     def open_memory(self) -> ExternalMemory:
         """The datastore. Raises: ValueError or OSError when it does not fit the model."""
@@ -51,6 +53,7 @@ class CombinerRun:
             dictionary_digest=self.task.dictionary.digest(),
             dictionary_size=len(self.task.dictionary),
             model_digest=lambda: file_digest(self.checkpoint),
+            saved_by=self.saved_by,
         )
 
     def train(self, dataset: Any, batches: list[Any], path: str) -> TrainingReport:

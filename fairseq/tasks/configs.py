@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fairseq.config import UnreadableError, flag, require_at_least
 
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
+
+
+def overridden_limits(overrides: Mapping[str, Any] | None) -> dict[str, int]:
+    """Longest sentences that --model-overrides names: they are limits of the data too, unless flags name others.
+
+    Raises: ValueError for one that is no positive integer.
+    """
+    names = ("max_source_positions", "max_target_positions")
+    found = {name: value for name, value in (overrides or {}).items() if name in names}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"--model-overrides: {name} {value!r} is not a positive integer; give one")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from fairseq.checkpoint_utils import vocabulary_size
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from fairseq.data.language_pair_dataset import LanguagePairDataset, Sentences, Side
 from fairseq.tasks.configs import TranslationConfig
 from fairseq.tasks.data_folder import DataFolderTask
+
+if TYPE_CHECKING:
+    from fairseq.checkpoint_utils import Checkpoint
+    from fairseq.models.transformer_lm import TransformerLanguageModel
+    from fairseq.runtime.config import RuntimeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +40,8 @@ class TranslationTask(DataFolderTask):
         """
         super().__init__(config)
         self.source_lang, self.target_lang = self._languages()
+        # A checkpoint keeps the config: it then says which direction its model translates.
+        self.config = dataclasses.replace(config, source_lang=self.source_lang, target_lang=self.target_lang)
         self.source: Dictionary = self._dictionary(self.source_lang)
         self.dictionary = self._dictionary(self.target_lang)
         if self.source.pad() != self.dictionary.pad():
@@ -84,6 +96,35 @@ class TranslationTask(DataFolderTask):
         """See the base class."""
         limits = {"max_source_positions": self.config.max_source_positions}
         return super().model_limits() | limits
+
+    def for_models(self, dataset: Any, models: Sequence[TransformerLanguageModel]) -> Any:
+        """The same pairs, of which those fit whose source all models read."""
+        longest = min(getattr(model.config, "max_source_positions", sys.maxsize) for model in models)
+        return dataset.with_source_limit(longest) if isinstance(dataset, LanguagePairDataset) else dataset
+
+    def load_model(
+        self, checkpoint: Checkpoint, path: str, overrides: Mapping[str, Any] | None, runtime: RuntimeConfig
+    ) -> TransformerLanguageModel:
+        """See the base class. Raises: ValueError too for a model of the other direction."""
+        self._require_direction(checkpoint, path)
+        return super().load_model(checkpoint, path, overrides, runtime)
+
+    def _require_direction(self, checkpoint: Checkpoint, path: str) -> None:
+        """Raise ValueError for a model that translates the other way round; a warning where its dictionaries fit."""
+        trained, source, target = checkpoint.config.get("task", {}), self.source_lang, self.target_lang
+        names = ("source_dictionary_digest", "dictionary_digest")
+        saved, own = [trained.get(name) for name in names], [self.source.digest(), self.dictionary.digest()]
+        turned = (trained.get("source_lang"), trained.get("target_lang")) == (target, source)
+        if not turned and (own[0] == own[1] or saved != own[::-1]):
+            return
+        sizes = [vocabulary_size(checkpoint.model, side) for side in ("encoder", "decoder")]
+        text = (
+            f"{path} translates {target}-{source}, {source}-{target} is asked for; give --source-lang {target} "
+            f"--target-lang {source}, or a model of {source}-{target}"
+        )
+        if sizes != [len(self.source), len(self.dictionary)] or any(a not in (None, b) for a, b in zip(saved, own)):
+            raise ValueError(text)
+        logger.warning("%s (the dictionaries fit, as they are the same for both languages)", text)
 
     def has_split(self, split: str) -> bool:
         """See the base class."""

@@ -11,17 +11,19 @@ from typing import Any
 from fairseq.config import FlagParser, build, flag, literal_dict, to_dict
 from fairseq.config.plugins import import_user_dir
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
+from fairseq.generation.config import StepKnnConfig
 from fairseq.memory.combiners.config import CombinerTrainingConfig
-from fairseq.memory.sources.config import KnnConfig
+from fairseq.memory.datastore.config import SAVES_PAIRS, SAVES_TEXT
 from fairseq.options import TaskChoiceConfig
 from fairseq.registry import lookup
 from fairseq.runtime.atomic_files import require_writable
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
 from fairseq.tasks import TASKS
+from fairseq.tasks.configs import TranslationConfig, overridden_limits
 from fairseq_cli.entry import run
 
 PROGRAM = "fairseq-train-combiner"
-CONFIGS = (CombinerTrainingConfig, KnnConfig, RuntimeConfig, CommonConfig, DatasetConfig)
+CONFIGS = (CombinerTrainingConfig, StepKnnConfig, RuntimeConfig, CommonConfig, DatasetConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     given, task_name = _parsed(argv)
     config, training = build(TrainCombinerConfig, given), build(CombinerTrainingConfig, given)
     runtime, data = build(RuntimeConfig, given), build(DatasetConfig, given)
-    knn = build(KnnConfig, {"num_neighbors": 8} | given)
+    knn = build(StepKnnConfig, given)
     if not knn.dstore_filename:
         raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     path = config.file_of(training.kind)
@@ -65,12 +67,17 @@ def main(argv: Sequence[str]) -> None:
 
     from fairseq.checkpoint_utils import load_checkpoint
     from fairseq.generation.train_combiner import CombinerRun
+    from fairseq.memory.datastore.describe import require_some_store
     from fairseq.runtime.manifest import write_manifest
 
-    task = TASKS[task_name].load()(build(TASKS[task_name].config, given))
+    saved_by = SAVES_PAIRS if issubclass(TASKS[task_name].config, TranslationConfig) else SAVES_TEXT
+    require_some_store(knn.dstore_filename, saved_by)
+    limits = overridden_limits(config.model_overrides)
+    task = TASKS[task_name].load()(build(TASKS[task_name].config, limits | given))
     dataset = task.blocks(config.valid_subset)
     checkpoint = str(config.path)
     model = task.load_model(load_checkpoint(checkpoint), checkpoint, config.model_overrides, runtime)
+    dataset = task.for_models(dataset, [model])
     batches = task.training_batches(
         dataset,
         max_tokens=data.max_tokens,
@@ -82,7 +89,8 @@ def main(argv: Sequence[str]) -> None:
         max_positions=model.max_positions,
     )
     tap = config.knn_keytype or ("last_ffn_input" if task.source is None else "model_output")
-    report = CombinerRun(task, model, checkpoint, knn, tap, training, runtime.seed).train(dataset, batches, path)
+    work = CombinerRun(task, model, checkpoint, knn, tap, training, runtime.seed, saved_by)
+    report = work.train(dataset, batches, path)
     sys.stdout.write(
         f"held-out loss of {report.num_held_out} tokens: model alone {report.model_alone:.4f}, {training.kind} "
         f"{report.best:.4f} nats per token after {report.epochs} epochs ({report.seconds:.1f}s): {path}\n"

@@ -111,12 +111,42 @@ def test_a_shard_that_is_saved_is_not_saved_again(save, tmp_path, capsys):
     assert len(Datastore.open(tmp_path / "d")) == rows
 
 
+def test_a_complete_store_of_other_things_stays(save, tmp_path, capsys, monkeypatch):
+    save(tmp_path / "d", "--max-tokens", 64)
+    before = (tmp_path / "d_keys.npy").read_bytes()
+    capsys.readouterr()
+    save(tmp_path / "d", "--max-tokens", 64)
+    assert capsys.readouterr().out == f"{tmp_path}/d is complete already; --overwrite-dstore saves it again\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("fairseq.evaluation.setup.load_checkpoint", None)  # both are named before a model is loaded
+        for words, message in (
+            (("--gen-subset", "test"), "its split is 'valid', that of this command is 'test'; name another place, or"),
+            (("--dstore-fp16",), "its type of keys is 'float32', that of this command is 'float16'"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                save(tmp_path / "d", "--max-tokens", 64, *words)
+    with pytest.raises(ValueError, match="its cut of the text into batches is"):
+        save(tmp_path / "d", "--max-tokens", 128)
+    with pytest.raises(ValueError, match="its use of --add-bos-token is False, that of this command is True"):
+        save(tmp_path / "d", "--max-tokens", 64, "--add-bos-token")
+    assert (tmp_path / "d_keys.npy").read_bytes() == before
+    with open(tmp_path / "d_keys.npy", "r+b") as file:
+        file.truncate(8)
+    save(tmp_path / "d", "--max-tokens", 64)  # the same one, whose keys were cut short
+    assert (tmp_path / "d_keys.npy").read_bytes() == before
+    save(tmp_path / "d", "--max-tokens", 64, "--gen-subset", "test", "--overwrite-dstore")
+    assert Datastore.open(tmp_path / "d").metadata["subset"] == "test"
+
+
 def test_parts_of_different_commands_make_no_store(save, tmp_path, caplog):
     words = ["--max-tokens", 64, "--num-shards", 2]
     for shard in range(2):
         save(tmp_path / "d", *words, "--shard-id", shard)
     whole = (tmp_path / "d.json").read_bytes()
-    save(tmp_path / "d", *words, "--shard-id", 0, "--knn-keytype", "model_output")
+    other = ["--knn-keytype", "model_output"]
+    with pytest.raises(ValueError, match="complete and its kind of keys is 'last_ffn_input', .* is 'model_output'"):
+        save(tmp_path / "d", *words, "--shard-id", 0, *other)
+    save(tmp_path / "d", *words, "--shard-id", 0, *other, "--overwrite-dstore")
     told = "key_tap is 'model_output' in the first and 'last_ffn_input' in the second"
     assert told in caplog.text
     assert (tmp_path / "d.json").read_bytes() == whole
@@ -126,7 +156,7 @@ def test_parts_of_different_commands_make_no_store(save, tmp_path, caplog):
         Datastore.open(tmp_path / "d")
     with pytest.raises(ValueError, match=told):
         merge(tmp_path / "d")
-    save(tmp_path / "d", *words, "--shard-id", 1, "--knn-keytype", "model_output")
+    save(tmp_path / "d", *words, "--shard-id", 1, *other, "--overwrite-dstore")
     assert Datastore.open(tmp_path / "d").metadata["key_tap"] == "model_output"
 
 

@@ -238,7 +238,7 @@ def test_overrides(evaluated: Told, overrides: str, message: str) -> None:
         "--k 5000": "--k 5000 is larger than the datastore, which has",
         "--lmbda 1.2": "--lmbda 1.2 is not in [0, 1]",
         "--lmbda -0.1": "--lmbda -0.1 is not in [0, 1]",
-        "--softmax-temp 0": "--softmax-temp 0.0 is not positive",
+        "--softmax-temp 0": "--softmax-temp must be at least 1e-06, got 0.0",
         "--probe 0": "--probe must be at least 1, got 0",
         "--save-knnlm-dstore --dstore-mmap x": "--knnlm and --save-knnlm-dstore exclude each other",
         "--dstore-size 7": "--dstore-size says 7",

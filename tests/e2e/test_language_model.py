@@ -143,7 +143,7 @@ def test_two_processes_train_the_same_model_as_two_batches_per_update(
     [
         (("--path", "nowhere.pt"), "no checkpoint at 'nowhere.pt'"),
         (("--lmbda", "1.3", "--knnlm"), "--lmbda 1.3 is not in [0, 1]"),
-        (("--softmax-temp", "0", "--knnlm"), "--softmax-temp 0.0 is not positive"),
+        (("--softmax-temp", "0", "--knnlm"), "--softmax-temp must be at least 1e-06, got 0.0"),
         (("--context-windw", "3"), "did you mean '--context-window'"),
         (("--gen-subset", "tset"), "no split 'tset'"),
         (("--context-window", "400"), "leaves nothing"),

@@ -18,6 +18,7 @@ from fairseq_cli import eval_lm, preprocess, train
 from fairseq_cli.entry import run
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = (("eval_lm-test", "json"), ("scores-test", "npz"), ("eval_lm-test", "json.run.json"))
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"}
 
 
@@ -48,6 +49,16 @@ def test_an_output_in_a_missing_folder_is_written(data_bin: Path, trained: Path,
     out = tmp_path / "no" / "such" / "e.json"
     eval_lm.main([*evaluation(data_bin, trained), "--eval-file", str(out)])
     assert out.exists()
+
+
+def test_each_shard_writes_its_own_results(data_bin: Path, trained: Path, tmp_path: Path) -> None:
+    for shard in range(2):
+        words = ["--num-shards", "2", "--shard-id", str(shard), "--results-path", str(tmp_path)]
+        eval_lm.main([*evaluation(data_bin, trained), *words])
+    names = {f"{kind}.shard{shard}of2.{end}" for shard in range(2) for kind, end in RESULTS}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    shares = [json.loads((tmp_path / f"eval_lm-test.shard{shard}of2.json").read_text()) for shard in range(2)]
+    assert all(share["num_tokens"] for share in shares)
 
 
 def test_an_interrupted_import_is_one_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from sacrebleu.metrics import BLEU
 from fairseq.checkpoint_utils import load_checkpoint
 from fairseq.data.dictionary import Dictionary
 from fairseq.generation.foreign_overrides import split_overrides
+from fairseq.generation.save_datastore import StoreText
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
 from fairseq.tasks.configs import TranslationConfig
@@ -153,6 +154,27 @@ def test_generated_lines_and_scores(data, model, capsys, tmp_path):
     assert json.loads((tmp_path / "generate-test.run.json").read_text())["figures"]["sentences"] == 40
 
 
+def test_each_shard_writes_its_own_files(data, model, tmp_path):
+    def translate(*words):
+        generate.main([str(data), "--path", str(model), "--beam", "2", "--cpu", *words])
+
+    translate("--results-path", str(tmp_path / "whole"))
+    for shard in range(3):
+        words = ["--num-shards", "3", "--shard-id", str(shard), "--max-sentences", "24"]
+        translate("--results-path", str(tmp_path / "parts"), *words)
+    for kind in ("hyp", "ref"):
+        parts = [(tmp_path / "parts" / f"generate-test.shard{shard}of3.{kind}").read_text() for shard in range(3)]
+        assert sorted("".join(parts).splitlines()) == sorted(
+            (tmp_path / "whole" / f"generate-test.{kind}").read_text().splitlines()
+        )
+        assert parts[0]
+        assert parts[2] == "", "40 sentences make two batches: the third shard has none"
+    assert (tmp_path / "parts" / "generate-test.shard2of3.txt").read_text() == ""
+    translate("--results-path", str(tmp_path / "whole"), "--score-reference")
+    assert "BLEU" not in (tmp_path / "whole" / "generate-test.txt").read_text()
+    assert not (tmp_path / "whole" / "generate-test.hyp").exists(), "the references are no hypotheses"
+
+
 def test_references_are_scored(data, model, capsys):
     out = lines_of(capsys, generate.main, data, "--path", model, "--score-reference", "--cpu")
     task = TranslationTask(TranslationConfig(data=str(data)))
@@ -222,6 +244,7 @@ def test_a_trained_combiner_translates_and_scores(kind, data, model, store, caps
     assert lines_of(capsys, generate.main, *words, "--beam", 3) != plain
     # What a whole vocabulary is mixed to is what the references are scored by: a text that is forced step by step.
     scored = lines_of(capsys, generate.main, *words, "--score-reference")
+    assert not [line for line in scored if "BLEU" in line]
     forced = lines_of(capsys, generate.main, *words, "--beam", 1, "--prefix-size", 100)
     for number in range(0, 40, 7):
         one, two = (
@@ -272,6 +295,11 @@ def test_python_translates_too(data, model, capsys):
         (["--prefix-size", "9", "--max-len-b", "3"], "--prefix-size 9 begins texts that --max-len-b 3 ends before"),
         (["--bpe", "subword_nmt"], "--bpe subword_nmt needs --bpe-codes FILE; give it"),
         (["--knnmt"], "--knnmt needs --dstore-filename"),
+        (["--knnmt", "--dstore-filename", "x/y"], "no datastore at 'x/y': .* save one with save_datastore.py$"),
+        (["--unkpen", "nan"], "--unkpen must be at least"),
+        (["--score-reference", "--nbest", "2"], "--score-reference scores the one reference .* --nbest 2"),
+        (["-s", "yy", "-t", "xx"], "translates xx-yy, yy-xx is asked for; give --source-lang xx --target-lang yy"),
+        (["--model-overrides", "{'max_source_positions': 4}"], "sentence \\d+ has .* the model reads at most 4"),
         (
             ["--knnmt", "--dstore-filename", "x", "--knn-lambda-type", "trime"],
             "--knn-lambda-type trime is about inner products, the index's metric is l2",
@@ -399,3 +427,60 @@ def test_an_interrupted_store_is_gone_on_with(data, model, store, tmp_path, monk
     assert ("resuming at row" in caplog.text) == (call > 1)
     for name in ("keys.npy", "vals.npy", "docs.npy"):
         assert (tmp_path / "cut" / name).read_bytes() == (store / name).read_bytes()
+
+
+def test_a_complete_store_of_other_things_stays(data, model, tmp_path, capsys, monkeypatch):
+    def save(*words):
+        place = ["--path", str(model), "--dstore-mmap", str(tmp_path / "s"), "--cpu", "--max-tokens", "300"]
+        return lines_of(capsys, save_datastore.main, data, *place, *words)
+
+    assert save("--valid-subset", "valid")[0].startswith("saved ")
+    before = (tmp_path / "s" / "keys.npy").read_bytes()
+    assert save("--valid-subset", "valid") == [f"{tmp_path}/s/ is complete already; --overwrite-dstore saves it again"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TranslationTask, "load_model", None)  # each is named before a model is loaded
+        for words, message in (
+            (("--valid-subset", "test"), "complete and its split is 'valid', that of this command is 'test'; name"),
+            (
+                ("--valid-subset", "valid", "--dstore-fp16"),
+                "type of keys is 'float32', .* is 'float16'",
+            ),
+            (("--valid-subset", "valid", "--knn-keytype", "last_ffn_input"), "kind of keys is 'model_output'"),
+            (("--valid-subset", "valid", "--model-overrides", {"dropout": 0.5}), "list of model settings is"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                save(*words)
+    with pytest.raises(ValueError, match="its cut of the text into batches is"):
+        save("--valid-subset", "valid", "--max-sentences", "8")
+    assert (tmp_path / "s" / "keys.npy").read_bytes() == before
+    assert save("--valid-subset", "test", "--overwrite-dstore")[0].startswith("saved ")
+    assert Datastore.open(tmp_path / "s").metadata["subset"] == "test"
+    (tmp_path / "s" / "datastore.json").unlink()
+    with pytest.raises(ValueError, match="keys.npy exists and .* does not: it may be the store of another program"):
+        save("--valid-subset", "test")
+
+
+def test_a_save_resumes_with_the_same_batches_only(data):
+    task = TranslationTask(TranslationConfig(data=str(data)))
+    dataset = task.blocks("train")
+    one, two = np.flatnonzero(dataset.source_sizes == dataset.source_sizes[0])[:2]
+    together, apart = (StoreText(task, "train", dataset, cut) for cut in ([[one, two]], [[one], [two]]))
+    assert together.ids.tolist() == apart.ids.tolist()
+    assert together.batches_digest() != apart.batches_digest()
+    cut = TranslationTask(TranslationConfig(data=str(data), truncate_source=True, max_source_positions=3))
+    shorter = StoreText(cut, "train", cut.blocks("train"), [[one, two]])
+    assert shorter.batches_digest() != together.batches_digest()
+
+
+def test_the_models_own_limit_of_sources_is_named(data, tmp_path):
+    words = ["--encoder-learned-pos", "--max-source-positions", "6", "--max-update", "1", "--save-dir", str(tmp_path)]
+    train.main([str(data), *MODEL, *words, "--skip-invalid-size-inputs-valid-test"])
+    words = [str(data), "--path", str(tmp_path / "checkpoint_last.pt"), "--cpu"]
+    message = r"sentence \d+ has \d+ source.* tokens, the model reads at most 6"
+    with pytest.raises(ValueError, match=message):
+        generate.main(words)
+    with pytest.raises(ValueError, match=message):
+        save_datastore.main([*words, "--dstore-mmap", str(tmp_path / "s"), "--valid-subset", "test"])
+    (tmp_path / "line").write_text("s1 s2 s3 s4 s5 s6\n")
+    with pytest.raises(ValueError, match="line 1 has 7 tokens, the model reads at most 6"):
+        interactive.main([*words, "--input", str(tmp_path / "line")])

@@ -418,7 +418,7 @@ EXTERNALLY = ("--use-external", "--dstore-filename", "nowhere")
         (("--use-local", "--lmbda", 0.3), "--lmbda 0.3 has no effect without --use-interp"),
         ((*EXTERNALLY, "--lmbda", 0.3), "--lmbda 0.3 has no effect without --use-interp"),
         ((*EXTERNALLY, "--use-interp", "--lmbda", 1.3), "--lmbda 1.3 is not in [0, 1]"),
-        ((*EXTERNALLY, "--use-interp", "--interp-temp", 0), "--interp-temp 0.0 is not positive"),
+        ((*EXTERNALLY, "--use-interp", "--interp-temp", 0), "--interp-temp must be at least 1e-06, got 0.0"),
         ((*EXTERNALLY, "--no-load-keys"), "an index of metric 'l2' gives another one: leave out --no-load-keys"),
         ((*EXTERNALLY, "--no-load-keys", "--faiss-metric-type", "cos"), "an index of metric 'cos' gives another one"),
         ((*EXTERNALLY, "--knn-sim-func", "do_not_recomp_l2"), "leave out --knn-sim-func do_not_recomp_l2"),

@@ -80,6 +80,20 @@ def test_limits_of_length(seed):
         require_equal(found, beam_search(model, source, beam=3, limit=limit, min_len=3))
 
 
+def test_a_limit_beyond_the_model_is_the_models():
+    model = make_model(0)
+    longest, expected = generate([model], SOURCES, max_len_a=2e9), generate([model], SOURCES, max_len_b=29)
+    assert [h[0].tokens.tolist() for h in longest] == [h[0].tokens.tolist() for h in expected]
+
+
+def test_scores_that_are_not_finite_are_named():
+    model = make_model(0)
+    with torch.no_grad():
+        model.decoder.output_projection.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="4 of 4 sentences have no text with a finite score"):
+        generate([model], SOURCES)
+
+
 def test_no_ngram_occurs_twice():
     model = make_model(3)
     plain = generate([model], SOURCES, max_len_b=12)
@@ -275,7 +289,7 @@ def test_impossible_settings_are_rejected():
         ({"beam": 14}, "--beam 14 is too large for a dictionary of 15 types"),
         ({"beam": 0}, "--beam"),
         ({"nbest": 4, "beam": 3}, "--nbest 4 is more than the 3 hypotheses of --beam"),
-        ({"logit_temperature": 0.0}, "--temperature 0.0 is not above 0"),
+        ({"logit_temperature": 0.0}, "--temperature must be at least 1e-06, got 0.0; --beam 1 takes the most probable"),
         ({"prefix_size": 9, "max_len_b": 4}, "--prefix-size 9 begins texts that --max-len-b 4 ends before"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import flag, require_at_least
+from fairseq.config import LARGEST_COUNT, flag, require_within
 
 KINDS = ("adaptive", "kster", "robust")
 
@@ -31,12 +31,11 @@ class CombinerTrainingConfig:
     """Share of the sentences that decide when training stops."""
 
     def __post_init__(self) -> None:
-        require_at_least(
-            1, hidden_size=self.hidden, batch_tokens=self.batch_tokens, max_epoch=self.max_epoch, patience=self.patience
-        )
+        require_within(1, LARGEST_COUNT, hidden_size=self.hidden, batch_tokens=self.batch_tokens)
+        require_within(1, LARGEST_COUNT, max_epoch=self.max_epoch, patience=self.patience)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"--combiner-dropout {self.dropout} is not in [0, 1); 0 drops nothing")
-        if not self.rate > 0.0:
-            raise ValueError(f"--lr {self.rate} is not positive; 3e-4 is the default")
+        if not 0.0 < self.rate <= 100.0:
+            raise ValueError(f"--lr {self.rate} is not above 0 and at most 100; 3e-4 is the default")
         if not 0.0 < self.held_out < 1.0:
             raise ValueError(f"--held-out {self.held_out} is not between 0 and 1; 0.2 is the default")

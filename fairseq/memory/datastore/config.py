@@ -9,6 +9,12 @@ from fairseq.config import UnreadableError, flag, int_list, require_at_least
 
 KEY_TYPES = ("float32", "float16", "bfloat16")
 
+SAVES_TEXT = "eval_lm.py --save-knnlm-dstore"
+"""Command that makes the store of a language model."""
+SAVES_PAIRS = "save_datastore.py"
+"""Command that makes the store of a translation model."""
+SAVES_EITHER = f"{SAVES_TEXT} (a translation model: {SAVES_PAIRS})"
+
 
 def row_ranges(text: str) -> tuple[tuple[int, int], ...]:
     """Parse ``3,10-20`` into pairs of first and last row. Raises: UnreadableError when it is anything else."""

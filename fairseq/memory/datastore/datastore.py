@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
+from fairseq.memory.datastore.config import SAVES_EITHER
 from fairseq.memory.datastore.describe import StoreDescription, StoreHints, describe
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.foreign_formats import ForeignFiles, map_keys, map_values
@@ -129,16 +130,18 @@ class Datastore:
         key_tap: str | None = None,
         dictionary_digest: str | None = None,
         dictionary_size: int | None = None,
+        saved_by: str = SAVES_EITHER,
     ) -> Datastore:
         """Check that the store fits its user; facts that the files lack are not compared. Returns the store itself.
 
+        Args:
+            saved_by: command that makes such a store, for messages.
         Raises: ValueError with both values.
         """
         name = f"datastore {self.prefix!r}"
         if dim is not None and dim != self.dim:
             raise ValueError(
-                f"{name} has keys of width {self.dim}; the model makes {dim}: save one with this model "
-                "(--save-knnlm-dstore)"
+                f"{name} has keys of width {self.dim}; the model makes {dim}: save one of this model with {saved_by}"
             )
         if size is not None and size != len(self):
             raise ValueError(f"{name} has {len(self)} rows; --dstore-size says {size}: leave the flag out")

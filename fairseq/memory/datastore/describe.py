@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fairseq.memory.datastore.config import SAVES_EITHER
 from fairseq.memory.datastore.foreign_formats import ForeignFiles
 from fairseq.memory.datastore.layout import KEY_DTYPES, PROGRESS, StoreFiles
 from fairseq.memory.datastore.metadata import read_metadata, saved_shards
@@ -35,6 +36,8 @@ class StoreHints:
     """The keys are float16: TRIME's names and int64 values, or kNN-LM's names and int16 values."""
     bf16: bool = False
     """The keys are bfloat16."""
+    saved_by: str = SAVES_EITHER
+    """Command that makes such a store, for messages."""
 
     @property
     def key_dtype(self) -> str:
@@ -68,18 +71,26 @@ def describe(prefix: str | Path, hints: StoreHints | None = None, *, with_keys: 
         _require_stated_type(prefix, metadata["key_dtype"], stated)
         return StoreDescription(str(prefix), stated, metadata=metadata)
     if hints is None:
-        raise ValueError(_why_not_opened(prefix))
+        raise ValueError(_why_not_opened(prefix, SAVES_EITHER))
     # Sizes in the names or headers are looked for under the stated type, as the files of that type are named.
     files = ForeignFiles.find(prefix, stated.key_dtype)
     if stated.dim is None and not files.state_their_sizes:
-        raise ValueError(_why_not_opened(prefix))
+        raise ValueError(_why_not_opened(prefix, stated.saved_by))
     if with_keys:
         is_complete = files.present()
     else:
         is_complete = files.values.exists() and stated.size is not None and stated.dim is not None
     if not is_complete:
-        raise ValueError(_why_not_opened(prefix))
+        raise ValueError(_why_not_opened(prefix, stated.saved_by))
     return StoreDescription(str(prefix), stated, foreign=files)
+
+
+def require_some_store(prefix: str | Path, saved_by: str) -> None:
+    """Raise ValueError where no file of any store is, complete or not, before anything is loaded for its sake."""
+    names = [StoreFiles.of(prefix, dtype) for dtype in KEY_DTYPES]
+    files = [names[0].metadata, names[0].progress, names[0].values, *(each.keys for each in names)]
+    if not any(path.exists() for path in files) and not saved_shards(prefix) and not Path(prefix).is_dir():
+        raise ValueError(_nothing_there(prefix, saved_by))
 
 
 def _require_stated_type(prefix: str | Path, dtype: str, stated: StoreHints) -> None:
@@ -90,7 +101,13 @@ def _require_stated_type(prefix: str | Path, dtype: str, stated: StoreHints) -> 
             )
 
 
-def _why_not_opened(prefix: str | Path) -> str:
+def _nothing_there(prefix: str | Path, saved_by: str) -> str:
+    return (
+        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; save one with {saved_by}"
+    )
+
+
+def _why_not_opened(prefix: str | Path, saved_by: str) -> str:
     """The reason why a store cannot be opened by its metadata, with the fix."""
     existing = [names for names in (StoreFiles.of(prefix, dtype) for dtype in KEY_DTYPES) if names.keys.exists()]
     saved = saved_shards(prefix)
@@ -113,10 +130,7 @@ def _why_not_opened(prefix: str | Path) -> str:
             "the original programs their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
             "hold float16, or convert them with fairseq-datastore convert to a store that needs no flags"
         )
-    return (
-        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; save one with "
-        "eval_lm.py --save-knnlm-dstore"
-    )
+    return _nothing_there(prefix, saved_by)
 
 
 def _why_not_joined(prefix: str, saved: Mapping[int, set[int]]) -> str:

@@ -92,6 +92,64 @@ def read_metadata(prefix: str | Path) -> dict[str, Any]:
     return metadata
 
 
+# What a store is of, in the order in which a difference is worth naming.
+_IDENTITY = {
+    "subset": "split",
+    "key_tap": "kind of keys",
+    "key_dtype": "type of keys",
+    "dim": "width of keys",
+    "model_digest": "model",
+    "model_overrides": "list of model settings",
+    "dictionary_digest": "dictionary",
+    "text_digest": "text",
+    "source_text_digest": "source text",
+    "context_window": "context window",
+    "add_bos_token": "use of --add-bos-token",
+    "rows": "number of rows",
+    "batches_digest": "cut of the text into batches",
+}
+_NOT_COMPARED = {"with_scores", "dictionary_size", "num_documents"}
+OVERWRITE = "--overwrite-dstore"
+
+
+def is_saved(prefix: str | Path, dtype: str, metadata: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """True if the store that a command would write is complete already; False if it is to be written.
+
+    Args:
+        dtype: type of its keys.
+        metadata: facts about it; those that an existing store does not record are not compared.
+        overwrite: True replaces whatever is there.
+    Raises: ValueError with both values when a complete store of anything else is there.
+    """
+    names, wanted = StoreFiles.of(prefix, dtype), {**metadata, "key_dtype": dtype}
+    if overwrite:
+        return False
+    if not names.metadata.exists():
+        if names.keys.exists() and names.values.exists() and not names.progress.exists():
+            raise ValueError(
+                f"{names.keys} exists and {names.metadata} does not: it may be the store of another program; name "
+                f"another place, or replace it with {OVERWRITE}"
+            )
+        return False
+    existing = read_json(names.metadata, f"remove it, or replace the store with {OVERWRITE}")
+    if not existing.get("complete"):
+        return False
+    for name in [*_IDENTITY, *sorted(wanted.keys() - _IDENTITY.keys() - _NOT_COMPARED)]:
+        if name in wanted and name in existing and existing[name] != wanted[name]:
+            raise ValueError(
+                f"datastore {str(prefix)!r} is complete and its {_IDENTITY.get(name, name)} is "
+                f"{_short(existing[name])}, that of this command is {_short(wanted[name])}; name another place, or "
+                f"replace the store with {OVERWRITE}"
+            )
+    try:
+        for shard in read_shards(prefix, existing):
+            shard.keys()
+            shard.values()
+    except (ValueError, KeyError):  # its arrays are gone or cut short
+        return False
+    return True
+
+
 def store_exists(prefix: str | Path, metadata: Mapping[str, Any]) -> bool:
     """True if a complete store with this metadata exists."""
     path = StoreFiles.of(prefix, "float32").metadata

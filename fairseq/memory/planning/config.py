@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from fairseq.config import flag, require_at_least
+from fairseq.config import flag, require_at_least, require_within
 from fairseq.memory.datastore.config import KEY_TYPES, count
 
 
@@ -41,10 +40,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         require_at_least(1, keys=self.keys, dim=self.dim, queries=self.queries, k=self.k, ncentroids=self.ncentroids)
         require_at_least(1, code_size=self.code_size, probe=self.probe, train_size=self.train_size)
-        if not 0.0 < self.search_memory < math.inf:
-            raise ValueError(
-                f"--search-memory {self.search_memory} is not a positive number of GB; give 2, for example"
-            )
+        require_within(1e-6, 1e6, hint="it is in GB; give 2, for example", search_memory=self.search_memory)
         if self.k > self.keys:
             raise ValueError(f"--k {self.k} is larger than --keys {self.keys}; give at most {self.keys}")
         if self.ncentroids > self.keys:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from fairseq.config import flag, require_at_least
+from fairseq.config import LARGEST_COUNT, flag, flag_names, require_at_least, require_within
+
+TEMPERATURES = (1e-6, 1e9)
+"""Smallest and largest divisor of similarities: float32 makes infinities or zeros of them beyond."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +18,7 @@ class KnnConfig:
     num_neighbors: int = flag("--k", default=1024)
     """Neighbours fetched per position."""
     weight: float = flag("--lmbda", default=0.0)
-    """Share of the neighbours in the probability, 0 to 1; 0 is the language model alone."""
+    """Share of the neighbours in the probability, 0 to 1; 0 is the model alone."""
     temperature: float = flag("--softmax-temp", "--knn-temp", default=1.0)
     """Divides the similarities before they become probabilities."""
     dstore_filename: str | None = flag("--dstore-filename", default=None)
@@ -49,13 +52,13 @@ class KnnConfig:
     """Read the datastore into memory first."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, k=self.num_neighbors, probe=self.probe)
-        if not 0.0 < self.search_memory < math.inf:
-            raise ValueError(f"--search-memory {self.search_memory} is not a positive number of GB; 2 is the default")
+        require_within(1, LARGEST_COUNT, k=self.num_neighbors, probe=self.probe)
+        require_within(1e-6, 1e6, hint="it is in GB, 2 is the default", search_memory=self.search_memory)
         if not 0.0 <= self.weight <= 1.0:
-            raise ValueError(f"--lmbda {self.weight} is not in [0, 1]; 0 means the language model alone")
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"--softmax-temp {self.temperature} is not positive; 1 changes nothing")
+            raise ValueError(f"--lmbda {self.weight} is not in [0, 1]; 0 means the model alone")
+        spelling = next(flag_names(field)[0] for field in fields(self) if field.name == "temperature")
+        named: dict[str, Any] = {spelling.removeprefix("--"): self.temperature}
+        require_within(*TEMPERATURES, hint="1 changes nothing", **named)
         require_at_least(1, hint="our own stores need none", dstore_size=self.dstore_size)
         if self.dstore_fp16 and self.dstore_bf16:
             raise ValueError("--dstore-fp16 and --dstore-bf16 exclude each other; leave one out")

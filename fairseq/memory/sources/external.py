@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fairseq.memory.datastore.config import SAVES_TEXT
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.base import Index, check_k
@@ -154,9 +155,11 @@ def by_row_where_equal(found: Neighbors) -> Neighbors:
     return Neighbors(ids_NK, scores_NK)
 
 
-def open_store(config: KnnConfig, *, dim: int) -> Datastore:
+def open_store(config: KnnConfig, *, dim: int, saved_by: str = SAVES_TEXT) -> Datastore:
     """Open the datastore a config names: by its metadata, or a headerless one by width and size.
 
+    Args:
+        saved_by: command that makes such a store, for messages.
     Raises: ValueError when none is named or it cannot be opened.
     """
     prefix = config.dstore_filename
@@ -164,7 +167,7 @@ def open_store(config: KnnConfig, *, dim: int) -> Datastore:
         raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     with_keys = config.similarity != "index"
     stated_dim = dim if config.dstore_size is not None else None
-    hints = StoreHints(stated_dim, config.dstore_size, config.dstore_fp16, config.dstore_bf16)
+    hints = StoreHints(stated_dim, config.dstore_size, config.dstore_fp16, config.dstore_bf16, saved_by)
     store = Datastore.open(prefix, hints, with_keys=with_keys)
     return store.in_memory() if config.move_dstore_to_mem else store
 
@@ -178,6 +181,7 @@ def open_external(
     dictionary_digest: str | None = None,
     dictionary_size: int | None = None,
     model_digest: Callable[[], str] | None = None,
+    saved_by: str = SAVES_TEXT,
 ) -> ExternalMemory:
     """Open store and index and check that they fit each other and the model, before any long work.
 
@@ -186,14 +190,16 @@ def open_external(
         score: as in ExternalMemory; by default what the config says.
         key_tap: where the model's keys come from.
         model_digest: digest of the model's file, made only for a store that records its own.
+        saved_by: as in ``open_store``.
     Raises: ValueError or OSError with both values and the way out.
     """
-    store = open_store(config, dim=dim).require(
+    store = open_store(config, dim=dim, saved_by=saved_by).require(
         dim=dim,
         size=config.dstore_size,
         key_tap=key_tap,
         dictionary_digest=dictionary_digest,
         dictionary_size=dictionary_size,
+        saved_by=saved_by,
     )
     _check_model(store, model_digest, strict=config.strict_model)
     index = open_index(

@@ -239,7 +239,7 @@ def test_sentences_are_held_out_whole():
     ("given", "message"),
     [
         ({"dropout": 1.0}, r"--combiner-dropout 1.0 is not in \[0, 1\)"),
-        ({"rate": 0.0}, "--lr 0.0 is not positive"),
+        ({"rate": 0.0}, "--lr 0.0 is not above 0 and at most 100"),
         ({"held_out": 1.0}, "--held-out 1.0 is not between 0 and 1"),
         ({"patience": 0}, "--patience must be at least 1, got 0"),
     ],

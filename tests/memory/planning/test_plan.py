@@ -111,7 +111,7 @@ def test_rates_are_measured(tmp_path, monkeypatch):
         ({"code_size": 12}, "--code-size 12 does not divide half the width 32; give 8, for example"),
         ({"dim": 7}, "give an even --dim"),
         ({"keys": 0}, "--keys must be at least 1"),
-        ({"search_memory": 0.0}, "--search-memory 0.0 is not a positive number"),
+        ({"search_memory": 0.0}, "--search-memory must be at least 1e-06, got 0.0"),
     ],
 )
 def test_impossible_plans(given, message):

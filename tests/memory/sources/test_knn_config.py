@@ -39,9 +39,13 @@ def test_where_the_similarity_comes_from(words, similarity):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"weight": 1.3}, r"--lmbda 1.3 is not in \[0, 1\]; 0 means the language model alone"),
-        ({"temperature": 0.0}, "--softmax-temp 0.0 is not positive"),
-        ({"temperature": float("nan")}, "--softmax-temp nan is not positive"),
+        ({"weight": 1.3}, r"--lmbda 1.3 is not in \[0, 1\]; 0 means the model alone"),
+        ({"weight": float("nan")}, r"--lmbda nan is not in \[0, 1\]"),
+        ({"temperature": 0.0}, "--softmax-temp must be at least 1e-06, got 0.0; 1 changes nothing"),
+        ({"temperature": float("nan")}, "--softmax-temp must be at least 1e-06, got nan"),
+        ({"temperature": float("inf")}, r"--softmax-temp must be at most 1000000000.0, got inf"),
+        ({"search_memory": float("inf")}, "--search-memory must be at most 1000000.0, got inf"),
+        ({"search_memory": 0.0}, "--search-memory must be at least 1e-06, got 0.0; it is in GB, 2 is the default"),
         ({"num_neighbors": 0}, "--k must be at least 1, got 0"),
         ({"probe": 0}, "--probe must be at least 1, got 0"),
         ({"dstore_size": 0}, "--dstore-size must be at least 1, got 0"),

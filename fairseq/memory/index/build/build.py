@@ -178,6 +178,7 @@ class _Build:
                 logger.info(
                     "training %s on %d of %d keys", self.config.factory(self.store.dim), len(sample), len(self.store)
                 )
+                preflight.warn_of_few_rows(self.config, self.builder, len(sample))
                 keys_ND = self.store.take_keys(sample)
                 bad = nonfinite(torch.from_numpy(keys_ND))
                 if len(bad):

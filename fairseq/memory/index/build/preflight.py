@@ -89,6 +89,22 @@ def build_device(config: BuildConfig) -> str:
     return "cuda" if torch.cuda.is_available() and not config.use_faiss_cpu else "cpu"
 
 
+def warn_of_few_rows(config: BuildConfig, builder: FaissBuilder, num_rows: int) -> None:
+    """Log one line where lists or codes are learned from fewer rows than make good ones."""
+    wanted, lists = builder.rows_to_learn_well, builder.num_lists
+    if num_rows >= wanted:
+        return
+    ways = [f"raise --train_size {config.train_size}"] if config.train_size < wanted else []
+    fewer = max(1, num_rows // 39)
+    if lists > fewer:
+        ways.append(f"give --ncentroids {fewer}" if config.index in INDEXES else f"name IVF{fewer} in --index")
+    ways.append("use --index flat, which learns nothing")
+    logger.warning(
+        "%d training rows are few for %d lists of %s: %d or more make good ones; %s",
+        num_rows, lists, config.factory(builder.inner.d), wanted, ", or ".join(ways),
+    )  # fmt: skip
+
+
 def dropped_rows(config: BuildConfig, store: Datastore) -> Array:
     """Rows whose keys are not finite. Raises: ValueError when there are any and they are not to be dropped."""
     none = np.empty(0, np.int64)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ _UNFIT = {
 # 4-bit codes in the order in which faiss scans them fast are made as ordinary ones, and put in order at the end.
 _FAST_SCAN = re.compile(r"PQ(\d+)x4fs(r?)(?:_(\d+))?(?=,|$)")
 _BLOCK_SIZE = 32
+_DEEPEST = 4  # indexes within indexes
+_ROWS_PER_CENTROID = 39  # faiss's own bound
 
 
 class FaissBuilder:
@@ -85,6 +89,7 @@ class FaissBuilder:
             made._base.do_polysemous_training = False
         if fast:
             made._base.by_residual = bool(fast[2])
+        _silence(index)
         return made
 
     @classmethod
@@ -137,6 +142,12 @@ class FaissBuilder:
         return isinstance(self._base, faiss_library().IndexIVF)
 
     @property
+    def rows_to_learn_well(self) -> int:
+        """Training rows from which faiss expects good lists and codes: 39 for each centroid."""
+        patterns = int(self._base.pq.ksub) if hasattr(self._base, "pq") else 0
+        return _ROWS_PER_CENTROID * max(self.num_lists, patterns)
+
+    @property
     def learns(self) -> bool:
         """True if the index must be trained."""
         return not self._index.is_trained
@@ -163,7 +174,8 @@ class FaissBuilder:
         try:
             for step in self._chain:
                 if not step.is_trained:
-                    step.train(rows)
+                    with _silenced(step):
+                        step.train(rows)
                 rows = step.apply(rows)
             if self._sorts_by_centroids and self._base.quantizer.ntotal == 0:
                 metric = Metric.L2 if self._base.metric_type == faiss.METRIC_L2 else Metric.IP
@@ -257,6 +269,34 @@ class FaissBuilder:
         for step in self._chain:
             rows = step.apply(rows)
         return np.ascontiguousarray(rows)
+
+
+def _silence(index: Any, depth: int = 0) -> None:
+    """Keep faiss from warning of few training rows, once for each byte of a code: a build reports it in one line."""
+    faiss = faiss_library()
+    part = faiss.downcast_index(index) if isinstance(index, faiss.Index) else index
+    if hasattr(part, "cp"):
+        part.cp.min_points_per_centroid = 1
+    for name in ("index", "quantizer", "storage", "pq", "rq"):
+        inner = getattr(part, name, None)
+        if inner is not None and depth < _DEEPEST:
+            _silence(inner, depth + 1)
+
+
+@contextmanager
+def _silenced(step: Any) -> Iterator[None]:
+    """Let an OPQ rotation learn in the block without such warnings (400 of OPQ8), with the quantizer it would make."""
+    faiss = faiss_library()
+    if not isinstance(step, faiss.OPQMatrix) or step.pq is not None:
+        yield
+        return
+    quantizer = faiss.ProductQuantizer(step.d_out, step.M, 8)
+    quantizer.cp.min_points_per_centroid = 1
+    step.pq = quantizer
+    try:
+        yield
+    finally:
+        step.pq = None
 
 
 def write_index(index: SwigIndex, path: Path) -> None:

@@ -57,6 +57,18 @@ def config(store: Path, folder: Path, **more) -> BuildConfig:
     return BuildConfig(dstore_mmap=str(store), faiss_index=str(folder / "knn.index"), **(settings | more))
 
 
+def test_few_rows_are_reported_in_one_line(tmp_path, caplog, capfd):
+    few = save_keys(tmp_path / "few", keys()[:300])
+    build_index(config(few, tmp_path, ncentroids=64))
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("300 training rows are few for 64 lists of IVF64,PQ2np: 9984 or more make good ones; ")
+    assert "give --ncentroids 7" in line
+    assert "WARNING clustering" not in "".join(capfd.readouterr()), "faiss says it once for each byte of a code"
+    for index in ("OPQ2_4,IVF16,PQ2np", "HNSW8", "PQ2"):
+        build_index(config(few, tmp_path / index, index=index))
+    assert "WARNING clustering" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.parametrize("dist", ["l2", "ip", "cos"])
 @pytest.mark.parametrize("kind", sorted(INDEXES))
 def test_search_finds_what_brute_force_finds(store, tmp_path, kind, dist):
