@@ -175,6 +175,7 @@ class _Run:
     """One command at work: lines out, scores at the end."""
 
     def __init__(self, configs: GenerateConfigs, task: Any, wording: Wording, models: list[Any]) -> None:
+        from fairseq.generation.next_token import NeighborMemory
         from fairseq.generation.scoring import ReferenceScorer
         from fairseq.generation.sequence_generator import SequenceGenerator
         from fairseq.generation.setup import open_memory
@@ -183,6 +184,7 @@ class _Run:
         memory = open_memory(configs.memory, configs.generate, task, models[0])
         self.reference_scorer = None
         if configs.generate.score_reference:
+            assert memory is None or isinstance(memory, NeighborMemory), "sentence pairs were rejected"
             combine = configs.memory.combiner(models[0].key_dim(memory.key_tap), memory) if memory else None
             self.reference_scorer = ReferenceScorer(models, memory, combine)
         self.generator = SequenceGenerator(models, task.dictionary, configs.generation, memory)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fairseq.config import LARGEST_COUNT, flag, literal_dict, require_shard, require_within, shard_suffix
+from fairseq.config import (
+    LARGEST_COUNT,
+    flag,
+    literal_dict,
+    require_at_least,
+    require_shard,
+    require_within,
+    shard_suffix,
+)
 from fairseq.memory.combiners.config import KINDS
 from fairseq.memory.sources.config import KnnConfig
 from fairseq.metrics.bleu import SCORINGS
@@ -148,7 +156,7 @@ class GenerateConfig:
         return "sacrebleu" if self.sacrebleu else self.scoring
 
 
-LAMBDA_TYPES = ("fix", "trime", *KINDS)
+LAMBDA_TYPES = ("fix", "trime", "distance", *KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,16 +176,29 @@ class StepMemoryConfig:
     knnmt: bool = flag("--knnmt", "--knnlm", default=False)
     """Mix the nearest neighbours of a datastore into each step (kNN-MT, arXiv 2010.00710)."""
     knn_lambda_type: str = flag("--knn-lambda-type", default="fix", choices=LAMBDA_TYPES)
-    """Share of the neighbours: fix takes --lmbda, trime normalises vocabulary and neighbours together, the others take
-    what the network of --combiner says."""
+    """Share of the neighbours: fix takes --lmbda, trime normalises vocabulary and neighbours together, distance takes 1
+    less the nearest's distance over --knn-temp (arXiv 2302.12188), the others what the network of --combiner says."""
     combiner: str | None = flag("--combiner", default=None)
     """File that fairseq-train-combiner wrote; --k and --knn-temp are then those it was trained with."""
     compat_trime_mass: bool = flag("--compat-trime-mass", default=False)
     """Add the neighbours' distribution whole, as TRIME's program for translation did: the sum is then above 1."""
     knn_keytype: str | None = flag("--knn-keytype", default=None)
     """Inner state that is the query; by default model_output of a translation model, else as the store says."""
+    sentence_pairs: int = flag("--sentence-pairs", default=0)
+    """Search, in place of a datastore, so many pairs whose sources are most like the sentence, found by BM25 and edit
+    distance (SK-MT, arXiv 2302.12188); 0 for none."""
+    sentence_subset: str = flag("--sentence-subset", default="train")
+    """Split that --sentence-pairs takes them from."""
 
     def __post_init__(self) -> None:
+        require_at_least(0, sentence_pairs=self.sentence_pairs)
+        if self.sentence_pairs and not self.knnmt:
+            raise ValueError(f"--sentence-pairs {self.sentence_pairs} is read with --knnmt only: give it too")
+        if self.sentence_pairs and self.learned:
+            raise ValueError(
+                f"--sentence-pairs: --knn-lambda-type {self.knn_lambda_type} was trained for a datastore; give "
+                "distance or fix"
+            )
         if self.compat_trime_mass and self.knn_lambda_type != "trime":
             raise ValueError("--compat-trime-mass belongs to --knn-lambda-type trime: give both, or leave it out")
         if self.knn_lambda_type != "fix" and not self.knnmt:

@@ -25,11 +25,28 @@ if TYPE_CHECKING:
 class StepMemory(Protocol):
     """A memory that changes the distribution of the next token."""
 
-    key_tap: str
-    """Inner state of the model that is the query."""
+    @property
+    def key_tap(self) -> str:
+        """Inner state of the model that is the query."""
 
-    def mix_(self, scores_RV: Tensor, query_RD: Tensor) -> None:
-        """Turn the model's scores into log-probabilities of model and memory together, in place."""
+    def mix_(self, scores_RV: Tensor, query_RD: Tensor, sentence_R: Tensor) -> None:
+        """Turn the model's scores into log-probabilities of model and memory together, in place.
+
+        Args:
+            sentence_R: int64 number of each row's sentence in the batch, on the host.
+        """
+        ...
+
+
+class GenerationMemory(Protocol):
+    """A memory of a whole run."""
+
+    @property
+    def key_tap(self) -> str:
+        """Inner state of the model that is the key."""
+
+    def begin(self, source: Mapping[str, Any]) -> StepMemory:
+        """The memory of a batch, given what its models read (``batch.source``)."""
         ...
 
 
@@ -45,7 +62,11 @@ class NeighborMemory:
         """
         self.memory, self.mixer, self.key_tap, self.facts = memory, mixer, key_tap, facts
 
-    def mix_(self, scores_RV: Tensor, query_RD: Tensor) -> None:
+    def begin(self, source: Mapping[str, Any]) -> NeighborMemory:
+        """The same for every batch."""
+        return self
+
+    def mix_(self, scores_RV: Tensor, query_RD: Tensor, sentence_R: Tensor) -> None:
         """See ``StepMemory``: one search for all rows."""
         if self.mixer.is_off:
             self.mixer.normalize_(scores_RV)
@@ -67,18 +88,22 @@ class NextToken:
         source: Mapping[str, Any],
         *,
         temperature: float = 1.0,
-        memory: StepMemory | None = None,
+        memory: GenerationMemory | None = None,
+        num_sentences: int | None = None,
     ) -> None:
         """Args.
 
         source: what the models read besides their own text (``batch.source``); read once.
         temperature: divides the scores of every model.
         memory: of the one model there is.
+        num_sentences: sentences of the batch; by default those of the source.
         """
         assert memory is None or len(models) == 1, "keys come from one model"
         self.models = list(models)
         self.temperature = temperature
-        self.memory = memory
+        self.memory = None if memory is None else memory.begin(source)
+        count = num_sentences if num_sentences is not None else len(source.get("source_BS", ()))
+        self._sentence_S = torch.arange(count)
         self._states = [IncrementalState() for _ in models]
         self._encoded: list[Encoded | None] = [
             model.encode(source["source_BS"]) if "source_BS" in source else None  # type: ignore[operator]
@@ -114,11 +139,15 @@ class NextToken:
         if self.memory is None:
             return torch.log_softmax(scores_RV, 1)
         assert out.key_BTD is not None, "a key was asked for"
-        self.memory.mix_(scores_RV, out.key_BTD[:, -1])
+        live = max(len(self._sentence_S), 1)
+        sentence_R = self._sentence_S.repeat_interleave(len(scores_RV) // live)
+        self.memory.mix_(scores_RV, out.key_BTD[:, -1], sentence_R)
         return scores_RV
 
     def reorder(self, rows_R: Tensor, sentences: Tensor | None = None) -> None:
         """Go on with these rows; ``sentences`` are the numbers of the sentences that remain, when some do not."""
+        if sentences is not None:
+            self._sentence_S = self._sentence_S[sentences.cpu()]
         for number, state in enumerate(self._states):
             state.reorder(rows_R, sentences)
             encoded = self._encoded[number]

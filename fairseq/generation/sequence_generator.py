@@ -19,7 +19,7 @@ from fairseq.generation.beam_search import (
     forbid_repeated_ngrams_,
 )
 from fairseq.generation.config import GenerationConfig
-from fairseq.generation.next_token import NextToken, StepMemory
+from fairseq.generation.next_token import GenerationMemory, NextToken
 
 if TYPE_CHECKING:
     from fairseq.data.dictionary import Dictionary
@@ -64,7 +64,7 @@ class SequenceGenerator:
         models: Sequence[TransformerLanguageModel],
         dictionary: Dictionary,
         config: GenerationConfig,
-        memory: StepMemory | None = None,
+        memory: GenerationMemory | None = None,
     ) -> None:
         """Args.
 
@@ -105,7 +105,9 @@ class SequenceGenerator:
             prefix_BT = torch.empty(count, 0, dtype=torch.int64)
         prefix_BT = prefix_BT.to(device)
         found: list[list[Hypothesis]] = [[] for _ in range(count)]
-        steps = NextToken(self.models, source, temperature=config.logit_temperature, memory=self.memory)
+        steps = NextToken(
+            self.models, source, temperature=config.logit_temperature, memory=self.memory, num_sentences=count
+        )
         empty_B = (lengths_B < 2) & bool(source)
         for number in empty_B.nonzero()[:, 0].tolist():
             found[number] = [Hypothesis(torch.tensor([self.eos], device=device), torch.zeros(1, device=device), 0.0)]
