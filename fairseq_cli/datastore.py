@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,62 +56,116 @@ def info(config: InfoConfig, argv: Sequence[str]) -> None:
 
 
 def verify(config: VerifyConfig, argv: Sequence[str]) -> None:
-    """Print what is damaged, or that nothing is; every path is looked at before the first damage is raised."""
-    first: Exception | None = None
+    """Print what is damaged, or that nothing is; everything is looked at before the first damage is raised."""
+    failures: list[Exception] = []
     for path in config.paths:
-        try:
-            _verify_path(config, path)
-        except (ValueError, OSError) as error:
-            if len(config.paths) > 1:
-                sys.stdout.write(f"{path}: {' '.join(str(error).split())}\n")
-            first = first or error
-    if first is not None:
-        raise first
+        for name, check in _things(config, path):
+            try:
+                sys.stdout.write(f"{name}: {check()}\n")
+            except (ValueError, OSError) as error:
+                # The first is raised at the end, and not printed twice.
+                reason = " ".join(str(error).split()) if failures else "damaged or not verified; see the error"
+                sys.stdout.write(f"{name}: {reason}\n")
+                failures.append(error)
+    if failures:
+        raise failures[0]
 
 
-def _verify_path(config: VerifyConfig, path: str) -> None:
-    """Print a line for each thing that a path names. Raises: ValueError for damage."""
-    from fairseq.verification.kinds import recognised
+def _things(config: VerifyConfig, path: str) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What a path names, each with the check that returns the rest of its line."""
     from fairseq.verification.kinds import verify as outcome
+    from fairseq.verification.recognition import contents, recognised
 
-    kinds = recognised(Path(path))
-    if not kinds:
-        # Arrays of another program; for anything else the message of a store says what is missing.
-        if Path(path).is_file():
-            raise ValueError(f"{path!r} is no file of this toolkit, or damaged beyond recognition; name another")
-        _verify_store(replace(config, prefix=path))
+    try:
+        kinds = recognised(path)
+    except (ValueError, OSError) as error:
+        yield path, partial(_raise, error)
+        return
     for kind, name in kinds:
+        shown = path if len(kinds) == 1 and not Path(path).is_dir() else _shown(kind, name)
         if kind == "datastore":
-            _verify_store(replace(config, prefix=str(name)))
+            yield shown, partial(_verify_store, replace(config, prefix=str(name)))
         else:
-            sys.stdout.write(f"{path}: {kind}, {outcome(kind, name)}\n")
+            yield shown, partial(lambda kind, name: f"{kind}, {outcome(kind, name)}", kind, name)
+    if not kinds or _holds_foreign(config, path, kinds):
+        yield path, partial(_verify_foreign, config, path)
+    elif Path(path).is_dir() and (unknown := contents(Path(path)).unknown):
+        yield path, partial(_not_compared, unknown)
 
 
-def _verify_store(config: StoreConfig) -> None:
+def _holds_foreign(config: VerifyConfig, path: str, kinds: Sequence[tuple[str, Path]]) -> bool:
+    """True if a folder holds, beside what is ours, a store of another program whose sizes are known."""
+    from fairseq.memory.datastore.foreign_formats import ForeignFiles
+
+    if not Path(path).is_dir() or ("datastore", Path(path, "datastore")) in kinds:
+        return False
+    try:
+        files = ForeignFiles.find(path, "float16" if config.dstore_fp16 else "float32")
+    except ValueError:  # several
+        return False
+    return files.present() and (files.state_their_sizes or config.dimension is not None)
+
+
+def _shown(kind: str, name: Path) -> str:
+    from fairseq.memory.datastore.layout import StoreName
+
+    return StoreName.of(name).prefix if kind == "datastore" else str(name)
+
+
+def _raise(error: Exception) -> str:
+    raise error
+
+
+def _not_compared(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"not compared, of no known kind: {listed}"
+
+
+def _verify_foreign(config: VerifyConfig, path: str) -> str:
+    """Look at arrays of another program; for anything else the message of a store says what is missing."""
+    from fairseq.memory.datastore.foreign_formats import ForeignFiles
+
+    here = Path(path)
+    names = "name a datastore, an index, clusters, saved neighbours, a memory, binarised text, a checkpoint or a folder"
+    if here.is_file():
+        raise ValueError(f"{path!r} is no file of this toolkit, or damaged beyond recognition; {names}")
+    if here.exists() and not here.is_dir():
+        raise ValueError(f"{path!r} is neither a file nor a folder; {names}")
+    if here.is_dir() and not ForeignFiles.find(path, "float16" if config.dstore_fp16 else "float32").present():
+        held = sorted(each.name for each in here.iterdir())
+        listed = f"holds nothing of this toolkit ({_not_compared(held)})" if held else "is an empty folder"
+        raise ValueError(f"{path!r} {listed}; {names}")
+    return _verify_store(replace(config, prefix=path))
+
+
+def _verify_store(config: StoreConfig) -> str:
+    """Compare a store with its checksums and count its invalid keys; every damaged block but the first is printed."""
     from fairseq.memory.datastore.info import count_keys
     from fairseq.memory.datastore.verify import damage
     from fairseq.verification.kinds import require_sealed_store
 
     store = _open(config)
+    if store.metadata:
+        require_sealed_store(store)
     found = list(damage(store.shards))
-    for line in found:
+    for line in found[1:]:
         sys.stdout.write(line + "\n")
+    if found:
+        raise ValueError(
+            f"{found[0]}{f', and {len(found) - 1} more blocks' if found[1:] else ''}; copy the file again, or remove "
+            "the store's files and save it again"
+        )
     counts = count_keys(store.keys)
-    checked = "every block is as it was saved" if store.shards else "without checksums (files of another program)"
-    if found:
-        checked = f"{len(found)} damaged blocks"
-    sys.stdout.write(
-        f"{len(store)} rows in {max(1, len(store.shards))} parts, {store.keys.nbytes + store.values.nbytes} bytes: "
-        f"{checked}; {counts.nonfinite} keys hold NaN or infinity, {counts.zero} are all zeros\n"
-    )
-    if found:
-        raise ValueError(f"{found[0]}; copy the file again, or remove the store's JSON file and save it again")
-    require_sealed_store(store)
     if counts.nonfinite:
         raise ValueError(
             f"{counts.nonfinite} keys of datastore {config.prefix!r} hold NaN or infinity; {PROGRAM} convert "
             "--drop-nonfinite leaves them out"
         )
+    checked = "every block is as it was saved" if store.shards else "without checksums (files of another program)"
+    return (
+        f"datastore, {len(store)} rows in {max(1, len(store.shards))} parts, {store.keys.nbytes + store.values.nbytes} "
+        f"bytes: {checked}; {counts.nonfinite} keys hold NaN or infinity, {counts.zero} are all zeros"
+    )
 
 
 def convert(config: ConvertConfig, argv: Sequence[str]) -> None:
@@ -240,9 +295,11 @@ def _rows_in(path: str) -> Any:
 
 
 def _write_manifest(prefix: str, config: Any, argv: Sequence[str], figures: dict[str, Any]) -> None:
+    from fairseq.memory.datastore.layout import side_file
     from fairseq.runtime.manifest import write_manifest
 
-    write_manifest(f"{prefix}.run.json", program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())
+    path = side_file(prefix, "run.json")
+    write_manifest(path, program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())
 
 
 # A command: its config, whose docstring is its help, and the function called with it and the arguments.

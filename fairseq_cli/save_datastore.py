@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
     from fairseq.checkpoint_utils import load_checkpoint
     from fairseq.generation.save_datastore import StorePlace, StoreText, facts_of, require_rows, save_pairs
+    from fairseq.memory.datastore.layout import side_file
     from fairseq.memory.datastore.metadata import is_saved
     from fairseq.runtime.manifest import write_manifest
     from fairseq.tasks.translation import TranslationTask
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     text = StoreText(task, config.valid_subset, dataset, batches)
     require_rows(text, knn.dstore_size)
     os.makedirs(folder, exist_ok=True)
-    manifest = os.path.join(folder, "datastore.run.json")
+    manifest = side_file(prefix, "run.json")
     if not save_pairs(text, model, place) and os.path.exists(manifest):
         return  # it tells of the command that saved the store
     write_manifest(
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         argv=argv,
         config={"given": dict(given)},
         figures={"rows": text.num_rows},
-        inputs=[path, *(f"{prefix}.bin" for prefix in task.prefixes(config.valid_subset))],
+        inputs=[path, *(f"{name}.bin" for name in task.prefixes(config.valid_subset))],
         seed=runtime.seed,
     )
 

@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from fairseq.runtime.atomic_files import naming, replacing
 from fairseq.runtime.file_marks import MARK, differs, mark_of
-from fairseq.runtime.files import BlockChecksums, write_json
-from fairseq.runtime.records import Entries, Fields, one_of, read_record, seal
+from fairseq.runtime.files import BlockChecksums, read_json, write_json
+from fairseq.runtime.records import Entries, Fields, is_sealed, one_of, read_record, seal
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ def require_undamaged(prefix: str, *, whole: bool) -> bool:
     if not sums.is_file():
         return False
     way_out = f"copy it again, or run preprocess.py again; if another program wrote it, remove {sums}"
+    if is_sealed(read_json(sums, way_out)) is False:
+        raise ValueError(f"{sums} is damaged: it differs from its own checksum; {way_out}")
     marks = read_record(sums, _SUMS, way_out)["files"]
     sizes = {ending: Path(prefix + ending).stat().st_size for ending in marks if Path(prefix + ending).exists()}
     if not whole and any(size != marks[ending]["bytes"] for ending, size in sizes.items()):

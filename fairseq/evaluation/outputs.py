@@ -93,9 +93,10 @@ def write_evaluation_manifest(
     prefix = evaluation.task.prefix(config.gen_subset)
     named = [*str(config.path).split(":"), prefix + ".bin", prefix + ".idx", knn.dstore_filename, knn.indexfile]
     named.append(configs.retomaton.clusters)
-    named += [
-        f"{knn.dstore_filename}{end}" for end in ("_keys.npy", "-fp16_keys.npy", "-bf16_keys.npy", "_vals.npy", ".json")
-    ]
+    if knn.dstore_filename:
+        from fairseq.memory.datastore.metadata import store_files
+
+        named += map(str, store_files(knn.dstore_filename))
     write_manifest(
         path,
         program=command.program,

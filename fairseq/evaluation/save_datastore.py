@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fairseq.evaluation.outputs import write_evaluation_manifest
 from fairseq.memory.datastore.documents import Documents
+from fairseq.memory.datastore.layout import side_file
 from fairseq.memory.datastore.metadata import OVERWRITE, is_saved, shard_prefix
 from fairseq.memory.datastore.writer import DatastoreWriter
 
@@ -132,7 +133,7 @@ def store_prefixes(configs: EvaluationConfigs) -> tuple[str, str]:
 
 
 def check_place(configs: EvaluationConfigs) -> None:
-    """Raise ValueError, before a model is loaded, where a complete store of another split or model is in the way."""
+    """Raise ValueError, before a model is loaded, where a complete store or files of another program are in the way."""
     from fairseq.runtime.manifest import file_digest
 
     config = configs.evaluation
@@ -155,8 +156,9 @@ def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: 
         saved = is_saved(prefix, knn.key_dtype, metadata | {"rows": rows.count, "dim": dim}, overwrite=overwrite)
     if saved:
         sys.stdout.write(f"{prefix} is complete already; {OVERWRITE} saves it again\n")
-        if not os.path.exists(f"{prefix}.run.json"):  # killed between the store and its manifest
-            write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", {"rows": rows.count})
+        manifest = side_file(prefix, "run.json")
+        if not os.path.exists(manifest):  # killed between the store and its manifest
+            write_evaluation_manifest(configs, evaluation, manifest, {"rows": rows.count})
         if sharded:
             _join(configs, evaluation)
         return
@@ -178,7 +180,7 @@ def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: 
         figures |= {"loss_base2": loss, "perplexity": 2.0**loss}
         sys.stdout.write(f"Loss (base 2): {loss:.4f}, Perplexity: {2.0**loss:.2f}\n")
     sys.stdout.write(f"saved {writer.num_rows} keys of width {writer.dim} to {prefix}\n")
-    write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", figures)
+    write_evaluation_manifest(configs, evaluation, side_file(prefix, "run.json"), figures)
     if sharded:
         _join(configs, evaluation)
 
@@ -221,4 +223,4 @@ def _join(configs: EvaluationConfigs, evaluation: Evaluation) -> None:
     if metadata is not None:
         figures = {"rows": metadata["rows"], "parts": len(metadata["parts"])}
         sys.stdout.write(f"{prefix}: {figures['rows']} keys in {figures['parts']} parts\n")
-        write_evaluation_manifest(configs, evaluation, f"{prefix}.run.json", figures)
+        write_evaluation_manifest(configs, evaluation, side_file(prefix, "run.json"), figures)

@@ -103,7 +103,7 @@ class _BatchStores:
         if not self.k:
             self.mixer.normalize_(scores_RV)
             return
-        own_S = sentence_R.unique_consecutive().to(query_RD.device)
+        own_S = sentence_R.unique_consecutive().to(query_RD.device)  # type: ignore[no-untyped-call]
         key_SPD, value_SP = self.key_BPD[own_S], self.value_BP[own_S]
         query_SND = query_RD.float().view(len(own_S), -1, query_RD.shape[1])
         rough_SNP = key_SPD.square().sum(2)[:, None] - 2 * torch.bmm(query_SND, key_SPD.transpose(1, 2))

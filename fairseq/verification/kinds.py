@@ -1,4 +1,4 @@
-"""The kinds of files that can be verified: how each is recognised, and how its content is compared.
+"""The kinds of files that can be verified, and how the content of each is compared.
 
 A check raises ValueError naming the file for damage, and returns a clause for the line that is printed otherwise.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fairseq.runtime.files import read_json
 from fairseq.runtime.records import is_sealed
-from fairseq.runtime.tensor_files import is_tensor_file, read_tensor_file
+from fairseq.verification.recognition import METRICS
 
 if TYPE_CHECKING:
     from fairseq.memory.datastore.datastore import Datastore
@@ -21,7 +21,6 @@ Check = Callable[[Path], str]
 
 _WHOLE = "every block is as it was saved"
 _NO_SUMS = "its files fit together; it has no checksums (an earlier release or another program wrote it)"
-_METRICS = ("l2", "ip", "cos")
 
 
 def verify(kind: str, name: Path) -> str:
@@ -32,64 +31,20 @@ def verify(kind: str, name: Path) -> str:
     return CHECKS[kind](name)
 
 
-def recognised(path: Path) -> list[tuple[str, Path]]:
-    """The kinds of what a path names, each with the name its check takes; none for what is not of this toolkit."""
-    if path.is_dir():
-        return _in_folder(path)
-    if path.is_file():
-        return _of_file(path)
-    found: list[tuple[str, Path]] = []
-    if Path(f"{path}.idx").is_file():
-        found.append(("binarised text", path))
-    if Path(f"{path}.json").is_file():
-        found.append(("datastore", path))
-    indexes = [Path(f"{path}.{metric}") for metric in _METRICS]
-    return found + [("index", index) for index in indexes if index.is_file()]
-
-
-def _in_folder(folder: Path) -> list[tuple[str, Path]]:
-    found: list[tuple[str, Path]] = [
-        ("binarised text", index.with_suffix("")) for index in sorted(folder.glob("*.idx"))
-    ]
-    if (folder / "about.json").is_file():
-        found.append(("bm25 index", folder))
-    elif any(folder.glob("shard*.json")):
-        found.append(("bm25 results", folder))
-    return found
-
-
-def _of_file(path: Path) -> list[tuple[str, Path]]:
-    """By its ending where it has one of ours: the content may be damaged."""
-    text = str(path)
-    for ending in (".sums.json", ".bin", ".idx"):
-        if text.endswith(ending):
-            return [("binarised text", Path(text[: -len(ending)]))]
-    if text.endswith(".json"):
-        index = Path(text[:-5])
-        return _of_file(index) if index.is_file() else [("datastore", index)]
-    if text.endswith((".pt", ".pth", ".npz")):
-        return [("clusters" if text.endswith(".npz") else "checkpoint", path)]
-    if is_tensor_file(path):
-        saved = read_tensor_file(path, "file of --save-retrieval or memory").metadata.get("format", "")
-        return [("saved neighbours" if saved.startswith("fairseq-memory retrieval") else "memory", path)]
-    if text.endswith(".safetensors"):
-        return [("memory", path)]
-    if zipfile.is_zipfile(path):
-        return [("checkpoint", path)]
-    has_metric = text.endswith(tuple(f".{metric}" for metric in _METRICS))
-    return [("index", path)] if has_metric or Path(f"{path}.json").is_file() else []
-
-
 def require_sealed(path: Path) -> None:
-    """Raise ValueError for a JSON file that differs from its own checksum."""
-    if path.is_file() and is_sealed(read_json(path)) is False:
+    """Raise ValueError for a JSON file that is missing, or differs from its own checksum."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; copy it again, or save its data again")
+    if is_sealed(read_json(path)) is False:
         raise ValueError(f"{path} is damaged: it differs from its own checksum; copy it again, or save its data again")
 
 
 def require_sealed_store(store: Datastore) -> None:
     """Raise ValueError for a JSON file of a store or of one of its shards that differs from its own checksum."""
-    for name in {store.prefix, *(shard.prefix for shard in store.shards)}:
-        require_sealed(Path(f"{name}.json"))
+    from fairseq.memory.datastore.layout import StoreFiles
+
+    for name in dict.fromkeys([store.prefix, *(shard.prefix for shard in store.shards)]):
+        require_sealed(StoreFiles.of(name).metadata)
 
 
 def _datastore(prefix: Path) -> str:
@@ -108,10 +63,11 @@ def _index(path: Path) -> str:
     from fairseq.memory.types import Metric
 
     metadata = index_metadata(path)
-    require_sealed(Path(f"{path}.json"))
+    if metadata:
+        require_sealed(Path(f"{path}.json"))
     check_marks(path, metadata, whole=True)
     ending = path.suffix[1:]
-    metric = metadata.get("metric", ending if ending in _METRICS else "l2")
+    metric = metadata.get("metric", ending if ending in METRICS else "l2")
     rows = len(FaissIndex.open(path, Metric.parse(metric)))
     marks = metadata.get("files", {}).values()
     return f"{rows} rows: {_WHOLE if marks and all('blocks' in mark for mark in marks) else _NO_SUMS}"
@@ -159,12 +115,31 @@ def _bm25_results(folder: Path) -> str:
 
 
 def _text(prefix: Path) -> str:
-    from fairseq.data.indexed_dataset import SUMS_ENDING, MMapIndexedDataset, require_undamaged
+    from fairseq.data.indexed_dataset import MMapIndexedDataset, require_undamaged
 
     data = MMapIndexedDataset(prefix)
-    require_sealed(Path(f"{prefix}{SUMS_ENDING}"))
     has_sums = require_undamaged(str(prefix), whole=True)
     return f"{len(data)} sentences: {_WHOLE if has_sums else _NO_SUMS}"
+
+
+def _dictionary(path: Path) -> str:
+    from fairseq.data.dictionary import Dictionary
+
+    return f"{len(Dictionary.load(path))} types: it can be read; it has no checksum"
+
+
+def _manifest(path: Path) -> str:
+    content = read_json(path, "copy it again, or run its command again")
+    if "command" not in content:
+        raise ValueError(f"{path} is damaged or of another program: it records no command; copy it again")
+    return "it can be read; it has no checksum"
+
+
+def _combiner(path: Path) -> str:
+    from fairseq.memory.combiners.learned_files import load_combiner
+
+    network, made_for = load_combiner(path)
+    return f"{made_for.kind}, {len(list(network.parameters()))} weights: {_WHOLE}"
 
 
 def _checkpoint(path: Path) -> str:
@@ -186,5 +161,8 @@ CHECKS: Mapping[str, Check] = {
     "bm25 index": _bm25_index,
     "bm25 results": _bm25_results,
     "binarised text": _text,
+    "dictionary": _dictionary,
+    "combiner": _combiner,
+    "run manifest": _manifest,
     "checkpoint": _checkpoint,
 }

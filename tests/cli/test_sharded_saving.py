@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -183,3 +184,34 @@ def test_processes_of_torchrun_are_shards(save, tmp_path, monkeypatch):
     assert len(Datastore.open(tmp_path / "d").shards) == 2
     with pytest.raises(ValueError, match="torchrun makes a shard of each of its 2 processes; leave out"):
         save(tmp_path / "d", "--max-tokens", 64, "--num-shards", 2)
+
+
+def test_a_folder_of_shards_is_saved_searched_and_recorded(save, data_bin, trained, tmp_path, capsys):
+    folder = f"{tmp_path}/d/"
+    words = ["--max-tokens", 64, "--context-window", 16, "--num-shards", 2]
+    save(folder, *words, "--shard-id", 0)
+    with pytest.raises(ValueError, match="of its 2 shards 1 are not saved"):
+        Datastore.open(folder)
+    save(folder, *words, "--shard-id", 1)
+    names = {path.name for path in (tmp_path / "d").iterdir()}
+    assert {"datastore.json", "datastore.run.json", "datastore.part1-of-2.run.json"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    base = [data_bin, "--path", trained / "checkpoint_best.pt", "--cpu", "--gen-subset", "valid", "--max-tokens", 64]
+    base += ["--knnlm", "--dstore-filename", folder, "--k", 4, "--eval-file", tmp_path / "e.json"]
+    eval_lm.main([str(word) for word in base])
+    inputs = json.loads((tmp_path / "e.json.run.json").read_text())["inputs"]
+    read = {Path(name).name for name in inputs if name.startswith(folder)}
+    ends = ("_keys.npy", "_vals.npy", "_docs.npy", ".json")
+    assert read == {"datastore.json", *(f"datastore.part{shard}-of-2{end}" for shard in range(2) for end in ends)}
+
+
+def test_files_of_other_programs_stop_saving_before_it_begins(save, tmp_path, monkeypatch):
+    monkeypatch.setattr("fairseq.evaluation.setup.open_evaluation", None)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "keys.npy").write_bytes(b"theirs")
+    for words in ([], ["--num-shards", 2, "--shard-id", 0]):
+        with pytest.raises(ValueError, match="keys.npy would be overwritten"):
+            save(f"{tmp_path}/d/", *words)
+    with pytest.raises(ValueError, match="'/' is no name of a datastore"):
+        save("/")
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"keys.npy"}

@@ -456,7 +456,7 @@ def test_a_complete_store_of_other_things_stays(data, model, tmp_path, capsys, m
     assert save("--valid-subset", "test", "--overwrite-dstore")[0].startswith("saved ")
     assert Datastore.open(tmp_path / "s").metadata["subset"] == "test"
     (tmp_path / "s" / "datastore.json").unlink()
-    with pytest.raises(ValueError, match="keys.npy exists and .* does not: it may be the store of another program"):
+    with pytest.raises(ValueError, match="keys.npy.* would be overwritten and are of no datastore of ours"):
         save("--valid-subset", "test")
 
 

@@ -23,7 +23,8 @@ from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.retrieval.file import Retrieval
 from fairseq.memory.retrieval.writer import RetrievalWriter
 from fairseq.memory.types import Candidates
-from fairseq.verification.kinds import recognised, verify
+from fairseq.verification.kinds import verify
+from fairseq.verification.recognition import recognised
 from fairseq_cli.datastore import main
 from tests.helpers import store_making
 

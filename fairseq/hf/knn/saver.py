@@ -20,6 +20,7 @@ from fairseq.hf.hooks.protocols import ModelOutput, Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import index_name, store_metadata, store_prefix
 from fairseq.memory.datastore.documents import Documents
+from fairseq.memory.datastore.layout import StoreFiles
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.build.build import BuiltIndex, build_index
 from fairseq.memory.index.build.config import BuildConfig
@@ -215,7 +216,7 @@ class KNNSaver(Attachment):
         if not torch.equal(held_N, value_N.long()):
             raise ValueError(
                 f"the unfinished datastore {self.prefix!r} holds other tokens from row {self._seen} on: it is of "
-                f"another text or order; remove {self.prefix}.progress.json to start again"
+                f"another text or order; remove {StoreFiles.of(str(self.prefix)).progress} to start again"
             )
         self._seen += len(value_N)
 

@@ -19,7 +19,7 @@ from fairseq.hf.hooks.protocols import Tokenizer
 from fairseq.hf.hooks.taps import Tap
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
-from fairseq.memory.datastore.layout import StoreFiles
+from fairseq.memory.datastore.layout import StoreFiles, StoreName
 from fairseq.memory.index.base import Index
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
@@ -82,7 +82,7 @@ class StorePlace:
     @classmethod
     def _of(cls, prefix: str, model: str) -> StorePlace:
         sizes_in_name = _sizes_in(prefix, model)
-        if sizes_in_name is None or StoreFiles.of(prefix, "float32").metadata.exists():
+        if sizes_in_name is None or StoreFiles.of(prefix).metadata.exists():
             return cls(prefix, None, None, find_index(prefix))
         rows = int(sizes_in_name["rows"]) if sizes_in_name["rows"] else None
         return cls(prefix, rows, int(sizes_in_name["dim"]), find_index(prefix))
@@ -120,7 +120,7 @@ def find_index(prefix: str | Path) -> Path | None:
 def find_members(prefix: str | Path) -> Path | None:
     """The file of clusters beside a store, ours or of knn-transformers. Raises: ValueError when there are several."""
     path = Path(prefix)
-    ours = Path(f"{prefix}.clusters.npz")
+    ours = StoreName.of(prefix).existing_side_file("clusters.npz")
     found = [ours] if ours.is_file() else []
     if not found and path.name.startswith("dstore_"):
         found = sorted(path.parent.glob(f"members_{path.name.removeprefix('dstore_')}_*.pkl"))
@@ -245,7 +245,7 @@ def with_index(place: StorePlace, index: str | Path | None) -> StorePlace:
 
 
 def _is_store(prefix: str) -> bool:
-    return StoreFiles.of(prefix, "float32").metadata.exists() or StoreFiles.of(prefix, "float32").values.exists()
+    return StoreFiles.of(prefix).metadata.exists() or StoreFiles.of(prefix).values.exists()
 
 
 def _prefixes(folder: Path) -> list[str]:

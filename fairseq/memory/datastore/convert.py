@@ -153,7 +153,7 @@ def copy_rows(
         if in_place or not metadata_file.exists():
             return False
         if not store_exists(prefix, record | {"rows": count, "key_dtype": dtype}):
-            raise ValueError(f"{metadata_file} is that of another datastore; choose another name, or remove the file")
+            raise ValueError(f"{metadata_file} is that of another datastore; choose another name, or remove its files")
         logger.info("%s is complete already; remove it to make it again", prefix)
         return True
 

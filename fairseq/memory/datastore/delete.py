@@ -17,8 +17,15 @@ import numpy as np
 
 from fairseq.memory.datastore.convert import CopyReport, Selection, copy_rows
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.datastore.layout import StoreFiles
-from fairseq.memory.datastore.metadata import deleted_checksum, read_deleted, shard_prefix
+from fairseq.memory.datastore.layout import StoreFiles, StoreName
+from fairseq.memory.datastore.metadata import (
+    Shard,
+    content_digest,
+    deleted_checksum,
+    digest_on_disk,
+    read_deleted,
+    shard_prefix,
+)
 from fairseq.memory.datastore.writer import finish_interrupted
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import replacing
@@ -51,7 +58,7 @@ def delete(
         OSError when the store cannot be written or another process is writing it.
     """
     finish_interrupted(prefix)
-    names = StoreFiles.of(prefix, "float32")
+    names = StoreFiles.of(prefix)
     may_create_in(names.metadata.parent)
     with locked(names.lock, f"datastore {str(prefix)!r}"):
         store = Datastore.open(prefix, with_keys=False)
@@ -82,12 +89,14 @@ def compact(prefix: str | Path, request: str = "") -> CopyReport:
     source = Datastore.open(prefix)
     if len(source.deleted):
         own = _own_shards(source)
-        record = {"request": request, "rows_before": len(source), "replaced": own}
+        record = {"request": request, "rows_before": len(source)}
+        record |= {"replaced": [os.path.basename(shard.prefix) for shard in own]}
+        record |= {"replaced_digests": [content_digest(shard.metadata) for shard in own]}
         metadata = {"compacted": len(source.deleted), "generation": generation_of(source) + 1, "compaction": record}
         chosen = Selection(source.deleted, kept=False)
         copy_rows(source, prefix, source.keys.dtype, chosen, metadata, in_place=True)
         for shard in source.shards:
-            if shard.prefix != source.prefix and os.path.basename(shard.prefix) not in own:
+            if shard.prefix != source.prefix and shard not in own:
                 logger.warning("%s no longer belongs to the store; remove it if you do not need it", shard.prefix)
     _remove_replaced(prefix)
     return CopyReport(source.num_alive, len(source.deleted))
@@ -111,8 +120,8 @@ def compacted_by(prefix: str | Path, request: str, generation: int | None) -> Da
         generation: that of the request's row numbers; the present one makes it a new request.
     """
     finish_interrupted(prefix)
-    may_create_in(Path(prefix).parent)
-    with locked(StoreFiles.of(prefix, "float32").lock, f"datastore {str(prefix)!r}"):
+    may_create_in(StoreName.of(prefix).folder)
+    with locked(StoreFiles.of(prefix).lock, f"datastore {str(prefix)!r}"):
         store = Datastore.open(prefix, with_keys=False)
         present = generation_of(store)
         is_same = present > 0 and store.metadata["compaction"]["request"] == request and not len(store.deleted)
@@ -124,7 +133,7 @@ def compacted_by(prefix: str | Path, request: str, generation: int | None) -> Da
 
 def write_deleted(prefix: str | Path, rows: Array) -> None:
     """Replace the list of deleted rows."""
-    with replacing(StoreFiles.of(prefix, "float32").deleted) as temporary, open(temporary, "wb") as file:
+    with replacing(StoreFiles.of(prefix).deleted) as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
         file.flush()
         os.fsync(file.fileno())
@@ -167,17 +176,30 @@ def _check_generation(store: Datastore, generation: int | None) -> None:
         )
 
 
-def _own_shards(source: Datastore) -> list[str]:
-    """Names of the shards that belong to this store alone."""
+def _own_shards(source: Datastore) -> list[Shard]:
+    """The shards that belong to this store alone."""
     count = len(source.shards)
     prefixes = {os.path.abspath(shard_prefix(source.prefix, shard_id, count)) for shard_id in range(count)}
-    return [os.path.basename(s.prefix) for s in source.shards if os.path.abspath(s.prefix) in prefixes]
+    return [shard for shard in source.shards if os.path.abspath(shard.prefix) in prefixes]
 
 
 def _remove_replaced(prefix: str | Path) -> None:
-    """Remove the files of shards that a rewritten store replaced, those that a killed command left too."""
+    """Remove the files of shards that a rewritten store replaced, those that a killed command left too.
+
+    They lie in the folder of the store. One that was saved again since, or of which a release before recorded no
+    digest, is kept.
+    """
     store = Datastore.open(prefix, with_keys=False)
-    for name in store.metadata.get("compaction", {}).get("replaced", ()):
-        names = StoreFiles.of(Path(prefix).with_name(name), store.keys.dtype)
-        for path in (names.metadata, names.keys, names.values, names.documents, names.deleted):
+    record = store.metadata.get("compaction", {})
+    digests = record.get("replaced_digests", ())
+    for number, name in enumerate(record.get("replaced", ())):
+        shard = str(StoreName.of(prefix).folder / os.path.basename(name))
+        names = StoreFiles.of(shard, store.keys.dtype)
+        if not names.metadata.exists():
+            continue
+        if number >= len(digests) or digests[number] is None or digest_on_disk(shard) != digests[number]:
+            logger.warning("%s is not known to be the shard that was replaced; remove it if you do not need it", shard)
+            continue
+        # The JSON file last: a command that is killed here finds the rest by it.
+        for path in (names.keys, names.values, names.documents, names.deleted, names.metadata):
             path.unlink(missing_ok=True)

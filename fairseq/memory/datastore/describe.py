@@ -66,7 +66,7 @@ def describe(prefix: str | Path, hints: StoreHints | None = None, *, with_keys: 
     Raises: ValueError with the fix when nothing fits, or our own store has another key type than stated.
     """
     stated = hints or StoreHints()
-    if StoreFiles.of(prefix, "float32").metadata.exists():
+    if StoreFiles.of(prefix).metadata.exists():
         metadata = read_metadata(prefix)
         _require_stated_type(prefix, metadata["key_dtype"], stated)
         return StoreDescription(str(prefix), stated, metadata=metadata)
@@ -102,8 +102,9 @@ def _require_stated_type(prefix: str | Path, dtype: str, stated: StoreHints) -> 
 
 
 def _nothing_there(prefix: str | Path, saved_by: str) -> str:
+    files = StoreFiles.of(prefix)
     return (
-        f"no datastore at {str(prefix)!r}: neither {prefix}.json nor {prefix}_keys.npy exists; save one with {saved_by}"
+        f"no datastore at {str(prefix)!r}: neither {files.metadata} nor {files.keys} exists; save one with {saved_by}"
     )
 
 
@@ -113,7 +114,7 @@ def _why_not_opened(prefix: str | Path, saved_by: str) -> str:
     saved = saved_shards(prefix)
     if saved and not existing:
         return _why_not_joined(str(prefix), saved)
-    progress = StoreFiles.of(prefix, "float32").progress
+    progress = StoreFiles.of(prefix).progress
     if progress.exists():
         state = read_record(progress, PROGRESS)
         rows, of = state["rows_done"], state["signature"]["rows"] or "?"
@@ -126,9 +127,9 @@ def _why_not_opened(prefix: str | Path, saved_by: str) -> str:
     if existing or ForeignFiles.find(prefix, "float32").present():
         names = str(existing[0].keys if existing else ForeignFiles.find(prefix, "float32").keys)
         return (
-            f"{names} has no metadata ({prefix}.json) and its type or size is not as stated; give files of "
-            "the original programs their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 if they "
-            "hold float16, or convert them with fairseq-datastore convert to a store that needs no flags"
+            f"{names} has no metadata ({StoreFiles.of(prefix).metadata}) and its type or size is not as stated; give "
+            "files of the original programs their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 "
+            "if they hold float16, or convert them with fairseq-datastore convert to a store that needs no flags"
         )
     return _nothing_there(prefix, saved_by)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import write_deleted
-from fairseq.memory.datastore.layout import FORMAT_VERSION, StoreFiles
+from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, StoreFiles, StoreName, require_free
 from fairseq.memory.datastore.metadata import (
     Shard,
     content_digest,
@@ -46,8 +46,8 @@ def join_shards(prefix: str | Path, num_shards: int, seconds: float = 0.0) -> di
     Raises: ValueError when the shards do not belong together; OSError when another process holds the store.
     """
     prefixes = [shard_prefix(prefix, shard, num_shards) for shard in range(num_shards)]
-    with locked(StoreFiles.of(prefix, "float32").lock, f"datastore {str(prefix)!r}", seconds):
-        if not all(StoreFiles.of(name, "float32").metadata.exists() for name in prefixes):
+    with locked(StoreFiles.of(prefix).lock, f"datastore {str(prefix)!r}", seconds):
+        if not all(StoreFiles.of(name).metadata.exists() for name in prefixes):
             return None
         shards: list[Shard] = []
         for name in prefixes:
@@ -79,7 +79,7 @@ def merge(prefix: str | Path, stores: Sequence[str | Path] = ()) -> dict[str, An
         metadata = join_shards(prefix, complete[0])
         assert metadata is not None
         return metadata
-    names = StoreFiles.of(prefix, "float32")
+    names = StoreFiles.of(prefix)
     may_create_in(names.metadata.parent)
     with locked(names.lock, f"datastore {str(prefix)!r}"):
         _require_free(prefix, stores)
@@ -99,9 +99,11 @@ def merge(prefix: str | Path, stores: Sequence[str | Path] = ()) -> dict[str, An
 
 def _require_free(prefix: str | Path, stores: Sequence[str | Path]) -> None:
     """Raise ValueError if the combined store has the name of a store with arrays, or of one of its shards."""
-    names = StoreFiles.of(prefix, "float32")
-    taken = {os.path.abspath(store) for store in stores}
-    if os.path.abspath(prefix) in taken or (names.metadata.exists() and "parts" not in read_json(names.metadata)):
+    names = StoreFiles.of(prefix)
+    taken = {os.path.abspath(StoreFiles.of(store).metadata) for store in stores}
+    if os.path.abspath(names.metadata) in taken or (
+        names.metadata.exists() and "parts" not in read_json(names.metadata)
+    ):
         raise ValueError(f"{names.metadata} is that of a store with arrays of its own; choose another name")
 
 
@@ -109,6 +111,8 @@ def _write_combined(
     prefix: str | Path, shards: Sequence[Shard], documents: int, deleted: Array | None = None
 ) -> dict[str, Any]:
     """Write the JSON file of a store of shards, and its deleted rows."""
+    for dtype in KEY_DTYPES:
+        require_free(prefix, dtype, ("keys", "values"))
     first = shards[0].metadata
     shared = {
         name
@@ -118,7 +122,7 @@ def _write_combined(
     metadata: dict[str, Any] = {name: value for name, value in first.items() if name in shared}
     metadata |= {"format_version": FORMAT_VERSION, "complete": True, "rows": sum(shard.rows for shard in shards)}
     metadata |= {"num_documents": documents, "parts": [_entry(prefix, shard) for shard in shards]}
-    names = StoreFiles.of(prefix, "float32")
+    names = StoreFiles.of(prefix)
     old = read_json(names.metadata) if names.metadata.exists() else None
     if old is not None and content_digest(old) != content_digest(metadata):
         names.deleted.unlink(missing_ok=True)  # rows of the replaced store
@@ -135,14 +139,17 @@ def _write_combined(
 
 
 def _entry(prefix: str | Path, shard: Shard) -> dict[str, Any]:
-    name = os.path.relpath(shard.prefix, Path(prefix).parent)
+    # Without its slash, a folder would mean the store with the same prefix, where there is one.
+    shard_name = StoreName.of(shard.prefix)
+    name = os.path.relpath(shard_name.prefix, StoreName.of(prefix).folder) + ("/" if shard_name.is_folder else "")
     digest = content_digest(shard.metadata)
     return {"prefix": name, "rows": shard.rows, "digest": digest, "first_document": shard.first_document}
 
 
 def _why_not_one(prefix: str, saved: dict[int, set[int]], complete: list[int]) -> str:
     if not saved:
-        return f"{prefix}.part0-of-N.json does not exist: nothing to join; name the stores, as in merge {prefix} A B"
+        first = f"{StoreName.of(prefix).shard(0, 'N')}.json"
+        return f"{first} does not exist: nothing to join; name the stores, as in merge {prefix} A B"
     if complete:
         counts = " and ".join(map(str, sorted(complete)))
         return f"{prefix!r} consists of {counts} shards; remove the stale shards, then merge"

@@ -7,6 +7,7 @@ name, relative to its folder, with the facts that must not change: rows and dige
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import numpy as np
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.documents import Documents
-from fairseq.memory.datastore.foreign_formats import map_array
-from fairseq.memory.datastore.layout import FORMAT_VERSION, STORE, StoreFiles
+from fairseq.memory.datastore.foreign_formats import ForeignFiles, map_array
+from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, STORE, StoreFiles, StoreName, require_free
 from fairseq.memory.types import Array
 from fairseq.runtime.arrays import read_array
 from fairseq.runtime.files import file_checksums, read_json
@@ -61,23 +62,17 @@ class Shard:
 
 def shard_prefix(prefix: str | Path, shard_id: int, num_shards: int) -> str:
     """Prefix of the files of one shard."""
-    return f"{prefix}.part{shard_id}-of-{num_shards}"
+    return StoreName.of(prefix).shard(shard_id, num_shards)
 
 
 def saved_shards(prefix: str | Path) -> dict[int, set[int]]:
     """Complete shards of a store: number of shards -> their ids."""
-    folder, name = Path(prefix).parent, re.escape(Path(prefix).name)
-    saved: dict[int, set[int]] = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = re.fullmatch(name + r"\.part(\d+)-of-(\d+)\.json", path.name)
-        if match:
-            saved.setdefault(int(match[2]), set()).add(int(match[1]))
-    return saved
+    return StoreName.of(prefix).shards()
 
 
 def read_metadata(prefix: str | Path) -> dict[str, Any]:
     """Read ``<prefix>.json``. Raises: ValueError when it does not describe a complete store."""
-    path = StoreFiles.of(prefix, "float32").metadata
+    path = StoreFiles.of(prefix).metadata
     fix = "copy it again, or save the store again"
     version = read_json(path, fix).get("format_version")
     if version != FORMAT_VERSION:
@@ -118,18 +113,12 @@ def is_saved(prefix: str | Path, dtype: str, metadata: Mapping[str, Any], *, ove
     Args:
         dtype: type of its keys.
         metadata: facts about it; those that an existing store does not record are not compared.
-        overwrite: True replaces whatever is there.
-    Raises: ValueError with both values when a complete store of anything else is there.
+        overwrite: True replaces any store of ours.
+    Raises: ValueError with both values when a complete store of anything else is there, or another program's files.
     """
+    require_free(prefix, dtype)
     names, wanted = StoreFiles.of(prefix, dtype), {**metadata, "key_dtype": dtype}
-    if overwrite:
-        return False
-    if not names.metadata.exists():
-        if names.keys.exists() and names.values.exists() and not names.progress.exists():
-            raise ValueError(
-                f"{names.keys} exists and {names.metadata} does not: it may be the store of another program; name "
-                f"another place, or replace it with {OVERWRITE}"
-            )
+    if overwrite or not names.metadata.exists():
         return False
     existing = read_json(names.metadata, f"remove it, or replace the store with {OVERWRITE}")
     if not existing.get("complete"):
@@ -152,7 +141,7 @@ def is_saved(prefix: str | Path, dtype: str, metadata: Mapping[str, Any], *, ove
 
 def store_exists(prefix: str | Path, metadata: Mapping[str, Any]) -> bool:
     """True if a complete store with this metadata exists."""
-    path = StoreFiles.of(prefix, "float32").metadata
+    path = StoreFiles.of(prefix).metadata
     existing = read_json(path) if path.exists() else {}
     return bool(existing.get("complete")) and all(existing.get(name) == value for name, value in metadata.items())
 
@@ -162,15 +151,17 @@ def read_shards(prefix: str | Path, metadata: Mapping[str, Any]) -> tuple[Shard,
     if "parts" not in metadata:
         return (Shard(str(prefix), metadata),)
     shards: list[Shard] = []
+    whole = StoreName.of(prefix)
+    file = StoreFiles.of(prefix).metadata
     for entry in metadata["parts"]:
-        path = f"{Path(prefix).parent / entry['prefix']}"
-        metadata_path = StoreFiles.of(path, "float32").metadata
+        path = _place(whole, entry)
+        metadata_path = StoreFiles.of(path).metadata
         if not metadata_path.exists():
-            raise ValueError(f"{prefix}.json lists the shard {path!r}, and {metadata_path} is missing; copy it too")
+            raise ValueError(f"{file} lists the shard {path!r}, and {metadata_path} is missing; copy it too")
         shard = Shard(path, read_metadata(path), shards[-1].first_row + shards[-1].rows if shards else 0)
         if content_digest(shard.metadata) != entry["digest"]:
             raise ValueError(
-                f"{path!r} holds {shard.rows} rows other than the {entry['rows']} that {prefix}.json lists: it was "
+                f"{path!r} holds {shard.rows} rows other than the {entry['rows']} that {file} lists: it was "
                 "rewritten; run fairseq-datastore merge again"
             )
         require_alike(Shard(str(prefix), metadata), shard, ("dim", "key_dtype", "value_dtype"))
@@ -178,10 +169,49 @@ def read_shards(prefix: str | Path, metadata: Mapping[str, Any]) -> tuple[Shard,
     held = sum(shard.rows for shard in shards)
     if held != metadata["rows"] or [shard.rows for shard in shards] != [part["rows"] for part in metadata["parts"]]:
         raise ValueError(
-            f"{prefix}.json is damaged: its shards hold {held} rows, it says {metadata['rows']}; run fairseq-datastore "
+            f"{file} is damaged: its shards hold {held} rows, it says {metadata['rows']}; run fairseq-datastore "
             "merge again"
         )
     return tuple(shards)
+
+
+def _place(whole: StoreName, entry: Mapping[str, Any]) -> str:
+    """Prefix of a shard that a store lists, relative to the folder of its JSON file.
+
+    Earlier releases took names in a folder store as relative to the folder above it, which breaks when it is moved, and
+    dropped the slash of a folder: where several stores are meant, the digest decides.
+    """
+    name, folders = entry["prefix"], [whole.folder]
+    if whole.may_hide:
+        folders.append(whole.folder.parent)
+    places = [name if folder == Path() else os.path.join(folder, name) for folder in folders]
+    if whole.may_hide and re.fullmatch(r"\.part\d+-of-\d+", os.path.basename(name)):
+        places.append(os.path.join(whole.folder, os.path.basename(name)))
+    places += [os.path.join(place, "") for place in places if not place.endswith("/")]
+    found = [place for place in places if StoreFiles.of(place).metadata.exists()]
+    if len(found) < 2:
+        return found[0] if found else places[0]
+    return next((place for place in found if digest_on_disk(place) == entry["digest"]), found[0])
+
+
+def digest_on_disk(prefix: str | Path) -> str | None:
+    """Identity of the content that a store's JSON file records; None where it is missing or damaged."""
+    try:
+        return content_digest(read_metadata(prefix))
+    except (ValueError, OSError):
+        return None
+
+
+def store_files(prefix: str | Path) -> list[Path]:
+    """The existing files that an evaluation reads: of a store and of its shards, or of one of another program."""
+    if not StoreFiles.of(prefix).metadata.exists():
+        foreign = ForeignFiles.find(prefix, "float16")
+        return [path for path in (foreign.keys, foreign.values) if path.is_file()]
+    parts = read_shards(prefix, read_metadata(prefix))
+    prefixes = dict.fromkeys([str(prefix), *(shard.prefix for shard in parts)])
+    names = [StoreFiles.of(each, dtype) for each in prefixes for dtype in KEY_DTYPES]
+    files = (path for each in names for path in (each.keys, each.values, each.documents, each.deleted, each.metadata))
+    return [path for path in dict.fromkeys(files) if path.is_file()]
 
 
 def content_digest(metadata: Mapping[str, Any]) -> str | None:
@@ -218,7 +248,7 @@ def read_deleted(prefix: str | Path, metadata: Mapping[str, Any]) -> Array:
 
     The file holds at least as many rows as the metadata count, because it is written first.
     """
-    path, counted = StoreFiles.of(prefix, "float32").deleted, int(metadata.get("deleted", 0))
+    path, counted = StoreFiles.of(prefix).deleted, int(metadata.get("deleted", 0))
     if not path.exists():
         if counted:
             raise ValueError(f"{counted} rows of datastore {str(prefix)!r} are deleted, and {path} is missing; copy it")
@@ -232,13 +262,13 @@ def read_deleted(prefix: str | Path, metadata: Mapping[str, Any]) -> Array:
         )
     # More rows than the metadata count: the command that deleted them was killed before it wrote their checksum.
     if len(rows) == counted and metadata.get("deleted_checksum") not in (None, deleted_checksum(prefix)):
-        raise ValueError(f"{path} is damaged: its checksum differs from the one in {prefix}.json; copy it again")
+        raise ValueError(f"{path} is damaged: its checksum differs from the one in its JSON file; copy it again")
     return rows
 
 
 def deleted_checksum(prefix: str | Path) -> str:
     """CRC-32 of the file that lists the deleted rows."""
-    path = StoreFiles.of(prefix, "float32").deleted
+    path = StoreFiles.of(prefix).deleted
     return next(file_checksums(path, max(1, path.stat().st_size)))
 
 

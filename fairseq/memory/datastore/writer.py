@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import nonfinite, to_storage_dtype, view_as
-from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, PROGRESS, StoreFiles
+from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, PROGRESS, StoreFiles, require_free
 from fairseq.memory.types import Array
 from fairseq.runtime.atomic_files import naming
 from fairseq.runtime.files import (
@@ -76,7 +76,8 @@ class DatastoreWriter:
                 dictionary_digest and dictionary_size. Equal metadata must mean equal rows.
             resume: False discards what an interrupted writer left.
             documents: int64 (runs, 3): first row, document and offset of each run of rows (docs/formats.md).
-        Raises: ValueError for impossible arguments; OSError when the disk is too small or another writer is active.
+        Raises: ValueError for impossible arguments, and where files of other programs have its names; OSError when the
+            disk is too small or another writer is active.
         """
         if (num_rows is not None and num_rows < 1) or dim < 1:
             raise ValueError(f"a datastore needs at least one row and one column, got {num_rows} x {dim}")
@@ -94,6 +95,7 @@ class DatastoreWriter:
         with ExitStack() as until_ready:
             until_ready.enter_context(self._open)
             self._open.enter_context(locked(self._names.lock, f"datastore {self.prefix!r}"))
+            require_free(prefix, dtype)
             state = self._interrupted_state() if resume else None
             if state is None:
                 self._remove_unfinished()
@@ -295,7 +297,7 @@ def _temporary(path: Path) -> Path:
 
 def finish_interrupted(prefix: str | Path) -> None:
     """Rename the files of a writer that had written all rows. Raises: OSError when a writer is active."""
-    names = StoreFiles.of(prefix, "float32")
+    names = StoreFiles.of(prefix)
     if names.progress.exists():
         with locked(names.lock, f"datastore {str(prefix)!r}"):
             state = read_record(names.progress, PROGRESS) if names.progress.exists() else {}

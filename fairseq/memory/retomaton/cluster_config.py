@@ -17,7 +17,7 @@ class ClusterConfig:
     dstore_mmap: str = flag("--dstore_mmap")
     """Prefix of the datastore."""
     clusters: str | None = flag("--clusters", "--members", default=None)
-    """File of the clusters; by default PREFIX.clusters.npz."""
+    """File of the clusters; by default PREFIX.clusters.npz, in a folder of a datastore FOLDER/clusters.npz."""
     num_clusters: int | None = flag("--num_clusters", default=None)
     """Clusters the rows are sorted into; by default a 100th of the rows."""
     sample_size: int = flag("--sample_size", default=20_000_000)
@@ -43,4 +43,7 @@ class ClusterConfig:
     @property
     def path(self) -> Path:
         """File for the clusters."""
-        return Path(self.clusters or f"{self.dstore_mmap}.clusters.npz")
+        from fairseq.memory.datastore.layout import StoreName  # NumPy, without which --help has to do
+
+        named = self.clusters
+        return Path(named) if named else StoreName.of(self.dstore_mmap).existing_side_file("clusters.npz")

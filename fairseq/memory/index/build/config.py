@@ -90,6 +90,11 @@ class BuildConfig:
     exact search."""
 
     def __post_init__(self) -> None:
+        if self.faiss_index.endswith("/"):
+            raise ValueError(
+                f"--faiss_index {self.faiss_index} names a folder; give the name of an index in it, such as "
+                f"{self.faiss_index}index"
+            )
         if not _FACTORY.fullmatch(self.index):
             lookup(INDEXES, self.index, "--index")
         counts = ["ncentroids", "code_size", "probe", "train_size", "num_keys_to_add_at_a_time", "num_shards"]
