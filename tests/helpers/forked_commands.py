@@ -24,7 +24,16 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("preprocess", "train", "eval_lm", "eval_lm_trime", "build_dstore", "generate", "save_datastore")
+COMMANDS = (
+    "preprocess",
+    "train",
+    "eval_lm",
+    "eval_lm_trime",
+    "build_dstore",
+    "generate",
+    "save_datastore",
+    "data.bm25_search",
+)
 MODULES = (
     "faiss",
     "lightning",
