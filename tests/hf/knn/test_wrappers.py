@@ -57,7 +57,7 @@ def test_generation_does_not_depend_on_the_batch(name, wrapper, tmp_path):
     model = make(name)
     saved(model, tmp_path, batches=8)
     prompts = [tokens(length, seed=length) for length in (3, 6, 5)]
-    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False, "return_dict_in_generate": True}
     with wrapper(dstore_dir=tmp_path, k=K, lmbda=0.5)(model):
         together = model.generate(**padded(prompts, name), output_scores=True, **settings)
         alone = [model.generate(**padded([prompt], name), output_scores=True, **settings) for prompt in prompts]
