@@ -267,7 +267,7 @@ def doctor(config: DoctorConfig, argv: Sequence[str]) -> None:
 
     start = time.perf_counter()
     now = warm(_print_line) if config.warm else status()
-    where = f"{now.compiled} of {now.total} are compiled, in {now.folder!r}"
+    where = f"{now.compiled} of {now.total} are compiled, in {now.folder}"
     if config.warm:
         _print_line(f"kernels: {where}; it took {time.perf_counter() - start:.1f}s")
     elif now.compiled == now.total:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+from forked_commands import Forks
 
 # The time an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -55,20 +55,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command() -> Command:
+def forks() -> Iterator[Forks]:
+    """Starts scripts as processes that need not import PyTorch any more."""
+    held = Forks()
+    yield held
+    held.close()
+
+
+@pytest.fixture(scope="session")
+def command(forks: Forks) -> Command:
     """Run one of the top-level scripts; fails the test on a non-zero exit unless ``expect`` says otherwise."""
 
-    def run(script: str, *words: object, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, words)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-            timeout=300,
-        )
-        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        return done
+    def run(script: str, *words: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        done = forks.start(script, *words)
+        code = done.wait()
+        assert code == expect, f"exit {code}\n{done.out[-2000:]}\n{done.err[-3000:]}"
+        return subprocess.CompletedProcess([script, *map(str, words)], expect, done.out, done.err)
 
     return run
 

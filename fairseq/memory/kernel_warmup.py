@@ -30,17 +30,17 @@ class KernelStatus:
     compiled: int
     total: int
     folder: str
-    """Empty where the user has no home."""
+    """In quotes, as it is printed; nothing between them where the user has no home."""
     obstacle: str
     """Why compiled kernels are not kept; empty where they are."""
 
 
 def status() -> KernelStatus:
     """Look which kernels are compiled for this CPU, source and versions of numba and Python."""
-    from fairseq.memory.index.ops.kernel_cache import cache_folder, why_not_kept
+    from fairseq.memory.index.ops.kernel_cache import cache_folder, readable, why_not_kept
 
     on_disk = [kernel._cache.has(types, kernel.targetctx) for _, kernel, types in _kernels()]
-    return KernelStatus(sum(on_disk), len(on_disk), str(cache_folder() or ""), why_not_kept())
+    return KernelStatus(sum(on_disk), len(on_disk), readable(cache_folder() or ""), why_not_kept())
 
 
 def warm(report: Callable[[str], object]) -> KernelStatus:
@@ -50,31 +50,38 @@ def warm(report: Callable[[str], object]) -> KernelStatus:
         report: gets a line for each, with the seconds it took.
     Raises: OSError where compiled kernels cannot be kept.
     """
-    from fairseq.memory.index.ops.kernel_cache import KernelCache
+    from fairseq.memory.index.ops.kernel_cache import KernelCache, what_to_do
 
     before = status()
     if before.obstacle and before.compiled < before.total:
         raise OSError(f"compiled kernels cannot be kept: {before.obstacle}; set NUMBA_CACHE_DIR to a folder for them")
-    KernelCache.announced = True  # by the lines of the report
-    for number, (name, kernel, types) in enumerate(_kernels(), 1):
-        start, held = time.perf_counter(), kernel._cache.has(types, kernel.targetctx)
-        if not held:
-            kernel.compile(types)
-        done = "compiled before" if held else f"{time.perf_counter() - start:.1f}s"
-        report(f"[{number}/{before.total}] {name}: {done}")
-    return status()
+    KernelCache.reporting = True
+    try:
+        for number, (name, kernel, types) in enumerate(_kernels(), 1):
+            start, held = time.perf_counter(), kernel._cache.has(types, kernel.targetctx)
+            misses = sum(kernel.stats.cache_misses.values())
+            kernel.compile(types)  # or load, which finds a file of which no kernel can be made
+            held = held and misses == sum(kernel.stats.cache_misses.values())
+            done = "compiled before" if held else f"{time.perf_counter() - start:.1f}s"
+            report(f"[{number}/{before.total}] {name}: {done}")
+    finally:
+        KernelCache.reporting = False
+    after = status()
+    if KernelCache.save_error is not None and after.compiled < after.total:
+        kept = f"{after.compiled} of {after.total} compiled kernels are kept"
+        raise OSError(f"{kept}: {what_to_do(KernelCache.save_error)}")
+    return after
 
 
 def _kernels() -> list[tuple[str, Any, Any]]:
     """Name, kernel and types of its arguments, for each that is called from Python."""
-    from numba.core import sigutils
-
     for module in MODULES:
         importlib.import_module(module)
     from fairseq.memory.index.ops.kernels import KERNELS
+    from fairseq.memory.index.ops.numba_library import sigutils
 
     return [
-        (name, kernel, sigutils.normalize_signature(signature)[0])  # type: ignore[no-untyped-call, unused-ignore]
+        (name, kernel, sigutils.normalize_signature(signature)[0])
         for name, (kernel, signatures) in KERNELS.items()
         for signature in signatures
     ]

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -111,20 +110,19 @@ def test_a_finished_shard_is_not_searched_again(tmp_path, capsys):
     assert (tmp_path / "results" / "shard0.json").stat().st_mtime_ns == before
 
 
-def test_a_killed_search_goes_on(tmp_path):
+def test_a_killed_search_goes_on(tmp_path, forks, command):
     write_topics(tmp_path, 3000, num_topics=150)
-    words = [sys.executable, str(ROOT / "bm25_search.py"), *search_words(tmp_path)]
-    killed = subprocess.Popen(words, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    words = ("bm25_search.py", *search_words(tmp_path))
+    killed = forks.start(*words)
     partial = tmp_path / "results" / "shard0.partial"
     deadline = time.monotonic() + 60
     while killed.poll() is None and not (partial.exists() and partial.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.002)
-    killed.send_signal(signal.SIGKILL)
+    os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     done = partial.read_text().count("\n")
     assert 0 < done < 3000
-    second = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "resuming at segment " in second.stderr
+    assert "resuming at segment " in command(*words).stderr
     resumed = (tmp_path / "results" / "shard0.json").read_bytes()
     (tmp_path / "results").rename(tmp_path / "resumed")
     search(tmp_path)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_commands import Forks
 
 from fairseq.runtime.files import locked
 from fairseq_cli import eval_lm, preprocess, train
@@ -83,21 +84,20 @@ def refused(program: str, main, words: list[str], capsys: pytest.CaptureFixture[
 
 
 def test_a_second_training_into_a_folder_is_refused(
-    data_bin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data_bin: Path, forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = "--arch transformer_lm --decoder-embed-dim 8 --decoder-ffn-embed-dim 8 --decoder-layers 1 --cpu"
     words = [str(data_bin), "--save-dir", str(tmp_path / "m"), *small.split(), "--decoder-attention-heads", "1"]
     words += "--optimizer adam --lr 0.01 --max-tokens 256 --tokens-per-sample 32 --max-update 2000".split()
     words += ["--save-interval-updates", "5", "--no-epoch-checkpoints", "--disable-validation"]
-    script = [sys.executable, str(ROOT / "train.py"), *words]
-    with subprocess.Popen(script, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as first:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "m" / "checkpoint_last.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        first.send_signal(signal.SIGSTOP)
-        message = refused("train.py", train.main, words, capsys)
-        first.kill()
-        first.send_signal(signal.SIGCONT)
+    first = forks.start("train.py", *words)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "m" / "checkpoint_last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGSTOP)
+    message = refused("train.py", train.main, words, capsys)
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
     assert (
         f"another process is writing the checkpoints of --save-dir '{tmp_path / 'm'}' (process {first.pid} on"
         in message

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_MODEL
+from conftest import ROOT, TINY_MODEL, Command
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.writer import DatastoreWriter
@@ -53,11 +53,11 @@ def test_pairs_of_commands_leave_what_one_leaves(data_bin: Path, trained: Path, 
     ],
     ids=["train", "preprocess"],
 )
-def test_a_pair_of_processes(data_bin: Path, tmp_path: Path, line: str) -> None:
+def test_a_pair_of_processes(data_bin: Path, command: Command, tmp_path: Path, line: str) -> None:
     def start(out: Path) -> subprocess.Popen[str]:
         script, *words = line.format(data=data_bin, out=out).split()
-        command = [sys.executable, str(ROOT / script), *words]
-        return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        started = [sys.executable, str(ROOT / script), *words]
+        return subprocess.Popen(started, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
     def names(folder: Path) -> set[str]:
         return {path.name for path in (folder / "run").iterdir()}
@@ -70,8 +70,7 @@ def test_a_pair_of_processes(data_bin: Path, tmp_path: Path, line: str) -> None:
         if process.returncode:
             assert process.returncode == 2, error
             assert f"(process {other.pid} on {socket.gethostname()}, " in error.splitlines()[-1]
-    alone = start(tmp_path / "alone")
-    assert alone.communicate(timeout=120)[1]
+    command(*line.format(data=data_bin, out=tmp_path / "alone").split())
     assert names(tmp_path / "pair") == names(tmp_path / "alone")
 
 

@@ -28,8 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning  # noqa: F401  and what the first step of an optimizer imports, before forking
 import numpy as np
 import torch
+import torch._dynamo
 from conftest import TINY_MODEL
 
 import fairseq_cli.average_checkpoints

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba.core import cgutils, types
 
 from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, select_candidates
 from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, GROUP, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.numba_library import cgutils, numba, types
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
 
@@ -26,7 +25,7 @@ def _to_pointer(typing_context: Any, address: Any) -> Any:
 
 
 _pointer: Any = numba.extending.intrinsic(_to_pointer)
-_array_at: Any = getattr(numba, "carray")  # noqa: B009  # numba's types do not declare it
+_array_at: Any = numba.carray
 
 
 class ListArrays(NamedTuple):

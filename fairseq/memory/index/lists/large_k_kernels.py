@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from numba.core import types
 
 from fairseq.memory.index.lists.kernels import LOWEST
 from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.numba_library import numba, types
 
 NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
 """A place without a neighbour; after all others in the order of packed neighbours."""

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-import numba
 import numpy as np
 
 from fairseq.memory.index.ops.kernel_cache import KernelCache, kernel_name
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
+from fairseq.memory.index.ops.numba_library import numba
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 from llvmlite import ir
-from numba.core import cgutils, errors, types
+
+from fairseq.memory.index.ops.numba_library import cgutils, errors, numba, types
 
 _WHOLE, _HALF = 16, 8
 _alloca: Any = cgutils.alloca_once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import faiss
 import numpy as np
 import pytest
@@ -17,13 +19,18 @@ KEYS = RNG.standard_normal((ROWS, DIM)).astype(np.float32)
 QUERIES = torch.from_numpy(RNG.standard_normal((7, DIM)).astype(np.float32))
 
 
-def built(factory: str, metric: Metric) -> FaissIndex:
+@functools.cache
+def trained(factory: str, metric: Metric) -> faiss.Index:
     keys = KEYS / np.linalg.norm(KEYS, axis=1, keepdims=True) if metric is Metric.COS else KEYS
     kind = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
     index = faiss.index_factory(DIM, factory, kind)
     index.train(keys)
     index.add(keys)
-    found = FaissIndex(index, metric)
+    return index
+
+
+def built(factory: str, metric: Metric) -> FaissIndex:
+    found = FaissIndex(faiss.clone_index(trained(factory, metric)), metric)
     found.set_probe(4)
     return found
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import errno
+import hashlib
 import json
 import os
+import pickle
 import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +20,23 @@ import numpy as np
 import pytest
 
 from fairseq.memory import kernel_warmup
-from fairseq.memory.index.ops import kernel_cache
+from fairseq.memory.index.ops import kernel_cache, numba_library
 from fairseq.memory.index.ops.kernel_cache import KernelCache, cache_folder
 from fairseq.memory.index.ops.kernels import KERNELS
+from fairseq_cli.datastore import main
 
 ROOT = Path(__file__).resolve().parents[4]
 CODE = """
 import logging
-import sys
 logging.basicConfig(level="INFO", format="%(levelname)s %(name)s %(message)s")
 import numpy as np
-from fairseq.memory.index.exact.kernels import reached_by
-for dtype in map(np.dtype, sys.argv[1:]):
-    out = np.empty(1, dtype)
-    reached_by(np.arange(9, dtype=dtype)[None], np.full(1, 9), 2, out)
-    print(out[0])
+from fairseq.memory.index.exact import kernels
+out = np.empty(1, np.float32)
+kernels.reached_by(np.arange(9, dtype=np.float32)[None], np.full(1, 9), 2, out)
+print(out[0])
 """
 ONCE = "INFO fairseq.memory.index.ops.kernel_cache compiling kernels, once per machine"
-ALWAYS = "WARNING fairseq.memory.index.ops.kernel_cache compiling kernels in every process: "
+ALWAYS = "compiling kernels in every process: "
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -42,9 +44,10 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
-def start(*types: str, **more: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", CODE, *(types or ("float32",))]
-    return subprocess.Popen(words, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A process that calls one kernel, which calls others."""
+    words, env = [sys.executable, "-c", CODE], environment(NUMBA_CACHE_DIR=str(folder))
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def log_of(process: subprocess.Popen[str]) -> list[str]:
@@ -59,56 +62,170 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_first_compilation_is_announced_once_and_none_where_the_kernels_are_kept(tmp_path: Path) -> None:
-    first = log_of(start("float32", "float32", "float64", XDG_CACHE_HOME=str(tmp_path)))
-    assert [line for line in first if line.startswith(ONCE)] == first
-    assert len(first) == 1
-    kept = content(tmp_path / "fairseq-memory" / "kernels")
-    assert {name.partition("-")[0] for name in kept} >= {"index.exact.kernels.reached_by"}
-    assert log_of(start("float64", "float32", XDG_CACHE_HOME=str(tmp_path))) == []
-    assert content(tmp_path / "fairseq-memory" / "kernels") == kept
-
-
-def test_two_processes_that_compile_at_once_leave_what_one_leaves(tmp_path: Path) -> None:
-    processes = [start(NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
-    assert all(line.startswith(ONCE) for process in processes for line in log_of(process))
-    names = content(tmp_path)
-    assert all(re.fullmatch(r"index\.[\w.]+-[0-9a-f]{32}\.nbc", name) for name in names), names
-    assert log_of(start(NUMBA_CACHE_DIR=str(tmp_path))) == []
-
-
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the kernels of the program are kept."""
+    """A folder that two processes fill at once."""
     folder = tmp_path_factory.mktemp("filled")
-    log_of(start(NUMBA_CACHE_DIR=str(folder)))
+    processes = [start(folder) for _ in range(2)]
+    logs = [log_of(process) for process in processes]
+    assert [line.startswith(ONCE) for log in logs for line in log] == [True, True]
     return folder
 
 
-def test_a_damaged_file_is_compiled_again(filled: Path, tmp_path: Path) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    kept = content(tmp_path)
-    for number, path in enumerate(tmp_path.rglob("*.nbc")):
-        data = path.read_bytes()
-        path.write_bytes(data[: len(data) // 2] if number % 2 else data[:99] + b"?" + data[100:])
-    assert [line.startswith(ONCE) for line in log_of(start(NUMBA_CACHE_DIR=str(tmp_path)))] == [True]
-    assert content(tmp_path).keys() == kept.keys()
-    assert log_of(start(NUMBA_CACHE_DIR=str(tmp_path))) == []
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to be, in which this process keeps kernels; it has announced nothing yet."""
+    monkeypatch.setattr(kernel_cache.config, "CACHE_DIR", str(tmp_path / "base"))
+    monkeypatch.setattr(KernelCache, "announced", False)
+    monkeypatch.setattr(KernelCache, "save_error", None)
+    return tmp_path / "base" / "kernels"
+
+
+def double(x: float) -> float:
+    return 2 * x
+
+
+def triple(x: float) -> float:
+    return 3 * x
+
+
+def fresh(function: Callable[[float], float] = double) -> Any:
+    """A kernel as a new process has it: neither compiled nor loaded."""
+    kernel: Any = numba.njit(nogil=True, error_model="numpy", fastmath=False, no_cfunc_wrapper=True)(function)
+    kernel._cache = KernelCache(function)
+    return kernel
+
+
+def is_loaded(kernel: Any) -> bool:
+    """True if a call finds the kernel on disk; its result is right."""
+    assert kernel(2.5) == kernel.py_func(2.5)
+    return bool(kernel.stats.cache_hits)
+
+
+def test_two_processes_that_compile_at_once_announce_it_once_and_leave_what_a_third_finds(filled: Path) -> None:
+    names = content(filled)
+    assert {name.partition("-")[0] for name in names} > {"index.exact.kernels.reached_by"}
+    assert all(re.fullmatch(r"index\.[\w.]+-[0-9a-f]{32}\.nbc", name) for name in names), names
+    assert log_of(start(filled)) == []
+    assert content(filled) == names
+
+
+def test_only_this_user_can_enter_the_folder_and_write_its_files(filled: Path) -> None:
+    assert (filled / "kernels").stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in filled.rglob("*.nbc")} == {0o600}
+
+
+def damage(data: bytes) -> bytes:
+    return data[:99] + bytes([data[99] ^ 1]) + data[100:]
+
+
+def other_content(data: bytes) -> bytes:
+    """Whole by its checksum, but nothing of which a kernel can be made."""
+    held = pickle.dumps({"no": "kernel"})
+    return held + hashlib.sha256(held).digest()
+
+
+def cut_content(data: bytes) -> bytes:
+    return data[:999] + hashlib.sha256(data[:999]).digest()
+
+
+@pytest.mark.parametrize("change", [lambda data: data[: len(data) // 2], damage, other_content, cut_content])
+def test_a_file_of_which_no_kernel_can_be_made_is_compiled_again(folder: Path, change: Any) -> None:
+    assert not is_loaded(fresh())
+    (path,) = folder.glob("*.nbc")
+    whole = path.read_bytes()
+    path.write_bytes(change(whole))
+    assert not is_loaded(fresh())
+    assert path.read_bytes() != change(whole)
+    assert is_loaded(fresh())
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    held = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    caplog.clear()
+    return held
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o702])
+def test_a_folder_that_others_can_write_is_neither_read_nor_written(
+    folder: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not is_loaded(fresh())
+    kept = content(folder)
+    folder.chmod(mode)
+    KernelCache.announced = False
+    assert not is_loaded(fresh())
+    assert not is_loaded(fresh(triple))
+    (line,) = warnings_in(caplog)
+    assert line.startswith(f"compiling kernels in every process: other users can write {str(folder)!r} (mode 0{mode:o}")
+    assert "chmod go-w" in line
+    assert content(folder) == kept
+    folder.chmod(0o755)
+    assert is_loaded(fresh())
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_what_belongs_to_another_user_is_not_read(
+    folder: Path, what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not is_loaded(fresh())
+    (path,) = folder.glob("*.nbc")
+    if os.geteuid() == 0:
+        os.chown(folder if what == "folder" else path, 4243, -1)
+    else:
+        monkeypatch.setattr(kernel_cache.os, "geteuid", lambda: 4242)
+    KernelCache.announced = False
+    assert not is_loaded(fresh())
+    if what == "folder":
+        (line,) = warnings_in(caplog)
+        assert f"{str(folder)!r} belongs to another user" in line
+
+
+def test_a_file_that_others_can_write_is_compiled_again_and_replaced(folder: Path) -> None:
+    assert not is_loaded(fresh())
+    (path,) = folder.glob("*.nbc")
+    path.chmod(0o666)
+    assert not is_loaded(fresh())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert is_loaded(fresh())
 
 
 def test_a_folder_that_cannot_be_written_is_read_and_named_once_where_it_lacks_a_kernel(
-    filled: Path, tmp_path: Path
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "kernels").chmod(0o555)
-    assert log_of(start(NUMBA_CACHE_DIR=str(tmp_path))) == []
-    (tmp_path / "empty" / "kernels").mkdir(parents=True)
-    (tmp_path / "empty" / "kernels").chmod(0o555)
-    (line,) = log_of(start(NUMBA_CACHE_DIR=str(tmp_path / "empty")))
-    assert line.startswith(f"{ALWAYS}{str(tmp_path / 'empty' / 'kernels')!r} is read-only; set NUMBA_CACHE_DIR")
-    (tmp_path / "file").touch()
-    (line,) = log_of(start(XDG_CACHE_HOME=str(tmp_path / "file")))
-    assert line.startswith(f"{ALWAYS}cannot make ")
+    assert not is_loaded(fresh())
+    caplog.clear()
+    folder.chmod(0o555)
+    assert is_loaded(fresh())
+    assert warnings_in(caplog) == []
+    KernelCache.announced = False
+    assert fresh(triple)(2.0) == fresh(triple)(2.0) == 6.0
+    (line,) = warnings_in(caplog)
+    assert line == f"{ALWAYS}{str(folder)!r} is read-only; set NUMBA_CACHE_DIR to a folder to keep them in"
+
+
+def test_what_stands_in_the_place_of_the_folder_is_named(folder: Path) -> None:
+    name = str(folder)
+    assert kernel_cache.why_not_kept() == ""
+    assert not folder.parent.exists()
+    folder.parent.mkdir()
+    folder.touch()
+    assert kernel_cache.why_not_kept() == f"{name!r} is a file, not a folder"
+    folder.unlink()
+    folder.symlink_to("nowhere")
+    assert kernel_cache.why_not_kept() == f"{name!r} is a dead link, not a folder"
+    folder.unlink()
+    folder.parent.chmod(0o555)
+    assert kernel_cache.why_not_kept() == f"cannot make {name!r}: {str(folder.parent)!r} is read-only"
+    folder.parent.rmdir()
+    folder.parent.touch()
+    assert kernel_cache.why_not_kept() == f"cannot make {name!r}: {str(folder.parent)!r} is a file, not a folder"
+
+
+def test_kernels_are_kept_in_the_cache_folder_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_cache.config, "CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fairseq-memory" / "kernels"
 
 
 def test_a_user_without_a_home_gets_one_line_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,14 +234,17 @@ def test_a_user_without_a_home_gets_one_line_and_no_folder(tmp_path: Path, monke
     monkeypatch.setattr(kernel_cache.platformdirs, "user_cache_path", lambda *_: Path("~/.cache/fairseq-memory"))
     assert cache_folder() is None
     assert kernel_cache.why_not_kept() == "this user has no home"
-
-    def double(x: float) -> float:
-        return 2 * x
-
-    kernel: Any = numba.njit(double)
-    kernel._cache = KernelCache(kernel_cache.cache_folder)  # of any function whose source is known
-    assert kernel(2.5) == 5.0
+    assert fresh()(2.5) == 5.0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_is_escaped_where_the_locale_has_no_such_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = "/tmp/cach\u00e9".encode()
+    monkeypatch.setattr(kernel_cache.os, "fsencode", lambda path: held)
+    monkeypatch.setattr(kernel_cache.sys, "getfilesystemencoding", lambda: "utf-8")
+    assert kernel_cache.readable("/tmp") == "'/tmp/cach\u00e9'"
+    monkeypatch.setattr(kernel_cache.sys, "getfilesystemencoding", lambda: "ascii")
+    assert kernel_cache.readable("/tmp") == r"'/tmp/cach\xe9'"
 
 
 @pytest.mark.parametrize("name", ["numba", "source", "types", "cpu"])
@@ -150,53 +270,124 @@ def test_the_digest_of_a_module_holds_every_module_of_ours_that_it_imports() -> 
     for path in [*holders, ROOT / "fairseq/memory/index/ops/lane_sum_kernels.py"]:
         source = path.read_text()
         imported = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
-        ours = {name for name in imported if name and name.startswith("fairseq")} - {kernel_cache.__name__}
+        ours = {name for name in imported if name and name.startswith("fairseq")} - {
+            kernel_cache.__name__,
+            numba_library.__name__,
+        }
         assert set(re.findall(r"^from (fairseq\.[\w.]+kernels) import", source, re.MULTILINE)) == ours, path
         assert not any(isinstance(n, ast.Import) and "fairseq" in n.names[0].name for n in ast.walk(ast.parse(source)))
 
 
-def run_every_search(folder: Path | None, *words: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "tests" / "helpers" / "every_search.py"), *words]
-    where = environment() if folder is None else environment(NUMBA_CACHE_DIR=str(folder))
-    return subprocess.run(line, env=where, capture_output=True, text=True, timeout=600, check=False)
-
-
 @pytest.mark.slow
-def test_after_warming_no_search_compiles_anything(tmp_path: Path) -> None:
+def test_after_warming_no_search_compiles_anything(capsys: pytest.CaptureFixture[str]) -> None:
     """In the user's own folder, so that only the first of all test runs compiles: it takes a minute."""
-    line = [sys.executable, "-m", "fairseq_cli.datastore", "doctor"]
-    said = subprocess.run([*line, "--warm"], env=environment(), capture_output=True, text=True, check=True).stdout
     total = kernel_warmup.status().total
-    assert said.count("\n") == total + 1
-    assert f"[{total}/{total}] " in said
-    assert f"kernels: {total} of {total} are compiled, in " in said
-    asked = subprocess.run(line, env=environment(), capture_output=True, text=True, check=True)
-    assert asked.stdout.startswith(f"kernels: {total} of {total} are compiled, in ")
-    assert asked.stderr == ""
-    done = run_every_search(None)
+    main(["doctor", "--warm"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == total + 1
+    assert lines[-2].startswith(f"[{total}/{total}] ")
+    assert lines[-1].startswith(f"kernels: {total} of {total} are compiled, in ")
+    main(["doctor"])
+    assert capsys.readouterr().out == f"kernels: {total} of {total} are compiled, in {str(cache_folder())!r}\n"
+    line = [sys.executable, str(ROOT / "tests" / "helpers" / "every_search.py")]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"compiled": [], "uncalled": [], "undeclared": []}
-    cold = run_every_search(tmp_path, "--stop")
-    assert cold.returncode == 1
-    assert len(json.loads(cold.stderr.splitlines()[-1])["compiled"]) == 1
+    assert json.loads(done.stdout) == {"compiled": [], "uncalled": [], "undeclared": [], "sees_a_compilation": True}
 
 
-def test_the_doctor_says_what_is_not_compiled(tmp_path: Path) -> None:
-    def said(*words: str, expect: int = 0, **more: str) -> str:
-        line = [sys.executable, "-m", "fairseq_cli.datastore", "doctor", *words]
-        done = subprocess.run(line, env=environment(**more), capture_output=True, text=True, check=False)
-        assert done.returncode == expect, done.stderr
-        return done.stderr if expect else done.stdout
+def test_the_doctor_says_what_is_not_compiled(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said() -> str:
+        main(["doctor"])
+        return capsys.readouterr().out
 
     total = kernel_warmup.status().total
-    folder = str(tmp_path / "kernels")
-    start = f"kernels: 0 of {total} are compiled, in {folder!r}; fairseq-datastore doctor --warm compiles the others\n"
-    assert said(NUMBA_CACHE_DIR=str(tmp_path)) == start
-    (tmp_path / "kernels").chmod(0o555)
-    reason = f"{folder!r} is read-only; set NUMBA_CACHE_DIR to a folder for them\n"
-    assert said(NUMBA_CACHE_DIR=str(tmp_path)) == f"kernels: every process compiles them: {reason}"
-    told = said("--warm", NUMBA_CACHE_DIR=str(tmp_path), expect=2)
-    assert told == f"fairseq-datastore: error: compiled kernels cannot be kept: {reason}"
+    name = repr(str(folder))
+    start = f"kernels: 0 of {total} are compiled, in {name}; fairseq-datastore doctor --warm compiles the others\n"
+    assert said() == start
+    assert not folder.parent.exists()
+    folder.mkdir(parents=True)
+    folder.chmod(0o555)
+    reason = f"{name} is read-only; set NUMBA_CACHE_DIR to a folder for them"
+    assert said() == f"kernels: every process compiles them: {reason}\n"
+    with pytest.raises(OSError, match=re.escape(f"compiled kernels cannot be kept: {reason}")):
+        main(["doctor", "--warm"])
+
+
+@pytest.fixture
+def two_kernels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All kernels that the doctor knows."""
+    kernels = [("one", fresh(), (numba.float64,)), ("two", fresh(triple), (numba.float64,))]
+    monkeypatch.setattr(kernel_warmup, "_kernels", lambda: kernels)
+    return kernels
+
+
+def test_warming_ends_with_an_error_where_a_kernel_cannot_be_kept(
+    folder: Path, two_kernels: list[Any], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, kernel, types = two_kernels[1]
+    path = kernel._cache._cache_file._path(kernel._cache._index_key(types, kernel.targetctx.codegen()))
+    path.mkdir(parents=True)
+    folder.chmod(0o700)
+    said = f"1 of 2 compiled kernels are kept: {str(path)!r}: Is a directory; remove it or set NUMBA_CACHE_DIR"
+    with pytest.raises(OSError, match=re.escape(said)):
+        main(["doctor", "--warm"])
+    assert capsys.readouterr().out.count("\n") == 2
+    assert warnings_in(caplog) == []
+    path.rmdir()
+    two_kernels[1] = ("two", fresh(triple), types)
+    main(["doctor", "--warm"])
+    assert "kernels: 2 of 2 are compiled" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_said_once_and_by_the_doctor_as_an_error(
+    folder: Path, two_kernels: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fairseq.runtime.atomic_files.os.fsync", full)
+    with pytest.raises(OSError, match=r"^0 of 2 compiled .*\.nbc': no space left on the disk; free some or set NUMBA_"):
+        main(["doctor", "--warm"])
+    assert warnings_in(caplog) == []
+    KernelCache.save_error = None
+    assert fresh(triple)(2.0) == fresh(triple)(2.0) == 6.0
+    (line,) = warnings_in(caplog)
+    assert line.startswith("compiled kernels are not kept: ")
+    assert "no space left on the disk; free some or set NUMBA_CACHE_DIR to a folder on another disk" in line
+    assert list(folder.glob("*")) == []
+
+
+def test_a_file_of_which_no_kernel_can_be_made_is_compiled_by_the_doctor(
+    folder: Path, two_kernels: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["doctor", "--warm"])
+    for path in folder.glob("*.nbc"):
+        path.write_bytes(other_content(b""))
+    two_kernels[:] = [(name, fresh(kernel.py_func), types) for name, kernel, types in two_kernels]
+    capsys.readouterr()
+    main(["doctor", "--warm"])
+    assert "compiled before" not in capsys.readouterr().out
+    two_kernels[:] = [(name, fresh(kernel.py_func), types) for name, kernel, types in two_kernels]
+    main(["doctor", "--warm"])
+    assert capsys.readouterr().out.count("compiled before") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("NUMBA_DISABLE_JIT", "1", "fairseq-datastore: error: NUMBA_DISABLE_JIT=1 leaves searches without their"),
+        ("NUMBA_NUM_THREADS", "0", "fairseq-datastore: error: NUMBA_NUM_THREADS='0' is less than 1; unset it"),
+        ("NUMBA_OPT", "foo", "NUMBA_OPT='foo' cannot be read, numba takes its default; unset it or correct"),
+    ],
+)
+def test_a_setting_of_numba_that_is_none_is_named_in_one_line(name: str, value: str, line: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "fairseq_cli.datastore", "doctor"]
+    env = environment(NUMBA_CACHE_DIR=str(tmp_path / "none")) | {name: value}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if name == "NUMBA_OPT" else 2)
+    (told,) = done.stderr.splitlines()
+    assert line in told
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_inner_kernel_is_called_by_kernels_only() -> None:
