@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.memory.datastore.config import SAVES_EITHER
-from fairseq.memory.datastore.foreign_formats import ForeignFiles
+from fairseq.memory.datastore.foreign_formats import ForeignFiles, in_hdf5
 from fairseq.memory.datastore.layout import KEY_DTYPES, PROGRESS, StoreFiles
 from fairseq.memory.datastore.metadata import read_metadata, saved_shards
 from fairseq.runtime.records import read_record
@@ -130,6 +130,11 @@ def _why_not_opened(prefix: str | Path, saved_by: str) -> str:
             f"{names} has no metadata ({StoreFiles.of(prefix).metadata}) and its type or size is not as stated; give "
             "files of the original programs their --dstore-size (build_dstore.py: --dimension too), and --dstore-fp16 "
             "if they hold float16, or convert them with fairseq-datastore convert to a store that needs no flags"
+        )
+    if in_hdf5(Path(prefix)):
+        return (
+            f"{str(prefix)!r} is a store of knn-seq, in HDF5, which is not read here: write its data sets 'memory' and "
+            "'tokens' (h5py reads them) as keys.npy (float16 or float32) and vals.npy (int64) into another folder"
         )
     return _nothing_there(prefix, saved_by)
 

@@ -5,7 +5,12 @@
 | kNN-LM | ``<prefix>_keys.npy``, float32 or float16 | ``<prefix>_vals.npy``, int64, with float16 keys int16 |
 | TRIME | ``<prefix>_keys.npy`` float32, ``<prefix>-fp16_keys.npy`` float16 | ``<prefix>_vals.npy``, int64 |
 | kNN-MT | ``<folder>/keys.npy``, float32 or float16 | ``<folder>/vals.npy``, int64 or int32 |
+| knn-box | as kNN-MT's, with their sizes in ``config.json`` | the same |
+| Sockeye | as kNN-MT's, with their sizes in ``config.yaml`` | ``<folder>/vals.npy``, int32 |
+| knn-models | as kNN-MT's | ``<folder>/values.npy``, int64 |
 | knn-transformers | ``<folder>/dstore_<model>_<rows>_<width>_keys.npy``, float16 | the same with ``_vals.npy``, int32 |
+
+knn-seq keeps both in HDF5 files, which are named and not read.
 
 The arrays have no header, despite their names; files with NumPy's header are read accordingly.
 """
@@ -22,9 +27,11 @@ import numpy as np
 from fairseq.memory.datastore.layout import KEY_DTYPES, VALUE_DTYPES, StoreFiles
 from fairseq.memory.types import Array
 from fairseq.runtime.arrays import read_array
+from fairseq.runtime.files import read_json
 
 _SIZES_IN_NAME = re.compile(r"dstore_.+_(\d+)_(\d+)")
 _MAGIC = b"\x93NUMPY"
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class ForeignFiles:
         names = StoreFiles.of(prefix, dtype)
         if dtype == "float16" and not names.keys.exists():
             names = StoreFiles.of(prefix, "float32")  # kNN-LM uses one name for both types
-        if not names.keys.exists() and Path(prefix).is_dir():
+        if Path(prefix).is_dir() and (names.keys.parent == Path(prefix) or not names.keys.exists()):
             return cls._in_folder(Path(prefix))
         match = _SIZES_IN_NAME.fullmatch(Path(prefix).name)
         return cls(names.keys, names.values, *(map(int, match.groups()) if match else ()))
@@ -55,7 +62,8 @@ class ForeignFiles:
             raise ValueError(f"{str(folder)!r} holds several stores: {names}; give one of them, with its folder")
         if stores:
             return cls.find(folder / stores[0].name.removesuffix("_keys.npy"), "float32")
-        return cls(folder / "keys.npy", folder / "vals.npy")
+        values = next((folder / name for name in ("vals.npy", "values.npy") if (folder / name).exists()), None)
+        return cls(folder / "keys.npy", values or folder / "vals.npy", *(_stated_sizes(folder) or ()))
 
     @property
     def state_their_sizes(self) -> bool:
@@ -65,6 +73,37 @@ class ForeignFiles:
     def present(self) -> bool:
         """True if both files exist."""
         return self.keys.exists() and self.values.exists()
+
+
+def _stated_sizes(folder: Path) -> tuple[int, int] | None:
+    """Rows and width by the settings that knn-box or Sockeye keeps beside its arrays; None without them.
+
+    Raises: ValueError for knn-box's settings without them.
+    """
+    if (folder / "config.json").exists():
+        arrays = read_json(folder / "config.json").get("data_infos")
+        if arrays is None:
+            return None
+        try:
+            rows, dim = map(int, arrays["keys"]["shape"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{folder / 'config.json'} does not state the shape of the keys; copy it again") from error
+        return rows, dim
+    if (folder / "config.yaml").exists():
+        text = (folder / "config.yaml").read_text(encoding="utf-8")
+        found = [re.search(rf"^{name}: (\d+)$", text, re.MULTILINE) for name in ("index_size", "dimension")]
+        if found[0] and found[1]:
+            return int(found[0][1]), int(found[1][1])
+    return None
+
+
+def in_hdf5(folder: Path) -> bool:
+    """True for knn-seq's folder, whose arrays are not read."""
+    path = folder / "values.bin"
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_HDF5)) == _HDF5
 
 
 def map_keys(files: ForeignFiles, dim: int | None, size: int | None, dtype: str) -> tuple[Array, str]:
@@ -127,8 +166,9 @@ def _sizes(files: ForeignFiles, dim: int | None, size: int | None, dtype: str) -
             if held == numbers * KEY_DTYPES[kind].itemsize:
                 return files.rows, files.dim, kind
         raise ValueError(
-            f"{files.keys} holds {held} bytes; by its name it has {files.rows} rows of {files.dim} values, which take "
-            f"{numbers * 2} as float16 or {numbers * 4} as float32: it is truncated or renamed; copy it again"
+            f"{files.keys} holds {held} bytes; by its name or settings it has {files.rows} rows of {files.dim} "
+            f"values, which take {numbers * 2} as float16 or {numbers * 4} as float32: it is truncated or renamed; copy it "
+            "again"
         )
     if dim is None:
         raise ValueError(f"{files.keys} does not state the width of its rows; give --dimension")

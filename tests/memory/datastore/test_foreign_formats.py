@@ -1,5 +1,6 @@
 """Stores as other programs lay them out, made here by numpy alone."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,29 @@ def its_folder(folder: Path, half: bool) -> tuple[Path, dict]:
     return folder, {}
 
 
-LAYOUTS = [knn_lm, trime, knn_mt, with_headers, knn_transformers, its_folder]
+def knn_box(folder: Path, half: bool) -> tuple[Path, dict]:
+    knn_mt(folder, half)
+    infos = {"keys": {"name": "keys", "shape": [ROWS, DIM]}, "vals": {"name": "vals", "shape": [ROWS, 1]}}
+    (folder / "config.json").write_text(json.dumps({"data_list": ["keys", "vals"], "data_infos": infos}))
+    return folder, {}
+
+
+def sockeye(folder: Path, half: bool) -> tuple[Path, dict]:
+    KEYS.astype("float16" if half else "float32").tofile(folder / "keys.npy")
+    VALUES.astype("int32").reshape(-1, 1).tofile(folder / "vals.npy")
+    settings = {"dimension": DIM, "index_size": ROWS, "index_type": "''", "state_data_type": "float16"}
+    lines = ["!KNNConfig", *(f"{name}: {value}" for name, value in settings.items())]
+    (folder / "config.yaml").write_text("\n".join(lines) + "\n")
+    return folder, {}
+
+
+def knn_models(folder: Path, half: bool) -> tuple[Path, dict]:
+    knn_mt(folder, half)
+    (folder / "vals.npy").rename(folder / "values.npy")
+    return folder, STATED
+
+
+LAYOUTS = [knn_lm, trime, knn_mt, with_headers, knn_transformers, its_folder, knn_box, sockeye, knn_models]
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -109,7 +132,7 @@ def damage(path: Path, size: int | None = None, content: bytes = b"") -> None:
             knn_transformers,
             f"dstore_gpt2-large_{ROWS}_{DIM}_keys.npy",
             {"size": 300},
-            "by its name it has 20 rows of 4",
+            "by its name or settings it has 20 rows of 4",
         ),
         (knn_transformers, f"dstore_gpt2-large_{ROWS}_{DIM}_vals.npy", {"size": 78}, "78 bytes; 20 values take 160"),
         (with_headers, "keys.npy", {"size": 300}, "keys.npy is not a complete NumPy array"),
@@ -154,3 +177,18 @@ def test_a_folder_of_several_stores_is_not_guessed_at(tmp_path):
     KEYS.astype("float16").tofile(tmp_path / f"dstore_bart_{ROWS}_{DIM}_keys.npy")
     with pytest.raises(ValueError, match=r"several stores: dstore_bart_20_4, dstore_gpt2-large_20_4; give one"):
         Datastore.open(tmp_path, StoreHints())
+
+
+def test_settings_that_belong_to_other_files_are_told_or_passed_over(tmp_path):
+    folder, _ = knn_box(tmp_path, half=True)
+    (folder / "config.json").write_text('{"data_infos": {"vals": {}}}')
+    with pytest.raises(ValueError, match=r"config\.json does not state the shape of the keys"):
+        Datastore.open(folder, StoreHints(fp16=True, **STATED))
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert len(Datastore.open(folder, StoreHints(fp16=True, **STATED))) == ROWS
+
+
+def test_a_store_in_hdf5_is_named(tmp_path):
+    (tmp_path / "values.bin").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(20))
+    with pytest.raises(ValueError, match="is a store of knn-seq, in HDF5, which is not read here"):
+        Datastore.open(tmp_path, StoreHints(**STATED))
