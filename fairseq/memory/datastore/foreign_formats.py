@@ -167,8 +167,8 @@ def _sizes(files: ForeignFiles, dim: int | None, size: int | None, dtype: str) -
                 return files.rows, files.dim, kind
         raise ValueError(
             f"{files.keys} holds {held} bytes; by its name or settings it has {files.rows} rows of {files.dim} "
-            f"values, which take {numbers * 2} as float16 or {numbers * 4} as float32: it is truncated or renamed; copy it "
-            "again"
+            f"values, which take {numbers * 2} as float16 or {numbers * 4} as float32: it is truncated or renamed; "
+            "copy it again"
         )
     if dim is None:
         raise ValueError(f"{files.keys} does not state the width of its rows; give --dimension")
