@@ -45,7 +45,7 @@ def main() -> None:
         saved = str(folder / "valid.retrieval")
         common.run("eval_lm.py", *words, "--save-retrieval", saved)
         grid = ("--k", _list(ks), "--lmbda", _list(WEIGHTS), "--temperature", _list(TEMPERATURES))
-        sweep = ("-m", "fairseq_cli.knn_sweep", saved, *grid, "--out", str(folder / "sweep"))
+        sweep = ("-m", "fairseq_cli.memory.knn_sweep", saved, *grid, "--out", str(folder / "sweep"))
         swept, one = common.in_turn(
             lambda: common.run(*sweep), lambda: common.run("eval_lm.py", *words), options.repeats
         )

@@ -54,6 +54,14 @@ class ChoicesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrintConfig:
+    """What train.py shows instead of training."""
+
+    print_yaml: bool = flag("--print-yaml", default=False)
+    """Print the options as fairseq-hydra-train's YAML, and exit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskChoiceConfig:
     """The task, where nothing else is chosen by name."""
 
@@ -135,6 +143,7 @@ def parse_train(argv: Sequence[str]) -> Settings:
     chosen = _chosen(first.peek(argv))
     parser = FlagParser("train.py", "Train a model.")
     parser.add_config(ChoicesConfig)
+    parser.add_config(PrintConfig)
     for config_class in (*_parts(chosen), *_TRAINING, model_config_class(model_name(chosen["arch"]))):
         parser.add_config(config_class)
     add_ignored(parser, ignored_flags.TRAIN)

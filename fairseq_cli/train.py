@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from fairseq.data.batching_config import BatchingConfig
-from fairseq.options import parse_train, training_configs
+from fairseq.options import PrintConfig, parse_train, training_configs
 from fairseq.tasks import TASKS
 from fairseq.training.config import ValidationConfig
 from fairseq.training.output_segments import output_samples, output_segments
@@ -15,6 +16,13 @@ from fairseq_cli.entry import run
 def main(argv: Sequence[str]) -> None:
     """Train; the same command again resumes an interrupted run."""
     settings = parse_train(argv)
+    if settings.config(PrintConfig).print_yaml:
+        from omegaconf import OmegaConf
+
+        from fairseq.option_tree import tree_of
+
+        sys.stdout.write(OmegaConf.to_yaml(OmegaConf.create(tree_of(settings))))
+        return
     batching = settings.config(BatchingConfig)
     for path, output in (
         (batching.output_segments_to_file, output_segments),

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq_cli import build_dstore, eval_lm, eval_lm_trime, knn_sweep
+from fairseq_cli import build_dstore, eval_lm, eval_lm_trime
 from fairseq_cli.entry import run
+from fairseq_cli.memory import knn_sweep
 
 pytestmark = pytest.mark.slow
 

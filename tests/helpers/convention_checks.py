@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.training",),
     ("fairseq.evaluation",),
     ("fairseq.options",),
+    ("fairseq.option_tree",),
     ("fairseq.compat",),
     ("fairseq.hf",),
     ("fairseq_cli",),
