@@ -109,8 +109,19 @@ def main(argv: Sequence[str]) -> None:
     if "--config-name" not in argv and "-cn" not in argv:  # a file may have less, or more, and is checked as a whole
         check_overrides([word for word in argv if "=" in word and not word.startswith("-")])
     given = {word.partition("=")[0].lstrip("+") for word in argv}
-    sys.argv = [PROGRAM, *argv, *(f"{key}={value}" for key, value in _HYDRA.items() if key not in given)]
+    more = _HYDRA | {"hydra.job.config.override_dirname.exclude_keys": f"[{','.join(_same_for_all(argv))}]"}
+    sys.argv = [PROGRAM, *argv, *(f"{key}={value}" for key, value in more.items() if key not in given)]
     hydra.main(version_base="1.3", config_path=None, config_name=_CONFIG)(train_tree)()
+
+
+def _same_for_all(argv: Sequence[str]) -> list[str]:
+    """Keys of overrides that do not tell the jobs of a sweep apart, and need not be in their folders' names."""
+    words = [word for word in argv if "=" in word and not word.startswith("-")]
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException:
+        return []  # Hydra says what is wrong
+    return [str(override.key_or_group) for override in overrides if not override.is_sweep_override()]
 
 
 def cli_main() -> None:

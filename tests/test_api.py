@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 
 from fairseq.memory.retrieval.sweep_outputs import _heat_map
 from fairseq.moved import MOVED
@@ -132,7 +133,7 @@ def test_importing_a_package_is_light(package: str) -> None:
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_an_old_path_works_and_warns(old: str) -> None:
+def test_an_old_path_works_and_warns(old: str, command: Command, tmp_path: Path) -> None:
     name = {"hf": "KNNWrapper", "evaluation": "evaluate", "extended_mind": "extended_mind", "saver": "KNNSaver"}
     name |= {"extended_mind_interface": "from_pretrained", "knn": "KNNWrapper", "retomaton": "RetomatonWrapper"}
     name |= {"fixed": "Interpolation", "datastore_writer": "DatastoreWriter", "build_config": "BuildConfig"}
@@ -149,8 +150,8 @@ import importlib
 assert found is getattr(importlib.import_module({MOVED[old]!r}), {public!r})
 print(*[f"{{w.category.__name__}}: {{w.message}}" for w in seen if "is now" in str(w.message)], sep="\\n")
 """
-    done = run(code)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "old.py").write_text(code, encoding="utf-8")
+    done = command(str(tmp_path / "old.py"))
     assert f"DeprecationWarning: {old} is now {MOVED[old]}" in done.stdout, done.stderr
 
 

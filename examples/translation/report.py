@@ -87,7 +87,7 @@ def table(found: dict[str, Compared]) -> list[str]:
 
 def num_rows(store: Path) -> int:
     """Rows of a datastore."""
-    return int(json.loads((store / "datastore.json").read_text(encoding="utf-8"))["size"])
+    return int(json.loads((store / "datastore.json").read_text(encoding="utf-8"))["rows"])
 
 
 def write(out: Path, about: str, chosen: dict[str, str], valid: dict[str, float], test: dict[str, Compared]) -> str:
