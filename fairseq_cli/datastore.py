@@ -260,11 +260,19 @@ def plan(config: PlanConfig, argv: Sequence[str]) -> None:
 
 
 def doctor(config: DoctorConfig, argv: Sequence[str]) -> None:
-    """Compile the kernels if asked to, and print how many are compiled and where they are."""
+    """Print what this machine has; with --warm compile the kernels, and print how many are compiled instead."""
     import time
+    from pathlib import Path
 
     from fairseq.memory.kernel_warmup import status, warm
 
+    if not config.warm:
+        from fairseq.memory.planning.doctor import report
+        from fairseq.runtime.atomic_files import require_writable
+
+        require_writable(config.folder, "--folder")
+        for line in report(Path(config.folder)):
+            _print_line(line)
     start = time.perf_counter()
     now = warm(_print_line) if config.warm else status()
     where = f"{now.compiled} of {now.total} are compiled, in {now.folder}"

@@ -33,9 +33,8 @@ stage data $data/test.de-en.en.idx bash get_data.sh multi30k
 model=(--task translation --cpu --arch transformer_iwslt_de_en --encoder-layers 2 --decoder-layers 2
   --encoder-embed-dim 128 --decoder-embed-dim 128 --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256
   --share-decoder-input-output-embed --encoder-normalize-before --decoder-normalize-before)
-training=("${model[@]}" --optimizer adam --adam-betas '(0.9, 0.98)' --lr 4e-3 --lr-scheduler inverse_sqrt
-  --warmup-updates 500 --dropout 0.1 --weight-decay 0.0001 --seed "$seed"
-  --no-epoch-checkpoints --log-format simple --log-interval 500)
+training=("${model[@]}" --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler inverse_sqrt --dropout 0.1
+  --weight-decay 0.0001 --seed "$seed" --no-epoch-checkpoints --log-format simple --log-interval 500)
 
 # train NAME EPOCHS WORDS...
 train() {
@@ -46,23 +45,23 @@ train() {
 }
 
 cross_entropy=(--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 1500)
-OMP_NUM_THREADS=$jobs train base "$epochs" "${cross_entropy[@]}"
+OMP_NUM_THREADS=$jobs train base "$epochs" "${cross_entropy[@]}" --lr 4e-3 --warmup-updates 500
 
 # Both models go on from there for one more epoch, as TrimeMT's recipe begins with epochs of cross-entropy.
-go_on=(--restore-file "$out/base/checkpoint_last.pt")
-train_plain() { train plain $((epochs + 1)) "${cross_entropy[@]}" "${go_on[@]}"; }
+go_on=(--finetune-from-model "$out/base/checkpoint_last.pt" --lr 2e-3 --warmup-updates 50)
+train_plain() { train plain 1 "${cross_entropy[@]}" "${go_on[@]}"; }
 
 # Batches whose target sentences are alike, found by BM25, are TrimeMT's memory in training. They hold sentences of all
 # lengths, so that twice the tokens with padding are as many updates an epoch, of as many words, as the plain model's.
 train_trime() {
   local bm25=$out/bm25
-  stage samples "$bm25/samples/samples.json" python train.py $data "${training[@]}" --max-tokens 3000 \
+  stage samples "$bm25/samples/samples.json" python train.py $data "${training[@]}" --lr 1e-3 --max-tokens 3000 \
     --eval-bleu-detok moses --eval-bleu-remove-bpe --output-samples-to-file "$bm25/samples/samples.json"
   stage bm25 "$bm25/results/shard0.json" python bm25_search.py --index_path "$bm25/index" \
     --segments_path "$bm25/samples/samples.json" --results_path "$bm25/results"
   stage batches "$bm25/batches.json" python bm25_make_batches.py --results_path "$bm25/results" \
     --batch_file "$bm25/batches.json"
-  train trime $((epochs + 1)) --criterion trime_mt_loss --predefined-batches "$bm25/batches.json" --max-tokens 3000 \
+  train trime 1 --criterion trime_mt_loss --predefined-batches "$bm25/batches.json" --max-tokens 3000 \
     --dist-func ip --temp 10 --topk-mem 8 "${go_on[@]}"
 }
 

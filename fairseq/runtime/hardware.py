@@ -22,7 +22,7 @@ def fast_products() -> torch.dtype:
 
     Read from CPU features, not measured: the choice of a path must not depend on timing.
     """
-    if not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(_flags()) and hasattr(torch, "_int_mm"):
+    if not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(cpu_features()) and hasattr(torch, "_int_mm"):
         return torch.int8
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
@@ -32,7 +32,7 @@ def has_fast_int8() -> bool:
     return fast_products() is torch.int8
 
 
-def _flags() -> set[str]:
+def cpu_features() -> set[str]:
     """Features that the CPU reports; none where the system does not list them."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

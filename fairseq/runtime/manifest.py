@@ -80,7 +80,7 @@ def write_manifest(
         "inputs": {str(i): {"bytes": os.path.getsize(i), "digest": file_digest(i)} for i in inputs},
         "versions": {"python": platform.python_version()} | _versions(),
         "commit": _commit(),
-        "hardware": _hardware(),
+        "hardware": hardware_facts(),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     write_atomically(path, json.dumps(record, indent=1, default=str) + "\n")
@@ -108,7 +108,8 @@ def _commit() -> str | None:
     return output.stdout.strip() or None
 
 
-def _hardware() -> dict[str, Any]:
+def hardware_facts() -> dict[str, Any]:
+    """Processor, cores and memory, and where PyTorch is loaded its threads and GPUs."""
     hardware: dict[str, Any] = {
         "processor": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -134,10 +134,12 @@ class DeleteConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """Report whether the kernels of searches are compiled for this machine, and where they are kept."""
+    """Report versions, processor, search paths, disk and compiled kernels, and what will be slow here and why."""
 
+    folder: str = flag("--folder", default=".")
+    """Folder on the disk of your datastores, whose speed is measured."""
     warm: bool = flag("--warm", default=False)
-    """Compile all that are not, so that no search has to wait for it."""
+    """Only compile the kernels that are not, so that no search has to wait for it."""
 
 
 @dataclass(frozen=True, kw_only=True)

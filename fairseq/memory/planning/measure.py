@@ -44,7 +44,7 @@ def measure(config: PlanConfig) -> Rates:
     query_ND = torch.from_numpy(random_keys(rng, 1024, config.dim))
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=config.folder) as temporary:
         folder = Path(temporary)
-        write, read = _disk(folder / "bytes")
+        write, read = disk_rates(folder / "bytes")
         _save(folder / "small", keys[:rows])
         _save(folder / "large", keys)
         indexes = {"flat": _flat(folder, config, query_ND, rows)}
@@ -70,7 +70,7 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _disk(path: Path) -> tuple[float, float]:
+def disk_rates(path: Path) -> tuple[float, float]:
     """Bytes per second written (synced to disk) and read (bypassing the page cache where the system allows it)."""
     block = np.random.default_rng(0).bytes(16 << 20)
 
@@ -88,9 +88,10 @@ def _disk(path: Path) -> tuple[float, float]:
             while file.read(len(block)):
                 pass
 
-    rates = _DISK_BYTES / _seconds(write), _DISK_BYTES / _seconds(read)
-    path.unlink()
-    return rates
+    try:
+        return _DISK_BYTES / _seconds(write), _DISK_BYTES / _seconds(read)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _matmul(dim: int) -> float:

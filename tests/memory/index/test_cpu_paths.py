@@ -94,7 +94,7 @@ def test_centroids_are_the_same_by_any_products(monkeypatch, threads):
     ],
 )
 def test_the_processor_is_asked_in_one_place(flags, has_bfloat16, expected, monkeypatch):
-    monkeypatch.setattr(hardware, "_flags", lambda: flags)
+    monkeypatch.setattr(hardware, "cpu_features", lambda: flags)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
     assert hardware.fast_products.__wrapped__() is expected
     if expected is torch.int8:
@@ -105,7 +105,7 @@ def test_the_processor_is_asked_in_one_place(flags, has_bfloat16, expected, monk
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(LESSER))
 def test_a_lesser_processor_surprises_nobody(name):
-    if name == "avx2" and "avx2" not in hardware._flags():
+    if name == "avx2" and "avx2" not in hardware.cpu_features():
         pytest.skip("this processor has no such instructions")
     settings, tests = LESSER[name]
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
