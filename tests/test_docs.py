@@ -104,7 +104,7 @@ def test_a_documented_command_of_fairseq_datastore_parses(words: list[str]) -> N
     parser.add_config(config)
     built = build(config, parser.parse(words[1:]))
     # A plan is of a store that is not there yet, and what the doctor looks at is of none.
-    assert any(getattr(built, name, None) for name in ("prefix", "keys", "warm"))
+    assert any(getattr(built, name, None) for name in ("prefix", "keys", "folder"))
 
 
 @pytest.mark.parametrize("words", words_after("fairseq-knn-sweep"), ids=" ".join)
