@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 base=${1:-output/translation} package=${2:-}
 out=$base/libreoffice
-model=$base/plain/checkpoint_last.pt
+model=$base/plain/checkpoint_best.pt
 text=downloads/multi30k.de-en data=$out/data-bin
 [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
 export LOGLEVEL=${LOGLEVEL:-WARNING} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

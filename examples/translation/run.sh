@@ -3,13 +3,13 @@
 # transformer, the same with a datastore of its training pairs (kNN-MT, arXiv 2010.00710), with a learned combiner
 # (adaptive kNN-MT, 2105.13022), and a model that is trained with memory (TrimeMT, 2205.12674).
 #   bash examples/translation/run.sh [FOLDER]            (default: output/translation)
-#   SEED=2 EPOCHS=10 bash examples/translation/run.sh output/seed2
+#   SEED=2 EPOCHS=8 bash examples/translation/run.sh output/seed2
 #   DATA_MIRROR=/a/folder/with/the/six/files bash examples/translation/run.sh
 # Started again, it skips what is done and goes on with what was interrupted. JOBS processes run side by side (default 2).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-output/translation}
-seed=${SEED:-1} epochs=${EPOCHS:-4} jobs=${JOBS:-2}
+seed=${SEED:-1} epochs=${EPOCHS:-6} jobs=${JOBS:-2}
 data=data-bin/multi30k.de-en
 [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
 export LOGLEVEL=${LOGLEVEL:-WARNING} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -33,36 +33,32 @@ stage data $data/test.de-en.en.idx bash get_data.sh multi30k
 model=(--task translation --cpu --arch transformer_iwslt_de_en --encoder-layers 2 --decoder-layers 2
   --encoder-embed-dim 128 --decoder-embed-dim 128 --encoder-ffn-embed-dim 256 --decoder-ffn-embed-dim 256
   --share-decoder-input-output-embed --encoder-normalize-before --decoder-normalize-before)
-training=("${model[@]}" --optimizer adam --adam-betas '(0.9, 0.98)' --lr-scheduler inverse_sqrt --dropout 0.1
-  --weight-decay 0.0001 --seed "$seed" --no-epoch-checkpoints --log-format simple --log-interval 500)
+training=("${model[@]}" --optimizer adam --adam-betas '(0.9, 0.98)' --lr 4e-3 --lr-scheduler inverse_sqrt
+  --warmup-updates 500 --dropout 0.1 --weight-decay 0.0001 --max-epoch "$epochs" --seed "$seed"
+  --no-epoch-checkpoints --log-format simple --log-interval 500)
 
-# train NAME EPOCHS WORDS...
+# train NAME WORDS...
 train() {
-  local name=$1 epochs=$2
-  shift 2
+  local name=$1
+  shift
   stage "$name-train" "$out/$name/train.run.json" env LOGLEVEL=INFO python train.py $data "${training[@]}" \
-    --save-dir "$out/$name" --max-epoch "$epochs" "$@"
+    --save-dir "$out/$name" "$@"
 }
 
-cross_entropy=(--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 1500)
-OMP_NUM_THREADS=$jobs train base "$epochs" "${cross_entropy[@]}" --lr 4e-3 --warmup-updates 500
-
-# Both models go on from there for one more epoch, as TrimeMT's recipe begins with epochs of cross-entropy.
-go_on=(--finetune-from-model "$out/base/checkpoint_last.pt" --lr 2e-3 --warmup-updates 50)
-train_plain() { train plain 1 "${cross_entropy[@]}" "${go_on[@]}"; }
+train_plain() { train plain --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 1500; }
 
 # Batches whose target sentences are alike, found by BM25, are TrimeMT's memory in training. They hold sentences of all
 # lengths, so that twice the tokens with padding are as many updates an epoch, of as many words, as the plain model's.
 train_trime() {
   local bm25=$out/bm25
-  stage samples "$bm25/samples/samples.json" python train.py $data "${training[@]}" --lr 1e-3 --max-tokens 3000 \
-    --eval-bleu-detok moses --eval-bleu-remove-bpe --output-samples-to-file "$bm25/samples/samples.json"
+  stage samples "$bm25/samples/samples.json" python train.py $data "${training[@]}" --max-tokens 3000 --eval-bleu-detok moses --eval-bleu-remove-bpe \
+    --output-samples-to-file "$bm25/samples/samples.json"
   stage bm25 "$bm25/results/shard0.json" python bm25_search.py --index_path "$bm25/index" \
     --segments_path "$bm25/samples/samples.json" --results_path "$bm25/results"
   stage batches "$bm25/batches.json" python bm25_make_batches.py --results_path "$bm25/results" \
     --batch_file "$bm25/batches.json"
-  train trime 1 --criterion trime_mt_loss --predefined-batches "$bm25/batches.json" --max-tokens 3000 \
-    --dist-func ip --temp 10 --topk-mem 8 "${go_on[@]}"
+  train trime --criterion trime_mt_loss --predefined-batches "$bm25/batches.json" --max-tokens 3000 --dist-func ip \
+    --temp 10 --topk-mem 8
 }
 
 together train_plain train_trime
@@ -70,7 +66,7 @@ together train_plain train_trime
 # store NAME DISTANCE: a datastore of the training pairs, and its index.
 store() {
   stage "$1-store" "$out/$1/store/datastore.run.json" python save_datastore.py $data --cpu --valid-subset train \
-    --path "$out/$1/checkpoint_last.pt" --max-tokens 4096 --dstore-fp16 --dstore-mmap "$out/$1/store"
+    --path "$out/$1/checkpoint_best.pt" --max-tokens 4096 --dstore-fp16 --dstore-mmap "$out/$1/store"
   stage "$1-index" "$out/$1/store/knn_index.$2" python build_dstore.py --dstore_mmap "$out/$1/store" \
     --faiss_index "$out/$1/store/knn_index" --dist "$2" --index ivfsq8 --ncentroids 1024 --no-report
 }
@@ -83,7 +79,7 @@ translate() {
   local model=$1 name=$2 split=$3
   shift 3
   stage "$name.$split" "$out/$name.$split/generate-$split.run.json" python generate.py $data --cpu --gen-subset "$split" \
-    --path "$out/$model/checkpoint_last.pt" --beam 4 --lenpen 0.6 --max-len-a 1.2 --max-len-b 10 --max-tokens 4096 \
+    --path "$out/$model/checkpoint_best.pt" --beam 4 --lenpen 0.6 --max-len-a 1.2 --max-len-b 10 --max-tokens 4096 \
     --remove-bpe --tokenizer moses --scoring sacrebleu --quiet --results-path "$out/$name.$split" "$@" >/dev/null
 }
 neighbors=(--knnmt --dstore-filename "$out/plain/store" --indexfile "$out/plain/store/knn_index" --probe 8 --knn-temp 10)
@@ -94,7 +90,7 @@ trime_neighbors=(--knnmt --dstore-filename "$out/trime/store" --indexfile "$out/
 sweep() {
   local k share
   for k in $1; do
-    for share in 0.1 0.3 0.5; do
+    for share in 0.1 0.2 0.3 0.4; do
       translate plain "knn-k$k-share$share" valid "${neighbors[@]}" --k "$k" --lmbda $share
     done
   done
@@ -103,7 +99,7 @@ sweep_4_8() { sweep "4 8"; }
 sweep_16_and_trime() {
   sweep 16
   local temperature
-  for temperature in 5 10; do
+  for temperature in 5 10 20; do
     translate trime "trime-temp$temperature" valid "${trime_neighbors[@]}" --k 8 --knn-temp $temperature
   done
   translate plain plain valid
@@ -115,7 +111,7 @@ temperature=$(python examples/translation/report.py "$out" --chosen temp)
 
 test_plain() {
   stage combiner "$out/plain/combiner-adaptive.run.json" python train_combiner.py $data --cpu --max-tokens 4096 \
-    --path "$out/plain/checkpoint_last.pt" --dstore-filename "$out/plain/store" \
+    --path "$out/plain/checkpoint_best.pt" --dstore-filename "$out/plain/store" \
     --indexfile "$out/plain/store/knn_index" --probe 8 --k 8 --knn-temp 10 --kind adaptive
   translate plain adaptive test "${neighbors[@]}" --knn-lambda-type adaptive \
     --combiner "$out/plain/combiner-adaptive.safetensors"
