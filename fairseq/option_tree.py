@@ -120,8 +120,7 @@ def words_of(tree: Mapping[str, Any]) -> list[str]:
     """
     names = default_names()
     for section, values in tree.items():
-        if section not in (*CHOSEN, *FIXED):
-            raise ValueError(f"unknown section {section}{did_you_mean(section, (*CHOSEN, *FIXED))}")
+        require_section(section)
         if not isinstance(values, Mapping):
             raise ValueError(f"{section}: {values!r} is no section; give its keys below it")
         if section in names and NAME in values:
@@ -132,19 +131,32 @@ def words_of(tree: Mapping[str, Any]) -> list[str]:
         for key, value in values.items():
             if key == NAME:
                 continue
-            if key not in here.fields:
-                raise ValueError(why_unknown(section, key, names))
+            require_key(section, key, [names])
             words += _words_of_field(f"{section}.{key}", here.fields[key], value, here)
     return words
 
 
-def why_unknown(section: str, key: str, names: Mapping[str, str]) -> str:
-    """What to say of a key that a section does not have, given the names of the chosen ones."""
+def require_section(section: str) -> None:
+    """Raise ValueError with the nearest name for a section that does not exist."""
+    if section not in (*CHOSEN, *FIXED):
+        raise ValueError(f"unknown section {section}{did_you_mean(section, (*CHOSEN, *FIXED))}")
+
+
+def require_key(section: str, key: str, choices: Sequence[Mapping[str, str]]) -> None:
+    """Raise ValueError, with the right section or the nearest name, for a key that a section has by no choice of names.
+
+    Args:
+        choices: names of the chosen sections; several in a sweep over names.
+    """
+    if any(key in section_of(section, names.get(section)).fields for names in choices):
+        return
+    names = choices[0]
     for other in (*FIXED, *CHOSEN):
         if key in section_of(other, names.get(other)).fields:
-            return f"unknown key {section}.{key}; it belongs to {other}.{key}"
+            raise ValueError(f"unknown key {section}.{key}; it belongs to {other}.{key}")
     of = f" of {names[section]}" if section in names else ""
-    return f"unknown key {section}.{key}{of}{did_you_mean(key, section_of(section, names.get(section)).fields)}"
+    hint = did_you_mean(key, section_of(section, names.get(section)).fields)
+    raise ValueError(f"unknown key {section}.{key}{of}{hint}")
 
 
 def _words_of_field(path: str, field: dataclasses.Field[Any], value: Any, section: Section) -> Iterator[str]:

@@ -39,10 +39,10 @@ def save_datastore(configs: EvaluationConfigs) -> None:
     from fairseq.evaluation.setup import open_evaluation
 
     set_determinism(configs.runtime)
-    check_place(configs)
+    facts = check_place(configs)
     evaluation = open_evaluation(configs, in_order=True)
     scorer, _ = open_reader(configs, evaluation)
-    save_and_report(configs, evaluation, scorer)
+    save_and_report(configs, evaluation, scorer, facts)
 
 
 def as_shard_of_torchrun(settings: Settings) -> Settings:

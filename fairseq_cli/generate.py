@@ -113,7 +113,7 @@ def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateCo
         data=build(DatasetConfig, given),
         overrides=of_model,
     )
-    generate.check_reference(configs.generation)
+    generate.check_reference(configs.generation, step)
     require_checkpoints(generate)
     configs.memory.check()
     if generate.results_path:

@@ -8,6 +8,7 @@ The sections are made of the configs behind the flags; a run is the run of the f
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,8 +29,8 @@ from fairseq.option_tree import (
     default_names,
     names_of,
     plain_tree,
-    section_of,
-    why_unknown,
+    require_key,
+    require_section,
     words_of,
 )
 from fairseq.registry import did_you_mean
@@ -61,12 +62,17 @@ def store_configs() -> None:
     store.store(name=_CONFIG, node={"defaults": ["_self_", *choices], **fixed})
 
 
-def check_overrides(words: Sequence[str]) -> None:
-    """Raise ValueError with the nearest name for an override of a key or part that does not exist."""
+def read_overrides(argv: Sequence[str]) -> list[Override]:
+    """The overrides among some arguments. Raises: ValueError for what is none."""
+    words = [word for word in argv if "=" in word and not word.startswith("-")]
     try:
-        overrides = OverridesParser.create().parse_overrides(list(words))
+        return OverridesParser.create().parse_overrides(words)
     except HydraException as error:
         raise ValueError(f"not an override: {error}") from error
+
+
+def check_overrides(overrides: Sequence[Override]) -> None:
+    """Raise ValueError with the nearest name for an override of a key or part that does not exist."""
     paths = [str(override.key_or_group).partition(".") for override in overrides]
     names = {section: [name] for section, name in default_names().items()}
     for override, (section, _, key) in zip(overrides, paths):
@@ -76,14 +82,13 @@ def check_overrides(words: Sequence[str]) -> None:
             for name in names[section]:
                 if name not in names_of(section):
                     raise ValueError(f"{section}: unknown name {name}{did_you_mean(name, names_of(section))}")
+    choices = [dict(zip(names, some)) for some in itertools.product(*names.values())]
     for override, (section, _, key) in zip(overrides, paths):
         if section == "hydra" or section.startswith("hydra/") or override.is_add() or override.is_delete():
             continue
-        if section not in (*CHOSEN, *FIXED):
-            raise ValueError(f"unknown section {section}{did_you_mean(section, (*CHOSEN, *FIXED))}")
-        known = [section_of(section, name).fields for name in names.get(section, [None])]
-        if key and key != NAME and not any(key in fields for fields in known):
-            raise ValueError(why_unknown(section, key, {section: some[0] for section, some in names.items()}))
+        require_section(section)
+        if key and key != NAME:
+            require_key(section, key, choices)
 
 
 def train_tree(config: DictConfig) -> None:
@@ -106,22 +111,15 @@ def train_tree(config: DictConfig) -> None:
 def main(argv: Sequence[str]) -> None:
     """Compose the config, or those of a sweep, and train by each."""
     store_configs()
+    overrides = read_overrides(argv)
     if "--config-name" not in argv and "-cn" not in argv:  # a file may have less, or more, and is checked as a whole
-        check_overrides([word for word in argv if "=" in word and not word.startswith("-")])
+        check_overrides(overrides)
     given = {word.partition("=")[0].lstrip("+") for word in argv}
-    more = _HYDRA | {"hydra.job.config.override_dirname.exclude_keys": f"[{','.join(_same_for_all(argv))}]"}
+    # Overrides that do not tell the jobs of a sweep apart need not be in their folders' names.
+    same = ",".join(str(override.key_or_group) for override in overrides if not override.is_sweep_override())
+    more = _HYDRA | {"hydra.job.config.override_dirname.exclude_keys": f"[{same}]"}
     sys.argv = [PROGRAM, *argv, *(f"{key}={value}" for key, value in more.items() if key not in given)]
     hydra.main(version_base="1.3", config_path=None, config_name=_CONFIG)(train_tree)()
-
-
-def _same_for_all(argv: Sequence[str]) -> list[str]:
-    """Keys of overrides that do not tell the jobs of a sweep apart, and need not be in their folders' names."""
-    words = [word for word in argv if "=" in word and not word.startswith("-")]
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException:
-        return []  # Hydra says what is wrong
-    return [str(override.key_or_group) for override in overrides if not override.is_sweep_override()]
 
 
 def cli_main() -> None:

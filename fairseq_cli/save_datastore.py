@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
     dataset = task.blocks(config.valid_subset)
     prefix, path = os.path.join(folder, ""), str(config.path)
     place = StorePlace(prefix, path, config.knn_keytype, knn.key_dtype, config.model_overrides, config.overwrite_dstore)
-    is_saved(prefix, place.dtype, facts_of(task, config.valid_subset, place), overwrite=place.overwrite)
+    facts = facts_of(task, config.valid_subset, place)
+    is_saved(prefix, place.dtype, facts, overwrite=place.overwrite)
     model = task.load_model(load_checkpoint(path), path, config.model_overrides, runtime)
     dataset = task.for_models(dataset, [model])
     shuffle = config.valid_subset != "test"  # as fairseq orders its splits
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     require_rows(text, knn.dstore_size)
     os.makedirs(folder, exist_ok=True)
     manifest = side_file(prefix, "run.json")
-    if not save_pairs(text, model, place) and os.path.exists(manifest):
+    if not save_pairs(text, model, place, facts) and os.path.exists(manifest):
         return  # it tells of the command that saved the store
     write_manifest(
         manifest,

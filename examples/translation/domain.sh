@@ -17,7 +17,7 @@ if [ ! -e "$model" ]; then
   exit 2
 fi
 mkdir -p "$out"
-source train_scripts/stages.sh
+source examples/translation/stages.sh
 
 if [ -z "$package" ] && [ ! -e "$out/text/test.en" ]; then
   [ -n "$(ls "$out"/libreoffice-l10n-de_*.deb 2>/dev/null)" ] || (cd "$out" && apt-get download libreoffice-l10n-de)
@@ -28,32 +28,21 @@ stage text "$out/text/test.en" python examples/translation/libreoffice.py "$out/
 stage data "$data/test.de-en.en.idx" python preprocess.py --source-lang de --target-lang en --trainpref "$out/text/train" \
   --validpref "$out/text/valid" --testpref "$out/text/test" --destdir "$data" --workers 2 \
   --srcdict data-bin/multi30k.de-en/dict.de.txt --tgtdict data-bin/multi30k.de-en/dict.en.txt
-stage store "$out/store/datastore.run.json" python save_datastore.py "$data" --cpu --valid-subset train --path "$model" \
-  --max-tokens 4096 --dstore-fp16 --dstore-mmap "$out/store"
-stage index "$out/store/knn_index.l2" python build_dstore.py --dstore_mmap "$out/store" \
-  --faiss_index "$out/store/knn_index" --dist l2 --index ivfsq8 --ncentroids 1024 --no-report
+store interface "$data" "$model" "$out/store" l2
 
-# translate NAME SPLIT WORDS...
-translate() {
-  local name=$1 split=$2
-  shift 2
-  stage "$name.$split" "$out/$name.$split/generate-$split.run.json" python generate.py "$data" --cpu \
-    --gen-subset "$split" --path "$model" --beam 4 --lenpen 0.6 --max-len-a 1.2 --max-len-b 10 --max-tokens 4096 \
-    --remove-bpe --tokenizer moses --scoring sacrebleu --quiet --results-path "$out/$name.$split" "$@" >/dev/null
-}
 neighbors=(--knnmt --dstore-filename "$out/store" --indexfile "$out/store/knn_index" --probe 16 --k 8)
 for temperature in 10 50; do
   for share in 0.5 0.7 0.9; do
-    translate "knn-temp$temperature-share$share" valid "${neighbors[@]}" --knn-temp $temperature --lmbda $share
+    translate "knn-temp$temperature-share$share" "$data" "$model" valid "${neighbors[@]}" --knn-temp $temperature --lmbda $share
   done
 done
 chosen=$(python examples/translation/report.py "$out" --chosen temp,share)
 temperature=${chosen% *} share=${chosen#* }
-translate plain test
-translate knn test "${neighbors[@]}" --knn-temp "$temperature" --lmbda "$share"
+translate plain "$data" "$model" test
+translate knn "$data" "$model" test "${neighbors[@]}" --knn-temp "$temperature" --lmbda "$share"
 stage combiner "$out/combiner-adaptive.run.json" python train_combiner.py "$data" --cpu --max-tokens 4096 --path "$model" \
   --dstore-filename "$out/store" --indexfile "$out/store/knn_index" --probe 16 --k 8 --knn-temp "$temperature" \
   --kind adaptive --out "$out/combiner-adaptive.safetensors"
-translate adaptive test "${neighbors[@]}" --knn-temp "$temperature" --knn-lambda-type adaptive \
+translate adaptive "$data" "$model" test "${neighbors[@]}" --knn-temp "$temperature" --knn-lambda-type adaptive \
   --combiner "$out/combiner-adaptive.safetensors"
 python examples/translation/report.py --domain "$out"

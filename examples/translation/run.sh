@@ -14,7 +14,7 @@ data=data-bin/multi30k.de-en
 [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
 export LOGLEVEL=${LOGLEVEL:-WARNING} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$out"
-source train_scripts/stages.sh
+source examples/translation/stages.sh
 
 # together COMMAND COMMAND: both side by side; fails if one does.
 together() {
@@ -63,25 +63,11 @@ train_trime() {
 
 together train_plain train_trime
 
-# store NAME DISTANCE: a datastore of the training pairs, and its index.
-store() {
-  stage "$1-store" "$out/$1/store/datastore.run.json" python save_datastore.py $data --cpu --valid-subset train \
-    --path "$out/$1/checkpoint_best.pt" --max-tokens 4096 --dstore-fp16 --dstore-mmap "$out/$1/store"
-  stage "$1-index" "$out/$1/store/knn_index.$2" python build_dstore.py --dstore_mmap "$out/$1/store" \
-    --faiss_index "$out/$1/store/knn_index" --dist "$2" --index ivfsq8 --ncentroids 1024 --no-report
-}
-store_plain() { store plain l2; }
-store_trime() { store trime ip; }
+plain=$out/plain/checkpoint_best.pt trime=$out/trime/checkpoint_best.pt
+store_plain() { store plain $data "$plain" "$out/plain/store" l2; }
+store_trime() { store trime $data "$trime" "$out/trime/store" ip; }
 together store_plain store_trime
 
-# translate MODEL NAME SPLIT WORDS...: one split, with fairseq's lines, plain texts and scores in FOLDER/NAME.SPLIT.
-translate() {
-  local model=$1 name=$2 split=$3
-  shift 3
-  stage "$name.$split" "$out/$name.$split/generate-$split.run.json" python generate.py $data --cpu --gen-subset "$split" \
-    --path "$out/$model/checkpoint_best.pt" --beam 4 --lenpen 0.6 --max-len-a 1.2 --max-len-b 10 --max-tokens 4096 \
-    --remove-bpe --tokenizer moses --scoring sacrebleu --quiet --results-path "$out/$name.$split" "$@" >/dev/null
-}
 neighbors=(--knnmt --dstore-filename "$out/plain/store" --indexfile "$out/plain/store/knn_index" --probe 8 --knn-temp 10)
 trime_neighbors=(--knnmt --dstore-filename "$out/trime/store" --indexfile "$out/trime/store/knn_index" --probe 8
   --knn-lambda-type trime --faiss-metric-type ip)
@@ -91,7 +77,7 @@ sweep() {
   local k share
   for k in $1; do
     for share in 0.1 0.2 0.3 0.4; do
-      translate plain "knn-k$k-share$share" valid "${neighbors[@]}" --k "$k" --lmbda $share
+      translate "knn-k$k-share$share" $data "$plain" valid "${neighbors[@]}" --k "$k" --lmbda $share
     done
   done
 }
@@ -100,9 +86,9 @@ sweep_16_and_trime() {
   sweep 16
   local temperature
   for temperature in 5 10 20; do
-    translate trime "trime-temp$temperature" valid "${trime_neighbors[@]}" --k 8 --knn-temp $temperature
+    translate "trime-temp$temperature" $data "$trime" valid "${trime_neighbors[@]}" --k 8 --knn-temp $temperature
   done
-  translate plain plain valid
+  translate plain $data "$plain" valid
 }
 together sweep_4_8 sweep_16_and_trime
 chosen=$(python examples/translation/report.py "$out" --chosen k,share)
@@ -111,16 +97,16 @@ temperature=$(python examples/translation/report.py "$out" --chosen temp)
 
 test_plain() {
   stage combiner "$out/plain/combiner-adaptive.run.json" python train_combiner.py $data --cpu --max-tokens 4096 \
-    --path "$out/plain/checkpoint_best.pt" --dstore-filename "$out/plain/store" \
+    --path "$plain" --dstore-filename "$out/plain/store" \
     --indexfile "$out/plain/store/knn_index" --probe 8 --k 8 --knn-temp 10 --kind adaptive
-  translate plain adaptive test "${neighbors[@]}" --knn-lambda-type adaptive \
+  translate adaptive $data "$plain" test "${neighbors[@]}" --knn-lambda-type adaptive \
     --combiner "$out/plain/combiner-adaptive.safetensors"
 }
 test_others() {
-  translate plain plain test
-  translate trime trime-alone test
-  translate plain knn test "${neighbors[@]}" --k "$k" --lmbda "$share"
-  translate trime trime test "${trime_neighbors[@]}" --k 8 --knn-temp "$temperature"
+  translate plain $data "$plain" test
+  translate trime-alone $data "$trime" test
+  translate knn $data "$plain" test "${neighbors[@]}" --k "$k" --lmbda "$share"
+  translate trime $data "$trime" test "${trime_neighbors[@]}" --k 8 --knn-temp "$temperature"
 }
 together test_plain test_others
 

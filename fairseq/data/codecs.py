@@ -99,7 +99,8 @@ class TextCodec:
         return self.tokenizer.decode(self.pieces.decode(pieces))
 
 
-def _package(name: str, option: str) -> Any:
+def package(name: str, option: str) -> Any:
+    """A module of a codec's library. Raises: ValueError that names the option (or task) and what to install."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -108,7 +109,7 @@ def _package(name: str, option: str) -> Any:
 
 
 def _moses(config: CodecConfig) -> Codec:
-    moses = _package("sacremoses", "--tokenizer moses")
+    moses = package("sacremoses", "--tokenizer moses")
     source = config.moses_source_lang or config.source_lang or "en"
     target = config.moses_target_lang or config.target_lang or source
     split, join = moses.MosesTokenizer(source), moses.MosesDetokenizer(target)
@@ -126,7 +127,7 @@ def _moses(config: CodecConfig) -> Codec:
 
 
 def _nltk(config: CodecConfig) -> Codec:
-    words = _package("nltk.tokenize", "--tokenizer nltk")
+    words = package("nltk.tokenize", "--tokenizer nltk")
     split, join = words.NLTKWordTokenizer(), words.treebank.TreebankWordDetokenizer()
     return Codec(lambda text: " ".join(split.tokenize(text)), lambda text: str(join.detokenize(text.split())))
 
@@ -138,12 +139,12 @@ def _space(config: CodecConfig) -> Codec:
 def _subword_nmt(config: CodecConfig) -> Codec:
     mark = config.bpe_separator
     with open(str(config.bpe_codes), encoding="utf-8") as codes:
-        pieces = _package("subword_nmt.apply_bpe", f"--bpe {config.bpe}").BPE(codes, separator=mark)
+        pieces = package("subword_nmt.apply_bpe", f"--bpe {config.bpe}").BPE(codes, separator=mark)
     return Codec(lambda text: str(pieces.process_line(text)), lambda text: join_pieces(text, f"{mark} "))
 
 
 def _sentencepiece(config: CodecConfig) -> Codec:
-    library = _package("sentencepiece", "--bpe sentencepiece")
+    library = package("sentencepiece", "--bpe sentencepiece")
     model = library.SentencePieceProcessor(model_file=config.sentencepiece_model)
     return Codec(
         lambda text: " ".join(model.encode(text, out_type=str)), lambda text: join_pieces(text, "sentencepiece")
@@ -152,7 +153,7 @@ def _sentencepiece(config: CodecConfig) -> Codec:
 
 def _gpt2(config: CodecConfig) -> Codec:
     """fairseq writes GPT-2's pieces as their numbers."""
-    library = _package("tokenizers", "--bpe gpt2")
+    library = package("tokenizers", "--bpe gpt2")
     model = library.models.BPE.from_file(config.gpt2_encoder_json, config.gpt2_vocab_bpe)
     tokenizer = library.Tokenizer(model)
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,23 +133,33 @@ def store_prefixes(configs: EvaluationConfigs) -> tuple[str, str]:
     return prefix, shard_prefix(prefix, config.shard_id, config.num_shards) if sharded else prefix
 
 
-def check_place(configs: EvaluationConfigs) -> None:
-    """Raise ValueError, before a model is loaded, where a complete store or files of another program are in the way."""
+def check_place(configs: EvaluationConfigs) -> dict[str, Any]:
+    """What is known of the store before a model is loaded.
+
+    Raises: ValueError where a complete store of anything else, or files of another program, are in the way.
+    """
     from fairseq.runtime.manifest import file_digest
 
     config = configs.evaluation
     facts = {"subset": config.gen_subset, "model_digest": file_digest(str(config.path))}
     for prefix in store_prefixes(configs):
         is_saved(prefix, configs.knn.key_dtype, facts, overwrite=configs.memory.overwrite_dstore)
+    return facts
 
 
-def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: SequenceScorer) -> None:
-    """Write the datastore, or one shard of it, and print rows, speed and, if asked for, the perplexity."""
+def save_and_report(
+    configs: EvaluationConfigs, evaluation: Evaluation, scorer: SequenceScorer, facts: Mapping[str, Any]
+) -> None:
+    """Write the datastore, or one shard of it, and print rows, speed and, if asked for, the perplexity.
+
+    Args:
+        facts: of :func:`check_place`, which reads the whole checkpoint.
+    """
     config, memory_config, knn = configs.evaluation, configs.memory, configs.knn
     rows, dim = store_rows(evaluation, knn.dstore_size), evaluation.models[0].key_dim(evaluation.key_tap)
     whole, prefix = store_prefixes(configs)
     sharded, overwrite = prefix != whole, memory_config.overwrite_dstore
-    metadata = _metadata(configs, evaluation)
+    metadata = _metadata(configs, evaluation, facts)
     saved = is_saved(whole, knn.key_dtype, metadata | {"rows": rows.total, "dim": dim}, overwrite=overwrite)
     if sharded:
         metadata |= {"shard_id": config.shard_id, "num_shards": config.num_shards}
@@ -185,7 +196,7 @@ def save_and_report(configs: EvaluationConfigs, evaluation: Evaluation, scorer: 
         _join(configs, evaluation)
 
 
-def _metadata(configs: EvaluationConfigs, evaluation: Evaluation) -> dict[str, Any]:
+def _metadata(configs: EvaluationConfigs, evaluation: Evaluation, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Everything by which a store's rows differ from those of another model, text or setting."""
     from fairseq.runtime.manifest import file_digest
 
@@ -196,8 +207,7 @@ def _metadata(configs: EvaluationConfigs, evaluation: Evaluation) -> dict[str, A
         "context_window": evaluation.context_window,
         "add_bos_token": evaluation.task.config.add_bos_token,
         "longest_input": evaluation.dataset.max_len,
-        "subset": config.gen_subset,
-        "model_digest": file_digest(str(config.path)),
+        **facts,
         "dictionary_digest": dictionary.digest(),
         "dictionary_size": len(dictionary),
         "text_digest": file_digest(evaluation.task.prefix(config.gen_subset) + ".bin"),

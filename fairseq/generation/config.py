@@ -126,8 +126,12 @@ class GenerateConfig:
             raise ValueError("give --path CHECKPOINT: which model generates is not known otherwise")
         require_shard(self.shard_id, self.num_shards)
 
-    def check_reference(self, generation: GenerationConfig) -> None:
+    def check_reference(self, generation: GenerationConfig, memory: StepMemoryConfig) -> None:
         """Raise ValueError for options of generated texts where the references are scored."""
+        if self.score_reference and memory.sentence_pairs:
+            raise ValueError(
+                "--sentence-pairs takes part in generation; leave out --score-reference, or take a datastore"
+            )
         others = {
             f"--nbest {generation.nbest}": generation.nbest > 1,
             f"--prefix-size {generation.prefix_size}": generation.prefix_size > 0,

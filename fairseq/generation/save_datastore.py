@@ -104,21 +104,24 @@ def facts_of(task: TranslationTask, subset: str, place: StorePlace) -> dict[str,
     }
 
 
-def metadata_of(text: StoreText, model: TransformerLanguageModel, place: StorePlace) -> dict[str, Any]:
+def metadata_of(text: StoreText, model: TransformerLanguageModel, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Everything by which a store's rows differ from those of another model, text or setting."""
-    return facts_of(text.task, text.subset, place) | {
+    return {
+        **facts,
         "num_documents": len(text.dataset),
         "batches_digest": text.batches_digest(),
         "model_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
 
 
-def save_pairs(text: StoreText, model: TransformerLanguageModel, place: StorePlace) -> bool:
+def save_pairs(text: StoreText, model: TransformerLanguageModel, place: StorePlace, facts: Mapping[str, Any]) -> bool:
     """Write the store, or resume an interrupted save, and print its size and the speed; False if it is there already.
 
+    Args:
+        facts: of :func:`facts_of`, which reads whole files.
     Raises: ValueError or OSError when the store cannot be written, or a complete one of anything else is there.
     """
-    prefix, key_tap, metadata = place.prefix, place.key_tap, metadata_of(text, model, place)
+    prefix, key_tap, metadata = place.prefix, place.key_tap, metadata_of(text, model, facts)
     sizes_of_store = {"rows": text.num_rows, "dim": model.key_dim(key_tap)}
     if is_saved(prefix, place.dtype, metadata | sizes_of_store, overwrite=place.overwrite):
         sys.stdout.write(f"{prefix} is complete already; {OVERWRITE} saves it again\n")

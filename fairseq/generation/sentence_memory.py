@@ -79,11 +79,10 @@ class SentenceMemory:
         while order:
             count = max(1, _TOKENS_AT_ONCE // (2 * int(self.dataset.sizes[order[-1]])))
             now, order = order[-count:], order[:-count]
-            batch = self.dataset.collate(np.array(now))
-            scored = scorer.keys(batch)
-            for number in now:
-                here_N = scored.block_N == number
-                found[number] = scored.keys[here_N.to(device)].float(), scored.target_N[here_N.to(device)]
+            scored = scorer.keys(self.dataset.collate(np.array(now)))
+            number_N, count_N = torch.unique_consecutive(scored.block_N, return_counts=True)
+            keys, values = (torch.split(x, count_N.tolist()) for x in (scored.keys.float(), scored.target_N))
+            found |= dict(zip(number_N.tolist(), zip(keys, values)))
         return found
 
 

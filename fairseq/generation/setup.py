@@ -138,10 +138,6 @@ def open_memory(
         raise ValueError(f"--knnmt: keys come from one model, --path names {len(config.paths)}; give the store's own")
     tap = settings.memory.knn_keytype or ("last_ffn_input" if task.source is None else "model_output")
     if settings.memory.sentence_pairs:
-        if config.score_reference:
-            raise ValueError(
-                "--sentence-pairs takes part in generation; leave out --score-reference, or take a datastore"
-            )
         return _sentence_memory(settings, task, model, tap)
     dim = model.key_dim(tap)
     digest = cache(lambda: file_digest(config.paths[0]))

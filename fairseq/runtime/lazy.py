@@ -17,8 +17,6 @@ _EXTRAS = {
     "pyserini": "pyserini",
     "tensorboard": "track",
     "wandb": "track",
-    "subword_nmt": "translation",
-    "sentencepiece": "translation",
 }
 
 

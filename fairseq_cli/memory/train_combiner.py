@@ -13,14 +13,14 @@ from fairseq.config.plugins import import_user_dir
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.generation.config import StepKnnConfig
 from fairseq.memory.combiners.config import CombinerTrainingConfig
-from fairseq.memory.datastore.config import SAVES_PAIRS, SAVES_TEXT
 from fairseq.options import TaskChoiceConfig
 from fairseq.registry import lookup
 from fairseq.runtime.atomic_files import require_writable
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
 from fairseq.tasks import TASKS
-from fairseq.tasks.configs import TranslationConfig, overridden_limits
+from fairseq.tasks.configs import overridden_limits
 from fairseq_cli.entry import run
+from fairseq_cli.generate import store_command
 
 PROGRAM = "fairseq-train-combiner"
 CONFIGS = (CombinerTrainingConfig, StepKnnConfig, RuntimeConfig, CommonConfig, DatasetConfig)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     from fairseq.memory.datastore.describe import require_some_store
     from fairseq.runtime.manifest import write_manifest
 
-    saved_by = SAVES_PAIRS if issubclass(TASKS[task_name].config, TranslationConfig) else SAVES_TEXT
+    saved_by = store_command(task_name)
     require_some_store(knn.dstore_filename, saved_by)
     limits = overridden_limits(config.model_overrides)
     task = TASKS[task_name].load()(build(TASKS[task_name].config, limits | given))

@@ -106,10 +106,9 @@ def test_a_mistake_in_a_tree_is_named_with_its_path(tree, message):
 )
 def test_a_mistake_in_an_override_is_named_before_anything_is_composed(words, message):
     with pytest.raises(ValueError, match=message):
-        hydra_train.check_overrides(words)
-    hydra_train.check_overrides(
-        ["task.data=x", "hydra.run.dir=y", "+more=1", "model=transformer_lm_gpt", "common.seed=1,2"]
-    )
+        hydra_train.check_overrides(hydra_train.read_overrides(words))
+    right = ["task.data=x", "hydra.run.dir=y", "+more=1", "model=transformer_lm_gpt", "common.seed=1,2"]
+    hydra_train.check_overrides(hydra_train.read_overrides(right))
 
 
 def call(*words, cwd):

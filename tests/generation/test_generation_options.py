@@ -5,7 +5,7 @@ import math
 import pytest
 
 from fairseq.config import FlagParser, build, field_help
-from fairseq.generation.config import GenerateConfig, GenerationConfig, StepKnnConfig
+from fairseq.generation.config import GenerateConfig, GenerationConfig, StepKnnConfig, StepMemoryConfig
 from fairseq.generation.foreign_overrides import split_overrides
 from fairseq.memory.combiners.config import CombinerTrainingConfig
 from fairseq.tasks.configs import overridden_limits
@@ -98,6 +98,6 @@ def test_each_shard_has_files_of_its_own():
 )
 def test_references_are_not_scored_as_generated_texts(given, words):
     generation = GenerationConfig(**given)
-    GenerateConfig(path="x").check_reference(generation)
+    GenerateConfig(path="x").check_reference(generation, StepMemoryConfig())
     with pytest.raises(ValueError, match=f"--score-reference scores the one reference of each sentence, {words} is"):
-        GenerateConfig(path="x", score_reference=True).check_reference(generation)
+        GenerateConfig(path="x", score_reference=True).check_reference(generation, StepMemoryConfig())

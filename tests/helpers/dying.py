@@ -1,5 +1,6 @@
-"""A build that dies at a chosen call."""
+"""Work that dies at a chosen call."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,3 +33,31 @@ def dies_at(monkeypatch: pytest.MonkeyPatch, step: str, call: int, index: Path) 
             yield
         except Died:
             assert not index.exists()
+
+
+@contextmanager
+def dies_at_event(monkeypatch: pytest.MonkeyPatch, event: int, aside: tuple[str, ...] = ()) -> Iterator[None]:
+    """Within, the renaming or removal of a file that follows on ``event`` of them dies, those of locks aside.
+
+    Args:
+        aside: what the names of other files begin with that are not counted.
+    Raises: AssertionError, of pytest, when the block ended before.
+    """
+    calls = []
+
+    def dying(function: Any) -> Any:
+        def call(*words: Any, **more: Any) -> Any:
+            name = Path(words[0]).name
+            if not name.endswith(".lock") and not name.startswith(aside):
+                calls.append(words)
+                if len(calls) > event:
+                    raise Died
+            return function(*words, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying(os.replace))
+        patch.setattr(Path, "unlink", dying(Path.unlink))
+        with pytest.raises(Died):
+            yield

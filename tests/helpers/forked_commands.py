@@ -18,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -109,9 +110,14 @@ def _become(request: dict[str, Any]) -> None:
     np.random.seed()
     os.environ.update(request["env"], OMP_NUM_THREADS="1")
     sys.argv = request["start"]
+    end_after(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+
+
+def end_after(work: Callable[[], object]) -> NoReturn:
+    """Do some work in a fork, and end the process as a program that did it would end."""
     code: Any = 1
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        work()
         code = 0
     except SystemExit as end:
         code = end.code

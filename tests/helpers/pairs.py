@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch._dynamo
 from conftest import TINY_MODEL
+from forked_commands import end_after
 
 import fairseq_cli.average_checkpoints
 import fairseq_cli.build_dstore
@@ -280,23 +281,16 @@ class Runner:
 
     def _become(self, line: str, folder: Path, log: Path) -> None:
         """Run a command in this process, and end it."""
-        code: Any = 1
-        try:
+
+        def work() -> None:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)
             os.chdir(folder)
             program, *words = line.format(**self._values).split()
             run(program, MAINS[program], words)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code if isinstance(code, int) else 1)
+
+        end_after(work)
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib
 import io
 import logging
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
+from fairseq.data.codecs import CodecConfig, TextCodec, package
 from fairseq.data.corpora.corpora import SPLITS, Archive, write_lines
-from fairseq.runtime.lazy import missing_extra
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +149,7 @@ def prepare(corpus: ParallelCorpus, pairs: Mapping[str, Pairs], folder: Path, co
         pairs: of each split; without "valid" every 23rd of the training pairs goes there.
         codes: file of merges that was learned on another text.
     """
+    package("subword_nmt", "cutting words")  # missing, it is told before the minute of splitting words
     words = {split: _words(corpus, some) for split, some in pairs.items()}
     words["train"] = [pair for pair in words["train"] if _fits(corpus, pair)]
     if not corpus.lowercase_first:
@@ -160,23 +159,19 @@ def prepare(corpus: ParallelCorpus, pairs: Mapping[str, Pairs], folder: Path, co
         words["train"] = [pair for i, pair in enumerate(words["train"], 1) if i % _VALID_EVERY]
     merges = _learned(words["train"], corpus.merges) if codes is None else codes.read_text(encoding="utf-8")
     write_lines(folder / CODES, [merges.encode()])
-    pieces = _package("subword_nmt.apply_bpe").BPE(io.StringIO(merges))
+    pieces = TextCodec.of(CodecConfig(bpe="subword_nmt", bpe_codes=str(folder / CODES)))
     for split in SPLITS:
         for side, language in enumerate(corpus.languages):
-            lines = (pieces.process_line(pair[side]) for pair in words[split])
+            lines = (pieces.encode(pair[side]) for pair in words[split])
             write_lines(folder / f"{split}.{language}", (f"{line}\n".encode() for line in lines))
         logger.info("%s: %d pairs of sentences", split, len(words[split]))
 
 
 def _words(corpus: ParallelCorpus, pairs: Pairs) -> list[tuple[str, str]]:
-    moses = _package("sacremoses")
-    split = [moses.MosesTokenizer(language) for language in corpus.languages]
-
-    def cut(text: str, tokenizer: Any) -> str:
-        text = text.lower() if corpus.lowercase_first else text
-        return str(tokenizer.tokenize(text, return_str=True, escape=corpus.escape))
-
-    return [(cut(source, split[0]), cut(target, split[1])) for source, target in pairs]
+    rules = CodecConfig(tokenizer="moses", moses_no_dash_splits=True, moses_no_escape=not corpus.escape)
+    cut = [TextCodec.of(replace(rules, source_lang=language)).encode for language in corpus.languages]
+    lower = str.lower if corpus.lowercase_first else str
+    return [(cut[0](lower(source)), cut[1](lower(target))) for source, target in pairs]
 
 
 def _fits(corpus: ParallelCorpus, pair: tuple[str, str]) -> bool:
@@ -188,17 +183,9 @@ def _fits(corpus: ParallelCorpus, pair: tuple[str, str]) -> bool:
 
 
 def _learned(pairs: Pairs, merges: int) -> str:
-    learn = _package("subword_nmt.learn_bpe")
+    learn = package("subword_nmt.learn_bpe", "learning word pieces")
     out = io.StringIO()
     text: Iterable[str] = (f"{pair[side]}\n" for side in (0, 1) for pair in pairs)
     with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar of its own
         learn.learn_bpe(text, out, merges)
     return out.getvalue()
-
-
-def _package(name: str) -> Any:
-    """A module of an optional package. Raises: ImportError with the pip command."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise missing_extra(error) from error

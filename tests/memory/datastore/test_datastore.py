@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dying import dies_at_event
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
@@ -260,29 +261,10 @@ def test_a_kill_between_the_renames_is_repaired(tmp_path, monkeypatch, kill_at):
     """Every rename and removal of finish() is a place to die at."""
     save(tmp_path / "s", 40)
     keys, values = rows(60, seed=1)
-    calls = []
-
-    class KilledError(BaseException):
-        pass
-
-    def dying(function):
-        def call(*words, **more):
-            name = Path(words[0]).name
-            if not (name.endswith(".lock") or name.startswith("s.progress.json.")):
-                calls.append(words)
-                if len(calls) > kill_at:
-                    raise KilledError
-            return function(*words, **more)
-
-        return call
-
     writer = DatastoreWriter(tmp_path / "s", 60, DIM, metadata=META)
     writer.append(keys, values)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying(os.replace))
-        patch.setattr(Path, "unlink", dying(Path.unlink))
-        with pytest.raises(KilledError):
-            writer.finish()
+    with dies_at_event(monkeypatch, kill_at, aside=("s.progress.json.",)):
+        writer.finish()
     writer.close()
     with DatastoreWriter(tmp_path / "s", 60, DIM, metadata=META) as writer:
         writer.append(keys[writer.rows_done :], values[writer.rows_done :])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dying import dies_at_event
 from store_making import save
 from test_sharded_stores import shards
 
@@ -63,26 +64,8 @@ def test_a_compaction_that_is_killed_leaves_nothing_and_takes_nothing_else(tmp_p
     join_shards(prefix, 2)
     save(tmp_path / ".part0-of-2", 4)
     delete(prefix, np.array([0, 7]))
-    calls = []
-
-    class KilledError(BaseException):
-        pass
-
-    def dying(function):
-        def call(*words, **more):
-            if not str(words[0]).endswith(".lock"):
-                calls.append(words)
-                if len(calls) > kill_at:
-                    raise KilledError
-            return function(*words, **more)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying(os.replace))
-        patch.setattr(Path, "unlink", dying(Path.unlink))
-        with pytest.raises(KilledError):
-            compact(prefix)
+    with dies_at_event(monkeypatch, kill_at):
+        compact(prefix)
     compact(prefix)
     assert names(tmp_path / "d") == {"datastore.json", "keys.npy", "vals.npy", "docs.npy"}
     np.testing.assert_array_equal(Datastore.open(prefix).keys, np.delete(keys, [0, 7], axis=0))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dying import dies_at_event
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_making import DIM, META, rows, save
@@ -277,26 +278,8 @@ def test_a_compaction_that_is_killed_goes_on(tmp_path, monkeypatch, kill_at):
     keys, values = shards(tmp_path / "d", [5, 6])
     join_shards(tmp_path / "d", 2)
     delete(tmp_path / "d", np.array([0, 7]))
-    calls = []
-
-    class KilledError(BaseException):
-        pass
-
-    def dying(function):
-        def call(*words, **more):
-            if not str(words[0]).endswith(".lock"):
-                calls.append(words)
-                if len(calls) > kill_at:
-                    raise KilledError
-            return function(*words, **more)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", dying(os.replace))
-        patch.setattr(Path, "unlink", dying(Path.unlink))
-        with pytest.raises(KilledError):
-            compact(tmp_path / "d")
+    with dies_at_event(monkeypatch, kill_at):
+        compact(tmp_path / "d")
     compact(tmp_path / "d")
     store = Datastore.open(tmp_path / "d")
     left = [row for row in range(11) if row not in (0, 7)]
