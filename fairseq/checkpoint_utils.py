@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fairseq.checkpoints.integrity import require_intact
 from fairseq.checkpoints.legacy import from_fairseq, read_pickle
+from fairseq.checkpoints.parts import join_parts
 from fairseq.data.dictionary import Dictionary
 from fairseq.fairseq_names import lazy
 from fairseq.models.architectures import model_class, model_config_class
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = "fairseq-memory checkpoint"
 _VERSION = 1
+_VERSION_IN_PARTS = 2
 
 # Settings that fairseq's commands override although no model here reads them.
 _NOT_OF_THE_MODEL = re.compile(
@@ -60,13 +62,15 @@ class Checkpoint:
         return str(self.config.get("written_by", {}).get("program", ""))
 
 
-def save_checkpoint(path: str, checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: str, checkpoint: Checkpoint, parts: Mapping[str, Any] | None = None) -> None:
     """Write a checkpoint: under another name first, to disk, then renamed, so that ``path`` is always whole.
 
+    Args:
+        parts: of a checkpoint in parts, what ``fairseq.checkpoints.parts.index_entry`` says of them.
     Raises: OSError naming ``path`` when it cannot be written (the file before stays); TypeError for a value that is
         neither a plain type nor a tensor.
     """
-    content: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
+    content: dict[str, Any] = {"format": _FORMAT, "version": _VERSION_IN_PARTS if parts else _VERSION, **(parts or {})}
     for field in fields(checkpoint):
         content[field.name] = _plain(getattr(checkpoint, field.name), field.name)
     try:
@@ -140,8 +144,12 @@ def load_checkpoint(path: str, *, whole: bool = False) -> Checkpoint:
     require_intact(path, content, whole=whole)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         return Checkpoint(**from_fairseq(content, path))
-    if content["version"] != _VERSION:
-        raise ValueError(f"{path} has format version {content['version']}, this program reads {_VERSION}; update it")
+    if content["version"] not in (_VERSION, _VERSION_IN_PARTS):
+        raise ValueError(
+            f"{path} has format version {content['version']}, this program reads {_VERSION} and {_VERSION_IN_PARTS}; "
+            "update it"
+        )
+    content = join_parts(path, content, whole=whole)
     missing = [field.name for field in fields(Checkpoint) if field.name not in content]
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}; copy it again, or take an older one")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq.criterions.base import Criterion, Loss
 from fairseq.data.types import LMBatch
 from fairseq.metrics.training import StepSums
+from fairseq.modules.transformer_layer import TransformerLayer
 from fairseq.optim import set_lr
 from fairseq.optim.configs import OptimizationConfig
 from fairseq.runtime.distributed import sum_over_ranks
@@ -20,10 +21,9 @@ from fairseq.runtime.distributed import sum_over_ranks
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from lightning.fabric import Fabric
-
     from fairseq.models.base import LanguageModel
     from fairseq.optim.lr_schedulers import LRSchedule
+    from fairseq.runtime.strategies.whole import WholeOnEveryProcess
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +70,30 @@ class Trainer:
 
     def __init__(
         self,
-        fabric: Fabric,
+        layout: WholeOnEveryProcess,
         model: nn.Module,
         criterion: Criterion,
-        optimizer: torch.optim.Optimizer,
+        make_optimizer: Callable[[], torch.optim.Optimizer],
         schedule: LRSchedule,
         optimization: OptimizationConfig,
         seed: int,
     ) -> None:
-        self.fabric = fabric
+        """Args.
+
+        layout: where tensors lie; it takes over the model.
+        make_optimizer: called when the parameters are what they will be.
+        """
+        self.layout = layout
+        self.fabric = layout.fabric
         self.model = model
         self.criterion = criterion
         self.schedule = schedule
         self.optimization = optimization
         self.seed = seed
         self.num_updates = 0
-        self.wrapped, self.optimizer = fabric.setup(LossModule(model, criterion), optimizer)
+        units = [part for part in model.modules() if isinstance(part, TransformerLayer)]
+        layout.set_up(LossModule(model, criterion), units, make_optimizer)
+        self.wrapped, self.optimizer = layout.wrapped, layout.optimizer
         set_lr(self.optimizer, schedule.lr)
 
     def train_step(self, batches: list[LMBatch]) -> StepSums:
@@ -97,16 +105,17 @@ class Trainer:
         self.wrapped.train()
         self.optimizer.zero_grad(set_to_none=True)
         logs = []
+        factor = self._factor(self._known_sample_size(batches)) if self.layout.scales_loss else 1.0
         for place, batch in enumerate(batches):
             self._seed(place * self.fabric.world_size + self.fabric.global_rank)
             last = place == len(batches) - 1
-            with self.fabric.no_backward_sync(self.wrapped, enabled=not last):
+            with self.layout.micro_batch(last=last):
                 loss, log = self._loss(batch)
-                self.fabric.backward(loss)
+                self.layout.backward(loss, factor)
             logs.append(log)
         sums = self._sum(logs)
-        norm = self._scale_and_clip(sums.sample_size)
-        self.optimizer.step()
+        limit = self.optimization.clip_norm if self.optimization.clip_norm > 0 else float("inf")
+        norm = self.layout.step(self._factor(sums.sample_size), limit)
         self.num_updates += 1
         set_lr(self.optimizer, self.schedule.step_update(self.num_updates))
         return replace(sums, norm=norm, clipped=0 < self.optimization.clip_norm < norm)
@@ -125,14 +134,13 @@ class Trainer:
         """Add up what the criterion reported, over batches and ranks; one look at the device for all figures."""
         return sum_logs(logs, lambda values: sum_over_ranks(self.fabric, values))
 
-    def _scale_and_clip(self, sample_size: float) -> float:
-        """Turn gradients of the ranks' mean sum into those of the mean per token; returns their norm."""
-        factor = self.fabric.world_size / max(sample_size, 1.0)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, factor)
-        limit = self.optimization.clip_norm if self.optimization.clip_norm > 0 else float("inf")
-        norm = self.fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False)
-        return float(norm) if norm is not None else 0.0
+    def _known_sample_size(self, batches: list[LMBatch]) -> float:
+        """Divisor of an update's gradients over all ranks, before the update."""
+        return sum_over_ranks(self.fabric, [float(sum(map(self.criterion.sample_size, batches)))])[0]
+
+    def _factor(self, sample_size: float) -> float:
+        """What turns the ranks' mean sum into the mean per token."""
+        return self.fabric.world_size / max(sample_size, 1.0)
 
     def _seed(self, place: int) -> None:
         torch.manual_seed((self.seed * (1 << 40) + self.num_updates * _MICRO_BATCHES_PER_UPDATE + place) % (1 << 63))
@@ -151,9 +159,9 @@ class Trainer:
         set_lr(self.optimizer, self.schedule.step_epoch(epoch, figure))
 
     def state_dict(self, with_optimizer: bool = True) -> dict[str, Any]:
-        """Optimizer, schedule and update count as plain types and tensors."""
+        """Optimizer, schedule and update count as plain types and tensors, with spread ones as they lie."""
         return {
-            "optimizer": self.optimizer.state_dict() if with_optimizer else None,
+            "optimizer": self.layout.optimizer_state() if with_optimizer else None,
             "scheduler": self.schedule.state_dict(),
             "num_updates": self.num_updates,
         }
@@ -170,7 +178,7 @@ class Trainer:
                     "give --reset-optimizer to start its state afresh"
                 )
             try:
-                self.optimizer.load_state_dict(state["optimizer"])
+                self.layout.load_optimizer_state(state["optimizer"])
             except (ValueError, KeyError) as error:
                 raise ValueError(
                     f"the checkpoint's optimizer state does not fit this optimizer ({error}); "

@@ -31,9 +31,10 @@ COMMON: dict[str, tuple[int, str]] = {
 }
 
 TRAIN: dict[str, tuple[int, str]] = COMMON | {
-    "--ddp-backend": (1, _FABRIC),
     "--ddp-comm-hook": (1, _FABRIC),
     "--gradient-as-bucket-view": (0, _FABRIC),
+    "--fp32-reduce-scatter": (0, "gradients are always summed in float32"),
+    "--not-fsdp-flatten-parameters": (0, "--strategy fsdp flattens no parameters"),
     "--distributed-backend": (1, "NCCL on GPUs and Gloo on CPUs"),
     "--distributed-rank": (1, _LAUNCHER),
     "--distributed-init-method": (1, _LAUNCHER),
@@ -169,7 +170,6 @@ PREPROCESS: dict[str, tuple[int, str]] = {
 
 _NEXT_TOKEN = "is not offered: a language model predicts the next token here"
 _PIPELINE = "is not offered: a model runs on one device per process"
-_SHARDED = "is not offered: every process holds all weights"
 
 _REJECTED: dict[str, str] = {
     "--output-dictionary-size": "is not offered: the output has the dictionary's types",
@@ -207,16 +207,11 @@ REJECTED_TRAIN: dict[str, str] = _REJECTED | {
     "--pipeline-decoder-balance": _PIPELINE,
     "--pipeline-decoder-devices": _PIPELINE,
     "--pipeline-checkpoint": _PIPELINE,
-    "--zero-sharding": _SHARDED,
-    "--no-reshard-after-forward": _SHARDED,
-    "--fp32-reduce-scatter": _SHARDED,
-    "--cpu-offload": _SHARDED,
-    "--use-sharded-state": _SHARDED,
-    "--not-fsdp-flatten-parameters": _SHARDED,
+    "--zero-sharding": "is not offered; --strategy deepspeed_stage_1 spreads the optimizer's states",
     "--continue-once": "is not offered; --restore-file names the checkpoint to start with",
     "--keep-interval-updates-pattern": "is not offered; --keep-interval-updates sets how many are kept",
     "--checkpoint-suffix": "is not offered; give each run a --save-dir",
-    "--checkpoint-shard-count": "is not offered: a checkpoint is one file",
+    "--checkpoint-shard-count": "is not offered: a checkpoint in parts (--use-sharded-state) names them itself",
     "--no-bias-correction": "is not offered: PyTorch's Adamax always corrects the first updates",
     "--ema-seed-model": "is not offered: the average begins with the model's weights",
 }
@@ -262,7 +257,7 @@ REJECTED_GENERATE: dict[str, str] = {
     "--tpu": "is not offered; generate on CPUs or CUDA devices",
     "--amp": "is not offered; --fp16 and --bf16 set the precision",
     "--checkpoint-suffix": "is not offered: a checkpoint is one file",
-    "--checkpoint-shard-count": "is not offered: a checkpoint is one file",
+    "--checkpoint-shard-count": "is not offered: a checkpoint in parts (--use-sharded-state) names them itself",
     "--no-seed-provided": "is not offered; --seed sets the seed",
     "--upsample-primary": "belongs to training",
     "--load-alignments": "is not offered: word alignments are not read",

@@ -58,10 +58,14 @@ class Criterion:
         """The loss of the scored positions of a batch (there may be none: the sum is then a 0 with a gradient)."""
         raise NotImplementedError
 
+    def sample_size(self, batch: LMBatch) -> int:
+        """What a batch adds to the divisor of an update's gradients: tokens, or blocks."""
+        return batch.tokens_BT.shape[0] if self.config.sentence_avg else batch.num_scored
+
     def loss(self, total: Tensor, batch: LMBatch, **more: Tensor) -> Loss:
         """Put a summed loss, further sums to report and the counts of the batch together."""
         num_blocks = batch.tokens_BT.shape[0]
-        sample_size = num_blocks if self.config.sentence_avg else batch.num_scored
+        sample_size = self.sample_size(batch)
         log: dict[str, float | Tensor] = {"loss": total.detach()}
         log |= {name: value.detach() for name, value in more.items()}
         log |= {"sample_size": sample_size, "ntokens": batch.num_scored, "nsentences": num_blocks}

@@ -47,6 +47,10 @@ class RuntimeConfig:
         return self.bf16 or self.memory_efficient_bf16
 
 
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+_BACKENDS = {"fully_sharded": "fsdp"} | dict.fromkeys(("c10d", "legacy_ddp", "no_c10d", "pytorch_ddp"), "ddp")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """Options of data-parallel training; under torchrun its own settings apply."""
@@ -55,9 +59,45 @@ class DistributedConfig:
     """Processes on this machine; by default one per GPU, or one on a CPU."""
     find_unused_parameters: bool = flag("--find-unused-parameters", default=False)
     """Make every rank search for parameters without gradients (always on with an adaptive softmax)."""
+    strategy: str = flag("--strategy", default="auto", choices=STRATEGIES)
+    """Where weights, gradients and optimizer states lie: whole on every process (ddp; auto with several processes), in
+    parts (fsdp), or as DeepSpeed's stages of ZeRO have it."""
+    ddp_backend: str | None = flag("--ddp-backend", default=None, choices=tuple(_BACKENDS))
+    """fairseq's spelling of --strategy: fully_sharded is fsdp, any other ddp."""
+    cpu_offload: bool = flag("--cpu-offload", default=False)
+    """Keep the parts of fsdp, or the optimizer states of ZeRO, in the memory of the CPU."""
+    no_reshard_after_forward: bool = flag("--no-reshard-after-forward", default=False)
+    """Keep fsdp's weights whole from the forward to the backward pass: faster, and more memory."""
+    use_sharded_state: bool = flag("--use-sharded-state", default=False)
+    """Let every process write its own part of a checkpoint (fsdp). Any command and any number of processes reads it."""
 
     def __post_init__(self) -> None:
         require_at_least(1, distributed_world_size=self.distributed_world_size)
+        asked = _BACKENDS.get(self.ddp_backend or "")
+        if asked and self.strategy not in ("auto", asked):
+            raise ValueError(
+                f"--ddp-backend {self.ddp_backend} means --strategy {asked}, but --strategy {self.strategy} was given; "
+                "leave one of them out"
+            )
+        chosen = self.effective_strategy
+        if self.use_sharded_state and chosen != "fsdp":
+            raise ValueError(f"--use-sharded-state belongs to --strategy fsdp, not {chosen}; leave it out")
+        if self.no_reshard_after_forward and chosen != "fsdp":
+            raise ValueError(f"--no-reshard-after-forward belongs to --strategy fsdp, not {chosen}; leave it out")
+        if self.cpu_offload and chosen in ("auto", "ddp"):
+            raise ValueError(f"--cpu-offload belongs to --strategy fsdp or deepspeed_..., not {chosen}; leave it out")
+
+    @property
+    def effective_strategy(self) -> str:
+        """The strategy that --strategy or --ddp-backend asks for."""
+        asked = _BACKENDS.get(self.ddp_backend or "") if self.strategy == "auto" else None
+        return self.strategy if asked in (None, "ddp") else asked
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's stage of ZeRO; 0 for another strategy."""
+        chosen = self.effective_strategy
+        return int(chosen[-1]) if chosen.startswith("deepspeed") else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fairseq.runtime.config import DistributedConfig, RuntimeConfig
+from fairseq.runtime.strategies.whole import WholeOnEveryProcess
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -36,16 +37,19 @@ def _precision(runtime: RuntimeConfig, on_gpu: bool) -> str:
     return "bf16-mixed" if runtime.bf16 else "32-true"
 
 
-def make_fabric(runtime: RuntimeConfig, distributed: DistributedConfig, find_unused_parameters: bool) -> Fabric:
+def make_fabric(
+    runtime: RuntimeConfig, distributed: DistributedConfig, find_unused_parameters: bool, clip_norm: float = 0.0
+) -> Fabric:
     """Launch Fabric with the requested number of processes; under torchrun its environment takes precedence.
 
     Args:
         find_unused_parameters: some parameters may have no gradient in some batches.
+        clip_norm: largest norm of gradients, for strategies that clip by themselves; 0 for none.
+    Raises: ValueError when the strategy cannot be had here.
     """
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.fabric.plugins.precision import MixedPrecision
-    from lightning.fabric.strategies.ddp import DDPStrategy
 
     on_gpu = runs_on_gpu(runtime)
     world = distributed.distributed_world_size or (torch.cuda.device_count() if on_gpu else 1)
@@ -56,10 +60,10 @@ def make_fabric(runtime: RuntimeConfig, distributed: DistributedConfig, find_unu
         world = _local_world_size()
     precision = _precision(runtime, on_gpu)
     plugins: list[Any] = []
-    if precision == "16-mixed":
+    if precision == "16-mixed" and not distributed.zero_stage:  # DeepSpeed scales losses itself
         scaler = torch.amp.GradScaler("cuda", init_scale=runtime.fp16_init_scale)
         plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
-    strategy = DDPStrategy(find_unused_parameters=find_unused_parameters) if world * nodes > 1 else "auto"
+    strategy = _strategy(distributed, world * nodes, find_unused_parameters, clip_norm, on_gpu)
     fabric = Fabric(
         accelerator="cuda" if on_gpu else "cpu",
         devices=world,
@@ -70,6 +74,36 @@ def make_fabric(runtime: RuntimeConfig, distributed: DistributedConfig, find_unu
     )
     fabric.launch()
     return fabric
+
+
+def _strategy(
+    distributed: DistributedConfig, world: int, find_unused_parameters: bool, clip_norm: float, on_gpu: bool
+) -> Any:
+    """Fabric's strategy for so many processes."""
+    from lightning.fabric.strategies.ddp import DDPStrategy
+
+    if distributed.zero_stage:
+        from fairseq.runtime.strategies.zero import zero_strategy
+
+        return zero_strategy(distributed, distributed.zero_stage, clip_norm, on_gpu=on_gpu)
+    if distributed.effective_strategy == "fsdp":
+        from fairseq.runtime.strategies.fully_sharded import fully_sharded_strategy
+
+        return fully_sharded_strategy(distributed, world)
+    return DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
+
+
+def where_tensors_lie(fabric: Fabric, distributed: DistributedConfig) -> WholeOnEveryProcess:
+    """What a training run needs to know of its strategy."""
+    if distributed.zero_stage:
+        from fairseq.runtime.strategies.zero import ZeroSharded
+
+        return ZeroSharded(fabric)
+    if distributed.effective_strategy == "fsdp":
+        from fairseq.runtime.strategies.fully_sharded import FullySharded
+
+        return FullySharded(fabric)
+    return WholeOnEveryProcess(fabric)
 
 
 def _local_world_size() -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fairseq.checkpoints.parts import remove_unnamed
 from fairseq.runtime.files import locked
 from fairseq.training.config import CheckpointConfig
 
@@ -143,6 +144,7 @@ class CheckpointManager:
         for name in names[1:]:
             _link(first, self.path(name))
         self._prune()
+        remove_unnamed(self.config.save_dir)
         logger.info("saved %s", ", ".join(self.path(name) for name in names))
 
     def _prune(self) -> None:

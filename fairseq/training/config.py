@@ -145,3 +145,30 @@ class TrainingConfigs:
     optimization: OptimizationConfig
     checkpoints: CheckpointConfig
     ema: EmaConfig = EmaConfig()
+
+
+def require_strategy_fits(configs: TrainingConfigs, model: Any) -> None:
+    """Raise ValueError for settings that a way to spread a model over processes cannot compute.
+
+    Args:
+        model: its config.
+    """
+    strategy, stage = configs.distributed.effective_strategy, configs.distributed.zero_stage
+    if strategy in ("auto", "ddp"):
+        return
+    asked = f"--strategy {strategy}"
+    if configs.chosen["optimizer"] == "adafactor":
+        raise ValueError(
+            f"--optimizer adafactor with {asked}: its row and column averages need whole weights; give --optimizer "
+            "adam, or --strategy ddp"
+        )
+    if strategy == "fsdp" and configs.runtime.any_fp16:
+        raise ValueError(f"--fp16 with {asked}: the loss scale needs whole gradients; give --bf16")
+    dropped = [name for name in ("encoder_layerdrop", "decoder_layerdrop") if getattr(model, name, 0) > 0]
+    if dropped and (strategy == "fsdp" or stage == 3):
+        raise ValueError(
+            f"--{dropped[0].replace('_', '-')} with {asked}: processes that drop different layers would wait for each "
+            "other for ever; leave it out, or give --strategy ddp"
+        )
+    if configs.ema.store_ema and stage == 3:
+        raise ValueError(f"--store-ema with {asked}: no process holds the weights to average; give --strategy fsdp")

@@ -6,6 +6,7 @@ import glob
 import itertools
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint, load_model_for, save_checkpoint
+from fairseq.checkpoints.parts import index_entry, split, write_part
 from fairseq.config import to_dict
 from fairseq.criterions.base import build_criterion
 from fairseq.data.trime_batching import ranks_together, training_order
@@ -36,12 +38,12 @@ from fairseq.models.config import (
 from fairseq.optim.ema import WeightAverage
 from fairseq.optim.lr_schedulers import build_lr_scheduler
 from fairseq.optim.optimizers import build_optimizer
-from fairseq.runtime.distributed import make_fabric, sum_over_ranks
+from fairseq.runtime.distributed import make_fabric, sum_over_ranks, where_tensors_lie
 from fairseq.runtime.manifest import write_manifest
 from fairseq.tasks import TASKS
 from fairseq.trainer import Trainer
 from fairseq.training.checkpoint_manager import CheckpointManager
-from fairseq.training.config import require_same_parts
+from fairseq.training.config import require_same_parts, require_strategy_fits
 from fairseq.training.progress import Progress, copy_log_to_file
 
 if TYPE_CHECKING:
@@ -74,13 +76,15 @@ class TrainingLoop:
         self.model = self._model()
         self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model, self.task)
+        require_strategy_fits(configs, self.model.config)
         find_unused = self.model.may_skip_parameters or configs.distributed.find_unused_parameters
-        self.fabric = make_fabric(self.runtime, configs.distributed, find_unused)
+        self.fabric = make_fabric(self.runtime, configs.distributed, find_unused, self.optimization.clip_norm)
+        self.layout = where_tensors_lie(self.fabric, configs.distributed)
         self.trainer = Trainer(
-            self.fabric,
+            self.layout,
             self.model,
             criterion,
-            self._optimizer(),
+            self._optimizer,
             self._schedule(),
             self.optimization,
             self.runtime.seed,
@@ -291,16 +295,37 @@ class TrainingLoop:
             self._save(names)
 
     def _save(self, names: list[str]) -> None:
-        """Let the first process save. Raises: OSError in all of them when it cannot, so that none waits for it."""
-        failure = None
+        """Save the state under these names. Raises: OSError in every process when one cannot, so that none waits."""
+        if self.checkpoints.no_save or not names:
+            return
+        state, parts, failure = self._checkpoint(), None, None
+        try:
+            if self.configs.distributed.use_sharded_state:
+                state, parts = self._part_of(state)
+            else:
+                state = Checkpoint(**self.layout.collected(vars(state)))
+        except OSError as error:
+            failure = error
+        self._raise_together(failure)
         if self.fabric.is_global_zero:
             try:
-                self.checkpoint_manager.write(names, lambda path: save_checkpoint(path, self._checkpoint()))
+                self.checkpoint_manager.write(names, lambda path: save_checkpoint(path, state, parts))
             except OSError as error:
                 failure = error
-        failure = self.fabric.broadcast(failure)
-        if failure is not None:
-            raise failure
+        self._raise_together(failure)
+
+    def _part_of(self, state: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
+        """Write this process's part of a state; returns what is left of it, and what the checkpoint says of parts."""
+        rest, places, held = split(vars(state), self.layout.held)
+        name = self.fabric.broadcast(f"update{self.trainer.num_updates}-{secrets.token_hex(4)}")
+        write_part(self.checkpoints.save_dir, name, self.fabric.global_rank, held)
+        where, shapes = ([entry[i] for entry in places] for i in (0, 1))
+        return Checkpoint(**rest), index_entry(name, self.fabric.world_size, where, shapes)
+
+    def _raise_together(self, failure: OSError | None) -> None:
+        failed = sum_over_ranks(self.fabric, [float(failure is not None)])[0]
+        if failed:
+            raise failure or OSError("another process could not save its checkpoint; see its message")
 
     def _validate(self, epoch: int) -> float | None:
         """Validate on every subset; returns the figure of the first one that decides which checkpoint is best."""
@@ -324,7 +349,8 @@ class TrainingLoop:
         if self.bleu is None:
             return {}
         read = itertools.islice(iter(batches), self.validation.max_valid_steps)
-        counts = self.bleu.counts(self.model, read)
+        with self.layout.direct_use():
+            counts = self.bleu.counts(self.model, read)
         batches.next_epoch()
         names = sorted(counts)
         sums = sum_over_ranks(self.fabric, [counts[name] for name in names])
@@ -340,7 +366,7 @@ class TrainingLoop:
                 "chosen": dict(configs.chosen),
                 "given": {name: _plain(value) for name, value in configs.options.items()},
             },
-            model=self.model.state_dict(),
+            model=self.layout.weights(self.model),
             optimizer=state["optimizer"],
             scheduler=state["scheduler"],
             iterator=self.iterator.state_dict(),
@@ -368,7 +394,7 @@ class TrainingLoop:
         loaded = load_model_for(self.task.dictionary, found, path, source=self.task.source)
         require_same_architecture(path, loaded.config, self.model.config)
         try:
-            self.model.load_state_dict(loaded.state_dict())
+            self.layout.load_weights(self.model, loaded.state_dict())
         except RuntimeError as error:  # settings that seldom matter, such as the number of learned positions
             first = str(error).splitlines()[1].strip()
             raise ValueError(
@@ -389,7 +415,9 @@ class TrainingLoop:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if self.average is not None:
-            self.average.load(progress.get("ema") or self.model.state_dict())
+            stored = progress.get("ema") or self.model.state_dict()
+            own = self.average.weights
+            self.average.load({name: self.layout.spread(value, own.get(name)) for name, value in stored.items()})
         if not options.reset_dataloader and found.iterator is not None:
             self.iterator.load_state_dict(found.iterator)
         if not options.reset_meters:

@@ -1,0 +1,1 @@
+"""How weights, gradients and optimizer states lie on the processes of a training run (``--strategy``)."""
