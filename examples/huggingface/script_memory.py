@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -11,22 +10,14 @@ from script_models import evaluating
 from transformers import TrainingArguments
 
 from fairseq.hf.knn.evaluation import save_datastore
+from fairseq.hf.knn.indexing import cluster_config, index_config
 from fairseq.hf.knn.retomaton import RetomatonWrapper
 from fairseq.hf.knn.saver import KNNSaver
-from fairseq.hf.knn.stores import StorePlace, index_name, open_store
+from fairseq.hf.knn.stores import StorePlace, open_store
 from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.build.build import BuiltIndex, build_index
-from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.retomaton.build_clusters import BuiltClusters, build_clusters
-from fairseq.memory.retomaton.cluster_config import ClusterConfig
-
-logger = logging.getLogger(__name__)
-
-_ROWS_PER_LIST = 100
-_MOST_LISTS = 4096
-_CODE_BYTES = 64
-_LEAST_COMPRESSED = 256  # compression tells 256 patterns apart and learns them from as many keys
 
 
 def check_store(config: Any, knn: KnnArguments) -> None:
@@ -60,39 +51,18 @@ def save(model: Any, tokenizer: Any, pieces: Any, knn: KnnArguments, batch_size:
 
 
 def index(config: Any, knn: KnnArguments) -> BuiltIndex:
-    """Build the index over the store that is in the folder; what the user leaves open follows from the store's size."""
+    """Build the index over the store that is in the folder."""
     place, store = find_store(config, knn)
-    code_size = knn.code_size or max(size for size in range(1, _CODE_BYTES + 1) if store.dim % size == 0)
-    return build_index(
-        BuildConfig(
-            dstore_mmap=place.prefix,
-            faiss_index=index_name(place.prefix),
-            index="ivfpq" if len(store) >= _LEAST_COMPRESSED or knn.ncentroids or knn.code_size else "flat",
-            ncentroids=knn.ncentroids or min(_MOST_LISTS, max(1, len(store) // _ROWS_PER_LIST)),
-            code_size=code_size,
-            probe=knn.probe,
-            num_keys_to_add_at_a_time=knn.num_keys_to_add_at_a_time,
-            dstore_size=place.rows,
-            dimension=place.dim,
-            dstore_fp16=place.rows is not None,
-        )
-    )
+    sizes = {"ncentroids": knn.ncentroids, "code_size": knn.code_size, "probe": knn.probe}
+    at_a_time = knn.num_keys_to_add_at_a_time
+    return build_index(index_config(place, store, num_keys_to_add_at_a_time=at_a_time, **sizes))
 
 
 def cluster(config: Any, knn: KnnArguments) -> BuiltClusters:
     """Cluster the keys of the store that is in the folder; a run that was killed goes on."""
-    place, store = find_store(config, knn)
-    return build_clusters(
-        ClusterConfig(
-            dstore_mmap=place.prefix,
-            clusters=knn.members,
-            num_clusters=knn.num_clusters,
-            sample_size=knn.sample_size,
-            dstore_size=place.rows,
-            dimension=place.dim,
-            dstore_fp16=place.rows is not None,
-        )
-    )
+    place, _ = find_store(config, knn)
+    sizes = {"num_clusters": knn.num_clusters, "sample_size": knn.sample_size}
+    return build_clusters(cluster_config(place, clusters=knn.members, **sizes))
 
 
 def make(model: Any, config: Any, tokenizer: Any, pieces: Any, knn: KnnArguments, training: TrainingArguments) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, Seq2SeqTrainingArguments
 from translation_arguments import TranslationArguments
 from translation_data import Lengths
 
-from fairseq.hf.knn.batches import Batch, SentencePair
-
-logger = logging.getLogger(__name__)
+from fairseq.hf.knn.batches import SentencePair
+from fairseq.hf.knn.generation import generate_texts
 
 
 @dataclass(frozen=True)
@@ -76,18 +73,8 @@ def search_settings(data: TranslationArguments, training: Seq2SeqTrainingArgumen
 def translate(
     model: Any, tokenizer: Any, pairs: Sequence[SentencePair], settings: dict[str, Any], batch_size: int
 ) -> Translations:
-    """Translate the sources of pairs. Sources of a length go together, which leaves little padding."""
+    """Translate the sources of pairs."""
     started = time.perf_counter()
-    order = sorted(range(len(pairs)), key=lambda n: -len(pairs[n].source_T))
-    texts = [""] * len(pairs)
-    for first in range(0, len(order), batch_size):
-        numbers = order[first : first + batch_size]
-        batch = Batch.of_pairs([pairs[n] for n in numbers])
-        ids = batch.ids_BT.masked_fill(~batch.is_text_BT, tokenizer.pad_token_id or 0).to(model.device)
-        mask = batch.is_text_BT.long().to(model.device)
-        with torch.inference_mode():
-            found = model.generate(input_ids=ids, attention_mask=mask, **settings)
-        for n, text in zip(numbers, tokenizer.batch_decode(found, skip_special_tokens=True)):
-            texts[n] = " ".join(text.split("\n")).strip()  # the file of translations has one a line
-        logger.info("%d of %d sentences are translated", min(first + batch_size, len(order)), len(order))
+    found = generate_texts(model, tokenizer, [pair.source_T for pair in pairs], settings, batch_size)
+    texts = [" ".join(text.split("\n")).strip() for text in found]  # the file of translations has one a line
     return Translations(texts, time.perf_counter() - started)

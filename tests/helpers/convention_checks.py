@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("opening",),
         ("build",),
     ),
-    "fairseq.hf": (("hooks",), ("gguf",), ("knn",), ("attention",)),
+    "fairseq.hf": (("hooks",), ("gguf",), ("loading",), ("knn",), ("attention",), ("pipeline",)),
 }
 
 # package -> the only places that may import it

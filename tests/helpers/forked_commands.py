@@ -85,6 +85,10 @@ class Forks:
         line = [str(ROOT / script), *map(str, words)]
         return ForkedProcess(self, self.ask(start=line, cwd=os.getcwd(), folder=folder, env=dict(os.environ)), folder)
 
+    def load(self, *modules: str) -> None:
+        """Import what some scripts need besides, so that each of them need not."""
+        self.ask(load=modules)
+
     def ask(self, **request: Any) -> Any:
         """The answer to one request."""
         assert self._server.stdin is not None and self._server.stdout is not None  # noqa: PT018
@@ -110,6 +114,7 @@ def _become(request: dict[str, Any]) -> None:
     np.random.seed()
     os.environ.update(request["env"], OMP_NUM_THREADS="1")
     sys.argv = request["start"]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as the interpreter does for a script
     end_after(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
 
 
@@ -148,7 +153,9 @@ def main() -> None:
         importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
+        if "load" in request:
+            answer = [importlib.import_module(name).__name__ for name in request["load"]]
+        elif "wait" in request:
             answer = _wait(request["wait"], request["seconds"], request["kill"])
         else:
             answer = os.fork()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class KNNSaver(Attachment):
         name: str | None = None,
         dtype: str = "float16",
         tokenizer: Tokenizer | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        first_sequence: int = 0,
     ) -> None:
         """Args.
 
@@ -65,6 +68,8 @@ class KNNSaver(Attachment):
         name: name of the store's files in the folder; by default made of the model's type and the sizes.
         dtype: type of the keys on disk: float16, bfloat16 or float32.
         tokenizer: the text's; a model with another one is then rejected.
+        metadata: more facts of the store, such as its place among shards. Equal facts must mean equal rows.
+        first_sequence: number of the first sequence, where a shard's are counted over the whole store.
         Raises: ValueError when a number is impossible.
         """
         super().__init__(key_type(knn_keytype))
@@ -73,6 +78,7 @@ class KNNSaver(Attachment):
                 raise ValueError(f"{what} must be at least 1, got {value}; drop it or correct it")
         self._rows, self._dim, self._folder, self._name = dstore_size, dimension, dstore_dir, name
         self._dtype, self._tokenizer = dtype, tokenizer
+        self._metadata, self._first_sequence = dict(metadata or {}), first_sequence
         self._writer: DatastoreWriter | None = None
         self.prefix: str | None = None
 
@@ -127,11 +133,10 @@ class KNNSaver(Attachment):
             raise ValueError(f"the model's keys are of width {tap.dim}, dimension says {self._dim}; drop it")
         name = store_prefix(self._folder, model_type(model), self._rows, tap.dim)
         prefix = name if self._name is None else str(Path(self._folder) / self._name)
-        self._writer = DatastoreWriter(
-            prefix, self._rows, tap.dim, self._dtype, store_metadata(model, tap, self._tokenizer)
-        )
+        facts = store_metadata(model, tap, self._tokenizer) | self._metadata
+        self._writer = DatastoreWriter(prefix, self._rows, tap.dim, self._dtype, facts)
         self.prefix = prefix
-        self._resumed_at, self._seen, self._num_sequences = self._writer.rows_done, 0, 0
+        self._resumed_at, self._seen, self._num_sequences = self._writer.rows_done, 0, self._first_sequence
         self._runs: list[Array] = []
         if self._resumed_at:
             logger.info("%s: %d rows of an earlier run are kept", prefix, self._resumed_at)

@@ -1,0 +1,293 @@
+"""Fine-tuning on pairs with Lightning Fabric: what counts is the output, and each of its tokens weighs the same.
+
+The pairs of a step, and so its loss, do not depend on the number of processes. A step's random numbers follow from the
+seed and its number, so that a run that was killed resumes to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fairseq.hf.knn.batches import Batch, batches
+from fairseq.hf.pipeline.checkpoints import (
+    Trained,
+    last_checkpoint,
+    read_checkpoint,
+    remove_unfinished,
+    restore_state,
+    save_checkpoint,
+)
+from fairseq.hf.pipeline.config import PipelineConfig
+from fairseq.hf.pipeline.dataset import Pairs, open_pairs
+from fairseq.hf.pipeline.fabric import check_devices, is_deepspeed, is_sharded, launch
+from fairseq.hf.pipeline.models import Base, load_model
+from fairseq.memory.types import Array
+from fairseq.optim.configs import PolynomialDecayConfig
+from fairseq.optim.lr_schedulers import PolynomialDecaySchedule
+from fairseq.runtime.atomic_files import require_writable, write_atomically
+from fairseq.runtime.distributed import sum_over_ranks
+from fairseq.runtime.files import locked, may_create_in
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pairs each step reads."""
+
+    num_pairs: int
+    batch_size: int
+    accumulation: int
+    num_epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a pass; the last one may be smaller."""
+        return math.ceil(self.num_pairs / (self.batch_size * self.accumulation))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all passes."""
+        return self.num_epochs * self.steps_per_epoch
+
+    def batches(self, step: int) -> list[Array]:
+        """Numbers of the pairs of each batch of a step; steps count from 1."""
+        epoch, number = divmod(step - 1, self.steps_per_epoch)
+        size = self.batch_size * self.accumulation
+        order = _order(self.num_pairs, self.seed, epoch)[number * size : (number + 1) * size]
+        return [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
+
+
+@functools.lru_cache(maxsize=1)
+def _order(num_pairs: int, seed: int, epoch: int) -> Array:
+    return np.random.default_rng([seed, epoch]).permutation(num_pairs)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Result of a training run."""
+
+    step: int
+    checkpoint: Path
+    validation_loss: float | None
+    was_complete: bool = False
+    seconds: float = 0.0
+
+
+def train(config: PipelineConfig) -> TrainingRun | None:
+    """Train the model of a config, or resume. None in all processes but the first.
+
+    Raises: ValueError before the long part when the data set is missing, or the folder holds another run.
+    """
+    check_devices(config)
+    folder, settings = Path(config.training.out_name), config.training
+    require_writable(folder, "training.out_name")
+    base = Base.of(config)
+    pairs, validation = (open_pairs(base.encoder, subset) for subset in ("train", "validation"))
+    plan = Plan(
+        len(pairs),
+        config.data.train_batch_size,
+        settings.gradient_accumulation_steps,
+        settings.num_epochs,
+        settings.seed,
+    )
+    if settings.warmup_steps > plan.num_steps:
+        raise ValueError(
+            f"training.warmup_steps {settings.warmup_steps} is more than the {plan.num_steps} steps of the run"
+        )
+    signature = _signature(config, pairs)
+    last = last_checkpoint(folder)
+    record = None if last is None else read_checkpoint(last)
+    if record is not None:
+        _require_same_run(folder, record["signature"], signature)
+        if record["step"] == plan.num_steps:
+            return TrainingRun(record["step"], last_or_fail(folder), record["validation_loss"], was_complete=True)
+    raw = load_model(base, str(last or base.name), config.fabric.precision)
+    fabric = launch(config, raw)
+    may_create_in(folder)
+    is_first = fabric.global_rank == 0
+    what = f"the checkpoints of {str(folder)!r}"
+    held = locked(folder / ".train.lock", what) if is_first else contextlib.nullcontext()
+    with held:
+        trained = _set_up(fabric, raw, config)
+        if last is not None:
+            restore_state(fabric, trained, last)
+        fabric.barrier()
+        if is_first:
+            remove_unfinished(folder)
+        trainer = _Trainer(config, plan, fabric, trained, pairs, validation)
+        run = trainer.run(0 if record is None else record["step"], folder, base.tokenizer, signature)
+    return run if is_first else None
+
+
+def last_or_fail(folder: Path) -> Path:
+    """The last checkpoint of a run that has one."""
+    found = last_checkpoint(folder)
+    assert found is not None
+    return found
+
+
+def _signature(config: PipelineConfig, pairs: Pairs) -> dict[str, Any]:
+    """What the bits of a run follow from; strategies and numbers of devices only round differently."""
+    names = ("num_epochs", "learning_rate", "warmup_steps", "gradient_accumulation_steps", "weight_decay")
+    chosen = {f"training.{name}": getattr(config.training, name) for name in (*names, "max_grad_norm", "seed")}
+    chosen |= {"data.train_batch_size": config.data.train_batch_size, "fabric.precision": config.fabric.precision}
+    return {"model.name": config.model.name, "data": pairs.digest} | chosen
+
+
+def _require_same_run(folder: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if made.get(name) != value:
+            raise ValueError(
+                f"training.out_name {str(folder)!r} holds a run with {name} {made.get(name)!r}, now it is {value!r}; "
+                "name another folder, or remove it"
+            )
+
+
+def _set_up(fabric: Fabric, raw: Any, config: PipelineConfig) -> Trained:
+    make = functools.partial(
+        torch.optim.AdamW, lr=config.training.learning_rate, weight_decay=config.training.weight_decay
+    )
+    raw.train()
+    if is_sharded(config) and not is_deepspeed(config):
+        model = fabric.setup_module(raw)  # the optimizer takes the weights that FSDP has divided
+        return Trained(raw, model, fabric.setup_optimizers(make(model.parameters())), "fsdp")
+    model, optimizer = fabric.setup(raw, make(raw.parameters()))
+    return Trained(raw, model, optimizer, "deepspeed" if is_deepspeed(config) else "ddp")
+
+
+class _Trainer:
+    """The loop over steps."""
+
+    def __init__(
+        self,
+        config: PipelineConfig,
+        plan: Plan,
+        fabric: Fabric,
+        trained: Trained,
+        pairs: Pairs,
+        validation: Pairs,
+    ) -> None:
+        self.config, self.plan, self.fabric, self.trained = config, plan, fabric, trained
+        self.pairs, self.validation = pairs, validation
+        warmup, rate = config.training.warmup_steps, config.training.learning_rate
+        decay = PolynomialDecayConfig(warmup_updates=warmup, total_num_update=plan.num_steps + 1)
+        self.schedule = PolynomialDecaySchedule(decay, (rate,))
+
+    def run(self, done: int, folder: Path, tokenizer: Any, signature: dict[str, Any]) -> TrainingRun:
+        """Train from the step after ``done``."""
+        settings, started, loss = self.config.training, time.perf_counter(), None
+        log = _open_log(folder / LOG, done) if self.fabric.global_rank == 0 else None
+        with contextlib.closing(log) if log else contextlib.nullcontext():
+            for step in range(done + 1, self.plan.num_steps + 1):
+                nll, num_tokens, rate = self.step(step)
+                is_last = step == self.plan.num_steps
+                if step % settings.log_interval == 0 or is_last:
+                    (total,) = sum_over_ranks(self.fabric, [float(nll)])
+                    _log(log, {"step": step, "loss": total / num_tokens, "tokens": num_tokens, "learning_rate": rate})
+                if step % settings.save_interval == 0 or is_last:
+                    loss = self.validation_loss()
+                    if loss is not None:
+                        _log(log, {"step": step, "validation_loss": loss})
+                    record = {"step": step, "signature": signature, "validation_loss": loss}
+                    keep = settings.max_num_checkpoints
+                    save_checkpoint(self.fabric, self.trained, tokenizer, folder, record, keep)
+        return TrainingRun(self.plan.num_steps, last_or_fail(folder), loss, seconds=time.perf_counter() - started)
+
+    def step(self, step: int) -> tuple[torch.Tensor, int, float]:
+        """One update. Returns this rank's sum of -log p, all ranks' tokens, and the learning rate."""
+        fabric, settings = self.fabric, self.config.training
+        parts = self.plan.batches(step)
+        num_tokens = int(sum(self.pairs.lengths[part].sum() for part in parts))
+        rate = self.schedule.lr_at(step, 0)
+        for group in self.trained.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=fabric.device)
+        for number, part in enumerate(parts):
+            torch.manual_seed(_mixed_seed(settings.seed, step, number, fabric.global_rank))
+            with self._accumulating(is_last=number == len(parts) - 1):
+                nll = self._nll(self.pairs, part[fabric.global_rank :: fabric.world_size], part)
+                # Gradients are averaged over ranks; theirs are parts of one sum.
+                fabric.backward(nll * (fabric.world_size / num_tokens))
+            total += nll.detach()
+        if settings.max_grad_norm and self.trained.strategy != "deepspeed":
+            fabric.clip_gradients(self.trained.model, self.trained.optimizer, max_norm=settings.max_grad_norm)
+        self.trained.optimizer.step()
+        if self.trained.strategy != "deepspeed":
+            self.trained.optimizer.zero_grad()
+        return total, num_tokens, rate
+
+    def validation_loss(self) -> float | None:
+        """Mean of -log p over the outputs of the first validation batches; None if none are wanted."""
+        size, fabric = self.config.data.eval_batch_size, self.fabric
+        count = min(self.config.training.eval_iters * size, len(self.validation))
+        if not count:
+            return None
+        parts = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
+        total = torch.zeros((), device=fabric.device)
+        self.trained.model.eval()
+        with torch.no_grad():
+            for first in range(0, len(parts), fabric.world_size):
+                here = parts[first : first + fabric.world_size]
+                mine = here[fabric.global_rank] if fabric.global_rank < len(here) else here[0][:0]
+                total += self._nll(self.validation, mine, here[0])
+        self.trained.model.train()
+        (nll,) = sum_over_ranks(fabric, [float(total)])
+        return nll / int(self.validation.lengths[:count].sum())
+
+    def _nll(self, pairs: Pairs, mine: Array, others: Array) -> torch.Tensor:
+        """Sum of -log p of this rank's pairs. A rank without any reads another's for nothing: all must take part."""
+        batch = self._batch(pairs, mine if len(mine) else others[:1])
+        logits_BTV = self.trained.model(**batch.inputs(self.trained.raw)).logits
+        nll = -batch.target_logp(logits_BTV).sum()
+        return nll if len(mine) else nll * 0.0
+
+    def _batch(self, pairs: Pairs, numbers: Sequence[int] | Array) -> Batch:
+        pieces: list[Any] = [pairs.piece(number) for number in numbers]
+        return next(batches(self.trained.raw, pieces, len(pieces)))
+
+    def _accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Gradients meet between ranks after the last batch of a step only."""
+        model = self.trained.model
+        if self.trained.strategy == "deepspeed":
+            model._forward_module.set_gradient_accumulation_boundary(is_boundary=is_last)
+            return contextlib.nullcontext()
+        no_sync: AbstractContextManager[Any] = self.fabric.no_backward_sync(model, enabled=not is_last)
+        return no_sync
+
+
+def _mixed_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
+
+
+def _open_log(path: Path, done: int) -> IO[str]:
+    """The log, without lines of steps that are made again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    write_atomically(path, "".join(kept))
+    return path.open("a", encoding="utf-8", buffering=1)
+
+
+def _log(log: IO[str] | None, entry: dict[str, Any]) -> None:
+    if log is not None:
+        log.write(json.dumps(entry) + "\n")
+        logger.info("%s", ", ".join(f"{name} {value:.6g}" for name, value in entry.items()))
