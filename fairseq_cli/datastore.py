@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +23,7 @@ from fairseq.memory.datastore.config import (
     StoreConfig,
     VerifyConfig,
 )
+from fairseq.memory.index.sharded.config import RunShardsConfig, ServeConfig
 from fairseq.memory.planning.config import PlanConfig
 from fairseq.registry import Entry, lookup
 from fairseq_cli.entry import run
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from fairseq.memory.datastore.datastore import Datastore
 
 PROGRAM = "fairseq-datastore"
+_COMMAND = "--"  # before the command that run-shards runs
 
 
 def _open(config: StoreConfig) -> Datastore:
@@ -286,6 +290,49 @@ def doctor(config: DoctorConfig, argv: Sequence[str]) -> None:
         _print_line(f"kernels: {where}; {PROGRAM} doctor --warm compiles the others")
 
 
+def serve(config: ServeConfig, argv: Sequence[str]) -> None:
+    """Print what is served and where, and serve it until SIGINT or SIGTERM."""
+    from fairseq.memory.index.sharded.opening import serve as start
+    from fairseq.memory.index.sharded.ranges import SearchSettings
+    from fairseq.memory.types import Metric
+
+    metric, memory_bytes = Metric.parse(config.faiss_metric_type), int(config.search_memory * 1e9)
+    settings = SearchSettings(metric, config.probe, config.index_mmap, not config.use_faiss_cpu, memory_bytes)
+    index, actors, address = start(_open(config), config.search_on, settings, config.indexfile, config.workers)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    _print_line(f"serving {index}: --search-on ray://{address}")
+    while not ended.wait(1.0):
+        pass
+    actors.end()
+    _print_line(f"ended {config.prefix}")
+
+
+def run_shards(config: RunShardsConfig, argv: Sequence[str]) -> None:
+    """Run all shards, print what each printed, and raise what one of them failed of."""
+    from fairseq.runtime.ray_cluster import connect, run_commands
+
+    words = tuple(argv[argv.index(_COMMAND) + 1 :]) if _COMMAND in argv else ()
+    if not words:
+        raise ValueError("no command to run; write run-shards N -- eval_lm.py ... (or build_dstore.py ...)")
+    program = (sys.executable,) if words[0].endswith(".py") else ()
+    commands = [[*program, *config.command(words, shard)] for shard in range(config.num_shards)]
+    connect(config.run_on)
+    failed = []
+    for done in run_commands(commands, cpus=config.cpus, gpus=config.gpus, attempts=config.attempts):
+        state = f"failed with status {done.code}" if done.code else "done"
+        _print_line(f"shard {done.number} of {config.num_shards} {state} on {done.node}")
+        sys.stdout.write(done.out)
+        failed += [done] if done.code else []
+    if failed:
+        shards = ", ".join(str(done.number) for done in failed)
+        raise ValueError(
+            f"{len(failed)} of {config.num_shards} shards failed ({shards}), the first with status {failed[0].code}: "
+            f"{failed[0].error}; run the same command again to resume"
+        )
+
+
 def _print_line(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -320,19 +367,23 @@ COMMANDS = {
     "sample": Entry(SampleConfig, sample),
     "plan": Entry(PlanConfig, plan),
     "doctor": Entry(DoctorConfig, doctor),
+    "serve": Entry(ServeConfig, serve),
+    "run-shards": Entry(RunShardsConfig, run_shards),
 }
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the command that the first word names."""
     if not argv or argv[0] in ("-h", "--help"):
-        lines = [f"  {name:8} {command.config.__doc__}" for name, command in COMMANDS.items()]
+        lines = [f"  {name:10} {command.config.__doc__}" for name, command in COMMANDS.items()]
         sys.stdout.write("\n".join([f"usage: {PROGRAM} COMMAND PREFIX ... (COMMAND --help for options)", *lines, ""]))
         return
     name, *words = argv
     command = lookup(COMMANDS, name, "command")
     parser = FlagParser(f"{PROGRAM} {name}", command.config.__doc__ or "")
     parser.add_config(command.config)
+    if command.config is RunShardsConfig and _COMMAND in words:
+        words = words[: words.index(_COMMAND)]
     command.load()(build(command.config, parser.parse(words)), argv)
 
 

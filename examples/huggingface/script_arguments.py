@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from fairseq.config import require_at_least
+from fairseq.memory.sources.config import check_search_on
 from fairseq.registry import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -135,6 +136,8 @@ class KnnArguments:
     no_load_keys: bool = text(False, "Never touch the full keys, which may then be missing.")
     recompute_dists: bool = text(False, "Compute distances from the full keys; the index's are those of its codes.")
     probe: int = text(32, "Lists of the index that a search visits.")
+    search_on: str | None = text(None, "Search by Ray actors: ray on this machine, ray://HOST:PORT in a cluster.")
+    search_workers: int | None = text(None, "Actors of --search_on; by default one for each shard or node.")
     min_knns: int = text(1, "RetoMaton: rows that must be at hand for a search to be saved.")
     max_knns: int = text(1024, "RetoMaton: rows that are at hand, at most.")
     no_pointer: bool = text(False, "RetoMaton: follow nothing, so that every token is searched.")
@@ -151,6 +154,7 @@ class KnnArguments:
         require_at_least(1, between="_", **{name: getattr(self, name) for name in counts})
         require_at_least(1, between="_", num_keys_to_add_at_a_time=self.num_keys_to_add_at_a_time)
         require_at_least(1, between="_", dstore_size=self.dstore_size, dimension=self.dimension)
+        check_search_on(self.search_on, self.search_workers)
         if not 0.0 <= self.lmbda <= 1.0:
             raise ValueError(f"--lmbda {self.lmbda} is not in [0, 1]; 0 means the language model alone")
         if not 0.0 < self.knn_temp < math.inf:

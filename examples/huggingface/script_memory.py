@@ -97,6 +97,8 @@ def wrapper(knn: KnnArguments, tokenizer: Any) -> KNNWrapper | None:
         "lmbda": knn.lmbda,
         "knn_temp": knn.knn_temp,
         "probe": knn.probe,
+        "search_on": knn.search_on,
+        "search_workers": knn.search_workers,
         "tokenizer": tokenizer,
     }
     if knn.knn:

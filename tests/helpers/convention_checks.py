@@ -68,6 +68,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("faiss",),
         ("exact",),
         ("opening",),
+        ("sharded",),
         ("build",),
     ),
     "fairseq.hf": (("hooks",), ("gguf",), ("loading",), ("knn",), ("attention",), ("pipeline",)),
@@ -77,6 +78,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 ONLY_IN = {
     "argparse": ("fairseq/config/flags.py", "benchmarks/"),
     "faiss": ("fairseq/memory/index/faiss_library.py",),
+    "ray": ("fairseq/runtime/ray_cluster.py",),
     "transformers": ("fairseq/hf/", "examples/", "benchmarks/"),
 }
 

@@ -23,6 +23,8 @@ from fairseq.memory.datastore.layout import StoreFiles, StoreName
 from fairseq.memory.index.base import Index
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.sharded.opening import open_sharded_index
+from fairseq.memory.index.sharded.ranges import SearchSettings
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Array, Metric
 
@@ -143,6 +145,10 @@ class MemorySettings:
     """The full keys may be read."""
     in_memory: bool = False
     """Read the store into RAM first."""
+    search_on: str | None = None
+    """``ray`` or ``ray://HOST:PORT``: search by Ray actors."""
+    search_workers: int | None = None
+    """Number of these; None for one a shard or a node."""
 
 
 def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
@@ -155,9 +161,14 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
     store = open_store(place, with_keys=needs_keys)
     # Values are read at random, a thousand for each query: from memory that takes a fraction of the time.
     store = store.in_memory() if settings.in_memory else replace(store, values=store.values.in_memory())
-    if place.index is None:
+    if settings.search_on is not None:
+        metric = _ENDINGS[place.index.suffix] if place.index else Metric.L2
+        search = SearchSettings(metric, settings.probe, gpu=False)
+        indexfile = str(place.index) if place.index else None
+        index: Index = open_sharded_index(store, settings.search_on, search, indexfile, settings.search_workers)
+    elif place.index is None:
         logger.info("no index beside %s: all %d keys are compared with every query", place.prefix, len(store))
-        index: Index = ExactIndex(store.keys, Metric.L2, deleted=store.deleted if len(store.deleted) else None)
+        index = ExactIndex(store.keys, Metric.L2, deleted=store.deleted if len(store.deleted) else None)
     else:
         opened = FaissIndex.open(place.index, _ENDINGS[place.index.suffix])
         opened.set_probe(settings.probe)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fairseq.config import in_python
 from fairseq.hf.hooks.attachment import IGNORED, Attachment, ForwardCall, require_logits
 from fairseq.hf.hooks.capture import Capture
 from fairseq.hf.hooks.identity import model_type
@@ -22,6 +23,7 @@ from fairseq.hf.knn.gradient import MixedScores, with_gradient
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
 from fairseq.memory.scoring import check_weight, interpolate, knn_logp
+from fairseq.memory.sources.config import check_search_on
 from fairseq.memory.sources.external import ExternalMemory
 
 _QUERIES_AT_ONCE = 8192
@@ -65,6 +67,8 @@ class KNNWrapper(Attachment):
         *,
         indexfile: str | Path | None = None,
         tokenizer: Tokenizer | None = None,
+        search_on: str | None = None,
+        search_workers: int | None = None,
     ) -> None:
         """Args.
 
@@ -83,6 +87,8 @@ class KNNWrapper(Attachment):
         probe: lists of the index that a search probes.
         indexfile: the index, if it has another name than the store's.
         tokenizer: the text's; a store saved with another one is then rejected.
+        search_on: ``ray`` or ``ray://HOST:PORT`` searches by Ray actors; the neighbours are the same.
+        search_workers: number of actors; by default one for each shard of the store or node of the cluster.
         Raises: ValueError when a number is impossible or settings exclude each other.
         """
         super().__init__(key_type(knn_keytype))
@@ -104,7 +110,13 @@ class KNNWrapper(Attachment):
         self._mixer = VocabularyMixer(lmbda, knn_temp)
         self._place = dstore_dir, dstore_size, dimension, indexfile
         score = "dot" if similarity is Dist.dot else "recompute" if recompute_dists else None
-        self._settings = MemorySettings(k, probe, score, not no_load_keys, move_dstore_to_mem)
+        try:
+            check_search_on(search_on, search_workers)
+        except ValueError as error:
+            raise ValueError(in_python(str(error))) from None
+        self._settings = MemorySettings(
+            k, probe, score, not no_load_keys, move_dstore_to_mem, search_on, search_workers
+        )
         self._tokenizer = tokenizer
         self._memory: ExternalMemory | None = None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fairseq.memory.index.exact.index import DEFAULT_MEMORY, ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Array, Metric
 
 if TYPE_CHECKING:
     from fairseq.memory.datastore.datastore import Datastore
@@ -53,20 +53,38 @@ def open_index(
             )
         logger.info("no --indexfile: all %d keys are compared with every query", len(store))
         return ExactIndex(store.keys, metric, memory_bytes=memory_bytes, deleted=store.deleted)
-    index = FaissIndex.open(name, metric, mapped=mapped, deleted=store.deleted)
+    index = open_faiss(name, metric, store.prefix, store.digest, store.deleted, probe=probe, mapped=mapped)
+    if gpu:
+        index.use_gpus()
+    return index
+
+
+def open_faiss(
+    name: str | Path,
+    metric: Metric,
+    prefix: str,
+    digest: str | None,
+    deleted: Array,
+    *,
+    probe: int,
+    mapped: bool,
+) -> FaissIndex:
+    """The index in a faiss file, which must have been built over the keys of the store with this digest.
+
+    Raises: ValueError or OSError as ``open_index``.
+    """
+    index = FaissIndex.open(name, metric, mapped=mapped, deleted=deleted)
     index.set_probe(probe)
-    if None not in (store.digest, index.fingerprint()) and store.digest != index.fingerprint():
+    if None not in (digest, index.fingerprint()) and digest != index.fingerprint():
         raise ValueError(
-            f"{index.name} was built over other keys than datastore {store.prefix!r} holds now; rebuild it with "
+            f"{index.name} was built over other keys than datastore {prefix!r} holds now; rebuild it with "
             "build_dstore.py"
         )
-    if store.digest is not None and index.fingerprint() is None:
+    if digest is not None and index.fingerprint() is None:
         logger.warning(
             "%s does not say over which keys it was built; if datastore %r changed since, its neighbours are wrong: "
             "rebuild it with build_dstore.py",
             index.name,
-            store.prefix,
+            prefix,
         )
-    if gpu:
-        index.use_gpus()
     return index

@@ -6,9 +6,19 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq.config import LARGEST_COUNT, flag, flag_names, require_at_least, require_within
+from fairseq.runtime.ray_cluster import check_target
 
 TEMPERATURES = (1e-6, 1e9)
 """Smallest and largest divisor of similarities: float32 makes infinities or zeros of them beyond."""
+
+
+def check_search_on(target: str | None, num_workers: int | None) -> None:
+    """Raise ValueError for values of --search-on and --search-workers that are impossible."""
+    require_within(1, LARGEST_COUNT, search_workers=num_workers)
+    if target is not None:
+        check_target("--search-on", target)
+    elif num_workers is not None:
+        raise ValueError(f"--search-workers {num_workers} belongs to --search-on: give --search-on ray, or drop it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,11 @@ class KnnConfig:
     """Search the index on the CPU even where faiss could on a GPU."""
     search_memory: float = flag("--search-memory", default=2.0)
     """GB that a search of the keys themselves (no --indexfile) may take; with less, the keys are read more often."""
+    search_on: str | None = flag("--search-on", default=None)
+    """Search by Ray actors, each with a range of the datastore's rows: ray starts them on this machine,
+    ray://HOST:PORT in a running cluster. The neighbours are the same."""
+    search_workers: int | None = flag("--search-workers", default=None)
+    """Actors of --search-on; by default one for each shard or node, whichever is more."""
     move_dstore_to_mem: bool = flag("--move-dstore-to-mem", default=False)
     """Read the datastore into memory first."""
 
@@ -60,6 +75,7 @@ class KnnConfig:
         named: dict[str, Any] = {spelling.removeprefix("--"): self.temperature}
         require_within(*TEMPERATURES, hint="1 changes nothing", **named)
         require_at_least(1, hint="our own stores need none", dstore_size=self.dstore_size)
+        check_search_on(self.search_on, self.search_workers)
         if self.dstore_fp16 and self.dstore_bf16:
             raise ValueError("--dstore-fp16 and --dstore-bf16 exclude each other; leave one out")
         if self.no_load_keys and self.knn_sim_func == "dot":

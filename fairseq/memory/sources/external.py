@@ -16,7 +16,8 @@ from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact.row_scores import score_rows
-from fairseq.memory.index.opening import open_index
+from fairseq.memory.index.sharded.opening import open_search
+from fairseq.memory.index.sharded.ranges import SearchSettings
 from fairseq.memory.types import Candidates, Metric, Neighbors
 from fairseq.registry import lookup
 
@@ -75,6 +76,8 @@ class ExternalMemory:
         metric: str | Metric = Metric.L2,
         score: str = "recompute",
         probe: int = 8,
+        search_on: str | None = None,
+        search_workers: int | None = None,
     ) -> ExternalMemory:
         """Open a datastore and, if one is named, its index.
 
@@ -86,12 +89,16 @@ class ExternalMemory:
             metric: ``l2``, ``ip`` or ``cos``.
             score: see the class.
             probe: lists of the index that a search probes.
+            search_on: ``ray`` or ``ray://HOST:PORT`` searches by Ray actors; None in this process.
+            search_workers: number of actors; by default one for each shard or node.
         Raises: ValueError or OSError when something is missing, damaged or does not fit.
         """
         if not isinstance(store, Datastore):
             store = Datastore.open(store, StoreHints())
         metric = metric if isinstance(metric, Metric) else Metric.parse(metric)
-        return cls(store, open_index(store, metric, index, probe=probe), min(k, store.num_alive), score)
+        settings = SearchSettings(metric, probe)
+        opened = open_search(store, settings, index, search_on=search_on, search_workers=search_workers)
+        return cls(store, opened, min(k, store.num_alive), score)
 
     def lookup(self, query_ND: Tensor) -> Candidates:
         """Candidates for N positions, given their keys (N, D); on the device of the keys."""
@@ -202,14 +209,15 @@ def open_external(
         saved_by=saved_by,
     )
     _check_model(store, model_digest, strict=config.strict_model)
-    index = open_index(
-        store,
+    settings = SearchSettings(
         Metric.parse(config.faiss_metric_type),
-        config.indexfile,
         probe=config.probe,
         mapped=config.index_mmap,
         gpu=not config.use_faiss_cpu,
         memory_bytes=int(config.search_memory * 1e9),
+    )
+    index = open_search(
+        store, settings, config.indexfile, search_on=config.search_on, search_workers=config.search_workers
     )
     memory = ExternalMemory(store, index, config.num_neighbors, score or config.similarity)
     logger.info("datastore %s: %d rows of width %d; index %s", store.prefix, len(store), store.dim, index)

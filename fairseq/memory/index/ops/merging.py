@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
 
 _FIRST_MORE = 64
@@ -60,17 +61,24 @@ def merged(results: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], k: in
         in_order = ids_NL.sort(dim=1)[0]
         doubt_N |= ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(1)
         tidy.append((ids_NL, scores_NL))
-    ids, scores = (torch.cat([part[i] for part in tidy], 1) for i in (0, 1))
-    short = k - ids.shape[1]
-    if short > 0:
-        ids, scores = (
-            torch.nn.functional.pad(ids, (0, short), value=-1),
-            torch.nn.functional.pad(scores, (0, short), value=-torch.inf),
-        )
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
-    ids_NK, scores_NK = ids.gather(1, order), scores.gather(1, order)
+    ids_NK, scores_NK = best_of(tidy, k)
     for (ids_NL, scores_NL), size in zip(tidy, sizes):
         if ids_NL.shape[1] < min(k, size):  # it was not asked for all that could matter
             whole_N = (ids_NL >= 0).all(1)
             doubt_N |= whole_N & (scores_NL.amin(1) >= scores_NK[:, -1])
     return ids_NK, scores_NK, doubt_N.nonzero()[:, 0]
+
+
+def best_of(results: Sequence[tuple[Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each query, ids (N, k) and scores; of equals those of the earlier result, then the earlier ones.
+
+    Args:
+        results: ids (N, L) and scores of each, -1 and -inf for none; L may differ.
+    """
+    ids, scores = (torch.cat([result[i] for result in results], 1) for i in (0, 1))
+    short = k - ids.shape[1]
+    if short > 0:
+        ids = torch.nn.functional.pad(ids, (0, short), value=-1)
+        scores = torch.nn.functional.pad(scores, (0, short), value=-torch.inf)
+    place_NK = torch.from_numpy(argsort_descending(scores.numpy(), k))
+    return ids.gather(1, place_NK), scores.gather(1, place_NK)
