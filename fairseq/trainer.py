@@ -123,7 +123,7 @@ class Trainer:
     def valid_pass(self, batches: Iterable[LMBatch]) -> StepSums:
         """The criterion's sums over a validation split and all ranks."""
         self.wrapped.eval()
-        with torch.inference_mode():
+        with self.layout.evaluating():
             return self._sum([self._loss(batch)[1] for batch in batches])
 
     def _loss(self, batch: LMBatch) -> tuple[Tensor, dict[str, Any]]:

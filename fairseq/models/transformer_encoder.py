@@ -6,7 +6,6 @@ Shapes: B sentences, S positions, C width. Parameter names are fairseq's.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +63,9 @@ class TransformerEncoder(nn.Module):
             if self.training and 0 < self.config.encoder_layerdrop > torch.rand(()).item():
                 continue
             if saves_memory:
-                x_BSC = checkpoint(_run, layer, x_BSC, mask_B1S, use_reentrant=False)
+                x_BSC, _ = checkpoint(layer, x_BSC, is_causal=False, mask_BTS=mask_B1S, use_reentrant=False)
             else:
-                x_BSC = _run(layer, x_BSC, mask_B1S)
+                x_BSC, _ = layer(x_BSC, is_causal=False, mask_BTS=mask_B1S)
         if self.layer_norm is not None:
             x_BSC = self.layer_norm(x_BSC)
         return Encoded(x_BSC, visible)
-
-
-def _run(layer: Any, x_BSC: Tensor, mask_B1S: Tensor | None) -> Tensor:
-    out_BSC: Tensor = layer.feed_forward(layer.attend_to_self(x_BSC, is_causal=False, mask_BTS=mask_B1S))[0]
-    return out_BSC

@@ -72,9 +72,13 @@ class TransformerLayer(nn.Module):
         incremental_state: IncrementalState | None = None,
         name: str = "",
         source: Encoded | None = None,
+        is_causal: bool = True,
+        mask_BTS: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Run a causal layer; returns its output and the input of its feed-forward block, both (B, T, D)."""
-        x_BTD = self.attend_to_self(x_BTD, is_causal=True, incremental_state=incremental_state, name=name)
+        """Run the layer; returns its output and the input of its feed-forward block, both (B, T, D)."""
+        x_BTD = self.attend_to_self(
+            x_BTD, is_causal=is_causal, mask_BTS=mask_BTS, incremental_state=incremental_state, name=name
+        )
         if self.encoder_attn is not None:
             assert source is not None, "a decoder with an encoder was given no source"
             x_BTD = self._attend_to_source(x_BTD, source, incremental_state, name)

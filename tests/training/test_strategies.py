@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -127,6 +128,33 @@ def test_memories_of_other_processes_are_the_same_under_spread_weights(two_ranks
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-5)
     checkpoints = [load_checkpoint(str(tmp_path / name / "checkpoint_last.pt"), whole=True) for name in ("ddp", "fsdp")]
     assert largest_gap(*checkpoints) < 1e-5
+
+
+def test_translation_with_spread_weights_validates_by_generating(
+    two_ranks, corpus: Path, command: Command, tmp_path: Path
+):
+    for name in ("train", "valid"):
+        lines = (corpus / f"{name}.txt").read_text().splitlines()[:60]
+        for language in ("xx", "yy"):  # the translation is the sentence itself
+            (tmp_path / f"{name}.{language}").write_text("\n".join(lines) + "\n")
+    prefixes = [f"--{name}pref={tmp_path / name}" for name in ("train", "valid")]
+    words = ["--source-lang", "xx", "--target-lang", "yy", "--joined-dictionary", "--destdir", tmp_path / "bin"]
+    command("preprocess.py", *words, *prefixes)
+    words = "--arch transformer_tiny --encoder-layers 1 --decoder-layers 1 --share-all-embeddings --optimizer adam"
+    words += " --lr 0.01 --max-tokens 200 --max-update 8 --eval-bleu --eval-tokenized-bleu --cpu --no-progress-bar"
+    bleu = ["--eval-bleu-args", '{"beam": 2, "max_len_b": 3}', "--best-checkpoint-metric", "bleu"]
+    rest = ["--num-workers", "0", "--maximize-best-checkpoint-metric", "--eval-bleu-print-samples"]
+    figures, written = [], []
+    for name in ("ddp", "fsdp"):
+        more = [*bleu, *rest, "--strategy", name, "--save-dir", tmp_path / name, "--task", "translation"]
+        said = two_ranks(tmp_path / "bin", *words.split(), *more)
+        written.append(re.findall("example hypothesis: (.*)", said))
+        figures.append(json.loads((tmp_path / name / "train.run.json").read_text())["figures"]["valid"])
+    whole, spread = figures
+    assert spread["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+    assert spread["bleu"] == pytest.approx(whole["bleu"], abs=1e-6)
+    assert written[0] == written[1]
+    assert any(written[0])
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -54,7 +54,8 @@ class FullySharded(WholeOnEveryProcess):
     def set_up(self, module: nn.Module, units: Sequence[nn.Module], make_optimizer: MakeOptimizer) -> None:
         """See the base class."""
         self.module = module
-        self.fabric.strategy._parallelize_fn.__self__.found = units  # type: ignore[attr-defined]
+        plan = self.fabric.strategy._parallelize_fn.__self__  # type: ignore[attr-defined]
+        plan.found, self._reshards = units, not plan.config.no_reshard_after_forward
         self.wrapped = self.fabric.setup_module(module)
         self.optimizer = self.fabric.setup_optimizers(make_optimizer())
 
@@ -65,11 +66,17 @@ class FullySharded(WholeOnEveryProcess):
         spread = [part for part in self.module.modules() if isinstance(part, FSDPModule)]
         for part in spread:
             part.unshard()
+            part.set_reshard_after_forward(False, recurse=False)  # what is called next may be no forward pass
         try:
             yield
         finally:
             for part in spread:
                 part.reshard()
+                part.set_reshard_after_forward(part is not self.module and self._reshards, recurse=False)
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """See the base class. What is collected in inference mode could not be trained with afterwards."""
+        return torch.no_grad()
 
     def direct_use(self) -> AbstractContextManager[Any]:
         """See the base class."""

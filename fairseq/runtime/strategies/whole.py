@@ -63,6 +63,10 @@ class WholeOnEveryProcess:
         """A figure of all processes, on each of them; every process must call it."""
         return value
 
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Context of passes without gradients."""
+        return torch.inference_mode()
+
     def direct_use(self) -> AbstractContextManager[Any]:
         """Context in which parts of the model may be called outside a training step, by every process."""
         return nullcontext()
