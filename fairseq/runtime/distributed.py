@@ -40,37 +40,58 @@ def _precision(runtime: RuntimeConfig, on_gpu: bool) -> str:
 def make_fabric(
     runtime: RuntimeConfig, distributed: DistributedConfig, find_unused_parameters: bool, clip_norm: float = 0.0
 ) -> Fabric:
+    """Launch Fabric as the flags of ``train.py`` ask for; see :func:`launch_fabric`."""
+    from lightning.fabric.plugins.precision import MixedPrecision
+
+    on_gpu = runs_on_gpu(runtime)
+    precision = _precision(runtime, on_gpu)
+    plugins: list[Any] = []
+    if precision == "16-mixed" and not distributed.zero_stage:  # DeepSpeed scales losses itself
+        scaler = torch.amp.GradScaler("cuda", init_scale=runtime.fp16_init_scale)
+        plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
+    return launch_fabric(
+        distributed,
+        on_gpu=on_gpu,
+        precision=None if plugins else precision,
+        plugins=plugins or None,
+        find_unused_parameters=find_unused_parameters,
+        clip_norm=clip_norm,
+    )
+
+
+def launch_fabric(
+    distributed: DistributedConfig,
+    *,
+    on_gpu: bool,
+    precision: str | None,
+    num_nodes: int = 1,
+    plugins: list[Any] | None = None,
+    find_unused_parameters: bool = False,
+    clip_norm: float = 0.0,
+) -> Fabric:
     """Launch Fabric with the requested number of processes; under torchrun its environment takes precedence.
 
     Args:
+        precision: Fabric's name of it; None where a plugin says it.
         find_unused_parameters: some parameters may have no gradient in some batches.
         clip_norm: largest norm of gradients, for strategies that clip by themselves; 0 for none.
     Raises: ValueError when the strategy cannot be had here.
     """
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-    from lightning.fabric.plugins.precision import MixedPrecision
 
-    on_gpu = runs_on_gpu(runtime)
     world = distributed.distributed_world_size or (torch.cuda.device_count() if on_gpu else 1)
-    nodes = 1
     if TorchElasticEnvironment.detect():
         elastic = TorchElasticEnvironment()
-        nodes = max(1, elastic.world_size() // _local_world_size())
+        num_nodes = max(1, elastic.world_size() // _local_world_size())
         world = _local_world_size()
-    precision = _precision(runtime, on_gpu)
-    plugins: list[Any] = []
-    if precision == "16-mixed" and not distributed.zero_stage:  # DeepSpeed scales losses itself
-        scaler = torch.amp.GradScaler("cuda", init_scale=runtime.fp16_init_scale)
-        plugins.append(MixedPrecision("16-mixed", "cuda", scaler=scaler))
-    strategy = _strategy(distributed, world * nodes, find_unused_parameters, clip_norm, on_gpu)
     fabric = Fabric(
         accelerator="cuda" if on_gpu else "cpu",
         devices=world,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=None if plugins else precision,  # type: ignore[arg-type]
-        plugins=plugins or None,
+        num_nodes=num_nodes,
+        strategy=_strategy(distributed, world * num_nodes, find_unused_parameters, clip_norm, on_gpu),
+        precision=precision,  # type: ignore[arg-type]
+        plugins=plugins,
     )
     fabric.launch()
     return fabric

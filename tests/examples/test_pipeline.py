@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,89 +24,44 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("rouge_score")
 
 from forked_commands import Forks  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tiny_pipeline import (  # noqa: E402
+    FOLDER,
+    configured,
+    files_of,
+    log_of,
+    require_same_training,
+    resumed_words,
+    without_seconds,
+    words_for,
+    words_of,
+    write_material,
+)
 
 from fairseq.config.trees import leaves  # noqa: E402
 from fairseq.hf.pipeline import evaluation, saving, training  # noqa: E402
-from fairseq.hf.pipeline.config import PipelineConfig, read_config  # noqa: E402
+from fairseq.hf.pipeline.config import PipelineConfig  # noqa: E402
+from fairseq.hf.pipeline.fabric import layers_of  # noqa: E402
 from fairseq.memory.datastore.datastore import Datastore  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "examples" / "pipeline"
-SPECIAL = ["<pad>", "</s>", "<unk>"]
 STAGES = ("generate", "train", "store", "eval")
 
 
-def pairs(num: int, seed: int) -> list[tuple[str, str]]:
-    """Words and the same words of another language, the last one first."""
-    rng = np.random.default_rng(seed)
-    drawn = [rng.integers(12, size=rng.integers(1, 7)) for _ in range(num)]
-    return [(" ".join(f"e{n}" for n in words), " ".join(f"r{n}" for n in words[::-1])) for words in drawn]
-
-
-def write_jsonl(path: Path, lines: list[tuple[str, str]]) -> None:
-    path.write_text("".join(json.dumps({"input": one, "output": other}) + "\n" for one, other in lines))
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are faster without threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with pairs and models without dropout."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
     folder = tmp_path_factory.mktemp("pairs")
-    train = pairs(50, 0)
-    write_jsonl(folder / "train.jsonl", train)
-    write_jsonl(folder / "val.jsonl", [*train[3:12], *pairs(6, 1)])
-    words = [f"{language}{n}" for language in "er" for n in range(12)]
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *words])}
-    for name in ("t5", "gpt2"):
-        core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        if name == "t5":
-            core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        )
-        ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "bos_token_id": 1}
-        sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-        sizes |= {"dropout_rate": 0.0, "initializer_factor": 1.5}
-        if name == "gpt2":
-            sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.4}
-            sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.AutoConfig.for_model(name, vocab_size=len(vocabulary), **ids, **sizes)
-        kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
-        torch.manual_seed(3)
-        kind.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    write_material(folder)
     return folder
-
-
-def words_for(material: Path, folder: Path, model: str = "t5") -> list[str]:
-    """Overrides of main.yaml for a tiny run into a folder."""
-    return [
-        f"folder={folder}",
-        f"data.train_path={material}/train.jsonl",
-        f"data.val_path={material}/val.jsonl",
-        f"model.name={material}/{model}",
-        "data.train_batch_size=6",
-        "data.eval_batch_size=4",
-        "data.max_input_length=12",
-        "data.max_output_length=9",
-        "training.num_epochs=2",
-        "training.warmup_steps=3",
-        "training.gradient_accumulation_steps=2",
-        "training.save_interval=4",
-        "training.eval_iters=2",
-        "training.log_interval=1",
-        "knn.k=8",
-        "knn.index=flat",
-        "knn.key_dtype=float32",
-        "fabric.accelerator=cpu",
-        "evaluation.metrics=[exact_match,bleu]",
-    ]
-
-
-def configured(words: list[str]) -> PipelineConfig:
-    return read_config(words, FOLDER / "configs" / "main.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -137,20 +92,6 @@ def finished(
         for name in STAGES:
             assert not stages[name](config).was_complete
     return found
-
-
-def files_of(folder: Path) -> dict[str, str]:
-    """Digest of each file."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def without_seconds(files: dict[str, str]) -> dict[str, str]:
-    """All but the metadata of an index, which has seconds in it."""
-    return {name: digest for name, digest in files.items() if not name.endswith(".l2.json")}
 
 
 def entries_of(folder: Path) -> list[dict[str, Any]]:
@@ -232,7 +173,7 @@ def test_a_second_run_changes_nothing(
         assert stages[name](config).was_complete
     assert files_of(finished["t5"]) == before
     kept = sorted(path.name for path in (finished["t5"] / "model").glob("step-*"))
-    assert kept == ["step-00000008", "step-00000010"], "of 4, 8 and 10, the last two"
+    assert kept == ["step-00000006", "step-00000009", "step-00000010"], "of 3, 6, 9 and 10, the last three"
 
 
 KILLS = {"generate": (0, 3), "train": (0, 2), "store": (1, 6), "eval": (0, 1)}
@@ -249,8 +190,6 @@ def test_a_killed_stage_resumes_to_the_same_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import shutil
-
     parts = {"generate": "dataset", "train": "model", "store": "store", "eval": "evaluation"}
     shutil.copytree(finished["t5"], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / parts[stage])
@@ -300,34 +239,82 @@ def free_port() -> int:
         return int(held.getsockname()[1])
 
 
-def test_two_processes_train_and_save_what_one_does(
-    finished: dict[str, Path], material: Path, loaded: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("train", "store", "eval"):
-        port, started = str(free_port()), []
+@pytest.fixture
+def two_ranks(loaded: Forks, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a program as torchrun starts its two processes."""
+
+    def run(program: str, *words: str) -> None:
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "one"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        started = []
         for rank in ("0", "1"):
-            words = words_for(material, tmp_path)
-            words.append(f"data.dataset_dir={finished['t5']}/dataset")
-            if name != "train":
-                words.append(f"model.checkpoint={finished['t5']}/model")
             with monkeypatch.context() as patch:
-                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-                more = {
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                    "TORCHELASTIC_RUN_ID": "one",
-                    "GROUP_RANK": "0",
-                }
-                for variable, value in (world | more).items():
+                for variable, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items():
                     patch.setenv(variable, value)
-                started.append(loaded.start(f"examples/pipeline/{name}.py", *words))
+                started.append(loaded.start(f"examples/pipeline/{program}.py", *words))
         for process in started:
-            assert process.wait(120) == 0, process.err[-3000:]
-    logs = [[json.loads(line) for line in (at / "model" / "log.jsonl").open()] for at in (finished["t5"], tmp_path)]
-    assert len(logs[0]) == len(logs[1]) == 13
-    for one, two in zip(*logs):
-        assert one.keys() == two.keys()
-        assert all(one[name] == pytest.approx(two[name], abs=1e-5) for name in one)
+            assert process.wait() == 0, process.err[-3000:]
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("model", ["t5", "gpt2"])
+def test_spread_weights_are_trained_as_whole_ones_and_resumed_by_any_strategy(
+    model: str, strategy: str, finished: dict[str, Path], material: Path, two_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    if strategy != "fsdp":
+        pytest.importorskip("deepspeed")
+    base, spread = finished[model], [*words_for(material, tmp_path, model), *words_of(strategy)]
+    two_ranks("train", *spread, f"data.dataset_dir={base}/dataset")
+    require_same_training(base, tmp_path)
+    training.train(configured(resumed_words(base, tmp_path, tmp_path / "whole", *words_for(material, tmp_path, model))))
+    require_same_training(base, tmp_path / "whole")
+    if model == "t5" or strategy != "fsdp":
+        two_ranks("train", *resumed_words(base, base, tmp_path / "spread", *spread))
+        require_same_training(base, tmp_path / "spread")
+
+
+def test_layers_that_share_a_weight_are_no_units(material: Path) -> None:
+    net = transformers.AutoModelForSeq2SeqLM.from_pretrained(material / "t5")
+    assert layers_of(net) == [*net.encoder.block, *net.decoder.block]
+    net.decoder.block[1].layer[0].SelfAttention.q.weight = net.decoder.block[0].layer[0].SelfAttention.q.weight
+    assert layers_of(net) == list(net.encoder.block)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_mixed_precision_keeps_weights_in_float32(
+    strategy: str, finished: dict[str, Path], material: Path, two_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    base = finished["t5"]
+    words = [*words_for(material, tmp_path), *words_of(strategy), "fabric.precision=bf16-mixed"]
+    words.append(f"data.dataset_dir={base}/dataset")
+    for resumes in (False, True):
+        now = resumed_words(base, tmp_path, tmp_path / "again", *words) if resumes else words
+        if strategy == "auto":
+            training.train(configured(now))
+        elif strategy != "fsdp" or not resumes:  # it is resumed as in float32
+            two_ranks("train", *now)
+    for found, exact in zip(log_of(tmp_path), log_of(base)):
+        assert found == pytest.approx(exact, abs=0.02 if found["step"] == 1 else 0.3)
+    assert log_of(tmp_path)[0]["loss"] != pytest.approx(log_of(base)[0]["loss"], abs=1e-6), "computed in bfloat16"
+    weights = load_file(tmp_path / "model" / "step-00000010" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any((value != value.bfloat16()).any() for value in weights.values())
+    if strategy != "fsdp":
+        require_same_training(tmp_path, tmp_path / "again", exact=True)
+
+
+def test_two_processes_train_and_save_what_one_does(
+    finished: dict[str, Path], material: Path, two_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    words = [*words_for(material, tmp_path), f"data.dataset_dir={finished['t5']}/dataset"]
+    two_ranks("train", *words)
+    require_same_training(finished["t5"], tmp_path)
+    for name in ("store", "eval"):
+        two_ranks(name, *words, f"model.checkpoint={finished['t5']}/model")
     one, two = (Datastore.open(at / "store" / "store") for at in (finished["t5"], tmp_path))
     assert len(two.shards) == 2
     np.testing.assert_array_equal(np.asarray(one.keys), np.asarray(two.keys))
@@ -345,9 +332,7 @@ def test_gradient_accumulation_counts_tokens(material: Path, finished: dict[str,
     words = [*words_for(material, tmp_path), f"data.dataset_dir={finished['t5']}/dataset"]
     one = configured([*words, "data.train_batch_size=12", "training.gradient_accumulation_steps=1"])
     training.train(one)
-    logs = [[json.loads(line) for line in (at / "model" / "log.jsonl").open()] for at in (finished["t5"], tmp_path)]
-    for halves, whole in zip(*logs, strict=True):
-        assert halves == pytest.approx(whole, abs=1e-5)
+    require_same_training(finished["t5"], tmp_path)
 
 
 def test_retomaton_evaluates_with_clusters(material: Path, finished: dict[str, Path], tmp_path: Path) -> None:
@@ -372,8 +357,8 @@ MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
     "another type": ("train", ["knn.k=many"], ["knn.k: 'many' is not a whole number"]),
     "a value out of range": ("train", ["knn.lambda=1.5"], ["knn.lambda must be at most 1.0, got 1.5"]),
     "two ZeRO stages": ("train", ["fabric.strategy=deepspeed_stage_3"], ["deepspeed_stage_3", "stage is 2"]),
-    "no DeepSpeed": ("train", ["fabric.strategy=deepspeed"], ["needs the package deepspeed"]),
-    "no GPU": ("train", ["fabric.strategy=fsdp"], ["fabric.strategy fsdp needs a GPU"]),
+    "no DeepSpeed": ("train", ["fabric.strategy=deepspeed"], ["DeepSpeed cannot be imported", "fabric.strategy=fsdp"]),
+    "no GPU": ("train", ["fabric.accelerator=cuda"], ["fabric.accelerator cuda: there is no GPU here"]),
     "no object": ("generate", ["data.val_path={here}/list.jsonl"], ["list.jsonl:2: [1] is not an object"]),
     "no field": ("generate", ["data.val_path={here}/field.jsonl"], ["field.jsonl:1: no 'output'; it has 'input'"]),
     "no JSON": ("generate", ["data.val_path={here}/broken.jsonl"], ["broken.jsonl:1: not JSON"]),
@@ -414,6 +399,9 @@ def test_a_mistake_is_one_error_before_the_long_part(
 
     for module in (training, saving, evaluation):
         monkeypatch.setattr(module, "launch", never)
+    if mistake == "no DeepSpeed":
+        monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=re.escape(parts[0])) as caught:
         stages[stage](configured([*words_for(material, finished["t5"]), *named]))
     assert all(part in str(caught.value) for part in parts), str(caught.value)

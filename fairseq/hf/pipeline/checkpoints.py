@@ -6,35 +6,19 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fairseq.runtime.atomic_files import naming
 from fairseq.runtime.files import write_json
 from fairseq.runtime.records import NUMBER, OBJECT, POSITIVE, Fields, Nullable, read_record
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+from fairseq.runtime.strategies.whole import WholeOnEveryProcess
 
 _STATE = "training.ckpt"
 _RECORD = "pipeline.json"
 _FIELDS = Fields({"step": POSITIVE, "signature": OBJECT, "validation_loss": Nullable(NUMBER)})
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model in training."""
-
-    raw: Any
-    """The transformers model."""
-    model: Any
-    """The same as Fabric has set it up."""
-    optimizer: Any
-    strategy: str
-    """``ddp``, ``fsdp`` or ``deepspeed``: who holds the state."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -54,25 +38,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    fabric: Fabric, trained: Trained, tokenizer: Any, folder: Path, record: Mapping[str, Any], keep: int
+    layout: WholeOnEveryProcess, model: Any, tokenizer: Any, folder: Path, record: Mapping[str, Any], keep: int
 ) -> None:
-    """Write a checkpoint aside, give it its name and remove the oldest ones. Every rank calls this."""
-    path = folder / f"step-{record['step']:08d}"
-    aside = folder / f"{path.name}.tmp"
-    is_first = fabric.global_rank == 0
-    if is_first:
+    """Write a checkpoint aside, give it its name and remove the oldest ones. Every rank calls this.
+
+    Weights and the optimizer's state are whole, and the same files under every strategy.
+    """
+    weights, state = _whole_weights(layout, model), layout.collected(layout.optimizer_state())
+    if layout.fabric.global_rank == 0:
+        path = folder / f"step-{record['step']:08d}"
+        aside = folder / f"{path.name}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    fabric.barrier()
-    if trained.strategy == "ddp":
-        weights = trained.raw.state_dict()
-        if is_first:
-            torch.save(trained.optimizer.state_dict(), aside / _STATE)
-    else:
-        fabric.save(aside / _STATE, {"model": trained.model, "optimizer": trained.optimizer})
-        weights = _gathered_weights(aside / _STATE, trained.strategy) if is_first else {}
-    if is_first:
-        trained.raw.save_pretrained(aside, state_dict=weights)
+        torch.save(state, aside / _STATE)
+        model.save_pretrained(aside, state_dict=weights)
         tokenizer.save_pretrained(aside)
         write_json(aside / _RECORD, record)
         for file in aside.rglob("*"):
@@ -83,31 +62,27 @@ def save_checkpoint(
             gone = old.with_name(f"{old.name}.tmp")  # a kill leaves no half of one under its name
             os.replace(old, gone)
             shutil.rmtree(gone)
-    fabric.barrier()
+    layout.fabric.barrier()
 
 
-def restore_state(fabric: Fabric, trained: Trained, path: Path) -> None:
+def _whole_weights(layout: WholeOnEveryProcess, model: Any) -> dict[str, Any]:
+    """Whole weights on the first process; one tensor for names of one weight, which save_pretrained writes once."""
+    weights = layout.collected(layout.weights(model))
+    first: dict[int, str] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        weights[name] = weights[first.setdefault(id(value), name)]
+    return weights  # type: ignore[no-any-return]
+
+
+def restore_state(layout: WholeOnEveryProcess, path: Path) -> None:
     """Restore what a checkpoint has besides the model's own files."""
-    if trained.strategy == "ddp":
-        trained.optimizer.load_state_dict(torch.load(path / _STATE, map_location="cpu", weights_only=True))
-    else:
-        fabric.load(path / _STATE, {"model": trained.model, "optimizer": trained.optimizer})
+    layout.load_optimizer_state(torch.load(path / _STATE, map_location="cpu", weights_only=True))
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a killed run wrote aside."""
     for aside in folder.glob("step-*.tmp"):
         shutil.rmtree(aside)
-
-
-def _gathered_weights(state: Path, strategy: str) -> dict[str, Any]:
-    """All weights of a model that no process holds whole, from its saved state."""
-    if strategy == "fsdp":
-        found: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True)["model"]
-        return found
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(state), tag="checkpoint"))
 
 
 def _sync(path: Path) -> None:

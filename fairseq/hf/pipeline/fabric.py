@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fairseq.hf.pipeline.config import PipelineConfig
+from fairseq.runtime.config import DistributedConfig
+from fairseq.runtime.distributed import launch_fabric, where_tensors_lie
+from fairseq.runtime.strategies.whole import WholeOnEveryProcess
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 
-def check_devices(config: PipelineConfig) -> None:
-    """Raise ValueError when the strategy, the precision or the index needs what is not here."""
+def check_devices(config: PipelineConfig, *, trains: bool = False) -> None:
+    """Raise ValueError when the precision or the index, or the strategy of training, needs what is not here."""
     fabric = config.fabric
-    has_gpu = torch.cuda.is_available()
-    if is_deepspeed(config) and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"fabric.strategy {fabric.strategy} needs the package deepspeed: pip install deepspeed")
-    if is_sharded(config) and not on_gpu(config):
-        raise ValueError(f"fabric.strategy {fabric.strategy} needs a GPU; on CPUs use ddp")
     wants = {"fabric.accelerator cuda": fabric.accelerator == "cuda", "knn.use_gpu": config.knn.use_gpu}
     for what, is_wanted in wants.items():
-        if is_wanted and not has_gpu:
+        if is_wanted and not torch.cuda.is_available():
             raise ValueError(f"{what}: there is no GPU here")
+    if trains and is_deepspeed(config):
+        from fairseq.runtime.strategies.zero import require_deepspeed
+
+        require_deepspeed(f"fabric.strategy {fabric.strategy}", "fabric.strategy=fsdp", on_gpu=on_gpu(config))
 
 
 def on_gpu(config: PipelineConfig) -> bool:
@@ -38,48 +41,53 @@ def is_deepspeed(config: PipelineConfig) -> bool:
     return config.fabric.strategy.startswith("deepspeed")
 
 
-def is_sharded(config: PipelineConfig) -> bool:
-    """True if no process has the whole state of training."""
-    return is_deepspeed(config) or config.fabric.strategy == "fsdp"
+def _distributed(config: PipelineConfig, *, trains: bool) -> DistributedConfig:
+    strategy = config.fabric.strategy
+    if is_deepspeed(config):
+        strategy = f"deepspeed_stage_{config.deepspeed.zero_optimization.stage}"
+    return DistributedConfig(distributed_world_size=config.fabric.devices, strategy=strategy if trains else "ddp")
 
 
-def launch(config: PipelineConfig, model: Any = None) -> Fabric:
+def launch(config: PipelineConfig, *, trains: bool = False) -> Fabric:
     """Start the processes.
 
     Args:
-        model: the model that is trained; without one, each process reads with a whole copy of it.
+        trains: True for the strategy of the config; otherwise each process reads with a whole copy of the model.
     """
-    from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
-    devices, nodes = config.fabric.devices, config.fabric.num_nodes
-    if TorchElasticEnvironment.detect():
-        elastic = TorchElasticEnvironment()
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        nodes = max(1, elastic.world_size() // devices)
-    fabric = Fabric(
-        accelerator="cuda" if on_gpu(config) else "cpu",
-        devices=devices,
-        num_nodes=nodes,
-        strategy=_strategy(config, model, devices * nodes),
-        precision=config.fabric.precision,  # type: ignore[arg-type]
+    return launch_fabric(
+        _distributed(config, trains=trains),
+        on_gpu=on_gpu(config),
+        precision=config.fabric.precision,
+        num_nodes=config.fabric.num_nodes,
+        clip_norm=config.training.max_grad_norm,
     )
-    fabric.launch()
-    return fabric
 
 
-def _strategy(config: PipelineConfig, model: Any, world: int) -> Any:
-    from lightning.fabric.strategies.ddp import DDPStrategy
-    from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
-    from lightning.fabric.strategies.fsdp import FSDPStrategy
+def training_layout(config: PipelineConfig, fabric: Fabric) -> WholeOnEveryProcess:
+    """Where weights, gradients and the optimizer's state lie in training."""
+    return where_tensors_lie(fabric, _distributed(config, trains=True))
 
-    if model is None or not is_sharded(config):
-        return DDPStrategy() if world > 1 else "auto"
-    if is_deepspeed(config):
-        stage, longest = config.deepspeed.zero_optimization.stage, config.training.max_grad_norm
-        settings: dict[str, Any] = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
-        return DeepSpeedStrategy(config=settings | {"gradient_clipping": longest})
-    # Whole layers are units, so that weights that input and output share stay in one.
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The layers of a transformers model that may be spread one by one.
+
+    They are those that the model itself names as indivisible, outermost ones only, and without any that shares a weight
+    with a part outside of it, such as an embedding that is the output layer too.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = {type(module) for module in model.modules() if type(module).__name__ in names}
-    return FSDPStrategy(auto_wrap_policy=layers or None, state_dict_type="full")
+    uses = _uses(model)
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if type(module).__name__ in names and module not in inside:
+            inside.update(module.modules())
+            own = _uses(module)
+            if own and all(uses[number] == count for number, count in own.items()):
+                found.append(module)
+    return found
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """How often each weight occurs in a module, by its identity."""
+    weights: Iterable[tuple[str, nn.Parameter]] = module.named_parameters(remove_duplicate=False)
+    return Counter(id(weight) for _, weight in weights)

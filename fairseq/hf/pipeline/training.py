@@ -13,7 +13,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ import torch
 
 from fairseq.hf.knn.batches import Batch, batches
 from fairseq.hf.pipeline.checkpoints import (
-    Trained,
     last_checkpoint,
     read_checkpoint,
     remove_unfinished,
@@ -32,14 +30,16 @@ from fairseq.hf.pipeline.checkpoints import (
 )
 from fairseq.hf.pipeline.config import PipelineConfig
 from fairseq.hf.pipeline.dataset import Pairs, open_pairs
-from fairseq.hf.pipeline.fabric import check_devices, is_deepspeed, is_sharded, launch
+from fairseq.hf.pipeline.fabric import check_devices, is_deepspeed, launch, layers_of, training_layout
 from fairseq.hf.pipeline.models import Base, load_model
 from fairseq.memory.types import Array
+from fairseq.optim import set_lr
 from fairseq.optim.configs import PolynomialDecayConfig
 from fairseq.optim.lr_schedulers import PolynomialDecaySchedule
 from fairseq.runtime.atomic_files import require_writable, write_atomically
 from fairseq.runtime.distributed import sum_over_ranks
 from fairseq.runtime.files import locked, may_create_in
+from fairseq.runtime.strategies.whole import WholeOnEveryProcess
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -98,7 +98,7 @@ def train(config: PipelineConfig) -> TrainingRun | None:
 
     Raises: ValueError before the long part when the data set is missing, or the folder holds another run.
     """
-    check_devices(config)
+    check_devices(config, trains=True)
     folder, settings = Path(config.training.out_name), config.training
     require_writable(folder, "training.out_name")
     base = Base.of(config)
@@ -121,20 +121,20 @@ def train(config: PipelineConfig) -> TrainingRun | None:
         _require_same_run(folder, record["signature"], signature)
         if record["step"] == plan.num_steps:
             return TrainingRun(record["step"], last_or_fail(folder), record["validation_loss"], was_complete=True)
-    raw = load_model(base, str(last or base.name), config.fabric.precision)
-    fabric = launch(config, raw)
+    model = load_model(base, str(last or base.name), _precision_of_weights(config))
+    fabric = launch(config, trains=True)
     may_create_in(folder)
     is_first = fabric.global_rank == 0
     what = f"the checkpoints of {str(folder)!r}"
     held = locked(folder / ".train.lock", what) if is_first else contextlib.nullcontext()
     with held:
-        trained = _set_up(fabric, raw, config)
+        layout = _set_up(fabric, model, config)
         if last is not None:
-            restore_state(fabric, trained, last)
+            restore_state(layout, last)
         fabric.barrier()
         if is_first:
             remove_unfinished(folder)
-        trainer = _Trainer(config, plan, fabric, trained, pairs, validation)
+        trainer = _Trainer(config, plan, layout, model, pairs, validation)
         run = trainer.run(0 if record is None else record["step"], folder, base.tokenizer, signature)
     return run if is_first else None
 
@@ -163,16 +163,24 @@ def _require_same_run(folder: Path, made: dict[str, Any], wanted: dict[str, Any]
             )
 
 
-def _set_up(fabric: Fabric, raw: Any, config: PipelineConfig) -> Trained:
-    make = functools.partial(
-        torch.optim.AdamW, lr=config.training.learning_rate, weight_decay=config.training.weight_decay
+def _precision_of_weights(config: PipelineConfig) -> str:
+    """Precision to load weights in. DeepSpeed keeps float32 ones beside those in bfloat16 that it computes with."""
+    return "32-true" if is_deepspeed(config) else config.fabric.precision
+
+
+def _set_up(fabric: Fabric, model: Any, config: PipelineConfig) -> WholeOnEveryProcess:
+    layout, settings = training_layout(config, fabric), config.training
+    is_rounded = is_deepspeed(config) and config.fabric.precision != "32-true"
+    weights = {name: value.clone() for name, value in model.state_dict().items()} if is_rounded else None
+    model.train()
+    layout.set_up(
+        model,
+        layers_of(model),
+        lambda: torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay),
     )
-    raw.train()
-    if is_sharded(config) and not is_deepspeed(config):
-        model = fabric.setup_module(raw)  # the optimizer takes the weights that FSDP has divided
-        return Trained(raw, model, fabric.setup_optimizers(make(model.parameters())), "fsdp")
-    model, optimizer = fabric.setup(raw, make(raw.parameters()))
-    return Trained(raw, model, optimizer, "deepspeed" if is_deepspeed(config) else "ddp")
+    if weights is not None:  # DeepSpeed makes its float32 weights of the rounded ones
+        layout.load_weights(model, weights)
+    return layout
 
 
 class _Trainer:
@@ -182,12 +190,12 @@ class _Trainer:
         self,
         config: PipelineConfig,
         plan: Plan,
-        fabric: Fabric,
-        trained: Trained,
+        layout: WholeOnEveryProcess,
+        model: Any,
         pairs: Pairs,
         validation: Pairs,
     ) -> None:
-        self.config, self.plan, self.fabric, self.trained = config, plan, fabric, trained
+        self.config, self.plan, self.layout, self.model, self.fabric = config, plan, layout, model, layout.fabric
         self.pairs, self.validation = pairs, validation
         warmup, rate = config.training.warmup_steps, config.training.learning_rate
         decay = PolynomialDecayConfig(warmup_updates=warmup, total_num_update=plan.num_steps + 1)
@@ -210,30 +218,26 @@ class _Trainer:
                         _log(log, {"step": step, "validation_loss": loss})
                     record = {"step": step, "signature": signature, "validation_loss": loss}
                     keep = settings.max_num_checkpoints
-                    save_checkpoint(self.fabric, self.trained, tokenizer, folder, record, keep)
+                    save_checkpoint(self.layout, self.model, tokenizer, folder, record, keep)
         return TrainingRun(self.plan.num_steps, last_or_fail(folder), loss, seconds=time.perf_counter() - started)
 
     def step(self, step: int) -> tuple[torch.Tensor, int, float]:
         """One update. Returns this rank's sum of -log p, all ranks' tokens, and the learning rate."""
-        fabric, settings = self.fabric, self.config.training
+        fabric, settings, layout = self.fabric, self.config.training, self.layout
         parts = self.plan.batches(step)
         num_tokens = int(sum(self.pairs.lengths[part].sum() for part in parts))
         rate = self.schedule.lr_at(step, 0)
-        for group in self.trained.optimizer.param_groups:
-            group["lr"] = rate
+        set_lr(layout.optimizer, rate)
+        layout.optimizer.zero_grad(set_to_none=True)
+        factor = fabric.world_size / num_tokens  # gradients are averaged over ranks; theirs are parts of one sum
         total = torch.zeros((), device=fabric.device)
         for number, part in enumerate(parts):
             torch.manual_seed(_mixed_seed(settings.seed, step, number, fabric.global_rank))
-            with self._accumulating(is_last=number == len(parts) - 1):
+            with layout.micro_batch(last=number == len(parts) - 1):
                 nll = self._nll(self.pairs, part[fabric.global_rank :: fabric.world_size], part)
-                # Gradients are averaged over ranks; theirs are parts of one sum.
-                fabric.backward(nll * (fabric.world_size / num_tokens))
+                layout.backward(nll, factor)
             total += nll.detach()
-        if settings.max_grad_norm and self.trained.strategy != "deepspeed":
-            fabric.clip_gradients(self.trained.model, self.trained.optimizer, max_norm=settings.max_grad_norm)
-        self.trained.optimizer.step()
-        if self.trained.strategy != "deepspeed":
-            self.trained.optimizer.zero_grad()
+        layout.step(factor, settings.max_grad_norm or math.inf)
         return total, num_tokens, rate
 
     def validation_loss(self) -> float | None:
@@ -244,35 +248,26 @@ class _Trainer:
             return None
         parts = [np.arange(first, min(first + size, count)) for first in range(0, count, size)]
         total = torch.zeros((), device=fabric.device)
-        self.trained.model.eval()
+        self.layout.wrapped.eval()
         with torch.no_grad():
             for first in range(0, len(parts), fabric.world_size):
                 here = parts[first : first + fabric.world_size]
                 mine = here[fabric.global_rank] if fabric.global_rank < len(here) else here[0][:0]
                 total += self._nll(self.validation, mine, here[0])
-        self.trained.model.train()
+        self.layout.wrapped.train()
         (nll,) = sum_over_ranks(fabric, [float(total)])
         return nll / int(self.validation.lengths[:count].sum())
 
     def _nll(self, pairs: Pairs, mine: Array, others: Array) -> torch.Tensor:
         """Sum of -log p of this rank's pairs. A rank without any reads another's for nothing: all must take part."""
         batch = self._batch(pairs, mine if len(mine) else others[:1])
-        logits_BTV = self.trained.model(**batch.inputs(self.trained.raw)).logits
+        logits_BTV = self.layout.wrapped(**batch.inputs(self.model)).logits
         nll = -batch.target_logp(logits_BTV).sum()
         return nll if len(mine) else nll * 0.0
 
     def _batch(self, pairs: Pairs, numbers: Sequence[int] | Array) -> Batch:
         pieces: list[Any] = [pairs.piece(number) for number in numbers]
-        return next(batches(self.trained.raw, pieces, len(pieces)))
-
-    def _accumulating(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Gradients meet between ranks after the last batch of a step only."""
-        model = self.trained.model
-        if self.trained.strategy == "deepspeed":
-            model._forward_module.set_gradient_accumulation_boundary(is_boundary=is_last)
-            return contextlib.nullcontext()
-        no_sync: AbstractContextManager[Any] = self.fabric.no_backward_sync(model, enabled=not is_last)
-        return no_sync
+        return next(batches(self.model, pieces, len(pieces)))
 
 
 def _mixed_seed(*numbers: int) -> int:

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from fairseq.runtime.config import DistributedConfig
 
 
-def zero_strategy(config: DistributedConfig, stage: int, clip_norm: float, *, on_gpu: bool) -> DeepSpeedStrategy:
-    """Fabric's strategy for :class:`ZeroSharded`.
+def require_deepspeed(asked: str, other: str, *, on_gpu: bool) -> None:
+    """Import DeepSpeed.
 
     Args:
-        clip_norm: DeepSpeed clips gradients by itself; 0 does not.
-    Raises: ValueError when DeepSpeed cannot be imported.
+        asked: the setting that needs it.
+        other: a setting to give instead.
+    Raises: ValueError when it cannot be imported.
     """
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed takes a GPU that it sees
@@ -33,9 +34,19 @@ def zero_strategy(config: DistributedConfig, stage: int, clip_norm: float, *, on
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"--strategy {config.effective_strategy}: DeepSpeed cannot be imported ({reason[0]}); install it beside "
-            "PyTorch (pip install deepspeed), or give --strategy fsdp"
+            f"{asked}: DeepSpeed cannot be imported ({reason[0]}); install it beside PyTorch (pip install deepspeed), "
+            f"or give {other}"
         ) from error
+
+
+def zero_strategy(config: DistributedConfig, stage: int, clip_norm: float, *, on_gpu: bool) -> DeepSpeedStrategy:
+    """Fabric's strategy for :class:`ZeroSharded`.
+
+    Args:
+        clip_norm: DeepSpeed clips gradients by itself; 0 does not.
+    Raises: ValueError when DeepSpeed cannot be imported.
+    """
+    require_deepspeed(f"--strategy {config.effective_strategy}", "--strategy fsdp", on_gpu=on_gpu)
     from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
 
     kind = DeepSpeedStrategy if on_gpu else _on_cpu(DeepSpeedStrategy)
@@ -143,7 +154,12 @@ class ZeroSharded(WholeOnEveryProcess):
         """See the base class."""
         with self.direct_use(keeps_changes=True):
             model.load_state_dict(weights)
-            values = [(param, param.detach().float().clone()) for param in model.parameters() if param.requires_grad]
+            # The float32 values are not the parameters', which have been rounded where these are of another type.
+            values = [
+                (param, weights.get(name, param).detach().to(param.device, torch.float32, copy=True))
+                for name, param in model.named_parameters()
+                if param.requires_grad
+            ]
         for param, value in values:
             self._set(param, value, None)
 
