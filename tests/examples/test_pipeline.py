@@ -331,7 +331,9 @@ def test_two_processes_train_and_save_what_one_does(
 def test_gradient_accumulation_counts_tokens(material: Path, finished: dict[str, Path], tmp_path: Path) -> None:
     words = [*words_for(material, tmp_path), f"data.dataset_dir={finished['t5']}/dataset"]
     one = configured([*words, "data.train_batch_size=12", "training.gradient_accumulation_steps=1"])
-    training.train(one)
+    done = training.train(one)
+    assert done is not None
+    assert done.step == 10
     require_same_training(finished["t5"], tmp_path)
 
 
