@@ -313,11 +313,11 @@ def run_shards(config: RunShardsConfig, argv: Sequence[str]) -> None:
     """Run all shards, print what each printed, and raise what one of them failed of."""
     from fairseq.runtime.ray_cluster import connect, run_commands
 
-    words = tuple(argv[argv.index(_COMMAND) + 1 :]) if _COMMAND in argv else ()
+    _, words = split_command(argv)
     if not words:
         raise ValueError("no command to run; write run-shards N -- eval_lm.py ... (or build_dstore.py ...)")
     program = (sys.executable,) if words[0].endswith(".py") else ()
-    commands = [[*program, *config.command(words, shard)] for shard in range(config.num_shards)]
+    commands = [[*program, *config.command(tuple(words), shard)] for shard in range(config.num_shards)]
     connect(config.run_on)
     failed = []
     for done in run_commands(commands, cpus=config.cpus, gpus=config.gpus, attempts=config.attempts):
@@ -372,6 +372,12 @@ COMMANDS = {
 }
 
 
+def split_command(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The words for this program, and those after ``--``: the command that run-shards runs."""
+    at = words.index(_COMMAND) if _COMMAND in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the command that the first word names."""
     if not argv or argv[0] in ("-h", "--help"):
@@ -382,9 +388,7 @@ def main(argv: Sequence[str]) -> None:
     command = lookup(COMMANDS, name, "command")
     parser = FlagParser(f"{PROGRAM} {name}", command.config.__doc__ or "")
     parser.add_config(command.config)
-    if command.config is RunShardsConfig and _COMMAND in words:
-        words = words[: words.index(_COMMAND)]
-    command.load()(build(command.config, parser.parse(words)), argv)
+    command.load()(build(command.config, parser.parse(split_command(words)[0])), argv)
 
 
 def cli_main() -> None:

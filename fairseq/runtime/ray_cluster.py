@@ -43,6 +43,8 @@ class Node:
 @functools.cache
 def ray_library() -> Any:
     """The ray module. Raises: ValueError where it is not installed."""
+    # Else a lost worker is a page of text on standard output, among results; callers log it on one line.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -69,6 +71,8 @@ def connect(target: str) -> str:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         settings: dict[str, Any] = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
         if target == "ray":
+            # Ray gives workers niceness 15: a search beside other work would hardly run (see docs/scale.md).
+            os.environ.setdefault("RAY_worker_niceness", "0")
             settings |= {"include_dashboard": False, "object_store_memory": _store_bytes()}
             ray.init(**settings)
         else:
@@ -246,9 +250,9 @@ class RayActors:
         while True:
             try:
                 self.receive(self.send(worker, self._ready), max(1.0, deadline - time.monotonic()))
-            except WorkerLostError:
+            except WorkerLostError as error:
                 if time.monotonic() > deadline:
-                    raise
+                    raise WorkerLostError(f"it did not start in {_START_SECONDS:.0f} s: {_free()}") from error
             else:
                 return
             time.sleep(0.2)

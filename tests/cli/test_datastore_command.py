@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from conftest import ROOT
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.writer import DatastoreWriter
+from fairseq.memory.index.sharded import opening
 from fairseq.memory.planning.estimate import IndexRates, Rates
 from fairseq_cli import datastore
 from fairseq_cli.entry import run
@@ -213,6 +216,7 @@ def test_a_read_only_folder(told, store):
 def test_help_is_light():
     code = """
 import sys
+import threading
 sys.argv.append("--help")
 from fairseq_cli import datastore
 for words in ([], ["merge", "--help"]):
@@ -248,3 +252,21 @@ def test_plan(said, told, tmp_path, monkeypatch):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     assert "--folder: " in told(*words[:-1], locked)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_its_actors_when_it_is_told_to_stop(store, said, monkeypatch, number):
+    ended = []
+    actors = SimpleNamespace(end=lambda: ended.append(True))
+    monkeypatch.setattr(opening, "serve", lambda *words: ("d", actors, "host:6379"))
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), number))
+    timer.start()
+    try:
+        lines = said("serve", store).splitlines()
+    finally:
+        timer.join()
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert lines == ["serving d: --search-on ray://host:6379", f"ended {store}"]
+    assert ended == [True]

@@ -23,10 +23,11 @@ from fairseq.runtime.ray_cluster import WorkerLostError
 
 logger = logging.getLogger(__name__)
 
-# A query that loses a worker so often is not asked again: then it is not the machine that fails.
-_ATTEMPTS = 5
+# A batch that loses a worker so often is not asked again: then it is not the machine that fails.
+ATTEMPTS = 12
 _IN_FLIGHT = 2  # batches: workers search one while the one before is merged
 _MAX_BATCH_BYTES = 256 << 20
+_MAX_BATCH_QUERIES = 4096  # bounds what a lost worker searches again; reading keys once for so many is a small share
 
 
 class Workers(Protocol):
@@ -141,6 +142,7 @@ class ShardedIndex:
         check_queries(query_ND, self.dim)
         query = query_ND.detach().float().cpu().contiguous().numpy()
         rows = min(_MAX_BATCH_BYTES, self._workers.shared_bytes // (2 * _IN_FLIGHT)) // row_bytes
+        rows = min(rows, _MAX_BATCH_QUERIES)
         if not rows:
             raise ValueError(
                 f"the results of one query take {row_bytes} bytes, the cluster's object store has "
@@ -167,13 +169,13 @@ class ShardedIndex:
 
     def _answer(self, worker: int, call: Any, method: str, *given: Any) -> Any:
         """The result of a call, which is made again while its worker can be restarted."""
-        for attempt in range(1, _ATTEMPTS + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
                 return self._workers.receive(call)
             except WorkerLostError as error:
                 logger.warning("worker %d of %s was lost (%s); asking again", worker, self._name, error)
                 lost: WorkerLostError = error
-            if attempt < _ATTEMPTS:
+            if attempt < ATTEMPTS:
                 try:
                     self._workers.restart(worker)
                 except WorkerLostError as error:

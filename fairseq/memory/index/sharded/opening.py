@@ -114,7 +114,11 @@ def _check_workers(store: Datastore, indexfile: str | None, settings: SearchSett
 def _ranges(
     store: Datastore, indexfile: str | None, settings: SearchSettings, num_workers: int | None
 ) -> list[RowRange]:
-    count = num_workers or default_workers(store, indexfile, settings, len(nodes()))
+    machines = nodes()
+    count = num_workers or default_workers(store, indexfile, settings, len(machines))
+    if num_workers is None and indexfile is None and len(machines) == 1:
+        # All files are here, and each actor takes 3 s of a CPU to import torch.
+        count = min(count, max(1, int(machines[0].cpus)))
     return cut(store, indexfile, settings, count)
 
 
