@@ -120,9 +120,6 @@ def compare(options: Any) -> dict[str, Any]:
 
 def cost_model(options: Any) -> dict[str, Any]:
     """CPU seconds of one thread against keys and shards, fitted, and what the fit says of more keys."""
-    import torch
-
-    torch.set_num_threads(1)
     query_ND = make_queries(options)[: options.model_queries]
     search(options, query_ND, options.fitted_rows[0], 1)  # compiles
     points = [(rows, 1) for rows in options.fitted_rows]
@@ -148,17 +145,21 @@ def cost_model(options: Any) -> dict[str, Any]:
 
 def search(options: Any, query_ND: Any, rows: int, shards: int) -> float:
     """CPU seconds of searching each range by itself and merging; the smaller of two, because noise only adds."""
+    import torch
+
     from fairseq.memory.datastore.chunked_array import as_tensor
     from fairseq.memory.index.ops.merging import best_of
     from fairseq.memory.index.sharded.server import RangeServer
 
-    servers = [RangeServer(each, 1) for each in make_ranges(options, rows, shards)]
+    threads = torch.get_num_threads()
+    servers = [RangeServer(each, 1) for each in make_ranges(options, rows, shards)]  # sets this process's threads
     took = []
     for _ in range(2):
         began = time.process_time()
         pairs = [server.search(query_ND.numpy(), options.k) for server in servers]
         best_of([(as_tensor(ids), as_tensor(scores)) for ids, scores in pairs], options.k)
         took.append(time.process_time() - began)
+    torch.set_num_threads(threads)
     return min(took)
 
 
