@@ -89,7 +89,13 @@ def launch_fabric(
         accelerator="cuda" if on_gpu else "cpu",
         devices=world,
         num_nodes=num_nodes,
-        strategy=_strategy(distributed, world * num_nodes, find_unused_parameters, clip_norm, on_gpu),
+        strategy=_layout(distributed).fabric_strategy(
+            distributed,
+            world * num_nodes,
+            find_unused_parameters=find_unused_parameters,
+            clip_norm=clip_norm,
+            on_gpu=on_gpu,
+        ),
         precision=precision,  # type: ignore[arg-type]
         plugins=plugins,
     )
@@ -97,34 +103,21 @@ def launch_fabric(
     return fabric
 
 
-def _strategy(
-    distributed: DistributedConfig, world: int, find_unused_parameters: bool, clip_norm: float, on_gpu: bool
-) -> Any:
-    """Fabric's strategy for so many processes."""
-    from lightning.fabric.strategies.ddp import DDPStrategy
-
-    if distributed.zero_stage:
-        from fairseq.runtime.strategies.zero import zero_strategy
-
-        return zero_strategy(distributed, distributed.zero_stage, clip_norm, on_gpu=on_gpu)
-    if distributed.effective_strategy == "fsdp":
-        from fairseq.runtime.strategies.fully_sharded import fully_sharded_strategy
-
-        return fully_sharded_strategy(distributed, world)
-    return DDPStrategy(find_unused_parameters=find_unused_parameters) if world > 1 else "auto"
-
-
 def where_tensors_lie(fabric: Fabric, distributed: DistributedConfig) -> WholeOnEveryProcess:
     """What a training run needs to know of its strategy."""
+    return _layout(distributed)(fabric)
+
+
+def _layout(distributed: DistributedConfig) -> type[WholeOnEveryProcess]:
     if distributed.zero_stage:
         from fairseq.runtime.strategies.zero import ZeroSharded
 
-        return ZeroSharded(fabric)
+        return ZeroSharded
     if distributed.effective_strategy == "fsdp":
         from fairseq.runtime.strategies.fully_sharded import FullySharded
 
-        return FullySharded(fabric)
-    return WholeOnEveryProcess(fabric)
+        return FullySharded
+    return WholeOnEveryProcess
 
 
 def _local_world_size() -> int:

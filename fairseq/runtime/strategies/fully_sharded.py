@@ -41,15 +41,23 @@ class _Units:
         return module
 
 
-def fully_sharded_strategy(config: DistributedConfig, world_size: int) -> ModelParallelStrategy:
-    """Fabric's strategy for :class:`FullySharded`."""
-    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
-
-    return ModelParallelStrategy(_Units(config).spread, data_parallel_size=world_size, tensor_parallel_size=1)
-
-
 class FullySharded(WholeOnEveryProcess):
     """See the module; ZeRO's stage 3, or 2 with ``--no-reshard-after-forward`` (arXiv 1910.02054)."""
+
+    @classmethod
+    def fabric_strategy(
+        cls,
+        config: DistributedConfig,
+        world_size: int,
+        *,
+        find_unused_parameters: bool,
+        clip_norm: float,
+        on_gpu: bool,
+    ) -> ModelParallelStrategy:
+        """See the base class."""
+        from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+
+        return ModelParallelStrategy(_Units(config).spread, data_parallel_size=world_size, tensor_parallel_size=1)
 
     def set_up(self, module: nn.Module, units: Sequence[nn.Module], make_optimizer: MakeOptimizer) -> None:
         """See the base class."""

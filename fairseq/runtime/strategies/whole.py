@@ -12,6 +12,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from fairseq.runtime.config import DistributedConfig
+
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
 
@@ -26,6 +28,27 @@ class WholeOnEveryProcess:
         self.module: nn.Module
         self.wrapped: Any
         self.optimizer: Any
+
+    @classmethod
+    def fabric_strategy(
+        cls,
+        config: DistributedConfig,
+        world_size: int,
+        *,
+        find_unused_parameters: bool,
+        clip_norm: float,
+        on_gpu: bool,
+    ) -> Any:
+        """Fabric's strategy for so many processes.
+
+        Args:
+            find_unused_parameters: some parameters may have no gradient in some batches.
+            clip_norm: largest norm of gradients, for strategies that clip by themselves; 0 for none.
+        Raises: ValueError when it cannot be had here.
+        """
+        from lightning.fabric.strategies.ddp import DDPStrategy
+
+        return DDPStrategy(find_unused_parameters=find_unused_parameters) if world_size > 1 else "auto"
 
     def set_up(self, module: nn.Module, units: Sequence[nn.Module], make_optimizer: MakeOptimizer) -> None:
         """Take over a model and make its optimizer.

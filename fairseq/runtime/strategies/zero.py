@@ -39,30 +39,6 @@ def require_deepspeed(asked: str, other: str, *, on_gpu: bool) -> None:
         ) from error
 
 
-def zero_strategy(config: DistributedConfig, stage: int, clip_norm: float, *, on_gpu: bool) -> DeepSpeedStrategy:
-    """Fabric's strategy for :class:`ZeroSharded`.
-
-    Args:
-        clip_norm: DeepSpeed clips gradients by itself; 0 does not.
-    Raises: ValueError when DeepSpeed cannot be imported.
-    """
-    require_deepspeed(f"--strategy {config.effective_strategy}", "--strategy fsdp", on_gpu=on_gpu)
-    from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
-
-    kind = DeepSpeedStrategy if on_gpu else _on_cpu(DeepSpeedStrategy)
-    strategy = kind(
-        stage=stage,
-        offload_optimizer=config.cpu_offload,
-        offload_parameters=config.cpu_offload and stage == 3,
-        process_group_backend=None if on_gpu else "gloo",
-    )
-    assert isinstance(strategy.config, dict), "made from the arguments"
-    strategy.config["gradient_clipping"] = clip_norm
-    strategy.config["train_micro_batch_size_per_gpu"] = 1  # it is only reported
-    strategy.config["zero_force_ds_cpu_optimizer"] = False  # offloaded states are stepped by our own optimizers
-    return strategy
-
-
 def _on_cpu(base: type[DeepSpeedStrategy]) -> type[DeepSpeedStrategy]:
     """Fabric rejects DeepSpeed without a GPU; DeepSpeed itself runs on CPUs, over Gloo."""
 
@@ -86,6 +62,33 @@ class ZeroSharded(WholeOnEveryProcess):
     """See the module. Reading and writing of states goes through DeepSpeed's own functions for single parameters."""
 
     scales_loss = True
+
+    @classmethod
+    def fabric_strategy(
+        cls,
+        config: DistributedConfig,
+        world_size: int,
+        *,
+        find_unused_parameters: bool,
+        clip_norm: float,
+        on_gpu: bool,
+    ) -> DeepSpeedStrategy:
+        """See the base class."""
+        require_deepspeed(f"--strategy {config.effective_strategy}", "--strategy fsdp", on_gpu=on_gpu)
+        from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
+
+        kind = DeepSpeedStrategy if on_gpu else _on_cpu(DeepSpeedStrategy)
+        strategy = kind(
+            stage=config.zero_stage,
+            offload_optimizer=config.cpu_offload,
+            offload_parameters=config.cpu_offload and config.zero_stage == 3,
+            process_group_backend=None if on_gpu else "gloo",
+        )
+        assert isinstance(strategy.config, dict), "made from the arguments"
+        strategy.config["gradient_clipping"] = clip_norm
+        strategy.config["train_micro_batch_size_per_gpu"] = 1  # it is only reported
+        strategy.config["zero_force_ds_cpu_optimizer"] = False  # offloaded states are stepped by our own optimizers
+        return strategy
 
     def set_up(self, module: nn.Module, units: Sequence[nn.Module], make_optimizer: MakeOptimizer) -> None:
         """See the base class."""
