@@ -19,6 +19,7 @@ from fairseq.generation.config import GenerateConfig, GenerationConfig, StepKnnC
 from fairseq.generation.foreign_overrides import split_overrides
 from fairseq.memory.combiners.learned_files import read_made_for
 from fairseq.memory.datastore.config import SAVES_PAIRS, SAVES_TEXT
+from fairseq.metrics.word_loss import LossSums, loss_sums
 from fairseq.options import TaskChoiceConfig, add_ignored, import_plugins, warn_ignored
 from fairseq.registry import lookup
 from fairseq.runtime.atomic_files import require_writable, writing
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from fairseq.data.types import LMBatch
     from fairseq.generation.lines import Output, Wording
+    from fairseq.generation.sequence_generator import Hypothesis
     from fairseq.generation.setup import StepMemorySettings
 
 logger = logging.getLogger(__name__)
@@ -114,6 +116,9 @@ def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateCo
         overrides=of_model,
     )
     generate.check_reference(configs.generation, step)
+    generate.check_retrieval(step)
+    if generate.save_retrieval:
+        require_writable(os.path.dirname(os.path.abspath(generate.save_retrieval)), "--save-retrieval")
     require_checkpoints(generate)
     configs.memory.check()
     if generate.results_path:
@@ -155,7 +160,10 @@ def main(argv: Sequence[str]) -> None:
     batches = batches[config.shard_id :: config.num_shards]
     run_of = _Run(configs, task, wording, models)
     path = os.path.join(config.results_path, f"{config.results_name}.txt") if config.results_path else None
-    with writing(path) if path else contextlib.nullcontext(sys.stdout) as file:
+    with (
+        writing(path) if path else contextlib.nullcontext(sys.stdout) as file,
+        run_of.keeping_neighbors(dataset, batches),
+    ):
         run_of.write(file, task.iterator(dataset, batches, num_workers=configs.data.num_workers), len(batches))
     if path:
         run_of.write_files(path, has_references=getattr(dataset, "target_side", None) is not None)
@@ -192,6 +200,33 @@ class _Run:
         self.references: dict[int, str] = {}
         self.figures: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
+        self.loss = LossSums()
+
+    @contextlib.contextmanager
+    def keeping_neighbors(self, dataset: Any, batches: list[Any]) -> Iterator[None]:
+        """The neighbours of the references are in the file of --save-retrieval when the block ends."""
+        configs, scorer = self.configs, self.reference_scorer
+        path = configs.generate.save_retrieval
+        if not path:
+            yield
+            return
+        from fairseq.generation.next_token import NeighborMemory
+        from fairseq.generation.save_retrieval import keeping_neighbors
+
+        assert scorer is not None, "it was asked for with --score-reference"
+        assert isinstance(scorer.memory, NeighborMemory), "--knnmt was asked for too"
+        with keeping_neighbors(
+            configs.generate,
+            configs.memory,
+            self.task,
+            scorer.memory,
+            (dataset, batches),
+            model=self.generator.models[0],
+            overrides=configs.overrides,
+            program=configs.command.program,
+        ) as scorer.kept:
+            yield
+        self._write_manifest(f"{path}.run.json")
 
     def write(self, file: Any, batches: Iterator[LMBatch], count: int) -> None:
         """Write the lines of all batches, and the scores."""
@@ -211,6 +246,10 @@ class _Run:
             f"{sentences:,}", f"{tokens:,}", seconds, sentences / seconds, tokens / seconds,
         )  # fmt: skip
         self.figures |= {"sentences": sentences, "tokens": tokens, "tokens_per_second": tokens / seconds}
+        if self.reference_scorer is not None:
+            loss = {"loss_base2": self.loss.loss_base2, "perplexity": self.loss.perplexity}
+            logger.info("Loss (base 2): %.4f, Perplexity: %.2f", *loss.values())
+            self.figures |= loss
         for line in self._scores():
             file.write(f"{line}\n")
 
@@ -233,6 +272,7 @@ class _Run:
         started = time.perf_counter()
         if self.reference_scorer is not None:
             found = [[hypothesis] for hypothesis in self.reference_scorer.score(batch)]
+            self.loss = self.loss.plus(_loss_of([hypothesis for (hypothesis,) in found]))
         else:
             found = self._generated(batch)
         self.seconds += time.perf_counter() - started
@@ -300,9 +340,12 @@ class _Run:
                 continue
             with writing(os.path.join(folder, f"{name}.{kind}")) as file:
                 file.writelines(f"{texts[number]}\n" for number in sorted(texts))
+        self._write_manifest(os.path.join(folder, f"{name}.run.json"))
+
+    def _write_manifest(self, path: str) -> None:
         command = self.configs.command
         write_manifest(
-            os.path.join(folder, f"{name}.run.json"),
+            path,
             program=command.program,
             argv=command.argv,
             config={"given": dict(command.given)},
@@ -310,6 +353,14 @@ class _Run:
             inputs=[*self.configs.generate.paths],
             seed=self.configs.runtime.seed,
         )
+
+
+def _loss_of(scored: list[Hypothesis]) -> LossSums:
+    """The loss of some references, per token."""
+    import numpy as np
+
+    logp_N = np.concatenate([hypothesis.logp.double().cpu().numpy() for hypothesis in scored])
+    return loss_sums(np.zeros(len(logp_N)), np.zeros(len(logp_N), dtype=bool), logp_N)
 
 
 def cli_main() -> None:

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             "--score-reference and --prefix-size need references, which typed lines have not; leave them out"
         )
+    if configs.generate.results_path:
+        logger.warning("--results-path %s: lines are printed, nothing is kept there", configs.generate.results_path)
     session = _Session(configs)
     with _opened(config.input) as lines:
         if config.input == "-" and sys.stdin.isatty():

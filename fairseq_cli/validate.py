@@ -12,6 +12,7 @@ from fairseq.config import FlagParser, build, flag, literal_dict, require_at_lea
 from fairseq.config.plugins import import_user_dir
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
+from fairseq.tasks.configs import overridden_limits
 from fairseq_cli.entry import run
 
 
@@ -63,7 +64,7 @@ def _validate(config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfi
 
     path = str(config.path)
     checkpoint = load_checkpoint(path)
-    settings = settings_of(checkpoint, {"data": config.data})
+    settings = settings_of(checkpoint, {"data": config.data, **overridden_limits(config.model_overrides)})
     task = setup_task(settings)
     device = torch.device("cuda" if runs_on_gpu(runtime) else "cpu")
     model = load_model_for(task.dictionary, checkpoint, path, config.model_overrides, task.source).to(device).eval()
@@ -71,7 +72,7 @@ def _validate(config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfi
     name = name or ("adaptive_loss" if model.has_adaptive_softmax else "cross_entropy")
     criterion, progress = build_criterion(name, vars(settings), model, task), Progress(common)
     for subset in config.valid_subset.split(","):
-        dataset = task.blocks(subset)
+        dataset = task.for_models(task.blocks(subset), [model])
         batches = task.batches(dataset, data, seed=runtime.seed, max_positions=model.max_positions)
         began = time.perf_counter()
         read = itertools.islice(iter(task.iterator(dataset, batches, num_workers=0)), config.max_valid_steps)

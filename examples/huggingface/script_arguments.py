@@ -122,6 +122,7 @@ class KnnArguments:
     knn: bool = text(False, "Evaluate with the k nearest neighbours (kNN-LM).")
     retomaton: bool = text(False, "Evaluate with the automaton over the datastore (RetoMaton).")
     dstore_dir: str | None = text(None, "Folder of the datastore and what is made of it, or the prefix of its files.")
+    overwrite_dstore: bool = text(False, "Replace the complete datastore of another model that has the name.")
     dstore_size: int | None = text(None, "Rows of the datastore: checked, or chooses among several.")
     dimension: int | None = text(None, "Width of the keys: checked, or chooses among several.")
     k: int = text(1024, "Neighbours per token.")

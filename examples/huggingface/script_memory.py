@@ -43,6 +43,7 @@ def save(model: Any, tokenizer: Any, pieces: Any, knn: KnnArguments, batch_size:
         dimension=knn.dimension,
         knn_keytype=knn.knn_keytype,
         tokenizer=tokenizer,
+        overwrite_dstore=knn.overwrite_dstore,
     )
     with saver(model):
         rows = save_datastore(model, pieces, saver, batch_size=batch_size)

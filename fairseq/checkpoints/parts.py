@@ -52,9 +52,10 @@ def join_parts(path: str, content: Any, *, whole: bool) -> Any:
     if not isinstance(content, dict) or not isinstance(content.get(_PARTS), Mapping):
         return content
     index = content[_PARTS]
-    parts = [_read(path, index["state"], rank, whole=whole) for rank in range(index["world_size"])]
+    needed = [whole or place[0] != "optimizer" for place in index["places"]]
+    parts = [_read(path, index["state"], rank, needed) for rank in range(index["world_size"])]
     for number, (place, shape) in enumerate(zip(index["places"], index["shapes"])):
-        if place[0] == "optimizer" and not whole:
+        if not needed[number]:
             continue
         tensor = torch.cat([part[number] for part in parts])
         if list(tensor.shape) != list(shape):
@@ -108,12 +109,14 @@ def _part(folder: str | os.PathLike[str], state: str, rank: int) -> Path:
     return Path(folder) / FOLDER / state / f"part{rank}.pt"
 
 
-def _read(path: str, state: str, rank: int, *, whole: bool) -> list[Tensor]:
+def _read(path: str, state: str, rank: int, needed: list[bool]) -> list[Tensor]:
+    """The tensors of a part, of which those that are needed are compared with their checksums."""
     part = _part(Path(path).parent, state, rank)
     if not part.exists():
         raise ValueError(f"{path} is in parts, and {part} is missing; {_WAY_OUT}")
     content = read_pickle(str(part))
-    require_intact(str(part), content, whole=whole)
+    read = [tensor for tensor, used in zip(content["tensors"], needed) if used]
+    require_intact(str(part), content | {"tensors": read}, whole=all(needed))
     if (content["state"], content["rank"]) != (state, rank):
         raise ValueError(
             f"{part} is part {content['rank']} of {content['state']}, not part {rank} of {state} as {path} says; "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -116,39 +114,21 @@ def _reads_text(trime: TrimeEvaluationConfig | None) -> bool:
 
 def _fingerprint(configs: EvaluationConfigs, evaluation: Evaluation, memory: ExternalMemory) -> dict[str, Any]:
     """Everything that decides which neighbours and log-probabilities come out, as plain values."""
-    from fairseq.memory.retrieval.file import store_digest
-    from fairseq.runtime.manifest import file_digest
+    from fairseq.memory.retrieval.made_of import facts_of_model, facts_of_search, facts_of_text
 
-    config, knn = configs.evaluation, configs.knn
-    dictionary, store, index = evaluation.task.dictionary, memory.store, memory.index
-    batches = evaluation.batches
-    numbers = np.concatenate([[len(batches)], [len(batch) for batch in batches], *batches]).astype(np.int64)
-    file = getattr(index, "name", None)
+    config, task = configs.evaluation, evaluation.task
     fingerprint: dict[str, Any] = {
         "joint": configs.trime is not None,
         "subset": config.gen_subset,
-        "text_digest": file_digest(evaluation.task.prefix(config.gen_subset) + ".bin"),
-        "batches_digest": hashlib.sha256(numbers.tobytes()).hexdigest(),
         "shard": [config.shard_id, config.num_shards],
         "context_window": evaluation.context_window,
-        "model_digest": file_digest(str(config.path)),
-        "model_dtype": str(next(evaluation.models[0].parameters()).dtype).removeprefix("torch."),
-        "model_overrides": repr(sorted((config.model_overrides or {}).items())),
-        "key_tap": evaluation.key_tap,
-        "dictionary_digest": dictionary.digest(),
-        "dictionary_size": len(dictionary),
         "remove_bpe": config.remove_bpe,
-        "store_digest": store_digest(store),
-        "store_rows": len(store),
-        "dim": store.dim,
-        "deleted": f"{len(store.deleted)} rows, crc {zlib.crc32(store.deleted.tobytes()):08x}",
-        "index": f"{file_digest(file)}, probe {knn.probe}" if file else "exact",
-        "metric": index.metric.value,
-        "score": memory.score,
-        "k": memory.k,
+        **facts_of_text([task.prefix(config.gen_subset)], evaluation.batches, task.dictionary),
+        **facts_of_model(str(config.path), evaluation.models[0], config.model_overrides, evaluation.key_tap),
+        **facts_of_search(memory, configs.knn.probe),
     }
     if configs.trime is not None:
-        fingerprint |= _text_memories(configs.trime, knn)
+        fingerprint |= _text_memories(configs.trime, configs.knn)
     return fingerprint
 
 
@@ -163,17 +143,14 @@ def _text_memories(trime: TrimeEvaluationConfig, knn: KnnConfig) -> dict[str, An
 
 def _metadata(configs: EvaluationConfigs, evaluation: Evaluation, memory: ExternalMemory) -> dict[str, Any]:
     """The settings that are free to change, and where the files lay."""
-    config, knn, store = configs.evaluation, configs.knn, memory.store
+    from fairseq.memory.retrieval.made_of import place_of_store
+
+    config, knn = configs.evaluation, configs.knn
     metadata: dict[str, Any] = {
         "program": configs.command.program,
         "path": os.path.abspath(str(config.path)),
-        "dictionary": os.path.abspath(os.path.join(evaluation.task.folders[0], "dict.txt")),
-        "store": {
-            "prefix": os.path.abspath(store.prefix),
-            "key_dtype": store.keys.dtype,
-            "described": bool(store.metadata),
-        },
-        "index": str(getattr(memory.index, "name", "exact")),
+        "dictionary": os.path.abspath(evaluation.task.dictionary_path),
+        **place_of_store(memory),
         "num_total_tokens": evaluation.num_total_tokens,
         "temperature": knn.temperature,
         "weight": knn.weight,

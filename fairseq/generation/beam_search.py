@@ -47,6 +47,10 @@ def drawn_continuations(logp_RV: Tensor, total_SK: Tensor, topk: int, topp: floa
         sorted_RV[:, topk:] = 0
     if topp > 0:
         sorted_RV[sorted_RV.cumsum(1) - sorted_RV >= topp] = 0
+    if not bool(sorted_RV[:, 0].isfinite().all()):  # the first is NaN wherever one is
+        raise ValueError(
+            "the model's scores are no numbers (NaN), so that nothing can be drawn; look at the checkpoint"
+        )
     token_R1 = types_RV.gather(1, torch.multinomial(sorted_RV, 1))
     total_SK = total_SK + logp_RV.gather(1, token_R1).view_as(total_SK)
     row_SK = torch.arange(total_SK.shape[1], device=total_SK.device).expand_as(total_SK)

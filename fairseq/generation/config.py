@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,9 @@ class GenerateConfig:
     """Dictionary literal of model settings that replace the checkpoint's, and of a datastore's."""
     score_reference: bool = flag("--score-reference", default=False)
     """Score the references instead of generating; there is no BLEU then."""
+    save_retrieval: str | None = flag("--save-retrieval", default=None)
+    """File for the neighbours of every token of the references (with --knnmt --score-reference), from which
+    fairseq-knn-sweep evaluates any --lmbda, --knn-temp and smaller --k without searching again."""
     scoring: str = flag("--scoring", default="bleu", choices=SCORINGS)
     """bleu of tokens as they are; sacrebleu (BLEU, chrF++, TER), chrf or ter of detokenised text."""
     sacrebleu: bool = flag("--sacrebleu", default=False)
@@ -144,6 +148,27 @@ class GenerateConfig:
                     "leave one of them out"
                 )
 
+    def check_retrieval(self, memory: StepMemoryConfig) -> None:
+        """Raise ValueError for neighbours that are to be kept where none are found, or none that a sweep reads."""
+        if not self.save_retrieval:
+            return
+        for words, given in (("--knnmt", memory.knnmt), ("--score-reference", self.score_reference)):
+            if not given:
+                raise ValueError(
+                    f"--save-retrieval {self.save_retrieval} keeps the neighbours that --knnmt --score-reference finds "
+                    f"for the references: give {words} too"
+                )
+        kind = f"--knn-lambda-type {memory.knn_lambda_type}"
+        if memory.knn_lambda_type not in SWEPT:
+            raise ValueError(
+                f"--save-retrieval: {kind} has a share of its own for each token, a sweep is over fixed ones; give "
+                f"--knn-lambda-type {' or '.join(SWEPT)}"
+            )
+        if memory.compat_trime_mass:
+            raise ValueError("--save-retrieval: a sweep compares probabilities, leave out --compat-trime-mass")
+        if os.path.isdir(self.save_retrieval):
+            raise ValueError(f"--save-retrieval {self.save_retrieval} is a folder; give the name of a file")
+
     @property
     def paths(self) -> list[str]:
         """The checkpoints."""
@@ -160,6 +185,8 @@ class GenerateConfig:
         return "sacrebleu" if self.sacrebleu else self.scoring
 
 
+SWEPT = ("fix", "trime")
+"""Kinds of share that fairseq-knn-sweep evaluates."""
 LAMBDA_TYPES = ("fix", "trime", "distance", *KINDS)
 
 

@@ -22,8 +22,10 @@ from fairseq.memory.combiners.learned_files import load_combiner
 from fairseq.memory.combiners.nearest_distance import NearestDistance
 from fairseq.memory.combiners.vocab_mixing import FixedWeighting, JointWeighting, VocabularyMixer, Weighting
 from fairseq.memory.datastore.describe import require_some_store
+from fairseq.memory.index.faiss.index import find_index
 from fairseq.memory.retrieval.file import store_digest
 from fairseq.memory.sources.external import open_external
+from fairseq.memory.types import Metric
 from fairseq.runtime.manifest import file_digest
 from fairseq.tasks.translation import TranslationTask
 
@@ -73,6 +75,8 @@ class StepMemorySettings:
                 "--faiss-metric-type ip, or leave --knn-lambda-type out"
             )
         require_some_store(knn.dstore_filename, self.saved_by)
+        if knn.indexfile and knn.search_on is None:
+            find_index(knn.indexfile, Metric.parse(knn.faiss_metric_type))
 
     def _check_sentence_pairs(self) -> None:
         for name in ("dstore_filename", "indexfile"):

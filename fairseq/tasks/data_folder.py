@@ -79,6 +79,11 @@ class DataFolderTask(FairseqTask):
         """Longest text a model of this task is made for, in tokens."""
         raise NotImplementedError
 
+    @property
+    def dictionary_path(self) -> str:
+        """File of the dictionary of what models predict."""
+        raise NotImplementedError
+
     def prefixes(self, split: str, epoch: int = 1) -> list[str]:
         """Paths of a split's texts without ``.bin``, one per language. Raises: ValueError when there is none."""
         raise NotImplementedError

@@ -29,10 +29,15 @@ class LanguageModelingTask(DataFolderTask):
         Raises: ValueError or FileNotFoundError when the data folder is not one.
         """
         super().__init__(config)
-        path = os.path.join(self.folders[0], "dict.txt")
+        path = self.dictionary_path
         if not os.path.exists(path):
             raise ValueError(f"{self.folders[0]!r} holds no dict.txt, so it is no data folder; preprocess.py makes one")
         self.dictionary = Dictionary.load(path) if dictionary is None else dictionary
+
+    @property
+    def dictionary_path(self) -> str:
+        """See the base class."""
+        return os.path.join(self.folders[0], "dict.txt")
 
     @property
     def max_positions(self) -> int:
@@ -79,7 +84,7 @@ class LanguageModelingTask(DataFolderTask):
         texts = [MMapIndexedDataset(part) for part in parts]
         for text, part in zip(texts, parts):
             largest = int(text.tokens.max()) if len(text.tokens) else -1
-            self.require_known_tokens(largest, part, f"{self.folders[0]}/dict.txt", len(self.dictionary))
+            self.require_known_tokens(largest, part, self.dictionary_path, len(self.dictionary))
         # One text stays mapped.
         tokens, sizes = (
             (np.concatenate([text.tokens for text in texts]), np.concatenate([text.sizes for text in texts]))

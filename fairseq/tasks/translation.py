@@ -72,7 +72,7 @@ class TranslationTask(DataFolderTask):
         return (second, first) if turned else (first, second)
 
     def _dictionary(self, lang: str) -> Dictionary:
-        path = os.path.join(self.folders[0], f"dict.{lang}.txt")
+        path = self._dictionary_path(lang)
         if not os.path.exists(path):
             raise ValueError(f"{self.folders[0]!r} holds no dict.{lang}.txt; preprocess.py writes it")
         return Dictionary.load(path)
@@ -86,6 +86,14 @@ class TranslationTask(DataFolderTask):
     def tgt_dict(self) -> Dictionary:
         """Dictionary of the target, by fairseq's name."""
         return self.dictionary
+
+    def _dictionary_path(self, lang: str) -> str:
+        return os.path.join(self.folders[0], f"dict.{lang}.txt")
+
+    @property
+    def dictionary_path(self) -> str:
+        """See the base class."""
+        return self._dictionary_path(self.target_lang)
 
     @property
     def max_positions(self) -> int:
@@ -199,7 +207,7 @@ class TranslationTask(DataFolderTask):
     def _side(self, paths: list[str], lang: str, dictionary: Dictionary, longest: int | None) -> Side:
         texts = [MMapIndexedDataset(path) for path in paths]
         sentences = Sentences(texts, longest)
-        name = f"{self.folders[0]}/dict.{lang}.txt"
+        name = self._dictionary_path(lang)
         self.require_known_tokens(sentences.largest_token, paths[0], name, len(dictionary))
         return Side(sentences, dictionary.pad(), dictionary.eos())
 

@@ -116,9 +116,11 @@ class CheckpointManager:
         self.validations_without_better = int(state["validations_without_better"] or 0)
 
     def names(self, *, epoch: int, update: int, end_of_epoch: bool, better: bool, figure: float | None) -> list[str]:
-        """The names the state of this moment goes under, checkpoint_last.pt at the end."""
+        """The names the state of this moment goes under, checkpoint_last.pt at the end; none with --no-save."""
         config = self.config
-        names = []
+        names: list[str] = []
+        if config.no_save:
+            return names
         if end_of_epoch and not config.no_epoch_checkpoints and epoch % config.save_interval == 0:
             names.append(f"checkpoint{epoch}.pt")
         if config.saves_after(update):  # also at an epoch's end, where fairseq writes no such file
@@ -132,13 +134,11 @@ class CheckpointManager:
         return names
 
     def write(self, names: list[str], save: Callable[[str], None]) -> None:
-        """Write a state under its names and remove what is no longer kept.
+        """Write a state under its names, of which there is one at least, and remove what is no longer kept.
 
         Args:
             save: writes the state to a path, whole or not at all.
         """
-        if self.config.no_save or not names:
-            return
         first = self.path(names[0])
         save(first)
         for name in names[1:]:

@@ -296,7 +296,7 @@ class TrainingLoop:
 
     def _save(self, names: list[str]) -> None:
         """Save the state under these names. Raises: OSError in every process when one cannot, so that none waits."""
-        if self.checkpoints.no_save or not names:
+        if not names:
             return
         state, parts, failure = self._checkpoint(), None, None
         try:

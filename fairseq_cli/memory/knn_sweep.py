@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     subset = tuned[0].fingerprint["subset"]
     alone = language_model_alone(tuned)
     sys.stdout.write(
-        f"{grid.size} settings on {subset} ({alone.num_tokens} tokens of {', '.join(config.retrievals)})\n"
+        f"{len(results)} settings on {subset} ({alone.num_tokens} tokens of {', '.join(config.retrievals)})\n"
     )
     sys.stdout.write(f"language model alone on {subset}: perplexity {alone.perplexity:.2f}\n")
     sys.stdout.write(f"best, tuned on {subset}: {best.setting.flags()} (perplexity {best.sums.perplexity:.2f})\n")

@@ -29,3 +29,9 @@ def test_the_figures_are_those_of_training(trained, data_bin, caplog):
 def test_a_missing_checkpoint_is_named(data_bin):
     with pytest.raises(ValueError, match="--path names no checkpoint"):
         validate.main([str(data_bin)])
+
+
+def test_an_overridden_limit_is_one_of_the_data_too(trained, data_bin):
+    words = ["--path", str(trained / "checkpoint_last.pt"), "--cpu", "--model-overrides", "{'max_target_positions': 4}"]
+    with pytest.raises(ValueError, match="the model reads at most 4"):
+        validate.main([str(data_bin), *words])

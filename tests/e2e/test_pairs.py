@@ -1,6 +1,6 @@
 """Two commands that write one output at the same time: the second is rejected, or both are right.
 
-``FAIRSEQ_PAIRS=100`` runs so many pairs instead of 10; ``FAIRSEQ_PAIRS_SEED`` draws other moments.
+``FAIRSEQ_PAIRS=100`` runs so many pairs instead of 6; ``FAIRSEQ_PAIRS_SEED`` draws other moments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from conftest import ROOT, TINY_MODEL, Command
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.writer import DatastoreWriter
 
-PAIRS = int(os.environ.get("FAIRSEQ_PAIRS", "10"))
+PAIRS = int(os.environ.get("FAIRSEQ_PAIRS", "6"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.slow

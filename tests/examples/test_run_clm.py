@@ -6,10 +6,8 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from example_commands import names_read, readme_commands
 
 transformers = pytest.importorskip("transformers")
@@ -334,9 +333,7 @@ def test_the_commands_of_the_readme_are_understood(examples: Path) -> None:
         assert training.output_dir
 
 
-def test_as_a_command_a_mistake_is_one_line_and_status_2(examples: Path, tiny_gpt2: Path, corpus: Path) -> None:
-    command = [sys.executable, str(examples / "run_clm.py"), "--model_name_or_path", str(tiny_gpt2), "--do_eval"]
-    command += ["--validation_file", str(corpus / "valid.txt"), "--stride", "half"]
-    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert told.returncode == 2
+def test_as_a_command_a_mistake_is_one_line_and_status_2(command: Command, tiny_gpt2: Path, corpus: Path) -> None:
+    words = ["--model_name_or_path", tiny_gpt2, "--do_eval", "--validation_file", corpus / "valid.txt"]
+    told = command("examples/huggingface/run_clm.py", *words, "--stride", "half", expect=2)
     assert told.stderr.splitlines() == ["run_clm.py: error: argument --stride: invalid int value: 'half'"]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Command
 from example_commands import names_read, readme_commands
 
 transformers = pytest.importorskip("transformers")
@@ -427,10 +426,8 @@ def test_the_commands_of_the_readme_are_understood(examples: Path) -> None:
         assert training.output_dir
 
 
-def test_as_a_command_a_mistake_is_one_line_and_status_2(examples: Path, pairs_folder: Path) -> None:
-    command = [sys.executable, str(examples / "run_translation.py"), "--model_name_or_path", "none", "--do_eval"]
-    command += ["--validation_file", str(pairs_folder / "validation.jsonl"), "--num_beams", "many"]
-    told = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert told.returncode == 2
+def test_as_a_command_a_mistake_is_one_line_and_status_2(command: Command, pairs_folder: Path) -> None:
+    words = ["--model_name_or_path", "none", "--do_eval", "--validation_file", pairs_folder / "validation.jsonl"]
+    told = command("examples/huggingface/run_translation.py", *words, "--num_beams", "many", expect=2)
     message = "run_translation.py: error: argument --num_beams/--num-beams: invalid int value: 'many'"
     assert told.stderr.splitlines() == [message]

@@ -19,7 +19,8 @@ def keeper(folder: Path, **settings: object) -> CheckpointManager:
 def write(kept: CheckpointManager, epoch: int, update: int, figure: float | None, end: bool = True) -> list[str]:
     better = kept.note(figure)
     names = kept.names(epoch=epoch, update=update, end_of_epoch=end, better=better, figure=figure)
-    kept.write(names, lambda path: save(path, f"{epoch} {update}"))
+    if names:
+        kept.write(names, lambda path: save(path, f"{epoch} {update}"))
     return names
 
 
@@ -89,7 +90,7 @@ def test_a_restore_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_no_save_writes_nothing(tmp_path: Path) -> None:
-    write(keeper(tmp_path / "none", no_save=True), 1, 1, 1.0)
+    assert write(keeper(tmp_path / "none", no_save=True), 1, 1, 1.0) == []
     assert not (tmp_path / "none").exists()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.stores import index_name, store_metadata, store_prefix
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.layout import StoreFiles
+from fairseq.memory.datastore.metadata import OVERWRITE, is_saved
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.build.build import BuiltIndex, build_index
 from fairseq.memory.index.build.config import BuildConfig
@@ -58,6 +60,7 @@ class KNNSaver(Attachment):
         tokenizer: Tokenizer | None = None,
         metadata: Mapping[str, Any] | None = None,
         first_sequence: int = 0,
+        overwrite_dstore: bool = False,
     ) -> None:
         """Args.
 
@@ -70,6 +73,8 @@ class KNNSaver(Attachment):
         tokenizer: the text's; a model with another one is then rejected.
         metadata: more facts of the store, such as its place among shards. Equal facts must mean equal rows.
         first_sequence: number of the first sequence, where a shard's are counted over the whole store.
+        overwrite_dstore: True replaces the complete store of another model that has the name; a model's own one is
+            replaced without it.
         Raises: ValueError when a number is impossible.
         """
         super().__init__(key_type(knn_keytype))
@@ -79,6 +84,7 @@ class KNNSaver(Attachment):
         self._rows, self._dim, self._folder, self._name = dstore_size, dimension, dstore_dir, name
         self._dtype, self._tokenizer = dtype, tokenizer
         self._metadata, self._first_sequence = dict(metadata or {}), first_sequence
+        self._overwrite = overwrite_dstore
         self._writer: DatastoreWriter | None = None
         self.prefix: str | None = None
 
@@ -112,7 +118,7 @@ class KNNSaver(Attachment):
         """Build an index over the saved store, or resume an interrupted build. Raises: ValueError, OSError."""
         if self.prefix is None:
             raise ValueError("no store was saved yet; build_index comes after break_out()")
-        try:
+        with python_wording():
             return build_index(
                 BuildConfig(
                     dstore_mmap=self.prefix,
@@ -125,8 +131,6 @@ class KNNSaver(Attachment):
                     train_size=train_size,
                 )
             )
-        except ValueError as error:
-            raise ValueError(_in_python(str(error))) from None
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         if self._dim is not None and self._dim != tap.dim:
@@ -134,6 +138,9 @@ class KNNSaver(Attachment):
         name = store_prefix(self._folder, model_type(model), self._rows, tap.dim)
         prefix = name if self._name is None else str(Path(self._folder) / self._name)
         facts = store_metadata(model, tap, self._tokenizer) | self._metadata
+        with python_wording():
+            if is_saved(prefix, self._dtype, facts | {"dim": tap.dim}, overwrite=self._overwrite):
+                logger.warning("%s: this model's complete datastore is there, and is replaced by a new one", prefix)
         self._writer = DatastoreWriter(prefix, self._rows, tap.dim, self._dtype, facts)
         self.prefix = prefix
         self._resumed_at, self._seen, self._num_sequences = self._writer.rows_done, 0, self._first_sequence
@@ -233,7 +240,12 @@ class KNNSaver(Attachment):
             self._num_sequences = int(document_N[-1]) + 1
 
 
-def _in_python(message: str) -> str:
-    """The message of a command with the names of arguments for those of flags."""
-    message = message.replace("use --index flat", "build none: without an index the search is exact")
-    return in_python(message)
+@contextmanager
+def python_wording() -> Iterator[None]:
+    """Errors of the commands' functions name the arguments of Python instead of flags."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error).replace("use --index flat", "build none: without an index the search is exact")
+        message = message.replace(f"replace the store with {OVERWRITE}", "replace the store with overwrite_dstore=True")
+        raise ValueError(in_python(message)) from None

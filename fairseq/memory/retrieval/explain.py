@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,16 +95,17 @@ def explain(
     retrievals: Sequence[Retrieval], setting: Setting, count: int, store: Datastore, dictionary: Dictionary
 ) -> tuple[list[Change], list[Change]]:
     """The ``count`` tokens whose ln p rose most by a setting, and those whose fell most, most first."""
-    grid = Grid((setting.k,), (setting.weight,), (setting.temperature,), (setting.joint_temperature,))
     changes = []
     for retrieval in retrievals:
+        temperature = _own_temperature(retrieval, setting)
+        grid = Grid((setting.k,), (), (temperature,), (setting.joint_temperature,))
         said = opinions(retrieval, grid)
         after_N = said.mixed(setting).double().numpy()
         before_N = np.asarray(retrieval.arrays["lm_logp"], np.float64)
         gain_N = np.nan_to_num(after_N - before_N, nan=0.0)
         falling = np.argsort(-gain_N, kind="stable")
         chosen = np.unique(np.concatenate([falling[:count], falling[::-1][:count]]))
-        memory_N = said.memory[setting.k, setting.temperature].double().numpy()
+        memory_N = said.memory[setting.k, temperature].double().numpy()
         shown = zip(_in_text(retrieval, chosen, dictionary), _neighbors(retrieval, chosen, setting, store, dictionary))
         for row, (text, neighbors) in zip(chosen.tolist(), shown):
             before, after, memory = (float(values[row]) for values in (before_N, after_N, memory_N))
@@ -111,6 +113,13 @@ def explain(
     changes.sort(key=lambda change: -change.gain)
     gained = [change for change in changes[:count] if change.gain > 0]
     return gained, [change for change in changes[::-1][:count] if change.gain < 0]
+
+
+def _own_temperature(retrieval: Retrieval, setting: Setting) -> float:
+    """What divides the similarities in the memory's own distribution."""
+    if setting.weight is not None:
+        return setting.temperature
+    return setting.temperature * math.sqrt(retrieval.fingerprint["dim"])  # as in the joint normalisation
 
 
 def _in_text(retrieval: Retrieval, rows: Array, dictionary: Dictionary) -> Iterator[str]:
@@ -133,7 +142,7 @@ def _neighbors(
 ) -> Iterator[tuple[Neighbor, ...]]:
     for row in rows.tolist():
         scores_K = torch.from_numpy(np.array(retrieval.arrays["scores"][row, : setting.k]))
-        share_K = torch.softmax(scores_K / setting.temperature, 0).nan_to_num(0.0)
+        share_K = torch.softmax(scores_K / _own_temperature(retrieval, setting), 0).nan_to_num(0.0)
         best = share_K.argsort(descending=True, stable=True)[:SHOWN_NEIGHBORS].numpy()
         ids = np.asarray(retrieval.arrays["ids"][row])[best].astype(np.int64)
         values = np.asarray(retrieval.arrays["values"][row])[best]

@@ -2,7 +2,7 @@
 
 One file in the safetensors format (a length, a JSON header, the arrays), so that it maps into memory and other programs
 read it. Its rows are the scored tokens in the order in which they were scored; its columns the neighbours as the search
-ordered them, so that the first k are what a search for k finds. ``retrieval_writer.py`` writes it.
+ordered them, so that the first k are what a search for k finds. ``writer.py`` writes it.
 
 Shapes: N scored tokens (or those of a part), K neighbours.
 """
@@ -231,9 +231,12 @@ def _foreign(path: Path) -> str:
 
 def _why_not_there(path: Path) -> str:
     if path.is_dir():
-        return f"{path} is a folder; name a file that eval_lm.py --save-retrieval wrote"
+        return f"{path} is a folder; name a file that --save-retrieval wrote"
     if progress_of(path).exists():
         state = read_record(progress_of(path), PROGRESS)
         of = f"{state['rows_done']} of {state['num_tokens']} tokens"
         return f"{path} is not complete ({of}); run the command that saves it again to resume"
-    return f"no file {path}; eval_lm.py --knnlm --save-retrieval {path} saves one"
+    return (
+        f"no file {path}; eval_lm.py --knnlm --save-retrieval {path} saves one, for translation generate.py --knnmt "
+        f"--score-reference --save-retrieval {path}"
+    )

@@ -54,5 +54,5 @@ ABOUT = Fields(
 EXPLAINED_MADE_OF = Fields({"store_digest": TEXT, "store_rows": WHOLE})
 EXPLAINED_ABOUT = Fields({"store": Fields({"prefix": TEXT, "described": FLAG})})
 """What explaining a sweep reads beside."""
-JOINT_ABOUT = Fields({**ABOUT.required, "interp_temp": NUMBER, "mode": TEXT}, ABOUT.optional)
-"""The same of an evaluation that normalised memory and vocabulary together."""
+JOINT_ABOUT = Fields(ABOUT.required, {**ABOUT.optional, "interp_temp": NUMBER, "mode": TEXT})
+"""The same of an evaluation that normalised memory and vocabulary together, and may have interpolated on top."""

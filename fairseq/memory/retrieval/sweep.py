@@ -33,14 +33,17 @@ class Setting:
     """Settings of the interpolation."""
 
     k: int
-    weight: float
+    weight: float | None
+    """Share of the memory's own distribution; None where the joint normalisation stands alone."""
     temperature: float
-    """Divides the similarities in the memory's own distribution."""
+    """Divides the similarities in that distribution; with ``weight`` None it is the joint one."""
     joint_temperature: float | None = None
     """Divides them in the joint normalisation (TRIME); None without one."""
 
     def flags(self) -> str:
         """The words that make an evaluation use it."""
+        if self.weight is None:
+            return f"--knn-lambda-type trime --k {self.k} --softmax-temp {self.temperature:.10g}"
         names = {"--k": self.k, "--lmbda": self.weight, "--softmax-temp": self.temperature}
         if self.joint_temperature is not None:
             names |= {"--softmax-temp": self.joint_temperature, "--interp-temp": self.temperature}
@@ -57,8 +60,8 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """As plain types, under the names of the flags."""
         setting = self.setting
-        row: dict[str, Any] = {"k": setting.k, "lmbda": setting.weight}
-        if setting.joint_temperature is None:
+        row: dict[str, Any] = {"k": setting.k} if setting.weight is None else {"k": setting.k, "lmbda": setting.weight}
+        if setting.joint_temperature is None or setting.weight is None:
             row["softmax_temp"] = setting.temperature
         else:
             row |= {"softmax_temp": setting.joint_temperature, "interp_temp": setting.temperature}
@@ -73,8 +76,16 @@ class Grid:
 
     ks: tuple[int, ...]
     weights: tuple[float, ...]
+    """Shares; none where the joint normalisation stands alone."""
     temperatures: tuple[float, ...]
     joint_temperatures: tuple[float | None, ...] = (None,)
+
+    @classmethod
+    def only(cls, setting: Setting) -> Grid:
+        """The grid of one setting."""
+        if setting.weight is None:
+            return cls((setting.k,), (), (), (setting.joint_temperature,))
+        return cls((setting.k,), (setting.weight,), (setting.temperature,), (setting.joint_temperature,))
 
     @classmethod
     def of(cls, config: SweepConfig, retrieval: Retrieval) -> Grid:
@@ -96,6 +107,14 @@ class Grid:
                     f"--interp-temp is TRIME's; {retrieval.path} was saved by {about['program']}: give --temperature"
                 )
             return cls(ks, config.weights, temperatures)
+        if "interp_temp" not in about:
+            for name, given in (("--lmbda", config.lmbda), ("--interp-temp", config.interp_temp)):
+                if given is not None:
+                    raise ValueError(
+                        f"{name}: {retrieval.path} was saved by {about['program']} --knn-lambda-type trime, which "
+                        "normalises vocabulary and neighbours together and mixes nothing on top; give --temperature"
+                    )
+            return cls(ks, (), (), temperatures)
         fixed = retrieval.fingerprint.get("softmax_temp")
         if fixed is not None and temperatures != (fixed,):
             raise ValueError(
@@ -105,9 +124,17 @@ class Grid:
         return cls(ks, config.weights, config.interp_temp or (about["interp_temp"],), temperatures)
 
     @property
-    def size(self) -> int:
-        """Number of settings."""
-        return len(self.ks) * len(self.weights) * len(self.temperatures) * len(self.joint_temperatures)
+    def settings(self) -> list[Setting]:
+        """All of them, shares fastest."""
+        pairs = [(k, joint) for k in self.ks for joint in self.joint_temperatures]
+        if not self.weights:
+            return [Setting(k, None, joint, joint) for k, joint in pairs if joint is not None]
+        return [
+            Setting(k, weight, temperature, joint)
+            for k, joint in pairs
+            for temperature in self.temperatures
+            for weight in self.weights
+        ]
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,8 @@ class Opinions:
     def mixed(self, setting: Setting) -> Tensor:
         """ln p of every token, (N,), in the order in which they were saved."""
         base_N = self.base[setting.k, setting.joint_temperature]
+        if setting.weight is None:
+            return base_N
         memory_N = self.memory[setting.k, setting.temperature]
         if not self.is_joint:
             return interpolate(base_N, memory_N, setting.weight)
@@ -164,19 +193,15 @@ def opinions(retrieval: Retrieval, grid: Grid) -> Opinions:
 
 def _joint(retrieval: Retrieval, temperature: float) -> JointNormalization:
     return JointNormalization(
-        dim=int(retrieval.fingerprint["dim"]), temperature=temperature, with_external=retrieval.about["mode"] != "li"
+        dim=int(retrieval.fingerprint["dim"]),
+        temperature=temperature,
+        with_external=retrieval.about.get("mode") != "li",
     )
 
 
 def sweep(retrievals: Sequence[Retrieval], grid: Grid) -> list[Result]:
     """The loss of every setting over the tokens of all files."""
-    settings = [
-        Setting(k, weight, temperature, joint)
-        for k in grid.ks
-        for joint in grid.joint_temperatures
-        for temperature in grid.temperatures
-        for weight in grid.weights
-    ]
+    settings = grid.settings
     totals = {setting: LossSums() for setting in settings}
     for retrieval in retrievals:
         order = retrieval.order
@@ -214,8 +239,7 @@ def at(result: Result, retrievals: Sequence[Retrieval]) -> Result:
                 f"the best setting has --k {setting.k}, and {retrieval.path} holds {retrieval.k} neighbours per token; "
                 f"save it again with --k {setting.k}, or sweep --k up to {retrieval.k}"
             )
-    grid = Grid((setting.k,), (setting.weight,), (setting.temperature,), (setting.joint_temperature,))
-    return sweep(retrievals, grid)[0]
+    return sweep(retrievals, Grid.only(setting))[0]
 
 
 SHARED = (

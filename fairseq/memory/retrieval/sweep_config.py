@@ -80,7 +80,7 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if not self.retrievals:
-            raise ValueError("name the file that eval_lm.py --save-retrieval wrote")
+            raise ValueError("name the file that eval_lm.py or generate.py --save-retrieval wrote")
         for weight in self.lmbda or ():
             if not 0.0 <= weight <= 1.0:
                 raise ValueError(f"--lmbda {weight:g} is not in [0, 1]; 0 means the language model alone")

@@ -56,20 +56,20 @@ def _heat_map(path: str, results: Sequence[Result], best: Result, subset: str) -
     except ImportError:
         logger.warning("no heat map: matplotlib is not installed (pip install 'fairseq-memory[plot]')")
         return False
-    panels: dict[tuple[int, float | None], dict[tuple[float, float], float]] = {}
+    panels: dict[str, dict[tuple[float, float], float]] = {}
     for result in results:
-        setting, sums = result.setting, result.sums
-        shown = math.nan if sums.num_impossible else sums.perplexity
-        panel = panels.setdefault((setting.k, setting.joint_temperature), {})
-        panel[setting.temperature, setting.weight] = shown
+        sums, (title, place) = result.sums, _place(result.setting)
+        panels.setdefault(title, {})[place] = math.nan if sums.num_impossible else sums.perplexity
     figure = Figure(figsize=(min(40.0, 2.0 + 4.5 * len(panels)), 4.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     finite = [value for panel in panels.values() for value in panel.values() if math.isfinite(value)]
-    for axis, ((k, joint), panel) in zip(axes, panels.items()):
-        image = _draw(axis, panel, (min(finite, default=0.0), max(finite, default=1.0)))
-        axis.set_title(f"k {k}" if joint is None else f"k {k}, joint temperature {joint:g}")
-        if (best.setting.k, best.setting.joint_temperature) == (k, joint):
-            _mark(axis, panel, best.setting)
+    across = "k" if best.setting.weight is None else "lambda"
+    best_title, best_place = _place(best.setting)
+    for axis, (title, panel) in zip(axes, panels.items()):
+        image = _draw(axis, panel, across, (min(finite, default=0.0), max(finite, default=1.0)))
+        axis.set_title(title)
+        if title == best_title:
+            _mark(axis, panel, best_place)
     figure.colorbar(image, ax=axes, label="perplexity")
     figure.suptitle(f"perplexity on {subset}; best: {best.setting.flags()}", fontsize="medium")
     with writing(path, binary=True) as file:
@@ -77,23 +77,32 @@ def _heat_map(path: str, results: Sequence[Result], best: Result, subset: str) -
     return True
 
 
-def _draw(axis: Any, panel: dict[tuple[float, float], float], limits: tuple[float, float]) -> Any:
-    temperatures, weights = (sorted(set(column)) for column in zip(*panel))
+def _place(setting: Setting) -> tuple[str, tuple[float, float]]:
+    """The panel that shows a setting, and its place there: temperature, and share or number of neighbours."""
+    k, joint = setting.k, setting.joint_temperature
+    if setting.weight is None:
+        return "joint normalisation", (setting.temperature, float(k))
+    title = f"k {k}" if joint is None else f"k {k}, joint temperature {joint:g}"
+    return title, (setting.temperature, setting.weight)
+
+
+def _draw(axis: Any, panel: dict[tuple[float, float], float], across: str, limits: tuple[float, float]) -> Any:
+    temperatures, columns = (sorted(set(values)) for values in zip(*panel))
     image = axis.imshow(
-        [[panel[temperature, weight] for weight in weights] for temperature in temperatures],
+        [[panel[temperature, column] for column in columns] for temperature in temperatures],
         aspect="auto",
         origin="lower",
         vmin=limits[0],
         vmax=limits[1],
         cmap="viridis_r",
     )
-    for places, values, name in ((axis.xaxis, weights, "lambda"), (axis.yaxis, temperatures, "temperature")):
+    for places, values, name in ((axis.xaxis, columns, across), (axis.yaxis, temperatures, "temperature")):
         step = max(1, -(-len(values) // 10))
         places.set_ticks(range(0, len(values), step), [f"{value:g}" for value in values[::step]])
         places.set_label_text(name)
     return image
 
 
-def _mark(axis: Any, panel: dict[tuple[float, float], float], best: Setting) -> None:
-    temperatures, weights = (sorted(set(column)) for column in zip(*panel))
-    axis.plot(weights.index(best.weight), temperatures.index(best.temperature), marker="*", color="red", markersize=14)
+def _mark(axis: Any, panel: dict[tuple[float, float], float], place: tuple[float, float]) -> None:
+    temperatures, columns = (sorted(set(values)) for values in zip(*panel))
+    axis.plot(columns.index(place[1]), temperatures.index(place[0]), marker="*", color="red", markersize=14)

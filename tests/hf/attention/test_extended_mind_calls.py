@@ -201,16 +201,13 @@ def test_memories_are_kept_anywhere_and_in_files(llama, tmp_path, device, memory
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype, request):
-    """Keys and values of 16 kB a token: 24 MB that must not be in memory together, at no time."""
+    """Keys and values of 8 or 16 kB a token: 8 or 16 MB that must not be in memory together, at no time."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=512
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().to(dtype)
-    source, settings = (
-        ids(1500 * torch.float32.itemsize // dtype.itemsize, seed=4),
-        MindSettings(max_len=256, stride=64),
-    )
+    source, settings = ids(1000, seed=4), MindSettings(max_len=256, stride=64)
     held: list[int] = []
     hook = model.register_forward_hook(lambda *_: held.append(bytes_of_new_tensors()))
     gc.collect()
@@ -221,7 +218,7 @@ def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype, request):
     held.clear()
     made = build_memory(model, source, settings=settings, folder=str(tmp_path), batch_size=1)
     hook.remove()
-    assert max(held) - min(held) < expected.nbytes / 10
+    assert max(held) - min(held) < expected.nbytes / 5
     assert torch.equal(made.place_S, expected.place_S)
     for number, layer in expected.layers.items():
         for kind, mine, there in (

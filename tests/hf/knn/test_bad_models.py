@@ -95,6 +95,27 @@ def test_missing_labels_while_saving(model, tmp_path):
     assert set(vars(model)) == names
 
 
+def test_a_store_of_another_model_is_replaced_on_demand_only(model, tmp_path, caplog):
+    def save(**more):
+        with KNNSaver(dstore_dir=tmp_path, name="s", dtype="float32", **more)(model) as saver:
+            model(**inputs(model, batch=1, length=6))
+        return Datastore.open(saver.prefix).keys.take(torch.arange(5))
+
+    before = save()
+    assert not caplog.records
+    assert torch.equal(save(), before)
+    assert "this model's complete datastore is there, and is replaced" in caplog.text
+    with torch.no_grad():
+        model.transformer.h[-1].ln_2.weight.mul_(1.5)
+    with pytest.raises(
+        ValueError, match=r"complete and its model is .* or replace the store with overwrite_dstore=True"
+    ):
+        save()
+    assert torch.equal(Datastore.open(tmp_path / "s").keys.take(torch.arange(5)), before)
+    assert not any(a or b for a, b in hooks(model))
+    assert not torch.equal(save(overwrite_dstore=True), before)
+
+
 def test_a_call_whose_keys_are_rejected_leaves_no_trace_in_the_store(model, tmp_path):
     saver = KNNSaver(dstore_dir=tmp_path)
     with saver(model):

@@ -69,7 +69,7 @@ def test_a_sweep_of_knn_lm_is_the_formula(tmp_path):
     retrieval = saved(tmp_path / "r")
     grid = Grid((1, 5, K), (0.0, 0.3, 0.95, 1.0), (1.0, 4.0))
     results = sweep([retrieval], grid)
-    assert len(results) == grid.size == 24
+    assert len(results) == len(grid.settings) == 24
     order, continues = retrieval.order, retrieval.arrays["continues"]
     for result in results:
         expected = by_hand(retrieval, result.setting)
@@ -100,7 +100,7 @@ def test_a_sweep_of_trime_is_separate_evaluations(tmp_path, text_sums, mode):
         logp = combine(part.lm_logp_N, part.lm_norm_N, found, part.target_N, part.text_sums).double().numpy()
         expected = loss_sums(blocks, continues, logp[order]).loss_base2
         assert results[Setting(k, weight, temp, t)] == pytest.approx(expected, abs=1e-6)
-    assert len(results) == grid.size
+    assert len(results) == len(grid.settings)
 
 
 def test_shards_add_up_and_must_be_complete(tmp_path):
