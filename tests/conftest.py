@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from forked_commands import Forks
 # The time an example takes depends on what else the machine does.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+# A million objects of imported modules are looked through by every full collection; they all stay.
+gc.set_threshold(20_000, 20, 50)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,6 +56,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, (name, lines) in enumerate((("train", 300), ("valid", 60), ("test", 50))):
         write_corpus(folder / f"{name}.txt", lines, seed)
     return folder
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """What earlier tests left is passed over by collections: each takes a second otherwise, late in a run."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 
+@pytest.mark.usefixtures("frozen_heap")
 def test_a_datastore_of_the_domain_helps_and_a_report_is_left(
     examples: Path, tiny_gpt2: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,7 +200,8 @@ def test_memories_are_kept_anywhere_and_in_files(llama, tmp_path, device, memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype, request):
+@pytest.mark.usefixtures("frozen_heap")
+def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype):
     """Keys and values of 8 or 16 kB a token: 8 or 16 MB that must not be in memory together, at no time."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=512
@@ -210,9 +211,6 @@ def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype, request):
     source, settings = ids(1000, seed=4), MindSettings(max_len=256, stride=64)
     held: list[int] = []
     hook = model.register_forward_hook(lambda *_: held.append(bytes_of_new_tensors()))
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked through at every window
-    request.addfinalizer(gc.unfreeze)
     expected = build_memory(model, source, settings=settings, batch_size=1)
     assert max(held) - min(held) > expected.nbytes / 2  # one in memory grows with every window
     held.clear()
@@ -231,7 +229,7 @@ def test_a_memory_on_disk_is_written_while_it_is_made(tmp_path, dtype, request):
 
 
 def bytes_of_new_tensors():
-    """Bytes of all tensors since gc.freeze that no file stands behind: the same in every run, unlike the heap."""
+    """Bytes of all tensors since ``frozen_heap`` that no file stands behind: the same in every run, unlike the heap."""
     # No subclass: what torch.compile keeps of an earlier test are tensors without bytes.
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
