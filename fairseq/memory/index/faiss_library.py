@@ -63,7 +63,7 @@ def _queries_at_once(index: SwigIndex) -> int:
     """
     if type(index).__name__ != "IndexIVFPQFastScan":
         return sys.maxsize
-    table_bytes = index.nprobe * index.pq.M * index.pq.ksub * np.dtype(np.float32).itemsize
+    table_bytes = int(index.nprobe * index.pq.M * index.pq.ksub * np.dtype(np.float32).itemsize)
     return min(_MOST_QUERIES, max(1, _TABLE_BYTES // table_bytes) * int(faiss_library().omp_get_max_threads()))
 
 
