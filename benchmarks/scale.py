@@ -84,13 +84,14 @@ def compare(options: Any) -> dict[str, Any]:
 
     from fairseq.memory.index.exact.index import ExactIndex
     from fairseq.memory.index.sharded.index import ShardedIndex
+    from fairseq.memory.index.sharded.server import RangeServer
     from fairseq.runtime.ray_cluster import connect
 
     rows, query_ND, found = options.rows, make_queries(options), {}
     keys = np.memmap(options.keys, np.float16, "r", shape=(rows, options.dim))
     one_process = ExactIndex(keys)
     expected = one_process.search(query_ND, options.k)
-    found["connect_seconds"] = common.seconds(lambda: connect("ray"))
+    found["connect_seconds"] = common.seconds(lambda: connect("ray", RangeServer))
     for count in (2, 4):
         began = time.perf_counter()
         index, actors = open_actors(options, rows, count)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fairseq.evaluation.config import EvaluationConfigs, MemoryEvaluationConfig
 from fairseq.evaluation.memories import check_knn
+from fairseq.memory.index.sharded.early import begin_search
 from fairseq.options import Settings, evaluation_configs, parse_eval_lm
 from fairseq_cli.entry import run
 
@@ -22,6 +23,8 @@ def main(argv: Sequence[str]) -> None:
     if configs.memory.save_knnlm_dstore:
         save_datastore(configs)
         return
+    if configs.memory.knnlm:
+        begin_search(configs.knn.search_on)
 
     from fairseq.evaluation.outputs import print_report, write_outputs
     from fairseq.evaluation.run import run_evaluation

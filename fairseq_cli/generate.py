@@ -19,6 +19,7 @@ from fairseq.generation.config import GenerateConfig, GenerationConfig, StepKnnC
 from fairseq.generation.foreign_overrides import split_overrides
 from fairseq.memory.combiners.learned_files import read_made_for
 from fairseq.memory.datastore.config import SAVES_PAIRS, SAVES_TEXT
+from fairseq.memory.index.sharded.early import begin_search
 from fairseq.metrics.word_loss import LossSums, loss_sums
 from fairseq.options import TaskChoiceConfig, add_ignored, import_plugins, warn_ignored
 from fairseq.registry import lookup
@@ -143,9 +144,16 @@ def of_combiner(config: StepMemoryConfig) -> dict[str, Any]:
     }
 
 
+def begin_memory(settings: StepMemorySettings) -> None:
+    """Start Ray, if it is to search, while the model is loaded."""
+    if settings.memory.knnmt and not settings.memory.sentence_pairs:
+        begin_search(settings.knn.search_on)
+
+
 def main(argv: Sequence[str]) -> None:
     """Generate for a split and print fairseq's lines and scores."""
     configs = parse(argv)
+    begin_memory(configs.memory)
     from fairseq.generation.setup import open_models
 
     config = configs.generate

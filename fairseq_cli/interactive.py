@@ -16,7 +16,7 @@ from fairseq.config import LARGEST_COUNT, build, flag, require_within
 from fairseq.runtime.manifest import Command
 from fairseq.tasks import TASKS
 from fairseq_cli.entry import run
-from fairseq_cli.generate import GenerateConfigs, configs_of, open_wording, parsed
+from fairseq_cli.generate import GenerateConfigs, begin_memory, configs_of, open_wording, parsed
 
 if TYPE_CHECKING:
     from fairseq.generation.lines import Wording
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
         )
     if configs.generate.results_path:
         logger.warning("--results-path %s: lines are printed, nothing is kept there", configs.generate.results_path)
+    begin_memory(configs.memory)
     session = _Session(configs)
     with _opened(config.input) as lines:
         if config.input == "-" and sys.stdin.isatty():

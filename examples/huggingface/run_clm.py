@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     if data.save_scores:
         require_writable(os.path.dirname(os.path.abspath(data.save_scores)), "--save_scores")
     require_writable(str(training.output_dir), "--output_dir")
+    script_memory.begin(knn, training)
     set_seed(training.seed)
     config, tokenizer = load_config(chosen, CAUSAL), load_tokenizer(chosen, CAUSAL)
     size = clm_data.window_size(data.block_size, config, tokenizer)

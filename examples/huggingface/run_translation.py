@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     """Do what the flags ask for, in the order train, save, index, cluster, evaluate, predict."""
     options = chosen, data, knn, training = parse(argv)
     check_options(data, training, makes_memory=knn.makes_memory)
+    script_memory.begin(knn, training)
     set_seed(training.seed)
     config, tokenizer = load_config(chosen, SEQ2SEQ), load_tokenizer(chosen, SEQ2SEQ)
     if not config.is_encoder_decoder:

@@ -17,6 +17,7 @@ from fairseq.hf.knn.stores import StorePlace, open_store
 from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.build.build import BuiltIndex, build_index
+from fairseq.memory.index.sharded.early import begin_search
 from fairseq.memory.retomaton.build_clusters import BuiltClusters, build_clusters
 
 
@@ -78,6 +79,12 @@ def make(model: Any, config: Any, tokenizer: Any, pieces: Any, knn: KnnArguments
     if knn.cluster_dstore:
         made = cluster(config, knn)
         sys.stdout.write(f"made {made.num_clusters} clusters of {made.rows} keys: {made.path}\n")
+
+
+def begin(knn: KnnArguments, training: TrainingArguments) -> None:
+    """Start Ray, if it is to search, while text and model are loaded."""
+    if knn.uses_memory and not training.do_train:
+        begin_search(knn.search_on)
 
 
 def wrapper(knn: KnnArguments, tokenizer: Any) -> KNNWrapper | None:

@@ -6,21 +6,29 @@ import functools
 import logging
 import os
 import re
+import secrets
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from fairseq.registry import did_you_mean
+from fairseq.runtime.forking import FORKS, ForkedObject, LocalObject, packed, start_origin
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _NAMESPACE = "fairseq-memory"
 _START_SECONDS = 120.0  # importing torch on a busy disk; a node that has to come back takes longer than any user waits
 _CONNECT_SECONDS = 5.0
+_JOIN_SECONDS = 30.0
+_LOOK_SECONDS = 5.0  # between looks at whether a worker's node is lost
 _SHARED_MEMORY = "/dev/shm"
 _MOST_STORE_BYTES = 1 << 30
 _LEAST_STORE_BYTES = 80 << 20  # Ray rejects less than 75 MiB
@@ -60,12 +68,44 @@ def check_target(flag: str, target: str) -> None:
     raise ValueError(f"{flag} {target} is not ray or ray://HOST:PORT (the address that ray start prints){hint}")
 
 
-def connect(target: str) -> str:
+def connect(target: str, kind: type | None = None) -> str:
     """Start Ray on this machine (``ray``), or join the cluster at ``ray://HOST:PORT``; returns its address.
 
-    ``ray://auto`` is the cluster of this node. A process that has joined one stays in it.
+    ``ray://auto`` is the cluster of this node; ``kind`` is what actors will be made of, whose module is imported
+    meanwhile. A process that has joined a cluster stays in it.
     Raises: ValueError where Ray is not installed or of another version; OSError where no cluster answers.
     """
+    begun = _begun.pop(target, None)  # taken once: Ray may be shut down and started again
+    return begun.result() if begun is not None else _connect(target, kind.__module__ if kind else None)
+
+
+_begun: dict[str, Future[str]] = {}
+
+
+def begin_connecting(target: str, module: str) -> None:
+    """Begin what ``connect`` then waits for, and raises, meanwhile; ``module`` is that of the actors' kind."""
+    if target not in _begun:
+        _begun[target] = _in_background(lambda: _connect(target, module))
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """The coming result of some work in a thread that lasts as long as this process."""
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+        threading.Event().wait()  # with the thread that started them the kernel would end Ray's processes
+
+    threading.Thread(target=run, name="connecting to Ray", daemon=True).start()
+    return done
+
+
+def _connect(target: str, module: str | None) -> str:
+    if target == "ray" and module and FORKS:
+        start_origin(_origin(), module)
     ray = ray_library()
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -74,10 +114,38 @@ def connect(target: str) -> str:
             # Ray gives workers niceness 15: a search beside other work would hardly run (see docs/scale.md).
             os.environ.setdefault("RAY_worker_niceness", "0")
             settings |= {"include_dashboard": False, "object_store_memory": _store_bytes()}
-            ray.init(**settings)
+            with _fewer_services(ray):
+                ray.init(address="local", **settings)  # whatever RAY_ADDRESS says
         else:
             _join(target.removeprefix("ray://"), settings)
     return str(ray.get_runtime_context().gcs_address)
+
+
+@contextmanager
+def _fewer_services(ray: Any) -> Iterator[None]:
+    """Start a Ray for this process alone without what it does not use: dashboard, autoscaler, and monitor of logs.
+
+    They take 3 of 10 s of CPU, and workers start when the dashboard answers. Ray 2.60 has no setting for this; one that
+    lacks the names below starts them all.
+    """
+    try:
+        parameter, node = ray._private.parameter, ray._private.node.Node
+        params, start = parameter.RayParams, node.start_api_server
+    except AttributeError:
+        yield
+        return
+    parameter.RayParams = functools.partial(params, no_monitor=True, include_log_monitor=False)
+    node.start_api_server = lambda self, **options: None
+    try:
+        yield
+    finally:
+        parameter.RayParams, node.start_api_server = params, start
+
+
+@functools.cache
+def _origin() -> str:
+    """Name of the process that is forked for this one's actors, on each node."""
+    return f"fairseq-{secrets.token_hex(16)}"
 
 
 def _join(address: str, settings: dict[str, Any]) -> None:
@@ -85,8 +153,12 @@ def _join(address: str, settings: dict[str, Any]) -> None:
     host, _, port = address.rpartition(":")
     try:
         if address != "auto":
-            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-        ray.init(address=address, **settings)
+            _require_server(host, int(port), tls=os.environ.get("RAY_USE_TLS", "0") not in ("0", "false"))
+        _use_token()
+        # It waits without end for a server that is none of Ray's.
+        _in_background(functools.partial(ray.init, address=address, **settings)).result(_JOIN_SECONDS)
+    except FutureTimeout:
+        raise _no_cluster(address, TimeoutError("no answer")) from None
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise _no_cluster(address, error) from None
@@ -97,11 +169,31 @@ def _join(address: str, settings: dict[str, Any]) -> None:
         raise _no_cluster(address, error) from None
 
 
+def _require_server(host: str, port: int, *, tls: bool) -> None:
+    """Raise OSError unless a server of the protocol of Ray's (HTTP/2) answers there."""
+    with socket.create_connection((host, port), _CONNECT_SECONDS) as server:
+        if tls:
+            return
+        server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        answer = server.recv(9)
+    if answer[3:4] != b"\4":  # its settings come first (RFC 9113, sec. 3.4)
+        raise OSError("another kind of server answers")
+
+
+def _use_token() -> None:
+    """Send the user's token, if there is one, to a cluster with an address too; Ray 2.60 does so without one only."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it does
+    with suppress(ImportError, AttributeError):  # another version
+        from ray._private.authentication import authentication_token_setup as tokens
+
+        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
 def _no_cluster(address: str, error: BaseException) -> OSError:
     reason = str(error).strip().partition("\n")[0]
     return OSError(
         f"no Ray cluster at {address} ({reason}); run on one of its nodes, with the address that ray start --head "
-        "prints (its port is 6379 by default)"
+        "prints (its port is 6379 by default), and with the token of its nodes (~/.ray/auth_token)"
     )
 
 
@@ -126,15 +218,22 @@ def nodes() -> list[Node]:
     return found
 
 
-def place(paths: Sequence[Sequence[str]], nodes: Sequence[Node], seen: Sequence[Sequence[bool]]) -> list[Node]:
+def place(
+    paths: Sequence[Sequence[str]],
+    nodes: Sequence[Node],
+    seen: Sequence[Sequence[bool]],
+    present: Sequence[Node] = (),
+) -> list[Node]:
     """A node for each worker that has its files, the least loaded by workers per CPU.
 
     Args:
         paths: of each worker, the files it reads.
         seen: of each node and worker, whether all of these are there.
+        present: nodes of other workers, one a worker.
     Raises: ValueError for a worker whose files no node has.
     """
-    load, placed = [0] * len(nodes), []
+    load: list[int] = [present.count(node) for node in nodes]
+    placed: list[Node] = []
     for worker, files in enumerate(paths):
         choice = [number for number in range(len(nodes)) if seen[number][worker]]
         if not choice:
@@ -148,19 +247,59 @@ def place(paths: Sequence[Sequence[str]], nodes: Sequence[Node], seen: Sequence[
     return placed
 
 
+class Creation:
+    """What workers are made of and where they are, to create one again, on another node if its own is lost."""
+
+    def __init__(
+        self, kind: type, arguments: Sequence[Any], paths: Sequence[Sequence[str]], service: str | None
+    ) -> None:
+        """Args: as of ``RayActors.start``. Raises: ValueError when no node has a worker's files."""
+        self._kind, self._arguments, self._paths, self._service = kind, arguments, paths, service
+        machines = nodes()
+        self._placed = place(paths, machines, _seen(machines, paths))
+        # Of CPUs; what is moved later takes what it finds: its new node has given all CPUs to its own workers.
+        self._shares = [node.cpus / self._placed.count(node) for node in self._placed]
+
+    def create(self, worker: int) -> Any:
+        """Start a worker."""
+        ray, node = ray_library(), self._placed[worker]
+        share = self._shares[worker]
+        # Rounded down, to the digits that Ray keeps: three times 0.6667 are more than two CPUs.
+        options: dict[str, Any] = {"max_restarts": -1, "num_cpus": int(share) if share >= 1 else int(share * 1e4) / 1e4}
+        strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        options["scheduling_strategy"] = strategy(node.id, soft=True)
+        if self._service is not None:
+            options["name"] = f"{self._service}:{worker}-of-{len(self._arguments)}"
+        words = (self._kind, self._arguments[worker], max(1, int(node.cpus / self._placed.count(node))))
+        given = (_origin(), self._kind.__module__, packed(*words)) if FORKS else words
+        return ray.remote(ForkedObject if FORKS else LocalObject).options(**options).remote(*given)
+
+    def node_is_lost(self, worker: int) -> bool:
+        """True if the node that a worker was placed on is not part of the cluster any more."""
+        return self._placed[worker].id not in [node.id for node in nodes()]
+
+    def move(self, worker: int) -> None:
+        """Choose another node for a worker. Raises: ValueError when no node has its files."""
+        machines, paths = nodes(), [self._paths[worker]]
+        others = self._placed[:worker] + self._placed[worker + 1 :]
+        (self._placed[worker],) = place(paths, machines, _seen(machines, paths), others)
+        self._shares[worker] = 0
+
+
 class RayActors:
     """Objects that live on the nodes of a cluster, one a worker, and are called by number.
 
-    Ray starts one that dies again, on another node if need be; what it was asked is lost, which ``receive`` raises.
+    Ray starts one that dies again; one whose node is lost is created on another node that has its files. What it was
+    asked is lost, which ``receive`` raises.
     """
 
-    def __init__(self, actors: list[Any], create: Callable[[int], Any] | None, ready: str) -> None:
+    def __init__(self, actors: list[Any], creation: Creation | None, ready: str) -> None:
         """Args.
 
-        create: starts a worker anew; None for those of another process.
+        creation: creates a worker again; None for those of another process.
         ready: the method that answers when a worker can work.
         """
-        self._actors, self._create, self._ready = actors, create, ready
+        self._actors, self._creation, self._ready = actors, creation, ready
 
     @classmethod
     def start(
@@ -175,25 +314,17 @@ class RayActors:
 
         Args:
             paths: of each worker, the files it reads.
-            service: name under which other processes find them, also when this one has ended; None for this one alone.
-        Raises: ValueError when no node has a worker's files.
+            service: name under which other processes find them, while this one lives; None for this one alone.
+        Raises: ValueError when no node has a worker's files; OSError when the cluster has no CPUs for them.
         """
-        ray = ray_library()
-        machines = nodes()
-        placed = place(paths, machines, _seen(machines, paths))
-        shares = [node.cpus / placed.count(node) for node in placed]
-        remote = ray.remote(kind)
-
-        def create(worker: int) -> Any:
-            share = shares[worker]
-            options: dict[str, Any] = {"max_restarts": -1, "num_cpus": int(share) if share >= 1 else round(share, 4)}
-            strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-            options["scheduling_strategy"] = strategy(placed[worker].id, soft=True)
-            if service is not None:
-                options |= {"name": f"{service}:{worker}-of-{len(arguments)}", "lifetime": "detached"}
-            return remote.options(**options).remote(arguments[worker], max(1, int(share)))
-
-        return cls([create(worker) for worker in range(len(arguments))], create, ready)
+        creation = Creation(kind, arguments, paths, service)
+        actors = cls([creation.create(worker) for worker in range(len(arguments))], creation, ready)
+        try:
+            actors._wait_for_cpus()
+        except BaseException:
+            actors.end()
+            raise
+        return actors
 
     @classmethod
     def find(cls, service: str, ready: str) -> RayActors | None:
@@ -223,13 +354,10 @@ class RayActors:
     def send(self, worker: int, method: str, *arguments: Any) -> Any:
         """Begin a call."""
         with _store_errors():
-            return getattr(self._actors[worker], method).remote(*arguments)
+            return self._actors[worker].call.remote(method, *arguments)
 
     def receive(self, call: Any, seconds: float | None = None) -> Any:
-        """The result of a call.
-
-        Raises: WorkerLostError when the worker died before it answered; ValueError or OSError that the method raised.
-        """
+        """The result of a call. Raises: WorkerLostError when the worker died; ValueError or OSError of the method."""
         errors = ray_library().exceptions
         try:
             with _store_errors():
@@ -245,25 +373,48 @@ class RayActors:
 
     def restart(self, worker: int) -> None:
         """Wait until a lost worker answers. Raises: WorkerLostError when it does not come back."""
-        errors = ray_library().exceptions
+        ray = ray_library()
         deadline = time.monotonic() + _START_SECONDS
-        while True:
+        while time.monotonic() < deadline:
+            if self._creation is not None and self._creation.node_is_lost(worker):
+                self._replace(worker, moved=True)
             try:
+                ray.get(self._actors[worker].__ray_ready__.remote(), timeout=_LOOK_SECONDS)
                 self.receive(self.send(worker, self._ready), max(1.0, deadline - time.monotonic()))
-            except WorkerLostError as error:
-                if time.monotonic() > deadline:
-                    raise WorkerLostError(f"it did not start in {_START_SECONDS:.0f} s: {_free()}") from error
+            except ray.exceptions.ActorDiedError as error:  # killed for good, which Ray does not repair
+                if self._creation is None:
+                    raise WorkerLostError("its service has ended") from error
+                self._replace(worker, moved=False)
+            except (ray.exceptions.RayError, WorkerLostError) as error:
+                logger.debug("worker %d is not back: %s", worker, error)
             else:
                 return
             time.sleep(0.2)
+        raise WorkerLostError(f"it did not start in {_START_SECONDS:.0f} s: {_free()}")
+
+    def _replace(self, worker: int, *, moved: bool) -> None:
+        """Create a worker again. Raises: WorkerLostError when no node has its files any more."""
+        assert self._creation is not None
+        ray_library().kill(self._actors[worker])
+        if moved:
             try:
-                ray_library().get(self._actors[worker].__ray_ready__.remote(), timeout=_START_SECONDS)
-            except errors.ActorDiedError as error:  # killed for good, which Ray does not repair
-                if self._create is None:
-                    raise WorkerLostError("its service has ended") from error
-                self._actors[worker] = self._create(worker)
-            except errors.RayError:
-                continue
+                self._creation.move(worker)
+            except (ValueError, OSError) as error:
+                raise WorkerLostError(f"its node is lost, and {error}") from error
+        self._actors[worker] = self._creation.create(worker)
+
+    def _wait_for_cpus(self) -> None:
+        """Wait until all workers run. Raises: OSError when they do not, because others hold the CPUs."""
+        calls = [actor.__ray_ready__.remote() for actor in self._actors]
+        for seconds in (_LOOK_SECONDS, _START_SECONDS):
+            _, waiting = ray_library().wait(calls, num_returns=len(calls), timeout=seconds)
+            if not waiting:
+                return
+            logger.warning("%s; waiting", state := f"{len(waiting)} of {len(calls)} actors have not started: {_free()}")
+        raise OSError(
+            f"{state}; end what else uses the cluster, or search a datastore that several commands share by "
+            "fairseq-datastore serve"
+        )
 
     def end(self) -> None:
         """Stop all workers for good."""
@@ -309,14 +460,13 @@ def _store_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class FinishedCommand:
-    """A command that ended on some node."""
+    """A command that ended on some node; ``error`` is the last line of its standard error."""
 
     number: int
     code: int
     node: str
     out: str
     error: str
-    """The last line of its standard error."""
 
 
 def run_commands(

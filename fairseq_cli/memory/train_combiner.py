@@ -13,6 +13,7 @@ from fairseq.config.plugins import import_user_dir
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.generation.config import StepKnnConfig
 from fairseq.memory.combiners.config import CombinerTrainingConfig
+from fairseq.memory.index.sharded.early import begin_search
 from fairseq.options import TaskChoiceConfig
 from fairseq.registry import lookup
 from fairseq.runtime.atomic_files import require_writable
@@ -64,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("give --dstore-filename PREFIX: which datastore is searched is not known otherwise")
     path = config.file_of(training.kind)
     require_writable(os.path.dirname(os.path.abspath(path)), "--out")
+    begin_search(knn.search_on)
 
     from fairseq.checkpoint_utils import load_checkpoint
     from fairseq.generation.train_combiner import CombinerRun

@@ -16,6 +16,7 @@ from fairseq.runtime.manifest import file_digest
 
 if TYPE_CHECKING:
     from fairseq.data.dictionary import Dictionary
+    from fairseq.memory.index.base import Index
     from fairseq.memory.sources.external import ExternalMemory
     from fairseq.memory.types import Array
 
@@ -52,13 +53,13 @@ def facts_of_model(
 def facts_of_search(memory: ExternalMemory, probe: int) -> dict[str, Any]:
     """Identity of the store and of how it is searched; ``probe`` counts where there is an index file."""
     store, index = memory.store, memory.index
-    file = getattr(index, "name", None)
+    files = _index_files(index)
     return {
         "store_digest": store_digest(store),
         "store_rows": len(store),
         "dim": store.dim,
         "deleted": f"{len(store.deleted)} rows, crc {zlib.crc32(store.deleted.tobytes()):08x}",
-        "index": f"{file_digest(file)}, probe {probe}" if file else "exact",
+        "index": ", ".join([*map(file_digest, files), f"probe {probe}"]) if files else "exact",
         "metric": index.metric.value,
         "score": memory.score,
         "k": memory.k,
@@ -73,4 +74,10 @@ def place_of_store(memory: ExternalMemory) -> dict[str, Any]:
         "key_dtype": store.keys.dtype,
         "described": bool(store.metadata),
     }
-    return {"store": described, "index": str(getattr(memory.index, "name", "exact"))}
+    return {"store": described, "index": ", ".join(_index_files(memory.index)) or "exact"}
+
+
+def _index_files(index: Index) -> list[str]:
+    """The faiss indexes that are searched, one or one a shard; none for exact search."""
+    name = getattr(index, "name", None)
+    return [str(name)] if name else list(getattr(index, "index_files", ()))

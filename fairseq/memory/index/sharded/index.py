@@ -64,17 +64,18 @@ class ShardedIndex:
     that dies is started and asked again; one that stays lost raises OSError: there is no smaller answer.
     """
 
-    def __init__(self, workers: Workers, num_rows: int, name: str = "sharded") -> None:
+    def __init__(self, workers: Workers, num_rows: int, name: str = "sharded", index_files: Sequence[str] = ()) -> None:
         """Args.
 
         workers: servers of ranges in the order of rows, which together hold each row once.
         num_rows: rows of the store.
         name: shown in messages.
+        index_files: the faiss indexes that are searched, in the order of rows; none for exact search.
         Raises: ValueError when ranges overlap, leave a gap, or differ in width or metric.
         """
-        self._workers, self._name = workers, name
+        self._workers, self._name, self.index_files = workers, name, tuple(index_files)
         calls = [workers.send(worker, "describe") for worker in range(len(workers))]
-        facts = [self._answer(worker, call, "describe") for worker, call in enumerate(calls)]
+        facts = [RangeFacts.of(self._answer(worker, call, "describe")) for worker, call in enumerate(calls)]
         check_ranges(facts, num_rows)
         self._facts: Sequence[RangeFacts] = facts
         self._alive = [each.rows - len(each.deleted) for each in facts]

@@ -64,12 +64,12 @@ def open_sharded_index(
     Raises: ValueError or OSError with the way out when files, Ray or the cluster are missing or do not fit.
     """
     _check_workers(store, indexfile, settings, num_workers)
-    connect(target)
+    connect(target, RangeServer)
     ranges = _ranges(store, indexfile, settings, num_workers)
     found = RayActors.find(service_name(store, ranges), _READY) if target != "ray" and store.digest else None
     if found is not None:
         logger.info("datastore %s is served by %d actors of %s", store.prefix, len(found), target)
-    return ShardedIndex(found or _start(ranges), len(store), store.prefix)
+    return _index(found or _start(ranges), store, ranges)
 
 
 def serve(
@@ -79,12 +79,12 @@ def serve(
     indexfile: str | None = None,
     num_workers: int | None = None,
 ) -> tuple[ShardedIndex, RayActors, str]:
-    """Start actors that outlive this process until they are ended: index, actors and address of the cluster.
+    """Start actors that other processes find until this one ends: index, actors and address of the cluster.
 
     Raises: ValueError or OSError as ``open_sharded_index``, and when the store is served already.
     """
     _check_workers(store, indexfile, settings, num_workers)
-    address = connect(target)
+    address = connect(target, RangeServer)
     ranges = _ranges(store, indexfile, settings, num_workers)
     name = service_name(store, ranges)
     if RayActors.find(name, _READY) is not None:
@@ -93,10 +93,15 @@ def serve(
         )
     actors = _start(ranges, name)
     try:
-        return ShardedIndex(actors, len(store), store.prefix), actors, address
+        return _index(actors, store, ranges), actors, address
     except BaseException:
         actors.end()
         raise
+
+
+def _index(actors: RayActors, store: Datastore, ranges: list[RowRange]) -> ShardedIndex:
+    files = [each.indexfile for each in ranges if each.indexfile]
+    return ShardedIndex(actors, len(store), store.prefix, files)
 
 
 def _check_workers(store: Datastore, indexfile: str | None, settings: SearchSettings, num_workers: int | None) -> None:
@@ -117,7 +122,7 @@ def _ranges(
     machines = nodes()
     count = num_workers or default_workers(store, indexfile, settings, len(machines))
     if num_workers is None and indexfile is None and len(machines) == 1:
-        # All files are here, and each actor takes 3 s of a CPU to import torch.
+        # All files are here, and each actor takes 1 s of a CPU to import Ray.
         count = min(count, max(1, int(machines[0].cpus)))
     return cut(store, indexfile, settings, count)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from fairseq.memory.index.sharded.ranges import KeyFile, RowRange
 
 
+_WARM_QUERIES = 64  # many enough for the search of many
+
+
 @dataclass(frozen=True)
 class RangeFacts:
     """An opened range."""
@@ -35,6 +39,11 @@ class RangeFacts:
     deleted: Array
     """int64 rows of the whole store that are never found."""
     streams_keys: bool
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> RangeFacts:
+        """What ``RangeServer.describe`` answered."""
+        return cls(**{**answer, "metric": Metric(answer["metric"])})
 
 
 class RangeServer:
@@ -51,11 +60,20 @@ class RangeServer:
         if rows.indexfile is not None:
             faiss_library().omp_set_num_threads(threads)
 
-    def describe(self) -> RangeFacts:
-        """Open the range. Raises: ValueError or OSError when its files are missing here, or are those of others."""
+    def describe(self) -> dict[str, Any]:
+        """Open the range; its facts as ``RangeFacts.of`` takes them, because a process hands them on without torch.
+
+        Raises: ValueError or OSError when its files are missing here, or are those of others.
+        """
         index, rows = self._index, self._range
-        deleted = index.deleted + rows.first_row
-        return RangeFacts(rows.first_row, len(index), index.dim, index.metric, deleted, index.streams_keys)
+        return {
+            "first_row": rows.first_row,
+            "rows": len(index),
+            "dim": index.dim,
+            "metric": index.metric.value,
+            "deleted": index.deleted + rows.first_row,
+            "streams_keys": index.streams_keys,
+        }
 
     def search(self, query_ND: Array, k: int) -> tuple[Array, Array]:
         """The k closest rows, int64 (N, k), and their scores; -1 and -inf where fewer were found."""
@@ -91,6 +109,15 @@ class RangeServer:
         if settings.gpu:
             index.use_gpus()
         return index
+
+
+def before_fork() -> None:
+    """Load the compiled kernels of exact search, 0.5 s of a CPU, once for all workers of a node."""
+    torch.set_num_threads(1)  # a process that has started threads cannot be forked
+    query_ND = torch.randn(_WARM_QUERIES, 8)
+    index = ExactIndex(torch.randn(2 * _WARM_QUERIES, 8).half().numpy())
+    for count in (1, _WARM_QUERIES):
+        index.search(query_ND[:count], 4)
 
 
 def _map_keys(file: KeyFile, rows: RowRange) -> Array:

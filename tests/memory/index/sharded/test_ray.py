@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,17 @@ def test_commands_run_as_tasks_and_a_lost_one_runs_again(cluster, tmp_path: Path
 
 
 def test_an_address_without_a_cluster_is_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+
+        def answer() -> None:
+            with other.accept()[0] as client:
+                client.recv(100)
+                client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(OSError, match=f"no Ray cluster at {address} .another kind of server answers"):
+            ray_cluster._join(address, {})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
