@@ -30,7 +30,7 @@ def table(done: Evaluated) -> str:
     lines = [f"{'':<12}" + "".join(f"{way:>12}" for way in done.figures)]
     for name in names:
         row = (values.get(name) for values in done.figures.values())
-        cells = (f"{'':>12}" if x is None else f"{x:>12}" if isinstance(x, int) else f"{x:>12.3f}" for x in row)
+        cells = (f"{'':>12}" if x is None else f"{x:>12}" if isinstance(x, (int, str)) else f"{x:>12.3f}" for x in row)
         lines.append(f"{name:<12}" + "".join(cells))
     return "".join(f"{line.rstrip()}\n" for line in lines)
 

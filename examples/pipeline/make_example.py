@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration, logging
 
 from fairseq.registry import did_you_mean
 from fairseq.runtime.atomic_files import writing
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> None:
     for key in given:
         if key not in DEFAULTS:
             raise ValueError(f"unknown key {key}{did_you_mean(str(key), DEFAULTS)}; known: {', '.join(DEFAULTS)}")
+    logging.disable_progress_bar()
     settings = OmegaConf.merge(DEFAULTS, given)
     folder = Path(settings.folder)
     train = list(itertools.islice(read_pairs(Path(settings.source), "train"), int(settings.num_train)))

@@ -17,10 +17,27 @@ def naming_model(name: str | None, kind: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} is no folder of a model, and it cannot be had from the hub: {reason}") from error
+        raise ValueError(
+            f"{name} is no folder of a model, and it cannot be had from the hub: {_reason(error)}"
+        ) from error
     except ValueError as error:  # an encoder, say; the lines that follow name all models there are
-        raise ValueError(f"{name} is no {kind}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"{name} is no {kind}: {_reason(error)}") from error
+    except ImportError as error:  # a package that some tokenizers need
+        raise ValueError(f"{name} cannot be loaded: {_reason(error)}") from error
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(f"{name} has weights of other sizes than its config.json says; copy both again") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{name} has damaged weights ({_reason(error)}); copy them again") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message, and what it announces."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines if lines[0].endswith(":") else lines[:1])
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:

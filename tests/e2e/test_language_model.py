@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, Command, perplexity
+from loss_curves import recording, require_same_curve
 
 pytestmark = [
     pytest.mark.slow,
@@ -130,9 +131,10 @@ def test_knn_without_an_index_searches_exactly(
 def test_two_processes_train_the_same_model_as_two_batches_per_update(
     data_bin: Path, command: Command, tmp_path: Path
 ) -> None:
-    words = ("--max-update", "6", *TINY_MODEL, "--disable-validation", "--no-epoch-checkpoints")
-    command("train.py", data_bin, "--save-dir", tmp_path / "one", "--update-freq", "2", *words)
-    command("train.py", data_bin, "--save-dir", tmp_path / "two", "--distributed-world-size", "2", *words)
+    words = (data_bin, "--max-update", "20", *TINY_MODEL, "--disable-validation", "--no-epoch-checkpoints")
+    for name, more in (("one", "--update-freq"), ("two", "--distributed-world-size")):
+        command("train.py", *words, *recording(tmp_path / name), "--save-dir", tmp_path / name, more, "2")
+    require_same_curve(tmp_path / "one", tmp_path / "two")
     one, two = (torch.load(tmp_path / n / "checkpoint_last.pt", weights_only=True)["model"] for n in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], atol=2e-5, rtol=2e-5, msg=name)

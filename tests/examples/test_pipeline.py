@@ -24,6 +24,7 @@ datasets = pytest.importorskip("datasets")
 pytest.importorskip("rouge_score")
 
 from forked_commands import Forks  # noqa: E402
+from pipeline_mistakes import MISTAKES, write_mistakes  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny_pipeline import (  # noqa: E402
     FOLDER,
@@ -41,8 +42,9 @@ from tiny_pipeline import (  # noqa: E402
 from fairseq.config.trees import leaves  # noqa: E402
 from fairseq.hf.pipeline import evaluation, saving, training  # noqa: E402
 from fairseq.hf.pipeline.config import PipelineConfig  # noqa: E402
-from fairseq.hf.pipeline.fabric import layers_of  # noqa: E402
+from fairseq.hf.pipeline.fabric import check_devices, layers_of  # noqa: E402
 from fairseq.memory.datastore.datastore import Datastore  # noqa: E402
+from fairseq.runtime.files import locked  # noqa: E402
 
 STAGES = ("generate", "train", "store", "eval")
 
@@ -100,7 +102,7 @@ def entries_of(folder: Path) -> list[dict[str, Any]]:
 
 def scored_by_hand(material: Path, folder: Path, model: str) -> list[tuple[list[float], np.ndarray, list[int]]]:
     """Each validation pair alone: log-probabilities of its output's tokens, their keys and the tokens."""
-    path = folder / "model" / "step-00000010"
+    path = folder / "model" / "step-00000020"
     has_encoder = model == "t5"
     kind = transformers.AutoModelForSeq2SeqLM if has_encoder else transformers.AutoModelForCausalLM
     net, tokenizer = kind.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
@@ -154,7 +156,7 @@ def test_perplexity_with_and_without_neighbours_is_that_of_brute_force(
 
 @pytest.mark.parametrize("model", ["t5", "gpt2"])
 def test_texts_are_those_of_greedy_search_alone(model: str, finished: dict[str, Path]) -> None:
-    path = finished[model] / "model" / "step-00000010"
+    path = finished[model] / "model" / "step-00000020"
     kind = transformers.AutoModelForSeq2SeqLM if model == "t5" else transformers.AutoModelForCausalLM
     net, tokenizer = kind.from_pretrained(path).eval(), transformers.AutoTokenizer.from_pretrained(path)
     for entry in entries_of(finished[model])[:6]:
@@ -173,11 +175,12 @@ def test_a_second_run_changes_nothing(
         assert stages[name](config).was_complete
     assert files_of(finished["t5"]) == before
     kept = sorted(path.name for path in (finished["t5"] / "model").glob("step-*"))
-    assert kept == ["step-00000006", "step-00000009", "step-00000010"], "of 3, 6, 9 and 10, the last three"
+    assert kept == ["step-00000012", "step-00000018", "step-00000020"], "of 6, 12, 18 and 20, the last three"
 
 
 KILLS = {"generate": (0, 3), "train": (0, 2), "store": (1, 6), "eval": (0, 1)}
 """Renamings and removals of files before a kill."""
+PARTS = {"generate": "dataset", "train": "model", "store": "store", "eval": "evaluation"}
 
 
 @pytest.mark.parametrize(("stage", "event"), [(stage, event) for stage, events in KILLS.items() for event in events])
@@ -190,16 +193,58 @@ def test_a_killed_stage_resumes_to_the_same_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parts = {"generate": "dataset", "train": "model", "store": "store", "eval": "evaluation"}
+    part = PARTS[stage]
     shutil.copytree(finished["t5"], tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / parts[stage])
+    shutil.rmtree(tmp_path / part)
     config = configured(words_for(material, tmp_path))
     with dies_at_event(monkeypatch, event):
         stages[stage](config)
     assert not stages[stage](config).was_complete
-    for name, digest in without_seconds(files_of(finished["t5"] / parts[stage])).items():
-        assert files_of(tmp_path / parts[stage]).get(name) == digest, name
-    assert not list(tmp_path.rglob("*.tmp"))
+    found, expected = (without_seconds(files_of(folder / part)) for folder in (tmp_path, finished["t5"]))
+    assert found == expected
+
+
+LEFT: dict[str, Callable[[Path], None]] = {
+    "a checkpoint that was to be removed": lambda folder: _copy(folder / "model", "step-00000012", "step-00000006"),
+    "a checkpoint half removed": lambda folder: _copy(folder / "model", "step-00000012", "step-00000006.tmp"),
+    "the lines of all pairs": lambda folder: evaluation._write_lines(
+        folder / "evaluation" / "unfinished-1-of-2.jsonl",
+        [evaluation._head(json.loads((folder / "evaluation" / "results.json").read_text())["signature"]), "{}\n"],
+    ),
+}
+"""What a kill at the very end of a stage leaves."""
+
+
+def _copy(folder: Path, one: str, other: str) -> None:
+    shutil.copytree(folder / one, folder / other)
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_kill_at_the_end_leaves_is_removed(
+    left: str, finished: dict[str, Path], material: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished["t5"], tmp_path, dirs_exist_ok=True)
+    before = files_of(tmp_path)
+    LEFT[left](tmp_path)
+    assert files_of(tmp_path) != before
+    # The number of checkpoints is that of the run, so that another config removes none of them.
+    config = configured([*words_for(material, tmp_path), "training.max_num_checkpoints=1"])
+    for stage in (training.train, evaluation.evaluate_pairs):
+        done = stage(config)
+        assert done is not None
+        assert done.was_complete
+    assert files_of(tmp_path) == before
+
+
+def test_a_second_process_does_not_append_to_the_lines_of_the_first(
+    finished: dict[str, Path], material: Path, tmp_path: Path
+) -> None:
+    config = configured([*words_for(material, finished["t5"]), f"evaluation.out_dir={tmp_path}"])
+    with (
+        locked(tmp_path / "unfinished-0-of-1.lock", "them"),
+        pytest.raises(OSError, match=r"another process is writing .*unfinished-0-of-1\.jsonl"),
+    ):
+        evaluation.evaluate_pairs(config)
 
 
 def test_evaluation_keeps_the_blocks_of_a_killed_run(
@@ -258,7 +303,7 @@ def two_ranks(loaded: Forks, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     return run
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
 @pytest.mark.parametrize("model", ["t5", "gpt2"])
 def test_spread_weights_are_trained_as_whole_ones_and_resumed_by_any_strategy(
     model: str, strategy: str, finished: dict[str, Path], material: Path, two_ranks: Callable[..., None], tmp_path: Path
@@ -282,7 +327,7 @@ def test_layers_that_share_a_weight_are_no_units(material: Path) -> None:
     assert layers_of(net) == list(net.encoder.block)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize("strategy", ["auto", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"])
 def test_mixed_precision_keeps_weights_in_float32(
     strategy: str, finished: dict[str, Path], material: Path, two_ranks: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -300,7 +345,7 @@ def test_mixed_precision_keeps_weights_in_float32(
     for found, exact in zip(log_of(tmp_path), log_of(base)):
         assert found == pytest.approx(exact, abs=0.02 if found["step"] == 1 else 0.3)
     assert log_of(tmp_path)[0]["loss"] != pytest.approx(log_of(base)[0]["loss"], abs=1e-6), "computed in bfloat16"
-    weights = load_file(tmp_path / "model" / "step-00000010" / "model.safetensors")
+    weights = load_file(tmp_path / "model" / "step-00000020" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float32}
     assert any((value != value.bfloat16()).any() for value in weights.values())
     if strategy != "fsdp":
@@ -333,7 +378,7 @@ def test_gradient_accumulation_counts_tokens(material: Path, finished: dict[str,
     one = configured([*words, "data.train_batch_size=12", "training.gradient_accumulation_steps=1"])
     done = training.train(one)
     assert done is not None
-    assert done.step == 10
+    assert done.step == 20
     require_same_training(finished["t5"], tmp_path)
 
 
@@ -350,35 +395,6 @@ def test_retomaton_evaluates_with_clusters(material: Path, finished: dict[str, P
     assert done.figures["knn"]["perplexity"] < done.figures["model"]["perplexity"]
 
 
-# mistake -> (stage, overrides, parts of the message); {base} is the folder of a finished run, {here} an empty one
-MISTAKES: dict[str, tuple[str, list[str], list[str]]] = {
-    "an unknown key": ("generate", ["knn.temprature=2"], ["unknown key knn.temprature", "'temperature'"]),
-    "an unknown section": ("generate", ["knnn.k=2"], ["unknown key knnn", "'knn'"]),
-    "a key of another section": ("generate", ["knn.seed=2"], ["unknown key knn.seed; it belongs to training.seed"]),
-    "a missing key": ("generate", ["--config", "{here}/lacks.yaml"], ["knn.store_dir is missing"]),
-    "another type": ("train", ["knn.k=many"], ["knn.k: 'many' is not a whole number"]),
-    "a value out of range": ("train", ["knn.lambda=1.5"], ["knn.lambda must be at most 1.0, got 1.5"]),
-    "two ZeRO stages": ("train", ["fabric.strategy=deepspeed_stage_3"], ["deepspeed_stage_3", "stage is 2"]),
-    "no DeepSpeed": ("train", ["fabric.strategy=deepspeed"], ["DeepSpeed cannot be imported", "fabric.strategy=fsdp"]),
-    "no GPU": ("train", ["fabric.accelerator=cuda"], ["fabric.accelerator cuda: there is no GPU here"]),
-    "no object": ("generate", ["data.val_path={here}/list.jsonl"], ["list.jsonl:2: [1] is not an object"]),
-    "no field": ("generate", ["data.val_path={here}/field.jsonl"], ["field.jsonl:1: no 'output'; it has 'input'"]),
-    "no JSON": ("generate", ["data.val_path={here}/broken.jsonl"], ["broken.jsonl:1: not JSON"]),
-    "no file": ("generate", ["data.val_path={here}/none.jsonl"], ["no such file", "none.jsonl"]),
-    "not generated": ("train", ["data.dataset_dir={here}/none"], ["holds no finished data set; run generate.py"]),
-    "other lengths": ("train", ["data.max_output_length=7"], ["was made with lengths [12, 9], now it is [12, 7]"]),
-    "another run": ("train", ["training.learning_rate=1e-5"], ["training.learning_rate 0.004, now it is 1e-05"]),
-    "long warmup": ("train", ["training.warmup_steps=99"], ["warmup_steps 99 is more than the 10 steps"]),
-    "nothing trained": ("store", ["training.out_name={here}/none"], ["holds no checkpoint; run train.py"]),
-    "another size": ("store", ["knn.store_size=7"], ["knn.store_size is 7 and the training pairs make", "235 rows"]),
-    "another kind of model": ("eval", ["model.checkpoint={material}/gpt2"], ["model_type is gpt2", "is t5"]),
-    "an untrained model": ("eval", ["model.checkpoint={material}/t5"], ["was saved with another model"]),
-    "no store": ("eval", ["knn.store_dir={here}"], ["holds no finished datastore; run store.py"]),
-    "a large k": ("eval", ["knn.k=9999"], ["knn.k is 9999 and datastore", "has 235 rows"]),
-    "another size of the store": ("eval", ["knn.store_size=7"], ["knn.store_size is 7 and datastore", "235 rows"]),
-}
-
-
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_error_before_the_long_part(
     mistake: str,
@@ -389,10 +405,8 @@ def test_a_mistake_is_one_error_before_the_long_part(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stage, overrides, parts = MISTAKES[mistake]
-    (tmp_path / "list.jsonl").write_text('{"input": "e1", "output": "r1"}\n[1]\n')
-    (tmp_path / "field.jsonl").write_text('{"input": "e1"}\n')
-    (tmp_path / "lacks.yaml").write_text("knn:\n  k: 3\n")
-    (tmp_path / "broken.jsonl").write_text("{\n")
+    write_mistakes(tmp_path)
+    shutil.copytree(finished["t5"] / "store", tmp_path / "bare", ignore=shutil.ignore_patterns("store.index*"))
     named = [word.format(base=finished["t5"], here=tmp_path, material=material) for word in overrides]
     before = files_of(finished["t5"])
 
@@ -408,6 +422,47 @@ def test_a_mistake_is_one_error_before_the_long_part(
         stages[stage](configured([*words_for(material, finished["t5"]), *named]))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
     assert files_of(finished["t5"]) == before
+
+
+def test_more_devices_than_gpus_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="fabric.devices is 2 and this machine has 1 GPUs; give fewer, or fabric.acc"):
+        check_devices(configured(["fabric.devices=2"]))
+    check_devices(configured(["fabric.devices=2", "fabric.accelerator=cpu"]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "part"),
+    [
+        ("model", "step-00000018/training.ckpt", "is damaged, or of another model"),
+        ("model", "step-00000018/model.safetensors", "has damaged weights"),
+        ("model", "log.jsonl", "line 1 of "),
+        ("dataset", "validation/data-00000.arrow", "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    damage: str, file: str, part: str, finished: dict[str, Path], material: Path, tmp_path: Path
+) -> None:
+    for name in ("model", "dataset"):
+        shutil.copytree(finished["t5"] / name, tmp_path / name)
+    shutil.rmtree(tmp_path / "model" / "step-00000020")
+    path = tmp_path / damage / file
+    path.write_bytes(path.read_bytes()[:700] if path.suffix != ".jsonl" else b"cut\n")
+    with pytest.raises(ValueError, match=re.escape(part)) as caught:
+        training.train(configured(words_for(material, tmp_path)))
+    assert str(path if "weights" not in part else path.parent) in str(caught.value)
+
+
+def test_an_impossible_token_makes_an_infinite_perplexity_in_json(
+    finished: dict[str, Path], material: Path, tmp_path: Path
+) -> None:
+    words = [*words_for(material, finished["t5"]), "knn.lambda=1.0", "knn.k=1", "evaluation.metrics=[]"]
+    done = evaluation.evaluate_pairs(configured([*words, f"evaluation.out_dir={tmp_path}"]))
+    assert done is not None
+    assert done.figures["knn"]["perplexity"] == "inf"
+    for name in ("results.json", "examples.jsonl"):
+        assert "Infinity" not in (tmp_path / name).read_text()
 
 
 def test_shards_of_another_store_are_rejected(material: Path, finished: dict[str, Path], tmp_path: Path) -> None:

@@ -73,10 +73,10 @@ def words_for(material: Path, folder: Path, model: str = "t5") -> list[str]:
         "data.eval_batch_size=4",
         "data.max_input_length=12",
         "data.max_output_length=9",
-        "training.num_epochs=2",
+        "training.num_epochs=4",
         "training.warmup_steps=3",
         "training.gradient_accumulation_steps=2",
-        "training.save_interval=3",
+        "training.save_interval=6",
         "training.max_num_checkpoints=3",
         "training.eval_iters=2",
         "training.log_interval=1",
@@ -113,10 +113,10 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 def require_same_training(one: Path, other: Path, *, exact: bool = False) -> None:
     """Compare losses of all steps, and weights, moments and settings at the end."""
     logs, limit = [log_of(folder) for folder in (one, other)], 0.0 if exact else 1e-5
-    assert len(logs[0]) == len(logs[1]) == 10 + 4, "steps and validations"
+    assert len(logs[0]) == len(logs[1]) == 20 + 4, "steps and validations"
     for entries in zip(*logs):
         assert entries[0] == pytest.approx(entries[1], abs=limit)
-    last = [folder / "model" / "step-00000010" for folder in (one, other)]
+    last = [folder / "model" / "step-00000020" for folder in (one, other)]
     weights = [load_file(path / "model.safetensors") for path in last]
     for name, value in (entry for every in weights for entry in every.items()):
         if name.endswith("c_attn.bias"):  # that of keys changes no probability: its gradient is nothing but rounding
@@ -136,7 +136,7 @@ def words_of(strategy: str) -> list[str]:
 
 
 def resumed_words(base: Path, start: Path, folder: Path, *words: str) -> list[str]:
-    """Words for a run that resumes another one's sixth step; ``base`` has the data."""
-    shutil.copytree(start / "model" / "step-00000006", folder / "model" / "step-00000006")
+    """Words for a run that resumes another one's twelfth step; ``base`` has the data."""
+    shutil.copytree(start / "model" / "step-00000012", folder / "model" / "step-00000012")
     shutil.copy(start / "model" / "log.jsonl", folder / "model")
     return [*words, f"folder={folder}", f"data.dataset_dir={base}/dataset"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY_MODEL, Command
 from forked_commands import Forks
+from loss_curves import recording, require_same_curve
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint
 from fairseq.checkpoints.parts import FOLDER
@@ -66,14 +67,15 @@ def largest_gap(one: Checkpoint, other: Checkpoint) -> float:
 def one(data_bin: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty updates of two batches each, in one process."""
     folder = tmp_path_factory.mktemp("one")
-    command("train.py", data_bin, *SHORT, "--save-dir", folder, "--max-update", "20", "--update-freq", "2")
+    words = [data_bin, *SHORT, *recording(folder), "--save-dir", folder, "--max-update", "20", "--update-freq", "2"]
+    command("train.py", *words)
     return folder
 
 
 def test_spread_weights_are_trained_as_whole_ones_and_resumed_by_any_process(
     one: Path, two_ranks, data_bin: Path, command: Command, tmp_path: Path
 ):
-    words = [data_bin, *SHORT, "--save-dir", tmp_path / "fsdp"]
+    words = [data_bin, *SHORT, *recording(tmp_path / "fsdp"), "--save-dir", tmp_path / "fsdp"]
     two_ranks(*words, "--max-update", "10", "--ddp-backend", "fully_sharded", "--use-sharded-state")
     parts = list((tmp_path / "fsdp" / FOLDER).glob("*/part*.pt"))
     assert sorted(part.name for part in parts) == ["part0.pt", "part1.pt"]
@@ -81,9 +83,11 @@ def test_spread_weights_are_trained_as_whole_ones_and_resumed_by_any_process(
     command("train.py", *words, "--max-update", "20", "--update-freq", "2")  # one process takes the parts up
     assert not list((tmp_path / "fsdp" / FOLDER).iterdir())  # its checkpoints are whole, and no part is left over
     shutil.copytree(tmp_path / "ten", tmp_path / "again")
-    two_ranks(data_bin, *SHORT, "--save-dir", tmp_path / "again", "--max-update", "20", "--strategy", "fsdp")
+    words = [data_bin, *SHORT, *recording(tmp_path / "again"), "--save-dir", tmp_path / "again"]
+    two_ranks(*words, "--max-update", "20", "--strategy", "fsdp")
     expected = load_checkpoint(str(one / "checkpoint_last.pt"), whole=True)
     for folder in (tmp_path / "fsdp", tmp_path / "again"):
+        require_same_curve(one, folder)
         assert losses(folder) == pytest.approx(losses(one), abs=1e-5)
         found = load_checkpoint(str(folder / "checkpoint_last.pt"), whole=True)
         assert largest_gap(found, expected) < 1e-5
@@ -157,12 +161,13 @@ def test_translation_with_spread_weights_validates_by_generating(
     assert any(written[0])
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_is_trained_as_whole_weights_are(stage: int, one: Path, two_ranks, data_bin: Path, tmp_path: Path):
     pytest.importorskip("deepspeed")
     for updates in ("10", "20"):
-        words = [*SHORT, "--save-dir", tmp_path, "--max-update", updates, "--strategy", f"deepspeed_stage_{stage}"]
-        two_ranks(data_bin, *words)
+        words = [*SHORT, *recording(tmp_path), "--save-dir", tmp_path, "--max-update", updates]
+        two_ranks(data_bin, *words, "--strategy", f"deepspeed_stage_{stage}")
+    require_same_curve(one, tmp_path)
     assert losses(tmp_path) == pytest.approx(losses(one), abs=1e-5)
     checkpoints = [load_checkpoint(str(path / "checkpoint_last.pt"), whole=True) for path in (one, tmp_path)]
     assert largest_gap(*checkpoints) < 1e-5

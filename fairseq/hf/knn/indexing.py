@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fairseq.hf.knn.stores import StorePlace, index_name
-from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.build.preflight import StoreShape
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 
 _ROWS_PER_LIST = 100
@@ -15,7 +15,7 @@ _LEAST_COMPRESSED = 256  # compression tells 256 patterns apart and learns them 
 
 def index_config(
     place: StorePlace,
-    store: Datastore,
+    store: StoreShape,
     *,
     index: str | None = None,
     ncentroids: int | None = None,

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from fairseq.runtime.strategies.whole import WholeOnEveryProcess
 
 _STATE = "training.ckpt"
 _RECORD = "pipeline.json"
-_FIELDS = Fields({"step": POSITIVE, "signature": OBJECT, "validation_loss": Nullable(NUMBER)})
+_FIX = "remove the checkpoint's folder, and training resumes from the one before"
+_FIELDS = Fields({"step": POSITIVE, "signature": OBJECT, "validation_loss": Nullable(NUMBER)}, {"kept": POSITIVE})
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -33,14 +35,14 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Step, signature of the run and validation loss of a checkpoint."""
-    return read_record(path / _RECORD, _FIELDS, "remove the checkpoint's folder, and training resumes from the last")
+    """Step, signature of the run, validation loss and the number of checkpoints kept (absent in older ones)."""
+    return read_record(path / _RECORD, _FIELDS, _FIX)
 
 
 def save_checkpoint(
-    layout: WholeOnEveryProcess, model: Any, tokenizer: Any, folder: Path, record: Mapping[str, Any], keep: int
+    layout: WholeOnEveryProcess, model: Any, tokenizer: Any, folder: Path, record: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint aside, give it its name and remove the oldest ones. Every rank calls this.
+    """Write a checkpoint aside, give it its name and remove all but the last ``kept`` ones. Every rank calls this.
 
     Weights and the optimizer's state are whole, and the same files under every strategy.
     """
@@ -58,11 +60,16 @@ def save_checkpoint(
             _sync(file)
         os.replace(aside, path)
         _sync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            gone = old.with_name(f"{old.name}.tmp")  # a kill leaves no half of one under its name
-            os.replace(old, gone)
-            shutil.rmtree(gone)
+        tidy(folder, record["kept"])
     layout.fabric.barrier()
+
+
+def tidy(folder: Path, kept: int) -> None:
+    """Remove all checkpoints but the last ``kept`` ones, and what a killed run wrote aside."""
+    for old in checkpoints(folder)[:-kept]:
+        os.replace(old, old.with_name(f"{old.name}.tmp"))  # a kill leaves no half of one under its name
+    for aside in folder.glob("step-*.tmp"):
+        shutil.rmtree(aside)
 
 
 def _whole_weights(layout: WholeOnEveryProcess, model: Any) -> dict[str, Any]:
@@ -75,14 +82,15 @@ def _whole_weights(layout: WholeOnEveryProcess, model: Any) -> dict[str, Any]:
 
 
 def restore_state(layout: WholeOnEveryProcess, path: Path) -> None:
-    """Restore what a checkpoint has besides the model's own files."""
-    layout.load_optimizer_state(torch.load(path / _STATE, map_location="cpu", weights_only=True))
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed run wrote aside."""
-    for aside in folder.glob("step-*.tmp"):
-        shutil.rmtree(aside)
+    """Restore what a checkpoint has besides the model's own files. Raises: ValueError when it is damaged."""
+    file = path / _STATE
+    try:
+        layout.load_optimizer_state(torch.load(file, map_location="cpu", weights_only=True))
+    except (ValueError, LookupError, EOFError, RuntimeError, UnpicklingError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).partition(".")[0] or type(error).__name__
+        raise ValueError(f"{file} is damaged, or of another model ({reason}); {_FIX}") from error
 
 
 def _sync(path: Path) -> None:

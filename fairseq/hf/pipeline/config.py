@@ -254,22 +254,26 @@ def read_config(words: Sequence[str], default: Path) -> PipelineConfig:
             lines = (f"  {path:<40} {text}\n" for path, text in leaves(PipelineConfig))
             sys.stdout.write(f"[--config FILE] [key=value ...]   (default: {default})\n\n{''.join(lines)}")
             sys.exit(0)
-        if word.startswith("--config"):
-            _, equals, name = word.partition("=")
+        option, equals, name = word.partition("=")
+        if option == "--config":
             if not equals and not waiting:
                 raise ValueError("--config needs a file")
             file = Path(name if equals else waiting.pop(0))
-        elif "=" in word and not word.startswith("-"):
+        elif equals and option.strip(".") and not word.startswith("-"):
             pairs.append(word)
         else:
             raise ValueError(f"{word!r} is neither --config FILE nor key=value, such as knn.k=32")
     if not file.is_file():
         raise ValueError(f"--config: no such file: {file}")
+    where = str(file)
     try:
-        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(pairs))
+        merged: Any = OmegaConf.load(file)
+        if not OmegaConf.is_dict(merged):
+            raise ValueError("it holds no sections, such as knn: and data:")
+        for where in pairs:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([where]))
+        where = str(file)
         tree: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file} holds no sections, such as knn: and data:")
+    except (OmegaConfBaseException, YAMLError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     return build_tree(PipelineConfig, tree)

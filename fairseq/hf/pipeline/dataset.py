@@ -54,14 +54,25 @@ def read_pairs(path: Path, data: DataSection) -> Iterator[TextPair]:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}:{number}: not JSON ({error}); each line is an object") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: {line.decode()[:40].strip()} is not an object")
+                raise ValueError(f"{path}:{number}: {json.dumps(row)[:40]} is not an object")
             for key in keys:
                 if key not in row:
                     has = ", ".join(map(repr, row)) or "nothing"
                     raise ValueError(f"{path}:{number}: no {key!r}; it has {has} (data.input_key, data.output_key)")
                 if not isinstance(row[key], str):
                     raise ValueError(f"{path}:{number}: {key!r} is {row[key]!r}, not a text")
+                if not _is_unicode(row[key]):
+                    raise ValueError(f"{path}:{number}: {key!r} holds half of a surrogate pair, which no file can hold")
             yield TextPair(*(row[key] for key in keys))
+
+
+def _is_unicode(text: str) -> bool:
+    """False for a text with an escape such as ``\\ud800`` alone, which JSON allows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class PairEncoder:
@@ -105,12 +116,13 @@ class PairEncoder:
         outputs = [self.data.output_template.replace("{output}", pair.output) for pair in pairs]
         longest, longest_output = self.data.max_input_length, self.data.max_output_length
         quiet: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
+        eos = self.tokenizer.eos_token_id
         if self.has_encoder:
             input_ids = self.tokenizer(inputs, truncation=True, max_length=longest, **quiet)["input_ids"]
             output_ids = self.tokenizer(text_target=outputs, truncation=True, max_length=longest_output, **quiet)
-            output_ids = output_ids["input_ids"]
+            # Some tokenizers make nothing of an empty text.
+            input_ids, output_ids = ([ids or [eos] for ids in each] for each in (input_ids, output_ids["input_ids"]))
         else:
-            eos = self.tokenizer.eos_token_id
             input_ids = [(ids or [eos])[-longest:] for ids in self.tokenizer(inputs, **quiet)["input_ids"]]
             output_ids = self.tokenizer(outputs, add_special_tokens=False, **quiet)["input_ids"]
             output_ids = [[*ids[: longest_output - 1], eos] for ids in output_ids]
@@ -196,8 +208,11 @@ def _write_file(encoder: PairEncoder, pairs: list[TextPair], path: Path) -> int:
 def _open_file(path: Path) -> Any:
     import datasets
 
-    with naming(path):
-        return datasets.Dataset.from_file(str(path))
+    try:
+        with naming(path):
+            return datasets.Dataset.from_file(str(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {_FIX}") from None
 
 
 class Pairs:

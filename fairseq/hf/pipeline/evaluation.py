@@ -35,12 +35,13 @@ from fairseq.memory.datastore.metadata import digest_on_disk
 from fairseq.metrics.bleu import score_texts
 from fairseq.metrics.text_match import exact_match, rouge
 from fairseq.runtime.atomic_files import require_writable, writing
-from fairseq.runtime.files import may_create_in, write_json
+from fairseq.runtime.files import locked, may_create_in, write_json
 from fairseq.runtime.records import OBJECT, Fields, read_record
 
 logger = logging.getLogger(__name__)
 
 _BATCHES_PER_BLOCK = 4
+_LARGEST_NLL = 709.0  # a float holds e to this power
 RESULTS, EXAMPLES = "results.json", "examples.jsonl"
 
 
@@ -48,8 +49,8 @@ RESULTS, EXAMPLES = "results.json", "examples.jsonl"
 class Evaluated:
     """Figures of the model alone and, where there is one, with its datastore."""
 
-    figures: Mapping[str, Mapping[str, float]]
-    """``model`` and ``knn`` -> name -> value."""
+    figures: Mapping[str, Mapping[str, float | str]]
+    """``model`` and ``knn`` -> name -> value; an infinite one is a text, as in JSON."""
     was_complete: bool
     seconds: float
 
@@ -73,6 +74,7 @@ def evaluate_pairs(config: PipelineConfig) -> Evaluated | None:
     if (folder / RESULTS).exists():
         made = read_record(folder / RESULTS, Fields({"signature": OBJECT, "figures": OBJECT}))
         if made["signature"] == signature:
+            _remove_parts(folder, signature)
             return Evaluated(made["figures"], True, 0.0)
     started = time.perf_counter()
     fabric = launch(config)
@@ -81,7 +83,8 @@ def evaluate_pairs(config: PipelineConfig) -> Evaluated | None:
     rank, world = fabric.global_rank, fabric.world_size
     first, end = (len(blocks) * at // world for at in (rank, rank + 1))
     part = _part(folder, rank, world)
-    with on_device(fabric, model):
+    # Two that append to one file would make one of neither.
+    with on_device(fabric, model), locked(part.with_suffix(".lock"), str(part)):
         _evaluate_blocks(config, base, model, pairs, blocks[first:end], part, signature)
     fabric.barrier()
     if rank != 0:
@@ -91,9 +94,20 @@ def evaluate_pairs(config: PipelineConfig) -> Evaluated | None:
     _write_lines(folder / EXAMPLES, lines)
     figures = _figures(config, [json.loads(line) for line in lines])
     write_json(folder / RESULTS, {"signature": signature, "figures": figures})
-    for each in folder.glob("unfinished-*.jsonl"):
-        each.unlink()
+    _remove_parts(folder, signature)
     return Evaluated(figures, False, time.perf_counter() - started)
+
+
+def _remove_parts(folder: Path, signature: Mapping[str, Any]) -> None:
+    """Remove the lines of a finished evaluation, by whatever number of processes; those of another one are kept."""
+    for part in folder.glob("unfinished-*.jsonl"):
+        if _lines(part)[:1] == [_head(signature)]:
+            part.unlink()
+            part.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _head(signature: Mapping[str, Any]) -> str:
+    return json.dumps(signature, sort_keys=True) + "\n"
 
 
 def _require_same_model(store: Datastore, model: Any, name: str) -> None:
@@ -151,8 +165,7 @@ def _evaluate_blocks(
     signature: Mapping[str, Any],
 ) -> None:
     """Append the lines of blocks to a file that begins with the signature."""
-    head = json.dumps(signature, sort_keys=True) + "\n"
-    lines = _lines(part)
+    head, lines = _head(signature), _lines(part)
     if lines[:1] != [head]:
         lines = [head]
     ends = [1, *(1 + count for count in itertools.accumulate(map(len, blocks)))]
@@ -202,7 +215,7 @@ def _block_lines(
     for place, number in enumerate(block):
         texts = pairs.texts(number)
         entry = {"number": number, "input": texts.input, "output": texts.output, "tokens": lengths[place]}
-        entries.append(entry | {f"{way}_logp": float(each[place].sum()) for way, each in logp.items()})
+        entries.append(entry | {f"{way}_logp": _in_json(float(each[place].sum())) for way, each in logp.items()})
     if isinstance(memory, RetomatonWrapper):
         positions, searched = memory.num_positions - before[0], memory.num_searched - before[1]
         for entry in entries:
@@ -220,15 +233,21 @@ def _block_lines(
     yield from (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
 
 
-def _figures(config: PipelineConfig, entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def _in_json(value: float) -> float | str:
+    """A number as JSON has it; infinity (knn.lambda 1 and no neighbour with the token) is a text ``float`` reads."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _figures(config: PipelineConfig, entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | str]]:
     """The figures of all lines."""
     tokens = sum(entry["tokens"] for entry in entries)
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | str]] = {}
     for way in ("model", "knn"):
         if f"{way}_logp" not in entries[0]:
             continue
-        logp = math.fsum(entry[f"{way}_logp"] for entry in entries)
-        found[way] = {"perplexity": math.exp(-logp / tokens), "pairs": len(entries), "tokens": tokens}
+        nll = -math.fsum(float(entry[f"{way}_logp"]) for entry in entries) / tokens
+        perplexity = _in_json(math.exp(nll) if nll < _LARGEST_NLL else math.inf)
+        found[way] = {"perplexity": perplexity, "pairs": len(entries), "tokens": tokens}
         if config.evaluation.metrics:
             found[way] |= _text_figures(config, way, entries)
     if "block_saved_share" in entries[0]:

@@ -25,6 +25,11 @@ def check_devices(config: PipelineConfig, *, trains: bool = False) -> None:
     for what, is_wanted in wants.items():
         if is_wanted and not torch.cuda.is_available():
             raise ValueError(f"{what}: there is no GPU here")
+    if on_gpu(config) and fabric.devices > torch.cuda.device_count():
+        raise ValueError(
+            f"fabric.devices is {fabric.devices} and this machine has {torch.cuda.device_count()} GPUs; give fewer, or "
+            "fabric.accelerator=cpu"
+        )
     if trains and is_deepspeed(config):
         from fairseq.runtime.strategies.zero import require_deepspeed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from fairseq.hf.loading import check_tokenizer, naming_model
 from fairseq.hf.pipeline.checkpoints import last_checkpoint
 from fairseq.hf.pipeline.config import PipelineConfig
 from fairseq.hf.pipeline.dataset import PairEncoder
+
+logger = logging.getLogger(__name__)
 
 _KIND = "language model"
 _SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -51,8 +54,13 @@ def load_model(base: Base, name: str, precision: str) -> Any:
     import transformers
 
     seq2seq, causal = transformers.AutoModelForSeq2SeqLM, transformers.AutoModelForCausalLM
+    kind, settings = seq2seq if base.encoder.has_encoder else causal, {"output_loading_info": True}
     with naming_model(name, _KIND):
-        model = (seq2seq if base.encoder.has_encoder else causal).from_pretrained(name, dtype=weight_type(precision))
+        loaded: Any = kind.from_pretrained(name, dtype=weight_type(precision), **settings)
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        logger.warning("%s lacks %d weights, which are random now: %s ...", name, len(missing), missing[0])
     check_tokenizer(base.tokenizer, model)
     return model
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from fairseq.hf.hooks.inner_model import inner_model
 from fairseq.hf.hooks.names import key_type
-from fairseq.hf.hooks.taps import find_tap
+from fairseq.hf.hooks.taps import Tap, find_tap
 from fairseq.hf.knn.evaluation import save_datastore
 from fairseq.hf.knn.indexing import cluster_config, index_config
 from fairseq.hf.knn.saver import KNNSaver
-from fairseq.hf.knn.stores import StorePlace, find_members, open_store, store_metadata
+from fairseq.hf.knn.stores import StorePlace, find_index, find_members, open_store, store_metadata
 from fairseq.hf.pipeline.config import EXACT, PipelineConfig
 from fairseq.hf.pipeline.dataset import Pairs, open_pairs
 from fairseq.hf.pipeline.fabric import check_devices, launch
@@ -29,6 +29,9 @@ from fairseq.memory.datastore.layout import StoreFiles
 from fairseq.memory.datastore.merge import join_shards
 from fairseq.memory.datastore.metadata import shard_prefix, store_exists
 from fairseq.memory.index.build.build import build_index
+from fairseq.memory.index.build.config import BuildConfig
+from fairseq.memory.index.build.files import BuildFiles, is_complete, signature_of
+from fairseq.memory.index.build.preflight import StoreShape, check_build
 from fairseq.memory.retomaton.build_clusters import build_clusters
 from fairseq.runtime.files import read_json
 
@@ -71,7 +74,9 @@ def save_store(config: PipelineConfig) -> SavedStore | None:
     pairs = open_pairs(base.encoder, "train")
     check_sizes(config, int(pairs.lengths.sum()), "the training pairs make")
     model = load_model(base, name, config.fabric.precision)
-    facts = _facts(config, base, model, pairs)
+    tap = find_tap(inner_model(model), key_type(config.knn.key_type))
+    facts = _facts(config, base, model, tap, pairs)
+    _check_index(config, _PlannedStore(int(pairs.lengths.sum()), tap.dim))
     prefix, started = store_prefix(config), time.perf_counter()
     was_complete = store_exists(prefix, facts)
     if not was_complete:
@@ -83,17 +88,51 @@ def save_store(config: PipelineConfig) -> SavedStore | None:
         return None
     place = StorePlace.find(prefix, base.config.model_type)
     store = open_store(place, with_keys=True)
-    index = None
+    index, before = None, _files_beside(prefix)
     if config.knn.index != EXACT:
-        kind = None if config.knn.index == "auto" else config.knn.index
-        index = build_index(
-            index_config(place, store, index=kind, probe=config.knn.probe, use_faiss_cpu=not config.knn.use_gpu)
-        ).path
+        index = build_index(_index_config(config, place, store)).path
     if config.knn.enable_retomaton:
         build_clusters(cluster_config(place))
+    was_complete = was_complete and _files_beside(prefix) == before
     seconds = time.perf_counter() - started
     shards = len(store.metadata.get("parts", "1"))
     return SavedStore(prefix, len(store), store.dim, shards, index, find_members(prefix), was_complete, seconds)
+
+
+def _files_beside(prefix: str) -> dict[Path, int]:
+    """Index and clusters of a store, and numbers that change with every new file."""
+    return {path: path.stat().st_ino for path in (find_index(prefix), find_members(prefix)) if path is not None}
+
+
+def _index_config(config: PipelineConfig, place: StorePlace, store: StoreShape) -> BuildConfig:
+    knn = config.knn
+    kind = None if knn.index == "auto" else knn.index
+    return index_config(place, store, index=kind, probe=knn.probe, use_faiss_cpu=not knn.use_gpu)
+
+
+@dataclass(frozen=True)
+class _PlannedStore:
+    """A datastore that is still to be saved."""
+
+    rows: int
+    dim: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+def _check_index(config: PipelineConfig, store: StoreShape) -> None:
+    """Raise ValueError when the index that the config names cannot be built, or is in the way of a search of all."""
+    prefix, index = store_prefix(config), find_index(store_prefix(config))
+    if config.knn.index != EXACT:
+        try:
+            check_build(_index_config(config, StorePlace(prefix, None, None, index), store), store)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--index", "knn.index")) from None
+    elif index is not None:
+        raise ValueError(
+            f"knn.index is {EXACT}, and searches would use the index {str(index)!r}; remove it, or name its kind"
+        )
 
 
 def check_sizes(config: PipelineConfig, rows: int, what: str) -> None:
@@ -106,18 +145,29 @@ def check_sizes(config: PipelineConfig, rows: int, what: str) -> None:
 
 
 def open_finished(config: PipelineConfig) -> Datastore:
-    """The datastore that store.py made. Raises: ValueError when it is missing or contradicts the config."""
+    """The datastore that store.py made.
+
+    Raises: ValueError when it is missing or contradicts the config, and so for its index and its clusters.
+    """
     prefix = store_prefix(config)
     if not StoreFiles.of(prefix).metadata.exists():
         raise ValueError(f"knn.store_dir {config.knn.store_dir!r} holds no finished datastore; run store.py")
     store = Datastore.open(prefix, with_keys=False)
     check_sizes(config, len(store), f"datastore {prefix!r} has")
+    _check_index(config, store)
+    if config.knn.index != EXACT:
+        wanted = _index_config(config, StorePlace(prefix, None, None, None), store)
+        files = BuildFiles.of(wanted)
+        if not is_complete(files, signature_of(wanted, store)):
+            found = f"has another index than knn.index {config.knn.index}" if files.index.exists() else "has no index"
+            raise ValueError(f"datastore {prefix!r} {found}; run store.py, or set knn.index to the kind it has")
+    if config.knn.enable_retomaton and find_members(prefix) is None:
+        raise ValueError(f"knn.enable_retomaton: datastore {prefix!r} has no clusters; run store.py with it")
     return store
 
 
-def _facts(config: PipelineConfig, base: Base, model: Any, pairs: Pairs) -> dict[str, Any]:
+def _facts(config: PipelineConfig, base: Base, model: Any, tap: Tap, pairs: Pairs) -> dict[str, Any]:
     """What the rows follow from."""
-    tap = find_tap(inner_model(model), key_type(config.knn.key_type))
     more = {"text_digest": pairs.digest, "num_documents": len(pairs), "precision": config.fabric.precision}
     more |= {"key_dtype": config.knn.key_dtype, "rows": int(pairs.lengths.sum())}
     return store_metadata(model, tap, base.tokenizer) | more

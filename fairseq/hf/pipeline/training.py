@@ -12,7 +12,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ import torch
 
 from fairseq.hf.knn.batches import Batch, batches
 from fairseq.hf.pipeline.checkpoints import (
+    checkpoints,
     last_checkpoint,
     read_checkpoint,
-    remove_unfinished,
     restore_state,
     save_checkpoint,
+    tidy,
 )
 from fairseq.hf.pipeline.config import PipelineConfig
 from fairseq.hf.pipeline.dataset import Pairs, open_pairs
@@ -38,7 +40,7 @@ from fairseq.optim.configs import PolynomialDecayConfig
 from fairseq.optim.lr_schedulers import PolynomialDecaySchedule
 from fairseq.runtime.atomic_files import require_writable, write_atomically
 from fairseq.runtime.distributed import sum_over_ranks
-from fairseq.runtime.files import locked, may_create_in
+from fairseq.runtime.files import LockedError, locked, may_create_in, parse_json
 from fairseq.runtime.strategies.whole import WholeOnEveryProcess
 
 if TYPE_CHECKING:
@@ -120,23 +122,39 @@ def train(config: PipelineConfig) -> TrainingRun | None:
     if record is not None:
         _require_same_run(folder, record["signature"], signature)
         if record["step"] == plan.num_steps:
+            _end_killed_run(folder, record)
             return TrainingRun(record["step"], last_or_fail(folder), record["validation_loss"], was_complete=True)
     model = load_model(base, str(last or base.name), _precision_of_weights(config))
     fabric = launch(config, trains=True)
     may_create_in(folder)
     is_first = fabric.global_rank == 0
-    what = f"the checkpoints of {str(folder)!r}"
-    held = locked(folder / ".train.lock", what) if is_first else contextlib.nullcontext()
-    with held:
+    with _locked(folder) if is_first else contextlib.nullcontext():
         layout = _set_up(fabric, model, config)
         if last is not None:
             restore_state(layout, last)
         fabric.barrier()
         if is_first:
-            remove_unfinished(folder)
+            _remove_leftovers(folder, record)
         trainer = _Trainer(config, plan, layout, model, pairs, validation)
         run = trainer.run(0 if record is None else record["step"], folder, base.tokenizer, signature)
     return run if is_first else None
+
+
+def _locked(folder: Path) -> AbstractContextManager[None]:
+    return locked(folder / ".train.lock", f"the checkpoints of {str(folder)!r}")
+
+
+def _end_killed_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Remove what a run that was killed after its last checkpoint would have removed."""
+    with contextlib.suppress(LockedError), _locked(folder):  # a process that holds it is about to do so
+        _remove_leftovers(folder, record)
+
+
+def _remove_leftovers(folder: Path, record: Mapping[str, Any] | None) -> None:
+    """Remove what a killed run left, by the record of its last checkpoint. Its own number of checkpoints counts: a
+    complete run keeps them all, whatever ``training.max_num_checkpoints`` says later."""
+    found = checkpoints(folder)
+    tidy(folder, (record or {}).get("kept") or max(1, len(found)))
 
 
 def last_or_fail(folder: Path) -> Path:
@@ -217,8 +235,8 @@ class _Trainer:
                     if loss is not None:
                         _log(log, {"step": step, "validation_loss": loss})
                     record = {"step": step, "signature": signature, "validation_loss": loss}
-                    keep = settings.max_num_checkpoints
-                    save_checkpoint(self.layout, self.model, tokenizer, folder, record, keep)
+                    record["kept"] = settings.max_num_checkpoints
+                    save_checkpoint(self.layout, self.model, tokenizer, folder, record)
         return TrainingRun(self.plan.num_steps, last_or_fail(folder), loss, seconds=time.perf_counter() - started)
 
     def step(self, step: int) -> tuple[torch.Tensor, int, float]:
@@ -277,7 +295,11 @@ def _mixed_seed(*numbers: int) -> int:
 def _open_log(path: Path, done: int) -> IO[str]:
     """The log, without lines of steps that are made again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            entry = parse_json(line, f"line {number} of {path}", "remove the line")
+            kept += [line] if isinstance(entry, dict) and entry.get("step", 0) <= done else []
     write_atomically(path, "".join(kept))
     return path.open("a", encoding="utf-8", buffering=1)
 

@@ -193,8 +193,11 @@ class ZeroSharded(WholeOnEveryProcess):
         params = [p for p in self.module.parameters() if p.requires_grad]
         state: dict[int, dict[str, Any]] = {}
         for number, param in enumerate(params):
+            # Copies of the step: an optimizer that loads one tensor for all would count it up once for each of them.
             state[number] = {
-                name: safe_get_full_optimizer_state(param, name).cpu() if _has_one_per_weight(value) else value
+                name: safe_get_full_optimizer_state(param, name).cpu()
+                if _has_one_per_weight(value)
+                else copy.deepcopy(value)
                 for name, value in flat.items()
             }
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._inner.param_groups]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,7 +38,18 @@ def open_store(config: BuildConfig) -> Datastore:
     return store.require(size=config.dstore_size)
 
 
-def check_build(config: BuildConfig, store: Datastore) -> None:
+class StoreShape(Protocol):
+    """A datastore, or the plan of one."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def dim(self) -> int:
+        """Width of the keys."""
+        ...
+
+
+def check_build(config: BuildConfig, store: StoreShape) -> None:
     """Raise ValueError or OSError for what cannot work, before anything is computed."""
     rows, dim = len(store), store.dim
     per_code = {"ivfpq": 1, "ivfpq-fastscan": 2}.get(config.index)
