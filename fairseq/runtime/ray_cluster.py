@@ -27,7 +27,8 @@ T = TypeVar("T")
 _NAMESPACE = "fairseq-memory"
 _START_SECONDS = 120.0  # importing torch on a busy disk; a node that has to come back takes longer than any user waits
 _CONNECT_SECONDS = 5.0
-_JOIN_SECONDS = 30.0
+_JOIN_SECONDS = 30.0  # Ray waits without end for a server that is none of its own
+_TRIES = "RAY_gcs_server_port_wait_time_s"
 _LOOK_SECONDS = 5.0  # between looks at whether a worker's node is lost
 _SHARED_MEMORY = "/dev/shm"
 _MOST_STORE_BYTES = 1 << 30
@@ -150,43 +151,50 @@ def _origin() -> str:
 
 def _join(address: str, settings: dict[str, Any]) -> None:
     ray = ray_library()
-    host, _, port = address.rpartition(":")
+    init = functools.partial(ray.init, address=address, **settings)
     try:
-        if address != "auto":
-            _require_server(host, int(port), tls=os.environ.get("RAY_USE_TLS", "0") not in ("0", "false"))
-        _use_token()
-        # It waits without end for a server that is none of Ray's.
-        _in_background(functools.partial(ray.init, address=address, **settings)).result(_JOIN_SECONDS)
+        if address != "auto" and os.environ.get("RAY_USE_TLS", "0") in ("0", "false"):
+            _require_server(address)
+        tries = os.environ.setdefault(_TRIES, "2")  # of a second each, by default 20
+        try:
+            _in_background(init).result(_JOIN_SECONDS)
+        except (RuntimeError, ConnectionError, ray.exceptions.RayError) as error:
+            if "Version mismatch" in str(error) or not _use_token():
+                raise
+            _in_background(init).result(_JOIN_SECONDS)
+        finally:
+            if tries == "2":  # a Ray that starts needs more
+                del os.environ[_TRIES]
     except FutureTimeout:
         raise _no_cluster(address, TimeoutError("no answer")) from None
-    except RuntimeError as error:
-        if "Version mismatch" not in str(error):
-            raise _no_cluster(address, error) from None
+    except (RuntimeError, OSError, ValueError, OverflowError, ray.exceptions.RayError) as error:
         versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", str(error))
+        if len(versions) < 2:
+            raise _no_cluster(address, error) from None
         theirs, ours = (f"Ray {ray_} on Python {python}" for ray_, python in versions[:2])
         raise ValueError(f"the cluster at {address} runs {theirs}, this process {ours}; install the same") from None
-    except (OSError, ValueError, OverflowError, ray.exceptions.RayError) as error:
-        raise _no_cluster(address, error) from None
 
 
-def _require_server(host: str, port: int, *, tls: bool) -> None:
+def _require_server(address: str) -> None:
     """Raise OSError unless a server of the protocol of Ray's (HTTP/2) answers there."""
-    with socket.create_connection((host, port), _CONNECT_SECONDS) as server:
-        if tls:
-            return
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), _CONNECT_SECONDS) as server:
         server.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
         answer = server.recv(9)
     if answer[3:4] != b"\4":  # its settings come first (RFC 9113, sec. 3.4)
         raise OSError("another kind of server answers")
 
 
-def _use_token() -> None:
-    """Send the user's token, if there is one, to a cluster with an address too; Ray 2.60 does so without one only."""
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it does
+def _use_token() -> bool:
+    """Send the user's token, as Ray 2.60 does to a cluster without address alone; False if there is none.
+
+    Only to a cluster that rejected us: one without tokens would take this process for dead, which rejects its calls.
+    """
     with suppress(ImportError, AttributeError):  # another version
         from ray._private.authentication import authentication_token_setup as tokens
 
-        tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        return bool(tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False))
+    return False
 
 
 def _no_cluster(address: str, error: BaseException) -> OSError:
@@ -224,10 +232,9 @@ def place(
     seen: Sequence[Sequence[bool]],
     present: Sequence[Node] = (),
 ) -> list[Node]:
-    """A node for each worker that has its files, the least loaded by workers per CPU.
+    """A node for each worker that has its files (``paths``), the least loaded by workers per CPU.
 
     Args:
-        paths: of each worker, the files it reads.
         seen: of each node and worker, whether all of these are there.
         present: nodes of other workers, one a worker.
     Raises: ValueError for a worker whose files no node has.
@@ -253,7 +260,7 @@ class Creation:
     def __init__(
         self, kind: type, arguments: Sequence[Any], paths: Sequence[Sequence[str]], service: str | None
     ) -> None:
-        """Args: as of ``RayActors.start``. Raises: ValueError when no node has a worker's files."""
+        """Take what ``RayActors.start`` takes. Raises: ValueError when no node has a worker's files."""
         self._kind, self._arguments, self._paths, self._service = kind, arguments, paths, service
         machines = nodes()
         self._placed = place(paths, machines, _seen(machines, paths))
@@ -262,8 +269,7 @@ class Creation:
 
     def create(self, worker: int) -> Any:
         """Start a worker."""
-        ray, node = ray_library(), self._placed[worker]
-        share = self._shares[worker]
+        ray, node, share = ray_library(), self._placed[worker], self._shares[worker]
         # Rounded down, to the digits that Ray keeps: three times 0.6667 are more than two CPUs.
         options: dict[str, Any] = {"max_restarts": -1, "num_cpus": int(share) if share >= 1 else int(share * 1e4) / 1e4}
         strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
@@ -294,11 +300,7 @@ class RayActors:
     """
 
     def __init__(self, actors: list[Any], creation: Creation | None, ready: str) -> None:
-        """Args.
-
-        creation: creates a worker again; None for those of another process.
-        ready: the method that answers when a worker can work.
-        """
+        """Take what creates a worker again, None for those of another process, and the method that answers first."""
         self._actors, self._creation, self._ready = actors, creation, ready
 
     @classmethod
@@ -310,10 +312,9 @@ class RayActors:
         ready: str,
         service: str | None = None,
     ) -> RayActors:
-        """Start a worker for each argument: ``kind(argument, threads)``.
+        """Start a worker for each argument: ``kind(argument, threads)``, which reads the files of ``paths``.
 
         Args:
-            paths: of each worker, the files it reads.
             service: name under which other processes find them, while this one lives; None for this one alone.
         Raises: ValueError when no node has a worker's files; OSError when the cluster has no CPUs for them.
         """
@@ -424,11 +425,10 @@ class RayActors:
 
 def _seen(machines: Sequence[Node], paths: Sequence[Sequence[str]]) -> list[list[bool]]:
     """Of each node and worker, whether the worker's files are there."""
-    ray = ray_library()
     if len(machines) == 1:  # its worker names the file that is missing
         return [[True] * len(paths)]
-    look = ray.remote(_all_exist)
-    strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    ray = ray_library()
+    look, strategy = ray.remote(_all_exist), ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
     calls = [
         look.options(num_cpus=0, scheduling_strategy=strategy(node.id, soft=False)).remote(paths) for node in machines
     ]

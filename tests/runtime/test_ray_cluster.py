@@ -31,7 +31,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     exceptions = {name: type(name, (base,), {}) for name in ERRORS[1:]}
     made = SimpleNamespace(exceptions=SimpleNamespace(RayError=base, **exceptions))
     monkeypatch.setattr(ray_cluster, "ray_library", lambda: made)
-    monkeypatch.setattr(ray_cluster, "_use_token", lambda: None)  # Ray keeps the first token that a process reads
+    monkeypatch.setattr(ray_cluster, "_use_token", lambda: False)  # Ray keeps the first token that a process reads
     return made
 
 
