@@ -19,6 +19,7 @@ MODULES = (
     "fairseq.memory.extended_mind.kernels",
     "fairseq.memory.retomaton.kernels",
     "fairseq.memory.combiners.vocab_mixing_kernels",
+    "fairseq.memory.gnn.kernels",
 )
 """All modules of compiled kernels, those that others call first."""
 
