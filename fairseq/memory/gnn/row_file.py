@@ -45,7 +45,7 @@ from fairseq.runtime.records import (
 logger = logging.getLogger(__name__)
 
 FORMAT = "fairseq-memory rows 1"
-DTYPES = ("float16", "float32", "int64", "uint8")
+DTYPES = ("float16", "float32", "int32", "int64", "uint8")
 SECONDS_BETWEEN_CHECKPOINTS = 5.0
 
 _SHAPE = {"rows": POSITIVE, "width": POSITIVE, "dtype": one_of(*DTYPES), "made_of": OBJECT}
