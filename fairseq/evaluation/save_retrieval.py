@@ -116,14 +116,14 @@ def _fingerprint(configs: EvaluationConfigs, evaluation: Evaluation, memory: Ext
     """Everything that decides which neighbours and log-probabilities come out, as plain values."""
     from fairseq.memory.retrieval.made_of import facts_of_model, facts_of_search, facts_of_text
 
-    config, task = configs.evaluation, evaluation.task
+    config, task, sizes = configs.evaluation, evaluation.task, [evaluation.dataset.sizes]
     fingerprint: dict[str, Any] = {
         "joint": configs.trime is not None,
         "subset": config.gen_subset,
         "shard": [config.shard_id, config.num_shards],
         "context_window": evaluation.context_window,
         "remove_bpe": config.remove_bpe,
-        **facts_of_text([task.prefix(config.gen_subset)], evaluation.batches, task.dictionary),
+        **facts_of_text([task.prefix(config.gen_subset)], evaluation.batches, task.dictionary, sizes),
         **facts_of_model(str(config.path), evaluation.models[0], config.model_overrides, evaluation.key_tap),
         **facts_of_search(memory, configs.knn.probe),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -82,14 +81,14 @@ def keeping_neighbors(
             "--num-shards"
         )
     sizes = getattr(dataset, "target_sizes", dataset.sizes)
-    read = [np.concatenate([np.asarray(side[batch]) for batch in batches]) for side in (sizes, dataset.sizes)]
+    # Sources may be cut: their sizes tell it, those of the pairs may not.
+    read = [sizes, getattr(dataset, "source_sizes", dataset.sizes)]
     joint = settings.memory.knn_lambda_type == "trime"
     fingerprint: dict[str, Any] = {
         "joint": joint,
         "subset": config.gen_subset,
         "shard": [config.shard_id, config.num_shards],
-        "sizes": f"crc {zlib.crc32(np.concatenate(read).astype('<i8').tobytes()):08x}",
-        **facts_of_text(task.prefixes(config.gen_subset), batches, task.dictionary),
+        **facts_of_text(task.prefixes(config.gen_subset), batches, task.dictionary, read),
         **facts_of_model(config.paths[0], model, overrides, memory.key_tap),
         **facts_of_search(memory.memory, settings.knn.probe),
     }
@@ -108,7 +107,7 @@ def keeping_neighbors(
         return
     writer = RetrievalWriter(
         path,
-        int(read[0].sum()),
+        sum(int(sizes[batch].sum()) for batch in batches),
         memory.memory.k,
         num_types=len(task.dictionary),
         num_rows=len(memory.memory.store),

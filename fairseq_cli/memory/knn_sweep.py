@@ -37,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
     require_writable(os.path.dirname(os.path.abspath(out)), "--out")
     tuned = open_all(config.retrievals)
     grid = Grid.of(config, tuned[0])
-    reported = open_all(config.report) if config.report else []
+    report = [name for part in config.report for name in part.split(",")]
+    reported = open_all(report) if report else []
     for retrieval in reported[:1]:
         require_alike(tuned[0], retrieval)
     texts = _texts(config, (reported or tuned)[0]) if config.explain else None
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     print_report(final or best)
     if texts:
         figures |= _explained(reported or tuned, best, config.explain, *texts)
-    inputs = [*config.retrievals, *config.report]
+    inputs = [*config.retrievals, *report]
     write_outputs(out, results, best, figures, argv=argv, config=to_dict(config), inputs=inputs)
 
 

@@ -129,6 +129,10 @@ def test_shards_are_swept_together(scored, swept, words, tmp_path):
         generate.main([*words, *more])
     losses = [[row["loss_base2"] for row in swept(*named)[1]] for named in (files, [tmp_path / "kept"])]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert swept(tmp_path / "kept", "--report", ",".join(map(str, files)))[1]
+    cut = ["--truncate-source", "--max-source-positions", "5", "--save-retrieval", str(tmp_path / "kept")]
+    with pytest.raises(ValueError, match="holds neighbours of another evaluation .*sizes"):
+        generate.main([*words, *cut])
     with pytest.raises(ValueError, match="shard 98 of 99 holds no batch; lower --num-shards"):
         generate.main([*words, "--num-shards", "99", "--shard-id", "98", "--save-retrieval", str(tmp_path / "none")])
 

@@ -21,20 +21,25 @@ if TYPE_CHECKING:
     from fairseq.memory.types import Array
 
 
-def facts_of_text(prefixes: Sequence[str], batches: Sequence[Array], dictionary: Dictionary) -> dict[str, Any]:
+def facts_of_text(
+    prefixes: Sequence[str], batches: Sequence[Array], dictionary: Dictionary, sizes: Sequence[Array]
+) -> dict[str, Any]:
     """Identity of what is scored, and in which order.
 
     Args:
+        sizes: tokens of each example, and what else tells how the text was cut.
         prefixes: of the binarised texts, without ``.bin``.
         batches: numbers of the examples that the model reads together.
         dictionary: of the scored tokens.
     """
+    read = [np.asarray(side)[batch] for side in sizes for batch in batches]
     numbers = np.concatenate([[len(batches)], [len(batch) for batch in batches], *batches]).astype(np.int64)
     return {
         "text_digest": " ".join(file_digest(f"{prefix}.bin") for prefix in prefixes),
         "batches_digest": hashlib.sha256(numbers.tobytes()).hexdigest(),
         "dictionary_digest": dictionary.digest(),
         "dictionary_size": len(dictionary),
+        "sizes": f"crc {zlib.crc32(np.concatenate(read).astype('<i8').tobytes()):08x}",
     }
 
 
