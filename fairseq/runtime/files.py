@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -83,6 +84,22 @@ def may_create_in(folder: Path) -> None:
 
 class LockedError(OSError):
     """Another process holds a lock; the message names it."""
+
+
+def require_free_space(folder: Path, num_bytes: int, what: str, advice: str) -> None:
+    """Raise OSError with both numbers unless the disk of a folder has room.
+
+    Args:
+        num_bytes: bytes that are still to be written.
+        what: names the output, at the head of the message.
+        advice: how it could be smaller, at its end.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise OSError(
+            f"{what} needs {num_bytes} more bytes, {str(folder.resolve())!r} has {free} free; free some, choose "
+            f"another disk, or {advice}"
+        )
 
 
 @contextmanager

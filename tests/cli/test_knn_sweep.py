@@ -279,4 +279,6 @@ def test_mistakes_of_saving(told, kept, data_bin, trained, store, tmp_path):
     locked.mkdir(mode=0o555)
     assert "accepts no new files" in line(*knn, "--save-retrieval", locked / "r")
     assert "is a folder; give the name of a file" in line(*knn, "--save-retrieval", tmp_path)
+    cut = (*KNN, "--dstore-filename", store, "--k", 16, "--save-retrieval", kept / "valid.retrieval")
+    assert "holds neighbours of another evaluation" in line(*cut, "--tokens-per-sample", 31)
     assert "k 16 and 8); give another name, or remove it" in line(*knn, "--save-retrieval", kept / "valid.retrieval")

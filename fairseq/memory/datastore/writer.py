@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from fairseq.runtime.files import (
     file_checksums,
     locked,
     may_create_in,
+    require_free_space,
     write_json,
 )
 from fairseq.runtime.records import read_record, seal
@@ -275,12 +275,8 @@ class DatastoreWriter:
         """Raise OSError with both numbers when the remaining rows do not fit on the disk."""
         missing_bytes = ((self.num_rows or 0) - self.rows_done) * (self._key_bytes + 8)
         folder = self._names.keys.parent
-        free = shutil.disk_usage(folder).free
-        if missing_bytes > free:
-            raise OSError(
-                f"datastore {self.prefix!r} needs {missing_bytes} more bytes, {str(folder.resolve())!r} has {free} "
-                "free; free some, choose another disk, or halve the keys with --dstore-fp16 or --dstore-bf16"
-            )
+        advice = "halve the keys with --dstore-fp16 or --dstore-bf16"
+        require_free_space(folder, missing_bytes, f"datastore {self.prefix!r}", advice)
 
     def _open_at(self, path: Path, size: int) -> IO[bytes]:
         """The unfinished file, truncated to the checkpointed rows."""

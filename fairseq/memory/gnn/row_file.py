@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -26,7 +25,15 @@ from fairseq.memory.types import Array
 from fairseq.runtime.arrays import read_array
 from fairseq.runtime.atomic_files import naming
 from fairseq.runtime.file_marks import MARK, differs, mark_of
-from fairseq.runtime.files import DAMAGED, BlockChecksums, locked, may_create_in, read_json, write_json
+from fairseq.runtime.files import (
+    DAMAGED,
+    BlockChecksums,
+    locked,
+    may_create_in,
+    read_json,
+    require_free_space,
+    write_json,
+)
 from fairseq.runtime.records import (
     FLAG,
     OBJECT,
@@ -275,13 +282,7 @@ class RowWriter:
     def _check_free_space(self) -> None:
         """Raise OSError with both numbers when the rest does not fit on the disk."""
         missing = (self.num_rows - self.rows_done) * self._row_bytes
-        folder = self.path.absolute().parent
-        free = shutil.disk_usage(folder).free
-        if missing > free:
-            raise OSError(
-                f"{self.path} needs {missing} more bytes, {str(folder)!r} has {free} free; free some, choose another "
-                "disk, or store product-quantizer codes"
-            )
+        require_free_space(self.path.absolute().parent, missing, str(self.path), "store product-quantizer codes")
 
 
 def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +31,7 @@ from fairseq.memory.retrieval.file import (
 from fairseq.memory.retrieval.schema import PROGRESS
 from fairseq.memory.types import Array, Candidates, LogSums
 from fairseq.runtime.atomic_files import naming
-from fairseq.runtime.files import BLOCK_BYTES, BlockChecksums, locked, may_create_in, write_json
+from fairseq.runtime.files import BLOCK_BYTES, BlockChecksums, locked, may_create_in, require_free_space, write_json
 from fairseq.runtime.records import read_record
 
 logger = logging.getLogger(__name__)
@@ -210,12 +209,7 @@ class RetrievalWriter:
         """Raise OSError with both numbers when the rest of the file does not fit on the disk."""
         rest = (self.num_tokens - self.rows_done) * sum(spec.row_bytes for spec in self._specs)
         folder = self.path.absolute().parent
-        free = shutil.disk_usage(folder).free
-        if rest > free:
-            raise OSError(
-                f"--save-retrieval {self.path} needs {rest} more bytes, {str(folder)!r} has {free} free; free some, "
-                "choose another disk, or save fewer neighbours (--k)"
-            )
+        require_free_space(folder, rest, f"--save-retrieval {self.path}", "save fewer neighbours (--k)")
 
     def _lay_out(self, *, keep: bool) -> dict[str, int]:
         """Give the file its size and a header without checksums; returns where each array begins."""
