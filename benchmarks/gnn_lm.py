@@ -106,8 +106,13 @@ class Bench:
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        given = {"dropout": 0.0, "attention_dropout": 0.0, "start": "reference", "recompute": options.recompute}
-        self.network = GraphNetwork(GnnConfig(num_layers=LAYERS, num_heads=HEADS, **given), options.dim)
+        given = {
+            "graph_dropout": 0.0,
+            "graph_attention_dropout": 0.0,
+            "graph_start": "reference",
+            "graph_recompute": options.recompute,
+        }
+        self.network = GraphNetwork(GnnConfig(graph_layer=LAYERS, graph_attention_heads=HEADS, **given), options.dim)
         for layer in self.network.gcs:  # attention that is far from uniform
             torch.nn.init.normal_(layer.relation_att, std=0.3)
             torch.nn.init.normal_(layer.relation_msg, std=0.3)

@@ -46,10 +46,10 @@ class StateSource:
                 f"the features are of width {self.features.dim}, the network reads {self.network.feature_dim}; give "
                 "the features it was trained with"
             )
-        if self.build.config.builder != "occurrence":
+        if self.build.config.graph_builder != "occurrence":
             raise ValueError(
-                f"--graph-builder {self.build.config.builder}: a state then depends on the block, so that none can be "
-                "stored; use occurrence"
+                f"--graph-builder {self.build.config.graph_builder}: a state then depends on the block, so that none "
+                "can be stored; use occurrence"
             )
         if not self.num_stored:
             raise ValueError("a network of --graph-layer 1 reads the features themselves: there are no states to store")

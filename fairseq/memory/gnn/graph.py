@@ -128,7 +128,7 @@ class GraphBuilder:
         block_E, token_E, _ = keep_BTK.nonzero(as_tuple=True)
         center_E = neighbor_BTK[keep_BTK]
         query_E = None if position_BT is None else position_BT[block_E, token_E]
-        if self.config.builder == "dedup":
+        if self.config.graph_builder == "dedup":
             kept = self._merged(center_E, block_E)
         else:
             left_E, right_E = self._window(center_E, query_E)
@@ -153,7 +153,7 @@ class GraphBuilder:
         if position_BT is None:
             return keep_BTK
         position_BT1 = position_BT[:, :, None]
-        keep_BTK &= (neighbor_BTK - position_BT1).abs() >= self.config.band
+        keep_BTK &= (neighbor_BTK - position_BT1).abs() >= self.config.nearest
         keep_BTK &= position_BT1 >= 0
         if self.config.exclude_own_document:
             keep_BTK &= self._document(neighbor_BTK) != self._document(position_BT1)
@@ -175,9 +175,9 @@ class GraphBuilder:
             left_E = torch.minimum(left_E, center_E - self._start_R[run_E])
             right_E = torch.minimum(right_E, self._end_R[run_E] - 1 - center_E)
         if query_E is not None and not self.config.windows_cross_band:
-            beyond_E = (center_E - query_E).abs() - self.config.band
+            beyond_E = (center_E - query_E).abs() - self.config.nearest
             # A band of 0 drops nothing, so that neither side may be cut by it.
-            after_E, cuts = center_E > query_E, self.config.band > 0
+            after_E, cuts = center_E > query_E, self.config.nearest > 0
             left_E = torch.where(after_E & cuts, torch.minimum(left_E, beyond_E), left_E)
             right_E = torch.where(~after_E & cuts, torch.minimum(right_E, beyond_E), right_E)
         return left_E, right_E
@@ -223,7 +223,7 @@ class GraphBuilder:
             index_BTK = torch.zeros(keep_BTK.shape, dtype=torch.int64)
             index_BTK[keep_BTK] = row_E
             index.append(index_BTK)
-        position_P = slot_P % self._stride if self.config.builder == "dedup" else slot_P
+        position_P = slot_P % self._stride if self.config.graph_builder == "dedup" else slot_P
         return NeighborGraph(position_P, tuple(reversed(levels)), tuple(index), keep_BTK)
 
 

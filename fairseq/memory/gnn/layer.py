@@ -44,7 +44,7 @@ class GraphAttentionLayer(nn.Module):
         Raises: ValueError when the heads do not divide the width.
         """
         super().__init__()
-        self.config, self.dim, self.num_heads = config, config.width(dim), config.num_heads
+        self.config, self.dim, self.num_heads = config, config.width(dim), config.graph_attention_heads
         head = self.dim // self.num_heads
         self.q_linears, self.k_linears = _linear_pair(self.dim), _linear_pair(self.dim)
         self.v_linears, self.a_linears = _linear_pair(self.dim), _linear_pair(self.dim)
@@ -53,7 +53,7 @@ class GraphAttentionLayer(nn.Module):
         self.relation_att = nn.Parameter(torch.empty(2, self.num_heads, head, head))
         self.relation_msg = nn.Parameter(torch.empty(2, self.num_heads, head, head))
         self.register_buffer("skip", torch.ones(2))  # the original has it and never reads it
-        if config.mean == "learned":
+        if config.graph_mean == "learned":
             self.mixing = nn.Parameter(torch.zeros(self.num_heads))
         self._kept: dict[tuple[int, int], tuple[list[Any], tuple[Projection, Projection]]] = {}
         self.reset_parameters()
@@ -73,13 +73,13 @@ class GraphAttentionLayer(nn.Module):
         """
         head = self.relation_att.shape[-1]
         reference = math.sqrt(6 / ((self.num_heads + 2) * head * head))
-        bound = reference if self.config.start == "reference" else math.sqrt(3 / head)
+        bound = reference if self.config.graph_start == "reference" else math.sqrt(3 / head)
         nn.init.uniform_(self.relation_att, -bound, bound)
         nn.init.uniform_(self.relation_msg, -bound, bound)
 
     def update_neighbors(self, state_MD: Tensor, level: Level) -> Tensor:
         """States of the neighbours' nodes after this layer, (N, D)."""
-        if not torch.is_grad_enabled() or self.config.recompute:
+        if not torch.is_grad_enabled() or self.config.graph_recompute:
             return by_chunks(self._update, state_MD, level, self._neighbor_parameters())
         return self._update(state_MD, level.source_N3, level.has_N3)
 
@@ -103,7 +103,7 @@ class GraphAttentionLayer(nn.Module):
             self._heads(F.linear(state_MD, value_weights.weight, value_weights.bias)),
             source_N3,
             has_N3,
-            self.config.attention_dropout if self.training else 0.0,
+            self.config.graph_attention_dropout if self.training else 0.0,
         )
         return self._added(own_ND, _linear(self.a_linears, NEIGHBOR)(out_NHC.flatten(1)), NEIGHBOR)
 
@@ -177,7 +177,7 @@ class GraphAttentionLayer(nn.Module):
             key_BHSC,
             value_BHSC,
             attn_mask=None if is_causal else visible_text(length, read, last, hidden_BTD.device),
-            dropout_p=self.config.attention_dropout if self.training else 0.0,
+            dropout_p=self.config.graph_attention_dropout if self.training else 0.0,
             is_causal=is_causal,
             scale=1.0,
         )
@@ -191,7 +191,7 @@ class GraphAttentionLayer(nn.Module):
             state_MD,
             index_BTK.flatten(0, 1),
             keep_BTK.flatten(0, 1),
-            self.config.attention_dropout if self.training else 0.0,
+            self.config.graph_attention_dropout if self.training else 0.0,
         )
         value_HDC = values.weight.view(self.num_heads, -1, self.dim).transpose(1, 2)
         bias_HNC = sum_NH.t()[:, :, None] * values.bias.view(self.num_heads, 1, -1)
@@ -199,16 +199,16 @@ class GraphAttentionLayer(nn.Module):
         return message_HNC.transpose(0, 1).reshape(query_BTHC.shape)
 
     def _mean(self, intra_BTHC: Tensor, inter_BTHC: Tensor, keep_BTK: Tensor) -> Tensor:
-        if self.config.mean == "learned":
+        if self.config.graph_mean == "learned":
             share_H1 = self.mixing.sigmoid()[:, None]
             return (1 - share_H1) * intra_BTHC + share_H1 * inter_BTHC
         half_BTHC = (intra_BTHC + inter_BTHC) / 2
-        if self.config.mean == "present":
+        if self.config.graph_mean == "present":
             return torch.where(keep_BTK.any(2)[:, :, None, None], half_BTHC, intra_BTHC)
         return half_BTHC
 
     def _added(self, before: Tensor, update: Tensor, kind: int) -> Tensor:
-        out: Tensor = self.norms[kind](before + F.dropout(update, self.config.dropout, self.training))
+        out: Tensor = self.norms[kind](before + F.dropout(update, self.config.graph_dropout, self.training))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:

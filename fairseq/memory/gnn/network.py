@@ -33,7 +33,7 @@ class GraphNetwork(nn.Module):
     """Heterogeneous graph transformer over a text and its neighbours' contexts (arXiv 2110.08743, sec. 2.3).
 
     ```python
-    network = GraphNetwork(GnnConfig(num_layers=3, num_heads=4), dim=64)
+    network = GraphNetwork(GnnConfig(graph_layer=3, graph_attention_heads=4), dim=64)
     build = GraphBuilder(GraphConfig(), network.num_layers, corpus_length=len(features))
     graph = build(neighbor_BTK)
     hidden_BTD = network(hidden_BTD, network.encode(graph, features.take(graph.position_P)))
@@ -51,23 +51,33 @@ class GraphNetwork(nn.Module):
         self.config, self.dim, self.feature_dim = config, dim, feature_dim or dim
         width = config.width(dim)
         self.gcs = nn.ModuleList(
-            GraphAttentionLayer(config, dim, is_last=number == config.num_layers - 1)
-            for number in range(config.num_layers)
+            GraphAttentionLayer(config, dim, is_last=number == config.graph_layer - 1)
+            for number in range(config.graph_layer)
         )
         widths = (dim, self.feature_dim)  # in the order of TOKEN and NEIGHBOR
         adapts = any(given != width for given in widths)
         self.adapters = nn.ModuleList(nn.Linear(given, width) for given in widths) if adapts else None
         self.output: nn.Linear | None = None
-        if config.start == "zero":
+        if config.graph_start == "zero":
             self.output = nn.Linear(width, dim, bias=False)
             nn.init.zeros_(self.output.weight)
         elif width != dim:
             self.output = nn.Linear(width, dim)
 
+    def reset_parameters(self) -> None:
+        """Draw the initial weights."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                module.reset_parameters()
+        for layer in self.layers:
+            layer.reset_parameters()
+        if self.output is not None and self.config.graph_start == "zero":
+            nn.init.zeros_(self.output.weight)
+
     @property
     def num_layers(self) -> int:
         """Layers, and states of a neighbour that they read."""
-        return self.config.num_layers
+        return self.config.graph_layer
 
     @property
     def layers(self) -> list[GraphAttentionLayer]:
@@ -97,7 +107,7 @@ class GraphNetwork(nn.Module):
     @property
     def encoder_digest(self) -> str:
         """Identity of the weights that make the neighbours' states, which stored ones belong to."""
-        content = hashlib.sha256(f"{self.num_layers} layers of {self.config.num_heads} heads".encode())
+        content = hashlib.sha256(f"{self.num_layers} layers of {self.config.graph_attention_heads} heads".encode())
         parts = [value for layer in self.layers[:-1] for value in layer.neighbor_weights()]
         parts += [] if self.adapters is None else list(self.adapters[NEIGHBOR].parameters())
         for value in parts:
@@ -134,4 +144,4 @@ class GraphNetwork(nn.Module):
             )
         if self.output is not None:
             state_BTD = self.output(state_BTD)
-        return hidden_BTD + state_BTD if self.config.start == "zero" else state_BTD
+        return hidden_BTD + state_BTD if self.config.graph_start == "zero" else state_BTD

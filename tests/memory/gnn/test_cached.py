@@ -66,7 +66,7 @@ def test_half_precision_and_codes_are_near(tmp_path):
 
 def test_adapted_features_are_stored_too(tmp_path):
     torch.manual_seed(0)
-    config = GnnConfig(num_heads=HEADS, graph_dim=12, num_layers=1, start="reference")
+    config = GnnConfig(graph_attention_heads=HEADS, decoder_gcn_dim=12, graph_layer=1, graph_start="reference")
     source = source_of(GraphNetwork(config, DIM, feature_dim=10).eval(), width=10)
     stored = store_states(source, tmp_path / "states.npy", dtype="float32")
     with torch.no_grad():
@@ -129,10 +129,10 @@ def test_what_has_no_states_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="features of 300 positions and the train split has 299"):
         StateSource(network, features, GraphBuilder(GraphConfig(), 3, 299))
     with pytest.raises(ValueError, match="--graph-builder dedup"):
-        StateSource(network, features, GraphBuilder(GraphConfig(builder="dedup"), 3, LENGTH))
+        StateSource(network, features, GraphBuilder(GraphConfig(graph_builder="dedup"), 3, LENGTH))
     with pytest.raises(ValueError, match="--graph-layer 1 reads the features themselves"):
         StateSource(make_network(torch.float32, layers=1), features, build)
     with pytest.raises(ValueError, match="features are of width 16, the network reads 12"):
-        StateSource(GraphNetwork(GnnConfig(num_heads=2), DIM, 12), features, build)
+        StateSource(GraphNetwork(GnnConfig(graph_attention_heads=2), DIM, 12), features, build)
     with pytest.raises(ValueError, match="in training mode"):
         store_states(StateSource(network.train(), features, build), tmp_path / "states.npy")

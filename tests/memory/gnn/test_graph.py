@@ -139,10 +139,10 @@ def test_flags_make_the_configs():
         (GraphConfig, {"neighbor_context": (1, 2, 3)}, "is not one number or two"),
         (GraphConfig, {"neighbor_context": (-1, 2)}, "--neighbor-context must be at least 0"),
         (GraphConfig, {"band": -1}, "--invalid-neighbor-context must be at least 0"),
-        (GraphConfig, {"builder": "x"}, "--graph-builder x is not one of occurrence, dedup"),
-        (GnnConfig, {"num_layers": 0}, "--graph-layer must be at least 1"),
-        (GnnConfig, {"dropout": 1.0}, "--graph-dropout 1.0 is not in"),
-        (GnnConfig, {"mean": "x"}, "--graph-mean x is not one of two, present, learned"),
+        (GraphConfig, {"graph_builder": "x"}, "--graph-builder x is not one of occurrence, dedup"),
+        (GnnConfig, {"graph_layer": 0}, "--graph-layer must be at least 1"),
+        (GnnConfig, {"graph_dropout": 1.0}, "--graph-dropout 1.0 is not in"),
+        (GnnConfig, {"graph_mean": "x"}, "--graph-mean x is not one of two, present, learned"),
     ],
 )
 def test_impossible_options_are_errors(config, given, message):

@@ -45,7 +45,7 @@ def test_the_merged_graph_leaks_where_its_windows_are_shorter_than_the_layers_re
     network, hidden, features = make_network(), rows(2, DIM, seed=1), rows(LENGTH, DIM, seed=2)
     moved = {}
     for builder in ("dedup", "occurrence"):
-        build = GraphBuilder(GraphConfig(neighbor_context=sides, band=0, builder=builder), 3, LENGTH)
+        build = GraphBuilder(GraphConfig(neighbor_context=sides, band=0, graph_builder=builder), 3, LENGTH)
         first = [30, -1, -1, -1, -1, -1]
         graphs = [torch.tensor([[first, later]]) for later in ([-1] * 6, [27, 28, 29, 31, 32, 33])]
         moved[builder] = torch.stack([outputs(network, build, graph, hidden, features)[0] for graph in graphs])

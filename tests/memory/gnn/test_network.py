@@ -33,8 +33,8 @@ def rows(*shape, seed, dtype=torch.float64):
 
 def make_network(dtype=torch.float64, seed=0, layers=3, dim=DIM, **options):
     """Every weight drawn, those that start at one or at zero too."""
-    given = {"dropout": 0.0, "attention_dropout": 0.0, "start": "reference"} | options
-    network = GraphNetwork(GnnConfig(num_layers=layers, num_heads=HEADS, **given), dim).to(dtype)
+    given = {"graph_dropout": 0.0, "graph_attention_dropout": 0.0, "graph_start": "reference"} | options
+    network = GraphNetwork(GnnConfig(graph_layer=layers, graph_attention_heads=HEADS, **given), dim).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, value in network.state_dict().items():
         drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64) / 4
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_of_every_node_and_edge(builder, sides):
     network, hidden, features = make_network(), rows(TOKENS, DIM, seed=1), rows(LENGTH, DIM, seed=2)
     hidden.requires_grad_(), features.requires_grad_()
     plain = {name: value.detach().clone().requires_grad_() for name, value in network.state_dict().items()}
-    out = run(network, build_graph(sides, builder=builder, windows_cross_band=True), hidden, features)
+    out = run(network, build_graph(sides, graph_builder=builder, windows_cross_band=True), hidden, features)
     found = torch.autograd.grad(weighted_sum(out), [hidden, features], retain_graph=True)
     weighted_sum(out).backward(inputs=[p for p in network.parameters() if p.requires_grad])
     graph = plain_graph(builder, sides)
@@ -113,7 +113,7 @@ def test_blocks_of_a_batch_do_not_meet():
     neighbors = torch.tensor([NEIGHBORS, NEIGHBORS[::-1]])
     position = torch.stack([torch.arange(20, 20 + TOKENS), torch.arange(7, 7 + TOKENS)])
     for builder in ("occurrence", "dedup"):
-        build = GraphBuilder(GraphConfig(band=BAND, builder=builder, neighbor_context=(1, 0)), 3, LENGTH)
+        build = GraphBuilder(GraphConfig(band=BAND, graph_builder=builder, neighbor_context=(1, 0)), 3, LENGTH)
         graph = build(neighbors, position)
         with torch.no_grad():
             both = network(hidden, network.encode(graph, features[graph.position_P]))
@@ -144,7 +144,7 @@ def test_a_token_sees_as_much_of_its_text_as_is_asked_for():
 def test_the_mean_may_be_of_what_is_present():
     hidden, features = rows(TOKENS, DIM, seed=1), rows(LENGTH, DIM, seed=2)
     alone = [[-1, -1]] * TOKENS
-    by_two, present, learned = (make_network(mean=mean) for mean in ("two", "present", "learned"))
+    by_two, present, learned = (make_network(graph_mean=mean) for mean in ("two", "present", "learned"))
     mixing = {f"gcs.{number}.mixing": torch.zeros(HEADS) for number in range(3)}
     learned.load_state_dict(by_two.state_dict() | mixing)
     with torch.no_grad():
@@ -162,10 +162,10 @@ def test_the_mean_may_be_of_what_is_present():
     assert all(layer.mixing.grad.abs().min() > 0 for layer in learned.gcs)
 
 
-@pytest.mark.parametrize("options", [{}, {"no_intra_edges": True}, {"mean": "learned", "recompute": True}])
+@pytest.mark.parametrize("options", [{}, {"no_intra_edges": True}, {"graph_mean": "learned", "graph_recompute": True}])
 def test_before_training_the_output_is_the_language_models_state(options):
     torch.manual_seed(0)
-    network = GraphNetwork(GnnConfig(num_heads=HEADS, **options), DIM, feature_dim=12)
+    network = GraphNetwork(GnnConfig(graph_attention_heads=HEADS, **options), DIM, feature_dim=12)
     hidden, features = rows(TOKENS, DIM, seed=1, dtype=torch.float32), rows(LENGTH, 12, seed=2, dtype=torch.float32)
     trained = [p for p in network.parameters() if p.requires_grad]
     target = rows(TOKENS, DIM, seed=3, dtype=torch.float32)
@@ -186,7 +186,7 @@ def test_before_training_the_output_is_the_language_models_state(options):
 def test_the_references_start_is_nearly_uniform_attention():
     bounds = {}
     for start in ("zero", "reference"):
-        layer = GraphNetwork(GnnConfig(num_heads=8, start=start), 1024).gcs[0]
+        layer = GraphNetwork(GnnConfig(graph_attention_heads=8, graph_start=start), 1024).gcs[0]
         bounds[start] = float(layer.relation_att.detach().abs().max())
     assert abs(bounds["reference"] - 0.00605) < 1e-4  # of GNN-LM, width 1024
     assert abs(bounds["zero"] - 0.153) < 1e-3
@@ -210,7 +210,7 @@ def test_weights_that_change_between_evaluations_are_read_anew():
 
 
 def test_the_number_of_weights_is_the_published_one():
-    network = GraphNetwork(GnnConfig(start="reference"), 1024)
+    network = GraphNetwork(GnnConfig(graph_start="reference"), 1024)
     assert sum(value.numel() for value in network.state_dict().values()) == 26_775_606
 
 
@@ -224,7 +224,9 @@ def test_computing_twice_gives_the_same_gradients(dropout, monkeypatch):
     gradients = []
     # With dropout, slices draw in the order of the slices: only another run by slices has the same draws.
     for recompute in (True, True) if dropout else (True, False):
-        network = make_network(recompute=recompute, dropout=dropout, attention_dropout=dropout).train()
+        network = make_network(
+            graph_recompute=recompute, graph_dropout=dropout, graph_attention_dropout=dropout
+        ).train()
         torch.manual_seed(9)
         loss = weighted_sum(run(network, graph, hidden, features))
         inputs = [features, *(p for p in network.parameters() if p.requires_grad)]
@@ -234,7 +236,7 @@ def test_computing_twice_gives_the_same_gradients(dropout, monkeypatch):
 
 
 def test_gradients_with_dropout_are_those_of_the_same_draws():
-    network = make_network(recompute=True, dropout=0.3, attention_dropout=0.3).train()
+    network = make_network(graph_recompute=True, graph_dropout=0.3, graph_attention_dropout=0.3).train()
     graph = build_graph()
     hidden, features = rows(TOKENS, DIM, seed=1), rows(LENGTH, DIM, seed=2).requires_grad_()
 
@@ -293,12 +295,17 @@ def test_the_published_programs_run(suffix, dtype, close, recompute):
     assert len(cases) >= 3
     for name in cases:
         case, builder = stored[name], name.partition("_")[0]
-        options = {"dropout": 0.0, "attention_dropout": 0.0, "start": "reference", "recompute": recompute}
-        network = GraphNetwork(GnnConfig(num_layers=meta["L"], num_heads=meta["H"], **options), meta["d"])
+        options = {
+            "graph_dropout": 0.0,
+            "graph_attention_dropout": 0.0,
+            "graph_start": "reference",
+            "graph_recompute": recompute,
+        }
+        network = GraphNetwork(GnnConfig(graph_layer=meta["L"], graph_attention_heads=meta["H"], **options), meta["d"])
         network.load_state_dict(stored["state_dict"])
         network.to(dtype).train()
         sides = {"neighbor_context": (case["left"], case["right"]), "windows_cross_band": True}
-        config = GraphConfig(band=meta["invalid"], builder=builder, **sides)
+        config = GraphConfig(band=meta["invalid"], graph_builder=builder, **sides)
         graph = GraphBuilder(config, meta["L"], meta["N"])(stored["neighbors"][None], position)
         token = stored["tgt"].to(dtype, copy=True).requires_grad_()
         out = run(network, graph, token, stored["pq"]["decoded"].to(dtype))
