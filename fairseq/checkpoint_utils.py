@@ -27,6 +27,7 @@ from fairseq.runtime.atomic_files import writing
 
 logger = logging.getLogger(__name__)
 
+_OF_TEXT = ("language_modeling", "graph_language_modeling")
 _FORMAT = "fairseq-memory checkpoint"
 _VERSION = 1
 _VERSION_IN_PARTS = 2
@@ -165,29 +166,36 @@ def load_model(
     pad: int,
     overrides: Mapping[str, Any] | None = None,
     source_size: int | None = None,
+    extended_to: str | None = None,
 ) -> TransformerLanguageModel:
     """Make the model of a checkpoint, in float32 on the CPU, in training mode.
 
     Args:
         source_size: types of the source's dictionary, for a translation model.
         overrides: settings of the model that replace the checkpoint's (``--model-overrides``).
+        extended_to: name of a model that has the checkpoint's in it, and parts of its own, which are drawn; other
+            names change nothing.
     Raises: ValueError when the dictionary has another size, an override is unknown, or the weights do not fit.
     """
     task, arch = (checkpoint.config.get(group, {}).get(name) for group, name in (("task", "name"), ("model", "arch")))
-    wanted, named = ("language_modeling", "language") if source_size is None else ("translation", "translation")
-    if task != wanted or "decoder.embed_tokens" not in " ".join(checkpoint.model):
+    wanted, named = (_OF_TEXT, "language") if source_size is None else (("translation",), "translation")
+    if task not in wanted or "decoder.embed_tokens" not in " ".join(checkpoint.model):
         raise ValueError(f"the checkpoint holds no transformer {named} model, but {arch!r} for task {task!r}; give one")
     _require_size(checkpoint, "decoder", dictionary_size, "" if source_size is None else " target")
     if source_size is not None:
         _require_size(checkpoint, "encoder", source_size, " source")
     name = str(checkpoint.config["model"].get("kind", "transformer_lm" if source_size is None else "transformer"))
+    kind = model_class(name)
+    extends = extended_to not in (None, name) and model_class(str(extended_to)).extends is kind
+    kind, name = (model_class(str(extended_to)), str(extended_to)) if extends else (kind, name)
     settings = checkpoint.config["model"] | _known_overrides(overrides or {}, model_config_class(name))
     config = model_config_from(settings, model_config_class(name))
     sizes = {} if source_size is None else {"source_size": source_size}
-    model: TransformerLanguageModel = model_class(name).unfilled(config, dictionary_size, pad, **sizes)
+    make = kind.build if extends else kind.unfilled
+    model: TransformerLanguageModel = make(config, dictionary_size, pad, **sizes)
     own = model.state_dict()
     weights = keep_layers(upgrade_state_dict(checkpoint.model, own), config)
-    _require_fit(own, weights)
+    _require_fit({name: value for name, value in own.items() if not (extends and model.is_own(name))}, weights)
     model.load_state_dict(weights)
     return model
 
@@ -198,17 +206,19 @@ def load_model_for(
     path: str,
     overrides: Mapping[str, Any] | None = None,
     source: Dictionary | None = None,
+    extended_to: str | None = None,
 ) -> TransformerLanguageModel:
     """As load_model, for a task's dictionaries.
 
     Args:
         dictionary: of what the model predicts.
         source: of what a translation model reads.
+        extended_to: as there.
     Raises: ValueError naming the file when a dictionary differs.
     """
     try:
         size = None if source is None else len(source)
-        model = load_model(checkpoint, len(dictionary), dictionary.pad(), overrides, size)
+        model = load_model(checkpoint, len(dictionary), dictionary.pad(), overrides, size, extended_to)
         _require_dictionary(checkpoint, dictionary, "dictionary_digest")
         if source is not None:
             _require_dictionary(checkpoint, source, "source_dictionary_digest")

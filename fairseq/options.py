@@ -22,7 +22,7 @@ from fairseq.evaluation.config import (
 from fairseq.fairseq_names import lazy
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
-from fairseq.models.architectures import ARCHITECTURES, build_model_config, model_config_class, model_name
+from fairseq.models.architectures import ARCHITECTURES, GNN, build_model_config, model_config_class, model_name
 from fairseq.models.config import KEY_TAPS
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
 from fairseq.optim.configs import EmaConfig, OptimizationConfig
@@ -30,7 +30,7 @@ from fairseq.registry import Entry, lookup
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.runtime.manifest import Command
 from fairseq.tasks import TASKS
-from fairseq.tasks.configs import LanguageModelingConfig
+from fairseq.tasks.configs import GraphLanguageModelingConfig, GraphStoresConfig
 from fairseq.training.config import CheckpointConfig, TrainingConfigs, ValidationConfig
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def evaluation_configs(settings: Settings) -> EvaluationConfigs:
         evaluation=settings.config(EvaluationConfig),
         task_options={
             field.name: settings.given[field.name]
-            for field in fields(LanguageModelingConfig)
+            for field in fields(GraphLanguageModelingConfig)
             if field.name in settings.given
         },
         key_tap=settings.given.get("knn_keytype"),
@@ -220,6 +220,8 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
     for choice, (option, table) in _TABLES.items():
         lookup(table, chosen[choice], option)
     lookup(ARCHITECTURES, chosen["arch"], "--arch")
+    if model_name(chosen["arch"]) == GNN and chosen["task"] == "language_modeling":
+        chosen["task"] = "graph_language_modeling"  # the same text, with its neighbours
     return chosen
 
 
@@ -236,6 +238,8 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     for config_class in (RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config_class)
     parser.add_config(_KeyTapConfig)
+    if not trime:
+        parser.add_config(GraphStoresConfig)
     add_ignored(parser, ignored_flags.EVALUATE)
     elsewhere = f"belongs to {'eval_lm.py' if trime else 'eval_lm-trime.py'}, not to {program}"
     reasons = {name: elsewhere for c in others for field in fields(c) for name in flag_names(field)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -44,6 +46,18 @@ class LMContextWindowDataset:
 
     def context(self, i: int) -> Tokens:
         """The context tokens of block ``i``."""
+        return self._before(i, self.dataset.source, self._bos)
+
+    def places(self, indices: npt.ArrayLike) -> list[Tokens]:
+        """For each of these blocks, the place of the token that each position of its row predicts; -1 for none."""
+        if not self.context_window:
+            return self.dataset.places(indices)
+        nowhere, place = np.full(len(self._bos), -1), self.dataset.place
+        numbers = np.asarray(indices, np.int64).tolist()
+        return [np.concatenate([self._before(i, place, nowhere), nowhere, place(i)]) for i in numbers]
+
+    def _before(self, i: int, of_block: Callable[[int], Tokens], of_bos: Tokens) -> Tokens:
+        """The context of block ``i``, put together from what each block has there."""
         position = int(np.searchsorted(self._kept, i))
         if position == len(self._kept) or self._kept[position] != i:
             raise IndexError(f"block {i} is not among the {len(self._kept)} kept blocks")
@@ -53,7 +67,7 @@ class LMContextWindowDataset:
         if start == end:
             return np.empty(0, dtype=np.int64)
         first = int(np.searchsorted(self._edges, start, side="right")) - 1
-        parts = [(self._bos, self.dataset.source(block)) for block in self._kept[first:position].tolist()]
+        parts = [(of_bos, of_block(block)) for block in self._kept[first:position].tolist()]
         return np.concatenate([tokens for part in parts for tokens in part])[start - end :]
 
     def collate(self, indices: npt.ArrayLike) -> LMBatch:

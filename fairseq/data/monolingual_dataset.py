@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,9 +51,21 @@ class MonolingualDataset(Blocks):
         # Converted first: joined with an int64, uint64 becomes float64.
         return np.concatenate([[self.eos], self.blocks.tokens[: size - 1].astype(np.int64)])
 
+    def place(self, i: int) -> Tokens:
+        """Places in the text of the tokens of block ``i``, which its positions predict."""
+        start = int(self.blocks.starts[i])
+        return np.arange(start, start + int(self.blocks.sizes[i]))
+
+    def places(self, indices: npt.ArrayLike) -> list[Tokens]:
+        """For each of these blocks, the place of the token that each position of its row predicts; -1 for none."""
+        nowhere = np.full(0 if self.bos is None else 1, -1)
+        return [np.concatenate([nowhere, self.place(i)]) for i in np.asarray(indices, np.int64).tolist()]
+
     def with_long_blocks_split(self, longest: int) -> MonolingualDataset:
         """The same text, no block longer than ``longest``."""
-        return MonolingualDataset(self.blocks.split(longest), self.pad, self.eos, self.bos)
+        result = copy.copy(self)
+        result.blocks = self.blocks.split(longest)
+        return result
 
     def collate(self, indices: npt.ArrayLike) -> LMBatch:
         """The batch of these blocks."""

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint
-from fairseq.config import build
+from fairseq.config import build, flag_names
 from fairseq.data.batching import filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.evaluation.splits import SplitPart, block_size_for, part_by_length, part_in_order
 from fairseq.models.config import KEY_TAPS
 from fairseq.registry import lookup
 from fairseq.runtime.distributed import runs_on_gpu
-from fairseq.tasks.configs import LanguageModelingConfig
+from fairseq.tasks.configs import GraphLanguageModelingConfig, GraphStoresConfig, LanguageModelingConfig
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OF_TRAINING = ("graph_states", "use_precompute_feat", "gcn_context_window")  # evaluation has these by its own flags
 # --model-overrides of the checkpoint's task, which fairseq 0.9 reads from there.
 TASK_OVERRIDES: dict[str, type] = {"tokens_per_sample": int, "add_bos_token": bool}
 
@@ -84,17 +86,11 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
         config.context_window,
         checkpoints[0].written_by,
     )
-    task = LanguageModelingTask(
-        build(
-            LanguageModelingConfig,
-            stated,
-            tokens_per_sample=block_size,
-            add_bos_token=stated.get("add_bos_token", bool(trained.get("add_bos_token", False))),
-        )
-    )
-    blocks = task.blocks(config.gen_subset)
+    task = _task(configs, trained, block_size)
     device = torch.device("cuda" if runs_on_gpu(configs.runtime) else "cpu")
     models = [_prepared(configs, c, path, task) for c, path in zip(checkpoints, paths)]
+    task.attach(models, trains=False)
+    blocks = task.blocks(config.gen_subset)
     longest = min((model.longest_input for model in models if model.longest_input), default=None)
     if longest is not None and block_size + config.context_window > longest:
         raise ValueError(
@@ -127,6 +123,32 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
         device=device,
         num_workers=data.num_workers,
     )
+
+
+def _task(configs: EvaluationConfigs, trained: Mapping[str, Any], block_size: int) -> LanguageModelingTask:
+    """The task of a checkpoint, with what the user stated; a GNN-LM that is taken alone needs no neighbours.
+
+    Raises: ValueError or OSError as the tasks, and for options of a task that the checkpoint is not of.
+    """
+    stated = dict(configs.task_options)
+    settings = stated | {
+        "tokens_per_sample": block_size,
+        "add_bos_token": stated.get("add_bos_token", bool(trained.get("add_bos_token", False))),
+    }
+    of_graph = {field.name: flag_names(field)[0] for field in fields(GraphStoresConfig)}
+    alone = (configs.evaluation.model_overrides or {}).get("short_cut")
+    if trained.get("name") == "graph_language_modeling" and not alone:
+        from fairseq.tasks.graph_language_modeling import GraphLanguageModelingTask
+
+        kept = {name: value for name, value in trained.items() if name in of_graph and name not in _OF_TRAINING}
+        return GraphLanguageModelingTask(build(GraphLanguageModelingConfig, kept | settings))
+    wrong = [flag for name, flag in of_graph.items() if name in stated]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} is for a GNN-LM, and {configs.evaluation.path} is none; train one with --arch "
+            "transformer_lm_gnn, or leave the flag out"
+        )
+    return LanguageModelingTask(build(LanguageModelingConfig, settings))
 
 
 def _task_overrides(config: EvaluationConfig) -> dict[str, Any]:

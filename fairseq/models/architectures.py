@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from fairseq.config import Namespace, build
-from fairseq.models.config import TransformerConfig, TransformerLMConfig
+from fairseq.models.config import TransformerConfig, TransformerGnnConfig, TransformerLMConfig
 from fairseq.registry import Entry, lookup, registrar
 
 
@@ -52,6 +52,8 @@ Size = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 ARCHITECTURES: dict[str, Size] = {
     "transformer_lm": {},
+    "transformer_lm_gnn": {},
+    "transformer_lm_gnn_wiki103": _WIKI103,
     "transformer_lm_big": _size(12, 1024, 4096, 16),
     "transformer_lm_baevski_wiki103": _WIKI103,
     "transformer_lm_wiki103": _WIKI103,
@@ -98,14 +100,18 @@ TRANSLATION: dict[str, Size] = {
 ARCHITECTURES.update(TRANSLATION)
 
 _PLAIN = "transformer_lm"
+GNN = "transformer_lm_gnn"
+"""Name of the model of GNN-LM."""
 
 # Model classes by name; plug-ins add subclasses of the one here.
 MODELS: dict[str, Entry] = {
     _PLAIN: Entry(TransformerLMConfig, "fairseq.models.transformer_lm:TransformerLanguageModel"),
+    GNN: Entry(TransformerGnnConfig, "fairseq.models.graph_lm:GraphLanguageModel"),
     "transformer": Entry(TransformerConfig, "fairseq.models.transformer:TransformerModel"),
 }
 # Architecture -> name of its model, where that is not a language model.
 _MODEL_OF: dict[str, str] = dict.fromkeys(TRANSLATION, "transformer")
+_MODEL_OF |= {arch: GNN for arch in ARCHITECTURES if arch.startswith(GNN)}
 
 _enter = registrar(ARCHITECTURES, "architecture")
 
@@ -133,7 +139,7 @@ def _set_by(function: Callable[[Any], None], given: Mapping[str, Any]) -> Mappin
     """The settings that a function of ``args`` makes of what the user gave; those of no model here are dropped."""
     args = Namespace(**given)
     function(args)
-    own = {field.name for field in fields(TransformerConfig)}
+    own = {field.name for kind in (TransformerConfig, TransformerGnnConfig) for field in fields(kind)}
     return {name: value for name, value in vars(args).items() if name in own}
 
 

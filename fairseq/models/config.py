@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq.config import build, flag, flag_names, int_list, require_at_least
+from fairseq.memory.gnn.config import GnnConfig
 
-KEY_TAPS = ("last_ffn_input", "model_output", "separated_head")
+KEY_TAPS = ("last_ffn_input", "model_output", "separated_head", "lm_output")
+TRAINED_PARTS = ("gnn", "gnn+softmax", "all")
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool, int), "str": (str,)}
@@ -233,6 +235,48 @@ class TransformerConfig(TransformerLMConfig):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformerGnnConfig(TransformerLMConfig, GnnConfig):
+    """A transformer language model whose output has read its neighbours' contexts (GNN-LM, arXiv 2110.08743).
+
+    The defaults are ``--arch transformer_lm_gnn``.
+    """
+
+    train_params: str = flag("--train-params", default="gnn", choices=TRAINED_PARTS)
+    """What is trained: the graph's layers alone, they and the output layer, or everything."""
+    orig_prob_ratio: float = flag("--orig-prob-ratio", default=0.0)
+    """Share of the language model's own probability in the prediction, in training and evaluation."""
+    graph_probability: float = flag("--graph-probability", default=1.0)
+    """Share of the training batches whose loss is that of the graph; the language model's own loss trains the others
+    (with --train-params all)."""
+    short_cut: bool = flag("--short-cut", default=False)
+    """Leave the graph out: the language model alone."""
+    graph_feature_dim: int = flag("--graph-feature-dim", default=0)
+    """Width of the features of train positions; by default that of the task's, or of the model's output."""
+
+    def __post_init__(self) -> None:
+        TransformerLMConfig.__post_init__(self)
+        GnnConfig.__post_init__(self)
+        if self.train_params not in TRAINED_PARTS:
+            raise ValueError(f"--train-params {self.train_params} is none of {', '.join(TRAINED_PARTS)}")
+        require_at_least(0, graph_feature_dim=self.graph_feature_dim)
+        if not 0 <= self.orig_prob_ratio < 1:
+            raise ValueError(
+                f"--orig-prob-ratio {self.orig_prob_ratio} is not in [0, 1); for the language model alone give "
+                "--short-cut"
+            )
+        if not 0 < self.graph_probability <= 1:
+            raise ValueError(
+                f"--graph-probability {self.graph_probability} is not in (0, 1]; 1 always trains the graph"
+            )
+        if self.graph_probability < 1 and self.train_params != "all":
+            raise ValueError(
+                f"--graph-probability {self.graph_probability} trains the language model on the other batches, and "
+                f"--train-params {self.train_params} leaves it as it is; give --train-params all"
+            )
+        self.width(self.decoder_output_dim or self.decoder_embed_dim)
+
+
 def model_config_from(
     values: Mapping[str, Any], kind: type[TransformerLMConfig] = TransformerLMConfig
 ) -> TransformerLMConfig:
@@ -251,6 +295,10 @@ _MAY_CHANGE = (
     "layers_to_keep",
     "knn_keytype",
     "checkpoint_activations",
+    "orig_prob_ratio",
+    "graph_probability",
+    "graph_recompute",
+    "short_cut",
 )
 
 
@@ -272,7 +320,8 @@ def require_same_architecture(path: str, saved: TransformerLMConfig, asked: Tran
 
 
 def _spelling(name: str) -> str:
-    return next(flag_names(field)[0] for field in fields(TransformerConfig) if field.name == name)
+    known = (*fields(TransformerConfig), *fields(TransformerGnnConfig))
+    return next(flag_names(field)[0] for field in known if field.name == name)
 
 
 def _int_tuple(name: str, value: Any) -> tuple[int, ...] | None:

@@ -152,7 +152,7 @@ class TransformerDecoder(nn.Module):
             x_BTD = self.layer_norm(x_BTD)
         if self.project_out_dim is not None:
             x_BTD = self.project_out_dim(x_BTD)
-        keys = {None: None, "last_ffn_input": last_ffn_input_BTD, "model_output": x_BTD}
+        keys = {None: None, "last_ffn_input": last_ffn_input_BTD, "model_output": x_BTD, "lm_output": x_BTD}
         if key_tap == "separated_head":
             assert self.separated_head is not None, "key_dim() was not asked first"
             return LMOutput(x_BTD, self.separated_head(last_ffn_input_BTD))

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 class TransformerLanguageModel(nn.Module):
     """A causal language model with a plain or an adaptive softmax."""
 
+    extends: type[TransformerLanguageModel] | None = None
+    """Class of the model that is within this one and may be loaded alone."""
+
     def __init__(self, config: TransformerLMConfig, dictionary_size: int, pad: int) -> None:
         super().__init__()
         self.config = config
@@ -59,6 +62,11 @@ class TransformerLanguageModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the initial weights."""
         self.decoder.reset_parameters()
+
+    def is_own(self, name: str) -> bool:
+        """True for a weight that the model which this one extends does not have."""
+        del name
+        return False
 
     @classmethod
     def from_pretrained(
@@ -100,7 +108,8 @@ class TransformerLanguageModel(nn.Module):
                 "--knn-keytype separated_head: the model was trained without that head; train one with it, or read "
                 "last_ffn_input"
             )
-        return self.decoder.output_width if key_tap == "model_output" else self.decoder.config.decoder_embed_dim
+        of_output = key_tap in ("model_output", "lm_output")
+        return self.decoder.output_width if of_output else self.decoder.config.decoder_embed_dim
 
     @property
     def may_skip_parameters(self) -> bool:
@@ -115,8 +124,9 @@ class TransformerLanguageModel(nn.Module):
         Args:
             tokens_BT: padded on the right.
             key_tap: also return this inner state: ``last_ffn_input`` (what the last layer's feed-forward block
-                reads, after its layer norm in pre-norm models), ``model_output`` (what the output layer reads) or
-                ``separated_head`` (a linear map of the first, for models made with it).
+                reads, after its layer norm in pre-norm models), ``model_output`` (what the output layer reads),
+                ``lm_output`` (the same before the graph's layers of a GNN-LM) or ``separated_head`` (a linear map of
+                the first, for models made with it).
             incremental_state: holds what was read in earlier calls; ``tokens_BT`` are then the ones after that.
         Raises: ValueError for an unknown tap, or a text too long for learned positions.
         """

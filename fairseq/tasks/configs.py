@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fairseq.config import UnreadableError, flag, require_at_least
+from fairseq.memory.gnn.config import GraphConfig
 
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
 
@@ -104,3 +105,41 @@ class TranslationConfig:
         )
         if self.source_lang is not None and self.source_lang == self.target_lang:
             raise ValueError(f"--source-lang and --target-lang are both {self.source_lang!r}; they must differ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphStoresConfig(GraphConfig):
+    """The neighbours of a text, and what is read of them (GNN-LM, arXiv 2110.08743)."""
+
+    graph_stores: str | None = flag("--graph-stores", default=None)
+    """Folder of a datastore for each split, FOLDER/train and so on, and of their neighbours FOLDER/SPLIT.neighbors."""
+    graph_features: str | None = flag("--graph-features", default=None)
+    """What is read of train positions: another datastore of the train split, or a file of product-quantizer codes; by
+    default the keys of FOLDER/train."""
+    graph_states: str | None = flag("--graph-states", default=None)
+    """In evaluation, file of the states of all train positions, which is written first where it is missing."""
+    gcn_k: int | None = flag("--gcn-k", default=None)
+    """Neighbours that a token reads; by default all that are kept."""
+    gcn_context_window: int | None = flag("--gcn-context-window", default=None)
+    """Tokens before the scored ones of a block that the graph's layers read too; by default all of --context-window."""
+    use_precompute_feat: bool = flag("--use-precompute-feat", default=False)
+    """Take the language model's own states from FOLDER/SPLIT too, instead of computing them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, gcn_k=self.gcn_k)
+        require_at_least(0, gcn_context_window=self.gcn_context_window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphLanguageModelingConfig(LanguageModelingConfig, GraphStoresConfig):
+    """Text as blocks for next-token prediction, with the neighbours of every token."""
+
+    def __post_init__(self) -> None:
+        LanguageModelingConfig.__post_init__(self)
+        GraphStoresConfig.__post_init__(self)
+        if not self.graph_stores:
+            raise ValueError(
+                "give --graph-stores FOLDER: a GNN-LM reads the neighbours of its text, which eval_lm.py "
+                "--save-knnlm-dstore and fairseq-neighbors find"
+            )

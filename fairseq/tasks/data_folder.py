@@ -160,6 +160,13 @@ class DataFolderTask(FairseqTask):
         del models
         return dataset
 
+    def attach(self, models: Sequence[Any], *, trains: bool) -> None:
+        """The models that are trained or evaluated, before the first split is read.
+
+        Raises: ValueError for a model that the task does not fit.
+        """
+        del models, trains
+
     way_out = "raise --max-target-positions"
 
     def iterator(

@@ -30,7 +30,6 @@ from fairseq.models.architectures import (
     model_name,
 )
 from fairseq.models.config import (
-    TransformerConfig,
     architecture_of,
     model_config_from,
     require_same_architecture,
@@ -74,6 +73,7 @@ class TrainingLoop:
         self.restore_path = self.checkpoint_manager.restore_path()
         self.restored = load_checkpoint(self.restore_path, whole=True) if self.restore_path else None
         self.model = self._model()
+        self.task.attach([self.model], trains=True)
         self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model, self.task)
         require_strategy_fits(configs, self.model.config)
@@ -110,9 +110,10 @@ class TrainingLoop:
         chosen, given = self.configs.chosen, self.configs.options
         path = self.checkpoints.finetune_from_model
         if path:
-            own = {field.name for field in fields(TransformerConfig)}
-            asked = {name: value for name, value in given.items() if name in own}
-            return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked, self.task.source)
+            kind = model_name(chosen["arch"])
+            own = {field.name for field in fields(model_config_class(kind))}
+            asked = {name: value for name, value in (self.task.model_limits() | dict(given)).items() if name in own}
+            return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked, self.task.source, kind)
         model: TransformerLanguageModel = self.task.build_model(
             chosen["arch"], self._foreign_architecture() | dict(given)
         )

@@ -81,6 +81,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("codec", "row_file"),
         ("features", "neighbors"),
         ("cached",),
+        ("inputs",),
     ),
     "fairseq.hf": (("hooks",), ("gguf",), ("loading",), ("knn",), ("attention",), ("pipeline",)),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +28,11 @@ class NeighborStates:
     """For each layer, int64 (B, T, K): each neighbour's row; any row for dropped ones."""
     keep_BTK: Tensor
     """bool, False for missing and dropped neighbours."""
+
+    def to(self, device: torch.device | str) -> NeighborStates:
+        """The same on another device."""
+        state, index = (tuple(part.to(device) for part in parts) for parts in (self.state, self.index))
+        return NeighborStates(state, index, self.keep_BTK.to(device))
 
 
 class GraphNetwork(nn.Module):

@@ -1,0 +1,235 @@
+"""Next-token prediction with the neighbours of every token at hand (GNN-LM, arXiv 2110.08743)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fairseq.data.dictionary import Dictionary
+from fairseq.data.iterators import EpochBatchIterator
+from fairseq.data.monolingual_dataset import MonolingualDataset
+from fairseq.memory.datastore.config import SAVES_TEXT
+from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.gnn.cached import CachedStates, StateSource, store_states
+from fairseq.memory.gnn.codec import ProductQuantizer
+from fairseq.memory.gnn.config import DEFAULT_BAND
+from fairseq.memory.gnn.features import CodedFeatures, KeyFeatures, NodeFeatures
+from fairseq.memory.gnn.graph import GraphBuilder
+from fairseq.memory.gnn.neighbors import SplitNeighbors
+from fairseq.memory.retrieval.file import store_digest
+from fairseq.models.graph_lm import GraphLanguageModel
+from fairseq.tasks.configs import GraphLanguageModelingConfig
+from fairseq.tasks.data_folder import Collating, IntArray
+from fairseq.tasks.graph_batches import NeighborReader, TextRows
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+logger = logging.getLogger(__name__)
+
+TRAIN = "train"
+
+
+class GraphBlocks(MonolingualDataset):
+    """Blocks of a split that know where its neighbours are."""
+
+    reader: NeighborReader
+
+
+class GraphLanguageModelingTask(LanguageModelingTask):
+    """A data folder, and a datastore with neighbours for each of its splits."""
+
+    config: GraphLanguageModelingConfig
+
+    def __init__(self, config: GraphLanguageModelingConfig, dictionary: Dictionary | None = None) -> None:
+        """Open the datastore of the train split, and its features.
+
+        Raises: ValueError or OSError when a file is missing, damaged or of something else.
+        """
+        super().__init__(config, dictionary)
+        if len(self.folders) > 1:
+            raise ValueError(f"--graph-stores holds the stores of one data folder, {config.data} names several")
+        self.train_store = self._store(TRAIN)
+        self.features = self._features()
+        self._models: list[GraphLanguageModel] = []
+
+    def _path(self, name: str) -> str:
+        return os.path.join(str(self.config.graph_stores), name)
+
+    def _store(self, split: str) -> Datastore:
+        store = Datastore.open(self._path(split))
+        return store.require(dictionary_digest=self.dictionary.digest(), dictionary_size=len(self.dictionary))
+
+    def _features(self) -> NodeFeatures:
+        """What is read of train positions."""
+        named = self.config.graph_features
+        if named is None:
+            return KeyFeatures.of(self.train_store)
+        if os.path.isfile(f"{named}.codec"):
+            return CodedFeatures.open(named, ProductQuantizer.load(f"{named}.codec")[0])
+        store = Datastore.open(named)
+        if len(store) != len(self.train_store):
+            raise ValueError(
+                f"--graph-features {named} has {len(store)} rows, the train split's datastore {self._path(TRAIN)} has "
+                f"{len(self.train_store)}; save both from the same text, with the same --context-window"
+            )
+        return KeyFeatures.of(store)
+
+    def model_limits(self) -> dict[str, int]:
+        """See the base class."""
+        return super().model_limits() | {"graph_feature_dim": self.features.dim}
+
+    def attach(self, models: Sequence[Any], *, trains: bool) -> None:
+        """See the base class."""
+        super().attach(models, trains=trains)
+        for model in models:
+            if not isinstance(model, GraphLanguageModel):
+                raise ValueError(
+                    "the task is graph_language_modeling, and the model reads no neighbours; give --arch "
+                    "transformer_lm_gnn, or --task language_modeling"
+                )
+            if model.gnn.feature_dim != self.features.dim:
+                raise ValueError(
+                    f"the graph's layers read features of width {model.gnn.feature_dim}, those of --graph-stores are "
+                    f"of width {self.features.dim}; give the stores of the model's own language model"
+                )
+        if len({model.gnn.num_layers for model in models}) > 1:
+            raise ValueError("the models of --path have graphs of different --graph-layer; evaluate them one by one")
+        if trains and self.config.graph_states:
+            raise ValueError(
+                "--graph-states are those of fixed weights; training computes them from the features: leave it out"
+            )
+        if self.config.use_precompute_feat:
+            self._require_outputs(models)
+        self._models = list(models)
+
+    def _require_outputs(self, models: Sequence[GraphLanguageModel]) -> None:
+        """Raise ValueError unless the stores hold what --use-precompute-feat takes from them."""
+        store = self.train_store
+        tap, dim = store.metadata.get("key_tap", "model_output"), models[0].decoder.output_width
+        if tap not in ("model_output", "lm_output") or store.dim != dim:
+            raise ValueError(
+                f"--use-precompute-feat takes the language model's output of width {dim} from {store.prefix}, which "
+                f"holds {tap} of width {store.dim}; save the stores with --knn-keytype model_output"
+            )
+
+    def blocks(
+        self, split: str, block_size: int | None = None, epoch: int = 1, *, combine: bool = False
+    ) -> GraphBlocks:
+        """The blocks of a split with its neighbours.
+
+        Raises: ValueError or OSError as the base class, and when the split's datastore or neighbours are missing or
+            of something else.
+        """
+        if combine and self.numbered_after(split):
+            raise ValueError(
+                f"the data folder holds {split} and {self.numbered_after(split)[0]}, and --graph-stores one text for "
+                "each split; join the texts and run preprocess.py again"
+            )
+        blocks = super().blocks(split, block_size, epoch)
+        result = copy.copy(blocks)
+        result.__class__ = GraphBlocks
+        assert isinstance(result, GraphBlocks)
+        result.reader = self._reader(split, blocks)
+        return result
+
+    def _reader(self, split: str, blocks: MonolingualDataset) -> NeighborReader:
+        config, train = self.config, self.train_store
+        store = self._store(split)
+        is_train = store_digest(store) == store_digest(train)
+        neighbors = SplitNeighbors.open(self._path(f"{split}.neighbors"), train=train, num_tokens=len(store))
+        self._require_of(neighbors, store)
+        if config.gcn_k is not None:
+            neighbors.require(config.gcn_k)
+        rows = TextRows(store, blocks.blocks)
+        if config.use_precompute_feat:
+            self._require_all_tokens(rows, store, blocks)
+        if is_train and config.graph_states:
+            raise ValueError(
+                f"--graph-states: split {split} is the train split, whose windows end where its band begins; leave "
+                "the flag out for it"
+            )
+        if is_train:
+            band = config.band if config.band is not None else int(neighbors.made_of.get("band", DEFAULT_BAND))
+            config = dataclasses.replace(config, band=band)
+            self._warn_of_leaks(config)
+        return NeighborReader(
+            rows=rows,
+            neighbors=neighbors,
+            k=config.gcn_k or neighbors.k,
+            build=self._builder(config),
+            features=self.features,
+            is_train=is_train,
+            context=config.gcn_context_window,
+            hidden=store if config.use_precompute_feat else None,
+            cached=self._cached_states() if config.graph_states else None,
+            device=lambda: next(self._models[0].parameters()).device,
+        )
+
+    def _builder(self, config: GraphLanguageModelingConfig) -> GraphBuilder:
+        needs_documents = config.stop_at_documents or config.exclude_own_document
+        documents = self.train_store.documents if needs_documents and self.train_store.has_documents else None
+        return GraphBuilder(config, self._models[0].gnn.num_layers, len(self.train_store), documents)
+
+    def _cached_states(self) -> CachedStates:
+        """The states of all train positions, from disk; computed first where they are not there."""
+        if len(self._models) > 1:
+            raise ValueError(f"--graph-states are those of one model, --path names {len(self._models)}")
+        source = StateSource(self._models[0].gnn, self.features, self._builder(self.config))
+        return store_states(source, str(self.config.graph_states))
+
+    def _require_of(self, neighbors: SplitNeighbors, store: Datastore) -> None:
+        saved, digest = neighbors.made_of.get("queries"), store_digest(store)
+        if saved not in (None, digest):
+            raise ValueError(
+                f"{neighbors.path} holds neighbours of another datastore ({str(saved)[:16]}) than {store.prefix!r} "
+                f"({digest[:16]}), which was saved again; search again with fairseq-neighbors"
+            )
+
+    def _require_all_tokens(self, rows: TextRows, store: Datastore, blocks: MonolingualDataset) -> None:
+        """Raise ValueError for a token whose state is not there."""
+        ends_B = blocks.blocks.starts + blocks.blocks.sizes - 1
+        place_N = np.concatenate([blocks.blocks.starts, ends_B])
+        missing_N = rows.find(place_N) < 0
+        if missing_N.any():
+            raise ValueError(
+                f"--use-precompute-feat: {store.prefix} has no state of token {place_N[missing_N].min()}; save it with "
+                f"--dstore-all-tokens ({SAVES_TEXT}), or leave the flag out"
+            )
+
+    def _warn_of_leaks(self, config: GraphLanguageModelingConfig) -> None:
+        """Warn of a band in which neighbours have read what they help to predict."""
+        context = self.train_store.metadata.get("longest_input")
+        if not isinstance(context, int):
+            return
+        safe = config.safe_band(context, config.tokens_per_sample)
+        if config.nearest < safe:
+            logger.warning(
+                "neighbours of the train split from %d tokens on are taken, and may have read what they help to "
+                "predict: its keys have read up to %d tokens, blocks have %d; --invalid-neighbor-context %d is safe",
+                config.nearest, context, config.tokens_per_sample, safe,
+            )  # fmt: skip
+
+    def iterator(self, dataset: Collating, batches: list[IntArray], **more: Any) -> EpochBatchIterator:
+        """See the base class; the batches hold their neighbours."""
+        blocks: Any = getattr(dataset, "dataset", dataset)
+        reader: NeighborReader = blocks.reader
+        return super().iterator(_WithNeighbors(dataset, reader), batches, **more)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithNeighbors:
+    """A data set whose batches hold their neighbours."""
+
+    dataset: Any
+    reader: NeighborReader
+
+    def collate(self, indices: Any) -> Any:
+        """The batch of these blocks."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.reader.read(self.dataset.collate(indices), self.dataset.places(indices))
