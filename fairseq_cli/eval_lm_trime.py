@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
     from fairseq.evaluation.run import run_evaluation
 
     evaluation, report, figures = run_evaluation(configs)
-    print_report(figures, buckets=True)
+    print_report(figures, buckets=True, positions=configs.evaluation.output_position_stats)
     write_outputs(configs, evaluation, report, figures)
 
 

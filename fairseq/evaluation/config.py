@@ -45,6 +45,8 @@ class EvaluationConfig:
     """NumPy .npz file for the log-probability of every scored token."""
     output_word_probs: bool = flag("--output-word-probs", default=False)
     """Print every word with its natural log-probability."""
+    output_position_stats: bool = flag("--output-position-stats", default=False)
+    """Print the perplexity by the token's place in its block: the first ones have read less."""
     output_word_stats: bool = flag("--output-word-stats", default=False)
     """Print six columns per word: the word, its count, the sum of its natural log-probabilities, whether it was joined
     from pieces, the sum for the words after it, and their number."""
@@ -73,7 +75,8 @@ class MemoryEvaluationConfig:
     """Prefix of the datastore that is written."""
     score_while_saving: bool = flag("--score-while-saving", default=False)
     """Compute the perplexity too while saving (costs the softmax, which saving does not need)."""
-
+    all_tokens: bool = flag("--dstore-all-tokens", default=False)
+    """Save the first --context-window tokens of the split too, which the model reads with less context than others."""
     overwrite_dstore: bool = flag("--overwrite-dstore", default=False)
     """Replace a complete datastore, also one of another split, model, key or text."""
 
@@ -84,8 +87,9 @@ class MemoryEvaluationConfig:
             raise ValueError("--save-knnlm-dstore needs --dstore-mmap PREFIX: where the datastore goes")
         if self.score_while_saving and not self.save_knnlm_dstore:
             raise ValueError("--score-while-saving goes with --save-knnlm-dstore")
-        if self.overwrite_dstore and not self.save_knnlm_dstore:
-            raise ValueError("--overwrite-dstore goes with --save-knnlm-dstore")
+        for name, given in (("--overwrite-dstore", self.overwrite_dstore), ("--dstore-all-tokens", self.all_tokens)):
+            if given and not self.save_knnlm_dstore:
+                raise ValueError(f"{name} goes with --save-knnlm-dstore")
         if self.dstore_mmap and not self.save_knnlm_dstore:
             raise ValueError(
                 f"--dstore-mmap {self.dstore_mmap} is where --save-knnlm-dstore writes: give both or neither"

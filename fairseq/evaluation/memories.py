@@ -142,12 +142,21 @@ def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: st
     from fairseq.runtime.manifest import file_digest
 
     tap, dictionary = evaluation.key_tap, evaluation.task.dictionary
-    return open_external(
+    # The language model within a GNN-LM: its stores are of its own checkpoint, under the name of its own output.
+    within = evaluation.checkpoint.config.get("task", {}).get("lm_digest") if tap == "lm_output" else None
+    memory = open_external(
         configs.knn,
         score=score,
         dim=evaluation.models[0].key_dim(tap),
-        key_tap=tap,
+        key_tap=None if tap == "lm_output" else tap,
         dictionary_digest=dictionary.digest(),
         dictionary_size=len(dictionary),
-        model_digest=lambda: file_digest(str(configs.evaluation.path)),
+        model_digest=lambda: within or file_digest(str(configs.evaluation.path)),
     )
+    saved = memory.store.metadata.get("key_tap", "model_output")
+    if tap == "lm_output" and saved not in ("lm_output", "model_output"):
+        raise ValueError(
+            f"datastore {memory.store.prefix!r} holds keys of {saved}; --knn-keytype says {tap}: give {saved}, or save "
+            "it again"
+        )
+    return memory

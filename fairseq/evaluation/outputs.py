@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def print_report(figures: Figures, *, buckets: bool = False) -> None:
-    """Print the report; scripts read the first two lines. ``buckets`` adds a line per range of training counts."""
+def print_report(figures: Figures, *, buckets: bool = False, positions: bool = False) -> None:
+    """Print the report; scripts read the first two lines.
+
+    Args:
+        buckets: add a line for each range of training counts.
+        positions: add a line for each range of places in a block.
+    """
     share = 100.0 * figures.num_tokens / figures.num_total_tokens
     sys.stdout.write(
         f"Evaluated {figures.num_tokens} tokens in {figures.seconds:.1f}s ({figures.tokens_per_second:.2f} tokens/s)\n"
@@ -34,6 +39,9 @@ def print_report(figures: Figures, *, buckets: bool = False) -> None:
         upper = f"to {row['count_below'] - 1}" if row["count_below"] else "or more"
         seen = "special symbols" if row["special"] else f"seen {row['count_from']} {upper} times in training"
         sys.stdout.write(f"{seen}: {row['num_tokens']} tokens, perplexity {row['perplexity']:.2f}\n")
+    for row in figures.positions if positions else ():
+        places = f"place {row['first']}" if row["first"] == row["last"] else f"places {row['first']} to {row['last']}"
+        sys.stdout.write(f"{places} of a block: {row['num_tokens']} tokens, perplexity {row['perplexity']:.2f}\n")
 
 
 def write_outputs(

@@ -61,12 +61,15 @@ class StoreRows:
     """Rows of the whole store."""
 
 
-def store_rows(evaluation: Evaluation, stated: int | None) -> StoreRows:
+def store_rows(evaluation: Evaluation, stated: int | None, *, all_tokens: bool = False) -> StoreRows:
     """The rows of the store: scored tokens less the first context window of the split, which has no full context.
 
+    Args:
+        stated: --dstore-size; None compares nothing.
+        all_tokens: keep that window too.
     Raises: ValueError when the user stated another size, or when nothing is left.
     """
-    part, context = evaluation.part, evaluation.context_window
+    part, context = evaluation.part, 0 if all_tokens else evaluation.context_window
     total = part.num_all_scored_tokens - context
     if total < 1:
         raise ValueError(
@@ -95,9 +98,12 @@ def save_datastore(
     writer: DatastoreWriter,
     *,
     with_scores: bool,
+    skip: int,
 ) -> tuple[float | None, float]:
     """Fill the store from where it stands and complete it.
 
+    Args:
+        skip: scored positions at the beginning that make no row.
     Returns: the mean -log2 p of all scored tokens (None unless ``with_scores``), and the seconds this call took.
     """
     started = time.perf_counter()
@@ -106,7 +112,6 @@ def save_datastore(
     if at.batch:
         logger.info("resuming at row %d of %d", writer.rows_done, writer.num_rows)
     run = scorer.score if with_scores else scorer.keys
-    skip = store_rows(evaluation, None).skip
     for batch in evaluation.iterator(at.batch):
         scored = run(batch)
         without_context = max(0, skip - at.seen)
@@ -156,7 +161,8 @@ def save_and_report(
         facts: of :func:`check_place`, which reads the whole checkpoint.
     """
     config, memory_config, knn = configs.evaluation, configs.memory, configs.knn
-    rows, dim = store_rows(evaluation, knn.dstore_size), evaluation.models[0].key_dim(evaluation.key_tap)
+    rows = store_rows(evaluation, knn.dstore_size, all_tokens=memory_config.all_tokens)
+    dim = evaluation.models[0].key_dim(evaluation.key_tap)
     whole, prefix = store_prefixes(configs)
     sharded, overwrite = prefix != whole, memory_config.overwrite_dstore
     metadata = _metadata(configs, evaluation, facts)
@@ -181,7 +187,9 @@ def save_and_report(
         metadata=metadata,
         documents=documents_of(evaluation, rows),
     ) as writer:
-        loss, seconds = save_datastore(evaluation, scorer, writer, with_scores=memory_config.score_while_saving)
+        loss, seconds = save_datastore(
+            evaluation, scorer, writer, with_scores=memory_config.score_while_saving, skip=rows.skip
+        )
     scored, total = evaluation.num_scored_tokens, evaluation.num_total_tokens
     rate = scored / seconds if seconds else 0.0
     figures: dict[str, Any] = {"rows": writer.num_rows, "num_tokens": scored, "num_total_tokens": total}
@@ -202,7 +210,10 @@ def _metadata(configs: EvaluationConfigs, evaluation: Evaluation, facts: Mapping
 
     config, dictionary = configs.evaluation, evaluation.task.dictionary
     blocks = evaluation.dataset.dataset.blocks
+    all_tokens = {"all_tokens": True} if configs.memory.all_tokens else {}
     return {
+        **all_tokens,
+        **evaluation.task.facts(config.gen_subset),
         "key_tap": evaluation.key_tap,
         "context_window": evaluation.context_window,
         "add_bos_token": evaluation.task.config.add_bos_token,

@@ -126,6 +126,7 @@ def _fingerprint(configs: EvaluationConfigs, evaluation: Evaluation, memory: Ext
         **facts_of_text([task.prefix(config.gen_subset)], evaluation.batches, task.dictionary, sizes),
         **facts_of_model(str(config.path), evaluation.models[0], config.model_overrides, evaluation.key_tap),
         **facts_of_search(memory, configs.knn.probe),
+        **task.facts(config.gen_subset),
     }
     if configs.trime is not None:
         fingerprint |= _text_memories(configs.trime, configs.knn)

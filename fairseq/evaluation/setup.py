@@ -141,7 +141,9 @@ def _task(configs: EvaluationConfigs, trained: Mapping[str, Any], block_size: in
         from fairseq.tasks.graph_language_modeling import GraphLanguageModelingTask
 
         kept = {name: value for name, value in trained.items() if name in of_graph and name not in _OF_TRAINING}
-        return GraphLanguageModelingTask(build(GraphLanguageModelingConfig, kept | settings))
+        task = GraphLanguageModelingTask(build(GraphLanguageModelingConfig, kept | settings))
+        task.check_checkpoint(str(configs.evaluation.path), trained)
+        return task
     wrong = [flag for name, flag in of_graph.items() if name in stated]
     if wrong:
         raise ValueError(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUCKETS = (10, 100, 1000, 10000)  # bounds of training counts in the frequency table
+_PLACES = (0, 1, 4, 16, 64, 256, 1024, 4096)  # bounds of places in a block
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Figures:
     """Time of scoring, without loading."""
     buckets: list[dict[str, Any]] = field(default_factory=list)
     """Loss by how often the target occurred in training."""
+    positions: list[dict[str, Any]] = field(default_factory=list)
+    """Loss by place in the block."""
     num_searched: int | None = None
     """Tokens whose neighbours RetoMaton had to search; None without it."""
 
@@ -61,6 +64,7 @@ class Figures:
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "buckets": self.buckets,
+            "positions": self.positions,
         }
 
 
@@ -95,6 +99,21 @@ class WordStatistics(NamedTuple):
             next_logp=self.next_logp + sum(more),
             num_next=self.num_next + len(more),
         )
+
+
+def _by_place(block_N: np.ndarray[Any, Any], logp_N: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+    """Loss of the tokens in each range of places in their block, which is sorted by block; the first place is 0."""
+    first_B = np.flatnonzero(np.r_[True, block_N[1:] != block_N[:-1]])
+    place_N = np.arange(len(block_N)) - np.repeat(first_B, np.diff(np.r_[first_B, len(block_N)]))
+    rows: list[dict[str, Any]] = []
+    for low, high in zip(_PLACES, (*_PLACES[1:], np.iinfo(np.int64).max)):
+        inside_N = (place_N >= low) & (place_N < high) & ~np.isneginf(logp_N)
+        if inside_N.any():
+            loss = -float(logp_N[inside_N].mean()) / math.log(2)
+            last = int(place_N[inside_N].max())
+            rows.append({"first": low, "last": last, "num_tokens": int(inside_N.sum())})
+            rows[-1] |= {"loss_base2": loss, "perplexity": 2.0**loss}
+    return rows
 
 
 class PerplexityReport:
@@ -143,8 +162,16 @@ class PerplexityReport:
             logger.warning("%d tokens have probability 0 and are dropped from the perplexity", sums.num_impossible)
         possible = ~np.isneginf(logp)
         buckets = self._buckets(token[possible], logp[possible])
+        positions = _by_place(block, logp)
         return Figures(
-            sums.loss_base2, sums.perplexity, len(token), sums.num_counted, num_total_tokens, seconds, buckets
+            sums.loss_base2,
+            sums.perplexity,
+            len(token),
+            sums.num_counted,
+            num_total_tokens,
+            seconds,
+            buckets,
+            positions,
         )
 
     def _buckets(self, token: np.ndarray[Any, Any], logp: np.ndarray[Any, Any]) -> list[dict[str, Any]]:

@@ -167,6 +167,22 @@ class DataFolderTask(FairseqTask):
         """
         del models, trains
 
+    def check_start(self, path: str | None, config: Mapping[str, Any]) -> None:
+        """What training starts from: a checkpoint with its config, or None for fresh weights.
+
+        Raises: ValueError where the task needs another start.
+        """
+        del path, config
+
+    def facts_of_model(self) -> dict[str, Any]:
+        """What a checkpoint records of the task besides its settings, as plain values."""
+        return {}
+
+    def facts(self, split: str) -> dict[str, Any]:
+        """What decides the scores of a split besides its text and the model, as plain values."""
+        del split
+        return {}
+
     way_out = "raise --max-target-positions"
 
     def iterator(

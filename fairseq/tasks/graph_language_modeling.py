@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from fairseq.memory.gnn.graph import GraphBuilder
 from fairseq.memory.gnn.neighbors import SplitNeighbors
 from fairseq.memory.retrieval.file import store_digest
 from fairseq.models.graph_lm import GraphLanguageModel
+from fairseq.runtime.manifest import file_digest
 from fairseq.tasks.configs import GraphLanguageModelingConfig
 from fairseq.tasks.data_folder import Collating, IntArray
 from fairseq.tasks.graph_batches import NeighborReader, TextRows
@@ -33,6 +34,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 logger = logging.getLogger(__name__)
 
 TRAIN = "train"
+_SAVED_BY = "lm_digest"
 
 
 class GraphBlocks(MonolingualDataset):
@@ -108,6 +110,54 @@ class GraphLanguageModelingTask(LanguageModelingTask):
             self._require_outputs(models)
         self._models = list(models)
 
+    def check_start(self, path: str | None, config: Mapping[str, Any]) -> None:
+        """See the base class; the language model within has to be trained, and the one that saved the stores."""
+        trained = self._models[0].config.train_params
+        if path is None and trained != "all":
+            raise ValueError(
+                f"--train-params {trained} leaves the language model as it is, and it was never trained; give "
+                "--finetune-from-model CHECKPOINT, or --train-params all"
+            )
+        saved = self._saved_by
+        if path is None or saved is None:
+            return
+        digest = config.get("task", {}).get(_SAVED_BY) or file_digest(path)
+        if digest != saved:
+            logger.warning(
+                "%s (digest %s) is another model than the one that saved %s (digest %s): its states may lie "
+                "elsewhere; save the stores again with it",
+                path, digest[-12:], self.train_store.prefix, saved[-12:],
+            )  # fmt: skip
+
+    @property
+    def _saved_by(self) -> str | None:
+        """Digest of the language model that saved the stores."""
+        found: str | None = self.train_store.metadata.get("model_digest")
+        return found
+
+    def facts_of_model(self) -> dict[str, Any]:
+        """See the base class."""
+        return {_SAVED_BY: self._saved_by}
+
+    def check_checkpoint(self, path: str, trained: Mapping[str, Any]) -> None:
+        """Warn of a checkpoint that was trained with stores of another language model."""
+        saved = trained.get(_SAVED_BY)
+        if None not in (saved, self._saved_by) and saved != self._saved_by:
+            logger.warning(
+                "%s was trained with stores of another language model (digest %s) than the one that saved %s (digest "
+                "%s); give the stores it was trained with, or save some with its language model",
+                path, str(saved)[-12:], self.train_store.prefix, str(self._saved_by)[-12:],
+            )  # fmt: skip
+
+    def facts(self, split: str) -> dict[str, Any]:
+        """See the base class."""
+        config, neighbors = self.config, self._neighbors(split, self._store(split))
+        names = ("neighbor_context", "band", "exclude_own_document", "stop_at_documents", "windows_cross_band")
+        more = ("graph_builder", "gcn_k", "gcn_context_window", "use_precompute_feat")
+        values = [getattr(config, name) for name in (*names, *more)]
+        kept = None if config.graph_states is None else "states"
+        return {"graph": [repr(values), neighbors.digest, self.features.digest, kept]}
+
     def _require_outputs(self, models: Sequence[GraphLanguageModel]) -> None:
         """Raise ValueError unless the stores hold what --use-precompute-feat takes from them."""
         store = self.train_store
@@ -142,8 +192,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         config, train = self.config, self.train_store
         store = self._store(split)
         is_train = store_digest(store) == store_digest(train)
-        neighbors = SplitNeighbors.open(self._path(f"{split}.neighbors"), train=train, num_tokens=len(store))
-        self._require_of(neighbors, store)
+        neighbors = self._neighbors(split, store)
         if config.gcn_k is not None:
             neighbors.require(config.gcn_k)
         rows = TextRows(store, blocks.blocks)
@@ -183,13 +232,16 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         source = StateSource(self._models[0].gnn, self.features, self._builder(self.config))
         return store_states(source, str(self.config.graph_states))
 
-    def _require_of(self, neighbors: SplitNeighbors, store: Datastore) -> None:
+    def _neighbors(self, split: str, store: Datastore) -> SplitNeighbors:
+        path, train = self._path(f"{split}.neighbors"), self.train_store
+        neighbors = SplitNeighbors.open(path, train=train, num_tokens=len(store))
         saved, digest = neighbors.made_of.get("queries"), store_digest(store)
         if saved not in (None, digest):
             raise ValueError(
                 f"{neighbors.path} holds neighbours of another datastore ({str(saved)[:16]}) than {store.prefix!r} "
                 f"({digest[:16]}), which was saved again; search again with fairseq-neighbors"
             )
+        return neighbors
 
     def _require_all_tokens(self, rows: TextRows, store: Datastore, blocks: MonolingualDataset) -> None:
         """Raise ValueError for a token whose state is not there."""

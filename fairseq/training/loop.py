@@ -72,8 +72,10 @@ class TrainingLoop:
         self.checkpoint_manager = CheckpointManager(self.checkpoints)
         self.restore_path = self.checkpoint_manager.restore_path()
         self.restored = load_checkpoint(self.restore_path, whole=True) if self.restore_path else None
+        self.started_from: Mapping[str, Any] = {} if self.restored is None else self.restored.config
         self.model = self._model()
         self.task.attach([self.model], trains=True)
+        self.task.check_start(self.checkpoints.finetune_from_model or self.restore_path, self.started_from)
         self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model, self.task)
         require_strategy_fits(configs, self.model.config)
@@ -113,7 +115,9 @@ class TrainingLoop:
             kind = model_name(chosen["arch"])
             own = {field.name for field in fields(model_config_class(kind))}
             asked = {name: value for name, value in (self.task.model_limits() | dict(given)).items() if name in own}
-            return load_model_for(self.task.dictionary, load_checkpoint(path), path, asked, self.task.source, kind)
+            found = load_checkpoint(path)
+            self.started_from = found.config
+            return load_model_for(self.task.dictionary, found, path, asked, self.task.source, kind)
         model: TransformerLanguageModel = self.task.build_model(
             chosen["arch"], self._foreign_architecture() | dict(given)
         )
@@ -362,7 +366,7 @@ class TrainingLoop:
         configs = self.configs
         return Checkpoint(
             config={
-                "task": to_dict(self.task.config) | {"name": configs.chosen["task"], **self._digests()},
+                "task": to_dict(self.task.config) | {"name": configs.chosen["task"], **self._facts()},
                 "model": to_dict(self.model.config) | {"arch": configs.chosen["arch"], "kind": self.model_name},
                 "chosen": dict(configs.chosen),
                 "given": {name: _plain(value) for name, value in configs.options.items()},
@@ -381,10 +385,10 @@ class TrainingLoop:
             | ({} if self.average is None else {"ema": self.average.weights}),
         )
 
-    def _digests(self) -> dict[str, str]:
-        """Digests of the dictionaries, by the names under which a checkpoint keeps them."""
+    def _facts(self) -> dict[str, Any]:
+        """Digests of the dictionaries, by the names under which a checkpoint keeps them, and what the task adds."""
         source = {} if self.task.source is None else {"source_dictionary_digest": self.task.source.digest()}
-        return {"dictionary_digest": self.task.dictionary.digest(), **source}
+        return {"dictionary_digest": self.task.dictionary.digest(), **source, **self.task.facts_of_model()}
 
     def _restore(self) -> None:
         """Take up the run in --save-dir, if there is one. Raises: ValueError when it is another model's."""

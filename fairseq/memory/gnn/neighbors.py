@@ -5,6 +5,8 @@ Shapes: N tokens of the split, K neighbours of each, P chosen tokens, Q tokens o
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
@@ -86,6 +88,14 @@ class SplitNeighbors:
     def k(self) -> int:
         """Neighbours kept for each token."""
         return self.rows.shape[1]
+
+    @property
+    def digest(self) -> str:
+        """Identity of what decided the content; of a headerless file its size and its last change."""
+        if not self.made_of:
+            facts = os.stat(self.path)
+            return f"{self.path} {facts.st_size} {facts.st_mtime_ns}"
+        return hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()
 
     def require(self, k: int) -> None:
         """Raise ValueError unless so many neighbours are kept."""
