@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from fairseq.checkpoints.gnn_lm import graph_settings, holds_graph, renamed
 from fairseq.checkpoints.integrity import has_checksums
 from fairseq.models.config import TransformerConfig, TransformerLMConfig
 
@@ -52,6 +53,7 @@ _WRAPPERS = re.compile(
     r"(?:(?<=\.)|^)(?:(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module)\.)+"
 )
 _TASK_FIELDS = ("data", "sample_break_mode", "tokens_per_sample", "max_target_positions", "add_bos_token")
+_GRAPH_FIELDS = ("neighbor_context", "gcn_k", "gcn_context_window")
 _TRANSLATION_FIELDS = ("source_lang", "target_lang", "left_pad_source", "left_pad_target", "max_source_positions")
 
 
@@ -201,6 +203,11 @@ def from_fairseq(content: Any, path: str) -> dict[str, Any]:
     config["written_by"] = {"program": FAIRSEQ_0_12 if nested else FAIRSEQ_0_9}
     if config["chosen"]["task"] == "language_modeling":
         config["model"] = _language_model_settings(config, weights, path)
+        if holds_graph(weights):
+            values, weights = config["given"], renamed(weights, path)
+            config["model"] |= graph_settings(weights, values)
+            config["task"] |= {name: values[name] for name in _GRAPH_FIELDS if values.get(name)}
+            config["task"]["name"] = "graph_language_modeling"
     elif config["chosen"]["task"] == "translation":
         config["model"] = _translation_settings(config, weights, path)
     history = plain(content.get("optimizer_history")) or [{}]

@@ -53,7 +53,7 @@ Size = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 ARCHITECTURES: dict[str, Size] = {
     "transformer_lm": {},
     "transformer_lm_gnn": {},
-    "transformer_lm_gnn_wiki103": _WIKI103,
+    "transformer_lm_gnn_wiki103": _WIKI103 | {"graph_dropout": 0.3, "graph_attention_dropout": 0.1},
     "transformer_lm_big": _size(12, 1024, 4096, 16),
     "transformer_lm_baevski_wiki103": _WIKI103,
     "transformer_lm_wiki103": _WIKI103,

@@ -9,6 +9,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 # layers, width, inner width, heads, dropout, of attention, of activations, activation, final norm
 PLAIN = {
     "transformer_lm": (6, 512, 2048, 8, 0.1, 0.0, 0.0, "relu", True),
+    "transformer_lm_gnn": (6, 512, 2048, 8, 0.1, 0.0, 0.0, "relu", True),
     "transformer_lm_big": (12, 1024, 4096, 16, 0.1, 0.0, 0.0, "relu", True),
     "transformer_lm_wiki103_small_sm": (8, 128, 512, 4, 0.3, 0.1, 0.1, "relu", True),
     "transformer_lm_wiki103_150M": (16, 410, 2100, 10, 0.3, 0.1, 0.1, "relu", True),
@@ -41,6 +42,7 @@ PLAIN |= GPT3
 ADAPTIVE = {
     "transformer_lm_baevski_wiki103": (16, 1024, 4096, 8, 0.3, 0.1, 0.1, "relu", False),
     "transformer_lm_wiki103": (16, 1024, 4096, 8, 0.3, 0.1, 0.1, "relu", False),
+    "transformer_lm_gnn_wiki103": (16, 1024, 4096, 8, 0.3, 0.1, 0.1, "relu", False),
     "transformer_lm_wiki103_small": (8, 512, 2048, 8, 0.3, 0.1, 0.1, "relu", False),
 }
 

@@ -43,6 +43,9 @@ class GraphConfig:
     it; it leaks later tokens' neighbours where a window is shorter than the layers reach."""
 
     def __post_init__(self) -> None:
+        sides = self.neighbor_context
+        if isinstance(sides, (str, int)):  # as checkpoints of the original have it
+            object.__setattr__(self, "neighbor_context", window(str(sides)))
         if len(self.neighbor_context) != 2:
             raise ValueError(f"--neighbor-context {self.neighbor_context} is not one number or two; give (2,2), say")
         for side in self.neighbor_context:

@@ -212,7 +212,7 @@ class GraphAttentionLayer(nn.Module):
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.num_heads, -1)
+        return x.view(*x.shape[:-1], self.num_heads, self.dim // self.num_heads)
 
 
 @dataclass(frozen=True)

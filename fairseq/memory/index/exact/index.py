@@ -90,6 +90,9 @@ class ExactIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __str__(self) -> str:
+        return f"exact search of {len(self)} rows of width {self.dim}, {self.metric.value}"
+
     streams_keys = True
 
     def bulk_pays(self, num_queries: int) -> bool:

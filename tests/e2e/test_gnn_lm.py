@@ -1,0 +1,272 @@
+"""GNN-LM by its commands: stores, neighbours, training, evaluation; compared with the plain graph transformer."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import perplexity, write_corpus
+from plain_hgt import kept, occurrence_graph, plain_hgt
+
+from fairseq.checkpoint_utils import load_checkpoint
+from fairseq_cli import eval_lm, preprocess, train
+from fairseq_cli.memory import neighbors
+
+HEADS, K, BLOCK, BAND = 2, 4, 16, 40
+BASE = (
+    "--decoder-layers 1 --decoder-embed-dim 16 --decoder-ffn-embed-dim 32 --decoder-attention-heads 2 --dropout 0.1 "
+    "--optimizer adam --lr 0.01 --tokens-per-sample 16 --max-tokens 128 --cpu --no-progress-bar --num-workers 0 "
+    "--no-epoch-checkpoints --share-decoder-input-output-embed"
+).split()
+GRAPH = f"--arch transformer_lm_gnn --graph-attention-heads {HEADS} --graph-dropout 0.1".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a data folder, a language model, and stores of its splits with neighbours."""
+    folder = tmp_path_factory.mktemp("gnn")
+    for seed, (split, lines) in enumerate((("train", 50), ("valid", 12))):
+        write_corpus(folder / f"{split}.txt", lines, seed)
+    texts = [f"--{split}pref={folder / split}.txt" for split in ("train", "valid")]
+    preprocess.main(["--only-source", *texts, "--destdir", str(folder / "bin")])
+    train.main([str(folder / "bin"), *BASE, "--max-update", "20", "--save-dir", str(folder / "lm")])
+    (folder / "stores").mkdir()
+    for split in ("train", "valid"):
+        store = str(folder / "stores" / split)
+        saving = ["--save-knnlm-dstore", "--dstore-mmap", store, "--knn-keytype", "model_output"]
+        evaluate(folder, "lm", "--gen-subset", split, *saving)
+        words = ["--dstore-filename", str(folder / "stores" / "train"), "--k", str(K)]
+        neighbors.main([store, *words, "--invalid-neighbor-context", str(BAND)])
+    train_graph(folder, "gnn")
+    return folder
+
+
+def evaluate(folder, run, *more):
+    path = str(folder / run / "checkpoint_last.pt")
+    words = ["--path", path, "--cpu", "--max-tokens", "64", "--tokens-per-sample", str(BLOCK)]
+    eval_lm.main([str(folder / "bin"), *words, "--gen-subset", "valid", *map(str, more)])
+
+
+def train_graph(folder, run, *more, updates=6, start="lm"):
+    begin = ["--finetune-from-model", str(folder / start / "checkpoint_last.pt")] if start else []
+    words = [*GRAPH, "--max-update", str(updates), "--save-dir", str(folder / run), "--graph-stores"]
+    train.main([str(folder / "bin"), *BASE, *words, str(folder / "stores"), *begin, *map(str, more)])
+
+
+@pytest.fixture
+def logps(folder, tmp_path, capsys):
+    """ln p of every token of a split in the order of the text, and what was printed."""
+
+    def run(name, *more):
+        evaluate(folder, name, "--scores-file", tmp_path / "scores.npz", *more)
+        with np.load(tmp_path / "scores.npz") as file:
+            return file["logp"], capsys.readouterr().out
+
+    return run
+
+
+def keys_of(folder, split):
+    return torch.from_numpy(raw_keys(folder / "stores" / split).astype(np.float64))
+
+
+def raw_keys(store):
+    return np.fromfile(f"{store}_keys.npy", np.float32).reshape(-1, 16)
+
+
+def weights_of(folder, run):
+    return load_checkpoint(str(folder / run / "checkpoint_last.pt")).model
+
+
+def by_hand(folder, split, run, k=K, length=160):
+    """ln p of the first tokens by the plain graph transformer over each block, in float64."""
+    weights = {name: value.double() for name, value in weights_of(folder, run).items()}
+    own = {name.removeprefix("gnn."): value for name, value in weights.items() if name.startswith("gnn.")}
+    keys, features = keys_of(folder, split), keys_of(folder, "train")
+    nearest = np.load(folder / "stores" / f"{split}.neighbors")[:, :k].tolist()
+    text = np.fromfile(folder / "bin" / f"{split}.bin", dtype=np.uint16).astype(np.int64)
+    assert len(text) == len(keys)
+    found = []
+    for start in range(0, min(length, len(text)), BLOCK):
+        hidden, first = keys[start : start + BLOCK], start if split == "train" else None
+        pairs = kept(nearest[start : start + BLOCK], len(features), BAND, first)
+        cut = {"band": BAND, "first": first} if split == "train" else {}
+        graph = occurrence_graph(pairs, len(hidden), 2, 2, len(features), **cut)
+        token, _ = plain_hgt(own, 3, HEADS, hidden, features[graph.position], graph)
+        out = hidden + token @ own["output.weight"].t()
+        logp = (out @ weights["decoder.embed_tokens.weight"].t()).log_softmax(-1)
+        found.append(logp[torch.arange(len(hidden)), torch.from_numpy(text[start : start + BLOCK])])
+    return torch.cat(found).numpy()
+
+
+@pytest.mark.parametrize("split", ["valid", "train"])
+def test_log_probabilities_are_those_of_the_plain_graph_transformer(folder, logps, split):
+    wanted = by_hand(folder, split, "gnn")
+    assert len(wanted) > 100
+    for more in ((), ("--use-precompute-feat",)):
+        found = logps("gnn", "--gen-subset", split, *more)[0]
+        np.testing.assert_allclose(found[: len(wanted)], wanted, atol=2e-5)
+
+
+def test_fewer_neighbours_and_stored_states_and_batches(folder, logps, tmp_path):
+    whole = logps("gnn")[0]
+    wanted = by_hand(folder, "valid", "gnn", 2, 48)
+    np.testing.assert_allclose(logps("gnn", "--gcn-k", 2)[0][:48], wanted, atol=2e-5)
+    for _ in ("written", "read"):
+        stored = logps("gnn", "--graph-states", tmp_path / "states")[0]
+        np.testing.assert_allclose(stored, whole, atol=2e-3)  # float16 states
+    assert not np.array_equal(stored, whole)
+    np.testing.assert_allclose(logps("gnn", "--max-tokens", 16)[0], whole, atol=1e-5)
+
+
+def test_before_training_and_with_the_short_cut_it_is_the_language_model(folder, logps):
+    plain = logps("lm")[0]
+    train_graph(folder, "fresh", "--lr", 1e-12, updates=1)
+    np.testing.assert_allclose(logps("fresh")[0], plain, atol=1e-6)
+    short = logps("gnn", "--model-overrides", "{'short_cut': True}")[0]
+    np.testing.assert_array_equal(short, plain)
+    assert np.abs(logps("gnn")[0] - plain).max() > 1e-3, "training changed nothing"
+
+
+def test_only_what_is_named_is_trained(folder):
+    before, after = weights_of(folder, "lm"), weights_of(folder, "gnn")
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    train_graph(folder, "softmax", "--train-params", "gnn+softmax", updates=2)
+    changed = {name for name, value in weights_of(folder, "softmax").items() if not_equal(before.get(name), value)}
+    assert {name for name in changed if not name.startswith("gnn.")} == {
+        "decoder.embed_tokens.weight",  # tied to the output layer
+        "decoder.output_projection.weight",
+    }
+    train_graph(folder, "all", "--train-params", "all", "--graph-probability", 0.5, updates=4)
+    assert any("layers" in name and not_equal(before[name], weights_of(folder, "all")[name]) for name in before)
+
+
+def not_equal(one, other):
+    return one is not None and not torch.equal(one, other)
+
+
+def test_mixed_probabilities(folder, logps):
+    own, graph = logps("lm")[0], logps("gnn")[0]
+    mixed = logps("gnn", "--model-overrides", "{'orig_prob_ratio': 0.3}")[0]
+    np.testing.assert_allclose(np.exp(mixed), 0.3 * np.exp(own) + 0.7 * np.exp(graph), atol=1e-6)
+    train_graph(folder, "mixed", "--orig-prob-ratio", 0.3, updates=2)
+    assert load_checkpoint(str(folder / "mixed" / "checkpoint_last.pt")).config["model"]["orig_prob_ratio"] == 0.3
+
+
+@pytest.mark.parametrize("options", [(), ("--train-params", "all", "--graph-probability", "0.5")])
+def test_a_resumed_training_gives_the_same_bytes(folder, options, tmp_path):
+    train_graph(folder, tmp_path / "one", *options, updates=5)
+    train_graph(folder, tmp_path / "two", *options, updates=2)
+    train_graph(folder, tmp_path / "two", *options, updates=5)
+    one, two = weights_of(folder, tmp_path / "one"), weights_of(folder, tmp_path / "two")
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_a_second_stage_starts_from_the_first(folder, logps):
+    train_graph(folder, "second", "--lr", 1e-12, "--gcn-k", K, updates=1, start="gnn")
+    np.testing.assert_allclose(logps("second")[0], logps("gnn")[0], atol=1e-6)
+
+
+def test_context_is_read_and_not_scored(folder, logps):
+    """The graph's layers read all of the context, or some of it: with none, blocks stand alone for them."""
+    whole, _ = logps("gnn", "--context-window", 16, "--tokens-per-sample", 8)
+    same, out = logps("gnn", "--context-window", 16, "--tokens-per-sample", 8, "--gcn-context-window", 16)
+    np.testing.assert_allclose(same, whole, atol=1e-5)
+    none, out = logps(
+        "gnn", "--context-window", 16, "--tokens-per-sample", 8, "--gcn-context-window", 0, "--output-position-stats"
+    )
+    assert np.abs(none - whole).max() > 1e-4
+    small_batches = logps(
+        "gnn", "--context-window", 16, "--tokens-per-sample", 8, "--gcn-context-window", 0, "--max-tokens", 8
+    )[0]
+    np.testing.assert_allclose(small_batches, none, atol=1e-5)
+    places = re.findall(r"^places? (\d+)(?: to (\d+))? of a block: (\d+) tokens, perplexity", out, re.MULTILINE)
+    assert [(first, last) for first, last, _ in places] == [("0", ""), ("1", "3"), ("4", "7")]
+    assert sum(int(count) for _, _, count in places) == len(none)
+
+
+def test_neighbours_of_the_same_model_or_of_the_one_within(folder, logps, tmp_path):
+    saving = ("--save-knnlm-dstore", "--dstore-mmap", tmp_path / "second", "--knn-keytype", "model_output")
+    evaluate(folder, "gnn", "--gen-subset", "train", *saving)
+    knn = ("--knnlm", "--k", 8, "--lmbda", 0.3)
+    second = logps("gnn", *knn, "--dstore-filename", tmp_path / "second", "--knn-keytype", "model_output")
+    within = logps("gnn", *knn, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "lm_output")
+    alone, plain = (
+        logps("gnn"),
+        logps("lm", *knn, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "model_output"),
+    )
+    assert not np.array_equal(second[0], within[0])
+    assert perplexity(second[1]) < perplexity(alone[1])
+    # The language model within finds what it finds alone; only the other share differs.
+    found = (np.exp(within[0]) - 0.7 * np.exp(alone[0])) / 0.3
+    own = (np.exp(plain[0]) - 0.7 * np.exp(logps("lm")[0])) / 0.3
+    np.testing.assert_allclose(found, own, atol=1e-5)
+
+
+def test_saved_neighbours_belong_to_their_graph(folder, tmp_path):
+    words = ["--knnlm", "--k", 4, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "lm_output"]
+    evaluate(folder, "gnn", *words, "--save-retrieval", tmp_path / "kept")
+    with pytest.raises(ValueError, match="graph"):
+        evaluate(folder, "gnn", *words, "--save-retrieval", tmp_path / "kept", "--gcn-k", 2)
+
+
+def test_all_tokens_are_saved_when_that_is_asked(folder, tmp_path):
+    keys = {}
+    for name, more in (("without", ()), ("with", ("--dstore-all-tokens",))):
+        saving = ("--save-knnlm-dstore", "--dstore-mmap", tmp_path / name, "--context-window", 8, *more)
+        evaluate(folder, "lm", *saving, "--tokens-per-sample", 8)
+        keys[name] = raw_keys(tmp_path / name)
+    text = np.fromfile(folder / "bin" / "valid.bin", dtype=np.uint16)
+    assert len(keys["with"]) == len(text) == len(keys["without"]) + 8
+    np.testing.assert_array_equal(keys["with"][8:], keys["without"])
+    np.testing.assert_array_equal(np.fromfile(tmp_path / "with_vals.npy", np.int64)[:8], text[:8])
+
+
+MISTAKES = {
+    "no stores": (["--graph-stores", ""], "give --graph-stores FOLDER"),
+    "k": (["--gcn-k", "9"], f"9 neighbours are asked for and .*valid.neighbors keeps {K}"),
+    "no base": (None, "it was never trained; give --finetune-from-model"),
+    "states in training": (["--graph-states", "x"], "--graph-states are those of fixed weights"),
+    "coin": (["--graph-probability", "0.5"], "--train-params gnn leaves it as it is"),
+    "heads": (["--graph-attention-heads", "3"], "--graph-attention-heads 3 does not divide the width 16"),
+    "share": (["--orig-prob-ratio", "1"], "--orig-prob-ratio 1.0 is not in"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_before_training(folder, name, tmp_path):
+    more, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        train_graph(folder, tmp_path / "run", *(more or ()), start="lm" if more else "")
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
+def test_a_band_that_is_too_narrow_is_told_with_the_safe_one(folder, caplog, tmp_path):
+    train_graph(folder, tmp_path / "run", updates=1)
+    said = [record.getMessage() for record in caplog.records if "is safe" in record.getMessage()]
+    longest = json.loads((folder / "stores" / "train.json").read_text())["longest_input"]
+    safe = longest + BLOCK
+    assert [f"--invalid-neighbor-context {safe} is safe" in line for line in said] == [True] * len(said)
+    assert bool(said) == (safe > BAND)
+
+
+def test_options_of_a_graph_without_one(folder):
+    with pytest.raises(ValueError, match="--gcn-k is for a GNN-LM, and .* is none"):
+        evaluate(folder, "lm", "--gcn-k", 2)
+
+
+def test_stores_of_another_text_or_search(folder, tmp_path):
+    other = tmp_path / "stores"
+    other.mkdir()
+    for path in (folder / "stores").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "valid.neighbors").write_bytes((folder / "stores" / "train.neighbors").read_bytes())
+    (other / "valid.neighbors.json").write_bytes((folder / "stores" / "train.neighbors.json").read_bytes())
+    with pytest.raises(ValueError, match="holds neighbours of"):
+        evaluate(folder, "gnn", "--graph-stores", other)
+    for name in ("valid.json", "valid_keys.npy", "valid_vals.npy", "valid_docs.npy"):
+        (other / name).write_bytes((folder / "stores" / name.replace("valid", "train")).read_bytes())
+    with pytest.raises(ValueError, match="is of another text than the split"):
+        evaluate(folder, "gnn", "--graph-stores", other)
