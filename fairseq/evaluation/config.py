@@ -71,6 +71,9 @@ class MemoryEvaluationConfig:
     """Interpolate with the nearest neighbours in a datastore (kNN-LM, arXiv 1911.00172)."""
     save_knnlm_dstore: bool = flag("--save-knnlm-dstore", default=False)
     """Write the key and the next token of every position into a datastore."""
+    knn_neighbors: str | None = flag("--knn-neighbors", default=None)
+    """File of fairseq-neighbors for the split: its neighbours are taken instead of a search, and compared by the keys
+    of --dstore-filename, which may be of another model or layer."""
     dstore_mmap: str | None = flag("--dstore-mmap", default=None)
     """Prefix of the datastore that is written."""
     score_while_saving: bool = flag("--score-while-saving", default=False)
@@ -85,6 +88,8 @@ class MemoryEvaluationConfig:
             raise ValueError("--knnlm and --save-knnlm-dstore exclude each other; save first, then evaluate")
         if self.save_knnlm_dstore and not self.dstore_mmap:
             raise ValueError("--save-knnlm-dstore needs --dstore-mmap PREFIX: where the datastore goes")
+        if self.knn_neighbors and not self.knnlm:
+            raise ValueError(f"--knn-neighbors {self.knn_neighbors} are neighbours for --knnlm: give it too")
         if self.score_while_saving and not self.save_knnlm_dstore:
             raise ValueError("--score-while-saving goes with --save-knnlm-dstore")
         for name, given in (("--overwrite-dstore", self.overwrite_dstore), ("--dstore-all-tokens", self.all_tokens)):

@@ -11,8 +11,12 @@ from fairseq.config import flag_names
 from fairseq.memory.retomaton.config import RetomatonConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fairseq.evaluation.config import EvaluationConfigs
+    from fairseq.evaluation.readers import IntArray, KeptNeighborsReader
     from fairseq.evaluation.setup import Evaluation
+    from fairseq.memory.combiners.interpolation import Interpolation
     from fairseq.memory.sources.base import TextSource
     from fairseq.memory.sources.external import ExternalMemory
     from fairseq.memory.types import MemoryReader
@@ -23,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 def check_knn(configs: EvaluationConfigs) -> None:
     """Raise ValueError where options of a memory are given that would not be used, or that lack what they need."""
+    if configs.memory.knn_neighbors and (configs.retomaton.retomaton or configs.knn.search_on):
+        other = "--retomaton" if configs.retomaton.retomaton else "--search-on"
+        raise ValueError(f"--knn-neighbors searches nothing, and {other} is a way to search: leave one of them out")
     retomaton, knn, given = configs.retomaton, configs.knn, configs.command.given
     own = [field for field in dataclasses.fields(RetomatonConfig) if field.name in given]
     if own and not retomaton.retomaton:
@@ -96,7 +103,42 @@ def _open_knn(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seque
         from fairseq.memory.retomaton.reader import open_reader as open_retomaton
 
         return scorer, open_retomaton(configs.retomaton, memory, combine)
+    if configs.memory.knn_neighbors:
+        return scorer, _kept_neighbors(configs, evaluation, memory, combine)
     return scorer, CandidateReader(combine, memory)
+
+
+def _kept_neighbors(
+    configs: EvaluationConfigs, evaluation: Evaluation, memory: ExternalMemory, combine: Interpolation
+) -> KeptNeighborsReader:
+    """A reader of the neighbours in a file. Raises: ValueError when they are not of this text and store."""
+    from fairseq.evaluation.readers import KeptNeighborsReader
+    from fairseq.memory.datastore.datastore import Datastore
+    from fairseq.memory.gnn.neighbors import SplitNeighbors
+    from fairseq.memory.retrieval.file import store_digest
+    from fairseq.tasks.graph_batches import TextRows
+
+    path = str(configs.memory.knn_neighbors)
+    neighbors = SplitNeighbors.open(path, train=memory.store, other_keys=True)
+    neighbors.require(memory.k)
+    blocks = evaluation.dataset.dataset.blocks
+    prefix, queries = path.removesuffix(".neighbors"), neighbors.made_of.get("queries")
+    if os.path.isfile(f"{prefix}.json") and store_digest(store := Datastore.open(prefix)) == queries:
+        rows_of: Callable[[IntArray], IntArray] = TextRows(store, blocks).find
+    elif len(neighbors) == len(blocks.tokens):
+        rows_of = _same
+    else:
+        raise ValueError(
+            f"{path} holds neighbours of {len(neighbors)} tokens, split {configs.evaluation.gen_subset} has "
+            f"{len(blocks.tokens)}; give the file of this split, beside the datastore that was searched for"
+        )
+    return KeptNeighborsReader(
+        combine=combine, source=memory, neighbors=neighbors, starts_B=blocks.starts, rows_of=rows_of
+    )
+
+
+def _same(place_N: IntArray) -> IntArray:
+    return place_N
 
 
 def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[SequenceScorer, MemoryReader | None]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fairseq.evaluation.outputs import write_evaluation_manifest
-from fairseq.evaluation.readers import CandidateReader
+from fairseq.evaluation.readers import CandidateReader, KeptNeighborsReader
 
 if TYPE_CHECKING:
     from fairseq.data.types import LMBatch
@@ -51,7 +51,7 @@ def saving_retrieval(
             "leave one of them out"
         )
     memory = reader.source
-    fingerprint = _fingerprint(configs, evaluation, memory)
+    fingerprint = _fingerprint(configs, evaluation, reader, memory)
     held = existing(path, fingerprint)
     if held is not None:
         logger.info("%s holds these neighbours already: nothing is searched", path)
@@ -112,7 +112,9 @@ def _reads_text(trime: TrimeEvaluationConfig | None) -> bool:
     return trime is not None and (trime.use_local or trime.use_long)
 
 
-def _fingerprint(configs: EvaluationConfigs, evaluation: Evaluation, memory: ExternalMemory) -> dict[str, Any]:
+def _fingerprint(
+    configs: EvaluationConfigs, evaluation: Evaluation, reader: CandidateReader, memory: ExternalMemory
+) -> dict[str, Any]:
     """Everything that decides which neighbours and log-probabilities come out, as plain values."""
     from fairseq.memory.retrieval.made_of import facts_of_model, facts_of_search, facts_of_text
 
@@ -128,6 +130,8 @@ def _fingerprint(configs: EvaluationConfigs, evaluation: Evaluation, memory: Ext
         **facts_of_search(memory, configs.knn.probe),
         **task.facts(config.gen_subset),
     }
+    if isinstance(reader, KeptNeighborsReader):
+        fingerprint["neighbors"] = reader.neighbors.digest
     if configs.trime is not None:
         fingerprint |= _text_memories(configs.trime, configs.knn)
     return fingerprint

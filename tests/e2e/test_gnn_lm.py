@@ -205,6 +205,34 @@ def test_neighbours_of_the_same_model_or_of_the_one_within(folder, logps, tmp_pa
     np.testing.assert_allclose(found, own, atol=1e-5)
 
 
+def test_kept_neighbours_are_taken_instead_of_a_search(folder, logps, tmp_path):
+    """Those of the language model's own states, by cosine: the same as a search, and other ones by other keys."""
+    knn = ("--knnlm", "--k", K, "--lmbda", 0.3, "--softmax-temp", 0.1, "--knn-keytype", "model_output")
+    own = (*knn, "--faiss-metric-type", "cos", "--dstore-filename", folder / "stores" / "train")
+    kept = ("--knn-neighbors", folder / "stores" / "valid.neighbors")
+    searched = logps("lm", *own)[0]
+    for more in ((), ("--max-tokens", 16), ("--knn-bulk", 20), ("--tokens-per-sample", 8, "--context-window", 8)):
+        wanted = logps("lm", *own, *more)[0] if "--context-window" in more else searched
+        if "--context-window" not in more:
+            np.testing.assert_allclose(logps("lm", *own, *kept, *more)[0], wanted, atol=1e-5)
+        else:  # other states, which find others
+            assert np.isfinite(logps("lm", *own, *kept, *more)[0]).all()
+    evaluate(
+        folder, "gnn", "--gen-subset", "train", "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "second",
+        "--knn-keytype", "model_output",
+    )  # fmt: skip
+    other = logps("gnn", *knn, "--dstore-filename", tmp_path / "second", *kept, "--save-retrieval", tmp_path / "F")[0]
+    keys, own_keys = raw_keys(tmp_path / "second"), raw_keys(folder / "stores" / "train")
+    assert not np.array_equal(keys, own_keys)
+    assert np.abs(other - logps("gnn")[0]).max() > 0.01
+    with pytest.raises(ValueError, match="neighbors"):
+        evaluate(folder, "gnn", *knn, "--dstore-filename", tmp_path / "second", "--save-retrieval", tmp_path / "F")
+    with pytest.raises(ValueError, match=f"neighbours are asked for and .* keeps {K}"):
+        evaluate(folder, "lm", *own, *kept, "--k", K + 1)
+    with pytest.raises(ValueError, match="--knn-neighbors searches nothing, and --retomaton"):
+        evaluate(folder, "lm", *own, *kept, "--retomaton")
+
+
 def test_saved_neighbours_belong_to_their_graph(folder, tmp_path):
     words = ["--knnlm", "--k", 4, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "lm_output"]
     evaluate(folder, "gnn", *words, "--save-retrieval", tmp_path / "kept")

@@ -57,18 +57,26 @@ class SplitNeighbors:
     """What decided the content; empty for a headerless file."""
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, train: Datastore, num_tokens: int | None = None) -> SplitNeighbors:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        train: Datastore,
+        num_tokens: int | None = None,
+        other_keys: bool = False,
+    ) -> SplitNeighbors:
         """Open a file of ours, all shards of one, or the original's headerless ``neighbors.mmap.K``.
 
         Args:
             train: the datastore that the neighbours are rows of.
             num_tokens: tokens of the split; None compares nothing.
+            other_keys: ``train`` may have other keys of the same text than those that were searched.
         Raises: ValueError when it is missing, damaged, of another store, or of other sizes.
         """
         path = os.fspath(path)
         rows, made_of = _headerless(path) if _HEADERLESS.fullmatch(os.path.basename(path)) else _ours(path)
         digest = store_digest(train)
-        if made_of.get("store", digest) != digest:
+        if made_of.get("store", digest) != digest and not other_keys:
             raise ValueError(
                 f"{path} holds neighbours in another datastore ({str(made_of['store'])[:16]}) than {train.prefix!r} "
                 f"({digest[:16]}); name that one, or search again with fairseq-neighbors"
