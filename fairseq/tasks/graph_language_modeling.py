@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
@@ -40,7 +39,9 @@ _SAVED_BY = "lm_digest"
 class GraphBlocks(MonolingualDataset):
     """Blocks of a split that know where its neighbours are."""
 
-    reader: NeighborReader
+    def __init__(self, blocks: MonolingualDataset, reader: NeighborReader) -> None:
+        super().__init__(blocks.blocks, blocks.pad, blocks.eos, blocks.bos)
+        self.reader = reader
 
 
 class GraphLanguageModelingTask(LanguageModelingTask):
@@ -182,11 +183,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
                 "each split; join the texts and run preprocess.py again"
             )
         blocks = super().blocks(split, block_size, epoch)
-        result = copy.copy(blocks)
-        result.__class__ = GraphBlocks
-        assert isinstance(result, GraphBlocks)
-        result.reader = self._reader(split, blocks)
-        return result
+        return GraphBlocks(blocks, self._reader(split, blocks))
 
     def _reader(self, split: str, blocks: MonolingualDataset) -> NeighborReader:
         config, train = self.config, self.train_store
