@@ -70,6 +70,7 @@ def _validate(config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfi
     model = load_model_for(task.dictionary, checkpoint, path, config.model_overrides, task.source).to(device).eval()
     name = checkpoint.config.get("chosen", {}).get("criterion")
     name = name or ("adaptive_loss" if model.has_adaptive_softmax else "cross_entropy")
+    task.attach([model], trains=False)
     criterion, progress = build_criterion(name, vars(settings), model, task), Progress(common)
     for subset in config.valid_subset.split(","):
         dataset = task.for_models(task.blocks(subset), [model])
