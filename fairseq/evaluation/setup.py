@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OF_TRAINING = ("graph_states", "use_precompute_feat", "gcn_context_window")  # evaluation has these by its own flags
+_NOT_KEPT = ("graph_states", "gcn_context_window")  # evaluation has these by its own flags alone
 # --model-overrides of the checkpoint's task, which fairseq 0.9 reads from there.
 TASK_OVERRIDES: dict[str, type] = {"tokens_per_sample": int, "add_bos_token": bool}
 
@@ -140,7 +140,7 @@ def _task(configs: EvaluationConfigs, trained: Mapping[str, Any], block_size: in
     if trained.get("name") == "graph_language_modeling" and not alone:
         from fairseq.tasks.graph_language_modeling import GraphLanguageModelingTask
 
-        kept = {name: value for name, value in trained.items() if name in of_graph and name not in _OF_TRAINING}
+        kept = {name: value for name, value in trained.items() if name in of_graph and name not in _NOT_KEPT}
         task = GraphLanguageModelingTask(build(GraphLanguageModelingConfig, kept | settings))
         task.check_checkpoint(str(configs.evaluation.path), trained)
         return task

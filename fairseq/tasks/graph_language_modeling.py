@@ -245,10 +245,12 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         ends_B = blocks.blocks.starts + blocks.blocks.sizes - 1
         place_N = np.concatenate([blocks.blocks.starts, ends_B])
         missing_N = rows.find(place_N) < 0
-        if missing_N.any():
+        num_tokens = int(blocks.blocks.sizes.sum())
+        if missing_N.any() or num_tokens > len(store):
+            which = f"token {place_N[missing_N].min()}" if missing_N.any() else f"{num_tokens - len(store)} tokens"
             raise ValueError(
-                f"--use-precompute-feat: {store.prefix} has no state of token {place_N[missing_N].min()}; save it with "
-                f"--dstore-all-tokens ({SAVES_TEXT}), or leave the flag out"
+                f"--use-precompute-feat: {store.prefix} has no state of {which}; save it with --dstore-all-tokens "
+                f"({SAVES_TEXT}), or give --no-use-precompute-feat"
             )
 
     def _warn_of_leaks(self, config: GraphLanguageModelingConfig) -> None:
