@@ -124,8 +124,8 @@ class NeighborReader:
             padded_BT = torch.nn.functional.pad(position_BT, (0, 1), value=-1)
             position_BU = padded_BT.gather(1, column_BU)
         found = self._found(position_BU)
-        hidden_BTD = None if self.hidden is None else _states_at(position_BT, self.hidden)
-        found = dataclasses.replace(found, column_BU=column_BU, hidden_BTD=hidden_BTD)
+        found.column_BU = column_BU
+        found.hidden_BTD = None if self.hidden is None else _states_at(position_BT, self.hidden)
         return GraphBatch(
             batch.ids_B, batch.tokens_BT, batch.target_BT, batch.scored_BT, batch.num_scored, neighbors=found
         )

@@ -164,6 +164,11 @@ def test_a_resumed_training_gives_the_same_bytes(folder, options, tmp_path):
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+def test_bfloat16(folder, logps, tmp_path):
+    train_graph(folder, tmp_path / "half", "--bf16", updates=2)
+    np.testing.assert_allclose(logps("gnn", "--bf16")[0].mean(), logps("gnn")[0].mean(), atol=0.01)
+
+
 def test_a_second_stage_starts_from_the_first(folder, logps):
     train_graph(folder, "second", "--lr", 1e-12, "--gcn-k", K, updates=1, start="gnn")
     np.testing.assert_allclose(logps("second")[0], logps("gnn")[0], atol=1e-6)

@@ -42,20 +42,32 @@ class NeighborInputs(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class FoundNeighbors:
-    """Neighbours that are known: of a text whose neighbours were searched before."""
+    """Neighbours that are known: of a text whose neighbours were searched before.
 
-    graph: NeighborGraph | None = None
-    """Which train positions are read; None where ``cached`` has the states."""
-    feature_PF: Tensor | None = None
-    """Their features."""
-    cached: NeighborStates | None = None
-    """States that were looked up."""
-    column_BU: Tensor | None = None
-    """int64 positions of each row that the layers read, T for padding; None is all, in order."""
-    hidden_BTD: Tensor | None = None
-    """The language model's own states, where they were computed before."""
+    It is no dataclass: Lightning looks into those among a module's inputs, to convert their tensors, and rejects frozen
+    ones.
+    """
+
+    def __init__(
+        self,
+        graph: NeighborGraph | None = None,
+        feature_PF: Tensor | None = None,
+        *,
+        cached: NeighborStates | None = None,
+        column_BU: Tensor | None = None,
+        hidden_BTD: Tensor | None = None,
+    ) -> None:
+        """Args.
+
+        graph: which train positions are read; None where ``cached`` has the states.
+        feature_PF: their features.
+        cached: states that were looked up.
+        column_BU: int64 positions of each row that the layers read, T for padding; None is all, in order.
+        hidden_BTD: the language model's own states, where they were computed before.
+        """
+        self.graph, self.feature_PF, self.cached = graph, feature_PF, cached
+        self.column_BU, self.hidden_BTD = column_BU, hidden_BTD
 
     def known_states(self) -> Tensor | None:
         """See ``NeighborInputs``."""
