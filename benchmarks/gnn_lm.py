@@ -4,10 +4,18 @@ One block of 256 tokens with 32 neighbours, windows of two positions each way, t
 one thread; the language model and the softmax are left out. The plain form computes every node of every window in every
 layer, from dense tensors (tokens x neighbours x window), which is faster than edge lists. Neighbours are drawn so that
 a share of them is of distinct positions: 0.4, as among neighbours of natural text, and 1, the lean form's worst case.
+
+Where torch_geometric is installed, its HGTConv takes turns with the lean form: as many layers, heads and columns over
+the same nodes and edges, all windows side by side. Its formulas are not GNN-LM's: one softmax over all that a node
+reads, where GNN-LM has the mean of one for each relation; matrices of its own for each of the three kinds of edges,
+where GNN-LM's two kinds within a text and within a window share them; gelu before the output, a gate with the state
+before it, and no layer norm. So only speed and memory are compared.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +101,47 @@ def _shifted(x: Any, step: int) -> Any:
     return torch.cat([nothing, x[:, :, :-1]], 2) if step < 0 else torch.cat([x[:, :, 1:], nothing], 2)
 
 
+HAS_GEOMETRIC = importlib.util.find_spec("torch_geometric") is not None
+
+
+class Geometric:
+    """torch_geometric's HGTConv over tokens and all positions of all windows."""
+
+    relations = (("token", "before", "token"), ("node", "near", "token"), ("node", "beside", "node"))
+
+    def __init__(self, dim: int) -> None:
+        import torch
+        from torch_geometric.nn import HGTConv
+
+        kinds = (["token", "node"], list(self.relations))
+        self.layers = torch.nn.ModuleList(HGTConv(dim, dim, kinds, HEADS) for _ in range(LAYERS))
+        self.optimizer = torch.optim.Adam(self.layers.parameters(), lr=1e-5)
+
+    def __call__(self, token_TD: Any, node_TKWD: Any, there_TKW: Any) -> Any:
+        """States of the tokens after the layers, (T, D)."""
+        states = {"token": token_TD, "node": node_TKWD.flatten(0, 2)}
+        edges = dict(zip(self.relations, self.edges(there_TKW)))
+        for layer in self.layers:
+            states = layer(states, edges)
+        return states["token"]
+
+    @staticmethod
+    def edges(there_TKW: Any) -> tuple[Any, Any, Any]:
+        """(2, edges) of sources and readers for each relation: earlier tokens, centres, and positions side by side."""
+        import torch
+
+        tokens, k, width = there_TKW.shape
+        node_TKW = torch.arange(there_TKW.numel()).view(there_TKW.shape)
+        text = torch.ones(tokens, tokens, dtype=torch.bool).tril().nonzero().t().flip(0)
+        centers = torch.stack([node_TKW[:, :, width // 2].flatten(), torch.arange(tokens).repeat_interleave(k)])
+        pairs = []
+        for step in (-1, 0, 1):
+            source, reader = slice(max(0, step), width + min(0, step)), slice(max(0, -step), width + min(0, -step))
+            both = there_TKW[:, :, source] & there_TKW[:, :, reader]
+            pairs.append(torch.stack([node_TKW[:, :, source][both], node_TKW[:, :, reader][both]]))
+        return text, centers, torch.cat(pairs, 1)
+
+
 class Bench:
     """A network, features and a block, and the steps that are measured."""
 
@@ -124,11 +174,18 @@ class Bench:
         self.distinct = len(self.neighbors.unique()) / self.neighbors.numel()
         trained = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=1e-5)
+        self.dim = options.dim
 
-    def _update(self, out: Any) -> None:
-        self.optimizer.zero_grad()
+    @cached_property
+    def geometric(self) -> Geometric:
+        """Made when it is used first: its imports would count in the memory of the other forms."""
+        return Geometric(self.dim)
+
+    def _update(self, out: Any, optimizer: Any = None) -> None:
+        optimizer = optimizer or self.optimizer
+        optimizer.zero_grad()
         out.square().mean().backward()
-        self.optimizer.step()
+        optimizer.step()
 
     def lean(self) -> Any:
         """The network's output, graph and features included."""
@@ -137,15 +194,20 @@ class Bench:
 
     def plain(self) -> Any:
         """The same by a window for each neighbour, indices and features included."""
+        node, there_TKW = self.windows()
+        token = self.hidden[0]
+        for layer in self.network.gcs:
+            token, node = plain_layer(layer, token, node, there_TKW)
+        return token[None]
+
+    def windows(self) -> tuple[Any, Any]:
+        """Features (T, K, W, D) of every position of every window, and which of them are in the text."""
         import torch
 
         position_TKW = self.neighbors[0, :, :, None] + torch.arange(-SIDE, SIDE + 1)
         there_TKW = (position_TKW >= 0) & (position_TKW < CORPUS)
         node = self.features.take(position_TKW.clamp(0, CORPUS - 1).flatten()).view(*position_TKW.shape, -1)
-        token = self.hidden[0]
-        for layer in self.network.gcs:
-            token, node = plain_layer(layer, token, node, there_TKW)
-        return token[None]
+        return node, there_TKW
 
     def train_lean(self) -> None:
         """A step of training."""
@@ -154,6 +216,10 @@ class Bench:
     def train_plain(self) -> None:
         """The same, plain."""
         self._update(self.plain())
+
+    def train_geometric(self) -> None:
+        """A step of torch_geometric's layers; edges and features are made in it too."""
+        self._update(self.geometric(self.hidden[0], *self.windows()), self.geometric.optimizer)
 
     def evaluation(self, folder: Path) -> Callable[[], Any]:
         """Evaluation of the block from stored states (float16, on disk)."""
@@ -228,7 +294,7 @@ def compare(options: Any, share: float, folder: Path) -> dict[str, Any]:
     evaluation, again = common.in_turn(evaluate, bench.train_lean, options.repeats)
     per_evaluation = [seconds / EVALUATIONS for seconds in evaluation]
     memory = {form: memory_of(form, options, share, options.tokens, options.k) for form in ("lean", "plain")}
-    return {
+    figures = {
         "distinct": bench.distinct,
         "difference": difference,
         "speed": common.median_ratio(plain, lean),
@@ -240,6 +306,23 @@ def compare(options: Any, share: float, folder: Path) -> dict[str, Any]:
         "bytes": memory,
         "memory": memory["lean"]["peak"] / memory["plain"]["peak"],
         "memory_of_steps": memory["lean"]["step"] / memory["plain"]["step"],
+    }
+    return figures | (against_geometric(bench, options, share, memory["lean"]) if HAS_GEOMETRIC else {})
+
+
+def against_geometric(bench: Bench, options: Any, share: float, lean_bytes: dict[str, int]) -> dict[str, Any]:
+    """Speed and memory of the lean form over those of HGTConv, for one share of distinct neighbours."""
+    bench.network.train()
+    lean, geometric = common.in_turn(bench.train_lean, bench.train_geometric, options.repeats)
+    taken = memory_of("geometric", options, share, options.tokens, options.k)
+    return {
+        "geometric": {
+            "version": importlib.metadata.version("torch_geometric"),
+            "speed": common.median_ratio(geometric, lean),
+            "tokens_per_second": options.tokens / statistics.median(geometric),
+            "bytes": taken,
+            "memory": lean_bytes["peak"] / taken["peak"],
+        }
     }
 
 
@@ -257,7 +340,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32, help="neighbours of a token")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of the block")
     parser.add_argument("--recompute", action="store_true", help="compute neighbours' states twice, for less memory")
-    parser.add_argument("--memory-of", choices=("lean", "plain"), help="print the memory of one form's steps, and end")
+    parser.add_argument(
+        "--memory-of", choices=("lean", "plain", "geometric"), help="print the memory of one form's steps, and end"
+    )
     parser.add_argument("--share", type=float, default=1.0, help="share of distinct neighbours, with --memory-of")
     options = parser.parse_args()
     if options.memory_of:
@@ -279,6 +364,12 @@ def main() -> None:
             f"{figures['memory']:.3f}, of the steps alone {figures['memory_of_steps']:.3f} (<= {MEMORY:g}), evaluation "
             f"over training {figures['evaluation_over_training']:.1f} (>= {EVALUATION:g}); tokens/s: {rates}\n"
         )
+        if "geometric" in figures:
+            beside = figures["geometric"]
+            sys.stdout.write(
+                f"    beside HGTConv of torch_geometric {beside['version']}: speed {beside['speed']:.2f}, peak memory "
+                f"{beside['memory']:.3f}; its tokens/s: {beside['tokens_per_second']:,.0f}\n"
+            )
     for name, ratios in steps.items():
         shown = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         sys.stdout.write(f"  memory of a step at twice the {name}: {shown} (wanted: <= {GROWTH:g})\n")

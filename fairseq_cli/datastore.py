@@ -19,6 +19,7 @@ from fairseq.memory.datastore.config import (
     DoctorConfig,
     InfoConfig,
     MergeConfig,
+    QuantizeConfig,
     SampleConfig,
     StoreConfig,
     VerifyConfig,
@@ -201,6 +202,39 @@ def sample(config: SampleConfig, argv: Sequence[str]) -> None:
     _write_manifest(config.out, config, argv, {"rows": done.rows, "left_out": done.dropped})
 
 
+def quantize(config: QuantizeConfig, argv: Sequence[str]) -> None:
+    """Train a codec, write the codes of all keys, and print the error of what they stand for."""
+    import os
+    import time
+
+    from tqdm import tqdm
+
+    from fairseq.memory.gnn.features import quantize_store
+    from fairseq.runtime.atomic_files import require_writable
+    from fairseq.runtime.manifest import write_manifest
+
+    for name, path in (("out", config.out), ("--codec-file", config.codec_path)):
+        require_writable(os.path.dirname(os.path.abspath(path)), name)
+    started, store = time.perf_counter(), _open(config)
+    with tqdm(unit=" keys", disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        done = quantize_store(config, store, report)
+    codec, seconds = done.features.codec, time.perf_counter() - started
+    sys.stdout.write(
+        f"{config.out}: {len(store)} codes of {codec.num_bytes} bytes by {config.codec_path} ({seconds:.1f}s), trained "
+        f"on {done.num_sampled} keys; mean relative squared error of {done.num_held_out} other keys: {done.error:.4f}\n"
+    )
+    figures = {"num_codes": len(store), "code_bytes": codec.num_bytes, "relative_error": done.error}
+    figures |= {"num_sampled": done.num_sampled, "num_held_out": done.num_held_out, "seconds": seconds}
+    write_manifest(
+        f"{config.out}.run.json", program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=()
+    )
+
+
 def merge(config: MergeConfig, argv: Sequence[str]) -> None:
     """Make the whole and print how many rows it has."""
     from fairseq.memory.datastore.merge import merge as join
@@ -250,17 +284,25 @@ def plan(config: PlanConfig, argv: Sequence[str]) -> None:
     require_writable(config.folder, "--folder")
 
     from fairseq.memory.planning.estimate import plan as make
+    from fairseq.memory.planning.gnn_estimate import gnn_plan
+    from fairseq.memory.planning.gnn_measure import measure_with_gnn
+    from fairseq.memory.planning.gnn_table import gnn_table
     from fairseq.memory.planning.measure import measure
     from fairseq.runtime.hardware import total_ram_bytes
 
-    rates = measure(config)
+    rates, gnn_rates = measure_with_gnn(config) if config.gnn_k else (measure(config), None)
     made = make(config, rates, total_ram_bytes())
+    gnn = gnn_plan(config, gnn_rates, total_ram_bytes()) if gnn_rates else None
     if config.json:
         figures = {"config": to_dict(config), "rates": to_dict(rates), "store_bytes": made.store_bytes}
         figures |= {"store_write_seconds": made.write_seconds, "choices": [c.to_dict() for c in made.choices]}
+        if gnn and gnn_rates:
+            figures |= {"gnn_rates": to_dict(gnn_rates), "gnn": gnn.to_dict()}
         sys.stdout.write(json.dumps(figures, indent=1) + "\n")
         return
     sys.stdout.write(table(config, rates, made, total_ram_bytes()))
+    if gnn:
+        sys.stdout.write(gnn_table(config, gnn))
 
 
 def doctor(config: DoctorConfig, argv: Sequence[str]) -> None:
@@ -365,6 +407,7 @@ COMMANDS = {
     "merge": Entry(MergeConfig, merge),
     "delete": Entry(DeleteConfig, delete),
     "sample": Entry(SampleConfig, sample),
+    "quantize": Entry(QuantizeConfig, quantize),
     "plan": Entry(PlanConfig, plan),
     "doctor": Entry(DoctorConfig, doctor),
     "serve": Entry(ServeConfig, serve),

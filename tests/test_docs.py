@@ -21,6 +21,7 @@ from fairseq.config.plugins import import_user_dir
 from fairseq.criterions import CRITERIONS
 from fairseq.criterions.base import build_criterion
 from fairseq.data.types import LMBatch
+from fairseq.memory.gnn.recall.config import RecallConfig
 from fairseq.memory.retrieval.sweep_config import SweepConfig
 from fairseq.models.architectures import build_model_config
 from fairseq.models.transformer_lm import TransformerLanguageModel
@@ -114,6 +115,13 @@ def test_a_documented_sweep_parses(words: list[str]) -> None:
     parser = FlagParser("fairseq-knn-sweep", "")
     parser.add_config(SweepConfig)
     assert build(SweepConfig, parser.parse(words)).retrievals == ["valid.retrieval"]
+
+
+@pytest.mark.parametrize("words", words_after("fairseq-neighbor-recall"), ids=" ".join)
+def test_a_documented_comparison_of_recall_parses(words: list[str]) -> None:
+    parser = FlagParser("fairseq-neighbor-recall", "")
+    parser.add_config(RecallConfig)
+    assert len(build(RecallConfig, parser.parse(words)).folders) > 1
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -123,8 +123,8 @@ class GraphStoresConfig(GraphConfig):
     gcn_context_window: int | None = flag("--gcn-context-window", default=None)
     """Tokens before the scored ones of a block that the graph's layers read too; by default all of --context-window."""
     use_precompute_feat: bool = flag("--use-precompute-feat", default=False, negatable=True)
-    """Take the language model's own states from FOLDER/SPLIT too, instead of computing them; evaluation does as training
-    did."""
+    """Take the language model's own states from FOLDER/SPLIT too, instead of computing them; evaluation does what
+    training did."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

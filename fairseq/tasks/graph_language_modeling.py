@@ -74,7 +74,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         if named is None:
             return KeyFeatures.of(self.train_store)
         if os.path.isfile(f"{named}.codec"):
-            return CodedFeatures.open(named, ProductQuantizer.load(f"{named}.codec")[0])
+            return CodedFeatures.open(named, ProductQuantizer.load(f"{named}.codec")[0], self.train_store)
         store = Datastore.open(named)
         if len(store) != len(self.train_store):
             raise ValueError(

@@ -80,7 +80,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("network",),
         ("codec", "row_file"),
         ("features", "neighbors"),
-        ("cached",),
+        ("cached", "recall"),
         ("inputs",),
     ),
     "fairseq.hf": (("hooks",), ("gguf",), ("loading",), ("knn",), ("attention",), ("pipeline",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
@@ -36,6 +37,17 @@ def count(text: str) -> int:
     if not number.is_finite() or number != int(number):
         raise UnreadableError(f"{text!r} is not a whole number; write for example 250000 or 103e6")
     return int(number)
+
+
+def codec_name(text: str) -> str:
+    """A codec in faiss's spelling: ``PQ128``, or ``OPQ128,PQ128`` with a rotation. Raises: UnreadableError."""
+    match = re.fullmatch(r"(?:OPQ(\d+)(?:_\d+)?,)?PQ([1-9]\d*)(?:x8)?", text)
+    if match is None or match[1] not in (None, match[2]):
+        raise UnreadableError(
+            f"{text!r} is no codec; give PQ and the bytes of a code, with a rotation of the same bytes before it or "
+            "without: OPQ128,PQ128 or PQ128"
+        )
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,3 +169,48 @@ class SampleConfig(StoreConfig):
         super().__post_init__()
         require_at_least(1, rows=self.rows)
         require_at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(StoreConfig):
+    """Train a product quantizer on a sample of the keys and write the codes of all: GNN-LM's features in few bytes."""
+
+    out: str = flag("out")
+    """File of the codes, such as stores/train.codes.npy."""
+    codec: str | None = flag("--codec", default=None, parse=codec_name)
+    """Codec as faiss spells it, such as OPQ128,PQ128: bytes of a code, and whether a rotation is learned before it; by
+    default a rotation, and a byte for 8 numbers."""
+    codec_file: str | None = flag("--codec-file", default=None)
+    """File of the trained codec, which is used if it is there; by default OUT.codec."""
+    sample: int = flag("--sample", default=65_536, parse=count)
+    """Keys the codec is trained on, drawn at random; faiss uses no more than the default."""
+    held_out: int = flag("--held-out", default=10_000, parse=count)
+    """Other keys, on which the error is measured; a tenth of the store at most."""
+    seed: int = flag("--seed", default=1)
+    """Seed of the choice and of the training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(1, held_out=self.held_out, sample=self.sample)
+        require_at_least(0, seed=self.seed)
+
+    @property
+    def codec_path(self) -> str:
+        """File of the codec."""
+        return self.codec_file or f"{self.out}.codec"
+
+    def codec_of(self, dim: int) -> tuple[int, bool]:
+        """Bytes of a code, and whether a rotation is learned, for keys of a width.
+
+        Raises: ValueError when the codec changes the width.
+        """
+        if self.codec is None:
+            return max(1, dim // 8), True
+        rotation, _, quantizer = self.codec.rpartition(",")
+        width = rotation.partition("_")[2]
+        if width and int(width) != dim:
+            raise ValueError(
+                f"--codec {self.codec} changes the width of the keys from {dim} to {width}, and features keep theirs; "
+                f"give {rotation.partition('_')[0]},{quantizer}"
+            )
+        return int(quantizer.removeprefix("PQ").removesuffix("x8")), bool(rotation)

@@ -30,6 +30,18 @@ _CHUNK_NUMBERS = 4 << 20
 """Distances at a time: 16 MB."""
 
 
+def require_learnable(count: int, dim: int, num_bytes: int) -> None:
+    """Raise ValueError when the bytes do not divide the width, or there are too few vectors."""
+    if num_bytes < 1 or dim % num_bytes:
+        divisors = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
+        raise ValueError(f"{num_bytes} bytes do not divide a width of {dim}; give one of {divisors}")
+    if count < CENTROIDS:
+        raise ValueError(
+            f"{count} vectors are too few to learn {CENTROIDS} centroids from; give more, or keep the features as they "
+            "are"
+        )
+
+
 @dataclass(frozen=True)
 class ProductQuantizer:
     """Rotation and centroids; ``decode(encode(x))`` is near ``x``.
@@ -81,14 +93,7 @@ class ProductQuantizer:
         from fairseq.memory.index.faiss_library import faiss_library
 
         count, dim = sample_ND.shape
-        if num_bytes < 1 or dim % num_bytes:
-            divisors = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
-            raise ValueError(f"{num_bytes} bytes do not divide a width of {dim}; give one of {divisors}")
-        if count < CENTROIDS:
-            raise ValueError(
-                f"{count} vectors are too few to learn {CENTROIDS} centroids from; give more, or keep the features "
-                "as they are"
-            )
+        require_learnable(count, dim, num_bytes)
         factory = f"OPQ{num_bytes}_{dim},PQ{num_bytes}" if rotate else f"PQ{num_bytes}"
         builder = FaissBuilder.new(factory, dim, Metric.L2, seed)
         builder.train(sample_ND)

@@ -6,19 +6,23 @@ Shapes: P positions, N positions of the split, D width, M bytes of a code.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.datastore.chunked_array import ChunkedArray
+from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
+from fairseq.memory.datastore.config import QuantizeConfig
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.gnn.codec import ProductQuantizer
-from fairseq.memory.gnn.row_file import RowFile, RowWriter, existing
+from fairseq.memory.gnn.codec import ProductQuantizer, require_learnable
+from fairseq.memory.gnn.row_file import RowFile, RowWriter, beside, existing, file_bytes
 from fairseq.memory.retrieval.file import store_digest
 from fairseq.memory.types import Array
+from fairseq.runtime.files import may_create_in, require_free_space
 
 _ENCODED_AT_ONCE = 1 << 14
 
@@ -137,10 +141,17 @@ def sample_of(store: Datastore, count: int, seed: int = 0) -> Array:
     return store.take_keys(rows)
 
 
-def encode_store(store: Datastore, codec: ProductQuantizer, path: str | os.PathLike[str]) -> CodedFeatures:
+def encode_store(
+    store: Datastore,
+    codec: ProductQuantizer,
+    path: str | os.PathLike[str],
+    report: Callable[[int, int], object] = lambda done, total: None,
+) -> CodedFeatures:
     """Write the codes of all keys, or resume; returns them opened. Complete ones are kept.
 
-    Raises: ValueError when the widths differ, or the file is there and made of something else.
+    Args:
+        report: is given the keys done and those there are, after each bulk.
+    Raises: ValueError when the widths differ, a key is not finite, or the file is there and made of something else.
     """
     _require_whole(store)
     if codec.dim != store.dim:
@@ -152,11 +163,101 @@ def encode_store(store: Datastore, codec: ProductQuantizer, path: str | os.PathL
     if existing(path, made_of) is None:
         with RowWriter(path, len(store), codec.num_bytes, "uint8", made_of) as writer:
             while writer.rows_done < len(store):
-                keys_ND = store.keys.block(writer.rows_done, writer.rows_done + _ENCODED_AT_ONCE)
-                writer.append(codec.encode(keys_ND.float()))
+                keys_ND = store.keys.block(writer.rows_done, writer.rows_done + _ENCODED_AT_ONCE).float()
+                _require_finite(store, keys_ND, f"{writer.rows_done} and after")
+                writer.append(codec.encode(keys_ND))
+                report(writer.rows_done, len(store))
                 writer.checkpoint_when_due()
             writer.finish()
     return CodedFeatures.open(path, codec, store)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes of a store, and the error of their codec."""
+
+    features: CodedFeatures
+    error: float
+    """Mean of |x - decode(encode(x))|^2 / |x|^2 over keys the codec was not trained on."""
+    num_sampled: int
+    """Keys the codec was trained on."""
+    num_held_out: int
+    """Keys the error was measured on."""
+
+
+def quantize_store(
+    config: QuantizeConfig, store: Datastore, report: Callable[[int, int], object] = lambda done, total: None
+) -> Quantized:
+    """Train a codec on a sample of a store's keys, or take the trained one, and write the codes of all, or resume.
+
+    Args:
+        report: as of :func:`encode_store`.
+    Raises: ValueError with both values when the codec's file is of another store or of other settings, the bytes do
+        not divide the width, or the store is too small; before the long part.
+    """
+    _require_whole(store)
+    num_bytes, rotate = config.codec_of(store.dim)
+    num_held_out = min(config.held_out, len(store) // 10)
+    num_sampled = min(config.sample, len(store) - num_held_out)
+    require_learnable(num_sampled, store.dim, num_bytes)
+    made_of = {
+        "store": store_digest(store),
+        "codec": f"{f'OPQ{num_bytes},' if rotate else ''}PQ{num_bytes}",
+        "sample": str(num_sampled),
+        "held_out": str(num_held_out),
+        "seed": str(config.seed),
+    }
+    there = _trained(config.codec_path, made_of, store) if os.path.exists(config.codec_path) else None
+    # One draw without replacement, so that no key is in both parts.
+    row_N = np.random.default_rng(config.seed).choice(len(store), num_sampled + num_held_out, replace=False)
+    if there is None:
+        if beside(config.out, "json").exists():
+            raise ValueError(
+                f"{config.out} is complete and the codec it was made with is not at {config.codec_path}; name its "
+                "--codec-file, or remove the codes"
+            )
+        folder = Path(config.out).absolute().parent
+        may_create_in(folder)
+        num_bytes_out = file_bytes(len(store), num_bytes, "uint8")
+        require_free_space(folder, num_bytes_out, config.out, "choose a --codec of fewer bytes")
+        sample_ND = store.take_keys(np.sort(row_N[:num_sampled]))
+        _require_finite(store, torch.from_numpy(sample_ND), "of the sample")
+        there = ProductQuantizer.train(sample_ND, num_bytes, rotate=rotate, seed=config.seed)
+        there.save(config.codec_path, made_of)
+    features = encode_store(store, there, config.out, report)
+    error = there.relative_error(torch.from_numpy(store.take_keys(np.sort(row_N[num_sampled:]))))
+    return Quantized(features, error, num_sampled, num_held_out)
+
+
+def _trained(path: str, made_of: Mapping[str, str], store: Datastore) -> ProductQuantizer:
+    """The codec of a file. Raises: ValueError with both values when it was made of anything else."""
+    codec, there = ProductQuantizer.load(path)
+    if codec.dim != store.dim:
+        raise ValueError(
+            f"{path} holds a codec of width {codec.dim}, datastore {store.prefix!r} has keys of width {store.dim}; "
+            "name another --codec-file"
+        )
+    for name, value in made_of.items():
+        if there.get(name, value) != value:
+            raise ValueError(
+                f"the {name} of the codec in {path} is {there[name][:24]}, that of this command is {value[:24]}; name "
+                "another --codec-file, or remove it"
+            )
+    if f"PQ{codec.num_bytes}" != made_of["codec"].rpartition(",")[2]:
+        raise ValueError(
+            f"{path} holds a codec of {codec.num_bytes} bytes, this command is of {made_of['codec']}; name another "
+            "--codec-file, or give --codec of its bytes"
+        )
+    return codec
+
+
+def _require_finite(store: Datastore, key_ND: Tensor, which: str) -> None:
+    wrong_N = nonfinite(key_ND)
+    if len(wrong_N):
+        raise ValueError(
+            f"{len(wrong_N)} keys of datastore {store.prefix!r} (rows {which}) hold NaN or infinity, which no codec "
+            "holds; save it again, in float32"
+        )
 
 
 def _require_whole(store: Datastore) -> None:

@@ -41,6 +41,11 @@ _SHARED = ("model_digest", "key_tap", "dictionary_digest")
 _HEADERLESS = re.compile(r"neighbors\.mmap\.(\d+)")
 
 
+def neighbor_dtype(num_rows: int) -> str:
+    """Type of the row numbers that are kept, for a train split of so many rows."""
+    return "int32" if num_rows < 1 << 31 else "int64"
+
+
 @dataclass(frozen=True)
 class SplitNeighbors:
     """An opened file of neighbours; its rows stay on disk.
@@ -143,7 +148,7 @@ def search_split(config: NeighborsConfig, report: Callable[[int, int], object] =
     if there is not None:
         return there
     search = _BandedSearch(index, train, config) if is_train else None
-    with RowWriter(path, end - first, k, "int32" if len(train) < 1 << 31 else "int64", made_of) as writer:
+    with RowWriter(path, end - first, k, neighbor_dtype(len(train)), made_of) as writer:
         if writer.rows_done:
             logger.info("resuming at token %d of %d", writer.rows_done, end - first)
         while writer.rows_done < end - first:

@@ -65,6 +65,12 @@ def beside(path: str | os.PathLike[str], ending: str) -> Path:
     return Path(f"{os.fspath(path)}.{ending}")
 
 
+def file_bytes(num_rows: int, width: int, dtype: str) -> int:
+    """Size of the array's file: rows and the header of ``.npy``; its JSON file is not counted."""
+    kind = np.dtype(dtype)
+    return len(_header(kind, (num_rows, width))) + num_rows * width * kind.itemsize
+
+
 @dataclass(frozen=True)
 class RowFile:
     """An opened array; its rows stay on disk and are read as they are used."""

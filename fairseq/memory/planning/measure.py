@@ -6,7 +6,8 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def measure(config: PlanConfig) -> Rates:
 
     Raises: OSError when the folder cannot be written.
     """
+    return measure_each(config, (config.k,))[config.k]
+
+
+def measure_each(config: PlanConfig, ks: Sequence[int]) -> dict[int, Rates]:
+    """As :func:`measure`, with searches for each of some numbers of neighbours."""
     rng = np.random.default_rng(1)
     rows = int(np.clip(_KEY_BYTES // (4 * config.dim), 2 * _FEW_KEYS, 32_768))
     keys = random_keys(rng, 2 * rows, config.dim)
@@ -47,14 +53,18 @@ def measure(config: PlanConfig) -> Rates:
         write, read = disk_rates(folder / "bytes")
         _save(folder / "small", keys[:rows])
         _save(folder / "large", keys)
-        indexes = {"flat": _flat(folder, config, query_ND, rows)}
+        indexes = {"flat": _flat(folder, config, query_ND, rows, ks)}
         # A flat search for one neighbour finds the nearest centroid.
-        assign = len(query_ND) * rows * config.dim / _search(folder, "small", "flat", query_ND, 1, 1)
+        assign = len(query_ND) * rows * config.dim / _search(folder, "small", "flat", query_ND, (1,), 1)[1]
         for kind in sorted(SIZES.keys() & INDEXES.keys() - indexes.keys()):
             logger.info("measuring %s", kind)
-            indexes[kind] = _with_lists(folder, kind, config, query_ND, rows, assign)
-    exact_key, exact_query = _exact(keys, rows, query_ND, config.k)
-    return Rates(read, write, _matmul(config.dim), assign, exact_key, exact_query, indexes)
+            indexes[kind] = _with_lists(folder, kind, config, query_ND, rows, assign, ks)
+    exact = {k: _exact(keys, rows, query_ND, k) for k in ks}
+    matmul = _matmul(config.dim)
+    return {
+        k: Rates(read, write, matmul, assign, *exact[k], {kind: rates[k] for kind, rates in indexes.items()})
+        for k in ks
+    }
 
 
 def random_keys(rng: np.random.Generator, rows: int, dim: int) -> Array:
@@ -64,7 +74,8 @@ def random_keys(rng: np.random.Generator, rows: int, dim: int) -> Array:
     return np.asarray(keys, np.float32)
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Time of one call."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
@@ -89,7 +100,7 @@ def disk_rates(path: Path) -> tuple[float, float]:
                 pass
 
     try:
-        return _DISK_BYTES / _seconds(write), _DISK_BYTES / _seconds(read)
+        return _DISK_BYTES / seconds_of(write), _DISK_BYTES / seconds_of(read)
     finally:
         path.unlink(missing_ok=True)
 
@@ -97,7 +108,7 @@ def disk_rates(path: Path) -> tuple[float, float]:
 def _matmul(dim: int) -> float:
     left, right = torch.ones(2048, dim), torch.ones(dim, 4096)
     left @ right
-    return 2 * 2048 * 4096 * dim / min(_seconds(lambda: left @ right) for _ in range(3))
+    return 2 * 2048 * 4096 * dim / min(seconds_of(lambda: left @ right) for _ in range(3))
 
 
 def _save(prefix: Path, keys: Array) -> None:
@@ -121,32 +132,45 @@ def _build(folder: Path, store: str, kind: str, config: PlanConfig, train_size: 
     return report.train_seconds, report.add_seconds
 
 
-def _search(folder: Path, store: str, kind: str, query_ND: Tensor, k: int, probe: int) -> float:
-    """Seconds of a repeated search: the first one builds tables that later ones reuse."""
+def _search(folder: Path, store: str, kind: str, query_ND: Tensor, ks: Sequence[int], probe: int) -> dict[int, float]:
+    """Seconds of a search for each k, the faster of two, after one that builds tables for all of them."""
     index = FaissIndex.open(folder / f"{store}.{kind}", Metric.L2)
     index.set_probe(probe)
-    index.search(query_ND, min(k, len(index)))
-    return min(_seconds(lambda: index.search(query_ND, min(k, len(index)))) for _ in range(2))
+
+    def search(k: int) -> float:
+        return seconds_of(lambda: index.search(query_ND, min(k, len(index))))
+
+    search(ks[0])
+    return {k: min(search(k) for _ in range(2)) for k in ks}
 
 
-def _flat(folder: Path, config: PlanConfig, query_ND: Tensor, rows: int) -> IndexRates:
+def _flat(folder: Path, config: PlanConfig, query_ND: Tensor, rows: int, ks: Sequence[int]) -> Mapping[int, IndexRates]:
     small, large = (_build(folder, store, "flat", config, rows)[1] for store in ("small", "large"))
-    times = [_search(folder, store, "flat", query_ND, config.k, 1) for store in ("small", "large")]
-    scan, query = _line(times, (rows, 2 * rows), len(query_ND))
-    return IndexRates(0.0, 0.0, max(0.0, (large - small) / rows), scan, query)
+    adding = IndexRates(0.0, 0.0, max(0.0, (large - small) / rows), 0.0, 0.0)
+    times = [_search(folder, store, "flat", query_ND, ks, 1) for store in ("small", "large")]
+    rates = {}
+    for k in ks:
+        scan, query = _line([found[k] for found in times], (rows, 2 * rows), len(query_ND))
+        rates[k] = replace(adding, scan_key=scan, query=query)
+    return rates
 
 
-def _with_lists(folder: Path, kind: str, config: PlanConfig, query_ND: Tensor, rows: int, assign: float) -> IndexRates:
+def _with_lists(
+    folder: Path, kind: str, config: PlanConfig, query_ND: Tensor, rows: int, assign: float, ks: Sequence[int]
+) -> Mapping[int, IndexRates]:
     # Two sizes separate the fixed cost (files, locks, waking threads) from the cost per key.
     training, small = _build(folder, "small", kind, config, rows)
     less_training, large = _build(folder, "large", kind, config, _FEW_KEYS)
     centroids = _LISTS * config.dim / assign
-    times = [_search(folder, "large", kind, query_ND, config.k, probe) for probe in (1, _LISTS)]
-    scan, query = _line(times, (2 * rows / _LISTS, 2 * rows), len(query_ND))
     own = [t - n * KMEANS_PASSES * centroids for t, n in ((less_training, _FEW_KEYS), (training, rows))]
     train_key, train = _line(own, (_FEW_KEYS, rows), 1)
-    add_key = max(0.0, (large - small) / rows - centroids)
-    return IndexRates(train, train_key, add_key, scan, max(0.0, query - centroids))
+    building = IndexRates(train, train_key, max(0.0, (large - small) / rows - centroids), 0.0, 0.0)
+    times = [_search(folder, "large", kind, query_ND, ks, probe) for probe in (1, _LISTS)]
+    rates = {}
+    for k in ks:
+        scan, query = _line([found[k] for found in times], (2 * rows / _LISTS, 2 * rows), len(query_ND))
+        rates[k] = replace(building, scan_key=scan, query=max(0.0, query - centroids))
+    return rates
 
 
 def _line(seconds: Sequence[float], keys: Sequence[float], queries: int) -> tuple[float, float]:
@@ -164,4 +188,4 @@ def _exact(keys: Array, rows: int, query_ND: Tensor, k: int) -> tuple[float, flo
 
 def _exact_seconds(keys: Array, query_ND: Tensor, k: int) -> float:
     index = ExactIndex(keys)
-    return min(_seconds(lambda: index.search(query_ND, k)) for _ in range(2))
+    return min(seconds_of(lambda: index.search(query_ND, k)) for _ in range(2))

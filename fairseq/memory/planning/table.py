@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,10 +17,11 @@ def table(config: PlanConfig, rates: Rates, estimate: Plan, memory_bytes: int) -
     """Lines about the store and the machine, and a table of the ways to search."""
     free = shutil.disk_usage(config.folder).free
     lines = [
-        f"store: {config.keys} keys of {config.dim} {config.dtype}: {_bytes(estimate.store_bytes)}, written in "
+        f"store: {config.keys} keys of {config.dim} {config.dtype}: {shown_bytes(estimate.store_bytes)}, written in "
         f"{_time(estimate.write_seconds)} (without the model's time)",
-        f"here: {_bytes(memory_bytes)} of memory, {_bytes(free)} of disk free; read {_bytes(rates.read_bytes)}/s, "
-        f"write {_bytes(rates.write_bytes)}/s, products {rates.matmul / 1e9:.0f} GFLOP/s",
+        f"here: {shown_bytes(memory_bytes)} of memory, {shown_bytes(free)} of disk free; read "
+        f"{shown_bytes(rates.read_bytes)}/s, write {shown_bytes(rates.write_bytes)}/s, products "
+        f"{rates.matmul / 1e9:.0f} GFLOP/s",
         f"search: {config.queries} queries, k {config.k}, --probe {config.probe} of --ncentroids {config.ncentroids}",
         "",
     ]
@@ -28,13 +30,10 @@ def table(config: PlanConfig, rates: Rates, estimate: Plan, memory_bytes: int) -
         rate = config.queries / choice.search_seconds if choice.search_seconds else None
         sizes = (choice.disk, choice.disk_building, choice.memory, choice.memory_building, choice.gpu_memory)
         limits = (free, free, memory_bytes, memory_bytes, None)
-        marked = [_bytes(size) + ("!" if limit and size > limit else "") for size, limit in zip(sizes, limits)]
+        marked = [shown_bytes(size) + ("!" if limit and size > limit else "") for size, limit in zip(sizes, limits)]
         times = [_time(choice.build_seconds), _time(choice.search_seconds), f"{rate:.0f}" if rate else "-"]
         rows.append((choice.kind, *marked, *times))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  ".join(cells))
+    lines += aligned(rows)
     if estimate.store_bytes > free:
         lines.append(f"the store does not fit on the disk of {config.folder!r}; 16-bit keys (--dtype float16) halve it")
     if any("!" in cell for row in rows[1:] for cell in row):
@@ -44,7 +43,17 @@ def table(config: PlanConfig, rates: Rates, estimate: Plan, memory_bytes: int) -
     return "\n".join(lines) + "\n"
 
 
-def _bytes(count: float) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+
+
+def shown_bytes(count: float) -> str:
+    """A number of bytes with three digits."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
