@@ -23,7 +23,7 @@ from fairseq.fairseq_names import lazy
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES, GNN, build_model_config, model_config_class, model_name
-from fairseq.models.config import KEY_TAPS
+from fairseq.models.config import key_tap as parse_tap
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
 from fairseq.optim.configs import EmaConfig, OptimizationConfig
 from fairseq.registry import Entry, lookup
@@ -252,8 +252,8 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
 class _KeyTapConfig:
     """Tap of the memory keys; overrides the checkpoint's."""
 
-    knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
-    """Inner state that is the key: last_ffn_input, model_output or separated_head."""
+    knn_keytype: str | None = flag("--knn-keytype", default=None, parse=parse_tap)
+    """Inner state that is the key: last_ffn_input, model_output, lm_output, separated_head or layer_N."""
 
 
 def import_plugins(program: str, argv: Sequence[str]) -> None:

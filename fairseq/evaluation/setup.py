@@ -15,7 +15,7 @@ from fairseq.config import build, flag_names
 from fairseq.data.batching import filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.evaluation.splits import SplitPart, block_size_for, part_by_length, part_in_order
-from fairseq.models.config import KEY_TAPS
+from fairseq.models.config import KEY_TAPS, layer_of_tap
 from fairseq.registry import lookup
 from fairseq.runtime.distributed import runs_on_gpu
 from fairseq.tasks.configs import GraphLanguageModelingConfig, GraphStoresConfig, LanguageModelingConfig
@@ -87,10 +87,10 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
         checkpoints[0].written_by,
     )
     task = _task(configs, trained, block_size)
+    blocks = task.blocks(config.gen_subset)
     device = torch.device("cuda" if runs_on_gpu(configs.runtime) else "cpu")
     models = [_prepared(configs, c, path, task) for c, path in zip(checkpoints, paths)]
     task.attach(models, trains=False)
-    blocks = task.blocks(config.gen_subset)
     longest = min((model.longest_input for model in models if model.longest_input), default=None)
     if longest is not None and block_size + config.context_window > longest:
         raise ValueError(
@@ -186,5 +186,5 @@ def _key_tap(configs: EvaluationConfigs, model: TransformerLanguageModel) -> str
     overrides = configs.evaluation.model_overrides or {}
     given: str | None = configs.key_tap or overrides.get("knn_keytype")
     if given is not None:
-        lookup(dict.fromkeys(KEY_TAPS), given, "--knn-keytype")
+        lookup(dict.fromkeys((*KEY_TAPS, given if layer_of_tap(given) else "layer_1")), given, "--knn-keytype")
     return given or model.config.knn_keytype or "last_ffn_input"

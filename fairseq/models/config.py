@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fairseq.config import build, flag, flag_names, int_list, require_at_least
+from fairseq.config import UnreadableError, build, flag, flag_names, int_list, require_at_least
 from fairseq.memory.gnn.config import GnnConfig
 
 KEY_TAPS = ("last_ffn_input", "model_output", "separated_head", "lm_output")
+_LAYER_TAP = re.compile(r"layer_([1-9]\d{0,3})")
 TRAINED_PARTS = ("gnn", "gnn+softmax", "all")
 ACTIVATIONS = ("relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool, int), "str": (str,)}
+
+
+def layer_of_tap(key_tap: str) -> int | None:
+    """Number of the layer, the first one is 1, whose output is the key; None for a tap that has a name of its own."""
+    found = _LAYER_TAP.fullmatch(key_tap)
+    return int(found.group(1)) if found else None
+
+
+def key_tap(text: str) -> str:
+    """Parse a tap. Raises: UnreadableError for an unknown one, with the known ones."""
+    if text not in KEY_TAPS and layer_of_tap(text) is None:
+        raise UnreadableError(f"{text!r} is none of {', '.join(KEY_TAPS)}, layer_1, layer_2 and so on")
+    return text
+
+
+def require_tap(name: str) -> None:
+    """Raise ValueError for an unknown tap."""
+    try:
+        key_tap(name)
+    except UnreadableError as error:
+        raise ValueError(f"--knn-keytype {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +103,9 @@ class TransformerLMConfig:
     """Longest input the model is made for; learned positions end there."""
     checkpoint_activations: bool = flag("--checkpoint-activations", default=False)
     """Compute each layer again for its gradients instead of keeping what it computed: less memory, more time."""
-    knn_keytype: str | None = flag("--knn-keytype", default=None, choices=KEY_TAPS)
-    """Inner state that is the memory key; separated_head is a linear map of last_ffn_input that is learned with it."""
+    knn_keytype: str | None = flag("--knn-keytype", default=None, parse=key_tap)
+    """Inner state that is the memory key; separated_head is a linear map of last_ffn_input that is learned with it,
+    layer_N the output of layer N."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -106,8 +130,8 @@ class TransformerLMConfig:
             raise ValueError("--character-embeddings is not offered; use word embeddings, or --adaptive-input")
         if self.activation_fn not in ACTIVATIONS:
             raise ValueError(f"--activation-fn {self.activation_fn!r} is none of {', '.join(ACTIVATIONS)}")
-        if self.knn_keytype is not None and self.knn_keytype not in KEY_TAPS:
-            raise ValueError(f"--knn-keytype {self.knn_keytype!r} is none of {', '.join(KEY_TAPS)}")
+        if self.knn_keytype is not None:
+            require_tap(self.knn_keytype)
 
     def _check_ranges(self) -> None:
         shares = [field.name for field in fields(self) if "drop" in field.name]

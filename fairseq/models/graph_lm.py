@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fairseq.memory.gnn.inputs import no_neighbors
 from fairseq.memory.gnn.network import GraphNetwork
-from fairseq.models.config import TransformerGnnConfig
+from fairseq.models.config import TransformerGnnConfig, require_tap
 from fairseq.models.outputs import LMOutput
-from fairseq.models.transformer_lm import TransformerLanguageModel, require_tap
+from fairseq.models.transformer_lm import TransformerLanguageModel
 
 if TYPE_CHECKING:
     from fairseq.memory.gnn.inputs import NeighborInputs

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from fairseq.fairseq_names import lazy
-from fairseq.models.config import TransformerConfig
+from fairseq.models.config import TransformerConfig, require_tap
 from fairseq.models.outputs import LMOutput
 from fairseq.models.transformer_decoder import TransformerDecoder
 from fairseq.models.transformer_encoder import TransformerEncoder
-from fairseq.models.transformer_lm import TransformerLanguageModel, require_tap
+from fairseq.models.transformer_lm import TransformerLanguageModel
 
 if TYPE_CHECKING:
     from fairseq.modules.multihead_attention import Encoded, IncrementalState

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fairseq.models.config import TransformerLMConfig
+from fairseq.models.config import TransformerLMConfig, layer_of_tap
 from fairseq.models.outputs import LMOutput
 from fairseq.models.parts import make_layer, make_positions
 from fairseq.modules.adaptive_input import AdaptiveInput
@@ -137,15 +137,18 @@ class TransformerDecoder(nn.Module):
     ) -> LMOutput:
         """See ``TransformerLanguageModel.forward``; ``source`` is what the encoder made of the source sentences."""
         x_BTD = self.embed(tokens_BT, incremental_state)
-        last_ffn_input_BTD = None
-        last = len(self.layers) - 1
+        last_ffn_input_BTD = layer_output_BTD = None
+        last, tapped = len(self.layers) - 1, layer_of_tap(key_tap or "")
         for number, layer in enumerate(self.layers):
-            if self._drops_layer() and not (number == last and key_tap in ("last_ffn_input", "separated_head")):
+            is_read = number + 1 == tapped or (number == last and key_tap in ("last_ffn_input", "separated_head"))
+            if self._drops_layer() and not is_read:
                 continue
             if self.config.checkpoint_activations and self.training and torch.is_grad_enabled():
                 x_BTD, last_ffn_input_BTD = checkpoint(layer, x_BTD, None, str(number), source, use_reentrant=False)
             else:
                 x_BTD, last_ffn_input_BTD = layer(x_BTD, incremental_state, str(number), source)
+            if number + 1 == tapped:
+                layer_output_BTD = x_BTD
         if incremental_state is not None:
             incremental_state.advance(tokens_BT != self.pad)
         if self.layer_norm is not None:
@@ -156,7 +159,7 @@ class TransformerDecoder(nn.Module):
         if key_tap == "separated_head":
             assert self.separated_head is not None, "key_dim() was not asked first"
             return LMOutput(x_BTD, self.separated_head(last_ffn_input_BTD))
-        return LMOutput(x_BTD, keys[key_tap])
+        return LMOutput(x_BTD, keys[key_tap] if tapped is None else layer_output_BTD)
 
     def _drops_layer(self) -> bool:
         rate = self.config.decoder_layerdrop

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fairseq.fairseq_names import lazy
-from fairseq.models.config import KEY_TAPS, TransformerLMConfig
+from fairseq.models.config import TransformerLMConfig, layer_of_tap, require_tap
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.outputs import LMOutput
 from fairseq.models.transformer_decoder import TransformerDecoder
@@ -108,6 +108,11 @@ class TransformerLanguageModel(nn.Module):
                 "--knn-keytype separated_head: the model was trained without that head; train one with it, or read "
                 "last_ffn_input"
             )
+        layer, there_are = layer_of_tap(key_tap), len(self.decoder.layers)
+        if layer is not None and layer > there_are:
+            raise ValueError(
+                f"--knn-keytype {key_tap}: the model has {there_are} layers; give layer_1 to layer_{there_are}"
+            )
         of_output = key_tap in ("model_output", "lm_output")
         return self.decoder.output_width if of_output else self.decoder.config.decoder_embed_dim
 
@@ -125,8 +130,8 @@ class TransformerLanguageModel(nn.Module):
             tokens_BT: padded on the right.
             key_tap: also return this inner state: ``last_ffn_input`` (what the last layer's feed-forward block
                 reads, after its layer norm in pre-norm models), ``model_output`` (what the output layer reads),
-                ``lm_output`` (the same before the graph's layers of a GNN-LM) or ``separated_head`` (a linear map of
-                the first, for models made with it).
+                ``lm_output`` (the same before the graph's layers of a GNN-LM), ``separated_head`` (a linear map of the
+                first, for models made with it) or ``layer_N`` (the output of layer N, the first one is 1).
             incremental_state: holds what was read in earlier calls; ``tokens_BT`` are then the ones after that.
         Raises: ValueError for an unknown tap, or a text too long for learned positions.
         """
@@ -185,12 +190,6 @@ class _NoInit(TorchFunctionMode):
         if draws or getattr(func, "__name__", "") in ("uniform_", "normal_", "fill_", "zero_"):
             return parts[0] if parts else named["tensor"]
         return func(*parts, **named)
-
-
-def require_tap(key_tap: str) -> None:
-    """Raise ValueError for an unknown tap."""
-    if key_tap not in KEY_TAPS:
-        raise ValueError(f"--knn-keytype {key_tap!r} is none of {', '.join(KEY_TAPS)}")
 
 
 __getattr__, __dir__ = lazy(__name__)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,9 +41,14 @@ _SAVED_BY = "lm_digest"
 class GraphBlocks(MonolingualDataset):
     """Blocks of a split that know where its neighbours are."""
 
-    def __init__(self, blocks: MonolingualDataset, reader: NeighborReader) -> None:
+    def __init__(self, blocks: MonolingualDataset, make_reader: Callable[[MonolingualDataset], NeighborReader]) -> None:
         super().__init__(blocks.blocks, blocks.pad, blocks.eos, blocks.bos)
-        self.reader = reader
+        self._make_reader = make_reader
+
+    @cached_property
+    def reader(self) -> NeighborReader:
+        """Reads the neighbours of these blocks; made when the model is known. Raises: ValueError or OSError."""
+        return self._make_reader(self)
 
 
 class GraphLanguageModelingTask(LanguageModelingTask):
@@ -60,6 +67,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         self.train_store = self._store(TRAIN)
         self.features = self._features()
         self._models: list[GraphLanguageModel] = []
+        self._waiting: list[GraphBlocks] = []  # for the models
 
     def _path(self, name: str) -> str:
         return os.path.join(str(self.config.graph_stores), name)
@@ -110,6 +118,9 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         if self.config.use_precompute_feat:
             self._require_outputs(models)
         self._models = list(models)
+        for blocks in self._waiting:
+            _ = blocks.reader
+        self._waiting.clear()
 
     def check_start(self, path: str | None, config: Mapping[str, Any]) -> None:
         """See the base class; the language model within has to be trained, and the one that saved the stores."""
@@ -172,7 +183,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
     def blocks(
         self, split: str, block_size: int | None = None, epoch: int = 1, *, combine: bool = False
     ) -> GraphBlocks:
-        """The blocks of a split with its neighbours.
+        """The blocks of a split with its neighbours, which are opened when the models are known.
 
         Raises: ValueError or OSError as the base class, and when the split's datastore or neighbours are missing or
             of something else.
@@ -183,7 +194,12 @@ class GraphLanguageModelingTask(LanguageModelingTask):
                 "each split; join the texts and run preprocess.py again"
             )
         blocks = super().blocks(split, block_size, epoch)
-        return GraphBlocks(blocks, self._reader(split, blocks))
+        result = GraphBlocks(blocks, functools.partial(self._reader, split))
+        if self._models:
+            _ = result.reader
+        else:
+            self._waiting.append(result)
+        return result
 
     def _reader(self, split: str, blocks: MonolingualDataset) -> NeighborReader:
         config, train = self.config, self.train_store

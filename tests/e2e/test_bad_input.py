@@ -244,7 +244,7 @@ def test_overrides(evaluated: Told, overrides: str, message: str) -> None:
         "--dstore-size 7": "--dstore-size says 7",
         "--dstore-fp16": "holds float32 keys and --dstore-fp16 was given",
         "--knn-keytype model_output": "holds keys of last_ffn_input; --knn-keytype says model_output: give",
-        "--knn-keytype nope": "argument --knn-keytype: invalid choice: 'nope'",
+        "--knn-keytype nope": "argument --knn-keytype: 'nope' is none of last_ffn_input",
         "--indexfile nowhere": "no index at 'nowhere'",
         "--indexfile {store} --faiss-metric-type ip": "d.l2 is there: give --faiss-metric-type l2",
         "--dstore-filename nowhere": "no datastore at 'nowhere'",

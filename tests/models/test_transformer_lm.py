@@ -114,6 +114,19 @@ def test_taps(variant):
         model(tokens, "ffn")
 
 
+def test_the_output_of_a_layer_is_what_the_next_one_reads():
+    model, tokens, seen = make(decoder_layers=3), text(), []
+    model.decoder.layers[1].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    assert torch.equal(model(tokens, "layer_1").key_BTD, seen[0])
+    last = model(tokens, "layer_3")
+    assert torch.equal(model.decoder.layer_norm(last.key_BTD), last.hidden_BTD)
+    assert last.key_BTD.shape[2] == model.key_dim("layer_3")
+    with pytest.raises(ValueError, match="layer_4: the model has 3 layers; give layer_1 to layer_3"):
+        model.key_dim("layer_4")
+    with pytest.raises(ValueError, match="'layer_0' is none of last_ffn_input"):
+        model(tokens, "layer_0")
+
+
 def test_what_the_first_layer_reads():
     model, tokens = make("learned_positions", layernorm_embedding=False), text()
     decoder = model.decoder
