@@ -1,9 +1,11 @@
 """Training GNN-LM's layers in the lean form over a window of its own for each neighbour, and evaluation over training.
 
 One block of 256 tokens with 32 neighbours, windows of two positions each way, three layers of width 256 and four heads,
-one thread; the language model and the softmax are left out. The plain form computes every node of every window in every
-layer, from dense tensors (tokens x neighbours x window), which is faster than edge lists. Neighbours are drawn so that
-a share of them is of distinct positions: 0.4, as among neighbours of natural text, and 1, the lean form's worst case.
+one thread. The language model and the softmax are left out, except where evaluation from stored states is compared with
+the language model alone (six layers of that width, 10,000 types), which then belongs to both. The plain form computes
+every node of every window in every layer, from dense tensors (tokens x neighbours x window), which is faster than edge
+lists. Neighbours are drawn so that a share of them is of distinct positions: 0.4, as among neighbours of natural text,
+and 1, the lean form's worst case.
 
 Where torch_geometric is installed, its HGTConv takes turns with the lean form: as many layers, heads and columns over
 the same nodes and edges, all windows side by side. Its formulas are not GNN-LM's: one softmax over all that a node
@@ -35,7 +37,9 @@ sys.path.insert(0, str(common.ROOT))
 CORPUS, HEADS, LAYERS, SIDE = 100_000, 4, 3, 2
 SHARES = (0.4, 1.0)
 EVALUATIONS = 10  # in a row, so that a turn is not over before a busy machine comes back to it
-SPEED, MEMORY, EVALUATION, GROWTH = 4.0, 0.25, 20.0, 2.1
+SPEED, MEMORY, EVALUATION, OF_LM, GROWTH = 4.0, 0.25, 20.0, 0.5, 2.1
+LM = {"decoder_layers": 6, "decoder_attention_heads": 8, "decoder_ffn_embed_dim": 1024}
+TYPES = 10_000
 
 
 def draw_neighbors(tokens: int, k: int, share: float) -> Any:
@@ -228,6 +232,7 @@ class Bench:
         from fairseq.memory.gnn.cached import StateSource, store_states
 
         cached = store_states(StateSource(self.network.eval(), self.features, self.build), folder / "states.npy")
+        self.cached = cached
 
         def step() -> Any:
             with torch.no_grad():
@@ -236,6 +241,36 @@ class Bench:
             return out
 
         return step
+
+    def whole_models(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Evaluation of the block by the language model alone, and by it and the layers from stored states."""
+        import torch
+
+        from fairseq.memory.gnn.inputs import FoundNeighbors
+        from fairseq.models.architectures import build_model_config
+        from fairseq.models.graph_lm import GraphLanguageModel
+        from fairseq.models.transformer_lm import TransformerLanguageModel
+
+        given = LM | {"decoder_embed_dim": self.dim}
+        alone = TransformerLanguageModel.build(build_model_config("transformer_lm", given), TYPES, 1).eval()
+        graph = {"graph_attention_heads": HEADS, "graph_layer": LAYERS}
+        both = GraphLanguageModel.build(build_model_config("transformer_lm_gnn", given | graph), TYPES, 1)
+        both.gnn = self.network
+        both.eval()
+        text_BT = torch.randint(4, TYPES, self.neighbors.shape[:2])
+
+        def score(model: Any, **source: Any) -> Any:
+            return model.target_logp(model(text_BT, **source).hidden_BTD.flatten(0, 1), text_BT.flatten())[0]
+
+        def run_alone() -> Any:
+            with torch.inference_mode():
+                return score(alone)
+
+        def run_both() -> Any:
+            with torch.inference_mode():
+                return score(both, neighbors=FoundNeighbors(cached=self.cached.lookup(self.neighbors)))
+
+        return run_alone, run_both
 
     def require_equal(self, evaluate: Callable[[], Any]) -> float:
         """Largest difference of the two forms; raises where they, or stored states, differ by more than rounding."""
@@ -292,6 +327,7 @@ def compare(options: Any, share: float, folder: Path) -> dict[str, Any]:
     lean, plain = common.in_turn(bench.train_lean, bench.train_plain, options.repeats)
     bench.network.eval()
     evaluation, again = common.in_turn(evaluate, bench.train_lean, options.repeats)
+    alone, both = common.in_turn(*bench.whole_models(), options.repeats)
     per_evaluation = [seconds / EVALUATIONS for seconds in evaluation]
     memory = {form: memory_of(form, options, share, options.tokens, options.k) for form in ("lean", "plain")}
     figures = {
@@ -299,9 +335,16 @@ def compare(options: Any, share: float, folder: Path) -> dict[str, Any]:
         "difference": difference,
         "speed": common.median_ratio(plain, lean),
         "evaluation_over_training": EVALUATIONS * common.median_ratio(again, evaluation),
+        "evaluation_over_language_model": common.median_ratio(alone, both),
         "tokens_per_second": {
             name: options.tokens / statistics.median(seconds)
-            for name, seconds in (("lean", lean), ("plain", plain), ("evaluation", per_evaluation))
+            for name, seconds in (
+                ("lean", lean),
+                ("plain", plain),
+                ("evaluation", per_evaluation),
+                ("language model", alone),
+                ("both", both),
+            )
         },
         "bytes": memory,
         "memory": memory["lean"]["peak"] / memory["plain"]["peak"],
@@ -362,7 +405,8 @@ def main() -> None:
         sys.stdout.write(
             f"  {share} distinct: speed {figures['speed']:.2f} (wanted: >= {SPEED:g}), peak memory "
             f"{figures['memory']:.3f}, of the steps alone {figures['memory_of_steps']:.3f} (<= {MEMORY:g}), evaluation "
-            f"over training {figures['evaluation_over_training']:.1f} (>= {EVALUATION:g}); tokens/s: {rates}\n"
+            f"over training {figures['evaluation_over_training']:.1f} (>= {EVALUATION:g}), with the language model "
+            f"over it alone {figures['evaluation_over_language_model']:.2f} (>= {OF_LM:g}); tokens/s: {rates}\n"
         )
         if "geometric" in figures:
             beside = figures["geometric"]
