@@ -11,6 +11,7 @@ import torch
 from script_arguments import ModelArguments
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, TrainingArguments
 
+from fairseq.hf.hooks.causality import require_causal
 from fairseq.hf.loading import check_tokenizer, naming_model
 
 
@@ -48,6 +49,7 @@ def load_model(chosen: ModelArguments, config: Any, tokenizer: Any, kind: ModelK
                 chosen.model_name_or_path, config=config, dtype=chosen.dtype, **hub(chosen)
             )
     check_tokenizer(tokenizer, model)
+    require_causal(model, chosen.model_name_or_path)
     return model
 
 

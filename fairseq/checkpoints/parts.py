@@ -115,6 +115,8 @@ def _read(path: str, state: str, rank: int, needed: list[bool]) -> list[Tensor]:
     if not part.exists():
         raise ValueError(f"{path} is in parts, and {part} is missing; {_WAY_OUT}")
     content = read_pickle(str(part))
+    if not _is_part(content, len(needed)):
+        raise ValueError(f"{part} is no part of a checkpoint with {len(needed)} spread tensors; {_WAY_OUT}")
     read = [tensor for tensor, used in zip(content["tensors"], needed) if used]
     require_intact(str(part), content | {"tensors": read}, whole=all(needed))
     if (content["state"], content["rank"]) != (state, rank):
@@ -124,6 +126,15 @@ def _read(path: str, state: str, rank: int, needed: list[bool]) -> list[Tensor]:
         )
     tensors: list[Tensor] = content["tensors"]
     return tensors
+
+
+def _is_part(content: object, num_tensors: int) -> bool:
+    """True if a file holds what ``write_part`` writes, of so many tensors."""
+    if not isinstance(content, Mapping) or not {"state", "rank", "tensors"} <= content.keys():
+        return False
+    tensors = content["tensors"]
+    is_whole = isinstance(tensors, list) and len(tensors) == num_tensors
+    return is_whole and all(isinstance(tensor, Tensor) for tensor in tensors)
 
 
 def _state_of(path: Path) -> list[str]:

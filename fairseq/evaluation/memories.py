@@ -40,7 +40,7 @@ def check_knn(configs: EvaluationConfigs) -> None:
         raise ValueError(
             f"--clusters: no file at {retomaton.clusters!r}; build_dstore.py --cluster_dstore makes clusters"
         )
-    named = [(name, value) for name in ("dstore_filename", "indexfile") if (value := getattr(knn, name))]
+    named = [(name, value) for name in ("dstore_filename", "indexfile", "search_on") if (value := getattr(knn, name))]
     if named and not configs.memory.knnlm:
         flag = f"--{named[0][0].replace('_', '-')}"
         raise ValueError(f"{flag} {named[0][1]} is read with --knnlm only: give it too, or leave {flag} out")

@@ -338,6 +338,12 @@ class RayActors:
             return None
         return cls([ray.get_actor(name) for name in names], None, ready)
 
+    @staticmethod
+    def services() -> list[str]:
+        """Names under which workers are served."""
+        names = ray_library().util.list_named_actors()
+        return sorted({name.rpartition(":")[0] for name in names})
+
     def __len__(self) -> int:
         return len(self._actors)
 

@@ -1,6 +1,7 @@
 """fairseq-hydra-train: every flag of train.py has a key, and a tree trains as the flags that mean the same."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,74 @@ def test_a_mistake_in_an_override_is_named_before_anything_is_composed(words, me
     hydra_train.check_overrides(hydra_train.read_overrides(right))
 
 
+ORDERS = [
+    ["task.data=x", "model=transformer_lm_gpt", "--cfg", "job"],
+    ["task.data=x", "--cfg", "job", "model=transformer_lm_gpt"],
+]
+
+
+@pytest.fixture
+def composed(monkeypatch, capsys):
+    """Run the command in this process; returns what it printed."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def run(*words):
+        hydra_train.main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_flags_of_hydra_stand_between_and_after_overrides(composed):
+    told = [composed(*words) for words in ORDERS]
+    assert told == told[:1] * 2
+    assert OmegaConf.create(told[0]).model["_name"] == "transformer_lm_gpt"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config-dir", "nodir", "--config-name", "x"], r"config directory '.*nodir' not found"),
+        (["--config-dir", ".", "--config-name", "nofile"], r"Cannot find primary config 'nofile'\. Check [^\n]*"),
+        (["--config-dir", ".", "--config-name", "broken"], "while parsing a flow mapping"),
+        (["task.data=x", "optimization.max_update"], "not an override: .*'optimization.max_update'\nmissing EQUAL"),
+        (["task.data=x", "--print-yaml"], "unrecognized arguments: --print-yaml; --help shows Hydra's flags"),
+    ],
+)
+def test_an_error_of_hydra_is_one_of_the_command(words, message, composed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.yaml").write_text("task: {data: x\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        composed(*words)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_job_of_a_sweep_is_not_taken_for_one_with_other_settings(tmp_path):
+    words = ["x", "--max-tokens=100", "--lr=0.003", "--max-update=4"]
+    save_dir = tmp_path / "job" / "checkpoints"
+    hydra_train.note_job(tmp_path / "job", save_dir, words)
+    hydra_train.note_job(tmp_path / "job", save_dir, [*words[:3], "--max-update=9", "--log-interval=2", "--no-save"])
+    for word, message in (
+        (
+            "--lr=0.5",
+            r"job holds a job with optimization.lr \[0.003\], now it is \[0.5\]; name another hydra.sweep.dir",
+        ),
+        ("--seed=3", "common.seed the default, now it is 3"),
+        ("--arch=transformer_lm_gpt", "model._name transformer_lm, now it is transformer_lm_gpt"),
+        ("--max-tokens=99", "dataset.max_tokens 100, now it is 99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hydra_train.note_job(tmp_path / "job", save_dir, [*words, word])
+    hydra_train.note_job(tmp_path / "job", save_dir, words)
+
+
+def test_a_job_that_an_earlier_release_finished_is_known_by_its_manifest(tmp_path):
+    (tmp_path / "train.run.json").write_text(json.dumps({"command": "fairseq-hydra-train x --lr=0.1"}))
+    with pytest.raises(ValueError, match=r"optimization.lr \[0.1\], now it is \[0.2\]"):
+        hydra_train.note_job(tmp_path, tmp_path, ["x", "--lr=0.2"])
+
+
 def call(*words, cwd):
     line = [sys.executable, "-m", "fairseq_cli.hydra_train", *map(str, words)]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(cwd)}
@@ -139,6 +208,9 @@ def test_a_sweep_trains_as_the_flags_do_and_resumes(data_bin: Path, tmp_path: Pa
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "multirun").rglob("*.pt")}
     assert len(made) >= 4
     assert call(*sweep, cwd=tmp_path).returncode == 0
+    told = call(*sweep, "++optimization.lr=[0.5]", cwd=tmp_path)
+    assert told.returncode == 2
+    assert "now it is [0.5]; name another hydra.sweep.dir" in told.stderr.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "multirun").rglob("*.pt")} == made
 
 

@@ -277,6 +277,7 @@ def test_damaged_stores_and_indexes(evaluated: Told, told: Told, store: Path, tm
 @mistakes(
     {
         "--dstore-filename d": "--dstore-filename d is read with --knnlm only",
+        "--search-on ray": "--search-on ray is read with --knnlm only: give it too, or leave --search-on out",
         "--dstore-mmap d": "--dstore-mmap d is where --save-knnlm-dstore writes",
         "--num-shards 0": "--num-shards must be at least 1, got 0",
         "--num-workers -1": "--num-workers must be at least 0, got -1",

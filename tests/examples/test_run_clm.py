@@ -280,6 +280,15 @@ def test_an_encoder_is_no_causal_model(clm: Clm, corpus: Path, tiny_gpt2: Path, 
         clm(*words, "--do_eval")
 
 
+def test_an_encoder_is_refused_before_a_text_is_read(clm: Clm, corpus: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    vocabulary = len(transformers.AutoTokenizer.from_pretrained(tiny_gpt2))
+    transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=vocabulary, **sizes)).save_pretrained(tmp_path)
+    words = ("--model_name_or_path", tmp_path, "--tokenizer_name", tiny_gpt2, "--validation_file", corpus / "valid.txt")
+    with pytest.raises(ValueError, match=r"\(BertLMHeadModel\) reads the tokens that it is to predict"):
+        clm(*words, "--do_eval")
+
+
 def test_a_store_of_another_size_or_width_is_refused(clm: Clm, corpus: Path, tmp_path: Path) -> None:
     texts = ("--validation_file", corpus / "valid.txt", "--dstore_dir", tmp_path)
     clm(*texts, "--save_knnlm_dstore", "--max_eval_samples", "10")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq.hf.hooks.capture import Capture
+from fairseq.hf.hooks.causality import require_causal
 from fairseq.hf.hooks.inner_model import check_is_loaded, inner_model, parameters_of, running_eagerly
 from fairseq.hf.hooks.key_value_cache import cache_of, num_cached
 from fairseq.hf.hooks.names import KeyType
@@ -336,3 +337,4 @@ def check_can_be_tapped(model: nn.Module) -> None:
         raise ValueError(
             f"{kind} does not predict the next token; load the model with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
         )
+    require_causal(model)

@@ -22,7 +22,7 @@ from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.datastore.layout import StoreFiles, StoreName
 from fairseq.memory.index.base import Index
 from fairseq.memory.index.exact.index import ExactIndex
-from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.opening import open_faiss
 from fairseq.memory.index.sharded.opening import open_sharded_index
 from fairseq.memory.index.sharded.ranges import SearchSettings
 from fairseq.memory.sources.external import ExternalMemory
@@ -170,11 +170,8 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
         logger.info("no index beside %s: all %d keys are compared with every query", place.prefix, len(store))
         index = ExactIndex(store.keys, Metric.L2, deleted=store.deleted if len(store.deleted) else None)
     else:
-        opened = FaissIndex.open(place.index, _ENDINGS[place.index.suffix])
-        opened.set_probe(settings.probe)
-        if None not in (store.digest, opened.fingerprint()) and store.digest != opened.fingerprint():
-            raise ValueError(f"{opened.name} was built over other keys than {place.prefix!r} holds now; build it again")
-        index = opened
+        metric, name = _ENDINGS[place.index.suffix], place.index
+        index = open_faiss(name, metric, store.prefix, store.digest, store.deleted, probe=settings.probe, mapped=False)
     return ExternalMemory(store, index, _fitting_k(settings.k, store), score)
 
 

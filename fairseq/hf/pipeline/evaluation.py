@@ -28,21 +28,24 @@ from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.hf.pipeline.config import PipelineConfig
 from fairseq.hf.pipeline.dataset import Pairs, open_pairs
 from fairseq.hf.pipeline.fabric import check_devices, launch
+from fairseq.hf.pipeline.identity import config_digest
 from fairseq.hf.pipeline.models import Base, load_model, tuned_model
 from fairseq.hf.pipeline.saving import on_device, open_finished, store_prefix
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.datastore.metadata import digest_on_disk
+from fairseq.memory.retrieval.made_of import facts_of_store
 from fairseq.metrics.bleu import score_texts
 from fairseq.metrics.text_match import exact_match, rouge
 from fairseq.runtime.atomic_files import require_writable, writing
 from fairseq.runtime.files import locked, may_create_in, write_json
-from fairseq.runtime.records import OBJECT, Fields, read_record
+from fairseq.runtime.manifest import file_digest
+from fairseq.runtime.records import OBJECT, TEXT, Fields, read_record
 
 logger = logging.getLogger(__name__)
 
 _BATCHES_PER_BLOCK = 4
 _LARGEST_NLL = 709.0  # a float holds e to this power
 RESULTS, EXAMPLES = "results.json", "examples.jsonl"
+_RECORD = Fields({"signature": OBJECT, "figures": OBJECT}, {"examples": TEXT})
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ def evaluate_pairs(config: PipelineConfig) -> Evaluated | None:
         _require_same_model(store, model, name)
     signature = _signature(config, model, pairs, store)
     if (folder / RESULTS).exists():
-        made = read_record(folder / RESULTS, Fields({"signature": OBJECT, "figures": OBJECT}))
-        if made["signature"] == signature:
+        made = read_record(folder / RESULTS, _RECORD)
+        if made["signature"] == signature and _examples_are_whole(folder, made.get("examples")):
             _remove_parts(folder, signature)
             return Evaluated(made["figures"], True, 0.0)
     started = time.perf_counter()
@@ -93,9 +96,23 @@ def evaluate_pairs(config: PipelineConfig) -> Evaluated | None:
     lines = [line for each in parts for line in _lines(each)[1:]]
     _write_lines(folder / EXAMPLES, lines)
     figures = _figures(config, [json.loads(line) for line in lines])
-    write_json(folder / RESULTS, {"signature": signature, "figures": figures})
+    record = {"signature": signature, "figures": figures, "examples": file_digest(folder / EXAMPLES)}
+    write_json(folder / RESULTS, record)
     _remove_parts(folder, signature)
     return Evaluated(figures, False, time.perf_counter() - started)
+
+
+def _examples_are_whole(folder: Path, digest: str | None) -> bool:
+    """False where the lines of a finished evaluation are gone. Raises: ValueError when they are others."""
+    path = folder / EXAMPLES
+    if not path.exists():
+        return False
+    if digest != file_digest(path):
+        raise ValueError(
+            f"{path} is not what {folder / RESULTS} was computed from (digest {file_digest(path)[:19]}, recorded "
+            f"{str(digest)[:19]}): it was changed; move it away to evaluate again, or name another evaluation.out_dir"
+        )
+    return True
 
 
 def _remove_parts(folder: Path, signature: Mapping[str, Any]) -> None:
@@ -111,10 +128,15 @@ def _head(signature: Mapping[str, Any]) -> str:
 
 
 def _require_same_model(store: Datastore, model: Any, name: str) -> None:
-    made, digest = str(store.metadata.get("model_digest")), model_digest(model)
+    """Stores of earlier releases do not record the config."""
+    digest, config = model_digest(model), config_digest(model.config)
+    made = str(store.metadata.get("model_digest"))
+    what = "model"
+    if made == digest:
+        what, made, digest = "config.json of the model", str(store.metadata.get("model_config", config)), config
     if made != digest:
         raise ValueError(
-            f"datastore {store.prefix!r} was saved with another model (digest {made[:12]}) than {name!r} (digest "
+            f"datastore {store.prefix!r} was saved with another {what} (digest {made[:12]}) than {name!r} (digest "
             f"{digest[:12]}); give its model.checkpoint, or save a store of this one in another knn.store_dir"
         )
 
@@ -124,12 +146,14 @@ def _signature(config: PipelineConfig, model: Any, pairs: Pairs, store: Datastor
     search = config.evaluation
     chosen: dict[str, Any] = {"model": model_digest(model), "data": pairs.digest, "precision": config.fabric.precision}
     chosen |= {"metrics": list(search.metrics), "num_beams": search.num_beams, "max_examples": search.max_examples}
-    chosen |= {"batch_size": config.data.eval_batch_size}
+    chosen |= {"batch_size": config.data.eval_batch_size, "config": config_digest(model.config)}
+    if search.metrics:
+        chosen["generation_config"] = config_digest(model.generation_config)
     if store is None:
         return chosen
     knn = config.knn
     names = ("k", "lmbda", "temperature", "enable_retomaton", "min_knns", "probe", "index", "key_type")
-    return chosen | {"store": digest_on_disk(store.prefix), "knn": [getattr(knn, name) for name in names]}
+    return chosen | {"store": facts_of_store(store), "knn": [getattr(knn, name) for name in names]}
 
 
 def _blocks(config: PipelineConfig, pairs: Pairs) -> list[range]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fairseq.hf.hooks.causality import require_causal
 from fairseq.hf.loading import check_tokenizer, naming_model
 from fairseq.hf.pipeline.checkpoints import last_checkpoint
 from fairseq.hf.pipeline.config import PipelineConfig
@@ -62,6 +63,7 @@ def load_model(base: Base, name: str, precision: str) -> Any:
     if missing:
         logger.warning("%s lacks %d weights, which are random now: %s ...", name, len(missing), missing[0])
     check_tokenizer(base.tokenizer, model)
+    require_causal(model, name)
     return model
 
 

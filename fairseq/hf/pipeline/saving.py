@@ -23,6 +23,7 @@ from fairseq.hf.knn.stores import StorePlace, find_index, find_members, open_sto
 from fairseq.hf.pipeline.config import EXACT, PipelineConfig
 from fairseq.hf.pipeline.dataset import Pairs, open_pairs
 from fairseq.hf.pipeline.fabric import check_devices, launch
+from fairseq.hf.pipeline.identity import config_digest
 from fairseq.hf.pipeline.models import Base, load_model, tuned_model
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.layout import StoreFiles
@@ -169,6 +170,7 @@ def open_finished(config: PipelineConfig) -> Datastore:
 def _facts(config: PipelineConfig, base: Base, model: Any, tap: Tap, pairs: Pairs) -> dict[str, Any]:
     """What the rows follow from."""
     more = {"text_digest": pairs.digest, "num_documents": len(pairs), "precision": config.fabric.precision}
+    more |= {"model_config": config_digest(model.config)}
     more |= {"key_dtype": config.knn.key_dtype, "rows": int(pairs.lengths.sum())}
     return store_metadata(model, tap, base.tokenizer) | more
 

@@ -33,6 +33,7 @@ from fairseq.hf.pipeline.checkpoints import (
 from fairseq.hf.pipeline.config import PipelineConfig
 from fairseq.hf.pipeline.dataset import Pairs, open_pairs
 from fairseq.hf.pipeline.fabric import check_devices, is_deepspeed, launch, layers_of, training_layout
+from fairseq.hf.pipeline.identity import config_digest, weights_digest
 from fairseq.hf.pipeline.models import Base, load_model
 from fairseq.memory.types import Array
 from fairseq.optim import set_lr
@@ -116,7 +117,7 @@ def train(config: PipelineConfig) -> TrainingRun | None:
         raise ValueError(
             f"training.warmup_steps {settings.warmup_steps} is more than the {plan.num_steps} steps of the run"
         )
-    signature = _signature(config, pairs)
+    signature = _signature(config, base, pairs, validation)
     last = last_checkpoint(folder)
     record = None if last is None else read_checkpoint(last)
     if record is not None:
@@ -164,17 +165,20 @@ def last_or_fail(folder: Path) -> Path:
     return found
 
 
-def _signature(config: PipelineConfig, pairs: Pairs) -> dict[str, Any]:
+def _signature(config: PipelineConfig, base: Base, pairs: Pairs, validation: Pairs) -> dict[str, Any]:
     """What the bits of a run follow from; strategies and numbers of devices only round differently."""
     names = ("num_epochs", "learning_rate", "warmup_steps", "gradient_accumulation_steps", "weight_decay")
     chosen = {f"training.{name}": getattr(config.training, name) for name in (*names, "max_grad_norm", "seed")}
     chosen |= {"data.train_batch_size": config.data.train_batch_size, "fabric.precision": config.fabric.precision}
-    return {"model.name": config.model.name, "data": pairs.digest} | chosen
+    if config.training.eval_iters:
+        chosen["validation data"] = validation.digest
+    start = {"model.name": base.name, "weights of model.name": weights_digest(base.name, base.config)}
+    return start | {"config of model.name": config_digest(base.config), "data": pairs.digest} | chosen
 
 
 def _require_same_run(folder: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
-        if made.get(name) != value:
+        if name in made and made[name] != value:  # earlier releases recorded less
             raise ValueError(
                 f"training.out_name {str(folder)!r} holds a run with {name} {made.get(name)!r}, now it is {value!r}; "
                 "name another folder, or remove it"

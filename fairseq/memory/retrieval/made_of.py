@@ -16,6 +16,7 @@ from fairseq.runtime.manifest import file_digest
 
 if TYPE_CHECKING:
     from fairseq.data.dictionary import Dictionary
+    from fairseq.memory.datastore.datastore import Datastore
     from fairseq.memory.index.base import Index
     from fairseq.memory.sources.external import ExternalMemory
     from fairseq.memory.types import Array
@@ -55,15 +56,22 @@ def facts_of_model(
     }
 
 
-def facts_of_search(memory: ExternalMemory, probe: int) -> dict[str, Any]:
-    """Identity of the store and of how it is searched; ``probe`` counts where there is an index file."""
-    store, index = memory.store, memory.index
-    files = _index_files(index)
+def facts_of_store(store: Datastore) -> dict[str, Any]:
+    """Identity of the rows of a store that can be found."""
     return {
         "store_digest": store_digest(store),
         "store_rows": len(store),
         "dim": store.dim,
         "deleted": f"{len(store.deleted)} rows, crc {zlib.crc32(store.deleted.tobytes()):08x}",
+    }
+
+
+def facts_of_search(memory: ExternalMemory, probe: int) -> dict[str, Any]:
+    """Identity of the store and of how it is searched; ``probe`` counts where there is an index file."""
+    index = memory.index
+    files = _index_files(index)
+    return {
+        **facts_of_store(memory.store),
         "index": ", ".join([*map(file_digest, files), f"probe {probe}"]) if files else "exact",
         "metric": index.metric.value,
         "score": memory.score,

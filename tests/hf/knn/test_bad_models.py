@@ -63,6 +63,19 @@ def test_a_model_that_does_not_predict_the_next_token(folder):
     refuses(lambda: KNNWrapper(dstore_dir=folder, k=4).break_into(model), "does not predict the next token", model)
 
 
+@pytest.mark.parametrize("attachment", [KNNSaver, KNNWrapper, RetomatonWrapper])
+def test_an_encoder_loaded_as_a_decoder_reads_what_it_is_to_predict(folder, attachment):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.AutoConfig.for_model("bert", vocab_size=48, initializer_range=0.3, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    refuses(lambda: attachment(dstore_dir=folder).break_into(model), "BertLMHeadModel reads the tokens that it", model)
+    assert all(module.training for module in model.modules())
+    config.is_decoder = True
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with KNNSaver(dstore_dir=folder / "decoder", knn_keytype="final_hidden")(model):
+        model(**inputs(model))
+
+
 def test_another_vocabulary_or_tokenizer(model, folder):
     other = make("gpt2", vocab_size=50)
     refuses(lambda: KNNWrapper(dstore_dir=folder, k=4).break_into(other), "vocabulary of 48 tokens.*has 50", other)

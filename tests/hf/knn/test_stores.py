@@ -10,11 +10,14 @@ import pytest
 import torch
 from tiny_models import inputs, make
 
+from fairseq.hf.knn.indexing import index_config
 from fairseq.hf.knn.retomaton import RetomatonWrapper
 from fairseq.hf.knn.saver import KNNSaver
 from fairseq.hf.knn.stores import StorePlace
 from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.delete import delete
+from fairseq.memory.index.build.build import build_index
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -96,3 +99,26 @@ def test_an_index_is_built_and_found(original, tmp_path):
         assert str(built.path) in str(knn.memory.index)
         assert knn.memory.score == "index"
         assert model(**inputs(model, seed=50)).loss.isfinite()
+
+
+@pytest.mark.parametrize("wrapper", [KNNWrapper, RetomatonWrapper])
+def test_rows_deleted_after_the_index_was_built_are_not_found(tmp_path, wrapper):
+    model, settings = make("gpt2"), {"dstore_dir": tmp_path, "k": 9}
+    call = inputs(model, batch=4, length=12)
+    with KNNSaver(dstore_dir=tmp_path, dtype="float32")(model) as saver:
+        model(**call)
+    prefix = str(saver.prefix)
+    index = build_index(index_config(StorePlace.find(prefix, "gpt2"), Datastore.open(prefix), use_faiss_cpu=True)).path
+    with wrapper(**settings)(model):
+        before = model(**call).loss
+    deleted = np.random.default_rng(0).choice(44, 20, replace=False)
+    delete(prefix, deleted)
+    keys_ND = torch.from_numpy(np.asarray(Datastore.open(prefix).keys))
+    with wrapper(**settings)(model) as memory:
+        assert memory.memory.index.name == str(index)
+        assert not set(memory.memory.neighbors(keys_ND).ids_NK.flatten().tolist()) & set(deleted.tolist())
+        by_index = model(**call).loss
+    index.unlink()  # exact from here on
+    with wrapper(**settings)(model):
+        torch.testing.assert_close(by_index, model(**call).loss, atol=1e-4, rtol=1e-4)
+    assert before < by_index, "the text is its own memory"

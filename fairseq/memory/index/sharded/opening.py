@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from fairseq.memory.index.opening import open_index
 from fairseq.memory.index.sharded.index import ShardedIndex
-from fairseq.memory.index.sharded.ranges import RowRange, SearchSettings, cut, default_workers, service_name
+from fairseq.memory.index.sharded.ranges import (
+    RowRange,
+    SearchSettings,
+    check_count,
+    check_cpus,
+    check_not_replaced,
+    cut,
+    default_workers,
+    service_name,
+)
 from fairseq.memory.index.sharded.server import RangeServer
 from fairseq.runtime.ray_cluster import RayActors, connect, nodes
 
@@ -66,7 +75,11 @@ def open_sharded_index(
     _check_workers(store, indexfile, settings, num_workers)
     connect(target, RangeServer)
     ranges = _ranges(store, indexfile, settings, num_workers)
-    found = RayActors.find(service_name(store, ranges), _READY) if target != "ray" and store.digest else None
+    found = None
+    if target != "ray" and store.digest:
+        name = service_name(store, ranges)
+        found = RayActors.find(name, _READY)
+        check_not_replaced(store, name, RayActors.services())
     if found is not None:
         logger.info("datastore %s is served by %d actors of %s", store.prefix, len(found), target)
     return _index(found or _start(ranges), store, ranges)
@@ -105,7 +118,8 @@ def _index(actors: RayActors, store: Datastore, ranges: list[RowRange]) -> Shard
 
 
 def _check_workers(store: Datastore, indexfile: str | None, settings: SearchSettings, num_workers: int | None) -> None:
-    """Raise ValueError for a number of workers that an index does not have."""
+    """Raise ValueError for a number of workers that a store is too small for, or an index does not have."""
+    check_count(num_workers, len(store), store.prefix)
     if indexfile is None or num_workers is None:
         return
     count = default_workers(store, indexfile, settings, 1)
@@ -120,6 +134,7 @@ def _ranges(
     store: Datastore, indexfile: str | None, settings: SearchSettings, num_workers: int | None
 ) -> list[RowRange]:
     machines = nodes()
+    check_cpus(num_workers, sum(machine.cpus for machine in machines))
     count = num_workers or default_workers(store, indexfile, settings, len(machines))
     if num_workers is None and indexfile is None and len(machines) == 1:
         # All files are here, and each actor takes 1 s of a CPU to import Ray.

@@ -18,6 +18,8 @@ from fairseq.memory.types import Array, Metric
 if TYPE_CHECKING:
     from fairseq.memory.datastore.datastore import Datastore
 
+_MOST_PER_CPU = 16
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -122,8 +124,9 @@ def default_workers(store: Datastore, indexfile: str | None, settings: SearchSet
 
 
 def service_name(store: Datastore, ranges: Sequence[RowRange]) -> str:
-    """Identity of what is searched, however it is cut: content, deleted rows, index files and settings.
+    """Identity of what is searched, however it is cut: the store's place, its content, and index files and settings.
 
+    Of each a part, with dots between them; deleted rows count as content.
     Raises: ValueError for a store without a digest.
     """
     if store.digest is None:
@@ -132,12 +135,48 @@ def service_name(store: Datastore, ranges: Sequence[RowRange]) -> str:
             "of ours"
         )
     settings = ranges[0].settings
-    words: list[object] = [store.digest, settings.metric.value, store.deleted.tobytes()]
+    words: list[object] = [settings.metric.value]
     for each in ranges:
         if each.indexfile is not None:
             stat = os.stat(each.indexfile)
             words += [each.first_row, each.digest, stat.st_size, stat.st_mtime_ns, settings.probe]
-    return hashlib.sha256(repr(words).encode()).hexdigest()[:32]
+    parts = (os.path.abspath(store.prefix), (store.digest, store.deleted.tobytes()), words)
+    return ".".join(hashlib.sha256(repr(part).encode()).hexdigest()[:24] for part in parts)
+
+
+def check_not_replaced(store: Datastore, name: str, served: Sequence[str]) -> None:
+    """Raise ValueError where what is served of a store's place is not what its files hold now.
+
+    Args:
+        name: of the service that would search it.
+        served: names of all services.
+    """
+    place, content, _ = name.split(".")
+    others = [each for each in served if each.startswith(f"{place}.")]
+    if others and not any(each.startswith(f"{place}.{content}.") for each in others):
+        raise ValueError(
+            f"what is served of datastore {store.prefix!r} is older than its files: the store was replaced, or rows "
+            "were deleted, since; restart fairseq-datastore serve, or give --search-on ray to search it here"
+        )
+
+
+def check_count(num_workers: int | None, rows: int, prefix: str) -> None:
+    """Raise ValueError for more workers than a store has rows."""
+    if num_workers is not None and num_workers > rows:
+        raise ValueError(
+            f"--search-workers {num_workers} are more than the {rows} rows of datastore {prefix!r}; give fewer, or "
+            "drop the flag"
+        )
+
+
+def check_cpus(num_workers: int | None, cpus: float) -> None:
+    """Raise ValueError for more workers, each of them a process, than CPUs can run."""
+    most = max(1, int(_MOST_PER_CPU * cpus))
+    if num_workers is not None and num_workers > most:
+        raise ValueError(
+            f"--search-workers {num_workers} are too many for the {cpus:g} CPUs of the Ray cluster, which can run "
+            f"{most} ({_MOST_PER_CPU} each); give fewer, or drop the flag"
+        )
 
 
 def _key_files(store: Datastore) -> list[KeyFile]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.delete import delete
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.sharded.opening import open_sharded_index, serve
@@ -69,6 +70,9 @@ def test_actors_find_what_one_search_finds_when_killed_too(cluster, store, capfd
     assert str(shared).endswith("by 2 workers")
     with pytest.raises(ValueError, match="is served at"):
         serve(store, "ray", SearchSettings(), None, 2)
+    delete(store.prefix, np.arange(3))
+    with pytest.raises(ValueError, match="is older than its files"):
+        open_sharded_index(Datastore.open(store.prefix), f"ray://{address}", SearchSettings())
     actors.end()
     with pytest.raises(OSError, match="stays lost"):
         shared.search(query_ND, 3)

@@ -19,7 +19,8 @@ from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.sharded.index import ATTEMPTS, ShardedIndex
-from fairseq.memory.index.sharded.ranges import SearchSettings, cut, service_name
+from fairseq.memory.index.sharded.opening import open_sharded_index
+from fairseq.memory.index.sharded.ranges import SearchSettings, check_cpus, check_not_replaced, cut, service_name
 from fairseq.memory.types import Metric
 from fairseq.runtime.ray_cluster import Node, check_target, place
 
@@ -162,6 +163,28 @@ def test_a_service_is_known_by_content_and_settings(store):
     names = {service_name(store, cut(store, None, SearchSettings(), count)) for count in (1, 3)}
     assert len(names) == 1
     assert service_name(store, cut(store, None, SearchSettings(Metric.IP), 1)) not in names
+
+
+def test_a_service_of_a_store_that_was_replaced_is_told(store, tmp_path):
+    def name_of(opened, metric=Metric.L2):
+        return service_name(opened, cut(opened, None, SearchSettings(metric), 1))
+
+    before = copied(store, tmp_path)
+    served = [name_of(store), name_of(before, Metric.IP)]
+    check_not_replaced(before, name_of(before), served)  # one place has another name, the other one other settings
+    delete(before.prefix, np.arange(3))
+    after = Datastore.open(before.prefix)
+    with pytest.raises(ValueError, match="is older than its files: .*; restart fairseq-datastore serve, or give --sea"):
+        check_not_replaced(after, name_of(after), served)
+    check_not_replaced(after, name_of(after), [*served, name_of(after, Metric.IP)])
+
+
+def test_more_workers_than_rows_or_cpus_can_bear_are_refused(store):
+    with pytest.raises(ValueError, match=f"--search-workers 9000 are more than the {len(store)} rows of datastore"):
+        open_sharded_index(store, "ray", SearchSettings(), None, 9000)
+    check_cpus(32, 2.0)
+    with pytest.raises(ValueError, match="--search-workers 33 are too many for the 2 CPUs of the Ray cluster.* run 32"):
+        check_cpus(33, 2.0)
 
 
 def test_workers_go_where_their_files_are():
