@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 
 from fairseq.config import flag, require_at_least
+from fairseq.registry import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +127,11 @@ class CommonConfig:
         """The progress format in effect; a bar is shown on terminals only."""
         requested = self.log_format or ("simple" if self.no_progress_bar else "tqdm")
         return "simple" if requested == "tqdm" and not sys.stderr.isatty() else requested
+
+
+def check_target(flag: str, target: str) -> None:
+    """Raise ValueError unless a flag's value is ``ray`` or ``ray://ADDRESS``."""
+    if target == "ray" or re.fullmatch(r"ray://(auto|.+:\d+)", target):
+        return
+    hint = did_you_mean(target, ["ray"])
+    raise ValueError(f"{flag} {target} is not ray or ray://HOST:PORT (the address that ray start prints){hint}")

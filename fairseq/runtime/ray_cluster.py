@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fairseq.registry import did_you_mean
 from fairseq.runtime.forking import FORKS, ForkedObject, LocalObject, packed, start_origin
 
 logger = logging.getLogger(__name__)
@@ -59,14 +58,6 @@ def ray_library() -> Any:
     except ModuleNotFoundError as error:
         raise ValueError("Ray is not installed; pip install 'fairseq-memory[ray]'") from error
     return ray
-
-
-def check_target(flag: str, target: str) -> None:
-    """Raise ValueError unless a flag's value is ``ray`` or ``ray://ADDRESS``."""
-    if target == "ray" or re.fullmatch(r"ray://(auto|.+:\d+)", target):
-        return
-    hint = did_you_mean(target, ["ray"])
-    raise ValueError(f"{flag} {target} is not ray or ray://HOST:PORT (the address that ray start prints){hint}")
 
 
 def connect(target: str, kind: type | None = None) -> str:

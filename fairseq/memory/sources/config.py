@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq.config import LARGEST_COUNT, flag, flag_names, require_at_least, require_within
-from fairseq.runtime.ray_cluster import check_target
+from fairseq.runtime.config import check_target
 
 TEMPERATURES = (1e-6, 1e9)
 """Smallest and largest divisor of similarities: float32 makes infinities or zeros of them beyond."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fairseq.config import LARGEST_COUNT, flag, require_within
 from fairseq.memory.datastore.config import StoreConfig
-from fairseq.runtime.ray_cluster import check_target
+from fairseq.runtime.config import check_target
 
 
 @dataclass(frozen=True, kw_only=True)

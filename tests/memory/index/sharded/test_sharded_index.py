@@ -22,7 +22,8 @@ from fairseq.memory.index.sharded.index import ATTEMPTS, ShardedIndex
 from fairseq.memory.index.sharded.opening import open_sharded_index
 from fairseq.memory.index.sharded.ranges import SearchSettings, check_cpus, check_not_replaced, cut, service_name
 from fairseq.memory.types import Metric
-from fairseq.runtime.ray_cluster import Node, check_target, place
+from fairseq.runtime.config import check_target
+from fairseq.runtime.ray_cluster import Node, place
 
 DIM, PARTS = 8, (50, 3, 147)
 
