@@ -5,12 +5,13 @@
 #   SEED=2 PARTS=main bash examples/gnn_lm/run.sh output/gnn-lm-2
 #   TEXT=/a/folder/with/{train,valid,test}.txt TRAIN_TOKENS=250000 EVAL_TOKENS=15000 bash examples/gnn_lm/run.sh ...
 # Started again, it skips what is done and goes on with what was interrupted. PARTS names what is run: main (the table),
-# curve (perplexity by k, the neighbours of a sentence), ablations, held-out, layers.
+# curve (perplexity by k, the neighbours of a sentence), ablations; and,
+# when they are named, held-out and layers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-output/gnn-lm}
 seed=${SEED:-1} updates=${UPDATES:-240} graph_updates=${GRAPH_UPDATES:-400} graph_lr=${GRAPH_LR:-0.002} k=${K:-32} width=${WIDTH:-128}
-parts=${PARTS:-main curve ablations held-out}
+parts=${PARTS:-main curve ablations}
 text=${TEXT:-$out/plays}
 [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
 export LOGLEVEL=${LOGLEVEL:-WARNING}
