@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq.runtime.manifest import file_digest
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 _SHOWN = 16
 # What saving a model changes although it computes the same.
 _VOLATILE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "_commit_hash", "_from_model_config"}
@@ -24,10 +24,11 @@ def weights_digest(name: str, config: Any) -> str:
     """Digest of the files of a model's weights; of a model from the hub, its commit.
 
     Args:
-        name: folder or name of the model.
+        name: folder, file or name of the model.
         config: its config.
     """
-    files = sorted(path for pattern in _WEIGHTS for path in Path(name).glob(pattern))
+    place = Path(name)
+    files = [place] if place.is_file() else sorted(path for pattern in _WEIGHTS for path in place.glob(pattern))
     commit = getattr(config, "_commit_hash", None)
     if not files and commit is not None:
         return str(commit)
