@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fairseq.evaluation.readers import IntArray, KeptNeighborsReader
     from fairseq.evaluation.setup import Evaluation
     from fairseq.memory.combiners.interpolation import Interpolation
+    from fairseq.memory.datastore.datastore import Datastore
     from fairseq.memory.sources.base import TextSource
     from fairseq.memory.sources.external import ExternalMemory
     from fairseq.memory.types import MemoryReader
@@ -113,27 +114,43 @@ def _kept_neighbors(
 ) -> KeptNeighborsReader:
     """A reader of the neighbours in a file. Raises: ValueError when they are not of this text and store."""
     from fairseq.evaluation.readers import KeptNeighborsReader
-    from fairseq.memory.datastore.datastore import Datastore
     from fairseq.memory.gnn.neighbors import SplitNeighbors
     from fairseq.memory.retrieval.file import store_digest
-    from fairseq.tasks.graph_batches import TextRows
+    from fairseq.tasks.graph_batches import TextRows, require_same_rows
 
     path = str(configs.memory.knn_neighbors)
     neighbors = SplitNeighbors.open(path, train=memory.store, other_keys=True)
     neighbors.require(memory.k)
     blocks = evaluation.dataset.dataset.blocks
-    prefix, queries = path.removesuffix(".neighbors"), neighbors.made_of.get("queries")
-    if os.path.isfile(f"{prefix}.json") and store_digest(store := Datastore.open(prefix)) == queries:
-        rows_of: Callable[[IntArray], IntArray] = TextRows(store, blocks).find
+    prefix, made_of = path.removesuffix(".neighbors"), neighbors.made_of
+    if made_of.get("store", store_digest(memory.store)) != store_digest(memory.store):
+        require_same_rows(memory.store, _store_of(os.path.join(os.path.dirname(path), "train"), made_of["store"], path))
+    if made_of:
+        rows_of: Callable[[IntArray], IntArray] = TextRows(_store_of(prefix, made_of["queries"], path), blocks).find
     elif len(neighbors) == len(blocks.tokens):
         rows_of = _same
     else:
         raise ValueError(
             f"{path} holds neighbours of {len(neighbors)} tokens, split {configs.evaluation.gen_subset} has "
-            f"{len(blocks.tokens)}; give the file of this split, beside the datastore that was searched for"
+            f"{len(blocks.tokens)}; give the file of this split"
         )
     return KeptNeighborsReader(
         combine=combine, source=memory, neighbors=neighbors, starts_B=blocks.starts, rows_of=rows_of
+    )
+
+
+def _store_of(prefix: str, digest: str, path: str) -> Datastore:
+    """The datastore that a file of neighbours was made with. Raises: ValueError when it is not there."""
+    from fairseq.memory.datastore.datastore import Datastore
+    from fairseq.memory.retrieval.file import store_digest
+
+    if os.path.isfile(f"{prefix}.json"):
+        store = Datastore.open(prefix)
+        if store_digest(store) == digest:
+            return store
+    raise ValueError(
+        f"{path} was made with datastore {digest[:16]}, and {prefix} is not it: what its rows are cannot be told; keep "
+        "the file beside the datastores of its split and of train (FOLDER/SPLIT.neighbors, FOLDER/SPLIT, FOLDER/train)"
     )
 
 
@@ -180,7 +197,7 @@ def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seq
 
 def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: str) -> ExternalMemory:
     """The datastore and index that are named, checked against the model; ``score`` as in ``ExternalMemory``."""
-    from fairseq.memory.sources.external import open_external
+    from fairseq.memory.sources.external import check_model, open_external
     from fairseq.runtime.manifest import file_digest
 
     tap, dictionary = evaluation.key_tap, evaluation.task.dictionary
@@ -193,7 +210,7 @@ def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: st
         key_tap=None if tap == "lm_output" else tap,
         dictionary_digest=dictionary.digest(),
         dictionary_size=len(dictionary),
-        model_digest=lambda: within or file_digest(str(configs.evaluation.path)),
+        model_digest=None if tap == "lm_output" else lambda: file_digest(str(configs.evaluation.path)),
     )
     saved = memory.store.metadata.get("key_tap", "model_output")
     if tap == "lm_output" and saved not in ("lm_output", "model_output"):
@@ -201,4 +218,8 @@ def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: st
             f"datastore {memory.store.prefix!r} holds keys of {saved}; --knn-keytype says {tap}: give {saved}, or save "
             "it again"
         )
+    if tap == "lm_output":
+        own = file_digest(str(configs.evaluation.path))
+        by_own = memory.store.metadata.get("model_digest") == own
+        check_model(memory.store, lambda: own if by_own else (within or own), strict=configs.knn.strict_model)
     return memory

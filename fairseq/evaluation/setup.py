@@ -91,6 +91,8 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
     device = torch.device("cuda" if runs_on_gpu(configs.runtime) else "cpu")
     models = [_prepared(configs, c, path, task) for c, path in zip(checkpoints, paths)]
     task.attach(models, trains=False)
+    for path, checkpoint in zip(paths, checkpoints):
+        task.check_checkpoint(path, checkpoint.config.get("task", {}))
     longest = min((model.longest_input for model in models if model.longest_input), default=None)
     if longest is not None and block_size + config.context_window > longest:
         raise ValueError(
@@ -136,19 +138,18 @@ def _task(configs: EvaluationConfigs, trained: Mapping[str, Any], block_size: in
         "add_bos_token": stated.get("add_bos_token", bool(trained.get("add_bos_token", False))),
     }
     of_graph = {field.name: flag_names(field)[0] for field in fields(GraphStoresConfig)}
-    alone = (configs.evaluation.model_overrides or {}).get("short_cut")
+    alone = bool((configs.evaluation.model_overrides or {}).get("short_cut"))
     if trained.get("name") == "graph_language_modeling" and not alone:
         from fairseq.tasks.graph_language_modeling import GraphLanguageModelingTask
 
         kept = {name: value for name, value in trained.items() if name in of_graph and name not in _NOT_KEPT}
-        task = GraphLanguageModelingTask(build(GraphLanguageModelingConfig, kept | settings))
-        task.check_checkpoint(str(configs.evaluation.path), trained)
-        return task
+        return GraphLanguageModelingTask(build(GraphLanguageModelingConfig, kept | settings))
     wrong = [flag for name, flag in of_graph.items() if name in stated]
     if wrong:
         raise ValueError(
-            f"{wrong[0]} is for a GNN-LM, and {configs.evaluation.path} is none; train one with --arch "
-            "transformer_lm_gnn, or leave the flag out"
+            f"{wrong[0]} is for a GNN-LM, and {configs.evaluation.path} is "
+            + ("taken without its graph (short_cut)" if alone else "none; train one with --arch transformer_lm_gnn")
+            + ", or leave the flag out"
         )
     return LanguageModelingTask(build(LanguageModelingConfig, settings))
 

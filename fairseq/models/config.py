@@ -319,10 +319,7 @@ _MAY_CHANGE = (
     "layers_to_keep",
     "knn_keytype",
     "checkpoint_activations",
-    "orig_prob_ratio",
-    "graph_probability",
     "graph_recompute",
-    "short_cut",
 )
 
 

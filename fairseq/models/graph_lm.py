@@ -37,6 +37,8 @@ class GraphLanguageModel(TransformerLanguageModel):
     config: TransformerGnnConfig
     searched: NeighborInputs | None = None
     """Neighbours of a text that is being generated (``SearchedNeighbors``), where none are given."""
+    states_are_given = False
+    """True if every batch brings the language model's states: one without rows then computes none either."""
 
     def __init__(self, config: TransformerGnnConfig, dictionary_size: int, pad: int) -> None:
         """Raises: ValueError when the heads of the graph's layers do not divide their width."""
@@ -73,6 +75,12 @@ class GraphLanguageModel(TransformerLanguageModel):
         return self.config.train_params != "all"
 
     @property
+    def moves_language_model(self) -> bool:
+        """True if training changes the language model's states: all of it, or an embedding tied to the output layer."""
+        own = [*self.decoder.embed_tokens.parameters(), *self.decoder.layers.parameters()]
+        return any(parameter.requires_grad for parameter in own)
+
+    @property
     def may_skip_parameters(self) -> bool:
         """See the base class."""
         return super().may_skip_parameters or self.config.graph_probability < 1
@@ -99,11 +107,14 @@ class GraphLanguageModel(TransformerLanguageModel):
         neighbors = neighbors or self.searched
         if neighbors is None and len(tokens_BT):
             raise ValueError(
-                "this model is a GNN-LM, and it was given no neighbours; give their stores (--graph-stores), or "
-                "--model-overrides \"{'short_cut': True}\" for its language model alone"
+                "this model is a GNN-LM, and it was given no neighbours; give their stores (--graph-stores; in Python "
+                "model.searched), or --model-overrides \"{'short_cut': True}\" for its language model alone"
             )
         neighbors = neighbors or no_neighbors(self.gnn, *tokens_BT.shape)  # a batch without rows
-        out = self._language_model(tokens_BT, key_tap, incremental_state, neighbors.known_states())
+        known_BTD = neighbors.known_states()
+        if known_BTD is None and self.states_are_given and not len(tokens_BT):
+            known_BTD = torch.zeros(*tokens_BT.shape, self.decoder.output_width, device=tokens_BT.device)
+        out = self._language_model(tokens_BT, key_tap, incremental_state, known_BTD)
         if self._takes_short_cut():
             return LMOutput(self._paired(out.hidden_BTD, out.hidden_BTD), out.key_BTD)
         read_BUD = neighbors.gather(out.hidden_BTD)

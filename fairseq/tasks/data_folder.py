@@ -165,14 +165,27 @@ class DataFolderTask(FairseqTask):
 
         Raises: ValueError for a model that the task does not fit.
         """
-        del models, trains
+        del trains
+        if any(
+            model.extends is not None and not model.config.short_cut for model in models if hasattr(model, "extends")
+        ):
+            raise ValueError(
+                "the model is a GNN-LM, which reads neighbours: train it with --arch transformer_lm_gnn, and evaluate "
+                "it by itself or with others of its kind"
+            )
 
-    def check_start(self, path: str | None, config: Mapping[str, Any]) -> None:
+    def check_start(self, path: str | None, config: Mapping[str, Any], *, resumes: bool) -> None:
         """What training starts from: a checkpoint with its config, or None for fresh weights.
 
+        Args:
+            resumes: it is this run's own checkpoint.
         Raises: ValueError where the task needs another start.
         """
-        del path, config
+        del path, config, resumes
+
+    def check_checkpoint(self, path: str, trained: Mapping[str, Any]) -> None:
+        """A checkpoint that is evaluated, with the settings of its task. Raises: ValueError where it does not fit."""
+        del path, trained
 
     def facts_of_model(self) -> dict[str, Any]:
         """What a checkpoint records of the task besides its settings, as plain values."""

@@ -47,6 +47,20 @@ class GraphBatch(LMBatch):
         return moved if moved.neighbors is None else dataclasses.replace(moved, neighbors=moved.neighbors.to(device))
 
 
+def require_same_rows(store: Datastore, other: Datastore) -> None:
+    """Raise ValueError unless both stores are of the same text, row by row."""
+    texts = [each.metadata.get("text_digest") for each in (store, other)]
+    differs = None not in texts and texts[0] != texts[1]
+    if len(store) == len(other) and not differs:
+        row_N = np.unique(np.linspace(0, len(store) - 1, 4096).astype(np.int64))
+        differs = bool((store.values.take(row_N) != other.values.take(row_N)).any())
+    if len(store) != len(other) or differs:
+        raise ValueError(
+            f"datastores {store.prefix!r} ({len(store)} rows) and {other.prefix!r} ({len(other)} rows) are not of the "
+            "same tokens, row by row; save both from one text, with the same --context-window"
+        )
+
+
 class TextRows:
     """Where the tokens of a split's text are in its datastore."""
 

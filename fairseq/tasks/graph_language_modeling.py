@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fairseq.config import flag_names, to_dict
 from fairseq.data.dictionary import Dictionary
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.monolingual_dataset import MonolingualDataset
@@ -27,15 +28,15 @@ from fairseq.memory.gnn.neighbors import SplitNeighbors
 from fairseq.memory.retrieval.file import store_digest
 from fairseq.models.graph_lm import GraphLanguageModel
 from fairseq.runtime.manifest import file_digest
-from fairseq.tasks.configs import GraphLanguageModelingConfig
+from fairseq.tasks.configs import GraphLanguageModelingConfig, GraphStoresConfig
 from fairseq.tasks.data_folder import Collating, IntArray
-from fairseq.tasks.graph_batches import NeighborReader, TextRows
+from fairseq.tasks.graph_batches import NeighborReader, TextRows, require_same_rows
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 logger = logging.getLogger(__name__)
 
 TRAIN = "train"
-_SAVED_BY = "lm_digest"
+_SAVED_BY, _LM = "stores_model_digest", "lm_digest"
 
 
 class GraphBlocks(MonolingualDataset):
@@ -68,11 +69,17 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         self.features = self._features()
         self._models: list[GraphLanguageModel] = []
         self._waiting: list[GraphBlocks] = []  # for the models
+        self._lm_digest: str | None = None  # of the checkpoint that the language model within is of
 
     def _path(self, name: str) -> str:
         return os.path.join(str(self.config.graph_stores), name)
 
     def _store(self, split: str) -> Datastore:
+        if not os.path.isdir(str(self.config.graph_stores)):
+            raise ValueError(
+                f"--graph-stores: no folder {self.config.graph_stores!r}; name the one that holds the splits' "
+                "datastores and their neighbours"
+            )
         store = Datastore.open(self._path(split))
         return store.require(dictionary_digest=self.dictionary.digest(), dictionary_size=len(self.dictionary))
 
@@ -83,13 +90,30 @@ class GraphLanguageModelingTask(LanguageModelingTask):
             return KeyFeatures.of(self.train_store)
         if os.path.isfile(f"{named}.codec"):
             return CodedFeatures.open(named, ProductQuantizer.load(f"{named}.codec")[0], self.train_store)
-        store = Datastore.open(named)
+        store = Datastore.open(named).require(
+            dictionary_digest=self.dictionary.digest(), dictionary_size=len(self.dictionary)
+        )
         if len(store) != len(self.train_store):
             raise ValueError(
                 f"--graph-features {named} has {len(store)} rows, the train split's datastore {self._path(TRAIN)} has "
                 f"{len(self.train_store)}; save both from the same text, with the same --context-window"
             )
+        require_same_rows(store, self.train_store)
+        saved, own = store.metadata.get("model_digest"), self._saved_by
+        if None not in (saved, own) and saved != own:
+            logger.warning(
+                "--graph-features %s were saved by another model (digest %s) than %s (digest %s)",
+                named, str(saved)[-12:], self.train_store.prefix, str(own)[-12:],
+            )  # fmt: skip
         return KeyFeatures.of(store)
+
+    @property
+    def _feature_tap(self) -> str | None:
+        """Inner state that the features are, where that is recorded."""
+        named = self.config.graph_features
+        if named is None or os.path.isfile(f"{named}.codec"):
+            return self.train_store.metadata.get("key_tap")
+        return Datastore.open(named).metadata.get("key_tap")
 
     def model_limits(self) -> dict[str, int]:
         """See the base class."""
@@ -97,7 +121,6 @@ class GraphLanguageModelingTask(LanguageModelingTask):
 
     def attach(self, models: Sequence[Any], *, trains: bool) -> None:
         """See the base class."""
-        super().attach(models, trains=trains)
         for model in models:
             if not isinstance(model, GraphLanguageModel):
                 raise ValueError(
@@ -115,6 +138,15 @@ class GraphLanguageModelingTask(LanguageModelingTask):
             raise ValueError(
                 "--graph-states are those of fixed weights; training computes them from the features: leave it out"
             )
+        for model in models:
+            model.states_are_given = self.config.use_precompute_feat
+            if trains and model.config.short_cut:
+                raise ValueError("--short-cut leaves the graph out, so that nothing of it is trained; leave it out")
+            if trains and self.config.use_precompute_feat and model.moves_language_model:
+                raise ValueError(
+                    f"--use-precompute-feat takes the language model's states as they were saved, and --train-params "
+                    f"{model.config.train_params} changes it; give --no-use-precompute-feat, or --train-params gnn"
+                )
         if self.config.use_precompute_feat:
             self._require_outputs(models)
         self._models = list(models)
@@ -122,24 +154,35 @@ class GraphLanguageModelingTask(LanguageModelingTask):
             _ = blocks.reader
         self._waiting.clear()
 
-    def check_start(self, path: str | None, config: Mapping[str, Any]) -> None:
+    def check_start(self, path: str | None, config: Mapping[str, Any], *, resumes: bool) -> None:
         """See the base class; the language model within has to be trained, and the one that saved the stores."""
-        trained = self._models[0].config.train_params
+        trained, of_graph = self._models[0].config.train_params, config.get("task", {})
         if path is None and trained != "all":
             raise ValueError(
                 f"--train-params {trained} leaves the language model as it is, and it was never trained; give "
                 "--finetune-from-model CHECKPOINT, or --train-params all"
             )
-        saved = self._saved_by
-        if path is None or saved is None:
+        if path is None:
             return
-        digest = config.get("task", {}).get(_SAVED_BY) or file_digest(path)
-        if digest != saved:
-            logger.warning(
-                "%s (digest %s) is another model than the one that saved %s (digest %s): its states may lie "
-                "elsewhere; save the stores again with it",
-                path, digest[-12:], self.train_store.prefix, saved[-12:],
-            )  # fmt: skip
+        if resumes and of_graph.get("name") == "graph_language_modeling":
+            self._require_same_graph(path, of_graph)
+        digest = of_graph[_LM] if _LM in of_graph else file_digest(path)
+        self._warn_of_other_stores(path, digest or of_graph.get(_SAVED_BY))
+        self._lm_digest = digest
+
+    def _require_same_graph(self, path: str, before: Mapping[str, Any]) -> None:
+        """Raise ValueError for a run that would go on with other neighbours, or other things read of them."""
+        now = to_dict(self.config) | self.facts_of_model()
+        names = {field.name: flag_names(field)[0] for field in dataclasses.fields(GraphStoresConfig)}
+        names = {name: flag for name, flag in names.items() if name not in ("graph_stores", "graph_features")}
+        names |= {"add_bos_token": "--add-bos-token", "features": "the content of --graph-features"}
+        for name, flag in names.items():
+            one, other = (_plain(values.get(name)) for values in (before, now))
+            if name in before and one != other:
+                raise ValueError(
+                    f"{path} was trained with {flag} {one}, now it is {other}: give the former, or another --save-dir "
+                    "(--finetune-from-model starts another stage from it)"
+                )
 
     @property
     def _saved_by(self) -> str | None:
@@ -149,16 +192,36 @@ class GraphLanguageModelingTask(LanguageModelingTask):
 
     def facts_of_model(self) -> dict[str, Any]:
         """See the base class."""
-        return {_SAVED_BY: self._saved_by}
+        return {
+            "graph_stores": os.path.abspath(str(self.config.graph_stores)),
+            _SAVED_BY: self._saved_by,
+            _LM: None if self._models[0].moves_language_model else self._lm_digest,
+            "feature_tap": self._feature_tap,
+            "features": self.features.digest,
+        }
 
     def check_checkpoint(self, path: str, trained: Mapping[str, Any]) -> None:
-        """Warn of a checkpoint that was trained with stores of another language model."""
-        saved = trained.get(_SAVED_BY)
-        if None not in (saved, self._saved_by) and saved != self._saved_by:
+        """See the base class; warns of stores of another language model than the one within."""
+        tap = trained.get("feature_tap")
+        if None not in (tap, self._feature_tap) and tap != self._feature_tap:
+            raise ValueError(
+                f"{path} was trained with features that are {tap}, those of --graph-stores or --graph-features are "
+                f"{self._feature_tap}; give stores saved with --knn-keytype {tap}"
+            )
+        if self.config.use_precompute_feat and _LM in trained and trained[_LM] is None:
+            raise ValueError(
+                f"--use-precompute-feat: the language model in {path} was trained too, and the stores hold states that "
+                "it had before; give --no-use-precompute-feat"
+            )
+        self._warn_of_other_stores(path, trained.get(_LM) or trained.get(_SAVED_BY))
+
+    def _warn_of_other_stores(self, path: str, digest: str | None) -> None:
+        saved = self._saved_by
+        if None not in (digest, saved) and digest != saved:
             logger.warning(
-                "%s was trained with stores of another language model (digest %s) than the one that saved %s (digest "
-                "%s); give the stores it was trained with, or save some with its language model",
-                path, str(saved)[-12:], self.train_store.prefix, str(self._saved_by)[-12:],
+                "the language model of %s (digest %s) is not the one that saved %s (digest %s): its states may lie "
+                "elsewhere; give the stores that it was trained with, or save some with it",
+                path, str(digest)[-12:], self.train_store.prefix, str(saved)[-12:],
             )  # fmt: skip
 
     def facts(self, split: str) -> dict[str, Any]:
@@ -208,6 +271,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         neighbors = self._neighbors(split, store)
         if config.gcn_k is not None:
             neighbors.require(config.gcn_k)
+        self._require_text(split, store)
         rows = TextRows(store, blocks.blocks)
         if config.use_precompute_feat:
             self._require_all_tokens(rows, store, blocks)
@@ -219,7 +283,6 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         if is_train:
             band = config.band if config.band is not None else int(neighbors.made_of.get("band", DEFAULT_BAND))
             config = dataclasses.replace(config, band=band)
-            self._warn_of_leaks(config)
         return NeighborReader(
             rows=rows,
             neighbors=neighbors,
@@ -256,8 +319,22 @@ class GraphLanguageModelingTask(LanguageModelingTask):
             )
         return neighbors
 
+    def _require_text(self, split: str, store: Datastore) -> None:
+        saved = store.metadata.get("text_digest")
+        digest = file_digest(f"{self.prefix(split)}.bin")
+        if saved not in (None, digest):
+            raise ValueError(
+                f"datastore {store.prefix!r} was saved from another text (digest {saved[-12:]}) than {split} of "
+                f"{self.folders[0]} (digest {digest[-12:]}); save it again from this data folder ({SAVES_TEXT})"
+            )
+
     def _require_all_tokens(self, rows: TextRows, store: Datastore, blocks: MonolingualDataset) -> None:
         """Raise ValueError for a token whose state is not there."""
+        if blocks.bos is not None:
+            raise ValueError(
+                "--use-precompute-feat: no datastore holds the state of <s>, which --add-bos-token puts before each "
+                "block; give --no-use-precompute-feat"
+            )
         ends_B = blocks.blocks.starts + blocks.blocks.sizes - 1
         place_N = np.concatenate([blocks.blocks.starts, ends_B])
         missing_N = rows.find(place_N) < 0
@@ -269,24 +346,34 @@ class GraphLanguageModelingTask(LanguageModelingTask):
                 f"({SAVES_TEXT}), or give --no-use-precompute-feat"
             )
 
-    def _warn_of_leaks(self, config: GraphLanguageModelingConfig) -> None:
+    def _warn_of_leaks(self, reader: NeighborReader, context_window: int) -> None:
         """Warn of a band in which neighbours have read what they help to predict."""
-        context = self.train_store.metadata.get("longest_input")
-        if not isinstance(context, int):
+        read = self.train_store.metadata.get("longest_input")
+        if not (reader.is_train and isinstance(read, int)):
             return
-        safe = config.safe_band(context, config.tokens_per_sample)
+        config = reader.build.config
+        before = context_window if reader.context is None else min(context_window, reader.context)
+        block = self.config.tokens_per_sample + before
+        safe = config.safe_band(read, block)
         if config.nearest < safe:
             logger.warning(
                 "neighbours of the train split from %d tokens on are taken, and may have read what they help to "
-                "predict: its keys have read up to %d tokens, blocks have %d; --invalid-neighbor-context %d is safe",
-                config.nearest, context, config.tokens_per_sample, safe,
+                "predict: its keys have read up to %d tokens, a block and its context have %d; "
+                "--invalid-neighbor-context %d is safe",
+                config.nearest, read, block, safe,
             )  # fmt: skip
 
     def iterator(self, dataset: Collating, batches: list[IntArray], **more: Any) -> EpochBatchIterator:
         """See the base class; the batches hold their neighbours."""
         blocks: Any = getattr(dataset, "dataset", dataset)
         reader: NeighborReader = blocks.reader
+        self._warn_of_leaks(reader, int(getattr(dataset, "context_window", 0)))
         return super().iterator(_WithNeighbors(dataset, reader), batches, **more)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as checkpoints have them."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,5 +170,10 @@ def require_strategy_fits(configs: TrainingConfigs, model: Any) -> None:
             f"--{dropped[0].replace('_', '-')} with {asked}: processes that drop different layers would wait for each "
             "other for ever; leave it out, or give --strategy ddp"
         )
+    if getattr(model, "graph_probability", 1.0) < 1 and (strategy == "fsdp" or stage == 3):
+        raise ValueError(
+            f"--graph-probability {model.graph_probability} with {asked}: processes whose coins differ would wait for "
+            "each other for ever; give --strategy ddp"
+        )
     if configs.ema.store_ema and stage == 3:
         raise ValueError(f"--store-ema with {asked}: no process holds the weights to average; give --strategy fsdp")

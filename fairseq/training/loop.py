@@ -75,7 +75,10 @@ class TrainingLoop:
         self.started_from: Mapping[str, Any] = {} if self.restored is None else self.restored.config
         self.model = self._model()
         self.task.attach([self.model], trains=True)
-        self.task.check_start(self.checkpoints.finetune_from_model or self.restore_path, self.started_from)
+        if self.restored is not None:
+            self.started_from = self.restored.config
+        start = self.restore_path or self.checkpoints.finetune_from_model
+        self.task.check_start(start, self.started_from, resumes=self.restored is not None)
         self.checkpoint_manager.prepare()
         criterion = build_criterion(configs.chosen["criterion"], configs.options, self.model, self.task)
         require_strategy_fits(configs, self.model.config)

@@ -169,6 +169,120 @@ def test_bfloat16(folder, logps, tmp_path):
     np.testing.assert_allclose(logps("gnn", "--bf16")[0].mean(), logps("gnn")[0].mean(), atol=0.01)
 
 
+def save_stores(folder, place, run, *more):
+    """Stores and neighbours of both splits by another model or tap."""
+    for split in ("train", "valid"):
+        saving = ["--save-knnlm-dstore", "--dstore-mmap", str(place / split), "--knn-keytype", "model_output"]
+        evaluate(folder, run, "--gen-subset", split, *saving, *more)
+        words = ["--dstore-filename", str(place / "train"), "--k", str(K), "--invalid-neighbor-context", str(BAND)]
+        neighbors.main([str(place / split), *words])
+    return place
+
+
+@pytest.fixture(scope="module")
+def of_layer(folder, tmp_path_factory):
+    """Stores of the same language model's first layer."""
+    return save_stores(folder, tmp_path_factory.mktemp("layer"), "lm", "--knn-keytype", "layer_1")
+
+
+def test_stores_of_another_layer_or_features_of_another_text(folder, of_layer, tmp_path):
+    with pytest.raises(ValueError, match="was trained with features that are model_output, .* are layer_1"):
+        evaluate(folder, "gnn", "--graph-stores", of_layer)
+    with pytest.raises(ValueError, match="was trained with features that are model_output, .* are layer_1"):
+        evaluate(folder, "gnn", "--graph-features", of_layer / "train")
+    with pytest.raises(ValueError, match="takes the language model's output of width 16 .* holds layer_1"):
+        train_graph(folder, tmp_path / "x", "--use-precompute-feat", "--graph-stores", of_layer)
+    with pytest.raises(ValueError, match=r"has 143 rows, the train split's datastore .* has"):
+        evaluate(folder, "gnn", "--graph-features", folder / "stores" / "valid")
+
+
+def test_a_text_that_changed_after_its_store_was_saved(folder, tmp_path):
+    """One token is enough, wherever it is."""
+    copy = tmp_path / "bin"
+    copy.mkdir()
+    for path in (folder / "bin").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    text = np.fromfile(copy / "valid.bin", np.uint16)
+    text[[20, 21]] = text[[21, 20]] if text[20] != text[21] else text[[20, 20]] + 1
+    text.tofile(copy / "valid.bin")
+    (copy / "valid.sums.json").unlink()
+    words = ["--path", str(folder / "gnn" / "checkpoint_last.pt"), "--cpu", "--gen-subset", "valid"]
+    with pytest.raises(ValueError, match="was saved from another text"):
+        eval_lm.main([str(copy), *words])
+
+
+def test_states_of_the_stores_are_not_those_of_a_language_model_that_was_trained(folder, logps, tmp_path):
+    more = ("--train-params", "all")
+    with pytest.raises(ValueError, match="and --train-params all changes it; give --no-use-precompute-feat"):
+        train_graph(folder, tmp_path / "x", *more, "--use-precompute-feat")
+    train_graph(folder, tmp_path / "all", *more, updates=2)
+    with pytest.raises(ValueError, match="was trained too, and the stores hold states that it had before"):
+        evaluate(folder, tmp_path / "all", "--use-precompute-feat")
+    knn = ("--knnlm", "--k", 4, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "lm_output")
+    with pytest.raises(ValueError, match="was saved by another model"):
+        evaluate(folder, tmp_path / "all", *knn, "--strict-model")
+    evaluate(folder, "gnn", *knn, "--strict-model")
+    with pytest.raises(ValueError, match="no datastore holds the state of <s>"):
+        evaluate(folder, "gnn", "--use-precompute-feat", "--add-bos-token")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--gcn-k", 2), r"with --gcn-k None, now it is 2"),
+        (("--neighbor-context", "0,1"), r"with --neighbor-context \[2, 2\], now it is \[0, 1\]"),
+        (("--invalid-neighbor-context", 99), "with --invalid-neighbor-context None, now it is 99"),
+        (("--use-precompute-feat",), "with --use-precompute-feat False, now it is True"),
+        (("--orig-prob-ratio", 0.3), "--orig-prob-ratio 0.0, the flags ask for 0.3"),
+    ],
+)
+def test_a_run_goes_on_with_the_graph_that_it_began_with(folder, more, message):
+    with pytest.raises(ValueError, match=message):
+        train_graph(folder, "gnn", *more, updates=9)
+    assert load_checkpoint(str(folder / "gnn" / "checkpoint_last.pt")).progress["num_updates"] == 6
+
+
+def test_neighbours_of_rows_of_another_text_are_not_compared_by_these_keys(folder, tmp_path):
+    knn = ("--knnlm", "--k", K, "--lmbda", 0.3, "--knn-keytype", "model_output")
+    other = ("--dstore-filename", folder / "stores" / "valid", "--knn-neighbors")
+    with pytest.raises(ValueError, match="are not of the same tokens, row by row|names row"):
+        evaluate(folder, "lm", *knn, *other, folder / "stores" / "valid.neighbors")
+    for end in ("", ".json"):
+        (tmp_path / f"v.neighbors{end}").write_bytes((folder / "stores" / f"valid.neighbors{end}").read_bytes())
+    own = ("--dstore-filename", folder / "stores" / "train", "--knn-neighbors", tmp_path / "v.neighbors")
+    with pytest.raises(ValueError, match="what its rows are cannot be told; keep the file beside"):
+        evaluate(folder, "lm", *knn, *own)
+
+
+def test_a_context_that_reaches_beyond_the_band_is_told(folder, caplog):
+    longest = json.loads((folder / "stores" / "train.json").read_text())["longest_input"]
+    for context in (0, 16):
+        caplog.clear()
+        evaluate(folder, "gnn", "--gen-subset", "train", "--context-window", context, "--tokens-per-sample", 16)
+        safe = longest + 16 + context
+        said = [line for line in caplog.messages if f"--invalid-neighbor-context {safe} is safe" in line]
+        assert bool(said) == (safe > BAND)
+
+
+def test_a_gnn_lm_as_a_plain_language_model(folder, tmp_path):
+    start = str(folder / "gnn" / "checkpoint_last.pt")
+    with pytest.raises(ValueError, match="the model is a GNN-LM, which reads neighbours: train it with --arch"):
+        train.main(
+            [
+                str(folder / "bin"),
+                *BASE,
+                "--finetune-from-model",
+                start,
+                "--save-dir",
+                str(tmp_path),
+                "--max-update",
+                "1",
+            ]
+        )
+    with pytest.raises(ValueError, match="--short-cut leaves the graph out"):
+        train_graph(folder, tmp_path / "x", "--short-cut")
+
+
 def test_a_second_stage_starts_from_the_first(folder, logps):
     train_graph(folder, "second", "--lr", 1e-12, "--gcn-k", K, updates=1, start="gnn")
     np.testing.assert_allclose(logps("second")[0], logps("gnn")[0], atol=1e-6)
@@ -301,5 +415,5 @@ def test_stores_of_another_text_or_search(folder, tmp_path):
         evaluate(folder, "gnn", "--graph-stores", other)
     for name in ("valid.json", "valid_keys.npy", "valid_vals.npy", "valid_docs.npy"):
         (other / name).write_bytes((folder / "stores" / name.replace("valid", "train")).read_bytes())
-    with pytest.raises(ValueError, match="is of another text than the split"):
+    with pytest.raises(ValueError, match="was saved from another text"):
         evaluate(folder, "gnn", "--graph-stores", other)

@@ -427,7 +427,7 @@ EXTERNALLY = ("--use-external", "--dstore-filename", "nowhere")
         (("--knnlm",), "--knnlm belongs to eval_lm.py, not to eval_lm-trime.py"),
         (("--use-locale",), "unknown flag --use-locale (did you mean '--use-local'?)"),
         (("--use-local", "--knn-keytype", "separated_head"), "the model was trained without that head"),
-        (("--use-local", "--knn-keytype", "last_ffn"), "invalid choice: 'last_ffn' (choose from"),
+        (("--use-local", "--knn-keytype", "last_ffn"), "'last_ffn' is none of last_ffn_input"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -45,6 +45,11 @@ def test_generation_searches_as_it_reads(model, features):
     nearest_TK = torch.cdist(hidden_1TD[0], keys).topk(K, largest=False).indices
     graph = build(nearest_TK[None])
     wanted = model(text_1T, neighbors=FoundNeighbors(graph, features.take(graph.position_P))).hidden_BTD
+    with pytest.raises(ValueError, match="the index holds 50 positions, the train split has 60"):
+        SearchedNeighbors(ExactIndex(keys[:50], Metric.L2), K, (build, features))
+    fewer = GraphBuilder(GraphConfig(), 2, LENGTH)(nearest_TK[None])
+    with pytest.raises(ValueError, match="made for 2 layers, the network has 3"):
+        model(text_1T, neighbors=FoundNeighbors(fewer, features.take(fewer.position_P)))
     model.searched = SearchedNeighbors(ExactIndex(features.keys, Metric.L2), K, (build, features))
     torch.testing.assert_close(model(text_1T).hidden_BTD, wanted, atol=1e-5, rtol=0)
     state, steps = IncrementalState(), []

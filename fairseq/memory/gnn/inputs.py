@@ -128,6 +128,20 @@ class SearchedNeighbors:
     states_of: CachedStates | tuple[GraphBuilder, NodeFeatures]
     """Stored states, or what computes them: windows over the train split, and its features."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.states_of, tuple):
+            length = self.states_of[0].corpus_length
+        else:
+            source = self.states_of.source
+            length = source.build.corpus_length
+            if self.states_of.rows.made_of["weights"] != source.network.encoder_digest:
+                raise ValueError("the stored states are of other weights than the network has now; store them again")
+        if len(self.index) != length:
+            raise ValueError(
+                f"the index holds {len(self.index)} positions, the train split has {length}; give an index over its "
+                "datastore"
+            )
+
     def known_states(self) -> Tensor | None:
         """None: nothing is known before."""
         return None
@@ -142,6 +156,8 @@ class SearchedNeighbors:
         found = by_row_where_equal(self.index.search(query_QD, self.k))
         neighbor_BUK = found.ids_NK.long().view(*hidden_BUD.shape[:2], -1)
         if not isinstance(self.states_of, tuple):
+            if self.states_of.source.network is not network:
+                raise ValueError("the stored states are of another network than the model's; store those of its own")
             return self.states_of.lookup(neighbor_BUK)
         build, features = self.states_of
         graph = build(neighbor_BUK)

@@ -104,7 +104,12 @@ class GraphNetwork(nn.Module):
         return NeighborStates(self.encode_levels(graph, feature_PF), graph.index, graph.keep_BTK)
 
     def encode_levels(self, graph: NeighborGraph, feature_PF: Tensor) -> tuple[Tensor, ...]:
-        """The same states, without their places."""
+        """The same states, without their places. Raises: ValueError for a graph made for another number of layers."""
+        if len(graph.levels) != self.num_layers - 1:
+            raise ValueError(
+                f"the graph was made for {len(graph.levels) + 1} layers, the network has {self.num_layers}; give "
+                "GraphBuilder the network's num_layers"
+            )
         states = [self.adapted(feature_PF, NEIGHBOR)]
         for layer, level in zip(self.layers, graph.levels):
             states.append(layer.update_neighbors(states[-1], level))

@@ -208,7 +208,7 @@ def open_external(
         dictionary_size=dictionary_size,
         saved_by=saved_by,
     )
-    _check_model(store, model_digest, strict=config.strict_model)
+    check_model(store, model_digest, strict=config.strict_model)
     settings = SearchSettings(
         Metric.parse(config.faiss_metric_type),
         probe=config.probe,
@@ -224,7 +224,7 @@ def open_external(
     return memory
 
 
-def _check_model(store: Datastore, model_digest: Callable[[], str] | None, *, strict: bool) -> None:
+def check_model(store: Datastore, model_digest: Callable[[], str] | None, *, strict: bool) -> None:
     """Warn of a store that another model saved, or refuse it: its keys may lie elsewhere."""
     saved = store.metadata.get("model_digest")
     if saved is None or model_digest is None:
