@@ -20,7 +20,6 @@ from fairseq.data.monolingual_dataset import MonolingualDataset
 from fairseq.memory.datastore.config import SAVES_TEXT
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.gnn.cached import CachedStates, StateSource, store_states
-from fairseq.memory.gnn.codec import ProductQuantizer
 from fairseq.memory.gnn.config import DEFAULT_BAND
 from fairseq.memory.gnn.features import CodedFeatures, KeyFeatures, NodeFeatures
 from fairseq.memory.gnn.graph import GraphBuilder
@@ -88,8 +87,8 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         named = self.config.graph_features
         if named is None:
             return KeyFeatures.of(self.train_store)
-        if os.path.isfile(f"{named}.codec"):
-            return CodedFeatures.open(named, ProductQuantizer.load(f"{named}.codec")[0], self.train_store)
+        if (coded := CodedFeatures.with_codec(named, self.train_store)) is not None:
+            return coded
         store = Datastore.open(named).require(
             dictionary_digest=self.dictionary.digest(), dictionary_size=len(self.dictionary)
         )

@@ -93,6 +93,34 @@ def _neighbors(path: Path) -> str:
     return f"{len(retrieval)} tokens: {_WHOLE}"
 
 
+def _rows(path: Path) -> str:
+    """Rows of GNN-LM: neighbours, states or codes; a codec beside codes is compared with what they were made with."""
+    from fairseq.memory.gnn.codec import ProductQuantizer
+    from fairseq.memory.gnn.row_file import RowFile
+
+    file = RowFile.open(path)
+    file.verify()
+    codec = Path(f"{path}.codec")
+    outcome = f"{len(file)} rows of {file.made_of.get('kind', 'another program')}: {_WHOLE}"
+    made_with = file.made_of.get("codec")
+    if made_with is None:
+        return outcome
+    if not codec.exists():
+        return f"{outcome}; there is no {codec.name} beside them to compare"
+    if ProductQuantizer.load(codec)[0].digest != made_with:
+        raise ValueError(
+            f"{codec} is not the codec that the codes in {path} were made with ({str(made_with)[:12]}); copy that one"
+        )
+    return f"{outcome}, and made with {codec.name}"
+
+
+def _codec(path: Path) -> str:
+    from fairseq.memory.gnn.codec import ProductQuantizer
+
+    codec, _ = ProductQuantizer.load(path)
+    return f"{codec.num_bytes} bytes for a width of {codec.dim}: it is as it was saved"
+
+
 def _memory(path: Path) -> str:
     from fairseq.memory.extended_mind.storage import load_memory, verify_memory
 
@@ -157,6 +185,8 @@ CHECKS: Mapping[str, Check] = {
     "index": _index,
     "clusters": _clusters,
     "saved neighbours": _neighbors,
+    "rows": _rows,
+    "codec": _codec,
     "memory": _memory,
     "bm25 index": _bm25_index,
     "bm25 results": _bm25_results,

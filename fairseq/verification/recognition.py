@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ Found = list[tuple[str, Path]]
 _HEAD_BYTES = 64 << 10  # our JSON files say within a few KB what they are; a segments file of bm25 has GBs
 _STORE_WORDS = (b'"format_version"', b'"key_dtype"', b'"value_dtype"')
 _INDEX_WORDS = (b'"signature"', b'"metric"', b'"factory"')
+_ROW_WORDS = (b'"made_of"', b'"dtype"', b'"width"')
+_SHARD = re.compile(r"\.shard\d+of\d+\.json$")
 _DICTIONARY = re.compile(r"dict(\.[\w-]+)?\.txt")
 # Files that belong to another one, or to a command that runs or was stopped.
 _SIDE_FILES = (".lock", ".tmp", ".progress.json", ".ivfdata", ".trained", ".trained.json", ".centroids.npy", ".partial")
@@ -103,6 +106,8 @@ def _of_prefix(prefix: Path) -> Found:
         found.append(("binarised text", prefix))
     if Path(f"{prefix}.json").is_file():
         found += _of_json(Path(f"{prefix}.json"), named=True)
+    for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.shard*of*.json")):
+        found += [("rows", path.with_suffix(""))] if _SHARD.search(path.name) and _is_rows(path.with_suffix("")) else []
     for ending in METRICS:
         found += [("index", path)] if (path := Path(f"{prefix}.{ending}")).is_file() else []
     clusters = Path(f"{prefix}.clusters.npz")
@@ -118,6 +123,8 @@ def _of_file(path: Path, *, named: bool = True) -> Found:
     """
     from fairseq.memory.datastore.layout import store_of_file
 
+    if _is_rows(path):
+        return [("rows", path)]
     text = str(path)
     for ending in (".sums.json", ".bin", ".idx"):
         prefix = text.removesuffix(ending)
@@ -133,6 +140,8 @@ def _of_file(path: Path, *, named: bool = True) -> Found:
         return [("dictionary", path)]
     if path.suffix in (".pt", ".pth", ".npz"):
         return [("clusters" if path.suffix == ".npz" else "checkpoint", path)]
+    if path.suffix == ".codec" and (named or is_tensor_file(path) or _is_rows(path.with_suffix(""))):
+        return [("codec", path)]
     if _is_index(path, named=named):
         return [("index", path)]
     if is_tensor_file(path) or path.suffix == ".safetensors":
@@ -165,6 +174,8 @@ def _of_json(path: Path, *, named: bool) -> Found:
         return [("run manifest", path)]
     if stem.is_file():  # beside an index
         return _of_file(stem, named=named)
+    if _is_rows(stem):  # its array is gone
+        return [("rows", stem)]
     weights = path.with_suffix(".safetensors")
     if _is_combiner(weights):
         return [("combiner", weights)]
@@ -192,6 +203,12 @@ def _is_index(path: Path, *, named: bool) -> bool:
     return sidecar.is_file() and (named or any(word in _head(sidecar) for word in _INDEX_WORDS))
 
 
+def _is_rows(path: Path) -> bool:
+    """True for rows of GNN-LM, by their JSON file."""
+    head = _head(Path(f"{path}.json"))
+    return b'"fairseq-memory rows' in head or all(word in head for word in _ROW_WORDS)
+
+
 def _is_combiner(weights: Path) -> bool:
     return weights.is_file() and b"fairseq-memory combiner" in _head(weights) + _head(weights.with_suffix(".json"))
 
@@ -209,6 +226,8 @@ def _of_tensors(path: Path) -> Found:
         "fairseq-memory retrieval"
     ):
         return [("saved neighbours", path)]
+    if "centroids" in names or format_text.startswith("fairseq-memory product quantizer"):
+        return [("codec", path)]
     is_memory = len(names & {"tokens", "places"}) == 2 or format_text.startswith("fairseq-memory")
     return [("memory", path)] if is_memory else []
 

@@ -24,10 +24,11 @@ def main(argv: Sequence[str]) -> None:
     from tqdm import tqdm
 
     from fairseq.memory.gnn.recall.measure import measure_recall
-    from fairseq.memory.gnn.recall.outputs import tables, write_outputs
+    from fairseq.memory.gnn.recall.outputs import require_replaceable, searches, tables, write_outputs
     from fairseq.memory.planning.table import aligned
     from fairseq.runtime.manifest import write_manifest
 
+    require_replaceable(config.out_path)
     with tqdm(unit=" tokens", disable=None) as bar:
 
         def report(done: int, total: int) -> None:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     )
     for title, rows in tables(curves):
         sys.stdout.write("\n".join([title, *aligned(rows), "", ""]))
-    sys.stdout.write(f"{', '.join(written)}\n")
+    sys.stdout.write("\n".join([*searches(curves), ", ".join(written), ""]))
 
 
 def cli_main() -> None:

@@ -97,6 +97,14 @@ def test_a_killed_command_resumes_to_the_same_bytes(folder, monkeypatch):
     assert (folder / "codec").read_bytes() == trained
 
 
+def test_another_programs_file_is_not_replaced(folder, monkeypatch):
+    monkeypatch.setattr(ProductQuantizer, "train", lambda *words, **more: pytest.fail("before the training"))
+    before = (folder / "train_keys.npy").read_bytes()
+    with pytest.raises(ValueError, match="train_keys.npy is there and no train_keys.npy.json beside it"):
+        quantize(folder, "--codec", "PQ2", out="train_keys.npy")
+    assert (folder / "train_keys.npy").read_bytes() == before
+
+
 def test_a_store_too_small_or_a_codec_that_does_not_fit_is_an_error(folder):
     save(folder / "small", rows=280)
     with pytest.raises(ValueError, match="252 vectors are too few to learn 256 centroids from"):
@@ -129,6 +137,18 @@ def test_a_codec_of_another_store_or_of_other_settings_is_an_error(folder):
     with pytest.raises(ValueError, match="is complete and the codec it was made with is not at"):
         quantize(folder, "--codec", "PQ2")
     quantize(folder, "--codec", "PQ2", "--codec-file", folder / "elsewhere")
+
+
+def test_codes_without_their_codec_are_named(folder):
+    quantize(folder, "--codec", "PQ2", "--sample", 300)
+    store, codec = Datastore.open(folder / "train"), folder / "codes.npy.codec"
+    opened = CodedFeatures.with_codec(folder / "codes.npy", store)
+    assert opened.codec.digest == ProductQuantizer.load(codec)[0].digest
+    assert CodedFeatures.with_codec(folder / "train", store) is None
+    assert CodedFeatures.with_codec(folder / "nothing", store) is None
+    codec.unlink()
+    with pytest.raises(ValueError, match="codes.npy holds codes and their codec is not at .*codes.npy.codec; copy the"):
+        CodedFeatures.with_codec(folder / "codes.npy", store)
 
 
 def test_a_codec_saved_without_its_origin_is_compared_by_its_bytes(folder):

@@ -17,6 +17,8 @@ from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import delete
 from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.storage import load_memory, save_memory
+from fairseq.memory.gnn.codec import ProductQuantizer
+from fairseq.memory.gnn.row_file import RowFile, RowWriter
 from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.retomaton.clusters import Clusters
@@ -90,6 +92,24 @@ def make_checkpoint(folder: Path) -> None:
     save_checkpoint(str(folder / "p.pt"), Checkpoint(config, weights, optimizer=state))
 
 
+def make_rows(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    codec = ProductQuantizer(torch.from_numpy(rng.standard_normal((2, 256, 3), np.float32)))
+    codec.save(folder / "codes.npy.codec", {"store": "a store"})
+    with RowWriter(folder / "codes.npy", 300, 2, "uint8", {"kind": "codes", "codec": codec.digest}) as writer:
+        writer.append(rng.integers(0, 256, (300, 2)))
+        writer.finish()
+
+
+def row_numbers(path: Path) -> object:
+    held = RowFile.open(path)
+    return np.asarray(held.rows.block(0, 300)).tobytes(), dict(held.made_of), codec_numbers(Path(f"{path}.codec"))
+
+
+def codec_numbers(path: Path) -> object:
+    return ProductQuantizer.load(path)[0].centroid_MJW.numpy().tobytes()
+
+
 def store_numbers(path: Path) -> object:
     store = Datastore.open(path)
     keys, values = np.asarray(store.keys.block(0, 200)), np.asarray(store.values)
@@ -135,6 +155,7 @@ KINDS = {
     "datastore": (make_store, "s", store_numbers),
     "index": (make_index, "x", index_numbers),
     "clusters": (make_clusters, "c.npz", cluster_numbers),
+    "rows": (make_rows, "codes.npy", row_numbers),
     "saved neighbours": (make_neighbors, "r", neighbor_numbers),
     "memory": (make_memory, "m.safetensors", memory_numbers),
     "bm25 index": (make_bm25, "index", bm25_numbers),
@@ -188,6 +209,46 @@ def test_the_command_takes_several_paths_and_names_the_damaged_one(tmp_path, cap
     with pytest.raises(ValueError, match=r"t\.bin is damaged .*differs"):
         main(["verify", *paths])
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_rows_are_verified_whole_however_large_and_with_their_codec(tmp_path, capsys, monkeypatch):
+    make_rows(tmp_path)
+    (tmp_path / "recall.json").write_text('{"format": "fairseq-memory recall 1", "curves": [{"made_of": {}}]}')
+    main(["verify", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "codes.npy: rows, 300 rows of codes: every block is as it was saved, and made with codes.npy.codec\n" in said
+    assert "codes.npy.codec: codec, 2 bytes for a width of 6: it is as it was saved\n" in said
+    assert "recall.json" in said.splitlines()[-1]  # not compared
+    monkeypatch.setattr("fairseq.runtime.file_marks.COMPARED_WHOLE", 10)  # of longer ones opening compares the ends
+    path = tmp_path / "codes.npy"
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:400] + bytes([data[400] ^ 4]) + data[401:])
+    RowFile.open(path)
+    with pytest.raises(ValueError, match="codes.npy is damaged: the block of bytes 0 to 727 differs"):
+        main(["verify", str(path)])
+    path.write_bytes(data)
+    ProductQuantizer(torch.zeros(2, 256, 3)).save(tmp_path / "codes.npy.codec")
+    with pytest.raises(ValueError, match="codes.npy.codec is not the codec that the codes in .* were made with"):
+        main(["verify", str(path)])
+    (tmp_path / "codes.npy.codec").unlink()
+    main(["verify", str(path)])
+    assert "there is no codes.npy.codec beside them" in capsys.readouterr().out
+    path.unlink()
+    for name in ("codes.npy", "codes.npy.json"):
+        with pytest.raises(ValueError, match=r"codes.npy is not there, only .*codes.npy.json; copy it again"):
+            main(["verify", str(tmp_path / name)])
+
+
+def test_shards_of_rows_are_verified_by_the_name_of_the_whole(tmp_path, capsys):
+    for shard in range(2):
+        with RowWriter(tmp_path / f"n.shard{shard}of2", 3, 2, "int32", {"kind": "neighbors"}) as writer:
+            writer.append(np.zeros((3, 2)))
+            writer.finish()
+    (tmp_path / "n.shard0of2.run.json").write_text('{"command": "fairseq-neighbors"}')
+    main(["verify", str(tmp_path / "n")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [str(tmp_path / f"n.shard{shard}of2") for shard in range(2)]
 
 
 def test_weights_without_checksums_are_read(tmp_path):

@@ -19,7 +19,7 @@ from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.config import QuantizeConfig
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.gnn.codec import ProductQuantizer, require_learnable
-from fairseq.memory.gnn.row_file import RowFile, RowWriter, beside, existing, file_bytes
+from fairseq.memory.gnn.row_file import RowFile, RowWriter, beside, describes_rows, existing, file_bytes, require_ours
 from fairseq.memory.retrieval.file import store_digest
 from fairseq.memory.types import Array
 from fairseq.runtime.files import may_create_in, require_free_space
@@ -117,6 +117,22 @@ class CodedFeatures:
             )
         return cls(codes, codec)
 
+    @classmethod
+    def with_codec(cls, path: str | os.PathLike[str], store: Datastore) -> CodedFeatures | None:
+        """Codes on disk with the codec that lies beside them, ``PATH.codec``; None where there are neither.
+
+        Raises: ValueError when one of the two is missing, and as :meth:`open`.
+        """
+        codec = beside(path, "codec")
+        if codec.is_file():
+            return cls.open(path, ProductQuantizer.load(codec)[0], store)
+        if describes_rows(beside(path, "json")):
+            raise ValueError(
+                f"{os.fspath(path)} holds codes and their codec is not at {codec}; copy the codec of fairseq-datastore "
+                "quantize there"
+            )
+        return None
+
     @property
     def dim(self) -> int:
         """Width."""
@@ -195,6 +211,7 @@ def quantize_store(
     Raises: ValueError with both values when the codec's file is of another store or of other settings, the bytes do
         not divide the width, or the store is too small; before the long part.
     """
+    require_ours(config.out)
     _require_whole(store)
     num_bytes, rotate = config.codec_of(store.dim)
     num_held_out = min(config.held_out, len(store) // 10)

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.gnn.neighbors_config import NeighborsConfig
-from fairseq.memory.gnn.row_file import RowFile, RowWriter, beside, existing
+from fairseq.memory.gnn.row_file import RowFile, RowWriter, beside, existing, require_ours
 from fairseq.memory.index.base import Index
 from fairseq.memory.index.sharded.opening import open_search
 from fairseq.memory.index.sharded.ranges import SearchSettings
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _SPARE = 32  # neighbours found besides K at first, for those that are too near
 _SAMPLED = 1 << 20  # numbers of another program's file that are looked at when it is opened
 _SHARED = ("model_digest", "key_tap", "dictionary_digest")
+_SHARD_RECORD = r"\.shard\d+of([1-9]\d*)\.json"
 _HEADERLESS = re.compile(r"neighbors\.mmap\.(\d+)")
 
 
@@ -130,11 +131,14 @@ def search_split(config: NeighborsConfig, report: Callable[[int, int], object] =
         report: is given the tokens done and those there are, after each bulk.
     Raises: ValueError or OSError when a store, an index or the file does not fit, before any search.
     """
+    path = config.path + shard_suffix(config.shard_id, config.num_shards)
+    if os.path.isdir(config.path):
+        raise ValueError(f"--out {config.path} is a folder; name a file in it")
+    require_ours(path)
     train, queries = Datastore.open(str(config.dstore_filename)), Datastore.open(config.queries)
     _require_alike(train, queries)
     k, is_train = config.num_neighbors, store_digest(train) == store_digest(queries)
     first, end = (len(queries) * (config.shard_id + at) // config.num_shards for at in (0, 1))
-    path = config.path + shard_suffix(config.shard_id, config.num_shards)
     settings = SearchSettings(
         Metric.parse(config.faiss_metric_type), probe=config.probe, memory_bytes=int(config.search_memory * 1e9)
     )
@@ -146,6 +150,11 @@ def search_split(config: NeighborsConfig, report: Callable[[int, int], object] =
     made_of = _made_of(config, train, queries, index, is_train=is_train) | {"tokens": [first, end]}
     there = existing(path, made_of)
     if there is not None:
+        if there.rows.shape[1] != k:
+            raise ValueError(
+                f"{path} is complete with {there.rows.shape[1]} neighbours of each token, this command asks for {k}; "
+                "give another --out, or remove it"
+            )
         return there
     search = _BandedSearch(index, train, config) if is_train else None
     with RowWriter(path, end - first, k, neighbor_dtype(len(train)), made_of) as writer:
@@ -282,10 +291,15 @@ def _ours(path: str) -> tuple[ChunkedArray, Mapping[str, Any]]:
         file = RowFile.open(path)
         _require_kind(path, file)
         return file.rows, file.made_of
-    first = sorted(Path(path).parent.glob(f"{Path(path).name}.shard0of*.json"))
-    if not first:
+    counts = shard_counts(path)
+    if not counts:
         RowFile.open(path)  # says what is missing
-    count = int(first[0].name.removesuffix(".json").rpartition("of")[2])
+    if len(counts) > 1:
+        raise ValueError(
+            f"{path} is there in {counts[0]} shards and in {counts[1]}; remove those of one, so that it is clear which "
+            "are meant"
+        )
+    count = counts[0]
     parts = [RowFile.open(f"{path}{shard_suffix(shard, count)}") for shard in range(count)]
     for part in parts:
         _require_kind(path, part)
@@ -295,8 +309,30 @@ def _ours(path: str) -> tuple[ChunkedArray, Mapping[str, Any]]:
                     f"{part.path} and {parts[0].path} are parts of different searches: {name} "
                     f"{part.made_of.get(name)!r} and {value!r}; search again with fairseq-neighbors"
                 )
+    _require_consecutive(parts)
     arrays = [np.asarray(array) for part in parts for array in part.rows.chunks]
     return ChunkedArray(arrays), {name: value for name, value in parts[0].made_of.items() if name != "tokens"}
+
+
+def shard_counts(path: str | os.PathLike[str]) -> list[int]:
+    """Numbers of shards that files of neighbours of this name have, ascending; none where there is no shard."""
+    name, folder = Path(path).name, Path(path).parent
+    names = os.listdir(folder) if folder.is_dir() else []
+    matches = (re.fullmatch(re.escape(name) + _SHARD_RECORD, each) for each in names)
+    return sorted({int(match.group(1)) for match in matches if match})
+
+
+def _require_consecutive(parts: Sequence[RowFile]) -> None:
+    """Raise ValueError unless the tokens of parts follow each other from the first one."""
+    first = 0
+    for part in parts:
+        end = first + len(part)
+        if part.made_of.get("tokens") != [first, end]:
+            raise ValueError(
+                f"{part.path} holds neighbours of tokens {part.made_of.get('tokens')} (first, end), {[first, end]} "
+                "belong in its place; copy the right part, or search it again with fairseq-neighbors"
+            )
+        first = end
 
 
 def _require_kind(path: str, file: RowFile) -> None:
@@ -336,7 +372,8 @@ def _require_rows(path: str, rows: ChunkedArray, num_rows: int) -> None:
 
 def count_missing(file: RowFile) -> int:
     """Tokens that have fewer neighbours than places."""
+    step = max(1, _SAMPLED // file.rows.shape[1])
     return sum(
-        int((file.rows.block(start, min(start + _SAMPLED, len(file)))[:, -1] < 0).sum())
-        for start in range(0, len(file), _SAMPLED)
+        int((file.rows.block(start, min(start + step, len(file))) < 0).any(1).sum())
+        for start in range(0, len(file), step)
     )

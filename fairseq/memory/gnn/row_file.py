@@ -89,6 +89,8 @@ class RowFile:
             unfinished = beside(path, "progress.json").exists()
             state = "is not complete; run the command that writes it again to resume" if unfinished else "is not there"
             raise ValueError(f"{path} {state}{'' if unfinished else f' (no {side}); name another, or write it first'}")
+        if not path.is_file():
+            raise ValueError(f"{path} is not there, only {side}; copy it again, or remove that and write it again")
         content = read_json(side)
         require(content, _SIDECAR, str(side))
         if content["format"] != FORMAT or is_sealed(content) is not True:
@@ -116,22 +118,55 @@ class RowFile:
             raise ValueError(f"{self.path} is damaged: {reason}; {DAMAGED}")
 
 
+def require_ours(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError where a folder, or files that no writer of rows left, have the names that one would write."""
+    path, side = Path(path), beside(path, "json")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    if side.exists():
+        if not describes_rows(side):
+            raise ValueError(f"{side} is there and describes no rows of ours; give another name, or remove it")
+        return
+    progress = beside(path, "progress.json")
+    # Between the renames at the end of a writer the array has its name, and no JSON file yet.
+    ends = progress.exists() and read_record(progress, _PROGRESS)["finishing"]
+    if os.path.lexists(path) and not ends:
+        raise ValueError(
+            f"{path} is there and no {side.name} beside it says that it holds rows of ours; give another name, or "
+            "remove it"
+        )
+
+
+def describes_rows(side: Path) -> bool:
+    """True for the JSON file of an array of rows, which may be damaged; False where there is none."""
+    try:
+        content = read_json(side)
+    except (ValueError, FileNotFoundError):
+        return False
+    return content.get("format") == FORMAT or _SHAPE.keys() <= content.keys()
+
+
 def existing(path: str | os.PathLike[str], made_of: Mapping[str, Any]) -> RowFile | None:
     """The complete array that a command would write; None where there is none.
 
-    Raises: ValueError with both values when it was made of anything else.
+    Raises: ValueError with both values when it was made of anything else, and as :func:`require_ours`.
     """
+    require_ours(path)
     if not beside(path, "json").exists():
         return None
     there = RowFile.open(path)
-    wanted = _plain(made_of)
-    for name in [*wanted, *sorted(there.made_of.keys() - wanted.keys())]:
-        if there.made_of.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{os.fspath(path)} is complete and its {name} is {there.made_of.get(name)!r}, that of this command is "
-                f"{wanted.get(name)!r}; give another name, or remove it"
-            )
+    _require_same(f"{os.fspath(path)} is complete", there.made_of, _plain(made_of), "it")
     return there
+
+
+def _require_same(state: str, there: Mapping[str, Any], wanted: Mapping[str, Any], which: str) -> None:
+    """Raise ValueError with both values of the first fact that differs."""
+    for name in [*wanted, *sorted(there.keys() - wanted.keys())]:
+        if there.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{state} and its {name} is {there.get(name)!r}, that of this command is {wanted.get(name)!r}; give "
+                f"another name, or remove {which}"
+            )
 
 
 class RowWriter:
@@ -155,7 +190,8 @@ class RowWriter:
 
         Args:
             made_of: what decides the content, plain values; equal ones must mean equal rows.
-        Raises: ValueError for impossible arguments; OSError when the disk is too small or another writer is active.
+        Raises: ValueError for impossible arguments, or where another command's rows, complete or not, or a file of
+            another program would be lost; OSError when the disk is too small or another writer is active.
         """
         if num_rows < 1 or width < 1 or dtype not in DTYPES:
             raise ValueError(f"{num_rows} rows of {width} {dtype} are no array; give counts, and one of {DTYPES}")
@@ -166,6 +202,7 @@ class RowWriter:
         self._header_bytes = len(header)
         self._row_bytes = width * self.dtype.itemsize
         self._recorded = time.perf_counter()
+        require_ours(self.path)
         may_create_in(self.path.absolute().parent)
         with ExitStack() as until_ready:
             until_ready.enter_context(locked(beside(path, "lock"), f"{str(self.path)!r}"))
@@ -259,16 +296,18 @@ class RowWriter:
         if not self._progress.exists():
             return None
         state = read_record(self._progress, _PROGRESS)
-        is_ours = state["signature"] == self._signature
+        facts, wanted = (
+            {"number of rows": of["rows"], "width": of["width"], "type": of["dtype"], **of["made_of"]}
+            for of in (state["signature"], self._signature)
+        )
         if state["finishing"]:
             self._install(state)  # all rows were written: complete it, whichever command wrote them
-            return state if is_ours else None
+            _require_same(f"{self.path} is complete", facts, wanted, "it")
+            return state
+        unfinished = f"{self._progress} is of {state['rows_done']} rows of an unfinished command"
+        _require_same(unfinished, facts, wanted, "it")
         size = self._header_bytes + state["rows_done"] * self._row_bytes
-        if not is_ours:
-            logger.warning(
-                "%s: another command left %d rows unfinished; they are discarded", self.path, state["rows_done"]
-            )
-        elif not self._aside.exists() or self._aside.stat().st_size < size:
+        if not self._aside.exists() or self._aside.stat().st_size < size:
             logger.warning("%s is shorter than its progress file says; starting again", self._aside)
         else:
             return state

@@ -1,6 +1,7 @@
 """Neighbours of a whole split against a comparison of everything with everything."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.writer import DatastoreWriter
-from fairseq.memory.gnn.neighbors import SplitNeighbors, search_split
+from fairseq.memory.gnn.neighbors import SplitNeighbors, count_missing, search_split
 from fairseq.memory.gnn.neighbors_config import NeighborsConfig
 from fairseq.memory.gnn.row_file import RowWriter
 from fairseq.memory.index.exact.index import ExactIndex
@@ -72,13 +73,16 @@ def test_a_band_below_what_the_keys_have_read_is_warned_of(tmp_path, caplog):
     assert "give at least 24 and the tokens of a block" in caplog.text
 
 
-def test_near_ones_leave_their_places_empty_where_nothing_replaces_them(stores, tmp_path):
+def test_near_ones_leave_their_places_empty_where_nothing_replaces_them(stores, tmp_path, monkeypatch):
     folder, keys, _ = stores
     file = search_split(config(folder, band=5, no_replacement=True, out=str(tmp_path / "n")))
     found = expected(keys, keys, 7, np.ones((ROWS, ROWS), bool))
     near = np.abs(found - np.arange(ROWS)[:, None]) < 5
     np.testing.assert_array_equal(file.rows.block(0, ROWS).numpy(), np.where(near, -1, found))
     assert near.any(1).all()
+    assert not near[:, -1].all()
+    monkeypatch.setattr("fairseq.memory.gnn.neighbors._SAMPLED", 1000)  # several parts
+    assert count_missing(file) == ROWS
 
 
 def test_another_split_takes_all_and_shards_are_one_file(stores, tmp_path, capsys):
@@ -104,6 +108,32 @@ def test_another_split_takes_all_and_shards_are_one_file(stores, tmp_path, capsy
         whole.require(8)
 
 
+def test_shards_that_are_not_the_parts_of_one_split_are_errors(stores, tmp_path):
+    folder, _, _ = stores
+    train = Datastore.open(folder / "train")
+    for shard in range(3):
+        search_split(config(folder, "valid", out=str(tmp_path / "n"), num_shards=3, shard_id=shard))
+    first = tmp_path / "n.shard0of3.json"
+    record, rows = first.read_bytes(), (tmp_path / "n.shard0of3").read_bytes()
+    for ending in ("", ".json"):
+        shutil.copy(tmp_path / f"n.shard1of3{ending}", tmp_path / f"n.shard0of3{ending}")
+    with pytest.raises(ValueError, match=r"n.shard0of3 holds neighbours of tokens \[30, 60\].*\[0, 30\] belong in its"):
+        SplitNeighbors.open(tmp_path / "n", train=train)
+    (tmp_path / "n.shard0of3").write_bytes(rows)
+    first.rename(tmp_path / "n.shard0of3.run.json")
+    with pytest.raises(ValueError, match=r"n.shard0of3 is not there \(no "):
+        SplitNeighbors.open(tmp_path / "n", train=train)
+    first.write_bytes(record)
+    assert len(SplitNeighbors.open(tmp_path / "n", train=train, num_tokens=90)) == 90
+    search_split(config(folder, "valid", out=str(tmp_path / "n"), num_shards=2))
+    with pytest.raises(ValueError, match="n is there in 2 shards and in 3; remove those of one"):
+        SplitNeighbors.open(tmp_path / "n", train=train)
+    for path in tmp_path.glob("n.shard*of*[0-9].json"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"n is not there \(no .*n.json"):
+        SplitNeighbors.open(tmp_path / "n", train=train)
+
+
 def test_more_neighbors_than_rows_leave_places_empty(tmp_path):
     write_store(tmp_path / "train", 5, 0)
     file = search_split(config(tmp_path, band=2, out=str(tmp_path / "n")))
@@ -126,12 +156,17 @@ def test_a_killed_search_goes_on_with_the_same_bytes(stores, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         search_split(config(folder, band=5, out=str(tmp_path / "cut")))
     assert not (tmp_path / "cut").exists()
+    with pytest.raises(ValueError, match="cut.progress.json is of .* rows .* width is 7, that of this command is 3"):
+        search_split(config(folder, band=5, num_neighbors=3, out=str(tmp_path / "cut")))
     done = sum(calls[:3])
     search_split(config(folder, band=5, out=str(tmp_path / "cut")))
     assert sum(calls[4:]) == ROWS - done
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
     monkeypatch.setattr(ExactIndex, "search", None)
     assert len(search_split(config(folder, band=5, out=str(tmp_path / "cut")))) == ROWS
+    for k in (3, 9):
+        with pytest.raises(ValueError, match=f"cut is complete with 7 neighbours of each token, this .* for {k}; give"):
+            search_split(config(folder, band=5, num_neighbors=k, out=str(tmp_path / "cut")))
     with pytest.raises(ValueError, match="cut is complete and its band is 5, that of this command is 6"):
         search_split(config(folder, band=6, out=str(tmp_path / "cut")))
 
@@ -150,6 +185,18 @@ def test_headerless_files_of_the_original_are_read(stores, tmp_path):
     rows.astype(np.int64).tofile(tmp_path / "neighbors.mmap.4")
     with pytest.raises(ValueError, match=f"names row {ROWS} of a train split of {ROWS} rows"):
         SplitNeighbors.open(tmp_path / "neighbors.mmap.4", train=train)
+
+
+def test_other_files_are_refused_before_any_search(stores, tmp_path, monkeypatch):
+    folder, _, _ = stores
+    monkeypatch.setattr("fairseq.memory.gnn.neighbors.open_search", lambda *given, **more: pytest.fail("before it"))
+    np.save(tmp_path / "keys.npy", np.ones(3))
+    for shards in (1, 2):
+        with pytest.raises(ValueError, match=f"--out {tmp_path} is a folder"):
+            search_split(config(folder, out=str(tmp_path), num_shards=shards))
+    with pytest.raises(ValueError, match="keys.npy is there and no keys.npy.json beside it"):
+        search_split(config(folder, out=str(tmp_path / "keys.npy")))
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.npy"]
 
 
 def test_mistakes_are_named_before_any_search(stores, tmp_path, monkeypatch):

@@ -104,6 +104,23 @@ def test_without_matplotlib_there_is_no_plot(folders, monkeypatch, caplog):
     assert not (folders / "late" / "recall.png").exists()
 
 
+@pytest.mark.parametrize("name", ["train.json", "valid.neighbors.json", "mine.png", "mine.run.json"])
+def test_files_of_others_are_not_replaced(folders, monkeypatch, name):
+    run(folders, "--k", 4)
+    run(folders, "--k", 4)  # its own are
+    monkeypatch.setattr(measure, "search_split", lambda *given: pytest.fail("before any search"))
+    path = folders / "late" / name
+    if not path.exists():
+        path.write_text('{"command": "train.py"}')
+    before, out = (
+        path.read_bytes(),
+        folders / "late" / name.removesuffix(".json").removesuffix(".run").removesuffix(".png"),
+    )
+    with pytest.raises(ValueError, match=f"{name} is there and no fairseq-neighbor-recall wrote it; give another"):
+        run(folders, "--splits", "test", "--k", 4, "--out", out)
+    assert path.read_bytes() == before
+
+
 def test_kept_neighbors_are_read_and_their_number_is_the_default(folders, monkeypatch):
     for name, k in (("late", 9), ("early", 5)):
         words = {"dstore_filename": str(folders / name / "train"), "num_neighbors": k, "num_shards": 2}
@@ -114,6 +131,27 @@ def test_kept_neighbors_are_read_and_their_number_is_the_default(folders, monkey
     assert [point["k"] for point in figures["curves"][0]["points"]] == [1, 2, 4, 5]
     with pytest.raises(ValueError, match="8 neighbours are asked for and .* keeps 5 of each token"):
         run(folders, "--k", 8)
+
+
+def test_kept_neighbors_of_another_metric_or_band_are_named(folders, monkeypatch, capsys):
+    for split in ("valid", "train"):
+        words = {"num_neighbors": 5, "faiss_metric_type": "l2", "band": 9}
+        for name in ("late", "early"):
+            stores = {"queries": str(folders / name / split), "dstore_filename": str(folders / name / "train")}
+            search_split(NeighborsConfig(**stores, **words))
+    monkeypatch.setattr(measure, "search_split", lambda *given: pytest.fail("the neighbours are there"))
+    both = ("--splits", "valid", "train")
+    with pytest.raises(ValueError, match="valid.neighbors keeps neighbours of metric l2, --faiss-metric-type cos asks"):
+        run(folders, *both, "--faiss-metric-type", "cos")
+    with pytest.raises(
+        ValueError, match="train.neighbors keeps neighbours of band 9, --invalid-neighbor-context 1536 asks"
+    ):
+        run(folders, *both, "--invalid-neighbor-context", 1536)
+    run(folders, *both)
+    printed = capsys.readouterr().out
+    assert "late, valid: neighbours by l2, index exact\n" in printed
+    assert "early, train: neighbours by l2, index exact, none nearer than 9 tokens\n" in printed
+    run(folders, "--invalid-neighbor-context", 1536)  # of another split there is no band
 
 
 def test_the_train_split_finds_no_token_of_its_own_surroundings(folders):

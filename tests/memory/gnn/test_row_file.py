@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from dying import dies_at_event
 
-from fairseq.memory.gnn.row_file import RowFile, RowWriter, existing
+from fairseq.memory.gnn.row_file import RowFile, RowWriter, existing, require_ours
 
 ROWS = np.random.default_rng(0).integers(0, 256, (50, 6)).astype(np.uint8)
 MADE_OF = {"kind": "codes", "store": "abc"}
@@ -61,11 +61,34 @@ def test_rows_after_the_last_checkpoint_are_written_again(tmp_path):
     assert np.array_equal(np.load(tmp_path / "a.npy"), ROWS)
 
 
-def test_another_commands_rows_are_not_mixed_in(tmp_path, caplog):
+def test_another_commands_unfinished_rows_are_kept(tmp_path):
     write(tmp_path / "a.npy", stop=14)
-    write(tmp_path / "a.npy", made_of={"kind": "other"}, rows=ROWS[::-1])
-    assert "another command left 14 rows unfinished; they are discarded" in caplog.text
-    assert np.array_equal(np.load(tmp_path / "a.npy"), ROWS[::-1])
+    with pytest.raises(
+        ValueError, match="a.npy.progress.json is of 14 rows .* its store is 'abc', that of this command is 'x'"
+    ):
+        write(tmp_path / "a.npy", made_of=MADE_OF | {"store": "x"})
+    with pytest.raises(ValueError, match="its width is 6, that of this command is 3; give another name, or remove it"):
+        write(tmp_path / "a.npy", rows=ROWS[:, :3])
+    write(tmp_path / "a.npy")
+    assert np.array_equal(np.load(tmp_path / "a.npy"), ROWS)
+    write(tmp_path / "b.npy", stop=14)
+    (tmp_path / "b.npy.progress.json").unlink()
+    write(tmp_path / "b.npy", rows=ROWS[::-1], made_of={"kind": "other"})
+    assert np.array_equal(np.load(tmp_path / "b.npy"), ROWS[::-1])
+
+
+def test_another_commands_rows_that_only_lack_their_name_are_kept(tmp_path, monkeypatch):
+    def dies(writer, state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowWriter, "_install", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match="a.npy is complete and its width is 6, that of this command is 3"):
+        write(tmp_path / "a.npy", rows=ROWS[:, :3])
+    assert np.array_equal(np.load(tmp_path / "a.npy"), ROWS)
+    assert len(existing(tmp_path / "a.npy", MADE_OF)) == 50
 
 
 def test_a_complete_array_is_kept_or_the_difference_named(tmp_path):
@@ -74,6 +97,27 @@ def test_a_complete_array_is_kept_or_the_difference_named(tmp_path):
     assert len(existing(tmp_path / "a.npy", MADE_OF)) == 50
     with pytest.raises(ValueError, match="is complete and its store is 'abc', that of this command is 'x'"):
         existing(tmp_path / "a.npy", {"kind": "codes", "store": "x"})
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+    np.save(tmp_path / "keys.npy", ROWS)
+    (tmp_path / "train.json").write_text('{"rows": 3}')
+    (tmp_path / "folder").mkdir()
+    for name, message in (
+        ("keys.npy", "keys.npy is there and no keys.npy.json beside it"),
+        ("train", "train.json is there and describes no rows of ours"),
+        ("folder", "folder is a folder; name a file in it"),
+    ):
+        for refuses in (require_ours, write, lambda path: existing(path, MADE_OF)):
+            with pytest.raises(ValueError, match=message):
+                refuses(tmp_path / name)
+    assert np.array_equal(np.load(tmp_path / "keys.npy"), ROWS)
+    assert {path.name for path in tmp_path.iterdir()} == {"keys.npy", "train.json", "folder"}
+    write(tmp_path / "a.npy")
+    require_ours(tmp_path / "a.npy")
+    (tmp_path / "a.npy").unlink()
+    with pytest.raises(ValueError, match="a.npy is not there, only .*a.npy.json; copy it again"):
+        existing(tmp_path / "a.npy", MADE_OF)
 
 
 def test_damage_is_found(tmp_path):

@@ -25,10 +25,10 @@ class RecallConfig:
     """Largest number of neighbours; by default as many as are kept, or 1024 where they are searched."""
     out: str | None = flag("--out", default=None)
     """Start of the names of the JSON file and the plot; by default recall in the first folder."""
-    faiss_metric_type: str = flag("--faiss-metric-type", default="cos", choices=("l2", "ip", "cos"))
-    """Metric of a search."""
-    band: int = flag("--invalid-neighbor-context", default=1536)
-    """Of the train split itself: take no neighbour nearer than this in a search."""
+    faiss_metric_type: str | None = flag("--faiss-metric-type", default=None, choices=("l2", "ip", "cos"))
+    """Metric; by default that of the kept neighbours, or cos where they are searched."""
+    band: int | None = flag("--invalid-neighbor-context", default=None)
+    """Of the train split itself: no neighbour is nearer than this; by default as kept, or 1536 in a search."""
     search_memory: float = flag("--search-memory", default=2.0)
     """GB that a search may take."""
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.gnn.neighbors import SplitNeighbors, search_split
+from fairseq.memory.gnn.neighbors import SplitNeighbors, search_split, shard_counts
 from fairseq.memory.gnn.neighbors_config import NeighborsConfig
 from fairseq.memory.gnn.recall.config import SEARCHED, RecallConfig
 from fairseq.memory.retrieval.file import store_digest
@@ -99,8 +99,8 @@ def measure_recall(
 
     Args:
         report: is given the tokens done and those there are, of each search.
-    Raises: ValueError before any search when stores are not of one text, or kept neighbours of another store, or too
-        few.
+    Raises: ValueError before any search when stores are not of one text, or kept neighbours of another store, metric
+        or band, or too few.
     """
     pairs = [_Pair.open(config, folder, split) for split in config.splits for folder in config.folders]
     for split in config.splits:
@@ -135,7 +135,7 @@ class _Pair:
     def neighbors(self, config: RecallConfig) -> SplitNeighbors | None:
         """Kept neighbours; None where a search makes them, or resumes."""
         path = Path(self.path)
-        if not Path(f"{path}.json").exists() and not list(path.parent.glob(f"{path.name}.shard0of*.json")):
+        if not Path(f"{path}.json").exists() and not shard_counts(path):
             return None
         kept = SplitNeighbors.open(path, train=self.train, num_tokens=len(self.queries))
         digest = store_digest(self.queries)
@@ -146,16 +146,24 @@ class _Pair:
                 f"{self.queries.prefix!r} ({digest[:16]}); remove it, or search again with fairseq-neighbors"
             )
         kept.require(config.num_neighbors or 1)
+        asked = {"metric": config.faiss_metric_type, "band": config.band}
+        for name, flag in (("metric", "--faiss-metric-type"), ("band", "--invalid-neighbor-context")):
+            there = kept.made_of.get(name, asked[name])  # only neighbours in the split itself have a band
+            if asked[name] not in (None, there):
+                raise ValueError(
+                    f"{path} keeps neighbours of {name} {there}, {flag} {asked[name]} asks for others; leave the flag "
+                    "out, or remove the file to search again"
+                )
         return kept
 
     def searched(self, config: RecallConfig, report: Callable[[int, int], object]) -> SplitNeighbors:
+        given: dict[str, Any] = {"faiss_metric_type": config.faiss_metric_type, "band": config.band}
         wanted = NeighborsConfig(
             queries=self.queries.prefix,
             dstore_filename=self.train.prefix,
             num_neighbors=config.num_neighbors or min(SEARCHED, len(self.train)),
-            faiss_metric_type=config.faiss_metric_type,
-            band=config.band,
             search_memory=config.search_memory,
+            **{name: value for name, value in given.items() if value is not None},
         )
         search_split(wanted, report)
         return SplitNeighbors.open(self.path, train=self.train, num_tokens=len(self.queries))

@@ -6,12 +6,17 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fairseq.memory.gnn.recall.measure import RecallCurve
 from fairseq.runtime.atomic_files import write_atomically, writing
+from fairseq.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
+
+FORMAT = "fairseq-memory recall 1"
+_PLOT_HEAD = 1 << 12  # bytes of a plot that hold its description
 
 MEASURES = {
     "share": "neighbours that hold the token, of all found",
@@ -35,6 +40,16 @@ def tables(curves: Sequence[RecallCurve]) -> list[tuple[str, list[tuple[str, ...
     return found
 
 
+def searches(curves: Sequence[RecallCurve]) -> list[str]:
+    """A line for each folder and split: how its neighbours were searched."""
+    words = {"metric": "by {}", "index": "index {}", "band": "none nearer than {} tokens"}
+    return [
+        f"{curve.folder}, {curve.split}: neighbours "
+        + ", ".join(text.format(curve.made_of[name]) for name, text in words.items() if name in curve.made_of)
+        for curve in curves
+    ]
+
+
 def _names(curves: Sequence[RecallCurve]) -> list[str]:
     """The folders as short as tells them apart, for different curves of one split."""
     folders = [os.path.normpath(curve.folder) for curve in curves]
@@ -42,9 +57,42 @@ def _names(curves: Sequence[RecallCurve]) -> list[str]:
     return short if len(set(short)) == len(short) else folders
 
 
+def require_replaceable(out: str) -> None:
+    """Raise ValueError where a file that no comparison wrote has the name of one that would be written."""
+    for name, is_ours in ((f"{out}.json", _is_figures), (f"{out}.png", _is_plot), (f"{out}.run.json", _is_manifest)):
+        if os.path.lexists(name) and not is_ours(Path(name)):
+            raise ValueError(f"{name} is there and no fairseq-neighbor-recall wrote it; give another --out")
+
+
+def _is_figures(path: Path) -> bool:
+    return _content(path).get("format") == FORMAT
+
+
+def _is_manifest(path: Path) -> bool:
+    return str(_content(path).get("command")).startswith("fairseq-neighbor-recall ")
+
+
+def _is_plot(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return FORMAT.encode() in file.read(_PLOT_HEAD)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path) if path.is_file() else {}
+    except ValueError:
+        return {}
+
+
 def write_outputs(out: str, curves: Sequence[RecallCurve]) -> tuple[str, ...]:
-    """Write ``out`` with .json, and .png where matplotlib is installed; returns the files."""
-    figures = {"measures": MEASURES, "curves": [curve.to_dict() for curve in curves]}
+    """Write ``out`` with .json, and .png where matplotlib is installed; returns the files.
+
+    Raises: ValueError as :func:`require_replaceable`.
+    """
+    require_replaceable(out)
+    figures = {"format": FORMAT, "measures": MEASURES, "curves": [curve.to_dict() for curve in curves]}
     write_atomically(f"{out}.json", json.dumps(figures, indent=1) + "\n")
     return (f"{out}.json", *((f"{out}.png",) if _plot(f"{out}.png", curves) else ()))
 
@@ -71,7 +119,7 @@ def _plot(path: str, curves: Sequence[RecallCurve]) -> bool:
             axis.grid(alpha=0.3)
     panels[0][0].legend(fontsize="small")
     with writing(path, binary=True) as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=120, metadata={"Description": FORMAT})
     return True
 
 
