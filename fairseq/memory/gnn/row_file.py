@@ -125,15 +125,14 @@ def require_ours(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} is a folder; name a file in it")
     if side.exists():
         if not describes_rows(side):
-            raise ValueError(f"{side} is there and describes no rows of ours; give another name, or remove it")
+            raise ValueError(f"{side} is there and describes no rows of ours; give another name")
         return
     progress = beside(path, "progress.json")
     # Between the renames at the end of a writer the array has its name, and no JSON file yet.
     ends = progress.exists() and read_record(progress, _PROGRESS)["finishing"]
     if os.path.lexists(path) and not ends:
         raise ValueError(
-            f"{path} is there and no {side.name} beside it says that it holds rows of ours; give another name, or "
-            "remove it"
+            f"{path} is there and no {side.name} beside it says that it holds rows of ours; give another name"
         )
 
 
@@ -296,10 +295,7 @@ class RowWriter:
         if not self._progress.exists():
             return None
         state = read_record(self._progress, _PROGRESS)
-        facts, wanted = (
-            {"number of rows": of["rows"], "width": of["width"], "type": of["dtype"], **of["made_of"]}
-            for of in (state["signature"], self._signature)
-        )
+        facts, wanted = _facts(state["signature"]), _facts(self._signature)
         if state["finishing"]:
             self._install(state)  # all rows were written: complete it, whichever command wrote them
             _require_same(f"{self.path} is complete", facts, wanted, "it")
@@ -328,6 +324,11 @@ class RowWriter:
         """Raise OSError with both numbers when the rest does not fit on the disk."""
         missing = (self.num_rows - self.rows_done) * self._row_bytes
         require_free_space(self.path.absolute().parent, missing, str(self.path), "store product-quantizer codes")
+
+
+def _facts(signature: Mapping[str, Any]) -> dict[str, Any]:
+    shape = {"number of rows": signature["rows"], "width": signature["width"], "type": signature["dtype"]}
+    return {**shape, **signature["made_of"]}
 
 
 def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
