@@ -197,12 +197,10 @@ def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seq
 
 def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: str) -> ExternalMemory:
     """The datastore and index that are named, checked against the model; ``score`` as in ``ExternalMemory``."""
-    from fairseq.memory.sources.external import check_model, open_external
+    from fairseq.memory.sources.external import open_external
     from fairseq.runtime.manifest import file_digest
 
     tap, dictionary = evaluation.key_tap, evaluation.task.dictionary
-    # The language model within a GNN-LM: its stores are of its own checkpoint, under the name of its own output.
-    within = evaluation.checkpoint.config.get("task", {}).get("lm_digest") if tap == "lm_output" else None
     memory = open_external(
         configs.knn,
         score=score,
@@ -212,14 +210,26 @@ def _open_external(configs: EvaluationConfigs, evaluation: Evaluation, score: st
         dictionary_size=len(dictionary),
         model_digest=None if tap == "lm_output" else lambda: file_digest(str(configs.evaluation.path)),
     )
-    saved = memory.store.metadata.get("key_tap", "model_output")
-    if tap == "lm_output" and saved not in ("lm_output", "model_output"):
-        raise ValueError(
-            f"datastore {memory.store.prefix!r} holds keys of {saved}; --knn-keytype says {tap}: give {saved}, or save "
-            "it again"
-        )
     if tap == "lm_output":
-        own = file_digest(str(configs.evaluation.path))
-        by_own = memory.store.metadata.get("model_digest") == own
-        check_model(memory.store, lambda: own if by_own else (within or own), strict=configs.knn.strict_model)
+        _require_output_of_lm(configs, evaluation, memory)
     return memory
+
+
+def _require_output_of_lm(configs: EvaluationConfigs, evaluation: Evaluation, memory: ExternalMemory) -> None:
+    """Raise ValueError, or warn, unless a store is of the language model within a GNN-LM.
+
+    It is then of that one's own checkpoint, under the name of its own output, or of the GNN-LM's.
+    """
+    from fairseq.memory.sources.external import check_model
+    from fairseq.runtime.manifest import file_digest
+
+    saved = memory.store.metadata.get("key_tap", "model_output")
+    if saved not in ("lm_output", "model_output"):
+        raise ValueError(
+            f"datastore {memory.store.prefix!r} holds keys of {saved}; --knn-keytype says lm_output: give {saved}, or "
+            "save it again"
+        )
+    own = file_digest(str(configs.evaluation.path))
+    within = evaluation.checkpoint.config.get("task", {}).get("lm_digest")
+    by_own = memory.store.metadata.get("model_digest") == own
+    check_model(memory.store, lambda: own if by_own else (within or own), strict=configs.knn.strict_model)

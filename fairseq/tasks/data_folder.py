@@ -166,9 +166,7 @@ class DataFolderTask(FairseqTask):
         Raises: ValueError for a model that the task does not fit.
         """
         del trains
-        if any(
-            model.extends is not None and not model.config.short_cut for model in models if hasattr(model, "extends")
-        ):
+        if any(getattr(model, "extends", None) is not None and not model.config.short_cut for model in models):
             raise ValueError(
                 "the model is a GNN-LM, which reads neighbours: train it with --arch transformer_lm_gnn, and evaluate "
                 "it by itself or with others of its kind"

@@ -47,12 +47,17 @@ class GraphBatch(LMBatch):
         return moved if moved.neighbors is None else dataclasses.replace(moved, neighbors=moved.neighbors.to(device))
 
 
+def _spread(count: int) -> IntArray:
+    """Some thousand of ``count`` numbers, the first and the last one too."""
+    return np.unique(np.linspace(0, count - 1, 4096).astype(np.int64))
+
+
 def require_same_rows(store: Datastore, other: Datastore) -> None:
     """Raise ValueError unless both stores are of the same text, row by row."""
     texts = [each.metadata.get("text_digest") for each in (store, other)]
     differs = None not in texts and texts[0] != texts[1]
     if len(store) == len(other) and not differs:
-        row_N = np.unique(np.linspace(0, len(store) - 1, 4096).astype(np.int64))
+        row_N = _spread(len(store))
         differs = bool((store.values.take(row_N) != other.values.take(row_N)).any())
     if len(store) != len(other) or differs:
         raise ValueError(
@@ -84,7 +89,7 @@ class TextRows:
 
     def _require_same_text(self, store: Datastore, blocks: TokenBlockDataset) -> None:
         """Raise ValueError where tokens of the text are not the store's values; a sample of them is compared."""
-        place_N = np.unique(np.linspace(0, len(blocks.tokens) - 1, 4096).astype(np.int64))
+        place_N = _spread(len(blocks.tokens))
         row_N = self.find(place_N)
         place_N, row_N = place_N[row_N >= 0], row_N[row_N >= 0]
         differs_N = store.values.take(row_N).numpy() != blocks.tokens[place_N].astype(np.int64)

@@ -65,7 +65,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         if len(self.folders) > 1:
             raise ValueError(f"--graph-stores holds the stores of one data folder, {config.data} names several")
         self.train_store = self._store(TRAIN)
-        self.features = self._features()
+        self.features, self._feature_tap = self._open_features()
         self._models: list[GraphLanguageModel] = []
         self._waiting: list[GraphBlocks] = []  # for the models
         self._lm_digest: str | None = None  # of the checkpoint that the language model within is of
@@ -79,19 +79,20 @@ class GraphLanguageModelingTask(LanguageModelingTask):
                 f"--graph-stores: no folder {self.config.graph_stores!r}; name the one that holds the splits' "
                 "datastores and their neighbours"
             )
-        store = Datastore.open(self._path(split))
+        return self._opened(self._path(split))
+
+    def _opened(self, prefix: str) -> Datastore:
+        store = Datastore.open(prefix)
         return store.require(dictionary_digest=self.dictionary.digest(), dictionary_size=len(self.dictionary))
 
-    def _features(self) -> NodeFeatures:
-        """What is read of train positions."""
-        named = self.config.graph_features
+    def _open_features(self) -> tuple[NodeFeatures, str | None]:
+        """What is read of train positions, and which inner state that is, where it is recorded."""
+        named, own_tap = self.config.graph_features, self.train_store.metadata.get("key_tap")
         if named is None:
-            return KeyFeatures.of(self.train_store)
+            return KeyFeatures.of(self.train_store), own_tap
         if (coded := CodedFeatures.with_codec(named, self.train_store)) is not None:
-            return coded
-        store = Datastore.open(named).require(
-            dictionary_digest=self.dictionary.digest(), dictionary_size=len(self.dictionary)
-        )
+            return coded, own_tap
+        store = self._opened(named)
         if len(store) != len(self.train_store):
             raise ValueError(
                 f"--graph-features {named} has {len(store)} rows, the train split's datastore {self._path(TRAIN)} has "
@@ -104,15 +105,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
                 "--graph-features %s were saved by another model (digest %s) than %s (digest %s)",
                 named, str(saved)[-12:], self.train_store.prefix, str(own)[-12:],
             )  # fmt: skip
-        return KeyFeatures.of(store)
-
-    @property
-    def _feature_tap(self) -> str | None:
-        """Inner state that the features are, where that is recorded."""
-        named = self.config.graph_features
-        if named is None or os.path.isfile(f"{named}.codec"):
-            return self.train_store.metadata.get("key_tap")
-        return Datastore.open(named).metadata.get("key_tap")
+        return KeyFeatures.of(store), store.metadata.get("key_tap")
 
     def model_limits(self) -> dict[str, int]:
         """See the base class."""
@@ -176,11 +169,10 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         names = {name: flag for name, flag in names.items() if name not in ("graph_stores", "graph_features")}
         names |= {"add_bos_token": "--add-bos-token", "features": "the content of --graph-features"}
         for name, flag in names.items():
-            one, other = (_plain(values.get(name)) for values in (before, now))
-            if name in before and one != other:
+            if name in before and before[name] != now[name]:
                 raise ValueError(
-                    f"{path} was trained with {flag} {one}, now it is {other}: give the former, or another --save-dir "
-                    "(--finetune-from-model starts another stage from it)"
+                    f"{path} was trained with {flag} {before[name]}, now it is {now[name]}: give the former, or "
+                    "another --save-dir (--finetune-from-model starts another stage from it)"
                 )
 
     @property
@@ -310,18 +302,15 @@ class GraphLanguageModelingTask(LanguageModelingTask):
     def _neighbors(self, split: str, store: Datastore) -> SplitNeighbors:
         path, train = self._path(f"{split}.neighbors"), self.train_store
         neighbors = SplitNeighbors.open(path, train=train, num_tokens=len(store))
-        saved, digest = neighbors.made_of.get("queries"), store_digest(store)
-        if saved not in (None, digest):
-            raise ValueError(
-                f"{neighbors.path} holds neighbours of another datastore ({str(saved)[:16]}) than {store.prefix!r} "
-                f"({digest[:16]}), which was saved again; search again with fairseq-neighbors"
-            )
+        neighbors.require_split(store)
         return neighbors
 
     def _require_text(self, split: str, store: Datastore) -> None:
         saved = store.metadata.get("text_digest")
+        if saved is None:
+            return
         digest = file_digest(f"{self.prefix(split)}.bin")
-        if saved not in (None, digest):
+        if saved != digest:
             raise ValueError(
                 f"datastore {store.prefix!r} was saved from another text (digest {saved[-12:]}) than {split} of "
                 f"{self.folders[0]} (digest {digest[-12:]}); save it again from this data folder ({SAVES_TEXT})"
@@ -368,11 +357,6 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         reader: NeighborReader = blocks.reader
         self._warn_of_leaks(reader, int(getattr(dataset, "context_window", 0)))
         return super().iterator(_WithNeighbors(dataset, reader), batches, **more)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as checkpoints have them."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)

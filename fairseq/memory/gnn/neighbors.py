@@ -111,6 +111,15 @@ class SplitNeighbors:
             return f"{self.path} {facts.st_size} {facts.st_mtime_ns}"
         return hashlib.sha256(json.dumps(self.made_of, sort_keys=True).encode()).hexdigest()
 
+    def require_split(self, queries: Datastore) -> None:
+        """Raise ValueError unless the neighbours are those of this store's rows, where that is recorded."""
+        saved, digest = self.made_of.get("queries"), store_digest(queries)
+        if saved not in (None, digest):
+            raise ValueError(
+                f"{self.path} holds neighbours of another store ({str(saved)[:16]}) than {queries.prefix!r} "
+                f"({digest[:16]}), which may have been saved again; remove it, or search again with fairseq-neighbors"
+            )
+
     def require(self, k: int) -> None:
         """Raise ValueError unless so many neighbours are kept."""
         if k > self.k:

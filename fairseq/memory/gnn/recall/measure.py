@@ -19,7 +19,6 @@ from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.gnn.neighbors import SplitNeighbors, search_split, shard_counts
 from fairseq.memory.gnn.neighbors_config import NeighborsConfig
 from fairseq.memory.gnn.recall.config import SEARCHED, RecallConfig
-from fairseq.memory.retrieval.file import store_digest
 
 logger = logging.getLogger(__name__)
 
@@ -138,13 +137,7 @@ class _Pair:
         if not Path(f"{path}.json").exists() and not shard_counts(path):
             return None
         kept = SplitNeighbors.open(path, train=self.train, num_tokens=len(self.queries))
-        digest = store_digest(self.queries)
-        made_of = str(kept.made_of.get("queries"))
-        if made_of != digest:
-            raise ValueError(
-                f"{path} holds neighbours of another store ({made_of[:16]}) than "
-                f"{self.queries.prefix!r} ({digest[:16]}); remove it, or search again with fairseq-neighbors"
-            )
+        kept.require_split(self.queries)
         kept.require(config.num_neighbors or 1)
         asked = {"metric": config.faiss_metric_type, "band": config.band}
         for name, flag in (("metric", "--faiss-metric-type"), ("band", "--invalid-neighbor-context")):
