@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.option_tree",),
     ("fairseq.compat",),
     ("fairseq.hf",),
+    ("fairseq.web",),
     ("fairseq_cli",),
 )
 # The same inside a room: its subrooms and ground-floor modules, the lowest first.
@@ -91,7 +92,9 @@ ONLY_IN = {
     "argparse": ("fairseq/config/flags.py", "benchmarks/"),
     "faiss": ("fairseq/memory/index/faiss_library.py",),
     "ray": ("fairseq/runtime/ray_cluster.py",),
+    "starlette": ("fairseq/serving/", "fairseq/explorer/"),
     "transformers": ("fairseq/hf/", "examples/", "benchmarks/"),
+    "uvicorn": ("fairseq/web/running.py",),
 }
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
