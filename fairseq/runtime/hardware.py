@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+"""Features that decide how fast a CPU searches."""
 
 
 def total_ram_bytes() -> int:
@@ -22,6 +27,8 @@ def fast_products() -> torch.dtype:
 
     Read from CPU features, not measured: the choice of a path must not depend on timing.
     """
+    import torch
+
     if not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(cpu_features()) and hasattr(torch, "_int_mm"):
         return torch.int8
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -29,6 +36,8 @@ def fast_products() -> torch.dtype:
 
 def has_fast_int8() -> bool:
     """True if the CPU multiplies 8-bit integers faster than floats."""
+    import torch
+
     return fast_products() is torch.int8
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.runtime.atomic_files import write_atomically
+from fairseq.runtime.hardware import INSTRUCTION_SETS, cpu_features
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +110,13 @@ def _commit() -> str | None:
 
 
 def hardware_facts() -> dict[str, Any]:
-    """Processor, cores and memory, and where PyTorch is loaded its threads and GPUs."""
+    """Processor, its instruction sets, cores and memory, and where PyTorch is loaded its threads and GPUs."""
+    features = cpu_features()
     hardware: dict[str, Any] = {
         "processor": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
+        "instructions": [name for name in INSTRUCTION_SETS if name in features],
     }
     if hasattr(os, "sysconf"):
         hardware["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

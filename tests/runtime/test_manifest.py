@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fairseq.runtime import atomic_files, manifest
+from fairseq.runtime.hardware import INSTRUCTION_SETS, cpu_features
 
 
 def test_a_manifest_says_how_a_number_came_about(tmp_path: Path) -> None:
@@ -27,6 +28,7 @@ def test_a_manifest_says_how_a_number_came_about(tmp_path: Path) -> None:
     assert record["inputs"][str(source)] == {"bytes": 3000, "digest": f"sha256:{digest}"}
     assert record["versions"]["python"]
     assert record["hardware"]["cores"] >= 1
+    assert set(record["hardware"]["instructions"]) == set(INSTRUCTION_SETS) & cpu_features()
 
 
 def test_large_files_are_sampled_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from fairseq.memory.planning.measure import disk_rates
-from fairseq.runtime.hardware import cpu_features, fast_products, total_ram_bytes
+from fairseq.runtime.hardware import fast_products, total_ram_bytes
 from fairseq.runtime.manifest import hardware_facts
 
 _PACKAGES = ("fairseq-memory", "torch", "numpy", "faiss-cpu", "numba", "lightning", "transformers")
-_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 _PATHS = {
     torch.int8: "8-bit products with error bounds, the survivors in float32",
     torch.bfloat16: "bfloat16 products with error bounds, the survivors in float32",
@@ -34,10 +33,9 @@ def report(folder: Path) -> Iterator[str]:
     """
     facts = hardware_facts()
     yield "versions: " + ", ".join([f"Python {platform.python_version()}", *map(_version, _PACKAGES)])
-    found = [name for name in _FEATURES if name in cpu_features()]
     yield (
         f"processor: {facts['processor']}, {facts['cores']} cores for this process, {torch.get_num_threads()} threads; "
-        f"{', '.join(found) or 'no features listed'}"
+        f"{', '.join(facts['instructions']) or 'no features listed'}"
     )
     yield f"memory: {total_ram_bytes() / 1e9:.1f} GB"
     yield "GPUs: " + (", ".join(facts.get("gpus") or ()) or "none that PyTorch sees")
