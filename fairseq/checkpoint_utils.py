@@ -19,7 +19,7 @@ from fairseq.checkpoints.parts import join_parts
 from fairseq.data.dictionary import Dictionary
 from fairseq.fairseq_names import lazy
 from fairseq.models.architectures import model_class, model_config_class
-from fairseq.models.config import TransformerLMConfig, model_config_from
+from fairseq.models.config import TransformerLMConfig, flag_of, model_config_from
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.registry import did_you_mean
@@ -27,6 +27,7 @@ from fairseq.runtime.atomic_files import writing
 
 logger = logging.getLogger(__name__)
 
+_OTHER_SETTINGS = "the checkpoint's settings (or --model-overrides) describe another architecture than its weights"
 _OF_TEXT = ("language_modeling", "graph_language_modeling")
 _FORMAT = "fairseq-memory checkpoint"
 _VERSION = 1
@@ -188,14 +189,16 @@ def load_model(
     kind = model_class(name)
     extends = extended_to not in (None, name) and model_class(str(extended_to)).extends is kind
     kind, name = (model_class(str(extended_to)), str(extended_to)) if extends else (kind, name)
-    settings = checkpoint.config["model"] | _known_overrides(overrides or {}, model_config_class(name))
+    saved, known = checkpoint.config["model"], _known_overrides(overrides or {}, model_config_class(name))
+    settings = saved | known
     config = model_config_from(settings, model_config_class(name))
     sizes = {} if source_size is None else {"source_size": source_size}
     make = kind.build if extends else kind.unfilled
     model: TransformerLanguageModel = make(config, dictionary_size, pad, **sizes)
     own = model.state_dict()
     weights = keep_layers(upgrade_state_dict(checkpoint.model, own), config)
-    _require_fit({name: value for name, value in own.items() if not (extends and model.is_own(name))}, weights)
+    own = {name: value for name, value in own.items() if not (extends and model.is_own(name))}
+    _require_fit(own, weights, _OTHER_SETTINGS if extended_to is None else _other_flags(saved, known))
     model.load_state_dict(weights)
     return model
 
@@ -296,9 +299,27 @@ def _keep_layers(weights: dict[str, Tensor], side: str, keep: tuple[int, ...] | 
     return kept
 
 
-def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for the first weight that the model lacks, the file lacks, or that has another shape."""
-    way_out = "the checkpoint's settings (or --model-overrides) describe another architecture than its weights"
+def _other_flags(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Which flags of training ask for another architecture than a checkpoint has, as a clause with the way out."""
+    shapes = {name: value for name, value in asked.items() if name in saved and isinstance(value, (int, tuple))}
+    changed = [name for name, value in shapes.items() if _as_list(saved[name]) != _as_list(value)]
+    wanted = ", ".join(f"{flag_of(name)} {asked[name]} (the checkpoint has {saved[name]})" for name in changed)
+    return (
+        f"--finetune-from-model keeps the architecture of its checkpoint, and the run asks for {wanted or 'another'}; "
+        "give what it has, or start from one without such weights, such as the language model of a GNN-LM"
+    )
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], way_out: str) -> None:
+    """Raise ValueError for the first weight that the model lacks, the file lacks, or that has another shape.
+
+    Args:
+        way_out: a clause of the message.
+    """
     for name, value in own.items():
         if name not in weights:
             raise ValueError(f"the model has a weight {name} {tuple(value.shape)}, the checkpoint has none; {way_out}")

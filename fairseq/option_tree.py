@@ -18,7 +18,7 @@ from fairseq.data.batching_config import BatchingConfig, DatasetConfig
 from fairseq.models.architectures import ARCHITECTURES, build_model_config, model_config_class, model_name
 from fairseq.optim import LR_SCHEDULERS, OPTIMIZERS
 from fairseq.optim.configs import EmaConfig, OptimizationConfig
-from fairseq.options import ChoicesConfig, Settings
+from fairseq.options import ChoicesConfig, Settings, task_for
 from fairseq.registry import did_you_mean, lookup
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.tasks import TASKS
@@ -125,6 +125,8 @@ def words_of(tree: Mapping[str, Any]) -> list[str]:
             raise ValueError(f"{section}: {values!r} is no section; give its keys below it")
         if section in names and NAME in values:
             names[section] = str(values[NAME])
+    if NAME not in tree.get("task", {}):
+        names["task"] = task_for(names["model"], names["task"])
     words = [f"--{_CHOICES[section][0].replace('_', '-')}={names[section]}" for section in CHOSEN]
     for section, values in tree.items():
         here = section_of(section, names.get(section))

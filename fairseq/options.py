@@ -30,7 +30,7 @@ from fairseq.registry import Entry, lookup
 from fairseq.runtime.config import CommonConfig, DistributedConfig, RuntimeConfig
 from fairseq.runtime.manifest import Command
 from fairseq.tasks import TASKS
-from fairseq.tasks.configs import GraphLanguageModelingConfig, GraphStoresConfig
+from fairseq.tasks.configs import GRAPH_TASK, GraphLanguageModelingConfig, GraphStoresConfig
 from fairseq.training.config import CheckpointConfig, TrainingConfigs, ValidationConfig
 
 logger = logging.getLogger(__name__)
@@ -220,9 +220,12 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, str]:
     for choice, (option, table) in _TABLES.items():
         lookup(table, chosen[choice], option)
     lookup(ARCHITECTURES, chosen["arch"], "--arch")
-    if model_name(chosen["arch"]) == GNN and chosen["task"] == "language_modeling":
-        chosen["task"] = "graph_language_modeling"  # the same text, with its neighbours
-    return chosen
+    return chosen | {"task": task_for(chosen["arch"], chosen["task"])}
+
+
+def task_for(arch: str, task: str) -> str:
+    """The task of a model: for a GNN-LM the same text, with its neighbours."""
+    return GRAPH_TASK if task == "language_modeling" and model_name(arch) == GNN else task
 
 
 def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:

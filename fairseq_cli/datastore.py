@@ -211,10 +211,12 @@ def quantize(config: QuantizeConfig, argv: Sequence[str]) -> None:
 
     from fairseq.memory.gnn.features import quantize_store
     from fairseq.runtime.atomic_files import require_writable
-    from fairseq.runtime.manifest import write_manifest
+    from fairseq.runtime.manifest import require_own_manifest, write_manifest
 
     for name, path in (("out", config.out), ("--codec-file", config.codec_path)):
         require_writable(os.path.dirname(os.path.abspath(path)), name)
+    manifest = f"{config.out}.run.json"
+    require_own_manifest(manifest, f"{PROGRAM} quantize", "name of the codes")
     started, store = time.perf_counter(), _open(config)
     with tqdm(unit=" keys", disable=None) as bar:
 
@@ -230,9 +232,7 @@ def quantize(config: QuantizeConfig, argv: Sequence[str]) -> None:
     )
     figures = {"num_codes": len(store), "code_bytes": codec.num_bytes, "relative_error": done.error}
     figures |= {"num_sampled": done.num_sampled, "num_held_out": done.num_held_out, "seconds": seconds}
-    write_manifest(
-        f"{config.out}.run.json", program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=()
-    )
+    write_manifest(manifest, program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())
 
 
 def merge(config: MergeConfig, argv: Sequence[str]) -> None:

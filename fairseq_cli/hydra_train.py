@@ -119,8 +119,7 @@ def check_overrides(overrides: Sequence[Override]) -> None:
     names = {section: [name] for section, name in default_names().items()}
     for override, (section, _, key) in zip(overrides, paths):
         if section in names and not key:
-            value = override.value()
-            names[section] = [str(name) for name in value.list] if isinstance(value, ChoiceSweep) else [str(value)]
+            names[section] = _names_in(override)
             for name in names[section]:
                 if name not in names_of(section):
                     raise ValueError(f"{section}: unknown name {name}{did_you_mean(name, names_of(section))}")
@@ -131,6 +130,29 @@ def check_overrides(overrides: Sequence[Override]) -> None:
         require_section(section)
         if key and key != NAME:
             require_key(section, key, choices)
+
+
+def task_words(overrides: Sequence[Override]) -> list[str]:
+    """The override that chooses the task of the model, as train.py does, where the user chose none.
+
+    Raises: ValueError for a sweep over models of different tasks.
+    """
+    chosen, usual = {str(override.key_or_group): override for override in overrides}, default_names()["task"]
+    if "task" in chosen or "model" not in chosen:
+        return []
+    models = _names_in(chosen["model"])
+    tasks = list(dict.fromkeys(options.task_for(name, usual) for name in models))
+    if len(tasks) > 1:
+        raise ValueError(
+            f"model={','.join(models)} sweeps over models of {' and '.join(tasks)}; give a sweep for each task"
+        )
+    return [] if tasks == [usual] else [f"task={tasks[0]}"]
+
+
+def _names_in(override: Override) -> list[str]:
+    """Names that an override gives to a part: one, or those of a sweep."""
+    value = override.value()
+    return [str(name) for name in value.list] if isinstance(value, ChoiceSweep) else [str(value)]
 
 
 def train_tree(config: DictConfig) -> None:
@@ -198,6 +220,8 @@ def main(argv: Sequence[str]) -> None:
     words, flags, config_name = split_words(argv)
     overrides = read_overrides(words)
     if config_name is None:  # a file may have less, or more, and is checked as a whole
+        words = [*words, *task_words(overrides)]
+        overrides = read_overrides(words)
         check_overrides(overrides)
     given = {word.partition("=")[0].lstrip("+") for word in words}
     # Overrides that do not tell the jobs of a sweep apart need not be in their folders' names.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fairseq.config import FlagParser, build, flag, literal_dict, require_at_least
 from fairseq.config.plugins import import_user_dir
 from fairseq.data.batching_config import DatasetConfig, with_default_batch
 from fairseq.runtime.config import CommonConfig, RuntimeConfig
-from fairseq.tasks.configs import overridden_limits
+from fairseq.tasks.configs import GRAPH_TASK, GraphStoresConfig, graph_options, overridden_limits
 from fairseq_cli.entry import run
 
 
@@ -40,17 +40,21 @@ class ValidateConfig:
 def main(argv: Sequence[str]) -> None:
     """Report the figures of each split."""
     parser = FlagParser("fairseq-validate", "Validate a trained model by the criterion it was trained with.")
-    for config in (ValidateConfig, RuntimeConfig, CommonConfig, DatasetConfig):
+    for config in (ValidateConfig, GraphStoresConfig, RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config)
     given = with_default_batch(parser.parse(argv))
     validation, runtime = build(ValidateConfig, given), build(RuntimeConfig, given)
     data, common = build(DatasetConfig, given), build(CommonConfig, given)
     if runtime.user_dir:
         import_user_dir(runtime.user_dir)
-    _validate(validation, runtime, data, common)
+    build(GraphStoresConfig, given)  # an impossible value is told before anything is loaded
+    stated = {field.name: given[field.name] for field in fields(GraphStoresConfig) if field.name in given}
+    _validate(validation, runtime, data, common, stated)
 
 
-def _validate(config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfig, common: CommonConfig) -> None:
+def _validate(
+    config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfig, common: CommonConfig, stated: Mapping[str, Any]
+) -> None:
     import torch
 
     from fairseq.checkpoint_utils import load_checkpoint, load_model_for
@@ -64,13 +68,18 @@ def _validate(config: ValidateConfig, runtime: RuntimeConfig, data: DatasetConfi
 
     path = str(config.path)
     checkpoint = load_checkpoint(path)
-    settings = settings_of(checkpoint, {"data": config.data, **overridden_limits(config.model_overrides)})
+    trained = checkpoint.config.get("task", {})
+    graph = graph_options(trained, stated, config.model_overrides, path)
+    if graph is None:  # a GNN-LM that is taken without its graph reads text alone
+        graph = {"task": "language_modeling"} if trained.get("name") == GRAPH_TASK else {}
+    settings = settings_of(checkpoint, {"data": config.data, **overridden_limits(config.model_overrides), **graph})
     task = setup_task(settings)
     device = torch.device("cuda" if runs_on_gpu(runtime) else "cpu")
     model = load_model_for(task.dictionary, checkpoint, path, config.model_overrides, task.source).to(device).eval()
     name = checkpoint.config.get("chosen", {}).get("criterion")
     name = name or ("adaptive_loss" if model.has_adaptive_softmax else "cross_entropy")
     task.attach([model], trains=False)
+    task.check_checkpoint(path, trained)
     criterion, progress = build_criterion(name, vars(settings), model, task), Progress(common)
     for subset in config.valid_subset.split(","):
         dataset = task.for_models(task.blocks(subset), [model])

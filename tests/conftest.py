@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -84,6 +85,31 @@ def command(forks: Forks) -> Command:
         code = done.wait()
         assert code == expect, f"exit {code}\n{done.out[-2000:]}\n{done.err[-3000:]}"
         return subprocess.CompletedProcess([script, *map(str, words)], expect, done.out, done.err)
+
+    return run
+
+
+@pytest.fixture
+def two_ranks(forks: Forks, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command as torchrun starts its two processes; returns what both said if it was to fail."""
+
+    def run(*words: object, expect: int = 0) -> str:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            port = taken.getsockname()[1]
+        shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        started = []
+        for rank in range(2):
+            for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items():
+                monkeypatch.setenv(name, str(value))
+            started.append(forks.start("train.py", *words))
+        for name in (*shared, "RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+        codes = [process.wait() for process in started]
+        said = "\n".join(process.err for process in started)
+        assert codes == [expect] * 2, said[-4000:]
+        return said
 
     return run
 

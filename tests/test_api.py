@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Command
+from forked_commands import Forks
 
 from fairseq.memory.retrieval.sweep_outputs import _heat_map
 from fairseq.moved import MOVED
@@ -62,17 +62,16 @@ def test_every_name_has_an_example(make_api: Any) -> None:
     assert without == []
 
 
-def test_the_examples_of_the_page_run(tmp_path: Path) -> None:
+def test_the_examples_of_the_page_run(forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     script = tmp_path / "examples_of_the_page.py"
     checks = "assert built.rows == 1000\nassert 0.0 <= reto.saved_share <= 1.0\n"
     script.write_text("\n".join([*blocks, checks]), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "LOGLEVEL": "ERROR"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOGLEVEL", "ERROR")
+    done = forks.start(str(script))
+    assert done.wait() == 0, done.err
 
 
 @pytest.mark.parametrize(

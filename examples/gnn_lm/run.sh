@@ -179,7 +179,10 @@ layers() {
   graph keys-gnn all $data "$stores" $lm --graph-features "$stores/train" --graph-layer 2 --neighbor-context 1 --gcn-k 8
   both gnn-keys $data "$out/all/keys-gnn/checkpoint_best.pt" "${read_graph[@]}"
   both gnn-states $data "$out/all/keys-gnn/checkpoint_best.pt" "${read_graph[@]}" --graph-states "$out/all/states"
-  score gnn-keys-k1 $data "$out/all/keys-gnn/checkpoint_best.pt" valid "${read_graph[@]}" --gcn-k 1
+  local count
+  for count in 1 16; do
+    score "gnn-keys-k$count" $data "$out/all/keys-gnn/checkpoint_best.pt" valid "${read_graph[@]}" --gcn-k $count
+  done
 }
 
 # Layers that are trained on the second half of the text: with states of a language model that was fitted to that half, and

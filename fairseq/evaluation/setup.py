@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint
-from fairseq.config import build, flag_names
+from fairseq.config import build
 from fairseq.data.batching import filter_by_size
 from fairseq.data.lm_context_window_dataset import LMContextWindowDataset
 from fairseq.evaluation.splits import SplitPart, block_size_for, part_by_length, part_in_order
 from fairseq.models.config import KEY_TAPS, layer_of_tap
 from fairseq.registry import lookup
 from fairseq.runtime.distributed import runs_on_gpu
-from fairseq.tasks.configs import GraphLanguageModelingConfig, GraphStoresConfig, LanguageModelingConfig
+from fairseq.tasks.configs import GraphLanguageModelingConfig, LanguageModelingConfig, graph_options
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NOT_KEPT = ("graph_states", "gcn_context_window")  # evaluation has these by its own flags alone
 # --model-overrides of the checkpoint's task, which fairseq 0.9 reads from there.
 TASK_OVERRIDES: dict[str, type] = {"tokens_per_sample": int, "add_bos_token": bool}
 
@@ -137,21 +136,13 @@ def _task(configs: EvaluationConfigs, trained: Mapping[str, Any], block_size: in
         "tokens_per_sample": block_size,
         "add_bos_token": stated.get("add_bos_token", bool(trained.get("add_bos_token", False))),
     }
-    of_graph = {field.name: flag_names(field)[0] for field in fields(GraphStoresConfig)}
-    alone = bool((configs.evaluation.model_overrides or {}).get("short_cut"))
-    if trained.get("name") == "graph_language_modeling" and not alone:
-        from fairseq.tasks.graph_language_modeling import GraphLanguageModelingTask
+    evaluation = configs.evaluation
+    graph = graph_options(trained, stated, evaluation.model_overrides, evaluation.path)
+    if graph is None:
+        return LanguageModelingTask(build(LanguageModelingConfig, settings))
+    from fairseq.tasks.graph_language_modeling import GraphLanguageModelingTask
 
-        kept = {name: value for name, value in trained.items() if name in of_graph and name not in _NOT_KEPT}
-        return GraphLanguageModelingTask(build(GraphLanguageModelingConfig, kept | settings))
-    wrong = [flag for name, flag in of_graph.items() if name in stated]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} is for a GNN-LM, and {configs.evaluation.path} is "
-            + ("taken without its graph (short_cut)" if alone else "none; train one with --arch transformer_lm_gnn")
-            + ", or leave the flag out"
-        )
-    return LanguageModelingTask(build(LanguageModelingConfig, settings))
+    return GraphLanguageModelingTask(build(GraphLanguageModelingConfig, graph | settings))
 
 
 def _task_overrides(config: EvaluationConfig) -> dict[str, Any]:

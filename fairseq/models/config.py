@@ -137,7 +137,7 @@ class TransformerLMConfig:
         shares = [field.name for field in fields(self) if "drop" in field.name]
         for name in shares:
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{_spelling(name)} {getattr(self, name)} is not in [0, 1)")
+                raise ValueError(f"{flag_of(name)} {getattr(self, name)} is not in [0, 1)")
         require_at_least(
             1,
             decoder_embed_dim=self.decoder_embed_dim,
@@ -160,7 +160,7 @@ class TransformerLMConfig:
         for name in ("adaptive_softmax_cutoff", "adaptive_input_cutoff"):
             cutoff = (0, *(getattr(self, name) or (1,)))
             if any(low >= high for low, high in zip(cutoff, cutoff[1:])):
-                raise ValueError(f"{_spelling(name)} {','.join(map(str, cutoff[1:]))} must be positive and ascending")
+                raise ValueError(f"{flag_of(name)} {','.join(map(str, cutoff[1:]))} must be positive and ascending")
         if self.share_decoder_input_output_embed:
             self._check_shared()
         if self.tie_adaptive_weights:
@@ -335,14 +335,15 @@ def require_same_architecture(path: str, saved: TransformerLMConfig, asked: Tran
     for name, before in architecture_of(saved).items():
         if before != wanted[name]:
             raise ValueError(
-                f"{path} is a model with {_spelling(name)} {before}, the flags ask for {wanted[name]}: it is another "
+                f"{path} is a model with {flag_of(name)} {before}, the flags ask for {wanted[name]}: it is another "
                 "architecture; give the flags it was trained with, or another --save-dir"
             )
 
 
-def _spelling(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of a setting of a model."""
     known = (*fields(TransformerConfig), *fields(TransformerGnnConfig))
-    return next(flag_names(field)[0] for field in known if field.name == name)
+    return next((flag_names(field)[0] for field in known if field.name == name), f"--{name.replace('_', '-')}")
 
 
 def _int_tuple(name: str, value: Any) -> tuple[int, ...] | None:
@@ -353,5 +354,5 @@ def _int_tuple(name: str, value: Any) -> tuple[int, ...] | None:
         return int_list(value.strip("()[]")) if isinstance(value, str) else tuple(int(part) for part in value)
     except (TypeError, ValueError):
         raise ValueError(
-            f"{_spelling(name)} {value!r} is not a comma-separated list of integers (for example 20000,60000)"
+            f"{flag_of(name)} {value!r} is not a comma-separated list of integers (for example 20000,60000)"
         ) from None

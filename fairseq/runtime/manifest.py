@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq.runtime.atomic_files import write_atomically
+from fairseq.runtime.files import read_json
 from fairseq.runtime.hardware import INSTRUCTION_SETS, cpu_features
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,29 @@ def write_manifest(
     }
     write_atomically(path, json.dumps(record, indent=1, default=str) + "\n")
     logger.info("run manifest: %s", path)
+
+
+def is_manifest_of(path: str | os.PathLike[str], command: str) -> bool:
+    """True if a file is the run manifest of a command; False for anything else, also where there is none.
+
+    Args:
+        command: its first words, such as ``fairseq-datastore quantize``.
+    """
+    try:
+        return str(read_json(Path(path)).get("command")).startswith(f"{command} ")
+    except (ValueError, OSError):
+        return False
+
+
+def require_own_manifest(path: str | os.PathLike[str], command: str, flag: str) -> None:
+    """Raise ValueError where a file that another command wrote has the name of this command's run manifest.
+
+    Args:
+        command: as of :func:`is_manifest_of`.
+        flag: what gives the manifest another name.
+    """
+    if os.path.lexists(path) and not is_manifest_of(path, command):
+        raise ValueError(f"{path} is there and no {command} wrote it; give another {flag}, or move it away")
 
 
 def _versions() -> dict[str, str]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from fairseq.config import UnreadableError, flag, require_at_least
+from fairseq.config import UnreadableError, flag, flag_names, require_at_least
 from fairseq.memory.gnn.config import GraphConfig
 
 BREAK_MODES = ("none", "complete", "complete_doc", "eos")
+GRAPH_TASK = "graph_language_modeling"
+"""Name of the task of a GNN-LM."""
+_OF_EVALUATION = ("graph_states", "gcn_context_window")  # which has them by its own flags alone
 
 
 def overridden_limits(overrides: Mapping[str, Any] | None) -> dict[str, int]:
@@ -144,3 +147,31 @@ class GraphLanguageModelingConfig(LanguageModelingConfig, GraphStoresConfig):
                 "give --graph-stores FOLDER: a GNN-LM reads the neighbours of its text, which eval_lm.py "
                 "--save-knnlm-dstore and fairseq-neighbors find"
             )
+
+
+def graph_options(
+    trained: Mapping[str, Any], stated: Mapping[str, Any], overrides: Mapping[str, Any] | None, path: str | None
+) -> dict[str, Any] | None:
+    """Options of the graph for a checkpoint that is evaluated: those it was trained with, unless others are stated.
+
+    Args:
+        trained: settings of the checkpoint's task.
+        stated: options of a task that the user gave.
+        overrides: --model-overrides.
+        path: the checkpoint, named in errors.
+    Returns: None for a model without a graph, which a GNN-LM is too when --model-overrides takes the short cut.
+    Raises: ValueError for an option of the graph that is stated for such a model.
+    """
+    flags = {field.name: flag_names(field)[0] for field in fields(GraphStoresConfig)}
+    given = {name: value for name, value in stated.items() if name in flags}
+    alone = bool((overrides or {}).get("short_cut"))
+    if trained.get("name") == GRAPH_TASK and not alone:
+        kept = {name: value for name, value in trained.items() if name in flags}
+        return kept | dict.fromkeys(_OF_EVALUATION) | given
+    for name in given:
+        raise ValueError(
+            f"{flags[name]} is for a GNN-LM, and {path} is "
+            + ("taken without its graph (short_cut)" if alone else "none; train one with --arch transformer_lm_gnn")
+            + ", or leave the flag out"
+        )
+    return None

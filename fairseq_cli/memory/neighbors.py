@@ -25,8 +25,10 @@ def main(argv: Sequence[str]) -> None:
     from tqdm import tqdm
 
     from fairseq.memory.gnn.neighbors import count_missing, search_split
-    from fairseq.runtime.manifest import write_manifest
+    from fairseq.runtime.manifest import require_own_manifest, write_manifest
 
+    manifest = f"{config.shard_path}.run.json"
+    require_own_manifest(manifest, PROGRAM, "--out")
     started = time.perf_counter()
     with tqdm(unit=" tokens", disable=None) as bar:
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     figures = {"num_tokens": len(file), "k": config.num_neighbors, "num_with_fewer": missing, "seconds": seconds}
     inputs = [str(config.dstore_filename) + ".json", config.queries + ".json"]
     write_manifest(
-        f"{file.path}.run.json",
+        manifest,
         program=PROGRAM,
         argv=argv,
         config=to_dict(config),

@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from fairseq.config import FlagParser, build, to_dict
-from fairseq.memory.gnn.recall.config import RecallConfig
+from fairseq.memory.gnn.recall.config import PROGRAM, RecallConfig
 from fairseq.runtime.atomic_files import require_writable
 from fairseq_cli.entry import run
-
-PROGRAM = "fairseq-neighbor-recall"
 
 
 def main(argv: Sequence[str]) -> None:

@@ -103,6 +103,12 @@ def test_another_programs_file_is_not_replaced(folder, monkeypatch):
     with pytest.raises(ValueError, match="train_keys.npy is there and no train_keys.npy.json beside it"):
         quantize(folder, "--codec", "PQ2", out="train_keys.npy")
     assert (folder / "train_keys.npy").read_bytes() == before
+    manifest = folder / "codes.npy.run.json"
+    for content in ('{"command": "fairseq-datastore convert x"}', "{", ""):
+        manifest.write_text(content)
+        with pytest.raises(ValueError, match="codes.npy.run.json is there and no fairseq-datastore quantize wrote it"):
+            quantize(folder, "--codec", "PQ2")
+        assert manifest.read_text() == content
 
 
 def test_a_store_too_small_or_a_codec_that_does_not_fit_is_an_error(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import perplexity, write_corpus
 from plain_hgt import kept, occurrence_graph, plain_hgt
 
 from fairseq.checkpoint_utils import load_checkpoint
-from fairseq_cli import eval_lm, preprocess, train
+from fairseq_cli import eval_lm, preprocess, train, validate
 from fairseq_cli.memory import neighbors
 
 HEADS, K, BLOCK, BAND = 2, 4, 16, 40
@@ -374,19 +375,29 @@ def test_all_tokens_are_saved_when_that_is_asked(folder, tmp_path):
 MISTAKES = {
     "no stores": (["--graph-stores", ""], "give --graph-stores FOLDER"),
     "k": (["--gcn-k", "9"], f"9 neighbours are asked for and .*valid.neighbors keeps {K}"),
-    "no base": (None, "it was never trained; give --finetune-from-model"),
+    "no base": ([], "it was never trained; give --finetune-from-model"),
     "states in training": (["--graph-states", "x"], "--graph-states are those of fixed weights"),
     "coin": (["--graph-probability", "0.5"], "--train-params gnn leaves it as it is"),
     "heads": (["--graph-attention-heads", "3"], "--graph-attention-heads 3 does not divide the width 16"),
     "share": (["--orig-prob-ratio", "1"], "--orig-prob-ratio 1.0 is not in"),
+    "coins of processes": (
+        ["--graph-probability", "0.5", "--train-params", "all", "--strategy", "fsdp"],
+        "--graph-probability 0.5 with --strategy fsdp: processes whose coins differ would wait .* give --strategy ddp",
+    ),
+    "another graph": (
+        ["--graph-layer", "2", "--graph-dropout", "0.2"],
+        r"gnn/checkpoint_last.pt: .* asks for --graph-layer 2 \(the checkpoint has 3\); give what it has, or start",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_told_before_training(folder, name, tmp_path):
     more, message = MISTAKES[name]
-    with pytest.raises(ValueError, match=message):
-        train_graph(folder, tmp_path / "run", *(more or ()), start="lm" if more else "")
+    start = {"no base": "", "another graph": "gnn"}.get(name, "lm")
+    with pytest.raises(ValueError, match=message) as told:
+        train_graph(folder, tmp_path / "run", *more, start=start)
+    assert "--model-overrides" not in str(told.value)
     assert not list(tmp_path.glob("run/*.pt"))
 
 
@@ -399,9 +410,61 @@ def test_a_band_that_is_too_narrow_is_told_with_the_safe_one(folder, caplog, tmp
     assert bool(said) == (safe > BAND)
 
 
-def test_options_of_a_graph_without_one(folder):
-    with pytest.raises(ValueError, match="--gcn-k is for a GNN-LM, and .* is none"):
-        evaluate(folder, "lm", "--gcn-k", 2)
+def test_options_of_a_graph_without_one(folder, validated):
+    for command in (evaluate, validated):
+        with pytest.raises(ValueError, match="--gcn-k is for a GNN-LM, and .* is none"):
+            command(folder, "lm", "--gcn-k", 2)
+
+
+@pytest.fixture
+def validated(caplog):
+    """The loss that validate.py reports, in bits."""
+    caplog.set_level("INFO")
+
+    def run(folder, run, *more):
+        caplog.clear()
+        path = str(folder / run / "checkpoint_last.pt")
+        validate.main([str(folder / "bin"), "--path", path, "--cpu", "--log-format", "json", *map(str, more)])
+        (figures,) = (json.loads(line) for line in caplog.messages if line.startswith("{"))
+        return figures["valid_loss"]
+
+    return run
+
+
+def test_validation_reads_the_stores_that_it_is_given(folder, of_layer, validated, logps, tmp_path):
+    reported = load_checkpoint(str(folder / "gnn" / "checkpoint_last.pt")).progress["figures"]["loss"]
+    shutil.copytree(folder / "stores", tmp_path / "moved")
+    moved = ("--graph-stores", tmp_path / "moved")
+    for more in ((), moved, ("--use-precompute-feat",)):
+        assert validated(folder, "gnn", *more) == pytest.approx(reported, abs=6e-4)
+    fewer = logps("gnn", "--gcn-k", 1)[0]
+    assert validated(folder, "gnn", "--gcn-k", 1, *moved) == pytest.approx(-fewer.mean() / np.log(2), abs=6e-4)
+    short = ("--model-overrides", "{'short_cut': True}")
+    assert validated(folder, "gnn", *short) == pytest.approx(-logps("lm")[0].mean() / np.log(2), abs=6e-4)
+    with pytest.raises(ValueError, match="--gcn-k is for a GNN-LM, and .* is taken without its graph"):
+        validated(folder, "gnn", *short, "--gcn-k", 1)
+    with pytest.raises(ValueError, match="was trained with features that are model_output, .* are layer_1"):
+        validated(folder, "gnn", "--graph-stores", of_layer)
+    with pytest.raises(ValueError, match="--gcn-k must be at least 1, got 0"):
+        validated(folder, "gnn", "--gcn-k", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [("fsdp",), ("fsdp", "--use-precompute-feat"), ("ddp",)])
+def test_a_process_without_a_batch_takes_part_in_the_step(folder, two_ranks, tmp_path, more):
+    """Of an odd number of batches one process has none at the end of an epoch, and the others wait for it."""
+    num_blocks = -(-np.fromfile(folder / "bin" / "train.bin", np.uint16).size // BLOCK)
+    assert -(-num_blocks // 7) % 2 == 1
+    words = [folder / "bin", *BASE, *GRAPH, "--max-epoch", 2, "--dropout", 0, "--graph-dropout", 0, *more[1:]]
+    words += ["--max-tokens", 7 * BLOCK, "--required-batch-size-multiple", 1, "--graph-stores", folder / "stores"]
+    words += ["--finetune-from-model", folder / "lm" / "checkpoint_last.pt", "--save-dir"]
+    two_ranks(*words, tmp_path / "two", "--strategy", more[0])
+    train.main(list(map(str, [*words, tmp_path / "one", "--update-freq", 2])))
+    one, two = (load_checkpoint(str(tmp_path / name / "checkpoint_last.pt"), whole=True) for name in ("one", "two"))
+    assert one.progress["num_updates"] == two.progress["num_updates"] > 1
+    assert two.progress["figures"]["loss"] == pytest.approx(one.progress["figures"]["loss"], abs=1e-5)
+    for name, value in one.model.items():
+        torch.testing.assert_close(two.model[name], value, rtol=0, atol=1e-5)
 
 
 def test_stores_of_another_text_or_search(folder, tmp_path):

@@ -8,39 +8,33 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY_MODEL, Command
+from forked_commands import Forks
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.writer import DatastoreWriter
 
 PAIRS = int(os.environ.get("FAIRSEQ_PAIRS", "6"))
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.slow
 
 
-def test_pairs_of_commands_leave_what_one_leaves(data_bin: Path, trained: Path, tmp_path: Path) -> None:
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "helpers")))
-    words = [
-        ROOT / "tests" / "helpers" / "pairs.py",
-        tmp_path / "pairs",
-        data_bin,
-        trained / "checkpoint_best.pt",
-        PAIRS,
-    ]
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], env=ENVIRONMENT | {"PYTHONPATH": paths}, stdout=subprocess.PIPE, check=False
+def test_pairs_of_commands_leave_what_one_leaves(data_bin: Path, trained: Path, forks: Forks, tmp_path: Path) -> None:
+    program, paths = ROOT / "tests" / "helpers" / "pairs.py", [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
+    script = tmp_path / "pairs.py"
+    script.write_text(
+        f"import runpy, sys\nsys.path += {paths}\nrunpy.run_path({str(program)!r}, run_name='__main__')\n"
     )
-    pairs = [json.loads(line) for line in done.stdout.splitlines()]
+    done = forks.start(str(script), tmp_path / "pairs", data_bin, trained / "checkpoint_best.pt", PAIRS)
+    code = done.wait()
+    pairs = [json.loads(line) for line in done.out.splitlines()]
     assert [pair for pair in pairs if pair["faults"]] == []
     assert len(pairs) == PAIRS
-    assert done.returncode == 0
+    assert code == 0, done.err
     rejected = sum(sorted(pair["codes"]) == [0, 2] for pair in pairs)
     assert 0 < rejected < PAIRS, "the commands never met, or always"
 
@@ -53,23 +47,17 @@ def test_pairs_of_commands_leave_what_one_leaves(data_bin: Path, trained: Path, 
     ],
     ids=["train", "preprocess"],
 )
-def test_a_pair_of_processes(data_bin: Path, command: Command, tmp_path: Path, line: str) -> None:
-    def start(out: Path) -> subprocess.Popen[str]:
-        script, *words = line.format(data=data_bin, out=out).split()
-        started = [sys.executable, str(ROOT / script), *words]
-        return subprocess.Popen(started, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
+def test_a_pair_of_processes(data_bin: Path, command: Command, forks: Forks, tmp_path: Path, line: str) -> None:
     def names(folder: Path) -> set[str]:
         return {path.name for path in (folder / "run").iterdir()}
 
-    both = [start(tmp_path / "pair") for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in both]
-    codes = [process.returncode for process in both]
+    both = [forks.start(*line.format(data=data_bin, out=tmp_path / "pair").split()) for _ in range(2)]
+    codes = [process.wait(120) for process in both]
     assert 0 in codes
-    for process, error, other in zip(both, errors, reversed(both)):
+    for process, other in zip(both, reversed(both)):
         if process.returncode:
-            assert process.returncode == 2, error
-            assert f"(process {other.pid} on {socket.gethostname()}, " in error.splitlines()[-1]
+            assert process.returncode == 2, process.err
+            assert f"(process {other.pid} on {socket.gethostname()}, " in process.err.splitlines()[-1]
     command(*line.format(data=data_bin, out=tmp_path / "alone").split())
     assert names(tmp_path / "pair") == names(tmp_path / "alone")
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_MODEL, Command
-from forked_commands import Forks
 from loss_curves import recording, require_same_curve
 
 from fairseq.checkpoint_utils import Checkpoint, load_checkpoint
@@ -20,31 +18,6 @@ from fairseq.runtime.config import DistributedConfig
 
 SHORT = [*TINY_MODEL, "--log-format", "simple", "--no-epoch-checkpoints"]
 EXTERNAL = ["--criterion", "trime_ext_loss", "--gather-grad"]
-
-
-@pytest.fixture
-def two_ranks(forks: Forks, monkeypatch: pytest.MonkeyPatch):
-    """Runs a command as torchrun starts its two processes; returns what both said if it was to fail."""
-
-    def run(*words: object, expect: int = 0) -> str:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            port = taken.getsockname()[1]
-        shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
-        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        started = []
-        for rank in range(2):
-            for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items():
-                monkeypatch.setenv(name, str(value))
-            started.append(forks.start("train.py", *words))
-        for name in (*shared, "RANK", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
-        codes = [process.wait() for process in started]
-        said = "\n".join(process.err for process in started)
-        assert codes == [expect] * 2, said[-4000:]
-        return said
-
-    return run
 
 
 def losses(folder: Path) -> float:

@@ -107,7 +107,8 @@ def row_numbers(path: Path) -> object:
 
 
 def codec_numbers(path: Path) -> object:
-    return ProductQuantizer.load(path)[0].centroid_MJW.numpy().tobytes()
+    codec, said = ProductQuantizer.load(path)
+    return codec.centroid_MJW.numpy().tobytes(), said
 
 
 def store_numbers(path: Path) -> object:

@@ -9,6 +9,7 @@ Shapes: N vectors, D width, M bytes of a code, J centroids of a byte, W width of
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from fairseq.runtime.atomic_files import replacing
 from fairseq.runtime.files import DAMAGED
 from fairseq.runtime.tensor_files import read_tensor_file
 
-FORMAT = "fairseq-memory product quantizer 1"
+FORMAT = "fairseq-memory product quantizer 2"
+_BEFORE = "fairseq-memory product quantizer 1"  # without a digest of what is said about the codec
 CENTROIDS = 256
+_SEAL = "metadata_digest"
 _CHUNK_NUMBERS = 4 << 20
 """Distances at a time: 16 MB."""
 
@@ -166,8 +169,9 @@ class ProductQuantizer:
         from safetensors.torch import save_file
 
         tensors = {name: value.cpu().float() for name, value in self._tensors().items()}
+        said = {**(metadata or {}), "format": FORMAT, "digest": self.digest}
         with replacing(path) as aside:
-            save_file(tensors, aside, metadata={**(metadata or {}), "format": FORMAT, "digest": self.digest})
+            save_file(tensors, aside, metadata=said | {_SEAL: _digest_of(said)})
             with open(aside, "rb") as file:
                 os.fsync(file.fileno())
 
@@ -185,7 +189,9 @@ class ProductQuantizer:
             "rotation",
             "offset",
         }
-        if given.pop("format", None) != FORMAT or wrong or len(shapes.get("centroids", ())) != 3:
+        seal, said = given.pop(_SEAL, None), dict(given)
+        kind = given.pop("format", None)
+        if kind not in (FORMAT, _BEFORE) or wrong or len(shapes.get("centroids", ())) != 3:
             raise ValueError(f"{path} is no product quantizer of this release; name another file, or train it again")
         arrays: dict[str, Any] = {
             name: torch.from_numpy(np.array(file.bytes_of(name)).view(np.float32).reshape(shapes[name]))
@@ -195,6 +201,11 @@ class ProductQuantizer:
             codec = cls(arrays["centroids"], arrays.get("rotation"), arrays.get("offset"))
         except ValueError as error:
             raise ValueError(f"{path} is damaged ({error}); {DAMAGED}") from None
-        if given.pop("digest", None) != codec.digest:
+        if given.pop("digest", None) != codec.digest or (kind == FORMAT or seal) and seal != _digest_of(said):
             raise ValueError(f"{path} is damaged: its digest differs from its content; {DAMAGED}")
         return codec, given
+
+
+def _digest_of(said: Mapping[str, str]) -> str:
+    """Of what a file says about its codec, whose own digest is part of it."""
+    return hashlib.sha256(json.dumps(dict(said), sort_keys=True).encode()).hexdigest()

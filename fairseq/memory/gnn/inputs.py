@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from fairseq.memory.gnn.config import GraphConfig
 from fairseq.memory.gnn.graph import GraphBuilder, NeighborGraph
 from fairseq.memory.gnn.network import GraphNetwork, NeighborStates
 from fairseq.memory.sources.external import by_row_where_equal
@@ -102,13 +103,14 @@ class FoundNeighbors:
 
 
 def no_neighbors(network: GraphNetwork, num_rows: int, length: int) -> FoundNeighbors:
-    """Of tokens that have none."""
-    weight = next(network.parameters())
-    width = network.config.width(network.dim)
-    index_BT1 = torch.zeros(num_rows, length, 1, dtype=torch.int64, device=weight.device)
-    state = torch.zeros(1, width, dtype=weight.dtype, device=weight.device)
-    count = network.num_layers
-    return FoundNeighbors(cached=NeighborStates((state,) * count, (index_BT1,) * count, index_BT1.bool()))
+    """Of tokens that have none.
+
+    The weights that make neighbours' states take part all the same: processes sum the gradients of the same ones.
+    """
+    graph = GraphBuilder(GraphConfig(), network.num_layers, corpus_length=1)(torch.full((num_rows, length, 1), -1))
+    device = next(network.parameters()).device
+    feature_PF = torch.zeros(len(graph.position_P), network.feature_dim, device=device)
+    return FoundNeighbors(graph.to(device), feature_PF)
 
 
 @dataclass(frozen=True)

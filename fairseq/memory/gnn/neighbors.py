@@ -140,7 +140,7 @@ def search_split(config: NeighborsConfig, report: Callable[[int, int], object] =
         report: is given the tokens done and those there are, after each bulk.
     Raises: ValueError or OSError when a store, an index or the file does not fit, before any search.
     """
-    path = config.path + shard_suffix(config.shard_id, config.num_shards)
+    path = config.shard_path
     if os.path.isdir(config.path):
         raise ValueError(f"--out {config.path} is a folder; name a file in it")
     require_ours(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fairseq.config import LARGEST_COUNT, flag, require_at_least, require_shard, require_within
+from fairseq.config import LARGEST_COUNT, flag, require_at_least, require_shard, require_within, shard_suffix
 from fairseq.memory.sources.config import check_search_on
 
 
@@ -58,3 +58,8 @@ class NeighborsConfig:
     def path(self) -> str:
         """The file, without the ending of a shard."""
         return self.out or f"{self.queries.rstrip('/')}.neighbors"
+
+    @property
+    def shard_path(self) -> str:
+        """The file of this command's shard."""
+        return self.path + shard_suffix(self.shard_id, self.num_shards)

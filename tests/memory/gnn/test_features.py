@@ -3,7 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
+from safetensors.torch import save_file
 
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.writer import DatastoreWriter
@@ -91,6 +93,27 @@ def test_a_codec_is_saved_whole(codec, tmp_path):
     (tmp_path / "other").write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="is no product quantizer"):
         ProductQuantizer.load(tmp_path / "other")
+
+
+def test_what_a_file_says_of_its_codec_belongs_to_its_digest(codec, tmp_path):
+    path = tmp_path / "codec"
+    codec.save(path, {"store": "one"})
+
+    def rewrite(**changed):
+        with safetensors.safe_open(path, "pt") as file:
+            said = {name: value for name, value in (file.metadata() | changed).items() if value is not None}
+            save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "other", said)  # noqa: SIM118
+        return tmp_path / "other"
+
+    assert ProductQuantizer.load(rewrite())[1] == {"store": "one"}
+    first = "fairseq-memory product quantizer 1"
+    for changed in ({"store": "two"}, {"seed": "1"}, {"store": None}, {"metadata_digest": None}, {"format": first}):
+        with pytest.raises(ValueError, match="other is damaged: its digest differs from its content; copy it again"):
+            ProductQuantizer.load(rewrite(**changed))
+    # A file of the releases before: nothing holds what it says.
+    loaded, said = ProductQuantizer.load(rewrite(format=first, metadata_digest=None))
+    assert loaded.digest == codec.digest
+    assert said == {"store": "one"}
 
 
 def test_coded_features_are_the_decoded_codes(store, codec, tmp_path):

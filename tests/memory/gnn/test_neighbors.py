@@ -97,7 +97,13 @@ def test_another_split_takes_all_and_shards_are_one_file(stores, tmp_path, capsy
         "--out",
         str(tmp_path / "n"),
     ]
-    for shard in range(3):
+    of_others = tmp_path / "n.shard1of3.run.json"
+    of_others.write_text('{"command": "train.py x"}')
+    with pytest.raises(ValueError, match="n.shard1of3.run.json is there and no fairseq-neighbors wrote it; give"):
+        neighbors.main([*words, "--num-shards", "3", "--shard-id", "1"])
+    assert [path.name for path in tmp_path.iterdir()] == [of_others.name]
+    of_others.unlink()
+    for shard in (0, 1, 2, 1):  # its own manifest is replaced
         neighbors.main([*words, "--num-shards", "3", "--shard-id", str(shard)])
     assert "30 tokens with 7 neighbours each" in capsys.readouterr().out
     assert json.loads((tmp_path / "n.shard0of3.run.json").read_text())["figures"]["num_with_fewer"] == 0

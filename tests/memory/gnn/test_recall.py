@@ -121,6 +121,24 @@ def test_files_of_others_are_not_replaced(folders, monkeypatch, name):
     assert path.read_bytes() == before
 
 
+def test_outputs_of_the_first_release_are_replaced_once_and_like_ones_are_not(folders):
+    """Their figures have no name of a format, and their plot says no more than who drew it."""
+    run(folders, "--k", 4)
+    path, plot = folders / "late" / "recall.json", folders / "late" / "recall.png"
+    current = json.loads(path.read_text())
+    early = {name: current[name] for name in ("measures", "curves")}
+    for figures in ({**early, "more": 1}, {**early, "measures": {}}):
+        path.write_text(json.dumps(figures))
+        with pytest.raises(ValueError, match="recall.json is there and no .* wrote it; give another --out, or move it"):
+            run(folders, "--k", 4)
+    path.write_text(json.dumps(early))
+    plot.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match="recall.png is there"):
+        run(folders, "--k", 4)
+    plot.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x3atEXtSoftware\0Matplotlib version3.10.0")
+    assert run(folders, "--k", 4) == current
+
+
 def test_kept_neighbors_are_read_and_their_number_is_the_default(folders, monkeypatch):
     for name, k in (("late", 9), ("early", 5)):
         words = {"dstore_filename": str(folders / name / "train"), "num_neighbors": k, "num_shards": 2}

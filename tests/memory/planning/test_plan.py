@@ -93,6 +93,7 @@ def test_keys_that_do_not_fit_are_read_once_per_bulk():
 def test_rates_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr("fairseq.memory.planning.measure._DISK_BYTES", 32 << 20)
     monkeypatch.setattr("fairseq.memory.planning.measure._KEY_BYTES", 1 << 10)
+    monkeypatch.setattr("fairseq.memory.planning.measure._FEW_KEYS", 1 << 10)
     rates = measure(config(folder=str(tmp_path), code_size=2))
     assert min(rates.read_bytes, rates.write_bytes, rates.matmul, rates.assign) > 1e6
     assert set(rates.indexes) == SIZES.keys() & INDEXES.keys()

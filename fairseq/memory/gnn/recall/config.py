@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fairseq.config import LARGEST_COUNT, flag, require_at_least, require_within
 
+PROGRAM = "fairseq-neighbor-recall"
 SEARCHED = 1024
 """Neighbours that are searched for where no number is given."""
 

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fairseq.memory.gnn.recall.config import PROGRAM
 from fairseq.memory.gnn.recall.measure import RecallCurve
 from fairseq.runtime.atomic_files import write_atomically, writing
 from fairseq.runtime.files import read_json
+from fairseq.runtime.manifest import require_own_manifest
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "fairseq-memory recall 1"
+_DRAWN_BY = "Matplotlib"  # all that a plot says of itself beside figures without the format's name
 _PLOT_HEAD = 1 << 12  # bytes of a plot that hold its description
 
 MEASURES = {
@@ -59,24 +62,22 @@ def _names(curves: Sequence[RecallCurve]) -> list[str]:
 
 def require_replaceable(out: str) -> None:
     """Raise ValueError where a file that no comparison wrote has the name of one that would be written."""
-    for name, is_ours in ((f"{out}.json", _is_figures), (f"{out}.png", _is_plot), (f"{out}.run.json", _is_manifest)):
-        if os.path.lexists(name) and not is_ours(Path(name)):
-            raise ValueError(f"{name} is there and no fairseq-neighbor-recall wrote it; give another --out")
+    figures = _content(Path(f"{out}.json"))
+    is_early = figures.keys() == {"measures", "curves"} and figures["measures"] == MEASURES  # before the format's name
+    for name, is_ours in (
+        (f"{out}.json", is_early or figures.get("format") == FORMAT),
+        (f"{out}.png", _is_plot(Path(f"{out}.png"), _DRAWN_BY if is_early else FORMAT)),
+    ):
+        if os.path.lexists(name) and not is_ours:
+            raise ValueError(f"{name} is there and no {PROGRAM} wrote it; give another --out, or move it away")
+    require_own_manifest(f"{out}.run.json", PROGRAM, "--out")
 
 
-def _is_figures(path: Path) -> bool:
-    return _content(path).get("format") == FORMAT
-
-
-def _is_manifest(path: Path) -> bool:
-    return str(_content(path).get("command")).startswith("fairseq-neighbor-recall ")
-
-
-def _is_plot(path: Path) -> bool:
+def _is_plot(path: Path, mark: str) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return FORMAT.encode() in file.read(_PLOT_HEAD)
+        return mark.encode() in file.read(_PLOT_HEAD)
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Every kind of index, its lists in a file of their own too, opened in every way, in a process that may die of it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
+from forked_commands import Forks
 from store_making import save_keys
 
 from fairseq.memory.datastore import Datastore
@@ -19,7 +18,6 @@ from fairseq.memory.index.faiss.lists_file import check_lists_file
 from fairseq.memory.index.opening import open_index
 from fairseq.memory.types import Metric
 
-ROOT = Path(__file__).resolve().parents[4]
 ROWS, DIM = 2000, 16
 KEYS = np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)
 OTHERS = ("HNSW8", "PCA8,IVF8,SQ8", "IVF8,Flat", "IVF8_HNSW8,SQ8", "PQ4x4fs", "IVF8,SQ8,RFlat")
@@ -50,16 +48,15 @@ def built(folder: Path, store: Path, kind: str, *, on_disk: bool = False) -> Pat
     ).path
 
 
-def test_every_kind_opens_in_every_way(tmp_path: Path) -> None:
+def test_every_kind_opens_in_every_way(forks: Forks, tmp_path: Path) -> None:
     store = save_keys(tmp_path / "store", KEYS)
     paths = [built(tmp_path, store, kind) for kind in (*INDEXES, *OTHERS)]
     pairs = {kind: built(tmp_path, store, kind, on_disk=True) for kind in WITH_LISTS_FILE}
     np.save(tmp_path / "keys.npy", KEYS)
-    words = [sys.executable, "-c", SEARCH, str(tmp_path / "keys.npy"), *map(str, [*paths, *pairs.values()])]
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = {tuple(words[:4]): words[4:] for words in map(str.split, done.stdout.splitlines()) if len(words) == 6}
+    (tmp_path / "search.py").write_text(SEARCH)
+    done = forks.start(str(tmp_path / "search.py"), tmp_path / "keys.npy", *paths, *pairs.values())
+    assert done.wait() == 0, done.err
+    found = {tuple(words[:4]): words[4:] for words in map(str.split, done.out.splitlines()) if len(words) == 6}
     assert len(found) == 10 * (len(paths) + len(pairs))
     for (name, mapped, *query), rows in found.items():
         assert rows == found[(name, str(mapped == "False"), *query)], (name, query)
