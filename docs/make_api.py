@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "fairseq.hf": {
         "kNN-LM and RetoMaton": ("KNNSaver", "KNNWrapper", "RetomatonWrapper"),
-        "Perplexity of a text": ("windows_of", "SentencePair", "save_datastore", "evaluate"),
+        "Perplexity of a text": ("windows_of", "SentencePair", "save_datastore", "evaluate", "prove"),
         "Memories inside attention": ("ExtendedMind", "extended_mind", "from_pretrained"),
     },
 }

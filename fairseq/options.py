@@ -20,6 +20,7 @@ from fairseq.evaluation.config import (
     TrimeEvaluationConfig,
 )
 from fairseq.fairseq_names import lazy
+from fairseq.memory.proof.config import ProofConfig
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import KnnConfig
 from fairseq.models.architectures import ARCHITECTURES, GNN, build_model_config, model_config_class, model_name
@@ -194,6 +195,7 @@ def evaluation_configs(settings: Settings) -> EvaluationConfigs:
         retomaton=RetomatonConfig() if is_trime else settings.config(RetomatonConfig),
         trime=trime,
         bulk=settings.config(BulkConfig),
+        proof=settings.config(ProofConfig),
         knn=settings.config(KnnConfig),
         runtime=settings.config(RuntimeConfig),
         data=settings.config(DatasetConfig),
@@ -236,7 +238,14 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
     task = parser.peek(argv).get("task", "language_modeling")
     trime = program == "eval_lm-trime.py"
     ours, others = ((TrimeEvaluationConfig,), (MemoryEvaluationConfig, RetomatonConfig))[:: 1 if trime else -1]
-    for config_class in (lookup(TASKS, task, "--task").config, EvaluationConfig, *ours, BulkConfig, KnnConfig):
+    for config_class in (
+        lookup(TASKS, task, "--task").config,
+        EvaluationConfig,
+        *ours,
+        BulkConfig,
+        KnnConfig,
+        ProofConfig,
+    ):
         parser.add_config(config_class)
     for config_class in (RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config_class)

@@ -5,7 +5,7 @@ Shapes: B blocks, T positions of a padded block, D width, N scored positions of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +20,20 @@ if TYPE_CHECKING:
 
     from fairseq.data.types import LMBatch
     from fairseq.memory.sources.base import TextSource
+    from fairseq.memory.types import Candidates
     from fairseq.models.base import LanguageModel
 
     TargetScore = Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the scores of a batch of one block were made of; :meth:`SequenceScorer.score` fills it."""
+
+    hidden: list[tuple[LanguageModel, Tensor]] = field(default_factory=list)
+    """Each model, and its states at the scored positions, (N, D)."""
+    found: list[Candidates] = field(default_factory=list)
+    """What each memory of the text offered to the scored positions."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +44,14 @@ class TextMemory:
     temperature: float
     """Divides their similarities."""
 
-    def sums(self, passage: Passage) -> LogSums:
+    def sums(self, passage: Passage, seen: Inspection | None = None) -> LogSums:
         """Sums that the memories add to the passage's scored positions; then the passage is appended."""
         total: LogSums | None = None
         for source in self.sources:
-            total = log_sums(source.lookup(passage), passage.targets, self.temperature).plus(total)
+            found = source.lookup(passage)
+            if seen is not None:
+                seen.found.append(found)
+            total = log_sums(found, passage.targets, self.temperature).plus(total)
         for source in self.sources:
             source.append(passage)
         assert total is not None, "no memory of the text was given"
@@ -75,9 +89,18 @@ class SequenceScorer:
         self._correct = correct
         self.device = torch.device(device)
 
+    @property
+    def corrects(self) -> bool:
+        """True if log-probabilities of the model are replaced."""
+        return self._correct is not None
+
     @torch.inference_mode()
-    def score(self, batch: LMBatch) -> ScoredPositions:
-        """Log-probability of every scored target, and its key if one is wanted."""
+    def score(self, batch: LMBatch, seen: Inspection | None = None) -> ScoredPositions:
+        """Log-probability of every scored target, and its key if one is wanted.
+
+        Args:
+            seen: takes what the scores are made of, for a batch of one block.
+        """
         here, place_N = batch.to(self.device), self._places(batch)
         target_N = here.target_BT.view(-1)[place_N]
         parts = []
@@ -89,17 +112,30 @@ class SequenceScorer:
             if self._correct is not None:
                 logp_N = self._correct(model, hidden_ND, target_N, logp_N)
             parts.append((logp_N, norm_N))
-        logp_N = torch.stack([logp.float() for logp, _ in parts])
-        logp_N = logp_N[0] if len(parts) == 1 else torch.logsumexp(logp_N, 0) - torch.log(torch.tensor(len(parts)))
+            if seen is not None:
+                seen.hidden.append((model, hidden_ND))
+        logp_N = _mean_probability([logp for logp, _ in parts])
         key_ND = key_BTD.flatten(0, 1)[place_N] if key_BTD is not None else None
-        text_sums = self._text_sums(batch, here, key_BTD) if self.text_memory is not None else None
+        text_sums = self._text_sums(batch, here, key_BTD, seen) if self.text_memory is not None else None
         return ScoredPositions(_block_of(batch, place_N), target_N, logp_N, parts[0][1].float(), key_ND, text_sums)
 
-    def _text_sums(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None) -> LogSums:
+    @torch.inference_mode()
+    def vocab_logp(self, seen: Inspection, n: int) -> Tensor:
+        """Log-probability of every type at the scored position ``n``, as :meth:`score` has it for the target, (V,)."""
+        parts = []
+        for model, hidden_ND in seen.hidden:
+            logp_V = model.vocab_logp(hidden_ND[n : n + 1])[0].float()
+            if self._correct is not None:
+                every_V = torch.arange(len(logp_V), device=logp_V.device)
+                logp_V = self._correct(model, hidden_ND[n].expand(len(logp_V), -1), every_V, logp_V)
+            parts.append(logp_V)
+        return _mean_probability(parts)
+
+    def _text_sums(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None, seen: Inspection | None) -> LogSums:
         """Sums that the memories of the text add, block after block."""
         assert self.text_memory is not None
         assert key_BTD is not None, "memories of the text were given to a scorer that makes no keys"
-        sums = [self.text_memory.sums(passage) for passage in _passages(batch, here, key_BTD)]
+        sums = [self.text_memory.sums(passage, seen) for passage in _passages(batch, here, key_BTD)]
         if len(sums) == 1:
             return sums[0]
         return LogSums(torch.cat([part.hit_N for part in sums]), torch.cat([part.whole_N for part in sums]))
@@ -117,6 +153,12 @@ class SequenceScorer:
         """int64 (N,): the scored positions, as places in the flattened batch."""
         # NumPy finds them without waking other threads, and on the host: a GPU would have to be waited for.
         return torch.from_numpy(np.flatnonzero(batch.scored_BT.numpy())).to(self.device)
+
+
+def _mean_probability(logps: list[Tensor]) -> Tensor:
+    """Log of the mean of the models' probabilities, float32."""
+    logp = torch.stack([one.float() for one in logps])
+    return logp[0] if len(logps) == 1 else torch.logsumexp(logp, 0) - torch.log(torch.tensor(len(logps)))
 
 
 def _block_of(batch: LMBatch, place_N: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fairseq.generation.foreign_overrides import split_overrides
 from fairseq.memory.combiners.learned_files import read_made_for
 from fairseq.memory.datastore.config import SAVES_PAIRS, SAVES_TEXT
 from fairseq.memory.index.sharded.early import begin_search
+from fairseq.memory.proof.config import ProofConfig
 from fairseq.metrics.word_loss import LossSums, loss_sums
 from fairseq.options import TaskChoiceConfig, add_ignored, import_plugins, warn_ignored
 from fairseq.registry import lookup
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fairseq.data.types import LMBatch
+    from fairseq.evaluation.prove_generation import GenerationProver
     from fairseq.generation.lines import Output, Wording
     from fairseq.generation.sequence_generator import Hypothesis
     from fairseq.generation.setup import StepMemorySettings
@@ -49,6 +51,7 @@ CONFIGS = (
     RuntimeConfig,
     CommonConfig,
     DatasetConfig,
+    ProofConfig,
 )
 
 
@@ -66,6 +69,7 @@ class GenerateConfigs:
     runtime: RuntimeConfig
     common: CommonConfig
     data: DatasetConfig
+    proof: ProofConfig
     overrides: dict[str, Any]
     """Settings of the model that replace the checkpoint's."""
 
@@ -114,6 +118,7 @@ def configs_of(command: Command, given: dict[str, Any], task: str) -> GenerateCo
         runtime=build(RuntimeConfig, given),
         common=build(CommonConfig, given),
         data=build(DatasetConfig, given),
+        proof=build(ProofConfig, given),
         overrides=of_model,
     )
     generate.check_reference(configs.generation, step)
@@ -206,9 +211,11 @@ class _Run:
         self.generator = SequenceGenerator(models, task.dictionary, configs.generation, memory)
         self.hypotheses: dict[int, str] = {}
         self.references: dict[int, str] = {}
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, Any] = {}
         self.num_tokens, self.seconds = 0, 0.0
         self.loss = LossSums()
+        self.prover: GenerationProver | None = None
+        self._targets: dict[int, Any] = {}
 
     @contextlib.contextmanager
     def keeping_neighbors(self, dataset: Any, batches: list[Any]) -> Iterator[None]:
@@ -241,6 +248,12 @@ class _Run:
         from tqdm import tqdm
 
         config = self.configs.generate
+        if self.configs.proof.is_on:
+            from fairseq.evaluation.prove_generation import GenerationProver
+
+            self.prover = GenerationProver(
+                self.configs.proof, self.generator, self.task.dictionary, count, self.configs.runtime.seed
+            )
         bar = tqdm(batches, total=count, disable=True if self.configs.common.no_progress_bar else None)
         for batch in bar:
             for output in self._outputs(batch):
@@ -260,6 +273,11 @@ class _Run:
             self.figures |= loss
         for line in self._scores():
             file.write(f"{line}\n")
+        if self.prover is not None:
+            proof = self.prover.finish([self._targets[number] for number in sorted(self._targets)])
+            self.figures["proof"] = proof.to_dict()
+            for line in proof.lines():
+                logger.log(logging.INFO if proof.passed else logging.WARNING, "%s", line)
 
     def _scores(self) -> list[str]:
         """The lines of the scores; none without references, or where they are the texts themselves."""
@@ -277,6 +295,8 @@ class _Run:
         """What was generated for each row of a batch."""
         from fairseq.generation.lines import Output
 
+        if self.prover is not None:
+            self.prover.begin()
         started = time.perf_counter()
         if self.reference_scorer is not None:
             found = [[hypothesis] for hypothesis in self.reference_scorer.score(batch)]
@@ -284,6 +304,8 @@ class _Run:
         else:
             found = self._generated(batch)
         self.seconds += time.perf_counter() - started
+        if self.prover is not None:
+            self.prover.check(batch, found)
         plain = self.configs.generate.scores_by == "bleu"
         for row, hypotheses in enumerate(found):
             number = int(batch.ids_B[row])
@@ -293,6 +315,8 @@ class _Run:
             target = batch.target_BT[row][batch.scored_BT[row]]
             self.hypotheses[number] = joined[0] if plain else texts[0]
             reference = self.wording.of_reference(target) if len(target) else None
+            if self.prover is not None and reference is not None:
+                self._targets[number] = target.cpu().numpy()
             if reference is not None and self.wording.source is not None:
                 self.references[number] = self.wording.joined_reference(target) if plain else reference
             source = self._source_text(batch, row)

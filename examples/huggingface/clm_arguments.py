@@ -9,6 +9,7 @@ from script_arguments import KnnArguments, ModelArguments, TextArguments, parse_
 from transformers import TrainingArguments
 
 from fairseq.config import require_at_least
+from fairseq.memory.proof.config import ProofConfig
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,21 @@ class DataArguments(TextArguments):
         "of --block_size, so that at least as many tokens are read before each; --block_size while saving a datastore.",
     )
     lines_per_group: int = text(1000, "Lines that are one text: no window reaches over a group's end.")
+    prove: str | None = text(
+        None,
+        "Check at some positions that the probabilities sum to 1, that later tokens change no score, and that the "
+        "datastore neither grew nor holds the text: a number of positions, or all; without a value as many as cost "
+        "less than 2% of the time.",
+        nargs="?",
+        const="sample",
+    )
     drop_group_tails: bool = text(False, "Leave out the end of a group that fills no window, as knn-transformers does.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(1, between="_", lines_per_group=self.lines_per_group, stride=self.stride)
         require_at_least(2, between="_", block_size=self.block_size)
+        ProofConfig(prove=self.prove)  # rejects what is neither
         if not 1 <= self.validation_split_percentage <= 99:
             raise ValueError(f"--validation_split_percentage {self.validation_split_percentage} is not in 1 to 99")
 

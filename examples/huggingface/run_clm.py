@@ -19,12 +19,21 @@ import transformers
 from clm_arguments import DataArguments, parse
 from clm_training import Blocks, Padding
 from script_models import CAUSAL, evaluating, load_config, load_model, load_tokenizer
-from script_results import peak_memory, perplexity_figures, save_scores, search_figures, write_results, write_run
+from script_results import (
+    peak_memory,
+    perplexity_figures,
+    proof_figures,
+    save_scores,
+    search_figures,
+    write_results,
+    write_run,
+)
 from script_training import pad_id, train
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
 
 from fairseq.hf.knn.evaluation import evaluate
+from fairseq.hf.knn.prove import prove
 from fairseq.runtime.atomic_files import require_writable
 from fairseq_cli.entry import run
 
@@ -62,10 +71,14 @@ def main(argv: Sequence[str]) -> None:
     script_memory.make(model, config, tokenizer, windows, knn, training)
     if training.do_eval and not knn.save_knnlm_dstore:
         memory = script_memory.wrapper(knn, tokenizer)
+        windows = list(windows) if data.prove else windows
         with evaluating(model, training), memory(model) if memory else contextlib.nullcontext():
             scores = evaluate(model, windows, memory, batch_size=training.per_device_eval_batch_size)
+            proof = None
+            if data.prove:
+                proof = prove(model, windows, scores, memory, positions=data.prove, seed=training.seed)
         told = perplexity_figures(scores, sum(map(len, groups["subset"])), memory) | {"subset": data.eval_subset}
-        told |= search_figures(memory) | peak_memory()
+        told |= search_figures(memory) | peak_memory() | proof_figures(proof)
         if data.save_scores:
             save_scores(data.save_scores, scores)
         write_results("eval", told, training)

@@ -20,6 +20,7 @@ from fairseq.evaluation.outputs import print_report
 from fairseq.hf.knn.evaluation import TokenScores
 from fairseq.hf.knn.retomaton import RetomatonWrapper
 from fairseq.metrics.perplexity import Figures
+from fairseq.metrics.verdicts import Proof
 from fairseq.runtime.atomic_files import writing
 from fairseq.runtime.files import read_json, write_json
 from fairseq.runtime.manifest import write_manifest
@@ -61,6 +62,14 @@ def search_figures(memory: Any, before: tuple[int, int] = (0, 0)) -> dict[str, A
     saved_share = 1.0 - searched / max(1, positions)
     sys.stdout.write(f"saved {100 * saved_share:.2f}% of the searches\n")
     return {"saved_share": saved_share, "num_searched": searched}
+
+
+def proof_figures(proof: Proof | None) -> dict[str, Any]:
+    """Print the verdicts of --prove; no figures without it."""
+    if proof is None:
+        return {}
+    sys.stdout.writelines(f"{line}\n" for line in proof.lines())
+    return {"proof": proof.to_dict()}
 
 
 def peak_memory() -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fairseq.config import flag, require_at_least, require_shard, require_within
 from fairseq.data.batching_config import DatasetConfig
+from fairseq.memory.proof.config import ProofConfig
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.sources.config import TEMPERATURES, KnnConfig
 from fairseq.runtime.atomic_files import require_writable
@@ -176,6 +177,7 @@ class EvaluationConfigs:
     retomaton: RetomatonConfig = RetomatonConfig()
     trime: TrimeEvaluationConfig | None = None
     """Memories of eval_lm-trime.py; None for eval_lm.py."""
+    proof: ProofConfig = ProofConfig()
 
     def require_files(self) -> None:
         """Raise ValueError for a checkpoint that is missing or a place that takes no output."""

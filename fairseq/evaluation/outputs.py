@@ -35,6 +35,8 @@ def print_report(figures: Figures, *, buckets: bool = False, positions: bool = F
     if figures.num_searched is not None:
         saved = 100.0 * (1.0 - figures.num_searched / figures.num_tokens)
         sys.stdout.write(f"searched {figures.num_searched} of {figures.num_tokens} tokens (saved {saved:.2f}%)\n")
+    for line in figures.proof.lines() if figures.proof is not None else ():
+        sys.stdout.write(f"{line}\n")
     for row in figures.buckets if buckets else ():
         upper = f"to {row['count_below'] - 1}" if row["count_below"] else "or more"
         seen = "special symbols" if row["special"] else f"seen {row['count_from']} {upper} times in training"

@@ -41,6 +41,11 @@ class CandidateReader:
         return self.source is not None
 
     @property
+    def reads_alone(self) -> bool:
+        """Whether a position is read without those before it."""
+        return True
+
+    @property
     def num_searched(self) -> int | None:
         """None: every position is searched."""
         return None
@@ -52,8 +57,7 @@ class CandidateReader:
     def logp(self, scored: ScoredPositions) -> Tensor:
         """See ``MemoryReader``."""
         candidates = self._candidates(scored)
-        if self.record is not None:
-            assert candidates is not None, "without an external memory nothing is retrieved"
+        if self.record is not None and candidates is not None:
             self.record(scored, candidates)
         return self.combine(scored.logp_N, scored.norm_N, candidates, scored.target_N, scored.text_sums)
 
@@ -71,6 +75,11 @@ class KeptNeighborsReader(CandidateReader):
     """Place in the text of each block's first scored token."""
     rows_of: Callable[[IntArray], IntArray]
     """Rows of the file of tokens at some places of the text, -1 where there are none."""
+
+    @property
+    def reads_alone(self) -> bool:
+        """False: a position's place in its block tells which neighbours it has."""
+        return False
 
     def _candidates(self, scored: ScoredPositions) -> Candidates:
         ids_NK = self.ids(scored.block_N.numpy())

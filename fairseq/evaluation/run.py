@@ -30,11 +30,19 @@ def run_evaluation(configs: EvaluationConfigs) -> tuple[Evaluation, PerplexityRe
     evaluation = open_evaluation(configs, in_order=in_order)
     scorer, reader = open_reader(configs, evaluation)
     report = PerplexityReport(evaluation.task.dictionary, configs.evaluation.remove_bpe)
+    prover = None
+    if configs.proof.is_on:
+        from fairseq.evaluation.prove import EvaluationProver
+
+        prover = EvaluationProver(configs.proof, evaluation, scorer, reader, configs.runtime.seed)
     with saving_retrieval(configs, evaluation, reader, report) as (batches, reading):
-        seconds = evaluate(scorer, batches, report, reading, configs.bulk.knn_bulk)
+        seconds = evaluate(scorer, batches, report, reading, configs.bulk.knn_bulk, prover)
+    seconds -= 0.0 if prover is None else prover.budget.seconds
     figures = report.figures(evaluation.num_total_tokens, seconds)
     if reader is not None:
         figures = dataclasses.replace(figures, num_searched=reader.num_searched)
+    if prover is not None:
+        figures = dataclasses.replace(figures, proof=prover.finish(report))
     return evaluation, report, figures
 
 

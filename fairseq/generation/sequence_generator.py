@@ -5,7 +5,7 @@ Shapes: S live sentences, K rows of each (one until the first token is chosen), 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,8 @@ class SequenceGenerator:
             raise ValueError(f"a datastore is of one model, --path names {len(models)}; give that one")
         self.models, self.config, self.memory = list(models), config, memory
         self.eos, self.pad, self.unk = dictionary.eos(), dictionary.pad(), dictionary.unk()
+        self.watch: Callable[[Tensor], None] | None = None
+        """Is given each step's log-probabilities, (R, V), which it must not change."""
 
     @torch.inference_mode()
     def generate(
@@ -119,7 +121,10 @@ class SequenceGenerator:
             steps.reorder(stay, stay)
             last_RT = last_RT[stay]
         while len(beams.sentence_S):
-            logp_RV = self._permitted(steps.logp(last_RT), beams)
+            logp_RV = steps.logp(last_RT)
+            if self.watch is not None:
+                self.watch(logp_RV)
+            logp_RV = self._permitted(logp_RV, beams)
             chosen = self._choose(logp_RV, beams)
             beams, rows, sentences = self._advance(beams, chosen, logp_RV, found)
             if len(beams.sentence_S):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fairseq.hf.attention.wrapper import ExtendedMind, extended_mind
     from fairseq.hf.knn.batches import SentencePair, windows_of
     from fairseq.hf.knn.evaluation import evaluate, save_datastore
+    from fairseq.hf.knn.prove import prove
     from fairseq.hf.knn.retomaton import RetomatonWrapper
     from fairseq.hf.knn.saver import KNNSaver
     from fairseq.hf.knn.wrapper import KNNWrapper
@@ -25,6 +26,7 @@ __all__ = [
     "evaluate",
     "extended_mind",
     "from_pretrained",
+    "prove",
     "save_datastore",
     "windows_of",
 ]
@@ -40,6 +42,7 @@ __getattr__, __dir__ = lazy_names(
         "evaluate": "fairseq.hf.knn.evaluation",
         "extended_mind": "fairseq.hf.attention.wrapper",
         "from_pretrained": "fairseq.hf.attention.original_api",
+        "prove": "fairseq.hf.knn.prove",
         "save_datastore": "fairseq.hf.knn.evaluation",
         "windows_of": "fairseq.hf.knn.batches",
     },

@@ -20,6 +20,7 @@ MODULES = (
     "fairseq.memory.retomaton.kernels",
     "fairseq.memory.combiners.vocab_mixing_kernels",
     "fairseq.memory.gnn.kernels",
+    "fairseq.memory.proof.overlap_kernels",
 )
 """All modules of compiled kernels, those that others call first."""
 

@@ -204,6 +204,18 @@ class ScoredPositions:
     def __len__(self) -> int:
         return len(self.target_N)
 
+    def rows(self, part: slice | Tensor) -> ScoredPositions:
+        """Some of the positions, in their order."""
+        sums = self.text_sums
+        return ScoredPositions(
+            self.block_N[part.cpu() if isinstance(part, Tensor) else part],
+            self.target_N[part],
+            self.logp_N[part],
+            self.norm_N[part],
+            None if self.key_ND is None else self.key_ND[part],
+            None if sums is None else LogSums(sums.hit_N[part], sums.whole_N[part]),
+        )
+
     @property
     def keys(self) -> Tensor:
         """Keys of all positions, (N, D). Asking for keys that were not computed is a programming error."""

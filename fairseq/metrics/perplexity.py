@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fairseq.data.dictionary import Dictionary
+    from fairseq.metrics.verdicts import Proof
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class Figures:
     """Loss by place in the block."""
     num_searched: int | None = None
     """Tokens whose neighbours RetoMaton had to search; None without it."""
+    proof: Proof | None = None
+    """Verdicts of --prove; None without it."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -54,8 +57,9 @@ class Figures:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain types, for JSON."""
-        searched = {} if self.num_searched is None else {"num_searched": self.num_searched}
-        return searched | {
+        more: dict[str, Any] = {} if self.num_searched is None else {"num_searched": self.num_searched}
+        more |= {} if self.proof is None else {"proof": self.proof.to_dict()}
+        return more | {
             "loss_base2": self.loss_base2,
             "perplexity": self.perplexity,
             "num_tokens": self.num_tokens,

@@ -161,8 +161,13 @@ class GraphLanguageModel(TransformerLanguageModel):
         return self._mixed(super().vocab_logp(before_ND), super().vocab_logp(after_ND))
 
     def vocab_scores(self, hidden_ND: Tensor) -> Tensor:
-        """See the base class; with --orig-prob-ratio they are log-probabilities."""
-        return self.vocab_logp(hidden_ND) if self._mixes else super().vocab_scores(hidden_ND)
+        """See the base class; with --orig-prob-ratio their log-sum is that of the graph's scores."""
+        if not self._mixes:
+            return super().vocab_scores(hidden_ND)
+        before_ND, after_ND = hidden_ND.chunk(2, 1)
+        scores_NV = super().vocab_scores(after_ND)
+        norm_N1 = torch.logsumexp(scores_NV, 1, keepdim=True)
+        return self._mixed(super().vocab_logp(before_ND), scores_NV - norm_N1) + norm_N1
 
     def _mixed(self, own: Tensor, of_graph: Tensor) -> Tensor:
         """log(a p + (1 - a) p'), for a of --orig-prob-ratio."""

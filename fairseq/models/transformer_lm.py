@@ -166,9 +166,9 @@ class TransformerLanguageModel(nn.Module):
         return log_softmax(self._output_scores(hidden_ND))
 
     def vocab_scores(self, hidden_ND: Tensor) -> Tensor:
-        """Scores of every type before any softmax, (N, V) float32; of an adaptive softmax its log-probabilities."""
+        """Scores of every type before any softmax, (N, V) float32; of an adaptive softmax with its head's log-sum."""
         if self.decoder.adaptive_softmax is not None:
-            return self.decoder.adaptive_softmax.vocab_logp(hidden_ND)
+            return self.decoder.adaptive_softmax.vocab_scores(hidden_ND)
         return self._output_scores(hidden_ND).float()
 
     def _output_scores(self, hidden_ND: Tensor) -> Tensor:

@@ -109,13 +109,23 @@ class AdaptiveSoftmax(nn.Module):
 
     def vocab_logp(self, x_ND: Tensor) -> Tensor:
         """Log-probability of every type, (N, V) in float32."""
+        return self._vocab(x_ND)[0]
+
+    def vocab_scores(self, x_ND: Tensor) -> Tensor:
+        """Scores of every type whose log-sum is that of the head's scores, (N, V) in float32."""
+        logp_NV, norm_N1 = self._vocab(x_ND)
+        return logp_NV + norm_N1
+
+    def _vocab(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of every type, and log-sum of the head's scores, (N, 1)."""
         x_ND = F.dropout(x_ND, self.dropout, self.training)
-        head_NC = log_softmax(self.head(x_ND))
+        score_NC = self.head(x_ND)
+        head_NC = log_softmax(score_NC)
         parts = [head_NC[:, : self.ends[0]]]
         for band, tail in enumerate(self.tail):
             own_N1 = head_NC[:, self.ends[0] + band, None]
             parts.append(own_N1 + log_softmax(tail(x_ND)))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1), score_NC[:, :1].to(head_NC.dtype) - head_NC[:, :1]
 
 
 def pick(score_NV: Tensor, index_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,10 +148,13 @@ def test_generated_lines_and_scores(data, model, capsys, tmp_path):
     assert "tok:13a" in out[-5]
     log = [float(p) for p in next(line for line in out if line.startswith("P-7")).split("\t")[1].split()]
     assert float(best[7][1]) == pytest.approx(sum(log) / len(log), abs=2e-4)
-    generate.main([str(data), "--path", str(model), "--beam", "3", "--cpu", "--results-path", str(tmp_path), "--quiet"])
+    words = ["--beam", "3", "--cpu", "--results-path", str(tmp_path), "--quiet", "--prove", "20"]
+    generate.main([str(data), "--path", str(model), *words])
     assert (tmp_path / "generate-test.hyp").read_text().splitlines() == [best[n][2] for n in range(40)]
     assert (tmp_path / "generate-test.txt").read_text().startswith("Generate test with beam=3: BLEU4 = ")
-    assert json.loads((tmp_path / "generate-test.run.json").read_text())["figures"]["sentences"] == 40
+    figures = json.loads((tmp_path / "generate-test.run.json").read_text())["figures"]
+    assert figures["sentences"] == 40
+    assert [figures["proof"][name]["passed"] for name in ("mass", "causality", "order")] == [True, True, None]
 
 
 def test_each_shard_writes_its_own_files(data, model, tmp_path):

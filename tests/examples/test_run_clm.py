@@ -76,6 +76,12 @@ def test_each_token_is_scored_once_and_group_tails_are_kept(
     assert manifest["inputs"][str(text)]["bytes"] == text.stat().st_size
     assert kept["eval_loss"] == pytest.approx(-np.mean(logp), rel=1e-5)
     assert perplexity(clm(*words)) != perplexity(told)  # windows of 32 and half of that
+    proved = clm(*words, "--block_size", 24, "--stride", 7, "--prove", 5)
+    assert perplexity(proved) == perplexity(told)
+    assert "proof of mass: ok" in proved
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["proof"]["num_positions"] == 5
+    with pytest.raises(ValueError, match="--prove 0 is neither"):
+        clm(*words, "--prove", 0)
 
 
 def test_without_tails_a_group_is_cut_to_whole_windows(clm: Clm, corpus: Path, tmp_path: Path) -> None:

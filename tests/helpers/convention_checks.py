@@ -59,6 +59,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("retomaton",),
         ("retrieval",),
         ("gnn",),
+        ("proof",),
         ("planning",),
         ("kernel_warmup",),
     ),

@@ -81,6 +81,7 @@ def test_target_is_one_entry_of_a_distribution(variant):
     torch.testing.assert_close(dense.logsumexp(1), torch.zeros(14))
     logp, norm = model.target_logp(hidden, target)
     torch.testing.assert_close(logp, dense.gather(1, target[:, None])[:, 0])
+    torch.testing.assert_close(model.vocab_scores(hidden), dense + norm[:, None])
     for chunk in (1, 5, 14, 99):
         torch.testing.assert_close(model.target_logp(hidden, target, chunk), (logp, norm))
 

@@ -5,6 +5,7 @@ Shapes: B sequences, N positions of all of them, D key width.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ class RetomatonReader:
     """Scores the blocks of a text with RetoMaton, each as a sequence of its own, and counts the searches."""
 
     needs_keys = True
+    reads_alone = False
 
     def __init__(self, memory: Retomaton, combine: Combiner, *, ahead: bool = False, carry: bool = False) -> None:
         """Args.
@@ -144,8 +146,15 @@ class RetomatonReader:
         """
         self.memory, self.combine, self.ahead, self.carry = memory, combine, ahead, carry
         self.num_positions = self.num_searched = 0
+        self.record: Callable[[ScoredPositions, Candidates], None] | None = None
         self._last_block: int | None = None
         self._state = memory.start(1)
+
+    def with_record(self, record: Callable[[ScoredPositions, Candidates], None]) -> RetomatonReader:
+        """A reader that goes on from here by itself, and whose candidates are recorded."""
+        other = copy.copy(self)
+        other.record = record
+        return other
 
     def logp(self, scored: ScoredPositions) -> Tensor:
         """See ``MemoryReader``; all scored positions of a block stand one after the other, in their order."""
@@ -154,6 +163,8 @@ class RetomatonReader:
 
         def use(place_B: Tensor, candidates: Candidates) -> None:
             at_B = place_B.to(logp_N.device)
+            if self.record is not None:
+                self.record(scored.rows(at_B), candidates)
             out_N[at_B] = self.combine(logp_N[at_B], norm_N[at_B], candidates, target_N[at_B]).to(out_N.dtype)
 
         block_B, lengths_B = torch.unique_consecutive(scored.block_N.cpu(), return_counts=True)
