@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -224,3 +225,35 @@ def perplexity(output: str) -> float:
     found = re.search(r"^Loss \(base 2\): ([0-9.]+), Perplexity: ([0-9.]+)$", output, re.MULTILINE)
     assert found, output
     return float(found.group(2))
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    """A tiny random Llama whose generations are as long as they are asked to be."""
+    import served_models
+    import tiny_models
+
+    return served_models.endless(tiny_models.make("llama"))
+
+
+@pytest.fixture(scope="session")
+def llama_stores(llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of its stores ``a`` and ``b``, of other texts."""
+    import served_models
+    from tiny_stores import saved
+
+    folder = tmp_path_factory.mktemp("stores")
+    saved(llama, folder, name="a", tokenizer=served_models.tokenizer())
+    saved(llama, folder, name="b", batches=2, tokenizer=served_models.tokenizer())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(llama: Any, llama_stores: Path) -> Iterator[Any]:
+    """A server with both, the first the default, with k 8, weight 0.4 and temperature 2."""
+    import served_models
+
+    stores = (f"a={llama_stores}/a", f"b={llama_stores}/b")
+    tokenizer = served_models.tokenizer(served_models.TEMPLATE)
+    with served_models.serving(llama, tokenizer, store=stores, k=8, weight=0.4, knn_temp=2.0) as running:
+        yield running

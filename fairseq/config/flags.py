@@ -276,7 +276,7 @@ class FlagParser(argparse.ArgumentParser):
         if field.metadata.get("const") is not None:
             settings |= {"nargs": "?", "const": field.metadata["const"]}
         if annotation == tuple[str, ...]:
-            settings |= {"type": str, "nargs": "+"}
+            settings |= {"type": str, "nargs": "+", "action": "extend"}  # given twice, the flag adds to its values
         if "choices" not in settings:
             settings["metavar"] = field.name.upper()
         group.add_argument(*names, dest=field.name, **settings)

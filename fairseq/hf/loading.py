@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from fairseq.hf.hooks.causality import require_causal
 
 
 @contextlib.contextmanager
@@ -45,3 +48,48 @@ def check_tokenizer(tokenizer: Any, model: Any) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {rows}: they do not belong together")
+
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def load_decoder(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A decoder in evaluation mode and its tokenizer; None for a folder without one.
+
+    Args:
+        name: folder, or name on the hub.
+        dtype: type of the weights, or ``auto`` for that of the file.
+        device: where it computes.
+    Raises: ValueError when there is none, or both do not belong together.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind = "causal language model"
+    with naming_model(name, kind):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model = model.eval().to(device)
+    require_causal(model, name)
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return model, None
+    with naming_model(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    check_tokenizer(tokenizer, model)
+    return model, tokenizer
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that a model reads at most, by its config; None where that states none."""
+    config = model.config.get_text_config(decoder=True)
+    for field in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

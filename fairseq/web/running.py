@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from fairseq.web.access import EVERY_ADDRESS, LOOPBACK_NAMES, Access, App, Guard
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from fairseq.web.config import AddressConfig
 
 logger = logging.getLogger(__name__)
@@ -76,21 +78,33 @@ def run(
         ready: called when the program listens; by default the address is printed.
     Raises: ValueError when uvicorn is not installed.
     """
+    server = make_server(app, address, open_paths=open_paths, grace_seconds=grace_seconds)
+    (ready or (lambda: print_address(address)))()
+    with _signals_end_here():
+        server.run(sockets=[address.socket])
+
+
+def make_server(
+    app: App, address: Address, *, open_paths: frozenset[str] = frozenset(), grace_seconds: int = GRACE_SECONDS
+) -> uvicorn.Server:
+    """The server that ``run`` runs; in a thread other than the main one, setting its ``should_exit`` stops it.
+
+    Raises: ValueError when uvicorn is not installed.
+    """
     try:
         import uvicorn
     except ModuleNotFoundError as error:
         raise ValueError("uvicorn is not installed; pip install 'fairseq-memory[serve]'") from error
-    config = uvicorn.Config(
-        Guard(app, address.access(open_paths)),
-        log_level="warning",
-        access_log=False,  # its lines would hold the token of the address
-        lifespan="on",
-        server_header=False,
-        timeout_graceful_shutdown=grace_seconds,
+    return uvicorn.Server(
+        uvicorn.Config(
+            Guard(app, address.access(open_paths)),
+            log_level="warning",
+            access_log=False,  # its lines would hold the token of the address
+            lifespan="on",
+            server_header=False,
+            timeout_graceful_shutdown=grace_seconds,
+        )
     )
-    (ready or (lambda: print_address(address)))()
-    with _signals_end_here():
-        uvicorn.Server(config).run(sockets=[address.socket])
 
 
 def print_address(address: Address) -> None:

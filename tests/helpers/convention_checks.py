@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.compat",),
     ("fairseq.hf",),
     ("fairseq.web",),
+    ("fairseq.serving",),
     ("fairseq_cli",),
 )
 # The same inside a room: its subrooms and ground-floor modules, the lowest first.
@@ -70,6 +71,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("lists",),
         ("faiss",),
         ("exact",),
+        ("grown",),
         ("opening",),
         ("sharded",),
         ("build",),
@@ -85,7 +87,28 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cached", "recall"),
         ("inputs",),
     ),
-    "fairseq.hf": (("hooks",), ("gguf",), ("loading",), ("knn",), ("attention",), ("pipeline",)),
+    "fairseq.hf": (
+        ("hooks",),
+        ("gguf",),
+        ("loading",),
+        ("decoding",),
+        ("knn",),
+        ("attention",),
+        ("pipeline",),
+        ("lm_eval",),
+    ),
+    "fairseq.serving": (
+        ("config", "errors"),
+        ("texts", "metrics", "fields"),
+        ("jobs",),
+        ("rows",),
+        ("memories",),
+        ("engine",),
+        ("requests",),
+        ("answers", "store_requests"),
+        ("app",),
+        ("opening",),
+    ),
 }
 
 # package -> the only places that may import it

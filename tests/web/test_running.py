@@ -10,6 +10,9 @@ import pytest
 from fairseq.web.config import AddressConfig
 from fairseq.web.running import Address, run
 
+ASKED = threading.Event()
+"""A request has arrived."""
+
 
 async def app(scope, receive, send):
     """Answers after a moment, long enough to be stopped meanwhile."""
@@ -21,6 +24,7 @@ async def app(scope, receive, send):
                 return
     import asyncio
 
+    ASKED.set()
     await asyncio.sleep(0.3)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": scope["path"].encode()})
@@ -64,6 +68,7 @@ def test_impossible_values_are_rejected(fields):
 def test_requests_in_progress_are_answered_before_the_stop(capsys, number):
     """The program is stopped by a signal while it answers; the answer still comes."""
     answers = []
+    ASKED.clear()
 
     def ask(address):
         deadline = time.monotonic() + 10
@@ -72,8 +77,8 @@ def test_requests_in_progress_are_answered_before_the_stop(capsys, number):
                 if probe.connect_ex(("127.0.0.1", address.port)) == 0:
                     break
         with httpx.Client(base_url=address.url, trust_env=False) as client:
-            stopper = threading.Timer(0.1, os.kill, (os.getpid(), number))
-            stopper.start()
+            # Not before: the address is bound from the start, and until the server runs a signal is this program's own.
+            threading.Thread(target=lambda: ASKED.wait(10) and os.kill(os.getpid(), number)).start()
             answers.append(client.get("/page").text)
 
     with Address(AddressConfig(port=0)) as address:

@@ -119,6 +119,11 @@ def find_index(prefix: str | Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def index_metric(path: Path) -> Metric:
+    """The metric of an index, by the ending of its file."""
+    return _ENDINGS[path.suffix]
+
+
 def find_members(prefix: str | Path) -> Path | None:
     """The file of clusters beside a store, ours or of knn-transformers. Raises: ValueError when there are several."""
     path = Path(prefix)
@@ -162,7 +167,7 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
     # Values are read at random, a thousand for each query: from memory that takes a fraction of the time.
     store = store.in_memory() if settings.in_memory else replace(store, values=store.values.in_memory())
     if settings.search_on is not None:
-        metric = _ENDINGS[place.index.suffix] if place.index else Metric.L2
+        metric = index_metric(place.index) if place.index else Metric.L2
         search = SearchSettings(metric, settings.probe, gpu=False)
         indexfile = str(place.index) if place.index else None
         index: Index = open_sharded_index(store, settings.search_on, search, indexfile, settings.search_workers)
@@ -170,7 +175,7 @@ def open_memory(place: StorePlace, settings: MemorySettings) -> ExternalMemory:
         logger.info("no index beside %s: all %d keys are compared with every query", place.prefix, len(store))
         index = ExactIndex(store.keys, Metric.L2, deleted=store.deleted if len(store.deleted) else None)
     else:
-        metric, name = _ENDINGS[place.index.suffix], place.index
+        metric, name = index_metric(place.index), place.index
         index = open_faiss(name, metric, store.prefix, store.digest, store.deleted, probe=settings.probe, mapped=False)
     return ExternalMemory(store, index, _fitting_k(settings.k, store), score)
 

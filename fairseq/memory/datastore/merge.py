@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.memory.datastore.chunked_array import view_as
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.delete import write_deleted
 from fairseq.memory.datastore.layout import FORMAT_VERSION, KEY_DTYPES, StoreFiles, StoreName, require_free
@@ -18,12 +19,14 @@ from fairseq.memory.datastore.metadata import (
     Shard,
     content_digest,
     deleted_checksum,
+    documents_of,
     read_deleted,
     read_metadata,
     require_alike,
     saved_shards,
     shard_prefix,
 )
+from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.types import Array
 from fairseq.runtime.files import locked, may_create_in, read_json, write_json
 from fairseq.runtime.records import seal
@@ -93,8 +96,71 @@ def merge(prefix: str | Path, stores: Sequence[str | Path] = ()) -> dict[str, An
                 moved = (shard.first_row + rows, shard.first_document + documents)
                 shards.append(dataclasses.replace(shard, first_row=moved[0], first_document=moved[1]))
                 require_alike(shards[0], shard, _MUST_AGREE)
-            rows, documents = rows + len(opened), documents + int(opened.metadata.get("num_documents", 1))
+            rows, documents = rows + len(opened), documents + count_documents(opened)
         return _write_combined(prefix, shards, documents, np.concatenate(deleted))
+
+
+def append(prefix: str | Path, store: str | Path) -> dict[str, Any]:
+    """Append a store to a merged one, whose rows and documents keep their numbers; deleted rows stay deleted.
+
+    A reader sees the merged store as it was or with all of the other one, also after a kill.
+
+    Returns: the new metadata. Raises: ValueError when the first is no merged store, or the other does not fit it;
+    OSError when another process is writing it.
+    """
+    names = StoreFiles.of(prefix)
+    with locked(names.lock, f"datastore {str(prefix)!r}"):
+        whole, more = Datastore.open(prefix, with_keys=False), Datastore.open(store, with_keys=False)
+        if "parts" not in whole.metadata:
+            raise ValueError(f"datastore {str(prefix)!r} has arrays of its own; merge it under another name first")
+        rows, documents = len(whole), count_documents(whole)
+        entries = []
+        for shard in more.shards:
+            require_alike(whole.shards[0], shard, _MUST_AGREE)
+            moved = (shard.first_row + rows, shard.first_document + documents)
+            entries.append(_entry(prefix, dataclasses.replace(shard, first_row=moved[0], first_document=moved[1])))
+        metadata = dict(whole.metadata) | {"rows": rows + len(more)}
+        metadata |= {"parts": [*whole.metadata["parts"], *entries], "num_documents": documents + count_documents(more)}
+        write_json(names.metadata, seal(metadata))
+    return metadata
+
+
+def join_parts(prefix: str | Path, first: int, into: str | Path) -> list[str]:
+    """Rewrite the parts of a merged store from number ``first`` on as one; rows and documents keep their numbers.
+
+    A reader sees the store with the old parts or with the new one, also after a kill; the old files stay.
+
+    Args:
+        into: prefix of the new part.
+    Returns: the prefixes of the old parts, which nothing needs any more. Raises: ValueError when rows of these are
+    deleted by themselves; OSError when another process is writing the store.
+    """
+    names = StoreFiles.of(prefix)
+    with locked(names.lock, f"datastore {str(prefix)!r}"):
+        whole = Datastore.open(prefix, with_keys=False)
+        shards, dtype = whole.shards[first:], str(whole.metadata["key_dtype"])
+        start = Shard(str(into), {}, shards[0].first_row, shards[0].first_document)
+        if any(shard.metadata.get("deleted") for shard in shards):
+            raise ValueError(f"parts of datastore {str(prefix)!r} have deleted rows of their own; compact them first")
+        kept = {name: value for name, value in shards[0].metadata.items() if name not in _SHARD_FIELDS}
+        facts = {name: value for name, value in kept.items() if name not in ("dim", "key_dtype", "value_dtype")}
+        table = documents_of(shards).runs_R3 - [start.first_row, start.first_document, 0]
+        with DatastoreWriter(into, None, whole.dim, dtype, facts, resume=False) as writer:
+            for shard in shards:
+                writer.append(view_as(shard.keys(), dtype), shard.values())
+            writer.finish(documents=table)
+        joined = dataclasses.replace(start, metadata=read_metadata(into))
+        parts = [*whole.metadata["parts"][:first], _entry(prefix, joined)]
+        write_json(names.metadata, seal(dict(whole.metadata) | {"parts": parts}))
+    return [shard.prefix for shard in shards]
+
+
+def count_documents(store: Datastore) -> int:
+    """Documents of a store: those its metadata count, or that its table names where they count none."""
+    counted = store.metadata.get("num_documents")
+    if counted is not None:
+        return int(counted)
+    return int(store.documents.runs_R3[:, 1].max()) + 1
 
 
 def _require_free(prefix: str | Path, stores: Sequence[str | Path]) -> None:

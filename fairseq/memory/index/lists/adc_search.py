@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fairseq.memory.index.lists.adc_kernels import TableRoom
     from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
 
-_FEW = 8
-"""So many queries are searched on the calling thread: to start others takes longer."""
+_ROWS_PER_TASK = 32_768
+"""Probed keys of a task at least, some milliseconds of work: to start another thread takes a few tenths of one."""
 
 
 def codewords(index: SwigIndex) -> Array:
@@ -77,7 +77,7 @@ class AdcSearch:
         return len(self._lists.bias)
 
     def search(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best keys of the probed lists, best first, of equals the lower row; few queries on the calling thread.
+        """The k best keys of the probed lists, best first, of equals the lower row; little work on the calling thread.
 
         Returns: ids (N, k), -1 where fewer were found, and scores (N, k), higher is closer, minus infinity there.
         """
@@ -89,7 +89,9 @@ class AdcSearch:
             self._num_probed = probed_NP.shape[1]
             self._rooms = ObjectPool(self._fresh_room)
         ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
-        step = max(_FEW, -(-len(query) // (2 * torch.get_num_threads())))
+        num_rows = int((self._lists.first_L[1:] - self._lists.first_L[:-1])[probed_NP].sum())
+        num_tasks = max(1, min(2 * torch.get_num_threads(), num_rows // _ROWS_PER_TASK))
+        step = max(1, -(-len(query) // num_tasks))
         parts = [slice(first, first + step) for first in range(0, len(query), step)]
         outs = (ids_NK.numpy(), scores_NK.numpy())
         run_in_threads(lambda part: self._search(query[part], probed_NP[part], *(x[part] for x in outs)), parts)

@@ -1,0 +1,1 @@
+"""Commands that answer on a network address."""
