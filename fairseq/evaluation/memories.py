@@ -232,4 +232,11 @@ def _require_output_of_lm(configs: EvaluationConfigs, evaluation: Evaluation, me
     own = file_digest(str(configs.evaluation.path))
     within = evaluation.checkpoint.config.get("task", {}).get("lm_digest")
     by_own = memory.store.metadata.get("model_digest") == own
+    without_graph = "('short_cut', True)" in str(memory.store.metadata.get("model_overrides"))
+    if by_own and saved == "model_output" and not without_graph:
+        raise ValueError(
+            f"datastore {memory.store.prefix!r} holds keys of model_output of the GNN-LM itself, which have read the "
+            "graph; --knn-keytype lm_output asks for states before it: give model_output, or the language model's "
+            "datastore"
+        )
     check_model(memory.store, lambda: own if by_own else (within or own), strict=configs.knn.strict_model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,18 @@ def is_tensor_file(path: Path) -> bool:
     with open(path, "rb") as file:
         begin = file.read(9)
     return len(begin) == 9 and begin[8:] == b"{" and int.from_bytes(begin[:8], "little") < _LONGEST_HEADER
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes them in another one in each process."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length, "the same words in another order are not longer"
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def read_tensor_file(path: Path, what: str, fix: str = DAMAGED) -> TensorFile:

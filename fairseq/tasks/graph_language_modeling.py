@@ -35,7 +35,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 logger = logging.getLogger(__name__)
 
 TRAIN = "train"
-_SAVED_BY, _LM = "stores_model_digest", "lm_digest"
+_SAVED_BY, _LM, _SEARCHES = "stores_model_digest", "lm_digest", "searches"
 
 
 class GraphBlocks(MonolingualDataset):
@@ -69,6 +69,8 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         self._models: list[GraphLanguageModel] = []
         self._waiting: list[GraphBlocks] = []  # for the models
         self._lm_digest: str | None = None  # of the checkpoint that the language model within is of
+        self._resumed: tuple[str, Mapping[str, Any]] | None = None  # a checkpoint, and how its neighbours were searched
+        self._searches: dict[str, dict[str, Any]] = {}  # how those of each split were
 
     def _path(self, name: str) -> str:
         return os.path.join(str(self.config.graph_stores), name)
@@ -158,6 +160,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
             return
         if resumes and of_graph.get("name") == "graph_language_modeling":
             self._require_same_graph(path, of_graph)
+            self._resumed = path, of_graph.get(_SEARCHES, {})
         digest = of_graph[_LM] if _LM in of_graph else file_digest(path)
         self._warn_of_other_stores(path, digest or of_graph.get(_SAVED_BY))
         self._lm_digest = digest
@@ -175,6 +178,20 @@ class GraphLanguageModelingTask(LanguageModelingTask):
                     "another --save-dir (--finetune-from-model starts another stage from it)"
                 )
 
+    def _require_same_search(self, split: str, neighbors: SplitNeighbors) -> None:
+        """Note how a split's neighbours were searched; raise ValueError for a run that began with other ones."""
+        now = {"k": self.config.gcn_k or neighbors.k, **neighbors.search}
+        self._searches[split] = now
+        path, searches = self._resumed or ("", {})
+        before = searches.get(split, now)
+        for name in [*now, *sorted(before.keys() - now.keys())]:
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{path} was trained with neighbours of {split} whose {name} is {before.get(name)!r}, that of "
+                    f"{neighbors.path} is {now.get(name)!r}: search again as before, or give another --save-dir "
+                    "(--finetune-from-model starts another stage from it)"
+                )
+
     @property
     def _saved_by(self) -> str | None:
         """Digest of the language model that saved the stores."""
@@ -189,6 +206,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
             _LM: None if self._models[0].moves_language_model else self._lm_digest,
             "feature_tap": self._feature_tap,
             "features": self.features.digest,
+            _SEARCHES: self._searches,
         }
 
     def check_checkpoint(self, path: str, trained: Mapping[str, Any]) -> None:
@@ -262,6 +280,7 @@ class GraphLanguageModelingTask(LanguageModelingTask):
         neighbors = self._neighbors(split, store)
         if config.gcn_k is not None:
             neighbors.require(config.gcn_k)
+        self._require_same_search(split, neighbors)
         self._require_text(split, store)
         rows = TextRows(store, blocks.blocks)
         if config.use_precompute_feat:
@@ -349,6 +368,13 @@ class GraphLanguageModelingTask(LanguageModelingTask):
                 "predict: its keys have read up to %d tokens, a block and its context have %d; "
                 "--invalid-neighbor-context %d is safe",
                 config.nearest, read, block, safe,
+            )  # fmt: skip
+        elif reader.neighbors.searched_band < safe:
+            logger.warning(
+                "keys nearer than %d tokens competed with the neighbours of the train split and were dropped later: "
+                "which are left depends on what those have read, and that may be what they help to predict; search "
+                "again with fairseq-neighbors --invalid-neighbor-context %d, without --no-replacement",
+                config.nearest, safe,
             )  # fmt: skip
 
     def iterator(self, dataset: Collating, batches: list[IntArray], **more: Any) -> EpochBatchIterator:

@@ -167,7 +167,11 @@ def test_a_resumed_training_gives_the_same_bytes(folder, options, tmp_path):
 
 def test_bfloat16(folder, logps, tmp_path):
     train_graph(folder, tmp_path / "half", "--bf16", updates=2)
-    np.testing.assert_allclose(logps("gnn", "--bf16")[0].mean(), logps("gnn")[0].mean(), atol=0.01)
+    half = logps("gnn", "--bf16")[0]
+    np.testing.assert_allclose(half.mean(), logps("gnn")[0].mean(), atol=0.01)
+    for _ in ("written", "read"):
+        stored = logps("gnn", "--bf16", "--graph-states", tmp_path / "states")[0]
+        np.testing.assert_allclose(stored, half, atol=0.05)
 
 
 def save_stores(folder, place, run, *more):
@@ -243,6 +247,27 @@ def test_a_run_goes_on_with_the_graph_that_it_began_with(folder, more, message):
     assert load_checkpoint(str(folder / "gnn" / "checkpoint_last.pt")).progress["num_updates"] == 6
 
 
+def test_a_run_goes_on_with_the_neighbours_that_it_began_with(folder, tmp_path):
+    stores = shutil.copytree(folder / "stores", tmp_path / "stores")
+    words = [f"{stores}/train", "--dstore-filename", f"{stores}/train", "--invalid-neighbor-context", str(BAND)]
+
+    def train_on(*more, updates=2):
+        for path in stores.glob("train.neighbors*"):
+            path.unlink()
+        for shard in "01":
+            neighbors.main([*words, "--k", str(K), "--num-shards", "2", "--shard-id", shard, *more])
+        train_graph(folder, tmp_path / "run", "--graph-stores", stores, updates=updates)
+
+    train_graph(folder, tmp_path / "run", "--graph-stores", stores, updates=1)
+    with pytest.raises(ValueError, match="neighbours of train whose metric is 'cos', that of .* is 'l2'"):
+        train_on("--faiss-metric-type", "l2")
+    with pytest.raises(ValueError, match="neighbours of train whose replaced is True, that of .* is False"):
+        train_on("--no-replacement")
+    with pytest.raises(ValueError, match=f"neighbours of train whose k is {K}, that of .* is {K + 1}"):
+        train_on("--k", str(K + 1))
+    train_on()  # the same search, in parts
+
+
 def test_neighbours_of_rows_of_another_text_are_not_compared_by_these_keys(folder, tmp_path):
     knn = ("--knnlm", "--k", K, "--lmbda", 0.3, "--knn-keytype", "model_output")
     other = ("--dstore-filename", folder / "stores" / "valid", "--knn-neighbors")
@@ -261,25 +286,18 @@ def test_a_context_that_reaches_beyond_the_band_is_told(folder, caplog):
         caplog.clear()
         evaluate(folder, "gnn", "--gen-subset", "train", "--context-window", context, "--tokens-per-sample", 16)
         safe = longest + 16 + context
-        said = [line for line in caplog.messages if f"--invalid-neighbor-context {safe} is safe" in line]
-        assert bool(said) == (safe > BAND)
+        assert (f"--invalid-neighbor-context {safe} is safe" in caplog.text) == (safe > BAND)
+        # The search's band counts too: how many are left of those it found tells of nearer keys.
+        words = ("--context-window", context, "--tokens-per-sample", 16, "--invalid-neighbor-context", 99)
+        evaluate(folder, "gnn", "--gen-subset", "train", *words)
+        assert (f"--invalid-neighbor-context {safe}, without" in caplog.text) == (safe > BAND)
 
 
 def test_a_gnn_lm_as_a_plain_language_model(folder, tmp_path):
     start = str(folder / "gnn" / "checkpoint_last.pt")
+    words = [*BASE, "--finetune-from-model", start, "--save-dir", str(tmp_path), "--max-update", "1"]
     with pytest.raises(ValueError, match="the model is a GNN-LM, which reads neighbours: train it with --arch"):
-        train.main(
-            [
-                str(folder / "bin"),
-                *BASE,
-                "--finetune-from-model",
-                start,
-                "--save-dir",
-                str(tmp_path),
-                "--max-update",
-                "1",
-            ]
-        )
+        train.main([str(folder / "bin"), *words])
     with pytest.raises(ValueError, match="--short-cut leaves the graph out"):
         train_graph(folder, tmp_path / "x", "--short-cut")
 
@@ -294,13 +312,10 @@ def test_context_is_read_and_not_scored(folder, logps):
     whole, _ = logps("gnn", "--context-window", 16, "--tokens-per-sample", 8)
     same, out = logps("gnn", "--context-window", 16, "--tokens-per-sample", 8, "--gcn-context-window", 16)
     np.testing.assert_allclose(same, whole, atol=1e-5)
-    none, out = logps(
-        "gnn", "--context-window", 16, "--tokens-per-sample", 8, "--gcn-context-window", 0, "--output-position-stats"
-    )
+    words = ("--context-window", 16, "--tokens-per-sample", 8, "--gcn-context-window", 0)
+    none, out = logps("gnn", *words, "--output-position-stats")
     assert np.abs(none - whole).max() > 1e-4
-    small_batches = logps(
-        "gnn", "--context-window", 16, "--tokens-per-sample", 8, "--gcn-context-window", 0, "--max-tokens", 8
-    )[0]
+    small_batches = logps("gnn", *words, "--max-tokens", 8)[0]
     np.testing.assert_allclose(small_batches, none, atol=1e-5)
     places = re.findall(r"^places? (\d+)(?: to (\d+))? of a block: (\d+) tokens, perplexity", out, re.MULTILINE)
     assert [(first, last) for first, last, _ in places] == [("0", ""), ("1", "3"), ("4", "7")]
@@ -313,12 +328,16 @@ def test_neighbours_of_the_same_model_or_of_the_one_within(folder, logps, tmp_pa
     knn = ("--knnlm", "--k", 8, "--lmbda", 0.3)
     second = logps("gnn", *knn, "--dstore-filename", tmp_path / "second", "--knn-keytype", "model_output")
     within = logps("gnn", *knn, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "lm_output")
-    alone, plain = (
-        logps("gnn"),
-        logps("lm", *knn, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "model_output"),
-    )
+    alone = logps("gnn")
+    plain = logps("lm", *knn, "--dstore-filename", folder / "stores" / "train", "--knn-keytype", "model_output")
     assert not np.array_equal(second[0], within[0])
     assert perplexity(second[1]) < perplexity(alone[1])
+    with pytest.raises(ValueError, match="holds keys of model_output of the GNN-LM itself, .* lm_output asks for"):
+        evaluate(folder, "gnn", *knn, "--dstore-filename", tmp_path / "second", "--knn-keytype", "lm_output")
+    cut = ("--dstore-mmap", tmp_path / "own", "--model-overrides", "{'short_cut': True}")  # of the model within
+    evaluate(folder, "gnn", "--gen-subset", "train", *saving, *cut)
+    again = logps("gnn", *knn, "--dstore-filename", tmp_path / "own", "--knn-keytype", "lm_output", "--strict-model")
+    np.testing.assert_array_equal(again[0], within[0])
     # The language model within finds what it finds alone; only the other share differs.
     found = (np.exp(within[0]) - 0.7 * np.exp(alone[0])) / 0.3
     own = (np.exp(plain[0]) - 0.7 * np.exp(logps("lm")[0])) / 0.3
@@ -337,10 +356,8 @@ def test_kept_neighbours_are_taken_instead_of_a_search(folder, logps, tmp_path):
             np.testing.assert_allclose(logps("lm", *own, *kept, *more)[0], wanted, atol=1e-5)
         else:  # other states, which find others
             assert np.isfinite(logps("lm", *own, *kept, *more)[0]).all()
-    evaluate(
-        folder, "gnn", "--gen-subset", "train", "--save-knnlm-dstore", "--dstore-mmap", tmp_path / "second",
-        "--knn-keytype", "model_output",
-    )  # fmt: skip
+    saving = ("--save-knnlm-dstore", "--dstore-mmap", tmp_path / "second", "--knn-keytype", "model_output")
+    evaluate(folder, "gnn", "--gen-subset", "train", *saving)
     other = logps("gnn", *knn, "--dstore-filename", tmp_path / "second", *kept, "--save-retrieval", tmp_path / "F")[0]
     keys, own_keys = raw_keys(tmp_path / "second"), raw_keys(folder / "stores" / "train")
     assert not np.array_equal(keys, own_keys)
@@ -405,9 +422,8 @@ def test_a_band_that_is_too_narrow_is_told_with_the_safe_one(folder, caplog, tmp
     train_graph(folder, tmp_path / "run", updates=1)
     said = [record.getMessage() for record in caplog.records if "is safe" in record.getMessage()]
     longest = json.loads((folder / "stores" / "train.json").read_text())["longest_input"]
-    safe = longest + BLOCK
-    assert [f"--invalid-neighbor-context {safe} is safe" in line for line in said] == [True] * len(said)
-    assert bool(said) == (safe > BAND)
+    assert all(f"--invalid-neighbor-context {longest + BLOCK} is safe" in line for line in said)
+    assert bool(said) == (longest + BLOCK > BAND)
 
 
 def test_options_of_a_graph_without_one(folder, validated):

@@ -52,7 +52,10 @@ class StateSource:
                 "can be stored; use occurrence"
             )
         if not self.num_stored:
-            raise ValueError("a network of --graph-layer 1 reads the features themselves: there are no states to store")
+            raise ValueError(
+                "a network of --graph-layer 1 reads the features themselves: there are no states to store; "
+                "leave --graph-states out"
+            )
 
     @property
     def num_stored(self) -> int:
@@ -186,7 +189,8 @@ def store_states(
                 states = source.states(torch.arange(writer.rows_done, stop))
                 if codecs:
                     states = tuple(codec.encode(state.cpu()) for codec, state in zip(codecs, states))
-                writer.append(torch.cat(states, 1))
+                row_UX = torch.cat(states, 1)
+                writer.append(row_UX if codecs else row_UX.float())  # numpy has no bfloat16
                 writer.checkpoint_when_due()
             writer.finish()
     return CachedStates.open(path, source, codecs)

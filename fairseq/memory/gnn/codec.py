@@ -23,7 +23,7 @@ from torch import Tensor
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.atomic_files import replacing
 from fairseq.runtime.files import DAMAGED
-from fairseq.runtime.tensor_files import read_tensor_file
+from fairseq.runtime.tensor_files import read_tensor_file, sort_metadata
 
 FORMAT = "fairseq-memory product quantizer 2"
 _BEFORE = "fairseq-memory product quantizer 1"  # without a digest of what is said about the codec
@@ -172,6 +172,7 @@ class ProductQuantizer:
         said = {**(metadata or {}), "format": FORMAT, "digest": self.digest}
         with replacing(path) as aside:
             save_file(tensors, aside, metadata=said | {_SEAL: _digest_of(said)})
+            sort_metadata(Path(aside))
             with open(aside, "rb") as file:
                 os.fsync(file.fileno())
 

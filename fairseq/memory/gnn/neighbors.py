@@ -120,6 +120,17 @@ class SplitNeighbors:
                 f"({digest[:16]}), which may have been saved again; remove it, or search again with fairseq-neighbors"
             )
 
+    @property
+    def search(self) -> dict[str, Any]:
+        """What decided the content, the same for one file and for its shards; empty for a headerless file."""
+        return {name: value for name, value in self.made_of.items() if name not in ("kind", "tokens")}
+
+    @property
+    def searched_band(self) -> int:
+        """Distance in tokens from which on the search saw all neighbours that it could take; 0 where nothing replaces
+        the nearer ones, or none is recorded. Which neighbours are kept says nothing of the keys nearer than this."""
+        return int(self.made_of.get("band", 0)) if self.made_of.get("replaced", False) else 0
+
     def require(self, k: int) -> None:
         """Raise ValueError unless so many neighbours are kept."""
         if k > self.k:
@@ -318,6 +329,7 @@ def _ours(path: str) -> tuple[ChunkedArray, Mapping[str, Any]]:
                     f"{part.path} and {parts[0].path} are parts of different searches: {name} "
                     f"{part.made_of.get(name)!r} and {value!r}; search again with fairseq-neighbors"
                 )
+    _require_same_width(parts)
     _require_consecutive(parts)
     arrays = [np.asarray(array) for part in parts for array in part.rows.chunks]
     return ChunkedArray(arrays), {name: value for name, value in parts[0].made_of.items() if name != "tokens"}
@@ -342,6 +354,16 @@ def _require_consecutive(parts: Sequence[RowFile]) -> None:
                 "belong in its place; copy the right part, or search it again with fairseq-neighbors"
             )
         first = end
+
+
+def _require_same_width(parts: Sequence[RowFile]) -> None:
+    for part in parts:
+        one, other = (each.rows.shape[1] for each in (parts[0], part))
+        if one != other:
+            raise ValueError(
+                f"{parts[0].path} keeps {one} neighbours of each token and {part.path} keeps {other}; search one of "
+                "them again with fairseq-neighbors and the --k of the other"
+            )
 
 
 def _require_kind(path: str, file: RowFile) -> None:

@@ -31,7 +31,8 @@ class NeighborsConfig:
     exclude_own_document: bool = flag("--exclude-own-document", default=False)
     """Of the train split itself: take no neighbour of the token's own document."""
     no_replacement: bool = flag("--no-replacement", default=False)
-    """Keep no other neighbours in place of those that are too near, as the original does: their places stay empty."""
+    """Keep no other neighbours in place of those that are too near, as the original does: their places stay empty. How
+    many are empty depends on keys that have read later tokens, which is a small leak."""
     bulk: int = flag("--knn-bulk", default=8192)
     """Tokens that are searched for at once."""
     num_shards: int = flag("--num-shards", default=1)

@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def test_a_codec_is_saved_whole(codec, tmp_path):
     assert metadata == {"store": "x"}
     assert torch.equal(loaded.decode(codec.encode(keys())), codec.decode(codec.encode(keys())))
     content = bytearray((tmp_path / "codec").read_bytes())
+    about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    assert list(about) == sorted(about), "the same bytes in every process"
     content[-1] ^= 1
     (tmp_path / "codec").write_bytes(bytes(content))
     with pytest.raises(ValueError, match="is damaged: its digest differs"):

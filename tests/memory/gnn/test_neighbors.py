@@ -19,9 +19,10 @@ from fairseq_cli.memory import neighbors
 ROWS, DIM, DOCUMENT = 400, 16, 50
 
 
-def write_store(prefix, rows, seed, documents=None, **metadata):
+def write_store(prefix, rows, seed, documents=None, *, moved=slice(0), **metadata):
     rng = np.random.default_rng(seed)
     keys = rng.standard_normal((rows, DIM)).astype(np.float32).cumsum(0) * 0.2  # neighbours in the text are alike
+    keys[moved] += 9
     with DatastoreWriter(prefix, rows, DIM, metadata={"key_tap": "x"} | metadata, documents=documents) as writer:
         writer.append(torch.from_numpy(keys), torch.from_numpy(rng.integers(4, 9, rows)))
         writer.finish()
@@ -85,6 +86,23 @@ def test_near_ones_leave_their_places_empty_where_nothing_replaces_them(stores, 
     assert count_missing(file) == ROWS
 
 
+def test_what_is_within_the_band_moves_no_row_unless_places_stay_empty(tmp_path):
+    """How many places stay empty depends on near keys, which have read later tokens."""
+    found = {}
+    for name, moved in (("as it is", slice(0)), ("moved", slice(99, 103))):
+        (tmp_path / name).mkdir()
+        write_store(tmp_path / name / "train", ROWS, 0, moved=moved)
+        for no_replacement in (False, True):
+            out = tmp_path / name / f"n{no_replacement}"
+            search_split(config(tmp_path / name, band=5, no_replacement=no_replacement, out=str(out)))
+            kept = SplitNeighbors.open(out, train=Datastore.open(tmp_path / name / "train"))
+            assert kept.searched_band == (0 if no_replacement else 5)
+            found[name, no_replacement] = kept.take(torch.tensor([98]), 7)
+    for no_replacement in (False, True):
+        one, two = found["as it is", no_replacement], found["moved", no_replacement]
+        assert torch.equal(one, two) != no_replacement
+
+
 def test_another_split_takes_all_and_shards_are_one_file(stores, tmp_path, capsys):
     folder, keys, queries = stores
     wanted = expected(keys, queries, 7, np.ones((90, ROWS), bool))
@@ -131,6 +149,13 @@ def test_shards_that_are_not_the_parts_of_one_split_are_errors(stores, tmp_path)
         SplitNeighbors.open(tmp_path / "n", train=train)
     first.write_bytes(record)
     assert len(SplitNeighbors.open(tmp_path / "n", train=train, num_tokens=90)) == 90
+    for ending in ("", ".json"):
+        (tmp_path / f"n.shard1of3{ending}").unlink()
+    search_split(config(folder, "valid", out=str(tmp_path / "n"), num_shards=3, shard_id=1, num_neighbors=5))
+    with pytest.raises(
+        ValueError, match="n.shard0of3 keeps 7 neighbours of each token and .*n.shard1of3 keeps 5; search"
+    ):
+        SplitNeighbors.open(tmp_path / "n", train=train)
     search_split(config(folder, "valid", out=str(tmp_path / "n"), num_shards=2))
     with pytest.raises(ValueError, match="n is there in 2 shards and in 3; remove those of one"):
         SplitNeighbors.open(tmp_path / "n", train=train)
