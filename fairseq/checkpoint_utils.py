@@ -301,7 +301,11 @@ def _keep_layers(weights: dict[str, Tensor], side: str, keep: tuple[int, ...] | 
 
 def _other_flags(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """Which flags of training ask for another architecture than a checkpoint has, as a clause with the way out."""
-    shapes = {name: value for name, value in asked.items() if name in saved and isinstance(value, (int, tuple))}
+    shapes = {
+        name: value
+        for name, value in asked.items()
+        if name in saved and (isinstance(value, (int, tuple)) or name == "graph_mean")
+    }
     changed = [name for name, value in shapes.items() if _as_list(saved[name]) != _as_list(value)]
     wanted = ", ".join(f"{flag_of(name)} {asked[name]} (the checkpoint has {saved[name]})" for name in changed)
     return (

@@ -22,7 +22,7 @@ from fairseq.memory.extended_mind.settings import POSITIONS
 from fairseq.runtime.atomic_files import naming, replacing
 from fairseq.runtime.files import locked, parse_json
 from fairseq.runtime.records import CRC, TEXT, WHOLE, Entries, Fields, Items, Nullable, one_of, require
-from fairseq.runtime.tensor_files import TensorFile, block_sums, read_tensor_file
+from fairseq.runtime.tensor_files import TensorFile, block_sums, read_tensor_file, sort_metadata
 
 _RESERVED = 8 << 20
 _WAY_OUT = "copy it again, or save the memory again"
@@ -68,6 +68,7 @@ def save_memory(memory: Memory, path: str | Path) -> None:
                 "checksums": json.dumps({name: _sums_of(tensor) for name, tensor in held.items()}),
             },
         )
+        sort_metadata(Path(aside))
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
 
