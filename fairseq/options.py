@@ -16,6 +16,7 @@ from fairseq.evaluation.config import (
     BulkConfig,
     EvaluationConfig,
     EvaluationConfigs,
+    MemoryDecoderEvaluationConfig,
     MemoryEvaluationConfig,
     TrimeEvaluationConfig,
 )
@@ -196,6 +197,7 @@ def evaluation_configs(settings: Settings) -> EvaluationConfigs:
         trime=trime,
         bulk=settings.config(BulkConfig),
         proof=settings.config(ProofConfig),
+        decoder=settings.config(MemoryDecoderEvaluationConfig),
         knn=settings.config(KnnConfig),
         runtime=settings.config(RuntimeConfig),
         data=settings.config(DatasetConfig),
@@ -244,6 +246,7 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
         *ours,
         BulkConfig,
         KnnConfig,
+        MemoryDecoderEvaluationConfig,
         ProofConfig,
     ):
         parser.add_config(config_class)

@@ -6,13 +6,13 @@ Shapes: B blocks, T positions of a padded block, D width, N scored positions of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.scoring import log_sums
+from fairseq.memory.scoring import interpolate, log_sums
 from fairseq.memory.types import LogSums, Passage, ScoredPositions
 
 if TYPE_CHECKING:
@@ -22,8 +22,17 @@ if TYPE_CHECKING:
     from fairseq.memory.sources.base import TextSource
     from fairseq.memory.types import Candidates
     from fairseq.models.base import LanguageModel
+    from fairseq.models.transformer_lm import TransformerLanguageModel
 
     TargetScore = Callable[[LanguageModel, Tensor, Tensor, Tensor], Tensor]
+
+
+class MixedDecoder(NamedTuple):
+    """A decoder whose distribution is mixed into that of the language model (Memory Decoder, arXiv 2508.09874)."""
+
+    model: TransformerLanguageModel
+    weight: float
+    """Its share, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Inspection:
     """What the scores of a batch of one block were made of; :meth:`SequenceScorer.score` fills it."""
 
     hidden: list[tuple[LanguageModel, Tensor]] = field(default_factory=list)
-    """Each model, and its states at the scored positions, (N, D)."""
+    """Each model, and its states at the scored positions, (N, D); a decoder that is mixed in comes last."""
     found: list[Candidates] = field(default_factory=list)
     """What each memory of the text offered to the scored positions."""
 
@@ -70,6 +79,7 @@ class SequenceScorer:
         device: torch.device | str = "cpu",
         text_memory: TextMemory | None = None,
         correct: TargetScore | None = None,
+        decoder: MixedDecoder | None = None,
     ) -> None:
         """Args.
 
@@ -78,6 +88,7 @@ class SequenceScorer:
         softmax_batch: positions whose vocabulary scores are held at once.
         text_memory: memories of the text itself; they read the keys.
         correct: replaces log-probabilities given (model, hidden_ND, target_N, logp_N); None keeps them.
+        decoder: mixed into the models' mean; keys and the vocabulary's log-sum are the first model's all the same.
         Raises: ValueError when keys are wanted of several models.
         """
         if key_tap is not None and len(models) > 1:
@@ -87,6 +98,7 @@ class SequenceScorer:
         self.softmax_batch = softmax_batch
         self.text_memory = text_memory
         self._correct = correct
+        self.decoder = decoder
         self.device = torch.device(device)
 
     @property
@@ -115,6 +127,12 @@ class SequenceScorer:
             if seen is not None:
                 seen.hidden.append((model, hidden_ND))
         logp_N = _mean_probability([logp for logp, _ in parts])
+        if self.decoder is not None:
+            hidden_ND = self.decoder.model(here.tokens_BT).hidden_BTD.flatten(0, 1)[place_N]
+            own_N = self.decoder.model.target_logp(hidden_ND, target_N, self.softmax_batch)[0]
+            logp_N = interpolate(logp_N, own_N.float(), self.decoder.weight)
+            if seen is not None:
+                seen.hidden.append((self.decoder.model, hidden_ND))
         key_ND = key_BTD.flatten(0, 1)[place_N] if key_BTD is not None else None
         text_sums = self._text_sums(batch, here, key_BTD, seen) if self.text_memory is not None else None
         return ScoredPositions(_block_of(batch, place_N), target_N, logp_N, parts[0][1].float(), key_ND, text_sums)
@@ -122,14 +140,15 @@ class SequenceScorer:
     @torch.inference_mode()
     def vocab_logp(self, seen: Inspection, n: int) -> Tensor:
         """Log-probability of every type at the scored position ``n``, as :meth:`score` has it for the target, (V,)."""
-        parts = []
+        parts: list[Tensor] = []
         for model, hidden_ND in seen.hidden:
             logp_V = model.vocab_logp(hidden_ND[n : n + 1])[0].float()
-            if self._correct is not None:
+            if self._correct is not None and len(parts) < len(self.models):
                 every_V = torch.arange(len(logp_V), device=logp_V.device)
                 logp_V = self._correct(model, hidden_ND[n].expand(len(logp_V), -1), every_V, logp_V)
             parts.append(logp_V)
-        return _mean_probability(parts)
+        logp_V = _mean_probability(parts[: len(self.models)])
+        return logp_V if self.decoder is None else interpolate(logp_V, parts[-1], self.decoder.weight)
 
     def _text_sums(self, batch: LMBatch, here: LMBatch, key_BTD: Tensor | None, seen: Inspection | None) -> LogSums:
         """Sums that the memories of the text add, block after block."""

@@ -26,6 +26,7 @@ from fairseq.memory.datastore.config import (
 )
 from fairseq.memory.index.sharded.config import RunShardsConfig, ServeConfig
 from fairseq.memory.planning.config import PlanConfig
+from fairseq.memory.retrieval.soft_targets_config import ExportTargetsConfig
 from fairseq.registry import Entry, lookup
 from fairseq_cli.entry import run
 
@@ -235,6 +236,46 @@ def quantize(config: QuantizeConfig, argv: Sequence[str]) -> None:
     write_manifest(manifest, program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=())
 
 
+def export_targets(config: ExportTargetsConfig, argv: Sequence[str]) -> None:
+    """Write the neighbours' distributions, and print how large they are."""
+    import os
+
+    from tqdm import tqdm
+
+    from fairseq.memory.retrieval.explain import open_store
+    from fairseq.memory.retrieval.file import Retrieval
+    from fairseq.memory.retrieval.soft_targets import export
+    from fairseq.runtime.atomic_files import require_writable
+    from fairseq.runtime.manifest import require_own_manifest, write_manifest
+
+    require_writable(os.path.dirname(os.path.abspath(config.out)), "--out")
+    manifest = f"{config.out}.run.json"
+    require_own_manifest(manifest, f"{PROGRAM} export-knn-targets", "--out")
+    retrieval = Retrieval.open(config.retrieval)
+    if retrieval.is_joint:
+        raise ValueError(
+            f"{config.retrieval} is of eval_lm-trime.py, whose neighbours are normalised with the vocabulary; give a "
+            "retrieval of eval_lm.py --knnlm"
+        )
+    k = config.num_neighbors or retrieval.k
+    if k > retrieval.k:
+        raise ValueError(f"--k {k} is more than the {retrieval.k} neighbours in {config.retrieval}; give at most these")
+    store = open_store(retrieval, config.dstore_filename)
+    temperature = config.temperature or float(retrieval.about["temperature"])
+    with tqdm(total=len(retrieval), unit=" tokens", disable=None) as bar:
+        figures = export(
+            retrieval, store.values, config.out, k=k, temperature=temperature, report=lambda n: bar.update(n - bar.n)
+        )
+    own = "without its own row" if figures["own_rows_dropped"] else "of a store of another text"
+    mean = figures["num_entries"] / max(1, figures["num_tokens"])
+    sys.stdout.write(
+        f"{config.out}: {figures['num_tokens']} tokens, {mean:.1f} entries each, {own}, {figures['bytes']} bytes\n"
+    )
+    write_manifest(
+        manifest, program=PROGRAM, argv=argv, config=to_dict(config), figures=figures, inputs=[config.retrieval]
+    )
+
+
 def merge(config: MergeConfig, argv: Sequence[str]) -> None:
     """Make the whole and print how many rows it has."""
     from fairseq.memory.datastore.merge import merge as join
@@ -408,6 +449,7 @@ COMMANDS = {
     "delete": Entry(DeleteConfig, delete),
     "sample": Entry(SampleConfig, sample),
     "quantize": Entry(QuantizeConfig, quantize),
+    "export-knn-targets": Entry(ExportTargetsConfig, export_targets),
     "plan": Entry(PlanConfig, plan),
     "doctor": Entry(DoctorConfig, doctor),
     "serve": Entry(ServeConfig, serve),

@@ -106,8 +106,8 @@ def test_a_documented_command_of_fairseq_datastore_parses(words: list[str]) -> N
     parser.add_config(config)
     own, command = split_command(words[1:])
     built = build(config, parser.parse(own))
-    # A plan is of a store that is not there yet, what the doctor looks at is of none, and run-shards runs a command.
-    assert any(getattr(built, name, None) for name in ("prefix", "keys", "folder")) or command
+    # A plan is of a store that is not there yet, targets are of neighbours, the doctor of none; run-shards runs one.
+    assert any(getattr(built, name, None) for name in ("prefix", "keys", "folder", "retrieval")) or command
 
 
 @pytest.mark.parametrize("words", words_after("fairseq-knn-sweep"), ids=" ".join)

@@ -11,6 +11,7 @@ CRITERIONS: dict[str, Entry] = {
     "label_smoothed_cross_entropy": Entry(
         c.LabelSmoothingConfig, "fairseq.criterions.label_smoothed_cross_entropy:LabelSmoothedCrossEntropy"
     ),
+    "memory_decoder_loss": Entry(c.MemoryDecoderConfig, "fairseq.criterions.memory_decoder_loss:MemoryDecoderLoss"),
     "trime_ext_loss": Entry(c.TrimeExternalConfig, "fairseq.criterions.trime_loss:external_loss"),
     "trime_long_loss": Entry(c.TrimeGatheredConfig, "fairseq.criterions.trime_loss:long_loss"),
     "trime_long_loss_same_device": Entry(c.TrimeConfig, "fairseq.criterions.trime_loss:long_loss_same_device"),

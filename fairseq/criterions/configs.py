@@ -31,6 +31,24 @@ class LabelSmoothingConfig(CriterionConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryDecoderConfig(CriterionConfig):
+    """A decoder that learns what neighbours say (Memory Decoder, arXiv 2508.09874)."""
+
+    knn_targets: str | None = flag("--knn-targets", default=None)
+    """File of fairseq-datastore export-knn-targets: the neighbours' distribution at each token of the training text."""
+    knn_alpha: float = flag("--knn-alpha", default=0.5)
+    """Share of the divergence from the neighbours' distribution in the loss; the rest is the cross-entropy."""
+
+    def __post_init__(self) -> None:
+        if not self.knn_targets:
+            raise ValueError(
+                "--criterion memory_decoder_loss needs --knn-targets: a file of fairseq-datastore export-knn-targets"
+            )
+        if not 0 <= self.knn_alpha <= 1:
+            raise ValueError(f"--knn-alpha {self.knn_alpha} is not in [0, 1]; 0 is the cross-entropy alone")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrimeConfig(CriterionConfig):
     """Vocabulary and in-batch memory normalised together."""
 

@@ -103,6 +103,23 @@ class MemoryEvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryDecoderEvaluationConfig:
+    """A decoder that was trained on neighbours, mixed into the language model (Memory Decoder, arXiv 2508.09874)."""
+
+    memory_decoder: str | None = flag("--memory-decoder", default=None)
+    """Checkpoint of train.py --criterion memory_decoder_loss."""
+    decoder_weight: float | None = flag("--decoder-weight", default=None)
+    """Its share in the probability, 0 to 1; what other memories add is mixed into both together."""
+
+    def __post_init__(self) -> None:
+        if (self.memory_decoder is None) != (self.decoder_weight is None):
+            raise ValueError("--memory-decoder CHECKPOINT and --decoder-weight SHARE belong together; give both")
+        require_within(0, 1, hint="0 is the language model alone", decoder_weight=self.decoder_weight)
+        if self.memory_decoder is not None and not os.path.isfile(self.memory_decoder):
+            raise ValueError(f"--memory-decoder: no checkpoint at {self.memory_decoder!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BulkConfig:
     """Options for bulk retrieval and for keeping its results."""
 
@@ -178,6 +195,7 @@ class EvaluationConfigs:
     trime: TrimeEvaluationConfig | None = None
     """Memories of eval_lm-trime.py; None for eval_lm.py."""
     proof: ProofConfig = ProofConfig()
+    decoder: MemoryDecoderEvaluationConfig = MemoryDecoderEvaluationConfig()
 
     def require_files(self) -> None:
         """Raise ValueError for a checkpoint that is missing or a place that takes no output."""

@@ -31,6 +31,10 @@ def check_knn(configs: EvaluationConfigs) -> None:
     if configs.memory.knn_neighbors and (configs.retomaton.retomaton or configs.knn.search_on):
         other = "--retomaton" if configs.retomaton.retomaton else "--search-on"
         raise ValueError(f"--knn-neighbors searches nothing, and {other} is a way to search: leave one of them out")
+    if configs.decoder.memory_decoder and configs.memory.save_knnlm_dstore:
+        raise ValueError(
+            f"--memory-decoder {configs.decoder.memory_decoder} changes no key of --save-knnlm-dstore: leave it out"
+        )
     retomaton, knn, given = configs.retomaton, configs.knn, configs.command.given
     own = [field for field in dataclasses.fields(RetomatonConfig) if field.name in given]
     if own and not retomaton.retomaton:
@@ -95,6 +99,7 @@ def _open_knn(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seque
         key_tap=evaluation.key_tap if configs.memory.knnlm or configs.memory.save_knnlm_dstore else None,
         softmax_batch=configs.evaluation.softmax_batch,
         device=evaluation.device,
+        decoder=evaluation.decoder,
     )
     if not configs.memory.knnlm:
         return scorer, None
@@ -179,6 +184,7 @@ def _open_trime(configs: EvaluationConfigs, evaluation: Evaluation) -> tuple[Seq
         device=evaluation.device,
         text_memory=TextMemory(sources, knn.temperature) if sources else None,
         correct=None if trime.fix_tail_pads else replicate_tail_padding_bug,
+        decoder=evaluation.decoder,
     )
     if not has_memory:
         return scorer, None

@@ -102,7 +102,7 @@ def write_evaluation_manifest(
     config, knn, command = configs.evaluation, configs.knn, configs.command
     prefix = evaluation.task.prefix(config.gen_subset)
     named = [*str(config.path).split(":"), prefix + ".bin", prefix + ".idx", knn.dstore_filename, knn.indexfile]
-    named.append(configs.retomaton.clusters)
+    named += [configs.retomaton.clusters, configs.decoder.memory_decoder]
     if knn.dstore_filename:
         from fairseq.memory.datastore.metadata import store_files
 

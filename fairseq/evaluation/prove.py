@@ -137,7 +137,8 @@ class EvaluationProver:
         self.evaluation, self.scorer, self.reader = evaluation, scorer, reader
         self.budget = Budget(config, len(evaluation.batches), seed)
         self.mass, self.order = MassTally(is_in_half(scorer.models)), OrderTally()
-        self.causality = CausalityTally(rounding_of(scorer.models))
+        decoder = [] if scorer.decoder is None else [scorer.decoder.model]
+        self.causality = CausalityTally(rounding_of([*scorer.models, *decoder]))
         self._step = 0
         self._checked: list[_Checked] = []
         self._scored: list[Tensor] = []

@@ -117,6 +117,7 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """Everything that decides which neighbours and log-probabilities come out, as plain values."""
     from fairseq.memory.retrieval.made_of import facts_of_model, facts_of_search, facts_of_text
+    from fairseq.runtime.manifest import file_digest
 
     config, task, sizes = configs.evaluation, evaluation.task, [evaluation.dataset.sizes]
     fingerprint: dict[str, Any] = {
@@ -130,6 +131,9 @@ def _fingerprint(
         **facts_of_search(memory, configs.knn.probe),
         **task.facts(config.gen_subset),
     }
+    if configs.decoder.memory_decoder:
+        digest = file_digest(configs.decoder.memory_decoder)
+        fingerprint |= {"memory_decoder": digest, "decoder_weight": configs.decoder.decoder_weight}
     if isinstance(reader, KeptNeighborsReader):
         fingerprint["neighbors"] = reader.neighbors.digest
     if configs.trime is not None:

@@ -18,6 +18,7 @@ from fairseq.evaluation.splits import SplitPart, block_size_for, part_by_length,
 from fairseq.models.config import KEY_TAPS, layer_of_tap
 from fairseq.registry import lookup
 from fairseq.runtime.distributed import runs_on_gpu
+from fairseq.sequence_scorer import MixedDecoder
 from fairseq.tasks.configs import GraphLanguageModelingConfig, LanguageModelingConfig, graph_options
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
@@ -46,6 +47,8 @@ class Evaluation:
     """Inner state of the first model that is the memory key."""
     device: torch.device
     num_workers: int
+    decoder: MixedDecoder | None = None
+    """A decoder that is mixed into the models."""
 
     @property
     def batches(self) -> list[np.ndarray[Any, Any]]:
@@ -92,13 +95,15 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
     task.attach(models, trains=False)
     for path, checkpoint in zip(paths, checkpoints):
         task.check_checkpoint(path, checkpoint.config.get("task", {}))
-    longest = min((model.longest_input for model in models if model.longest_input), default=None)
+    decoder = _decoder(configs, task)
+    readers = [*models, *([] if decoder is None else [decoder.model])]
+    longest = min((model.longest_input for model in readers if model.longest_input), default=None)
     if longest is not None and block_size + config.context_window > longest:
         raise ValueError(
             f"{block_size} tokens to score after --context-window {config.context_window} make inputs longer than the "
             f"{longest} learned positions of the model; give a smaller --context-window or --tokens-per-sample"
         )
-    limit = stated.get("max_target_positions") or min(model.max_positions for model in models)
+    limit = stated.get("max_target_positions") or min(model.max_positions for model in readers)
     if config.score_all:
         blocks = blocks.with_long_blocks_split(limit)
     elif block_size + config.context_window > limit:
@@ -123,6 +128,7 @@ def open_evaluation(configs: EvaluationConfigs, *, in_order: bool) -> Evaluation
         key_tap=_key_tap(configs, models[0]),
         device=device,
         num_workers=data.num_workers,
+        decoder=decoder,
     )
 
 
@@ -171,6 +177,14 @@ def _prepared(
     for name in TASK_OVERRIDES:  # of the text, not of the model: see open_evaluation
         overrides.pop(name, None)
     return task.load_model(checkpoint, path, overrides, configs.runtime)
+
+
+def _decoder(configs: EvaluationConfigs, task: LanguageModelingTask) -> MixedDecoder | None:
+    """The decoder of --memory-decoder. Raises: ValueError when it is not of this dictionary."""
+    path, weight = configs.decoder.memory_decoder, configs.decoder.decoder_weight
+    if path is None or weight is None:
+        return None
+    return MixedDecoder(task.load_model(load_checkpoint(path), path, None, configs.runtime), weight)
 
 
 def _key_tap(configs: EvaluationConfigs, model: TransformerLanguageModel) -> str:

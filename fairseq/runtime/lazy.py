@@ -12,6 +12,7 @@ _EXTRAS = {
     "gguf": "hf",
     "accelerate": "hf",
     "datasets": "hf",
+    "pyarrow": "hf",
     "matplotlib": "plot",
     "ray": "ray",
     "pyserini": "pyserini",

@@ -115,6 +115,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
 ONLY_IN = {
     "argparse": ("fairseq/config/flags.py", "benchmarks/"),
     "faiss": ("fairseq/memory/index/faiss_library.py",),
+    "pyarrow": ("fairseq/memory/retrieval/soft_targets.py", "fairseq/hf/", "examples/"),
     "ray": ("fairseq/runtime/ray_cluster.py",),
     "starlette": ("fairseq/serving/", "fairseq/explorer/"),
     "transformers": ("fairseq/hf/", "examples/", "benchmarks/"),
