@@ -10,10 +10,10 @@ TEST_WORKERS ?= 2
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo test lint type unit format bench docs wheel clean distclean
+.PHONY: help setup demo test test-page lint type unit format bench docs wheel clean distclean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F '|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 setup: $(INSTALLED)  ## make .venv and install the pinned versions (the other targets do this by themselves)
 
@@ -32,6 +32,14 @@ demo: $(INSTALLED)  ## Shakespeare from download to a table of perplexities, on 
 # The types are checked beside the tests: on one core alone they would keep the other one waiting for a minute.
 test: lint  ## everything that must hold: style, types, tests
 	@$(MAKE) --no-print-directory -j2 type unit
+
+test-page: $(INSTALLED)  ## the explorer's page in Chromium (make test does the same where Chromium and playwright are there)
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || { echo \
+	  "make test-page: Chromium is missing; install it (Debian: apt-get install chromium), or give CHROMIUM=PATH" >&2; \
+	  exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) \
+	  --constraint constraints.txt --editable '.[page]'
+	PAGE_TESTS=always OMP_NUM_THREADS=1 python -m pytest -m page tests/explorer
 
 lint: $(INSTALLED)
 	ruff check .

@@ -232,8 +232,12 @@ def task_for(arch: str, task: str) -> str:
     return GRAPH_TASK if task == "language_modeling" and model_name(arch) == GNN else task
 
 
-def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
-    """Parse the arguments of ``eval_lm.py`` or ``eval_lm-trime.py``. Exits with status 2 and one line on a mistake."""
+def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py", more: Sequence[type] = ()) -> Settings:
+    """Parse the arguments of ``eval_lm.py`` or ``eval_lm-trime.py``. Exits with status 2 and one line on a mistake.
+
+    Args:
+        more: configs besides those of the program.
+    """
     import_plugins(program, argv)
     parser = FlagParser(program, "Score text with a language model, with or without a memory.")
     parser.add_config(TaskChoiceConfig)
@@ -252,7 +256,8 @@ def parse_eval_lm(argv: Sequence[str], program: str = "eval_lm.py") -> Settings:
         parser.add_config(config_class)
     for config_class in (RuntimeConfig, CommonConfig, DatasetConfig):
         parser.add_config(config_class)
-    parser.add_config(_KeyTapConfig)
+    for config_class in (_KeyTapConfig, *more):
+        parser.add_config(config_class)
     if not trime:
         parser.add_config(GraphStoresConfig)
     add_ignored(parser, ignored_flags.EVALUATE)

@@ -52,15 +52,21 @@ class TextMemory:
     sources: Sequence[TextSource]
     temperature: float
     """Divides their similarities."""
+    record: Callable[[Passage, list[LogSums]], None] | None = None
+    """Is given each passage and the sums of each source."""
 
     def sums(self, passage: Passage, seen: Inspection | None = None) -> LogSums:
         """Sums that the memories add to the passage's scored positions; then the passage is appended."""
         total: LogSums | None = None
+        found: list[LogSums] = []
         for source in self.sources:
-            found = source.lookup(passage)
+            candidates = source.lookup(passage)
             if seen is not None:
-                seen.found.append(found)
-            total = log_sums(found, passage.targets, self.temperature).plus(total)
+                seen.found.append(candidates)
+            found.append(log_sums(candidates, passage.targets, self.temperature))
+            total = found[-1].plus(total)
+        if self.record is not None:
+            self.record(passage, found)
         for source in self.sources:
             source.append(passage)
         assert total is not None, "no memory of the text was given"
@@ -113,7 +119,7 @@ class SequenceScorer:
         Args:
             seen: takes what the scores are made of, for a batch of one block.
         """
-        here, place_N = batch.to(self.device), self._places(batch)
+        here, place_N = batch.to(self.device), self.places(batch)
         target_N = here.target_BT.view(-1)[place_N]
         parts = []
         key_BTD = None
@@ -154,7 +160,7 @@ class SequenceScorer:
         """Sums that the memories of the text add, block after block."""
         assert self.text_memory is not None
         assert key_BTD is not None, "memories of the text were given to a scorer that makes no keys"
-        sums = [self.text_memory.sums(passage, seen) for passage in _passages(batch, here, key_BTD)]
+        sums = [self.text_memory.sums(passage, seen) for passage in passages(batch, here, key_BTD)]
         if len(sums) == 1:
             return sums[0]
         return LogSums(torch.cat([part.hit_N for part in sums]), torch.cat([part.whole_N for part in sums]))
@@ -162,13 +168,13 @@ class SequenceScorer:
     @torch.inference_mode()
     def keys(self, batch: LMBatch) -> ScoredPositions:
         """Keys alone: no softmax is computed."""
-        here, place_N = batch.to(self.device), self._places(batch)
+        here, place_N = batch.to(self.device), self.places(batch)
         out = self.models[0](here.tokens_BT, key_tap=self.key_tap, **here.source)
         empty, target_N = torch.empty(0), here.target_BT.view(-1)[place_N]
         assert out.key_BTD is not None, "keys were asked of a scorer without a key tap"
         return ScoredPositions(_block_of(batch, place_N), target_N, empty, empty, out.key_BTD.flatten(0, 1)[place_N])
 
-    def _places(self, batch: LMBatch) -> Tensor:
+    def places(self, batch: LMBatch) -> Tensor:
         """int64 (N,): the scored positions, as places in the flattened batch."""
         # NumPy finds them without waking other threads, and on the host: a GPU would have to be waited for.
         return torch.from_numpy(np.flatnonzero(batch.scored_BT.numpy())).to(self.device)
@@ -185,7 +191,7 @@ def _block_of(batch: LMBatch, place_N: Tensor) -> Tensor:
     return batch.ids_B[torch.div(place_N.cpu(), batch.scored_BT.shape[1], rounding_mode="floor")]
 
 
-def _passages(batch: LMBatch, here: LMBatch, key_BTD: Tensor) -> Iterator[Passage]:
+def passages(batch: LMBatch, here: LMBatch, key_BTD: Tensor) -> Iterator[Passage]:
     """The blocks of a batch, without padding; ``here`` is the batch on the device of the keys."""
     places_T = torch.arange(1, batch.scored_BT.shape[1] + 1)
     ends_B = (batch.scored_BT * places_T).amax(1).tolist()

@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from explorer_fixtures import explored, explored_pairs, explored_store, explored_words, kept  # noqa: F401
 from forked_commands import Forks
 
 # The time an example takes depends on what else the machine does.

@@ -28,6 +28,7 @@ from fairseq.models.transformer_lm import TransformerLanguageModel
 from fairseq.options import parse_eval_lm, parse_train
 from fairseq_cli.datastore import COMMANDS as DATASTORE_COMMANDS
 from fairseq_cli.datastore import split_command
+from fairseq_cli.web.explore import KINDS as EXPLORED_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [ROOT / "train_scripts" / "shakespeare-demo.sh", ROOT / "examples" / "trime" / "run.sh"]
@@ -122,6 +123,17 @@ def test_a_documented_comparison_of_recall_parses(words: list[str]) -> None:
     parser = FlagParser("fairseq-neighbor-recall", "")
     parser.add_config(RecallConfig)
     assert len(build(RecallConfig, parser.parse(words)).folders) > 1
+
+
+@pytest.mark.parametrize("words", words_after("fairseq-explore"), ids=" ".join)
+def test_a_documented_exploration_parses(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind, rest = (words[0], words[1:]) if words[0] in EXPLORED_KINDS else ("saved", words)
+    if kind == "saved":
+        assert EXPLORED_KINDS[kind](rest)[0]["retrievals"] == ["valid.retrieval"]
+        return
+    with pytest.raises(ValueError, match=r"no checkpoint at|no file"):  # a mistake in a flag would exit
+        EXPLORED_KINDS[kind](rest)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

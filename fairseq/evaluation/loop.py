@@ -59,15 +59,20 @@ def evaluate(
             scored = scorer.score(batch)
             report.add(scored.block_N, scored.target_N, scored.logp_N)
     else:
-        for scored in _bulks(scorer, batches, bulk, watch, needs_keys=reader.needs_keys):
+        for scored in bulks(scorer, batches, bulk, watch, needs_keys=reader.needs_keys):
             report.add(scored.block_N, scored.target_N, reader.logp(scored))
     return time.perf_counter() - started
 
 
-def _bulks(
-    scorer: Scorer, batches: Iterable[LMBatch], bulk: int, watch: Watch | None, *, needs_keys: bool
+def bulks(
+    scorer: Scorer, batches: Iterable[LMBatch], bulk: int, watch: Watch | None = None, *, needs_keys: bool
 ) -> Iterator[ScoredPositions]:
-    """Scored positions of whole batches, at least ``bulk`` at a time except at the end."""
+    """Scored positions of whole batches, at least ``bulk`` at a time except at the end.
+
+    Args:
+        watch: as in :func:`evaluate`.
+        needs_keys: keep the keys of the positions.
+    """
     pending: list[ScoredPositions] = []
     waiting = 0
     for batch in batches:

@@ -94,7 +94,9 @@ def make_server(
     try:
         import uvicorn
     except ModuleNotFoundError as error:
-        raise ValueError("uvicorn is not installed; pip install 'fairseq-memory[serve]'") from error
+        raise ValueError(
+            "uvicorn is not installed; pip install 'fairseq-memory[serve]' or, for the explorer, '[explore]'"
+        ) from error
     return uvicorn.Server(
         uvicorn.Config(
             Guard(app, address.access(open_paths)),

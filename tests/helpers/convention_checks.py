@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.hf",),
     ("fairseq.web",),
     ("fairseq.serving",),
+    ("fairseq.explorer",),
     ("fairseq_cli",),
 )
 # The same inside a room: its subrooms and ground-floor modules, the lowest first.
@@ -108,6 +109,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("answers", "store_requests"),
         ("app",),
         ("opening",),
+    ),
+    "fairseq.explorer": (
+        ("config",),
+        ("packing", "words", "rules"),
+        ("text_table", "neighbors"),
+        ("explanation",),
+        ("export", "schema"),
+        ("live", "reading"),
+        ("kinds",),
+        ("app",),
     ),
 }
 

@@ -105,7 +105,7 @@ class RetomatonWrapper(KNNWrapper):
             logp_N[place_B] = torch.where(candidates.keep_NM.any(1), mixed_B, lm_logp_B)
 
         lengths_B = torch.tensor([len(key_ND)]) if lengths_B is None else lengths_B
-        self._read(key_ND.cpu(), target_N, lengths_B, use, None)
+        self._read(key_ND.cpu(), target_N, lengths_B, use, None, keep=self.record)
         return logp_N
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:

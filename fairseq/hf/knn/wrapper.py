@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,10 @@ from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
 from fairseq.memory.scoring import check_weight, interpolate, knn_logp
 from fairseq.memory.sources.config import check_search_on
 from fairseq.memory.sources.external import ExternalMemory
+from fairseq.memory.types import Candidates
+
+if TYPE_CHECKING:
+    from fairseq.memory.retomaton.automaton import RetomatonStep
 
 _QUERIES_AT_ONCE = 8192
 """Positions that are looked up together: their candidates take 13 bytes x k each."""
@@ -119,6 +123,8 @@ class KNNWrapper(Attachment):
         )
         self._tokenizer = tokenizer
         self._memory: ExternalMemory | None = None
+        self.record: Callable[[Tensor, Candidates | RetomatonStep], None] | None = None
+        """Is given numbers of positions among those of a ``target_logp`` call, and what was found for them."""
 
     @property
     def memory(self) -> ExternalMemory:
@@ -141,8 +147,12 @@ class KNNWrapper(Attachment):
         """
         parts = []
         chunks = (torch.split(each, _QUERIES_AT_ONCE) for each in (key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()))
+        done = 0
         for keys, lm_logp, target in zip(*chunks):
             candidates = self.memory.lookup(keys)
+            if self.record is not None:
+                self.record(torch.arange(done, done + len(keys)), candidates)
+            done += len(keys)
             mixed = interpolate(lm_logp, knn_logp(candidates, target, self.knn_temp), self.lmbda)
             parts.append(torch.where(candidates.keep_NM.any(1), mixed, lm_logp))
         return torch.cat(parts) if parts else torch.empty(0)

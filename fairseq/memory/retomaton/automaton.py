@@ -79,6 +79,8 @@ class RetomatonStep:
     """int64 row of each candidate, -1 where there is none; on the host."""
     searched_B: Tensor
     """bool: whether the automaton needed a search there; on the host."""
+    pointers_B: Tensor | None = None
+    """int64 active pointers that the step began with; None where steps were put together."""
 
     def select(self, sequences: Tensor) -> RetomatonStep:
         """The step of some sequences, by number or by a boolean each; one may come twice."""
@@ -184,7 +186,7 @@ class Retomaton:
         values_BM.masked_fill_(~keep_BM, -1)
         device = query_BD.device
         candidates = Candidates(values_BM.to(device), scores_BM.to(device), keep_BM.to(device))
-        return RetomatonStep(candidates, rows_BM, searched_B)
+        return RetomatonStep(candidates, rows_BM, searched_B, (state.rows_BP >= 0).sum(1))
 
     def _searched(self, query_BD: Tensor, searched_B: Tensor, found: Neighbors | None) -> Neighbors:
         """Neighbours of the queries that need a search, one row for each."""

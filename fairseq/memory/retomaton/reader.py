@@ -147,6 +147,8 @@ class RetomatonReader:
         self.memory, self.combine, self.ahead, self.carry = memory, combine, ahead, carry
         self.num_positions = self.num_searched = 0
         self.record: Callable[[ScoredPositions, Candidates], None] | None = None
+        self.record_step: Keep | None = None
+        """Is given some of the positions that are read, by their numbers among them, and their steps."""
         self._last_block: int | None = None
         self._state = memory.start(1)
 
@@ -176,7 +178,7 @@ class RetomatonReader:
             first = self._state if self._last_block == int(block_B[0]) - 1 else self.memory.start(1)
             state = RetomatonState.joined([first, self.memory.start(len(lengths_B) - 1)])
             self._last_block = int(block_B[-1])
-        done = read_text(self.memory, key_ND, target_N, lengths_B, use, state, ahead=self.ahead)
+        done = read_text(self.memory, key_ND, target_N, lengths_B, use, state, ahead=self.ahead, keep=self.record_step)
         if self.carry and len(lengths_B):
             self._state = done.state.select(torch.tensor([len(lengths_B) - 1]))
         self.num_positions += len(scored)

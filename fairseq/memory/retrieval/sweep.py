@@ -256,11 +256,18 @@ def open_all(paths: Sequence[str]) -> list[Retrieval]:
     Raises: ValueError when one is missing, damaged, there twice or of another evaluation.
     """
     opened = [Retrieval.open(path) for path in paths]
-    shards = set()
     for retrieval in opened:
         retrieval.verify()
         require(retrieval.fingerprint, MADE_OF, f"{retrieval.path}: its made_of")
         require(retrieval.about, JOINT_ABOUT if retrieval.is_joint else ABOUT, f"{retrieval.path}: its about")
+    require_whole(opened)
+    return opened
+
+
+def require_whole(opened: Sequence[Retrieval]) -> None:
+    """Raise ValueError unless opened files are all shards of one evaluation, each there once."""
+    shards = set()
+    for retrieval in opened:
         require_alike(opened[0], retrieval, (*SHARED, "subset", "text_digest", "k"))
         shard = tuple(retrieval.fingerprint["shard"])
         if shard in shards:
@@ -272,7 +279,6 @@ def open_all(paths: Sequence[str]) -> list[Retrieval]:
         raise ValueError(
             f"the files hold the shards {listed} (--shard-id of --num-shards); name all shards of one evaluation"
         )
-    return opened
 
 
 def require_alike(one: Retrieval, other: Retrieval, names: Sequence[str] = SHARED) -> None:

@@ -1,0 +1,1 @@
+"""One page that shows what a memory does to each token of a text: fairseq-explore."""

@@ -1,0 +1,1 @@
+"""What can be explored: each module opens one kind of model, memory and text."""
