@@ -14,6 +14,7 @@ import pytest
 
 from fairseq.data.corpora import corpora, parallel
 from fairseq_cli.data import get_data
+from fairseq_cli.entry import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,11 +41,21 @@ def test_without_words_the_usage_is_shown(tmp_path: Path) -> None:
         (["shakespeare", "--text-onyl"], "unknown flag --text-onyl (did you mean '--text-only'?)"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(words: list[str], message: str, tmp_path: Path) -> None:
-    told = call(*words, cwd=tmp_path, DATA_MIRROR="http://127.0.0.1:9")
-    assert told.returncode == 2
-    lines = [line for line in told.stderr.splitlines() if " | INFO | " not in line]
-    assert len(lines) == 1, told.stderr
+def test_a_mistake_is_told_in_one_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_MIRROR", "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as ended:
+        run("get_data.sh", get_data.main, words)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    lines = [line for line in told.splitlines() if " | INFO | " not in line]
+    assert len(lines) == 1, told
     assert message in lines[0]
 
 
