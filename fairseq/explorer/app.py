@@ -99,10 +99,14 @@ class _Queries:
         return _json(self.explanation.details(_Parameters(request, ("at",)).whole("at")))
 
     def combined(self, request: Request) -> Response:
-        """The whole text at a setting."""
+        """The whole text at a setting; what is not stated is as in the evaluation."""
         given = _Parameters(request, ("k", "lmbda", "temperature", "joint_temperature"))
+        opening = self.explanation.opening
         setting = Setting(
-            given.whole("k", None), *(given.number(name) for name in ("lmbda", "temperature", "joint_temperature"))
+            given.whole("k", opening.k),
+            given.number("lmbda", opening.weight),
+            given.number("temperature", opening.temperature),
+            given.number("joint_temperature", opening.joint_temperature),
         )
         return _json(self.explanation.combined(setting))
 
@@ -173,11 +177,11 @@ class _Parameters:
             raise ValueError(f"{name} is {text!r}, not a whole number")
         return int(text)
 
-    def number(self, name: str) -> float | None:
-        """A number, or None. Raises: ValueError for anything else."""
+    def number(self, name: str, default: float | None) -> float | None:
+        """A number. Raises: ValueError for anything else."""
         text = self._given.get(name)
         if text is None:
-            return None
+            return default
         try:
             return float(text)
         except ValueError:
@@ -195,7 +199,7 @@ async def _body(request: Request) -> dict[str, Any]:
             raise HTTPException(413, f"the request is longer than {LARGEST_BODY} bytes")
     try:
         content = json.loads(read)
-    except ValueError:  # also bytes that are no text
+    except (ValueError, RecursionError):  # also bytes that are no text, and brackets without end
         raise ValueError("the request is no JSON") from None
     if not isinstance(content, dict):
         raise ValueError("the request is no JSON object")
@@ -211,7 +215,8 @@ def _saved_as(ending: str) -> dict[str, str]:
 
 
 def _error(status: int, message: str) -> Response:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
     return JSONResponse({"error": error}, status, headers=_SHARED_HEADERS)
 
 

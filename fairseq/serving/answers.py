@@ -117,9 +117,14 @@ class AnswerForm:
             return None
         if self._asked.is_chat:
             return {"content": [self._chat_logprob(event) for event in choice.tokens], "refusal": None}
-        top = [{self._shown(token): logp for token, logp in event.top} or None for event in choice.tokens]
+        top: list[dict[str, float] | None] = []
+        for event in choice.tokens:
+            by_text: dict[str, float] = {}
+            for token, logp in event.top:  # where two are shown alike, the likelier one stays
+                by_text.setdefault(self._codec.show(token), logp)
+            top.append(by_text or None)
         return {
-            "tokens": [self._shown(event.token) for event in choice.tokens],
+            "tokens": [self._codec.show(event.token) for event in choice.tokens],
             "token_logprobs": [event.logp for event in choice.tokens],
             "top_logprobs": top,
             "text_offset": [event.offset for event in choice.tokens],
@@ -127,14 +132,10 @@ class AnswerForm:
 
     def _chat_logprob(self, event: TokenEvent) -> dict[str, Any]:
         def entry(token: int, logp: float | None) -> dict[str, Any]:
-            text = self._shown(token)
-            return {"token": text, "logprob": logp, "bytes": list(text.encode())}
+            known = None if self._codec.tokenizer is None else list(self._codec.bytes_of(token))
+            return {"token": self._codec.show(token), "logprob": logp, "bytes": known}
 
         return entry(event.token, event.logp) | {"top_logprobs": [entry(token, logp) for token, logp in event.top]}
-
-    def _shown(self, token: int) -> str:
-        """A token as text; its id where there is no tokenizer."""
-        return str(token) if self._codec.tokenizer is None else self._codec.decode([token], special=True)
 
     def _usage(self) -> dict[str, int]:
         prompt = sum(len(generation.prompt) for generation in self._asked.generations)

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -72,9 +73,9 @@ class ApiServer:
             self._route("/stores", self._list_stores, "GET"),
             self._route(store, self._show_store, "GET"),
             self._route(f"{store}/documents", self._add_documents, "POST"),
-            self._route(f"{store}/documents/{{id:int}}", self._document, "GET", "DELETE"),
+            self._route(f"{store}/documents/{{id}}", self._document, "GET", "DELETE"),
         ]
-        handlers: Any = {HTTPException: self._http_error}
+        handlers: Any = {HTTPException: self._http_error, Exception: self._unexpected}
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
 
     # Around every request
@@ -93,9 +94,11 @@ class ApiServer:
                 response = await handler(request)
             except ApiError as error:
                 response = _error(error)
+            except ClientDisconnect:  # before all of its body came
+                response = _error(ApiError(499, "the client went away"))
             except Exception as error:
                 logger.exception("%s %s failed", request.method, request.url.path)
-                response = _error(ApiError(500, f"the request failed: {type(error).__name__}"))
+                response = await self._unexpected(request, error)
             self.metrics.count(self.metrics.requests, path=path, status=str(response.status_code))
             return response
 
@@ -106,6 +109,10 @@ class ApiServer:
         what = f"{request.method} {request.url.path}"
         reasons = {404: f"there is no {what}", 405: f"{what} is not a method of this path"}
         return _error(ApiError(error.status_code, reasons.get(error.status_code, error.detail)))
+
+    async def _unexpected(self, request: Request, error: Exception) -> Response:
+        """A mistake of ours."""
+        return _error(ApiError(500, f"the request failed: {type(error).__name__}"))
 
     async def _body(self, request: Request) -> Body:
         parts, size = [], 0
@@ -217,7 +224,7 @@ class ApiServer:
         return JSONResponse(await self._task(steps), 201)
 
     async def _document(self, request: Request) -> Response:
-        name, number = request.path_params["name"], request.path_params["id"]
+        name, number = request.path_params["name"], _document_number(request.path_params["id"])
         if request.method == "DELETE":
             return JSONResponse(await self._task(self._store_requests.delete(name, number)))
         return JSONResponse(self._store_requests.document(name, number))
@@ -256,6 +263,13 @@ async def _unless_disconnected(request: Request, work: Any) -> None:
     finally:
         for task in (working, gone):
             task.cancel()
+
+
+def _document_number(text: str) -> int:
+    """Number of a document in a path. Raises: ApiError for anything else."""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ApiError(404, f"a document has a number, got {text[:40]!r}", param="id", code="document_not_found")
+    return int(text)
 
 
 async def _disconnect(request: Request) -> None:

@@ -187,6 +187,7 @@ class Engine:
             try:
                 self._begin(job)
             except Exception as error:
+                job.is_cancelled = True  # its client did not go away, and is not to be counted as one that did
                 job.mailbox.put([Failure(_as_api_error(error))], is_last=True)
 
     def _begin(self, job: GenerationJob) -> None:
@@ -257,9 +258,8 @@ class Engine:
             keys = {kind: key_BLD[0, part] for kind, key_BLD in scores.keys.items()}
             count = len(some_NV)
             token = request.prompt[start] if step == 1 else None
-            found += self._mixer.mix_(
-                some_NV, keys, [row] * count, [token] * count, [bool(request.num_neighbors)] * count
-            )
+            wanted = [bool(request.num_neighbors)] * count
+            found += self._mix_(some_NV, keys, [row] * count, [token] * count, wanted)
             parts.append(torch.log_softmax(some_NV, -1))
         short = [None if each is None else each.first(request.num_neighbors) for each in found]
         return list(prompt_events(request.prompt, torch.cat(parts), short, request.num_top, self.codec))
@@ -300,11 +300,16 @@ class Engine:
                 row.memory.update(self._memories[store]())
         wanted = [bool(row.job.request.num_neighbors) for row in rows]
         tokens = [row.ids[-1] if row.num_new else None for row in rows]
+        found = self._mix_(logits_BV, keys, [row.memory for row in rows], tokens, wanted)
+        self._append(rows, logits_BV, found)
+
+    def _mix_(self, scores_BV: Tensor, *more: Any) -> list[Found | None]:
+        """As the mixer does; what it looks up is counted."""
         before = self._mixer.num_lookups, self._mixer.num_searches
-        found = self._mixer.mix_(logits_BV, keys, [row.memory for row in rows], tokens, wanted)
+        found = self._mixer.mix_(scores_BV, *more)
         self.metrics.count(self.metrics.lookups, self._mixer.num_lookups - before[0])
         self.metrics.count(self.metrics.searches, self._mixer.num_searches - before[1])
-        self._append(rows, logits_BV, found)
+        return found
 
     def _append(self, rows: list[Row], scores_BV: Tensor, found: list[Found | None]) -> None:
         highest = scores_BV.argmax(-1).tolist()

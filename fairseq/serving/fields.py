@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from fairseq.serving.errors import ApiError
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Body:
@@ -29,7 +32,7 @@ class Body:
     def parse(cls, text: bytes) -> Body:
         """Read JSON. Raises: ApiError when it is none, or no object."""
         try:
-            content = json.loads(text, parse_constant=_reject_constant)
+            content = json.loads(_decoded(text), parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
         if not isinstance(content, dict):
@@ -63,7 +66,7 @@ class Body:
         value = self.take(name)
         if value is None:
             return default
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not -math.inf < value < math.inf:
             self.fail(name, f"must be a number, got {_short(value)}")
         if above and value <= low:
             self.fail(name, f"must be above {low}, got {value}")
@@ -150,6 +153,18 @@ def token_ids(value: Collection[Any], name: str, vocabulary: int) -> list[int]:
                 code="invalid_value",
             )
     return list(value)
+
+
+def _decoded(text: bytes) -> str:
+    """JSON in one of its encodings. Raises: ValueError for bytes or escapes that are no characters."""
+    decoded = text.decode(json.detect_encoding(text))
+    if _SURROGATE.search(decoded):
+        try:
+            json.dumps(json.loads(decoded), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])[1:-1]
+            raise ValueError(f"{half} is half of a pair of surrogates, which is no character") from None
+    return decoded
 
 
 def _reject_constant(name: str) -> NoReturn:

@@ -20,6 +20,8 @@ from fairseq.serving.texts import Codec
 _LARGEST_SEED = 2**63 - 1
 _CONTEXT_TOKENS = 64
 _LOWEST_TEMPERATURE = 1e-4
+_LARGEST_KEY = 1e15
+"""Of the numbers of a key: the square of a longer distance overflows float32."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,11 @@ def _message(value: Any, number: int) -> dict[str, str]:
     role = body.text("role", longest=100)
     content = body.take("content")
     body.ignore("name")
+    # An answer's message may be sent back as it came, with all its fields.
+    for field in ("refusal", "audio", "function_call"):
+        body.only(field)
+    for field in ("annotations", "tool_calls"):
+        body.only(field, [])
     body.end()
     if isinstance(content, list) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
@@ -368,11 +375,15 @@ def read_search(body: Body, rules: RequestRules) -> SearchRequest:
 
 def _keys(value: Any, most: int) -> tuple[tuple[float, ...], ...]:
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    is_numbers = all(
-        isinstance(row, list) and row and all(type(number) in (int, float) for number in row) for row in rows
-    )
+    is_numbers = all(isinstance(row, list) and row and all(map(_is_key_number, row)) for row in rows)
     if not is_numbers or len({len(row) for row in rows}) != 1:
-        raise ApiError(400, "keys must be a list of numbers, or several of one length", param="keys")
+        raise ApiError(
+            400, f"keys must be a list of numbers up to {_LARGEST_KEY:g}, or several of one length", param="keys"
+        )
     if len(rows) > most:
         raise ApiError(400, f"keys may hold at most {most} keys, got {len(rows)}", param="keys")
     return tuple(tuple(map(float, row)) for row in rows)
+
+
+def _is_key_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST_KEY

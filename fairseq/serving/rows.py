@@ -17,6 +17,8 @@ from fairseq.serving.errors import ApiError
 from fairseq.serving.jobs import ChoiceEnd, Event, Failure, GenerationJob, TokenEvent
 from fairseq.serving.texts import Codec, StopText, TextStream
 
+_LOWEST_LOGP = -9999.0
+
 
 @dataclass
 class Row:
@@ -113,9 +115,10 @@ def prompt_events(
 def log_probabilities(
     logp_V: Tensor | None, token: int, num_top: int | None
 ) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """That of a token and those of the likeliest ones."""
+    """That of a token and those of the likeliest ones, none of them below the one that OpenAI's reference names for
+    tokens that are very unlikely: JSON has no infinity, which is the logarithm where the neighbours' share is 1."""
     if logp_V is None or num_top is None:
         return None, ()
     best = torch.topk(logp_V, min(num_top, len(logp_V))) if num_top else None
-    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist()))
-    return float(logp_V[token]), top
+    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.clamp(min=_LOWEST_LOGP).tolist()))
+    return float(logp_V[token].clamp(min=_LOWEST_LOGP)), top

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
+
+from fairseq.hf.loading import byte_values
 
 _BEFORE = 6
 """Tokens of the prompt that are decoded with the first new ones, so that a space between them is kept."""
@@ -34,6 +37,30 @@ class Codec:
         """The text of tokens; special tokens are skipped unless ``special`` is True."""
         with self._lock:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes of one token, which may end within a character; those of its text where no others are known."""
+        text = self.decode([token], special=True)
+        piece = self.tokenizer.convert_ids_to_tokens(token) if _UNFINISHED in text else None
+        if piece is None:
+            return text.encode()
+        if match := re.fullmatch("<0x([0-9A-F]{2})>", piece):  # of SentencePiece
+            return bytes.fromhex(match[1])
+        places = byte_values()
+        return bytes(places[letter] for letter in piece) if places.keys() >= set(piece) else text.encode()
+
+    def show(self, token: int) -> str:
+        """A token for clients: its text, its bytes where it ends within a character, or without a tokenizer its id.
+
+        Bytes are in OpenAI's form, ``bytes:\\xe2\\x80``.
+        """
+        if self.tokenizer is None:
+            return str(token)
+        found = self.bytes_of(token)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
     def render(self, messages: Sequence[dict[str, str]]) -> str:
         """The prompt of a chat."""

@@ -52,7 +52,7 @@ class Access:
                 f"this server is not {host or 'without a Host header'}; its names: {', '.join(sorted(self.names))}",
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             return 403, f"requests of pages from {origin} are not answered; open the page of this server"
         if self.token is None or path in self.open_paths or self._knows(query, headers):
             return None
@@ -95,8 +95,17 @@ class Guard:
         await send({"type": "http.response.body", "body": body})
 
 
+def _netloc(origin: str) -> str | None:
+    """Name and port in an Origin header; None for one that has none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:  # a bracket without its other half
+        return None
+
+
 def _hostname(host: str) -> str:
     """Name or address in a Host header, without the port; a name in lower case."""
     if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
+        name, _, port = host[1:].partition("]")
+        return "" if port and not port.startswith(":") else name.lower()
     return host.partition(":")[0].lower()

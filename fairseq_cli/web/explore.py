@@ -144,6 +144,8 @@ def main(argv: Sequence[str]) -> None:
         return
     # A file alone is a saved one: the shortest command is the most frequent one.
     kind, words = ("saved", argv) if os.path.isfile(argv[0]) else (argv[0], argv[1:])
+    if kind not in KINDS and os.sep in kind:
+        raise ValueError(f"no file {kind!r}; name one of --save-retrieval, or a kind: {', '.join(KINDS)}")
     given, open_ = lookup(KINDS, kind, "kind of exploration")(words)
     explore, place = build(ExploreConfig, given), build(AddressConfig, given)
     if explore.export is not None:

@@ -71,6 +71,9 @@ def test_a_setting_is_combined_by_the_server(client, explanation):
     made = client.get("/api/combined?k=4&lmbda=0&temperature=3").json()
     np.testing.assert_array_equal(packed(made["mixed"]), column(explanation, "lm"))
     assert made["sums"]["mixed"] == made["sums"]["lm"]
+    opened = client.get("/api/combined").json()
+    np.testing.assert_array_equal(packed(opened["mixed"]), column(explanation, "mixed"))
+    assert opened["setting"] == client.get("/api/about").json()["setting"]
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,7 @@ def test_wrong_requests(client):
     assert "send JSON" in message(client.post("/api/read", content="w1"), 415)
     json_ = {"content-type": "application/json"}
     assert "no JSON" in message(client.post("/api/read", content=b"{\xff", headers=json_), 400)
+    assert "no JSON" in message(client.post("/api/read", content="[" * 30_000, headers=json_), 400)
     assert "no JSON object" in message(client.post("/api/read", content="[]", headers=json_), 400)
     assert "longer than" in message(client.post("/api/read", content=" " * (LARGEST_BODY + 1), headers=json_), 413)
 
@@ -195,6 +199,7 @@ def test_rows_that_were_deleted_since_are_marked(kept, tmp_path, explored_store,
 
 def test_mistakes_are_one_line_before_listening(kept, tmp_path, capsys, explored_words, explored_store):
     def line(*words):
+        words += () if "--port" in words else ("--port", 0)
         with pytest.raises(SystemExit) as stopped:
             run("fairseq-explore", explore.main, [str(word) for word in words])
         assert stopped.value.code == 2
@@ -209,6 +214,7 @@ def test_mistakes_are_one_line_before_listening(kept, tmp_path, capsys, explored
     assert "is no file of --save-retrieval" in line(tmp_path / "words.txt")
     assert "the text has" in line("saved", kept.path, "--export", tmp_path / "e.json", "--export-first", 10**6)
     assert "--export-tokens must be at most 10000, got 20000" in line("saved", kept.path, "--export-tokens", 20_000)
+    assert "none.retrieval'; name one of --save-retrieval" in line(tmp_path / "none.retrieval")
     assert "unknown kind of exploration 'svaed'" in line("svaed", kept.path)
     assert "no memory is named" in line("eval-lm", *explored_words)
     assert "give --model FOLDER" in line("hf")

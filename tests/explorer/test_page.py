@@ -148,6 +148,11 @@ def test_numbers_are_those_of_the_evaluation(visit, site):
     assert page.inner_text("#neighbors li:first-child mark") in {*MARKUP, "</s>"}
 
 
+def sum_of_impossible(site, query):
+    answer = httpx.get(f"{site.url}api/combined?{query}", trust_env=False)
+    return answer.json()["sums"]["mixed"]["num_impossible"]
+
+
 def test_sliders_give_other_evaluations(visit, site, tmp_path):
     out = ["--eval-file", str(tmp_path / "e.json"), "--scores-file", str(tmp_path / "e.npz")]
     eval_lm.main([*site.words, *out, "--lmbda", "0.6", "--softmax-temp", "10", "--k", "4"])
@@ -163,7 +168,13 @@ def test_sliders_give_other_evaluations(visit, site, tmp_path):
         assert value(page, "#shown-mixed") == pytest.approx(figures["perplexity"], rel=1e-6)
     assert "lmbda=0.6" in page.url
     assert "k=4" in page.url
+    slide(page, "lmbda", 1)
+    wait(page, "document.getElementById('whole-mixed').textContent.includes('of p = 0')")
+    dropped = sum_of_impossible(site, "k=4&lmbda=1&temperature=10")
+    assert dropped > 0
+    assert page.inner_text("#whole-mixed").endswith(f" without {dropped:,} of p = 0")
     page.click("#reset")
+    wait(page, "!document.getElementById('whole-mixed').textContent.includes('of p = 0')")
     settle(page)
     assert value(page, "#whole-mixed") == pytest.approx(site.figures["perplexity"], rel=1e-6)
 

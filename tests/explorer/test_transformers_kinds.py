@@ -67,6 +67,15 @@ def test_a_store_of_another_tokenizer_is_one_line(saved, explored, corpus, tiny_
         explored("hf", *words(corpus, other, tmp_path))
 
 
+def test_a_text_that_is_not_utf8_is_named(explored, corpus, tiny_gpt2, tmp_path):
+    (path := tmp_path / "latin.txt").write_bytes(b"w1 \xff w2")
+    model = ["--model", tiny_gpt2]
+    with pytest.raises(ValueError, match=r"--text .*latin.txt is not UTF-8 .*; convert it"):
+        explored("extended-mind", *model, "--text", path, "--memory", corpus / "train.txt")
+    with pytest.raises(ValueError, match=r"--memory .*latin.txt is not UTF-8 .*; convert it"):
+        explored("extended-mind", *model, "--text", corpus / "test.txt", "--memory", path)
+
+
 def test_attended_memories_are_the_models_own(explored, corpus, tiny_gpt2, tmp_path):
     memory = tmp_path / "memory.txt"
     memory.write_text("w3 w9 w28 w14 w42 w57\n" * 4)

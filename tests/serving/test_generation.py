@@ -50,12 +50,13 @@ def test_200_requests_of_16_clients_none_lost_or_mixed_up(served, llama, llama_s
     assert len({tuple(tokens) for tokens in wanted.values()}) > 40
 
 
-def test_choices_have_the_seeds_after_each_other(served, llama, llama_stores):
+@pytest.mark.parametrize("first", [11, -5, 2**63 - 1])
+def test_choices_have_the_seeds_after_each_other(served, llama, llama_stores, first):
     ids = prompt(5, seed=1)
-    answer = served.complete(ids, max_tokens=5, n=3, temperature=1.0, seed=11)
+    answer = served.complete(ids, max_tokens=5, n=3, temperature=1.0, seed=first)
     with with_store(llama, llama_stores):
         assert [choice["token_ids"] for choice in answer["choices"]] == [
-            continuation(llama, ids, 5, seed, temperature=1.0) for seed in (11, 12, 13)
+            continuation(llama, ids, 5, seed, temperature=1.0) for seed in (first, first + 1, first + 2)
         ]
     assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 15, "total_tokens": 20}
 
@@ -175,6 +176,35 @@ def test_several_prompts_and_texts(served):
     for number, text in enumerate(texts):
         alone = served.complete(text, max_tokens=3)["choices"][0]
         assert [choice["text"] for choice in answer["choices"][2 * number :][:2]] == [alone["text"]] * 2
+
+
+def test_impossible_tokens_have_the_log_probability_that_openai_names(served):
+    """With the neighbours alone most tokens are impossible, and JSON has no infinity."""
+    knn = {"lambda": 1, "k": 1}
+    body = {"prompt": prompt(6, seed=8), "max_tokens": 2, "temperature": 0, "logprobs": 3, "echo": True, "knn": knn}
+    found = served.post("/v1/completions", **body)["choices"][0]["logprobs"]
+    assert set(found["token_logprobs"][1:6]) <= {0.0, -9999.0}
+    assert found["token_logprobs"][6:] == [0.0, 0.0]
+    assert all(sorted(top.values()) == [-9999.0, -9999.0, 0.0] for top in found["top_logprobs"][1:])
+    parts = [each["choices"][0]["logprobs"] for each in _chunks(served, "/v1/completions", body)]
+    assert sum((part["token_logprobs"] for part in parts if part), []) == found["token_logprobs"]
+    chat = {"messages": [{"role": "user", "content": "w5"}], "logprobs": True, "top_logprobs": 2, "knn": knn}
+    answer = served.post("/v1/chat/completions", **chat, max_tokens=1, temperature=0)["choices"][0]
+    assert [each["logprob"] for each in answer["logprobs"]["content"][0]["top_logprobs"]] == [0.0, -9999.0]
+
+
+def test_an_answer_can_be_sent_back_as_it_came(served):
+    messages = [{"role": "user", "content": "w5"}]
+    body = {"max_tokens": 2, "temperature": 0}
+    messages.append(served.post("/v1/chat/completions", messages=messages, **body)["choices"][0]["message"])
+    messages.append({"role": "user", "content": "w6"})
+    whole = served.post("/v1/chat/completions", messages=messages, **body)
+    messages[1] = {"role": "assistant", "content": messages[1]["content"], "tool_calls": None, "annotations": []}
+    assert served.post("/v1/chat/completions", messages=messages, **body)["choices"] == whole["choices"]
+    messages[1]["tool_calls"] = [{"id": "a"}]
+    assert served.post("/v1/chat/completions", 400, messages=messages, **body)["error"]["param"] == (
+        "messages[1].tool_calls"
+    )
 
 
 def test_chat_is_a_completion_of_the_template(served):

@@ -34,6 +34,7 @@ WRONG = [
     ("completions", PROMPT | {"max_tokens": 10**30}, 400, "max_tokens", "must be from 1 to 64"),
     ("completions", PROMPT | {"temperature": -1}, 400, "temperature", "must be from 0.0 to 2.0, got -1"),
     ("completions", PROMPT | {"temperature": 1e-9}, 400, "temperature", "must be 0 or at least 0.0001, got 1e-09"),
+    ("completions", PROMPT | {"temperature": 10**400}, 400, "temperature", "must be from 0.0 to 2.0, got 1000"),
     ("completions", PROMPT | {"temperature": "hot"}, 400, "temperature", "must be a number, got 'hot'"),
     ("completions", PROMPT | {"top_p": 0}, 400, "top_p", "must be above 0.0, got 0"),
     ("completions", PROMPT | {"n": 17}, 400, "n", "must be from 1 to 16, got 17"),
@@ -53,6 +54,8 @@ WRONG = [
     ("completions", PROMPT | {"knn": False, "neighbors": 1}, 400, "neighbors", "needs a store"),
     ("completions", PROMPT | {"neighbors": 101}, 400, "neighbors", "must be from 0 to 100"),
     ("completions", PROMPT | {"extended_mind": {"topk": 1}}, 400, "extended_mind", "start the server with"),
+    ("../search", {"keys": [1e39] * 16}, 400, "keys", "a list of numbers up to 1e+15"),
+    ("../search", {"keys": [10**400] * 16}, 400, "keys", "a list of numbers up to 1e+15"),
     ("chat/completions", {}, 400, "messages", "is missing"),
     ("chat/completions", {"messages": []}, 400, "messages", "must be a list with items"),
     ("chat/completions", {"messages": ["w5"]}, 400, "messages[0]", "must be an object with role and content"),
@@ -71,11 +74,58 @@ def test_a_request_that_cannot_be_answered_says_why(served, path, body, status, 
     assert set(error) == {"message", "type", "param", "code"}
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b'{"prompt": NaN}', b"[" * 100_000, b"\xff"])
+NO_OBJECTS = [b"", b"{", b"[1]", b'{"prompt": NaN}', b"[" * 100_000, b"\xff"]
+HALF_CHARACTERS = [
+    b'{"\\ud800": 1}',
+    b'{"prompt": "\\uDC00 w5"}',
+    '{"prompt": "\\ud800"}'.encode("utf-16"),
+    b'{"\xed\xa0\x80": 1}',
+]
+
+
+@pytest.mark.parametrize("text", NO_OBJECTS + HALF_CHARACTERS)
 def test_a_body_that_is_no_object(served, text):
     answer = served.client.post("/v1/completions", content=text)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "invalid_json"
+
+
+def test_infinite_keys_are_rejected(served):
+    """JSON's 1e999 is read as an infinity, which no row is near."""
+    answer = served.client.post("/search", content=b'{"keys": [1e999' + b", 0" * 15 + b"]}")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "keys"
+
+
+@pytest.mark.parametrize("number", ["9" * 21, "9" * 5000, "x", "-1", "\u0663"])
+def test_a_document_that_has_no_number(served, number):
+    answer = served.client.get(f"/stores/a/documents/{number}")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "document_not_found"
+
+
+def test_only_clients_that_went_away_count_as_cancelled(served, monkeypatch):
+    before = served.figure("fairseq_cancelled_total")
+    with monkeypatch.context() as patch:
+        patch.setattr(RowDecoder, "read", lambda *given, **named: 1 / 0)
+        served.complete([5, 6], 500, max_tokens=3)
+    assert served.figure("fairseq_cancelled_total") == before
+
+
+def test_lookups_of_prompts_are_counted(served):
+    before = served.figure("fairseq_lookups_total")
+    served.complete(prompt(9, seed=1), max_tokens=3, echo=True, logprobs=0)
+    assert served.figure("fairseq_lookups_total") == before + 9 + 3
+
+
+def test_a_body_that_ends_too_early_is_no_fault_of_ours(served, caplog):
+    with socket.create_connection(("127.0.0.1", served.address.port)) as client:
+        client.sendall(b"POST /search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+    deadline = time.monotonic() + 10
+    while 'path="/search",status="499"' not in served.client.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not caplog.records
 
 
 def test_paths_methods_and_sizes(served):

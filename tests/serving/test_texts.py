@@ -50,6 +50,24 @@ def test_the_text_ends_before_the_first_stop_string(pieces, stops):
     assert stop.is_stopped == (wanted is not None)
 
 
+BYTES = ["<|end|>", "a", "\u00c3", "\u00a9", "<0xE2>", "\u00c3\u00a9b", "\u4e16"]
+
+
+def test_tokens_within_a_character_are_shown_as_their_bytes():
+    """The bytes of byte-level BPE and of SentencePiece; whole characters are shown as they are."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(BYTES)}, unk_token="a"))
+    made.decoder = decoders.ByteLevel()
+    codec = Codec(PreTrainedTokenizerFast(tokenizer_object=made))
+    assert [codec.show(number) for number in (1, 2, 3, 5)] == ["a", "bytes:\\xc3", "bytes:\\xa9", "\u00e9b"]
+    assert b"".join(map(codec.bytes_of, (1, 2, 3, 1))).decode() == "a\u00e9a"
+    made.decoder = decoders.ByteFallback()
+    codec = Codec(PreTrainedTokenizerFast(tokenizer_object=made))
+    assert [codec.show(4), codec.show(6)] == ["bytes:\\xe2", "\u4e16"]
+
+
 def test_special_tokens_are_skipped():
     stream = TextStream(Codec(Bytes()), list(b"ab"))
     assert [stream.add(0), stream.add(ord("c"))] == ["", "c"]

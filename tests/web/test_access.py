@@ -15,7 +15,7 @@ def test_loopback_names_are_answered(host):
     assert status(OPEN, host=host) is None
 
 
-@pytest.mark.parametrize("host", ["example.com", "example.com:8000", "127.0.0.1.example.com", "", "[::2]:80"])
+@pytest.mark.parametrize("host", ["example.com", "example.com:8000", "127.0.0.1.example.com", "", "[::2]:80", "[::1]x"])
 def test_a_name_that_points_here_is_rejected(host):
     assert status(OPEN, host=host) == 421
 
@@ -24,7 +24,9 @@ def test_no_host_header_is_rejected():
     assert status(OPEN) == 421
 
 
-@pytest.mark.parametrize("origin", ["http://example.com", "null", "http://localhost:9000", "http://127.0.0.1:8000"])
+@pytest.mark.parametrize(
+    "origin", ["http://example.com", "null", "http://localhost:9000", "http://127.0.0.1:8000", "http://["]
+)
 def test_pages_of_others_are_rejected(origin):
     assert status(OPEN, host="localhost:8000", origin=origin) == 403
 

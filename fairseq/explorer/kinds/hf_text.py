@@ -103,10 +103,18 @@ class HfText:
 def _groups(config: HfTextConfig, tokenizer: Any) -> list[Tensor]:
     groups = []
     with open(str(config.text), encoding="utf-8") as lines:
-        while group := list(itertools.islice(lines, config.lines_per_group)):
-            ids = tokenizer(group, return_attention_mask=False, verbose=False)["input_ids"]
-            groups.append(torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64))
+        try:
+            while group := list(itertools.islice(lines, config.lines_per_group)):
+                ids = tokenizer(group, return_attention_mask=False, verbose=False)["input_ids"]
+                groups.append(torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64))
+        except UnicodeDecodeError as error:
+            raise not_utf8("--text", str(config.text), error) from error
     return groups
+
+
+def not_utf8(flag: str, path: str, error: UnicodeDecodeError) -> ValueError:
+    """What is wrong with a file that is no text."""
+    return ValueError(f"{flag} {path} is not UTF-8 ({error.reason}); convert it with iconv")
 
 
 def _window_size(given: int | None, model: Any, tokenizer: Any) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fairseq.explorer.config import HfTextConfig, MindConfig
 from fairseq.explorer.explanation import SHOWN_WORDS, Explanation, top_words
 from fairseq.explorer.export import content_of
-from fairseq.explorer.kinds.hf_text import HfText
+from fairseq.explorer.kinds.hf_text import HfText, not_utf8
 from fairseq.explorer.live import Opened
 from fairseq.explorer.neighbors import NeighborTexts
 from fairseq.explorer.reading import LONGEST
@@ -53,8 +53,15 @@ def open_mind(text_config: HfTextConfig, config: MindConfig) -> Opened:
             raise ValueError(f"--memory {config.memory[0]} is a whole memory; give it alone, or text files")
         mind.load_memory(config.memory[0])
     else:
-        mind.set_memory([Path(path).read_text(encoding="utf-8") for path in config.memory])
+        mind.set_memory([_text_of(path) for path in config.memory])
     return _LiveMind(text, mind, config).opened()
+
+
+def _text_of(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8("--memory", path, error) from error
 
 
 class _LiveMind:

@@ -31,7 +31,7 @@ class SamplingSettings:
 
     def of_choice(self, number: int) -> SamplingSettings:
         """Those of one of several continuations: the next one has the next seed."""
-        return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**63)
+        return self if self.seed is None or not number else replace(self, seed=self.seed + number)
 
 
 class TokenSampler:

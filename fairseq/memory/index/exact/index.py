@@ -107,11 +107,16 @@ class ExactIndex:
     def search(self, query_ND: Tensor, k: int) -> Neighbors:
         """The k closest keys of each query (N, D), best first; the lower row wins a tie.
 
+        A query with an infinity or a NaN has none: its ids are -1 and its scores -inf, as those of faiss.
+
         Raises: ValueError if k exceeds the rows that are not deleted, or the width does not fit.
         """
         check_k(k, len(self) - len(self.deleted))
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu().contiguous()
+        # No score reaches a threshold that is NaN, and rows that nothing was written to would be returned.
+        broken_N = ~query_ND.isfinite().all(1)
+        query_ND = query_ND.masked_fill(broken_N[:, None], 0.0) if broken_N.any() else query_ND
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
         ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
         scores_NK = torch.empty(len(query_ND), k)
@@ -123,6 +128,7 @@ class ExactIndex:
                 ids_NK[part], scores_NK[part] = neighbors.ids_NK, neighbors.scores_NK
             else:
                 _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
+        ids_NK[broken_N], scores_NK[broken_N] = -1, -torch.inf
         return Neighbors(ids_NK, scores_NK)
 
     def _as_lists(self, query_ND: Tensor, k: int) -> _Blocks | None:

@@ -135,3 +135,20 @@ def test_approximate_scores_are_within_their_margin(metric, shape):
         scale, shift, margin = by.bounds(block, slice(10, 40))
         error = (raw[:, :300].double() * scale + shift.double()[:, None] - true[10:40]).abs()
         assert (error <= margin.double()[:, None]).all()
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("count", [3, 40])
+def test_queries_that_are_not_finite_find_nothing(metric, count):
+    """And leave the others alone."""
+    keys_MD = rows("even", 200, 8, seed=1).astype(np.float32)
+    query_ND = torch.from_numpy(rows("even", count, 8, seed=2)).float()
+    wanted = ExactIndex(keys_MD, metric).search(query_ND, 5)
+    broken = query_ND.clone()
+    broken[0, 3], broken[2, 0] = torch.nan, torch.inf
+    found = ExactIndex(keys_MD, metric).search(broken, 5)
+    assert (found.ids_NK[[0, 2]] == -1).all()
+    assert torch.isneginf(found.scores_NK[[0, 2]]).all()
+    rest = [n for n in range(count) if n not in (0, 2)]
+    torch.testing.assert_close(found.ids_NK[rest], wanted.ids_NK[rest])
+    torch.testing.assert_close(found.scores_NK[rest], wanted.scores_NK[rest])
