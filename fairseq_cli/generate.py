@@ -159,8 +159,10 @@ def main(argv: Sequence[str]) -> None:
     """Generate for a split and print fairseq's lines and scores."""
     configs = parse(argv)
     begin_memory(configs.memory)
+    from fairseq.evaluation.run import set_determinism
     from fairseq.generation.setup import open_models
 
+    set_determinism(configs.runtime)
     config = configs.generate
     task = TASKS[configs.task_name].load()(configs.task)
     wording = open_wording(configs, task)

@@ -38,6 +38,9 @@ class Loss:
 class Criterion:
     """A training loss; subclasses give :meth:`__call__` and may reject a model in :meth:`check`."""
 
+    train_subset: str = "train"
+    """Split that is trained on."""
+
     def __init__(self, config: CriterionConfig) -> None:
         self.config = config
 
@@ -92,6 +95,7 @@ def build_criterion(name: str, given: Mapping[str, Any], model: LanguageModel, t
     entry = lookup(CRITERIONS, name, "--criterion")
     criterion: Criterion = entry.load()(build(entry.config, given))
     criterion.check(model)
+    criterion.train_subset = str(given.get("train_subset") or criterion.train_subset)
     if task is not None:
         criterion.attach(task)
     return criterion

@@ -18,7 +18,7 @@ from torch import Tensor
 from fairseq.memory.proof.budget import Budget
 from fairseq.memory.proof.overlap import IntArray, overlap
 from fairseq.memory.proof.positions import SeenPosition
-from fairseq.memory.proof.tally import CausalityTally, MassTally, OrderTally, is_in_half, rounding_of
+from fairseq.memory.proof.tally import REPORTED, CausalityTally, MassTally, OrderTally, is_in_half, rounding_of
 from fairseq.memory.proof.ties import has_tied_end
 from fairseq.metrics.verdicts import Proof, Verdict
 from fairseq.sequence_scorer import Inspection, SequenceScorer
@@ -220,7 +220,7 @@ class EvaluationProver:
         self._checked.append(_Checked(int(base.scored.block_N[n]), n, logp, None if key_ND is None else key_ND[n]))
         if self._combine is not None or self.reader is None:
             own = position.logp(self._combine, base.scored.target_N[n : n + 1])
-            self.mass.masses.append(position.mass(self._combine))
+            self.mass.add(position.mass(self._combine), lambda: position.wide().mass(self._combine))
             self.mass.compare(float(own), logp)
 
     def _check_cut(self, batch: LMBatch, base: _Block, n: int, position: SeenPosition) -> None:
@@ -234,7 +234,8 @@ class EvaluationProver:
         before, after = self._read(base, [n]), self._read(other, [n])
         self.causality.compare("the score", before.earlier_N, after.earlier_N, lag=1)
         position = dataclasses.replace(position, candidates=before.candidates[0])
-        changed = other.position(n, after.candidates[0])
+        # Their log-sums have been compared, and differ by rounding at most or fail already.
+        changed = dataclasses.replace(other.position(n, after.candidates[0]), norm=position.norm)
         self.causality.compare("the model's distribution", position.lm_logp_V[None], changed.lm_logp_V[None])
         if self._combine is not None:
             target_1 = base.scored.target_N[n : n + 1]
@@ -251,7 +252,9 @@ class EvaluationProver:
         """Compare what a block's positions up to a cut are made of; at the cut itself the target is another."""
         compare = self.causality.compare
         compare("the model's score", base.logp_N[:-1], other.logp_N[:-1], lag=1)
-        compare("the model's log-sum", base.norm_N, other.norm_N)
+        compare("the model's log-sum", base.norm_N[:-1], other.norm_N[:-1], lag=1)
+        # It is computed as the target's score less its log-probability, and rounds with the target.
+        compare("the model's log-sum", base.norm_N[-1:], other.norm_N[-1:], rounding=REPORTED)
         if base.key_ND is not None and other.key_ND is not None:
             compare("the key", base.key_ND, other.key_ND)
         if base.text_sums is not None and other.text_sums is not None:
@@ -325,6 +328,7 @@ class EvaluationProver:
         """The verdicts, once all is scored."""
         with self.budget:
             disjointness = self._disjointness()
+        self._check_skipped()
         self._check_more()
         with self.budget:
             self._compare_reported(report)
@@ -336,6 +340,19 @@ class EvaluationProver:
             mass = self.mass.verdict(self._hint())
         verdicts = (mass, self.causality.verdict(), self.order.verdict(), disjointness)
         return Proof(verdicts, self.budget.num_positions, self.budget.seconds, self.budget.share())
+
+    def _check_skipped(self) -> None:
+        """Check the first batches, where their scores came from the file of --save-retrieval."""
+        if self.scorer.text_memory is not None or self._carries:
+            return
+        batches, state = self.evaluation.batches, _State(self.scorer, self.reader, [])
+        for numbers in batches[: len(batches) - self._step]:
+            count = self.budget.count(self._step) if self._is_due() else 0
+            self._step += 1
+            chosen = numbers if self.budget.takes_all else self.budget.random.choice(numbers, count)
+            with self.budget:
+                for number in np.asarray(chosen).tolist():
+                    self._check_alone(number, state, 1)
 
     def _check_more(self) -> None:
         """Check more positions if the time allows; what memories of the text and states held is gone by now."""
@@ -372,7 +389,7 @@ class EvaluationProver:
         targets = [dataset.target(int(number)) for number in numbers]
         starts = np.concatenate([[0], np.cumsum([len(target) for target in targets])[:-1]]).astype(np.int64)
         unit, starts = _documents(dataset.blocks, numbers, starts)
-        found = overlap(np.concatenate(targets).astype(np.int64), starts, stores[0].values)
+        found = overlap(np.concatenate(targets).astype(np.int64), starts, stores[0].values, stores[0].deleted)
         return found.verdict(stores[0].prefix, unit)
 
 

@@ -165,5 +165,5 @@ class GenerationProver:
         if not targets:
             return Verdict("disjointness", None, "there are no references to look for")
         starts = np.concatenate([[0], np.cumsum([len(target) for target in targets])[:-1]]).astype(np.int64)
-        found = overlap(np.concatenate(targets).astype(np.int64), starts, store.values)
+        found = overlap(np.concatenate(targets).astype(np.int64), starts, store.values, store.deleted)
         return found.verdict(store.prefix, "sentence")

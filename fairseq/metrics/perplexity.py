@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fairseq.metrics.training import perplexity
 from fairseq.metrics.word_loss import joined, loss_sums
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _by_place(block_N: np.ndarray[Any, Any], logp_N: np.ndarray[Any, Any]) -> li
             loss = -float(logp_N[inside_N].mean()) / math.log(2)
             last = int(place_N[inside_N].max())
             rows.append({"first": low, "last": last, "num_tokens": int(inside_N.sum())})
-            rows[-1] |= {"loss_base2": loss, "perplexity": 2.0**loss}
+            rows[-1] |= {"loss_base2": loss, "perplexity": perplexity(loss)}
     return rows
 
 
@@ -190,7 +191,7 @@ class PerplexityReport:
                 loss = -float(logp[inside].mean()) / math.log(2)
                 upper = int(high) if high < bounds[-1] else None
                 rows.append({"special": not high, "count_from": int(low), "count_below": upper})
-                rows[-1] |= {"num_tokens": int(inside.sum()), "loss_base2": loss, "perplexity": 2.0**loss}
+                rows[-1] |= {"num_tokens": int(inside.sum()), "loss_base2": loss, "perplexity": perplexity(loss)}
         return rows
 
     def words(self) -> Iterator[tuple[int, list[tuple[str, float]]]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.metrics.training import perplexity
+
 Array = np.ndarray[Any, Any]
 
 
@@ -41,7 +43,7 @@ class LossSums:
     @property
     def perplexity(self) -> float:
         """2 to the loss."""
-        return float(2.0**self.loss_base2)
+        return perplexity(self.loss_base2)
 
 
 def loss_sums(block_N: Array, continues_N: Array, logp_N: Array) -> LossSums:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_models import PAD, VOCAB, make_model
 
+from fairseq.criterions.base import build_criterion
 from fairseq.criterions.configs import MemoryDecoderConfig
 from fairseq.criterions.memory_decoder_loss import MemoryDecoderLoss
 from fairseq.data.monolingual_dataset import MonolingualDataset
@@ -51,7 +52,7 @@ def targets(text, tmp_path):
 def task_of(tokens, folders=("data",), bos=None):
     blocks = TokenBlockDataset(tokens, np.array([len(tokens)]), 6)
     dataset = MonolingualDataset(blocks, PAD, 2, bos)
-    return SimpleNamespace(folders=list(folders), blocks=lambda split: dataset), dataset
+    return SimpleNamespace(folders=list(folders), blocks=lambda split, combine: dataset), dataset
 
 
 @pytest.mark.parametrize("bos", [None, 0])
@@ -101,6 +102,25 @@ def test_a_batch_without_rows_has_a_gradient(text, targets):
     loss = criterion(model, dataset.collate([]))
     loss.sum.backward()
     assert float(loss.sum.detach()) == 0.0
+
+
+def test_targets_are_of_the_split_that_is_trained_on(text, targets):
+    task, dataset = task_of(text)
+    other, _ = task_of(text[:-1])
+    task.blocks = lambda split, combine: dataset if split == "mine" else other.blocks(split, combine)
+    given = {"knn_targets": targets[0], "train_subset": "mine"}
+    build_criterion("memory_decoder_loss", given, make_model(), task)
+    with pytest.raises(ValueError, match="split 'train' has 28"):
+        build_criterion("memory_decoder_loss", {"knn_targets": targets[0]}, make_model(), task)
+
+
+def test_tokens_beyond_the_dictionary_are_named(text, targets):
+    task, dataset = task_of(text)
+    criterion = MemoryDecoderLoss(MemoryDecoderConfig(knn_targets=targets[0]))
+    criterion.attach(task)
+    largest = max(token for row in targets[1] for token in row)
+    with pytest.raises(ValueError, match=f"holds token {largest}, the model has {largest} types: the file is damaged"):
+        criterion._rows(dataset.collate(list(range(len(dataset)))), largest, torch.device("cpu"))
 
 
 def test_targets_of_another_text_are_rejected(text, targets):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fairseq_cli import datastore, eval_lm, train
+from fairseq_cli import datastore, eval_lm, eval_lm_trime, train
 
 pytest.importorskip("pyarrow")
 
@@ -64,6 +64,24 @@ def test_decoder_is_mixed_by_its_share(made, model, tmp_path):
     both = scores(tmp_path, *words, "0.3", *knn, "0.2", "--prove", "20", "--eval-file", str(tmp_path / "figures.json"))
     np.testing.assert_allclose(both, np.logaddexp(np.log(0.8) + mixed, np.log(0.2) + neighbors), atol=1e-5)
     assert json.loads((tmp_path / "figures.json").read_text())["proof"]["passed"]
+
+
+def test_proofs_of_a_full_softmax_pass(made, model, tmp_path):
+    """Its log-sum is made of the target's score and rounds with it, which is no look ahead."""
+    words = [model[0], "--path", str(made / "decoder" / "checkpoint_last.pt"), *TEXT, "--prove", "40"]
+    words += ["--eval-file", str(tmp_path / "figures.json")]
+    knn = ["--dstore-filename", str(made / "decoder-store"), "--k", "8", "--lmbda", "0.3"]
+    saving = ["--gen-subset", "train", "--save-knnlm-dstore", "--dstore-mmap", knn[1]]
+    eval_lm.main([*words[:3], *TEXT, *saving])
+    for command, more in (
+        (eval_lm, []),
+        (eval_lm, ["--knnlm", *knn]),
+        (eval_lm_trime, ["--use-local", "--use-external", "--use-interp", *knn]),
+    ):
+        command.main([*words, *more])
+        proof = json.loads((tmp_path / "figures.json").read_text())["proof"]
+        assert proof["passed"], proof
+        assert proof["causality"]["tolerance"] == 0.0
 
 
 def test_a_saved_retrieval_is_of_the_mixture(made, model, tmp_path):

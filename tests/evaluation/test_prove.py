@@ -93,6 +93,16 @@ def test_proofs_change_no_figure(prove, store):
     assert prove(*more, count="1")[1]["loss_base2"] == prove(*more, count="8")[1]["loss_base2"]
 
 
+def test_scores_out_of_a_file_are_checked_too(prove, store, tmp_path):
+    more = ["--knnlm", *store, "--lmbda", "0.3", "--save-retrieval", str(tmp_path / "saved")]
+    first, again = prove(*more)[1], prove(*more)[1]
+    assert again["loss_base2"] == first["loss_base2"]
+    assert again["proof"]["num_positions"] == first["proof"]["num_positions"] == 30
+    verdicts, figures = prove(*more, count="all")
+    assert verdicts == [True] * 4
+    assert figures["proof"]["num_positions"] == figures["num_tokens"]
+
+
 def test_a_sum_above_one_is_found(prove, store, monkeypatch):
     """As a public program had it: the memory's part is added, and the model's is not taken down."""
     honest = Interpolation.__call__

@@ -60,6 +60,17 @@ def test_honest_texts_pass(proof, knn):
     assert proof(*knn, "--knn-lambda-type", "trime", "--knn-sim-func", "dot", "--prove")[0][0]
 
 
+def test_drawn_texts_are_those_of_the_seed_with_and_without_proofs(data_bin, trained, capsys):
+    words = [str(data_bin), "--path", str(trained / "checkpoint_best.pt"), "--task", "language_modeling", "--cpu"]
+    words += ["--prefix-size", "2", "--sample-break-mode", "eos", "--max-tokens", "400", "--max-len-b", "12"]
+    texts = []
+    for more in ([], ["--prove", "5"], ["--seed", "2"]):
+        generate.main([*words, "--sampling", "--beam", "1", *more])
+        texts.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("H-")])
+    assert texts[0] == texts[1] != texts[2]
+    assert len(texts[0]) > 9
+
+
 def test_trimes_sum_is_found(proof, knn):
     """It is 1 and the share that the memory has of both sums."""
     words = [*knn, "--knn-lambda-type", "trime", "--knn-sim-func", "dot", "--compat-trime-mass", "--prove", "10"]

@@ -47,3 +47,11 @@ def test_a_certain_word_is_passed_over_as_the_next_one():
     report = PerplexityReport(dictionary)
     report.add(torch.zeros(3, dtype=torch.int64), torch.tensor([a, b, c]), torch.tensor([-1.0, 0.0, -2.0]))
     assert report.word_statistics()[0] == ("a", 1, -1.0, False, -2.0, 1)
+
+
+def test_a_loss_beyond_floats_has_infinite_perplexity():
+    report = PerplexityReport(Dictionary())
+    report.add(torch.zeros(2, dtype=torch.int64), torch.tensor([3, 3]), torch.tensor([-9000.0, -1.0]))
+    figures = report.figures(2, 1.0)
+    assert figures.perplexity == figures.buckets[0]["perplexity"] == float("inf")
+    assert figures.loss_base2 > 1024

@@ -182,4 +182,4 @@ class _Prover:
             return Verdict("disjointness", None, "there is no datastore")
         targets = self.scores.targets.numpy().astype(np.int64)
         starts = np.unique(self.first_W[:-1][np.diff(self.first_W) > 0])
-        return overlap(targets, starts, store.values).verdict(store.prefix, "window")
+        return overlap(targets, starts, store.values, store.deleted).verdict(store.prefix, "window")

@@ -22,6 +22,8 @@ SHARE_LIMIT = 0.05
 """Share of the text within shared 13-grams from which on it counts as held by the store: quotations are less."""
 _ROWS = 1 << 22
 _NAMED = 10
+_NO_ROWS: IntArray = np.empty(0, np.int64)
+_NO_TOKEN = -1
 _PLACES = 16
 """Places of the store at which a document is looked for, those that most of its n-grams point to."""
 
@@ -66,16 +68,17 @@ class Overlap:
         return Verdict("disjointness", passed, words, figures)
 
 
-def overlap(token_N: IntArray, starts_D: IntArray, values: Any) -> Overlap:
+def overlap(token_N: IntArray, starts_D: IntArray, values: Any, deleted: IntArray = _NO_ROWS) -> Overlap:
     """Compare a text with the values of a datastore, which are its text in its order.
 
     Args:
         token_N: the evaluated text.
         starts_D: where its documents begin, ascending.
         values: a ``ChunkedArray`` of whole numbers; read once, in order.
+        deleted: rows that the store offers no longer, ascending.
     """
     found = {n: _Grams(token_N, n) for n in LENGTHS}
-    for first, value_R in _parts(values, max(LENGTHS) - 1):
+    for first, value_R in _parts(values, max(LENGTHS) - 1, deleted):
         for grams in found.values():
             grams.look_up(value_R, first)
     ends_D = np.append(starts_D[1:], len(token_N))
@@ -83,18 +86,23 @@ def overlap(token_N: IntArray, starts_D: IntArray, values: Any) -> Overlap:
     duplicates = [
         number
         for number, (start, end) in enumerate(zip(starts_D.tolist(), ends_D.tolist()))
-        if end - start >= longest.n and _stands_in(token_N[start:end], longest.rows(start, end), values)
+        if end - start >= longest.n and _stands_in(token_N[start:end], longest.rows(start, end), values, deleted)
     ]
     covered = {n: int(grams.covered().sum()) for n, grams in found.items()}
     return Overlap(len(token_N), covered, duplicates, len(starts_D))
 
 
-def _parts(values: Any, again: int) -> Iterator[tuple[int, IntArray]]:
-    """Runs of the store's values with the row of their first; each begins with the last ``again`` of the one before."""
+def _parts(values: Any, again: int, deleted: IntArray) -> Iterator[tuple[int, IntArray]]:
+    """Runs of the store's values with the row of their first; each begins with the last ``again`` of the one before.
+
+    Deleted rows hold -1, which is no token.
+    """
     before, first = np.empty(0, np.int64), 0
     for chunk in values.chunks:
         for start in range(0, len(chunk), _ROWS):
             part = np.asarray(chunk[start : start + _ROWS]).astype(np.int64)
+            gone = deleted[slice(*np.searchsorted(deleted, (first, first + len(part))))]
+            part[gone - first] = _NO_TOKEN
             joined = np.concatenate([before, part])
             yield first - len(before), joined
             first += len(part)
@@ -144,7 +152,7 @@ class _Grams:
         return np.asarray(np.cumsum(change[:-1]) > 0)
 
 
-def _stands_in(token_T: IntArray, row_G: IntArray, values: Any) -> bool:
+def _stands_in(token_T: IntArray, row_G: IntArray, values: Any, deleted: IntArray) -> bool:
     """True if the store holds a document from end to end, given the first row of each of its n-grams.
 
     An n-gram that stands earlier in the store too leads elsewhere; the other n-grams then say where to look.
@@ -153,5 +161,7 @@ def _stands_in(token_T: IntArray, row_G: IntArray, values: Any) -> bool:
         return False
     begins, votes = np.unique(row_G - np.arange(len(row_G)), return_counts=True)
     begins = begins[np.argsort(-votes, kind="stable")[:_PLACES]]
-    inside = begins[(begins >= 0) & (begins + len(token_T) <= len(values))]
+    ends = begins + len(token_T)
+    is_whole = np.searchsorted(deleted, begins) == np.searchsorted(deleted, ends)
+    inside = begins[(begins >= 0) & (ends <= len(values)) & is_whole]
     return any(bool((values.take(np.arange(row, row + len(token_T))).numpy() == token_T).all()) for row in inside)

@@ -18,6 +18,9 @@ MASS = 1e-5
 """Largest deviation from 1 of the sum of the probabilities that a model in float32 gives."""
 HALF_MASS = 1e-2
 """The same for weights of 16 bits, whose logits are rounded."""
+ROUNDED = 1e-3
+"""The same where the sum in float64 is 1: scores in the thousands, as of a small temperature, round that much in
+float32."""
 REPORTED = 1e-4
 """Largest difference of a log-probability computed once more, alone, from the one that the figures are of: a batch of
 another shape rounds differently."""
@@ -55,6 +58,24 @@ class MassTally:
     """Of the reported log-probability and the one of the same distribution."""
     num_tied: int = 0
     """Positions whose neighbours hang on rounding (``ties.py``), and whose reported scores are not compared."""
+
+    num_rounded: int = 0
+    """Sums that are 1 in float64, and in float32 not quite."""
+    largest_rounding: float = 0.0
+    """Of these in float32, the largest deviation from 1."""
+
+    def add(self, mass: float, wide: Callable[[], float]) -> None:
+        """Take in the sum at a position.
+
+        Args:
+            wide: gives the sum of the same numbers in float64; asked only where the first one is off by little.
+        """
+        off = abs(mass - 1.0)
+        if self.tolerance < off <= ROUNDED and abs((exact := wide()) - 1.0) <= self.tolerance:
+            self.num_rounded += 1
+            self.largest_rounding = max(self.largest_rounding, off)
+            mass = exact
+        self.masses.append(mass)
 
     @property
     def tolerance(self) -> float:
@@ -95,6 +116,8 @@ class MassTally:
                 f"the probabilities sum to {mean:.6g} in the mean of {len(off)} positions, at worst {worst:.6g}: a "
                 "perplexity of them is none" + (f"; {hint}" if hint else "")
             )
+        if self.num_rounded:
+            words += f" ({self.num_rounded} in float64: in float32 they round by up to {self.largest_rounding:.1e})"
         if self.differences:
             words += f"; the scores reported differ from theirs by at most {difference:.1e}"
         if self.num_tied:
@@ -105,6 +128,8 @@ class MassTally:
             "worst": worst,
             "num_positions": len(off),
             "tolerance": self.tolerance,
+            "num_rounded": self.num_rounded,
+            "largest_rounding": self.largest_rounding,
             "largest_difference": difference,
             "num_tied": self.num_tied,
             "difference_tolerance": self.reported_tolerance,
@@ -125,7 +150,7 @@ class CausalityTally:
     largest: float = 0.0
     first_changed: str = ""
 
-    def compare(self, what: str, before: Tensor, after: Tensor, lag: int = 0) -> None:
+    def compare(self, what: str, before: Tensor, after: Tensor, lag: int = 0, rounding: float = 0.0) -> None:
         """Compare values of positions up to a cut; infinity equals itself, and nan too.
 
         Args:
@@ -133,6 +158,7 @@ class CausalityTally:
             before: of the text, (N, ...).
             after: of the text with other tokens after the cut.
             lag: how far the last of them is before the cut.
+            rounding: what these values may differ by at least, as ``rounding`` of the tally.
         """
         self.num_compared += len(before)
         if torch.equal(before, after):
@@ -144,7 +170,7 @@ class CausalityTally:
         off_N = off.flatten(1).amax(1) if off.dim() > 1 else off
         self.largest = max(self.largest, float(off_N.max()))
         scale = max(1.0, float(finite.abs().max()) if len(finite) else 1.0)
-        changed = (off_N > self.rounding * scale).nonzero()[:, 0].tolist()
+        changed = (off_N > max(rounding, self.rounding) * scale).nonzero()[:, 0].tolist()
         self.num_changed += len(changed)
         if changed and not self.first_changed:
             self.first_changed = f"{what} {len(off_N) - 1 - changed[0] + lag} positions before the change"

@@ -26,6 +26,8 @@ Array = npt.NDArray[Any]
 FORMAT = "fairseq-memory knn targets"
 COLUMNS = ("id_cnt", "token_id", "prob", "label")
 _ROWS = 16384
+_COMPARED = 1 << 20  # rows of the store at a time
+_BEGINNING = 64  # tokens by which a text is looked for
 
 
 def _arrow() -> Any:
@@ -73,25 +75,50 @@ def distributions(value_NK: Array, score_NK: Array, keep_NK: Array, temperature:
     return Distributions(count_N, value_NK.ravel()[begin_M[held_M]].astype(np.int32), prob_M[held_M])
 
 
+def _stands_at(label_N: Array, row: int, values: Any) -> bool:
+    """True if the store's rows from this one on are the text."""
+    end = row + len(label_N)
+    return end <= len(values) and all(
+        np.array_equal(label_N[start - row : start - row + _COMPARED], values.block(start, min(start + _COMPARED, end)))
+        for start in range(row, end, _COMPARED)
+    )
+
+
+def _places(begin_B: Array, values: Any) -> Iterator[int]:
+    """Rows at which the beginning of a text stands in the store."""
+    num_rows = len(values) - len(begin_B) + 1
+    for start in range(0, num_rows, _COMPARED):
+        count = min(_COMPARED, num_rows - start)
+        value_R = values.block(start, start + count + len(begin_B) - 1).numpy()
+        place_P = np.flatnonzero(value_R[:count] == begin_B[0])
+        for offset in range(1, len(begin_B)):
+            place_P = place_P[value_R[place_P + offset] == begin_B[offset]]
+        yield from (start + place_P).tolist()
+
+
 @dataclass(frozen=True)
 class OwnRows:
-    """The row of the datastore that each token of a text is itself, for a store of the same text."""
+    """The row of the datastore that each token of a text is itself, for a store that holds the text in one piece."""
 
     skipped: int | None
-    """Tokens at the start that the store lacks; None for a store of another text."""
+    """Tokens at the start that the store lacks, or, negative, rows before the first token; None for a store of another
+    text."""
 
     @classmethod
     def of(cls, label_N: Array, values: Any) -> OwnRows:
-        """Compare the text, in its order, with the store's values (a ``ChunkedArray``), token by token."""
-        skipped = len(label_N) - len(values)
-        if skipped < 0 or not len(values):
+        """Look for the text, in its order, in the store's values (a ``ChunkedArray``), token by token.
+
+        The store may lack the first tokens, or hold more than this text: other texts, or the whole of a shard.
+        """
+        if not len(label_N) or not len(values):
             return cls(None)
-        start = skipped
-        for chunk in values.chunks:
-            if not np.array_equal(label_N[start : start + len(chunk)], chunk):
-                return cls(None)
-            start += len(chunk)
-        return cls(skipped)
+        if len(label_N) > len(values):
+            skipped = len(label_N) - len(values)
+            return cls(skipped if _stands_at(label_N[skipped:], 0, values) else None)
+        for row in _places(label_N[:_BEGINNING], values):
+            if _stands_at(label_N, row, values):
+                return cls(-row)
+        return cls(None)
 
     def drop(self, keep_NK: Array, id_NK: Array, first: int) -> Array:
         """Permissions without each token's own row.

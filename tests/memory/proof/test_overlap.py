@@ -49,6 +49,20 @@ def test_whole_documents_are_named_and_parts_are_not():
     assert found.num_documents == 4
 
 
+def test_deleted_rows_are_not_in_the_store(monkeypatch):
+    monkeypatch.setattr(module, "_ROWS", 64)
+    rng = np.random.default_rng(3)
+    values = rng.integers(0, 500, 400)
+    text, starts = np.concatenate([values[100:160], values[300:340]]), np.array([0, 60])
+    deleted = np.r_[130, np.arange(290, 350)]
+    found = overlap(text, starts, split_into(values, [200]), deleted)
+    assert found.covered == {13: 59, 8: 59}  # what is left on both sides of row 130
+    assert found.duplicates == []
+    twice = np.concatenate([values, values[300:340]])
+    assert overlap(text, starts, ChunkedArray([twice]), deleted).duplicates == [1]
+    assert values.min() >= 0  # the store itself is as it was
+
+
 def test_a_document_is_found_though_its_start_stands_elsewhere_too():
     rng = np.random.default_rng(2)
     document, filler = rng.integers(0, 500, 60), rng.integers(0, 500, 50)

@@ -70,3 +70,12 @@ def test_a_model_alone_and_empty_memories():
     assert position(text=(nothing,)).mass(JointNormalization(DIM)) == pytest.approx(1.0, abs=1e-6)
     none_kept = offered(5, kept=0)
     assert position(none_kept).mass(JointNormalization(DIM, weight=0.2)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_what_rounds_in_float32_sums_to_one_in_float64():
+    """Scores in the tens of thousands, whose last digits float32 drops."""
+    scores_1M = -30000.0 - torch.rand(1, 40, generator=torch.Generator().manual_seed(0)) * 3
+    found = Candidates(torch.arange(40)[None] % 7, scores_1M, torch.ones(1, 40, dtype=torch.bool))
+    position = SeenPosition(torch.full((7,), -math.log(7.0)), torch.tensor(2.0), found)
+    assert 1e-5 < abs(position.mass(Interpolation(0.9)) - 1.0) < 1e-2
+    assert position.wide().mass(Interpolation(0.9)) == pytest.approx(1.0, abs=1e-6)

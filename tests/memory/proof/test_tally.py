@@ -20,6 +20,18 @@ def test_mass_passes_within_the_tolerance_of_the_precision():
     assert MassTally().verdict().passed is None
 
 
+def test_what_float32_rounds_is_summed_again():
+    tally = MassTally()
+    tally.add(1.0 + 9e-6, lambda: pytest.fail("it is within the tolerance"))
+    tally.add(1.0 + 5e-4, lambda: 1.0)
+    assert tally.verdict().passed
+    assert "1 in float64: in float32 they round by up to 5.0e-04" in tally.verdict().words
+    for mass, wide in ((1.002, 1.0), (1.0 + 5e-4, 1.0 + 5e-4), (math.nan, 1.0)):  # too much, or no rounding at all
+        failing = MassTally()
+        failing.add(mass, lambda wide=wide: wide)
+        assert failing.verdict().passed is False
+
+
 def test_scores_of_another_distribution_fail():
     assert MassTally(masses=[1.0], differences=[2e-4]).verdict().passed is False
 

@@ -70,9 +70,22 @@ def test_a_text_knows_its_own_rows():
     assert OwnRows.of(text, later).drop(keep, ids, 9).tolist() == [[True, False, True], [True, True, True]]
     other = text.copy()
     other[13] += 1
-    for values in (other, np.append(text, 1)):
+    for values in (other, np.append(other, 1), text[:0]):
         assert OwnRows.of(text, ChunkedArray([values])) == OwnRows(None)
     assert OwnRows(None).drop(keep, ids, 4) is keep
+
+
+@pytest.mark.parametrize("num_compared", [6, 1 << 20])
+def test_a_text_is_found_within_a_larger_store(num_compared, monkeypatch):
+    """Such as a shard's text in the store of all, or the training text's in one that other texts were added to."""
+    monkeypatch.setattr(soft_targets, "_COMPARED", num_compared)
+    text = np.arange(20) % 7
+    values = np.concatenate([text[:9] * 0, text[:15], [8], text, [1, 2]])  # its beginning stands there before it
+    own = OwnRows.of(text, ChunkedArray([values[:30], values[30:]]))
+    assert own == OwnRows(-25)
+    assert own.drop(np.ones((1, 3), bool), np.array([[28, 29, 3]]), 4).tolist() == [[True, False, True]]
+    assert OwnRows.of(text, ChunkedArray([values[:44]])) == OwnRows(None)  # its last token is missing
+    assert OwnRows.of(values, ChunkedArray([text])) == OwnRows(None)
 
 
 @pytest.fixture
