@@ -51,6 +51,7 @@ class Budget:
         """Time spent on proofs."""
         self.num_positions = 0
         """Positions checked."""
+        self._position_seconds, self._positions_before = 0.0, 0
 
     @property
     def takes_all(self) -> bool:
@@ -69,16 +70,19 @@ class Budget:
         """True at the end of a run if the time allows another position, at the mean cost of those before."""
         if self._config.count is not None or self.takes_all or not 0 < self.num_positions < MOST:
             return False
-        cost = self.seconds / self.num_positions  # with that of the text's comparison, and so rather too much
+        cost = self._position_seconds / self.num_positions
         return self.seconds + cost < REST_SHARE * (self._clock() - self._started)
 
     def __enter__(self) -> Budget:
-        self._since = self._clock()
+        self._since, self._positions_before = self._clock(), self.num_positions
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._since is not None
-        self.seconds += self._clock() - self._since
+        spent = self._clock() - self._since
+        self.seconds += spent
+        if self.num_positions > self._positions_before:
+            self._position_seconds += spent
         self._since = None
 
     def share(self) -> float:

@@ -109,3 +109,23 @@ def test_time_is_kept_to_its_share():
     assert budget.num_positions > 10
     assert budget.share() < 0.02
     assert budget.share() == pytest.approx(budget.num_positions * 0.05 / now[0])
+
+
+def test_what_is_left_at_the_end_pays_for_more_positions():
+    now = [0.0]
+    budget = Budget(ProofConfig(prove="sample"), 1, clock=lambda: now[0])
+    now[0] = 10.0
+    with budget:  # no position: texts are compared
+        now[0] += 0.1
+    assert not budget.has_rest(), "what a position costs is not known yet"
+    count = 0
+    with budget:
+        now[0] += 0.01
+        budget.num_positions += 1
+    while budget.has_rest():
+        with budget:
+            now[0] += 0.01
+            budget.num_positions += 1
+        count += 1
+    assert count == 6
+    assert budget.share() < 0.018
