@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from fairseq.hf.attention.wrapper import ExtendedMind
 from fairseq.hf.knn.retomaton import RetomatonWrapper
 from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.extended_mind.storage import load_memory
+from fairseq.registry import did_you_mean
+
+_ALMOST = 0.8  # similarity of names, as difflib has it, from which on one is a misspelling of the other
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,26 @@ class MemoryArguments:
         if self.dstore_dir is None and (self.retomaton or self.k is not None):
             name = "retomaton" if self.retomaton else "k"
             raise ValueError(f"{name} is about a datastore, and --model_args name none; give dstore_dir=PREFIX")
+        if self.extended_mind is not None and not Path(self.extended_mind).is_file():
+            raise ValueError(
+                f"extended_mind={self.extended_mind}: no such file; name a text, or what save_memory wrote"
+            )
 
     @classmethod
-    def split(cls, given: Mapping[str, Any]) -> tuple[MemoryArguments, dict[str, Any]]:
-        """Those among all of a model's arguments, and the others."""
+    def split(cls, given: Mapping[str, Any], known: Collection[str] = ()) -> tuple[MemoryArguments, dict[str, Any]]:
+        """Those among all of a model's arguments, and the others.
+
+        Args:
+            known: names of the harness's own arguments; transformers' models take more.
+        Raises: ValueError for a name that is almost one of these, and for arguments without a memory.
+        """
         names = {field.name for field in fields(cls)}
         mine = {name: value for name, value in given.items() if name in names and value is not None}
-        return cls(**mine), {name: value for name, value in given.items() if name not in names}
+        others = {name: value for name, value in given.items() if name not in names}
+        for name in others.keys() - set(known):
+            if difflib.get_close_matches(name, names, 1, _ALMOST):
+                raise ValueError(f"unknown name {name!r} in --model_args{did_you_mean(name, names)}")
+        return cls(**mine), others
 
     def described(self) -> dict[str, Any]:
         """What differs from the defaults, for the record of a run."""

@@ -7,6 +7,7 @@ Source: https://github.com/EleutherAI/lm-evaluation-harness, docs/model_guide.md
 from __future__ import annotations
 
 import contextlib
+import inspect
 from typing import Any
 
 from lm_eval.api.registry import register_model
@@ -32,7 +33,7 @@ class MemoryLM(HFLM):  # type: ignore[misc]
 
         Raises: ValueError for arguments without a memory, and when the memory does not fit.
         """
-        self.memory, rest = MemoryArguments.split(given)
+        self.memory, rest = MemoryArguments.split(given, inspect.signature(HFLM.__init__).parameters)
         super().__init__(pretrained, **rest)
         self._attached = contextlib.ExitStack()
         self._attached.enter_context(attached_memory(self.model, self.tokenizer, self.memory))

@@ -68,6 +68,14 @@ def test_retomaton_and_extended_mind_are_the_wrappers(model, store, tmp_path):
         assert not torch.equal(model(ids).logits, attended)
 
 
+def test_misspelt_names_and_missing_files_are_named(store, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown name 'lmbd' in --model_args \(did you mean 'lmbda'\?\)"):
+        MemoryArguments.split({"dstore_dir": store, "lmbd": 0.4})
+    assert MemoryArguments.split({"dstore_dir": store, "lmbd": 0.4}, {"lmbd"})[1] == {"lmbd": 0.4}
+    with pytest.raises(ValueError, match="extended_mind=.*none: no such file; name a text"):
+        MemoryArguments(extended_mind=str(tmp_path / "none"))
+
+
 def test_arguments_without_a_memory_are_rejected():
     with pytest.raises(ValueError, match="--model hf evaluates a model without one"):
         MemoryArguments.split({"batch_size": 4})
