@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from fairseq.memory.proof.budget import Budget
 from fairseq.memory.proof.overlap import IntArray, overlap
 from fairseq.memory.proof.positions import SeenPosition
 from fairseq.memory.proof.tally import REPORTED, CausalityTally, MassTally, OrderTally, is_in_half, rounding_of
+from fairseq.memory.proof.texts import joined, other_tokens
 from fairseq.memory.proof.ties import has_tied_end
 from fairseq.metrics.verdicts import Proof, Verdict
 from fairseq.sequence_scorer import Inspection, SequenceScorer
@@ -35,18 +35,6 @@ if TYPE_CHECKING:
 
 _CUTS = 4
 """Places of a block after which its text is changed, with --prove all."""
-
-
-class InspectedReader(Protocol):
-    """A reader whose candidates and combiner can be looked at."""
-
-    combine: Combiner
-    reads_alone: bool
-    """Whether a position is read without those before it."""
-
-    def with_record(self, record: Callable[[ScoredPositions, Candidates], None]) -> Any:
-        """A reader that goes on from here by itself, and whose candidates are recorded."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,12 +279,10 @@ class EvaluationProver:
 
     def _with_other_tokens(self, batch: LMBatch, n: int) -> LMBatch:
         """The batch of one block, all of whose tokens after the scored position ``n`` are others, its target too."""
-        dictionary = self.evaluation.task.dictionary
-        first, size = dictionary.nspecial, max(2, len(dictionary) - dictionary.nspecial)
+        dictionary, random = self.evaluation.task.dictionary, self.budget.random
         place = int(batch.scored_BT[0].nonzero()[n])
         target_T, tokens_T = batch.target_BT[0].clone(), batch.tokens_BT[0].clone()
-        shift = torch.from_numpy(self.budget.random.integers(1, size, len(target_T) - place))
-        target_T[place:] = first + (target_T[place:] - first + shift) % size
+        target_T[place:] = other_tokens(target_T[place:], dictionary.nspecial, len(dictionary), random)
         tokens_T[place + 1 :] = target_T[place:-1]
         return dataclasses.replace(batch, tokens_BT=tokens_T[None], target_BT=target_T[None])
 
@@ -386,10 +372,9 @@ class EvaluationProver:
             return Verdict("disjointness", None, "there is no datastore")
         dataset = self.evaluation.dataset.dataset
         numbers = np.sort(np.concatenate(self.evaluation.batches))
-        targets = [dataset.target(int(number)) for number in numbers]
-        starts = np.concatenate([[0], np.cumsum([len(target) for target in targets])[:-1]]).astype(np.int64)
+        token_N, starts = joined([dataset.target(int(number)) for number in numbers])
         unit, starts = _documents(dataset.blocks, numbers, starts)
-        found = overlap(np.concatenate(targets).astype(np.int64), starts, stores[0].values, stores[0].deleted)
+        found = overlap(token_N, starts, stores[0].values, stores[0].deleted)
         return found.verdict(stores[0].prefix, unit)
 
 

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.generation.next_token import mean_logp
 from fairseq.memory.proof.budget import Budget
 from fairseq.memory.proof.overlap import overlap
 from fairseq.memory.proof.tally import CausalityTally, MassTally, OrderTally, is_in_half, rounding_of
+from fairseq.memory.proof.texts import joined, other_tokens
 from fairseq.memory.proof.ties import has_tied_end
 from fairseq.metrics.verdicts import Proof, Verdict
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fairseq.generation.sequence_generator import Hypothesis, SequenceGenerator
     from fairseq.memory.datastore.datastore import Datastore
     from fairseq.memory.proof.config import ProofConfig
+    from fairseq.memory.sources.external import ExternalMemory
 
 
 class _Step(NamedTuple):
@@ -50,19 +53,21 @@ class GenerationProver:
         """
         self.generator, self.dictionary = generator, dictionary
         self.budget = Budget(config, num_batches, seed)
-        self.mass, self.causality = (
-            MassTally(is_in_half(generator.models)),
-            CausalityTally(rounding_of(generator.models)),
-        )
-        self.order = OrderTally()
+        self.mass, self.order = MassTally(is_in_half(generator.models)), OrderTally()
+        self.causality = CausalityTally(rounding_of(generator.models))
         self._step, self._wanted = 0, 0
         store = self._store
         self._rows_before = 0 if store is None else len(store)
 
     @property
+    def _memory(self) -> ExternalMemory | None:
+        """The datastore that is searched; None without one."""
+        memory: ExternalMemory | None = getattr(self.generator.memory, "memory", None)
+        return memory
+
+    @property
     def _store(self) -> Datastore | None:
-        store: Datastore | None = getattr(getattr(self.generator.memory, "memory", None), "store", None)
-        return store
+        return None if self._memory is None else self._memory.store
 
     def begin(self) -> None:
         """A batch is about to be generated."""
@@ -94,9 +99,8 @@ class GenerationProver:
         token = int(text.tokens[n])
         inputs_T = torch.cat([text.tokens.new_tensor([self.generator.eos]), text.tokens[:-1]])
         other_T = inputs_T.clone()
-        first, size = self.dictionary.nspecial, max(2, len(self.dictionary) - self.dictionary.nspecial)
-        shift = torch.from_numpy(self.budget.random.integers(1, size, len(other_T) - n - 1)).to(other_T.device)
-        other_T[n + 1 :] = first + (other_T[n + 1 :] - first + shift) % size
+        first, random = self.dictionary.nspecial, self.budget.random
+        other_T[n + 1 :] = other_tokens(other_T[n + 1 :], first, len(self.dictionary), random)
         now, changed = self._read(source, inputs_T, n), self._read(source, other_T, n)
         logp_V = self._logp(source, now)
         self.budget.num_positions += 1
@@ -114,7 +118,7 @@ class GenerationProver:
             self.mass.compare(own, reported, lambda: any(self._is_tied(step) for step in now))
 
     def _is_tied(self, step: _Step) -> bool:
-        memory = getattr(self.generator.memory, "memory", None)
+        memory = self._memory
         return memory is not None and step.key_1D is not None and has_tied_end(memory, step.key_1D[0])
 
     def _read(self, source: dict[str, Tensor], inputs_T: Tensor, n: int) -> list[_Step]:
@@ -142,7 +146,7 @@ class GenerationProver:
             scores_1V = step.scores_1V.clone()
             memory.begin(here).mix_(scores_1V, step.key_1D, torch.zeros(1, dtype=torch.int64))
             parts.append(scores_1V[0])
-        return torch.logsumexp(torch.stack(parts), 0) - float(np.log(len(parts))) if len(parts) > 1 else parts[0]
+        return mean_logp(parts)
 
     def finish(self, targets: Sequence[np.ndarray[Any, Any]]) -> Proof:
         """The verdicts, once all is generated.
@@ -164,6 +168,5 @@ class GenerationProver:
             return Verdict("disjointness", None, "there is no datastore")
         if not targets:
             return Verdict("disjointness", None, "there are no references to look for")
-        starts = np.concatenate([[0], np.cumsum([len(target) for target in targets])[:-1]]).astype(np.int64)
-        found = overlap(np.concatenate(targets).astype(np.int64), starts, store.values, store.deleted)
+        found = overlap(*joined(targets), store.values, store.deleted)
         return found.verdict(store.prefix, "sentence")

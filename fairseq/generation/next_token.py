@@ -116,7 +116,7 @@ class NextToken:
         The result may be written to.
         """
         parts = [self._logp(number, tokens_RT) for number in range(len(self.models))]
-        return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(parts), 0) - math.log(len(parts))
+        return mean_logp(parts)
 
     def prefix_logp(self, tokens_RT: Tensor, target_RT: Tensor) -> Tensor:
         """Read tokens as :meth:`logp` does; log-probability of the target of each, (R, T)."""
@@ -153,3 +153,8 @@ class NextToken:
             encoded = self._encoded[number]
             if encoded is not None and sentences is not None:
                 self._encoded[number] = encoded.rows(sentences)
+
+
+def mean_logp(parts: Sequence[Tensor]) -> Tensor:
+    """Log of the mean of several models' probabilities, elementwise."""
+    return parts[0] if len(parts) == 1 else torch.logsumexp(torch.stack(list(parts)), 0) - math.log(len(parts))

@@ -3,38 +3,24 @@
 import itertools
 import json
 
+import learned_pairs
 import numpy as np
 import pytest
 
 from fairseq.memory.retrieval.file import Retrieval
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.tasks.translation import TranslationTask
-from fairseq_cli import generate, preprocess, save_datastore, train
+from fairseq_cli import generate
 from fairseq_cli.memory import knn_sweep
-
-MODEL = (
-    "--task translation --arch transformer_tiny --encoder-layers 1 --decoder-layers 1 --dropout 0 --optimizer adam "
-    "--lr 0.01 --criterion cross_entropy --max-tokens 400 --max-update 12 --cpu --no-progress-bar --num-workers 0 "
-    "--no-epoch-checkpoints"
-).split()
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """The words of a command with a model that has learned a little, and its datastore of the training text."""
-    folder, random = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
-    for split, count in (("train", 90), ("valid", 30), ("test", 30)):
-        sentences = [random.integers(0, 12, random.integers(2, 9)).tolist() for _ in range(count)]
-        for lang in "ab":
-            lines = [" ".join(f"{lang}{word}" for word in sentence) for sentence in sentences]
-            (folder / f"{split}.{lang}").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    texts = [f"--{split}pref={folder / split}" for split in ("train", "valid", "test")]
-    preprocess.main(["--source-lang", "a", "--target-lang", "b", *texts, "--destdir", str(folder / "bin")])
-    train.main([str(folder / "bin"), *MODEL, "--save-dir", str(folder)])
-    path = ["--path", str(folder / "checkpoint_last.pt"), "--cpu", "--max-tokens", "60"]
-    save_datastore.main([str(folder / "bin"), *path, "--dstore-mmap", str(folder / "store")])
+    folder = tmp_path_factory.mktemp("pairs")
+    words = learned_pairs.make(folder, {"train": 90, "valid": 30, "test": 30})
     store = ["--knnmt", "--dstore-filename", str(folder / "store"), "--score-reference", "--k", "6"]
-    return [str(folder / "bin"), *path, *store]
+    return [*words, *store]
 
 
 @pytest.fixture

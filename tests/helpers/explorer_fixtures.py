@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import learned_pairs
 import numpy as np
 import pytest
 
@@ -15,12 +16,6 @@ if TYPE_CHECKING:
 
 EVAL = ("--cpu", "--max-tokens", "64", "--context-window", "16")
 KNN = ("--knnlm", "--lmbda", "0.3", "--softmax-temp", "2", "--k", "16")
-
-TRANSLATION_MODEL = (
-    "--task translation --arch transformer_tiny --encoder-layers 1 --decoder-layers 1 --dropout 0 --optimizer adam "
-    "--lr 0.01 --criterion cross_entropy --max-tokens 400 --max-update 12 --cpu --no-progress-bar --num-workers 0 "
-    "--no-epoch-checkpoints"
-).split()
 
 Explored = Callable[..., "Explanation"]
 
@@ -86,17 +81,6 @@ def explored() -> Iterator[Explored]:
 @pytest.fixture(scope="session")
 def explored_pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     """Words of generate.py with a model that has learned a little, and the folder of its texts and datastore."""
-    from fairseq_cli import preprocess, save_datastore, train
-
-    folder, random = tmp_path_factory.mktemp("pairs"), np.random.default_rng(0)
-    for split, count in (("train", 60), ("valid", 10), ("test", 6)):
-        sentences = [random.integers(0, 12, random.integers(2, 9)).tolist() for _ in range(count)]
-        for lang in "ab":
-            lines = [" ".join(f"{lang}{word}" for word in sentence) for sentence in sentences]
-            (folder / f"{split}.{lang}").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    texts = [f"--{split}pref={folder / split}" for split in ("train", "valid", "test")]
-    preprocess.main(["--source-lang", "a", "--target-lang", "b", *texts, "--destdir", str(folder / "bin")])
-    train.main([str(folder / "bin"), *TRANSLATION_MODEL, "--save-dir", str(folder)])
-    path = ["--path", str(folder / "checkpoint_last.pt"), "--cpu", "--max-tokens", "60"]
-    save_datastore.main([str(folder / "bin"), *path, "--dstore-mmap", str(folder / "store")])
-    return [str(folder / "bin"), *path, "--beam", "3", "--max-len-b", "8"], folder
+    folder = tmp_path_factory.mktemp("pairs")
+    words = learned_pairs.make(folder, {"train": 60, "valid": 10, "test": 6})
+    return [*words, "--beam", "3", "--max-len-b", "8"], folder

@@ -20,6 +20,7 @@ from fairseq.memory.proof.budget import SHARE, Budget
 from fairseq.memory.proof.config import ProofConfig
 from fairseq.memory.proof.overlap import overlap
 from fairseq.memory.proof.tally import CausalityTally, MassTally, OrderTally, is_in_half, rounding_of
+from fairseq.memory.proof.texts import other_tokens
 from fairseq.memory.proof.ties import has_tied_end
 from fairseq.metrics.verdicts import Proof, Verdict
 
@@ -161,8 +162,7 @@ class _Prover:
         """The text with other tokens after a position."""
         size = int(self.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
         other_T = ids_T.clone()
-        shift = torch.from_numpy(self.budget.random.integers(1, max(2, size), len(ids_T) - place - 1))
-        other_T[place + 1 :] = (other_T[place + 1 :] + shift) % size
+        other_T[place + 1 :] = other_tokens(other_T[place + 1 :], 0, size, self.budget.random)
         return other_T
 
     def _counts(self) -> tuple[int, int] | None:

@@ -93,8 +93,7 @@ def merge(prefix: str | Path, stores: Sequence[str | Path] = ()) -> dict[str, An
             opened = Datastore.open(store, with_keys=False)
             deleted.append(opened.deleted + rows)
             for shard in opened.shards:
-                moved = (shard.first_row + rows, shard.first_document + documents)
-                shards.append(dataclasses.replace(shard, first_row=moved[0], first_document=moved[1]))
+                shards.append(_moved(shard, rows, documents))
                 require_alike(shards[0], shard, _MUST_AGREE)
             rows, documents = rows + len(opened), documents + count_documents(opened)
         return _write_combined(prefix, shards, documents, np.concatenate(deleted))
@@ -117,12 +116,16 @@ def append(prefix: str | Path, store: str | Path) -> dict[str, Any]:
         entries = []
         for shard in more.shards:
             require_alike(whole.shards[0], shard, _MUST_AGREE)
-            moved = (shard.first_row + rows, shard.first_document + documents)
-            entries.append(_entry(prefix, dataclasses.replace(shard, first_row=moved[0], first_document=moved[1])))
+            entries.append(_entry(prefix, _moved(shard, rows, documents)))
         metadata = dict(whole.metadata) | {"rows": rows + len(more)}
         metadata |= {"parts": [*whole.metadata["parts"], *entries], "num_documents": documents + count_documents(more)}
         write_json(names.metadata, seal(metadata))
     return metadata
+
+
+def _moved(shard: Shard, rows: int, documents: int) -> Shard:
+    """The shard behind so many rows and documents of others."""
+    return dataclasses.replace(shard, first_row=shard.first_row + rows, first_document=shard.first_document + documents)
 
 
 def join_parts(prefix: str | Path, first: int, into: str | Path) -> list[str]:

@@ -116,7 +116,8 @@ class ExactIndex:
         query_ND = query_ND.detach().float().cpu().contiguous()
         # No score reaches a threshold that is NaN, and rows that nothing was written to would be returned.
         broken_N = ~query_ND.isfinite().all(1)
-        query_ND = query_ND.masked_fill(broken_N[:, None], 0.0) if broken_N.any() else query_ND
+        any_broken = bool(broken_N.any())
+        query_ND = query_ND.masked_fill(broken_N[:, None], 0.0) if any_broken else query_ND
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
         ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
         scores_NK = torch.empty(len(query_ND), k)
@@ -128,7 +129,8 @@ class ExactIndex:
                 ids_NK[part], scores_NK[part] = neighbors.ids_NK, neighbors.scores_NK
             else:
                 _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
-        ids_NK[broken_N], scores_NK[broken_N] = -1, -torch.inf
+        if any_broken:
+            ids_NK[broken_N], scores_NK[broken_N] = -1, -torch.inf
         return Neighbors(ids_NK, scores_NK)
 
     def _as_lists(self, query_ND: Tensor, k: int) -> _Blocks | None:
