@@ -73,10 +73,7 @@ class TextPart:
 
     def first_k(self, k: int | None) -> Candidates | None:
         """The first ``k`` candidates."""
-        if self.found is None or k is None:
-            return self.found
-        found = self.found
-        return Candidates(found.values_NM[:, :k], found.scores_NM[:, :k], found.keep_NM[:, :k])
+        return self.found if self.found is None or k is None else self.found.nearest(k)
 
     @property
     def text_sums(self) -> LogSums | None:

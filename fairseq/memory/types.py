@@ -119,6 +119,10 @@ class Candidates:
         facts = None if self.facts is None else self.facts.rows(part)
         return Candidates(values_NM, self.scores_NM[part], self.keep_NM[part], rows_NM, facts)
 
+    def nearest(self, k: int) -> Candidates:
+        """The first k of each position, without rows and facts; of neighbours, best first, those of a search for k."""
+        return Candidates(self.values_NM[:, :k], self.scores_NM[:, :k], self.keep_NM[:, :k])
+
     def same_token(self, target_N: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
         """(N, M): True (or 1 in a numeric ``dtype``) where the candidate's token is the position's target."""
         out_NM = torch.empty(self.scores_NM.shape, dtype=dtype, device=target_N.device)

@@ -100,8 +100,7 @@ class SavedPart:
 
     def nearest(self, k: int) -> Candidates:
         """The first k neighbours of each token, as a search for k finds them."""
-        found = self.found
-        return Candidates(found.values_NM[:, :k], found.scores_NM[:, :k], found.keep_NM[:, :k])
+        return self.found.nearest(k)
 
 
 @dataclass(frozen=True)
