@@ -188,15 +188,22 @@ def clm(examples: Path, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def set_fast_products(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Take the ways of a processor that is fastest at products of this type."""
-    import torch
+    """Take the ways of a processor whose fastest products are these; of missing instructions, what stands for them."""
+    from fairseq.memory.index.ops import products, tile_product_kernels
 
-    monkeypatch.setattr("fairseq.runtime.hardware.fast_products", lambda: getattr(torch, name))
+    kinds = tile_product_kernels.INSTRUCTIONS
+    if name in kinds and name not in products.available():
+        monkeypatch.setitem(kinds, name, tile_product_kernels.without_instructions(kinds[name]))
+    monkeypatch.setattr(products, "chosen", lambda: products.by_name(name))
 
 
-@pytest.fixture(params=["int8", "bfloat16", "float32"])
+PRODUCTS = ["avx512_vnni", "avx2", "asimddp", "library_int8", "bfloat16", "float32"]
+"""Ways to multiply that differ in what they round to, and how; each is taken on any machine."""
+
+
+@pytest.fixture(params=PRODUCTS)
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every kind of processor in turn; the type whose products it is fastest at."""
+    """Every kind of processor in turn; the way in which it multiplies fastest."""
     set_fast_products(monkeypatch, request.param)
     return request.param
 

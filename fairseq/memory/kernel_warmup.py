@@ -10,6 +10,7 @@ from typing import Any
 
 MODULES = (
     "fairseq.memory.index.ops.kernels",
+    "fairseq.memory.index.ops.rounding_kernels",
     "fairseq.memory.index.ops.kmeans_kernels",
     "fairseq.memory.index.exact.kernels",
     "fairseq.memory.index.lists.kernels",
@@ -79,7 +80,13 @@ def _kernels() -> list[tuple[str, Any, Any]]:
     """Name, kernel and types of its arguments, for each that is called from Python."""
     for module in MODULES:
         importlib.import_module(module)
+    from fairseq.memory.index.exact.kernels import collector
     from fairseq.memory.index.ops.kernels import KERNELS
+    from fairseq.memory.index.ops.product_kernels import multiply
+    from fairseq.memory.index.ops.products import best_tiles
+
+    for make in (multiply, collector):
+        make(best_tiles())
     from fairseq.memory.index.ops.numba_library import sigutils
 
     return [

@@ -1,16 +1,9 @@
-"""Facts about the machine: its memory, and the matrix products that its CPU computes fast.
-
-No other module queries CPU features, so that tests can simulate any CPU by replacing ``fast_products``.
-"""
+"""Facts about the machine: its memory, its CPU and what that can do. No other module queries CPU features."""
 
 from __future__ import annotations
 
-import functools
 import os
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+import platform
 
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 """Features that decide how fast a CPU searches."""
@@ -21,24 +14,11 @@ def total_ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
-@functools.cache
-def fast_products() -> torch.dtype:
-    """The narrowest type whose products the CPU computes faster than those of float32, or float32.
-
-    Read from CPU features, not measured: the choice of a path must not depend on timing.
-    """
+def has_bfloat16_products() -> bool:
+    """True if the CPU has instructions that multiply bfloat16."""
     import torch
 
-    if not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(cpu_features()) and hasattr(torch, "_int_mm"):
-        return torch.int8
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def has_fast_int8() -> bool:
-    """True if the CPU multiplies 8-bit integers faster than floats."""
-    import torch
-
-    return fast_products() is torch.int8
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def cpu_features() -> set[str]:
@@ -48,3 +28,15 @@ def cpu_features() -> set[str]:
             return set(file.read().split())
     except OSError:
         return set()
+
+
+def processor_name() -> str:
+    """The CPU's model; an empty string where the system does not tell."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()

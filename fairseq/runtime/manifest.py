@@ -19,7 +19,7 @@ from typing import Any
 
 from fairseq.runtime.atomic_files import write_atomically
 from fairseq.runtime.files import read_json
-from fairseq.runtime.hardware import INSTRUCTION_SETS, cpu_features
+from fairseq.runtime.hardware import INSTRUCTION_SETS, cpu_features, processor_name
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ def hardware_facts() -> dict[str, Any]:
     """Processor, its instruction sets, cores and memory, and where PyTorch is loaded its threads and GPUs."""
     features = cpu_features()
     hardware: dict[str, Any] = {
-        "processor": _cpu_name(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "instructions": [name for name in INSTRUCTION_SETS if name in features],
@@ -149,14 +149,3 @@ def hardware_facts() -> dict[str, Any]:
         hardware["threads"] = torch.get_num_threads()
         hardware["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return hardware
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()

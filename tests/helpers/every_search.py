@@ -23,22 +23,23 @@ from fairseq.memory.extended_mind.cache import LayerMemory, Memory
 from fairseq.memory.extended_mind.lookup import LayerLookup, ScoreRule
 from fairseq.memory.extended_mind.search import KernelSearch
 from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.index.exact import index as exact_index
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.kmeans import kmeans
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Candidates, Metric
-from fairseq.runtime import hardware
 
 DIM, ROWS = 16, 3000
 
 
 def run() -> None:
     """All searches, as on each kind of CPU."""
-    for name in ("int8", "float32"):
-        hardware.fast_products = lambda name=name: getattr(torch, name)  # type: ignore[assignment]
+    for name in (products.best_tiles(), "library_int8", "float32"):
+        products.chosen = lambda name=name: products.by_name(name)  # type: ignore[assignment]
         _exact_searches()
         _list_searches()
         kmeans(_keys(ROWS, DIM), 20, seed=0, iterations=2)
@@ -58,6 +59,7 @@ def _exact_searches() -> None:
         for count, k in ((200, 4), (200, 2000), (3, 4)):  # as lists, block by block, and for few queries
             ExactIndex(keys, metric).search(query_ND[:count], k)
     lengths = np.linspace(0.1, 3.0, ROWS, dtype=np.float32)[:, None]
+    exact_index._SAMPLE_ROWS = 256  # of many keys a sample tells what to expect
     wide = _keys(ROWS, 128) * lengths  # block by block, although there are many
     ExactIndex(wide, Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
     equal = np.repeat(keys[:3], 4000, 0)  # too many candidates that tie

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.extended_mind.settings import MindSettings
+from fairseq.memory.index.ops.products import has_fast_library_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
-from fairseq.runtime.hardware import has_fast_int8
 from fairseq.runtime.threads import ThreadBuffer, run_in_threads
 
 _FEW_SCORES = 1 << 20
@@ -92,7 +92,7 @@ class KernelSearch:
         """Round the keys. Takes a quarter of their size in float32, besides a copy if they are of another type."""
         self.key_GSD = key_GSD.float().contiguous()
         self.inverse_GS = 1.0 / torch.linalg.vector_norm(self.key_GSD, dim=-1).clamp_(min=_SHORTEST)
-        self._quantized = QuantizedKeys(self.key_GSD, self.inverse_GS) if has_fast_int8() else None
+        self._quantized = QuantizedKeys(self.key_GSD, self.inverse_GS) if has_fast_library_int8() else None
         dtype = torch.float32 if self._quantized is None else torch.int32
         self._buffer = ThreadBuffer(_BLOCK_SCORES, dtype)
 

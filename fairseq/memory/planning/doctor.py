@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from fairseq.memory.index.ops import products
 from fairseq.memory.planning.measure import disk_rates
-from fairseq.runtime.hardware import fast_products, total_ram_bytes
+from fairseq.runtime.hardware import total_ram_bytes
 from fairseq.runtime.manifest import hardware_facts
 
 _PACKAGES = ("fairseq-memory", "torch", "numpy", "faiss-cpu", "numba", "lightning", "transformers")
@@ -39,8 +40,12 @@ def report(folder: Path) -> Iterator[str]:
     )
     yield f"memory: {total_ram_bytes() / 1e9:.1f} GB"
     yield "GPUs: " + (", ".join(facts.get("gpus") or ()) or "none that PyTorch sees")
-    yield f"exact search: {_PATHS[fast_products()]}"
-    lists = "8-bit products" if fast_products() is torch.int8 else "faiss's loops"
+    chosen, rates = products.chosen(), products.measured()
+    told = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in sorted(rates.items(), key=lambda item: -item[1]))
+    yield f"exact search: {_PATHS[chosen.dtype]} ({chosen.name})"
+    forced = f"; {products.SETTING} takes {chosen.name}" if os.environ.get(products.SETTING) else ""
+    yield f"products: measured once, thousand millions a second on one thread: {told}{forced}"
+    lists = "8-bit products" if chosen.is_rounded else "faiss's loops"
     yield f"searches of lists, and making them: {lists}; tables of codes for a few queries"
     written, read = disk_rates(folder / f".doctor-{os.getpid()}")
     free = shutil.disk_usage(folder).free
@@ -57,10 +62,10 @@ def _version(name: str) -> str:
 
 
 def _slow(cores: int, free: int) -> Iterator[str]:
-    if fast_products() is torch.float32:
+    if products.chosen().dtype is torch.float32:
         yield (
-            "exact search and the making of lists have no fast 8-bit products here (AVX-512 VNNI, AVX-VNNI or AMX); an "
-            "index pays at smaller stores than elsewhere"
+            "exact search and the making of lists have no fast 8-bit products here (AVX2, AVX-512 VNNI, AMX or ARM's "
+            "dot products); an index pays at smaller stores than elsewhere"
         )
     if torch.get_num_threads() < cores:
         setting = os.environ.get("OMP_NUM_THREADS")

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from brute_force import similarities
-from conftest import ROOT
+from conftest import PRODUCTS, ROOT, set_fast_products
 
 from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.ops import kernel_cache, numba_library
+from fairseq.memory.index.ops import products as ways
 from fairseq.memory.index.ops.kmeans import assign
 from fairseq.memory.types import Metric
 from fairseq.runtime import hardware
@@ -60,46 +62,77 @@ def test_exact_search_takes_the_ways_that_are_forced(products, monkeypatch):
     from fairseq.memory.index.exact import index as exact
 
     taken = []
-    for name in ("Int8Filter", "FloatFilter", "_Blocks"):
+    for name in ("RoundedQueries", "_Blocks"):
         kind = getattr(exact, name)
         monkeypatch.setattr(exact, name, lambda *a, kind=kind, **b: taken.append(kind(*a, **b)) or taken[-1])
     monkeypatch.setattr(ExactIndex, "_has_wide_bounds", lambda *_: False)
     query_ND, index = torch.from_numpy(made(40, 1)), ExactIndex(made(3000, 0))
-    for k in (5, 900):
-        index.search(query_ND, k)
-    lists, by = taken
-    assert lists.dtype is (torch.int8 if products == "int8" else torch.float32)
-    assert by.quantized_ND.dtype is getattr(torch, products)
+    index.search(query_ND, 5)
+    monkeypatch.setattr(ExactIndex, "_has_wide_bounds", lambda *_: True)
+    ExactIndex(made(3000, 0)).search(query_ND, 900)
+    by, lists = taken
+    rounded = products not in ("bfloat16", "float32")
+    assert lists.products.name == (products if rounded else "float32")
+    assert by.products.name == products
 
 
 def test_centroids_are_the_same_by_any_products(monkeypatch, threads):
     keys, centroids = torch.from_numpy(made(3000, 0)), torch.from_numpy(made(90, 1))
     near = []
-    for dtype in (torch.int8, torch.bfloat16, torch.float32):
-        monkeypatch.setattr(hardware, "fast_products", lambda dtype=dtype: dtype)
-        near.append(assign(keys, centroids))
-    assert torch.equal(near[0], near[1])
-    assert torch.equal(near[0], near[2])
+    for name in PRODUCTS:
+        with monkeypatch.context() as patch:
+            set_fast_products(patch, name)
+            near.append(assign(keys, centroids))
+    assert all(torch.equal(near[0], other) for other in near[1:])
 
 
 @pytest.mark.parametrize(
-    ("flags", "has_bfloat16", "expected"),
+    ("rates", "expected"),
     [
-        ({"avx2"}, False, torch.float32),
-        ({"avx512f"}, True, torch.bfloat16),
-        ({"avx512_vnni"}, True, torch.int8),
-        ({"avx_vnni"}, False, torch.int8),
-        ({"amx_int8"}, True, torch.int8),
-        (set(), False, torch.float32),
+        ({"avx2": 3.0, "float32": 1.0}, "avx2"),
+        ({"avx2": 1.1, "float32": 1.0}, "float32"),  # rounding, and scoring again, would cost more
+        ({"avx512_vnni": 4.0, "library_int8": 5.0, "bfloat16": 2.0, "float32": 1.0}, "library_int8"),
+        ({"plain": 0.9, "bfloat16": 2.0, "float32": 1.0}, "bfloat16"),
     ],
 )
-def test_the_processor_is_asked_in_one_place(flags, has_bfloat16, expected, monkeypatch):
-    monkeypatch.setattr(hardware, "cpu_features", lambda: flags)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bfloat16)
-    assert hardware.fast_products.__wrapped__() is expected
-    if expected is torch.int8:
-        monkeypatch.delattr(torch, "_int_mm")
-        assert hardware.fast_products.__wrapped__() is not torch.int8
+def test_the_fastest_products_are_taken(rates, expected, monkeypatch):
+    monkeypatch.setattr(ways, "measured", lambda: rates)
+    assert ways._chosen.__wrapped__("").name == expected
+
+
+def test_every_rate_is_measured_once_and_kept(tmp_path, monkeypatch):
+    (tmp_path / "kernels").mkdir(mode=0o700)
+    monkeypatch.setattr(kernel_cache, "cache_folder", lambda: tmp_path / "kernels")
+    asked = []
+    monkeypatch.setattr(ways, "_rate", lambda products: asked.append(products.name) or len(asked) * 1e9)
+    rates = ways.measured.__wrapped__()
+    assert set(rates) == set(asked)
+    assert "float32" in rates
+    assert ways.measured.__wrapped__() == rates
+    assert len(asked) == len(rates)
+    (kept,) = (tmp_path / "kernels").glob("products-*.json")
+    for damaged in ("", "{}", '{"float32": "fast"}', '{"float32": -1}', "[1]"):
+        kept.write_text(damaged, encoding="ascii")
+        asked.clear()
+        assert set(ways.measured.__wrapped__()) == set(asked) == set(rates)
+
+
+def test_products_are_forced_by_name(monkeypatch):
+    assert ways._chosen.__wrapped__("float32").name == "float32"
+    with pytest.raises(ValueError, match=r"FAIRSEQ_PRODUCTS: 'int7' is no way to multiply; these are: .*avx2.*float32"):
+        ways._chosen.__wrapped__("int7")
+    monkeypatch.setattr(ways, "available", lambda: ["float32", "plain"])
+    with pytest.raises(ValueError, match="FAIRSEQ_PRODUCTS=avx2: this processor has no such products; it has float32"):
+        ways._chosen.__wrapped__("avx2")
+
+
+def test_tiles_are_compiled_only_for_what_the_compiler_may_use(monkeypatch):
+    monkeypatch.setattr(hardware, "cpu_features", lambda: {"avx2", "avx512f", "avx512_vnni"})
+    monkeypatch.setattr(hardware, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(numba_library, "compiler_features", lambda: {"avx2"})
+    assert ways.available() == ["avx2", "library_int8", "float32", "plain"]
+    monkeypatch.setattr(numba_library, "compiler_features", set)
+    assert ways.available() == ["library_int8", "float32", "plain"]
 
 
 @pytest.mark.slow

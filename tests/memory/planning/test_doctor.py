@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from fairseq.memory.index.ops import products
 from fairseq.memory.planning import doctor, measure
-from fairseq.runtime import hardware
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +18,17 @@ def said(folder):
 
 @pytest.mark.parametrize(
     ("kind", "path", "is_slow"),
-    [(torch.int8, "8-bit", False), (torch.bfloat16, "bfloat16", False), (torch.float32, "float32", True)],
+    [("library_int8", "8-bit", False), ("bfloat16", "bfloat16", False), ("float32", "float32", True)],
 )
 def test_search_paths_follow_from_the_processor(kind, path, is_slow, tmp_path, monkeypatch):
-    for module in (doctor, hardware):
-        monkeypatch.setattr(module, "fast_products", lambda: kind)
+    monkeypatch.setattr(products, "chosen", lambda: products.by_name(kind))
+    monkeypatch.setattr(products, "measured", lambda: {"float32": 5e10, "avx2": 15e10})
     told = list(doctor.report(tmp_path))
-    assert any(line.startswith(f"exact search: {path} products") for line in told)
+    assert any(line.startswith(f"exact search: {path} products") and line.endswith(f"({kind})") for line in told)
+    assert "products: measured once, thousand millions a second on one thread: avx2 150, float32 50" in told
     assert any(line.startswith("slow: exact search") for line in told) == is_slow
     assert any(
-        line.startswith(f"searches of lists, and making them: {'8-bit' if kind is torch.int8 else 'faiss'}")
+        line.startswith(f"searches of lists, and making them: {'8-bit' if kind == 'library_int8' else 'faiss'}")
         for line in told
     )
 

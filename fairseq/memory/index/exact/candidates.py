@@ -5,19 +5,22 @@ Shapes: N queries, Q queries of a group, M keys, C candidates a query may hold, 
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.exact import kernels
+from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
 from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
+from fairseq.runtime.threads import ThreadBuffer
 
-# Scores computed in two ways differ by a few units in the seventh place of what they are sums of.
-_ROUNDING = 2e-6
+_LOWEST = np.float32(-3.0e38)  # deleted rows, with minus infinity, do not reach it
 
 
 class TrueScores:
@@ -40,13 +43,6 @@ class TrueScores:
         kernels.score_pairs(self.query_ND.numpy(), row_H, keys_HD, at_H, self.by_distance, scores_H)
         return scores_H
 
-    def as_filtered(self, true_Q: Tensor, rows: slice) -> Tensor:
-        """Lower bounds, in the scores of a filter (``bounded_scores``), for keys of these true scores."""
-        if not self.by_distance:
-            return true_Q - _ROUNDING * true_Q.abs()
-        length_Q = self.query_ND[rows].square().sum(1)
-        return 0.5 * (true_Q + length_Q) - _ROUNDING * (length_Q + true_Q.abs())
-
     def _prepare(self, keys_MD: Tensor) -> Array:
         rows_MD = keys_MD.float()
         prepare: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).contiguous().numpy()
@@ -56,47 +52,72 @@ class TrueScores:
 class CandidateGroup:
     """Some queries and the candidates they hold, each with a lower bound of its score."""
 
-    def __init__(self, rows: slice, k: int, scores: TrueScores) -> None:
+    def __init__(self, rows: slice, k: int, queries: RoundedQueries, scores: TrueScores) -> None:
         """Args.
 
         rows: which of the queries.
+        queries: approximate scores, with their bounds.
         scores: scores candidates where too many are close to each other.
         """
-        self.rows, self._k, self._scores = rows, k, scores
+        self.rows, self._k, self._queries, self._scores = rows, k, queries, scores
         count = rows.stop - rows.start
         self._candidates = kernels.BoundedCandidates(
             lower_QC=np.empty((count, capacity(k)), np.float32),
             ids_QC=np.empty((count, capacity(k)), np.int64),
             filled_Q=np.zeros(count, np.int64),
-            threshold_Q=np.full(count, -np.inf, np.float32),
+            threshold_Q=np.full(count, _LOWEST, np.float32),
             width_Q=np.zeros(count, np.float32),
         )
+        self._start_Q = np.full(count, _LOWEST, np.float32)
         self._true_QC = np.empty((0, 0), np.float32)
         self._bound_Q: Array = self._candidates.threshold_Q
 
     def __len__(self) -> int:
         return len(self._candidates.filled_Q)
 
-    def take(
-        self, raw_QM: Tensor, num_rows: int, first_row: int, scale: float, shift_Q: Tensor, margin_Q: Tensor
-    ) -> None:
-        """Collect the keys of a block that could be among the k best; see ``Filter.bounds``.
+    def expect(self, sample: KeyBlock, rank: int, buffer: ThreadBuffer) -> None:
+        """Pass over keys that do not reach what so many of a sample do; see ``disappointed``."""
+        raw = self._products(sample, buffer)
+        about_Q4 = self._queries.about_N4[self.rows]
+        kernels.reached_in_sample(raw, about_Q4, tuple(sample.about_5M), rank, self._start_Q)
+        np.maximum(self._start_Q, _LOWEST, out=self._start_Q)
+        self._candidates.threshold_Q[:] = self._start_Q
 
-        Args:
-            num_rows: columns that mean something.
-            first_row: row of the first one.
+    def disappointed(self) -> Array:
+        """Numbers of the queries of which fewer than k keys reached what was expected: they are searched without that.
+
+        To be asked after ``select_first``.
         """
-        integral = not raw_QM.is_floating_point()
-        raw = (raw_QM if integral else raw_QM.float()).numpy()
-        bounds = kernels.BlockBounds(scale, shift_Q.double().numpy(), margin_Q.double().numpy(), integral)
-        candidates = tuple(self._candidates)
-        query = column = 0
-        while query < len(self):
-            query, column = kernels.collect_candidates(
-                raw, num_rows, first_row, tuple(bounds), self._k, candidates, query, column
+        few_Q = (self._bound_Q < self._start_Q) | (self._candidates.filled_Q < self._k)
+        number: Array = np.flatnonzero(few_Q) + self.rows.start
+        return number
+
+    def _products(self, block: KeyBlock, buffer: ThreadBuffer) -> Array:
+        raw_QM = buffer(len(self), block.columns)
+        self._queries.raw_scores(block, self.rows, raw_QM)
+        products: Array = (raw_QM.float() if raw_QM.is_floating_point() else raw_QM).numpy()
+        return products
+
+    def take(self, block: KeyBlock, first_row: int, buffer: ThreadBuffer) -> None:
+        """Collect the keys of a block, whose first has this row number, that could be among the k best."""
+        queries, about = self._queries, tuple(block.about_5M)
+        about_Q4 = np.zeros((len(self) + queries.products.tile_rows, 4), np.float32)
+        about_Q4[len(self) :, 3] = np.inf
+        about_Q4[: len(self)] = queries.about_N4[self.rows]
+        about_Q4[: len(self), 3] = self._candidates.threshold_Q
+        last = (about, first_row, self._k, tuple(self._candidates))
+        if queries.products.is_interleaved:
+            rows_QE = queries.rows[self.rows.start : self.rows.stop + queries.products.tile_rows].numpy()
+            collect = functools.partial(
+                kernels.collector(queries.products.name), rows_QE, about_Q4, block.keys.numpy(), block.start_M, *last
             )
-            if query < len(self):
-                self._settle(query)
+        else:
+            collect = functools.partial(kernels.collect_products, self._products(block, buffer), about_Q4, *last)
+        key, query, full = collect(0, 0)
+        while full >= 0:
+            self._settle(full)
+            about_Q4[full, 3] = self._candidates.threshold_Q[full]
+            key, query, full = collect(key, query)
 
     def _settle(self, query: int) -> None:
         """Score the candidates of a query (too many are close to each other) and keep its k best."""
@@ -107,13 +128,13 @@ class CandidateGroup:
             array_QC[query, : len(place_K)] = array_QC[query, place_K]
         self._candidates.filled_Q[query] = len(place_K)
         at = self.rows.start + query
-        least = self._scores.as_filtered(torch.from_numpy(true_C[place_K]).amin()[None], slice(at, at + 1))
+        least = self._queries.least_of(torch.from_numpy(true_C[place_K]).amin()[None], slice(at, at + 1))
         self._candidates.threshold_Q[query] = max(self._candidates.threshold_Q[query], float(least))
 
     def select_first(self) -> None:
         """Prune for the last time; ``score`` then scores the k of each query with the highest bounds."""
         kernels.prune_all(tuple(self._candidates), self._k)
-        self._true_QC = np.full((len(self), max(1, int(self._candidates.filled_Q.max()))), np.nan, np.float32)
+        self._true_QC = np.full((len(self), max(self._k, int(self._candidates.filled_Q.max()))), np.nan, np.float32)
         self._bound_Q = np.empty(len(self), np.float32)
         kernels.reached_by(self._candidates.lower_QC, self._candidates.filled_Q, self._k, self._bound_Q)
 
@@ -121,7 +142,7 @@ class CandidateGroup:
         """``score`` then scores those that could be better than the k-th of what is scored."""
         true_Q = np.empty(len(self), np.float32)
         kernels.reached_by(self._true_QC, self._candidates.filled_Q, self._k, true_Q)
-        self._bound_Q = self._scores.as_filtered(torch.from_numpy(true_Q), self.rows).numpy() - self._candidates.width_Q
+        self._bound_Q = self._queries.least_of(torch.from_numpy(true_Q), self.rows).numpy() - self._candidates.width_Q
 
     def score(self, keys_MD: Array, first_row: int) -> None:
         """Score the selected candidates among some keys."""

@@ -10,6 +10,7 @@ Shapes: N queries, Q queries of a group, M keys of a block, K neighbours, D widt
 from __future__ import annotations
 
 import functools
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -22,13 +23,13 @@ from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
-from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.ops import products as ways
+from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
 from fairseq.memory.index.ops.candidate_room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.ops.kernels import GROUP
+from fairseq.memory.index.ops.products import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
-from fairseq.runtime import hardware
-from fairseq.runtime.hardware import has_fast_int8
 from fairseq.runtime.threads import ThreadBuffer, map_in_threads, run_in_threads
 
 T = TypeVar("T")
@@ -40,8 +41,8 @@ _TILE_BYTES = 8 << 20  # of keys that are scored again at a time, for all querie
 _FEW_QUERIES = 32  # reading the keys costs more than their products: nothing is gained by rounding them first
 _SAMPLE_ROWS = 4096
 _DROPPED_SHARE = 0.03  # see Rotation.fit
-# Scoring at once what may be near, as in lists, pays while that is little: with k 64 and a width of 128 it takes 0.86
-# of the time of scoring the best when all keys have gone by.
+# Scoring at once what may be near, as in lists, does not pay while the best are few: 65,536 keys of width 1024, k 1,
+# take 0.27 of the time when the best are scored after all keys have gone by.
 _FEW_PRODUCTS = 1 << 15
 # So it does where bounds are wide beside the differences of the best scores, as those of keys with a few outlying
 # columns are: 60,000 keys of SmolLM2 (width 576, k 256) take an eighth of the time.
@@ -137,7 +138,9 @@ class ExactIndex:
         """The blocks to be searched as lists, where that is faster."""
         if len(query_ND) < _FEW_QUERIES:
             return None
-        if k * self.dim <= _FEW_PRODUCTS or self._rotation.basis_DD is not None:
+        if k * self.dim <= _FEW_PRODUCTS:
+            return None
+        if self._rotation.basis_DD is not None:
             return _Blocks(self, self._rotation)
         if self._bounds_are_wide is None:  # decided by the first queries for all: it takes a few hundredths of a second
             self._bounds_are_wide = self._has_wide_bounds(query_ND)
@@ -149,8 +152,8 @@ class ExactIndex:
         count = min(_NEAREST, len(sample_MD) - 1)
         if count < 1 or not has_fast_int8():
             return False
-        filter_ = Int8Filter(query_QD, sample_MD, with_offset=self.metric is Metric.L2)
-        margin_Q = filter_.bounds(filter_.block(sample_MD), slice(0, len(query_QD)))[2]
+        queries = RoundedQueries(query_QD, sample_MD, ways.chosen(), by_distance=self.metric is Metric.L2)
+        margin_Q = torch.from_numpy(queries.about_N4[:, 2] * np.median(queries.block(sample_MD).about_5M[2]))
         scores_QM = query_QD @ sample_MD.T
         if self.metric is Metric.L2:
             scores_QM -= 0.5 * sample_MD.square().sum(1)
@@ -180,7 +183,7 @@ class _Blocks:
     def __init__(self, index: ExactIndex, rotation: Rotation) -> None:
         self._index, self._rotation = index, rotation
         self.by_distance = index.metric is Metric.L2
-        self.dtype = torch.int8 if has_fast_int8() else torch.float32
+        self.products = ways.chosen() if has_fast_int8() else ways.by_name("float32")
         self._rows = _slices(len(index), _block_rows(index.dim))
 
     def __len__(self) -> int:
@@ -205,7 +208,7 @@ class _Blocks:
             keys_MD.mean(0),
             self._rotation,
             by_distance=self.by_distance,
-            dtype=self.dtype,
+            products=self.products,
             dead_M=deleted[first:past] - rows.start if first < past else None,
         )
 
@@ -216,19 +219,23 @@ class _Blocks:
 class _Search:
     """One bulk of queries against all keys."""
 
-    def __init__(self, index: ExactIndex, query_ND: Tensor, k: int) -> None:
+    def __init__(self, index: ExactIndex, query_ND: Tensor, k: int, *, guess: bool = True) -> None:
+        self._index, self._k, self._guess = index, k, guess
         self.keys, self.metric, self.deleted, self.query_ND = index.keys, index.metric, index.deleted, query_ND
         rows = _block_rows(index.dim)
         self.blocks = _slices(len(self.keys), rows)
         self.tiles = _slices(len(self.keys), max(1, _TILE_BYTES // (4 * max(1, index.dim))))
-        self.filter = _filter(index.sample, self.metric, query_ND)
+        products = ways.chosen() if len(query_ND) >= _FEW_QUERIES else ways.by_name("float32")
+        self.queries = RoundedQueries(query_ND, index.sample, products, by_distance=self.metric is Metric.L2)
         size = max(1, min(_GROUP_SCORES // rows, -(-len(query_ND) // torch.get_num_threads())))
+        size = -(-size // max(1, products.tile_rows)) * max(1, products.tile_rows)
         self.scores = TrueScores(self.keys, self.metric, query_ND)
-        self.groups = [CandidateGroup(part, k, self.scores) for part in _slices(len(query_ND), size)]
-        self._buffer = ThreadBuffer(size * rows, self.filter.dtype)
+        self.groups = [CandidateGroup(part, k, self.queries, self.scores) for part in _slices(len(query_ND), size)]
+        self._buffer = ThreadBuffer(size * rows, products.raw_dtype)
 
     def run(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best rows and their scores."""
+        self._expect()
         ahead = 2 * torch.get_num_threads()
         for first in range(0, len(self.blocks), ahead):
             rows = self.blocks[first : first + ahead]
@@ -236,37 +243,42 @@ class _Search:
             run_in_threads(functools.partial(self._scan, blocks), self.groups)
         # First the k of each query that promise most: what they truly reach spares many of the others.
         run_in_threads(lambda group: group.select_first(), self.groups)
+        disappointed = np.concatenate([group.disappointed() for group in self.groups])
         run_in_threads(self._score, self.tiles)
         run_in_threads(lambda group: group.select_remaining(), self.groups)
         run_in_threads(self._score, self.tiles)
         run_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
+        if len(disappointed) and self._guess:
+            again = torch.from_numpy(disappointed)
+            neighbors = (ids_NK[again], scores_NK[again])
+            _Search(self._index, self.query_ND[again], self._k, guess=False).run(*neighbors)
+            ids_NK[again], scores_NK[again] = neighbors
 
-    def _block(self, rows: slice) -> Block:
+    def _expect(self) -> None:
+        """Let groups begin with a threshold: of the keys that go by before there is one, all would be candidates."""
+        sample_MD = self._index.sample
+        expected = self._k * len(sample_MD) / len(self.keys)
+        rank = math.ceil(expected + 4.0 * math.sqrt(expected) + 4.0)  # too few in one of 10,000 queries
+        if not self._guess or len(sample_MD) * 8 > len(self.keys) or rank > len(sample_MD) // 4:
+            return
+        whole = self.queries.block(sample_MD)
+        run_in_threads(lambda group: group.expect(whole, rank, self._buffer), self.groups)
+
+    def _block(self, rows: slice) -> KeyBlock:
         keys_MD = self.keys.block(rows.start, rows.stop)
-        return self.filter.block(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
+        block = self.queries.block(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
+        first, past = np.searchsorted(self.deleted, (rows.start, rows.stop))
+        block.drop(self.deleted[first:past] - rows.start)
+        return block
 
-    def _scan(self, blocks: list[tuple[slice, Block]], group: CandidateGroup) -> None:
+    def _scan(self, blocks: list[tuple[slice, KeyBlock]], group: CandidateGroup) -> None:
         for rows, block in blocks:
-            raw_QM = self._buffer(len(group), len(block.quantized_MD))
-            self.filter.scores(block, group.rows, raw_QM)
-            first, past = np.searchsorted(self.deleted, (rows.start, rows.stop))
-            if first < past:  # such a score reaches no threshold
-                nothing = torch.nan if raw_QM.is_floating_point() else torch.iinfo(raw_QM.dtype).min
-                raw_QM[:, torch.from_numpy(self.deleted[first:past] - rows.start)] = nothing
-            group.take(raw_QM, block.num_rows, rows.start, *self.filter.bounds(block, group.rows))
+            group.take(block, rows.start, self._buffer)
 
     def _score(self, rows: slice) -> None:
         keys_MD = self.scores.rows(rows)
         for group in self.groups:
             group.score(keys_MD, rows.start)
-
-
-def _filter(sample_MD: Tensor, metric: Metric, query_ND: Tensor) -> Filter:
-    """The fastest way to pass over the keys on this CPU."""
-    dtype = hardware.fast_products() if len(query_ND) >= _FEW_QUERIES else torch.float32
-    if dtype is torch.int8:
-        return Int8Filter(query_ND, sample_MD, with_offset=metric is Metric.L2)
-    return FloatFilter(query_ND, sample_MD, with_offset=metric is Metric.L2, dtype=dtype)
 
 
 def _block_rows(dim: int) -> int:

@@ -7,14 +7,20 @@ Shapes: N or Q queries, M columns of scores (keys), C candidates a query may hol
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import approx_kth_largest, compiled, dot, neg_sq_l2
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
-
-_PART = 16
+from fairseq.memory.index.ops.tile_product_kernels import (
+    INSTRUCTIONS,
+    TILE_KEYS,
+    lowest_bit,
+    reaching_keys,
+    tile_products,
+)
 
 
 class BoundedCandidates(NamedTuple):
@@ -30,38 +36,10 @@ class BoundedCandidates(NamedTuple):
     """Largest distance of a score above its lower bound; grows."""
 
 
-class BlockBounds(NamedTuple):
-    """A true score is within ``margin`` of ``scale * raw + shift``."""
-
-    scale: float
-    shift_Q: Any
-    margin_Q: Any
-    integral: bool
-    """The raw scores are integers."""
-
-
+_CHUNK_TILES = 4
 # Types of a call, for ``compiled``.
-_BOUNDS = "Tuple((f8, f8[::1], f8[::1], b1))"
+_ABOUT = "Tuple((f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]))"
 _CANDIDATES = "Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[::1]))"
-
-
-@compiled()
-def _raw_threshold(threshold: float, scale: float, shift: float, margin: float, integral: bool) -> Any:
-    """The approximate score that every key at the threshold reaches."""
-    raw = (threshold - margin - shift) / scale
-    if integral:
-        return min(max(np.floor(raw), -(2.0**30)), 2.0**30)
-    if np.isfinite(raw):
-        raw -= abs(raw) * 1e-6
-    return raw
-
-
-@compiled()
-def _any_reaches(scores_G: Any, size: int, threshold: Any) -> Any:
-    count = np.int32(0)
-    for i in range(size):
-        count += np.int32(scores_G[i] >= threshold)
-    return count > 0
 
 
 @compiled()
@@ -76,54 +54,130 @@ def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width
     return kept, threshold
 
 
-@compiled(
-    f"(i4[:,::1], i8, i8, {_BOUNDS}, i8, {_CANDIDATES}, i8, i8)",
-    f"(f4[:,::1], i8, i8, {_BOUNDS}, i8, {_CANDIDATES}, i8, i8)",
-)
-def collect_candidates(
-    raw_QM: Any, num_rows: int, first_row: int, bounds: Any, k: int, candidates: Any, query: int, column: int
-) -> tuple[int, int]:
-    """Put every key of a block that could be among the k best after the candidates of its query.
-
-    Args:
-        raw_QM: approximate scores. M is a multiple of GROUP, columns from ``num_rows`` on mean nothing.
-        first_row: row number of the first column.
-        bounds, candidates: ``BlockBounds`` and ``BoundedCandidates`` as plain tuples, which numba recognises faster.
-        query, column: where to begin.
-    Returns: where a query's candidates left too little room, to resume there; query Q at the end.
-    """
-    scale, shift_Q, margin_Q, integral = bounds
+@compiled()
+def _make_room(candidates: Any, about_Q4: Any, q: int, k: int, wanted: int) -> bool:
+    """Prune a query's candidates, so that as many as wanted find room. Returns: False where there is too little."""
     lower_QC, ids_QC, filled_Q, threshold_Q, width_Q = candidates
-    raw_F = raw_QM.reshape(-1)
     room = lower_QC.shape[1]
-    while query < len(filled_Q):
-        shift, margin = shift_Q[query], margin_Q[query]
-        width = max(width_Q[query], np.float32(2.0 * margin))
-        width_Q[query] = width
-        lower_C, ids_C = lower_QC[query], ids_QC[query]
-        filled, threshold = filled_Q[query], threshold_Q[query]
-        reach = raw_QM.dtype.type(_raw_threshold(threshold, scale, shift, margin, integral))
-        base = query * raw_QM.shape[1]
-        for start in range(column // GROUP * GROUP, num_rows, GROUP):
-            if not _any_reaches(raw_F[base + start :][:GROUP], GROUP, reach):
-                continue
-            if filled > room - GROUP:
-                filled, threshold = prune(lower_C, ids_C, filled, k, threshold, width)
-                if filled > min(room - GROUP, 3 * room // 4):
-                    filled_Q[query], threshold_Q[query] = filled, threshold
-                    return query, start
-                reach = raw_QM.dtype.type(_raw_threshold(threshold, scale, shift, margin, integral))
-            for part in range(start, min(start + GROUP, num_rows), _PART):
-                scores_P = raw_F[base + part :][:_PART]
-                if not _any_reaches(scores_P, _PART, reach):
-                    continue
-                # Without a branch, whose outcome the CPU could not predict.
-                for i in range(min(_PART, num_rows - part)):
-                    lower_C[filled], ids_C[filled] = scores_P[i] * scale + (shift - margin), first_row + part + i
-                    filled += scores_P[i] >= reach
-        filled_Q[query], threshold_Q[query] = filled, threshold
-        query, column = query + 1, 0
-    return query, column
+    filled, threshold = prune(lower_QC[q], ids_QC[q], filled_Q[q], k, threshold_Q[q], width_Q[q])
+    filled_Q[q], threshold_Q[q], about_Q4[q, 3] = filled, threshold, threshold
+    return bool(filled <= min(room - wanted, 3 * room // 4))
+
+
+# Arrays are handed over one by one: those of a tuple would be counted in and out of use, which takes longer than the
+# rest of it.
+@compiled(forceinline=True)
+def _append(
+    raw_X: Any, at: int, hits: int, step_M: Any, weight_M: Any, size_M: Any, bias_M: Any, slack_M: Any, key: int,
+    first_row: int, about_Q4: Any, q: int, lower_QC: Any, ids_QC: Any, filled_Q: Any, width_Q: Any,
+) -> None:  # fmt: skip
+    """Put the keys of a tile that may be among the k best (bits of ``hits``) after the candidates of a query."""
+    filled, widest = filled_Q[q], width_Q[q]
+    scale, zero, width = about_Q4[q, 0], about_Q4[q, 1], about_Q4[q, 2]
+    while hits:
+        j = lowest_bit(hits)
+        hits &= hits - 1
+        m = key + j
+        error = size_M[m] * width
+        bound = ((np.float32(raw_X[at + j]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
+        below = np.float32(2.0) * (error + slack_M[m])
+        lower_QC[q, filled], ids_QC[q, filled] = bound - below, first_row + m
+        widest = max(widest, below)
+        filled += 1
+    filled_Q[q], width_Q[q] = filled, widest
+
+
+@functools.cache
+def collector(name: str) -> Any:
+    """The kernel that multiplies the tiles of an instruction set and collects the keys that may be among the k best.
+
+    ``(row_QE, about_Q4, key_B, start_M, about, first_row, k, candidates, key, query)``: see ``RoundedQueries`` for the
+    rows, of which there are so many more as a tile has, and more that nothing can reach; ``KeyBlock`` for the keys;
+    ``first_row`` is the row number of the first; ``candidates`` are
+    ``BoundedCandidates``, and ``about`` the five rows about keys, as plain tuples, which numba recognises faster.
+    It begins at a key and a query. Returns: those to resume at, and a query whose candidates leave too little room for
+    that; -1 at the end.
+    """
+    rows, lanes = INSTRUCTIONS[name].rows, max(8, INSTRUCTIONS[name].lanes)
+    tile, reaches = tile_products(name, rows), reaching_keys(lanes, rows)
+
+    def collect(
+        row_QE: Any, about_Q4: Any, key_B: Any, start_M: Any, about: Any, first_row: int, k: int, candidates: Any,
+        key: int, query: int,
+    ) -> tuple[int, int, int]:  # fmt: skip
+        columns = row_QE.shape[1]
+        raw_X, hit_R = np.empty(rows * TILE_KEYS, np.int32), np.empty(rows, np.int64)
+        step_M, weight_M, size_M, bias_M, slack_M = about
+        lower_QC, ids_QC, filled_Q, _, width_Q = candidates
+        # The keys of a chunk stay near, and so do the candidates of a tile's queries.
+        chunk = TILE_KEYS * max(1, min(_CHUNK_TILES, (lower_QC.shape[1] - k) // (4 * TILE_KEYS)))
+        while key < len(start_M):
+            while query < len(filled_Q):
+                for q in range(query, min(query + rows, len(filled_Q))):
+                    if filled_Q[q] > lower_QC.shape[1] - chunk and not _make_room(candidates, about_Q4, q, k, chunk):
+                        return key, query, q
+                for first in range(key, min(key + chunk, len(start_M)), TILE_KEYS):
+                    tile(row_QE, query, key_B, first * columns, columns, start_M, first, raw_X)
+                    if not reaches(raw_X, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R):
+                        continue
+                    for i in range(rows):
+                        if hit_R[i]:
+                            _append(
+                                raw_X, i * TILE_KEYS, hit_R[i], step_M, weight_M, size_M, bias_M, slack_M, first,
+                                first_row, about_Q4, query + i, lower_QC, ids_QC, filled_Q, width_Q,
+                            )  # fmt: skip
+                query += rows
+            key, query = key + chunk, 0
+        return key, query, -1
+
+    collect.__qualname__ = f"collect_{name}"
+    types = f"(i1[:,::1], f4[:,::1], i1[::1], i4[::1], {_ABOUT}, i8, i8, {_CANDIDATES}, i8, i8)"
+    return compiled(types)(collect)
+
+
+_reaches = reaching_keys(8, 1)
+
+
+@compiled(
+    f"(i4[:,::1], f4[:,::1], {_ABOUT}, i8, i8, {_CANDIDATES}, i8, i8)",
+    f"(f4[:,::1], f4[:,::1], {_ABOUT}, i8, i8, {_CANDIDATES}, i8, i8)",
+)
+def collect_products(
+    raw_QM: Any, about_Q4: Any, about: Any, first_row: int, k: int, candidates: Any, key: int, query: int
+) -> tuple[int, int, int]:
+    """What :func:`collector` makes, for products that a library has computed."""
+    step_M, weight_M, size_M, bias_M, slack_M = about
+    lower_QC, ids_QC, filled_Q, _, width_Q = candidates
+    full = lower_QC.shape[1] - TILE_KEYS
+    raw_X, hit_R = np.empty(TILE_KEYS, raw_QM.dtype), np.empty(1, np.int64)
+    while query < len(raw_QM):
+        for first in range(key, raw_QM.shape[1], TILE_KEYS):
+            raw_X[:] = raw_QM[query, first : first + TILE_KEYS]
+            if _reaches(raw_X, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R):
+                if filled_Q[query] > full and not _make_room(candidates, about_Q4, query, k, TILE_KEYS):
+                    return first, query, query
+                _append(
+                    raw_X, 0, hit_R[0], step_M, weight_M, size_M, bias_M, slack_M, first, first_row,
+                    about_Q4, query, lower_QC, ids_QC, filled_Q, width_Q,
+                )  # fmt: skip
+        key, query = 0, query + 1
+    return 0, query, -1
+
+
+@compiled(
+    f"(i4[:,::1], f4[:,::1], {_ABOUT}, i8, f4[::1])",
+    f"(f4[:,::1], f4[:,::1], {_ABOUT}, i8, f4[::1])",
+)
+def reached_in_sample(raw_QM: Any, about_Q4: Any, about: Any, rank: int, out_Q: Any) -> None:
+    """A number that so many keys of a sample reach for certain; of all keys nearly always enough do."""
+    step_M, weight_M, size_M, bias_M, slack_M = about
+    lower_M = np.empty(raw_QM.shape[1], np.float32)
+    for q in range(len(raw_QM)):
+        scale, zero, width = about_Q4[q, 0], about_Q4[q, 1], about_Q4[q, 2]
+        for m in range(len(lower_M)):
+            product = (np.float32(raw_QM[q, m]) + zero) * step_M[m] + weight_M[m]
+            lower_M[m] = product * scale + (bias_M[m] - size_M[m] * width - np.float32(2.0) * slack_M[m])
+        out_Q[q] = approx_kth_largest(lower_M, rank)
 
 
 @compiled(f"({_CANDIDATES}, i8)")

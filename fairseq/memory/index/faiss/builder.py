@@ -20,10 +20,10 @@ import torch
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads
 from fairseq.memory.index.ops.kmeans import Assigner, kmeans
+from fairseq.memory.index.ops.products import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.atomic_files import replacing
-from fairseq.runtime.hardware import has_fast_int8
 
 logger = logging.getLogger(__name__)
 

@@ -30,10 +30,10 @@ from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
 from fairseq.memory.index.lists.search import search_lists
+from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.merging import alive_of
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
-from fairseq.runtime.hardware import has_fast_int8
 from fairseq.runtime.records import read_record
 
 logger = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ class FaissIndex:
 
     def _decoded_lists(self) -> DecodedLists:
         if self._lists is None:
-            self._lists = DecodedLists(self.inner, fast_int8=has_fast_int8(), deleted=self.deleted)
+            self._lists = DecodedLists(self.inner, products=products.chosen(), deleted=self.deleted)
         return self._lists
 
     def _alive_bits(self) -> Array:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, search_faiss
 from fairseq.memory.index.lists.search import PreparedList, Rotation
+from fairseq.memory.index.ops.products import Products, by_name
 from fairseq.memory.types import Array
 
 _CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
@@ -20,17 +21,17 @@ class DecodedLists:
 
     ties_by_id = False
 
-    def __init__(self, index: SwigIndex, *, fast_int8: bool, deleted: Array | None = None) -> None:
+    def __init__(self, index: SwigIndex, *, products: Products, deleted: Array | None = None) -> None:
         """Take a faiss IndexIVFPQ.
 
         Args:
-            fast_int8: whether the CPU multiplies 8-bit integers faster than floats.
+            products: what columns are multiplied by; float32 unless these are rounded.
             deleted: rows that must not be found, in rising order.
         """
         faiss = faiss_library()
         self._index, self.by_distance = index, index.metric_type == faiss.METRIC_L2
         self._deleted = np.empty(0, np.int64) if deleted is None else deleted
-        self.dtype = torch.int8 if fast_int8 else torch.float32
+        self.products = products if products.is_rounded else by_name("float32")
         self._centroids = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
         pq = index.pq
         self._codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
@@ -64,7 +65,7 @@ class DecodedLists:
             self._centroids[number],
             self._rotation,
             by_distance=self.by_distance,
-            dtype=self.dtype,
+            products=self.products,
             dead_M=dead_M,
         )
         if self._cache is not None:

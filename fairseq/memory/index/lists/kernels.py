@@ -14,7 +14,6 @@ from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, 
 
 LOWEST = np.float32(-3.0e38)
 """A threshold that every key reaches, deleted ones (minus infinity) excepted."""
-_LEVELS = np.float32(127.0)
 # Float32 sums that are computed in two ways differ by a few units in the seventh place of what they are sums of.
 _ROUNDING = np.float32(4e-6)
 
@@ -66,13 +65,13 @@ _QUERIES = "Tuple((f4[:,::1], i8[::1], i8[::1], f4[:,::1]))"
 
 
 @compiled(
-    "(f4[:,::1], i8[::1], f4[::1], b1, i8, f4[::1], b1, i1[:,::1], f4[:,::1])",
-    "(f4[:,::1], i8[::1], f4[::1], b1, i8, f4[::1], b1, f4[:,::1], f4[:,::1])",
+    "(f4[:,::1], i8[::1], f4[::1], b1, i8, f4[::1], f4, i8, i1[:,::1], f4[:,::1])",
+    "(f4[:,::1], i8[::1], f4[::1], b1, i8, f4[::1], f4, i8, f4[:,::1], f4[:,::1])",
     fastmath=FINITE,
 )
 def bound_queries(
-    query_ND: Any, row_Q: Any, centroid_D: Any, by_distance: bool, width: int, largest: Any, integral: bool,
-    quantized_QE: Any, bound_Q4: Any,
+    query_ND: Any, row_Q: Any, centroid_D: Any, by_distance: bool, width: int, largest: Any, levels: Any,
+    zero: int, quantized_QE: Any, bound_Q4: Any,
 ) -> None:  # fmt: skip
     """Turn queries into what bounds their scores with the keys of one list.
 
@@ -86,8 +85,8 @@ def bound_queries(
         centroid_D: rotated centroid of the list.
         largest: of the list's keys: lengths of the longest ``r`` as rounded, of the longest ``r``, of the largest
             rounding error, the largest size of a bias.
-        integral: queries are rounded to 8-bit integers.
-        quantized_QE: gets them, or the queries as they are.
+        levels: the largest integer that queries are rounded to; 0 if they are not rounded.
+        quantized_QE: gets them plus ``zero``, or the queries as they are.
         bound_Q4: gets scale, residual, shift, and the part of the shift that errors may come to: a score is below its
             bound by twice that and twice ``residual * |r_residual|`` at most.
     """
@@ -109,12 +108,12 @@ def bound_queries(
         whole += leading
         leading = np.sqrt(leading)
         step, error = np.float32(1.0), np.float32(0.0)
-        if integral:
-            step = max(most, np.float32(1e-30)) / _LEVELS
+        if levels > 0:
+            step = max(most, np.float32(1e-30)) / levels
             for d in range(width):
                 x = query_D[d] - centroid_D[d]
                 rounded = np.rint(x / step)
-                quantized_QE[i, d] = rounded
+                quantized_QE[i, d] = np.int8(np.int32(rounded) + zero)
                 error += (x - rounded * step) * (x - rounded * step)
             error = np.sqrt(error)
         else:

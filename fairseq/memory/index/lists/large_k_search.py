@@ -42,7 +42,9 @@ def large_k_search(lists: DecodedLists, query_ND: Tensor, k: int) -> tuple[Tenso
     groups = _groups(size_NP.sum(1) * GROUP)
     size = max((int(size_NP[part].sum()) for part in groups), default=0)
     held, lists.room = lists.room, None  # a search at the same time takes memory of its own
-    room = held if isinstance(held, _Room) and len(held.most_S) >= size else _Room(size + size // 8, lists.dtype)
+    if not isinstance(held, _Room) or len(held.most_S) < size:
+        held = _Room(size + size // 8, lists.products.raw_dtype)
+    room: _Room = held
     for part in groups:
         group = _LargeKGroup(lists, numbers_L, [each[part] for each in queries], place_NP[part], size_NP[part], room)
         group.bound()
@@ -59,7 +61,7 @@ class _Room:
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         self.bound_SP = np.empty((size, GROUP), np.float32)
         self.most_S = np.empty(size, np.float32)
-        self.raw = ThreadBuffer(_TILE_SCORES, torch.int32 if dtype is torch.int8 else torch.float32)
+        self.raw = ThreadBuffer(_TILE_SCORES, dtype)
 
 
 class _LargeKGroup:
@@ -94,28 +96,21 @@ class _LargeKGroup:
         run_in_threads(self._bound_list, self._tasks, self._lists.use_one_thread)
 
     def _bound_list(self, task: tuple[int, Array]) -> None:
-        from fairseq.memory.index.lists.kernels import bound_queries
         from fairseq.memory.index.lists.large_k_kernels import write_upper_bounds
 
         number, visits = task
-        keys, is_integral = self._lists.prepare(number), self._lists.dtype is torch.int8
+        keys = self._lists.prepare(number)
         if not len(keys.ids_M):
             return
         largest_residual = keys.residual_GP.max()
         row_V, column_V = np.divmod(visits, self._place_QP.shape[1])
-        tile = max(1, _TILE_SCORES // len(keys.quantized_ME))
+        tile = max(1, _TILE_SCORES // keys.columns)
         for first in range(0, len(visits), tile):
             row_T, column_T = row_V[first : first + tile], column_V[first : first + tile]
-            quantized_TE = torch.zeros(len(row_T), keys.quantized_ME.shape[1], dtype=self._lists.dtype)
-            bound_T4 = np.empty((len(row_T), 4), np.float32)
-            by_distance, rounding = self._lists.by_distance, (keys.width, keys.largest, is_integral)
-            bound_queries(
-                self._rotated_QD, row_T, keys.centroid_D, by_distance, *rounding, quantized_TE.numpy(), bound_T4
-            )
-            raw_TM = self._room.raw(len(row_T), len(keys.quantized_ME))
-            (torch._int_mm if is_integral else torch.mm)(quantized_TE, keys.quantized_ME.T, out=raw_TM)
+            by_distance, buffer = self._lists.by_distance, self._room.raw
+            raw_TGP, bound_T4 = keys.bounded(self._rotated_QD, row_T, by_distance=by_distance, buffer=buffer)
             own = (np.float32(keys.step), bound_T4, largest_residual, keys.bias_GP, self._edge_QP[row_T, column_T])
-            write_upper_bounds(raw_TM.view(len(row_T), -1, GROUP).numpy(), *own, self._room.bound_SP, self._room.most_S)
+            write_upper_bounds(raw_TGP, *own, self._room.bound_SP, self._room.most_S)
             self._gap_QP[row_T, column_T] = 2.0 * (bound_T4[:, 3] + bound_T4[:, 1] * largest_residual)
 
     def select(self, k: int) -> None:

@@ -26,6 +26,7 @@ from fairseq.memory.index.lists import kernels
 from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.index.ops.ordering import argsort_descending
+from fairseq.memory.index.ops.products import Products
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ThreadBuffer, map_in_threads, run_in_threads
 
@@ -73,10 +74,13 @@ class PreparedList:
     """float32, as they are scored."""
     centroid_D: Array
     """Rotated."""
-    quantized_ME: Tensor
-    """The columns that are multiplied; rows of zeros after them fill up the last group."""
+    factors: Tensor
+    """The columns that are multiplied, as ``products`` takes them; rows of zeros after them fill up the last group."""
+    start_M: Array
+    """int32, what raw products begin with."""
+    products: Products
     width: int
-    """Columns of them that mean something."""
+    """Columns that mean something."""
     step: float
     residual_GP: Array
     """Length of what is not multiplied; keys are in groups of P neighbours."""
@@ -95,7 +99,7 @@ class PreparedList:
         rotation: Rotation,
         *,
         by_distance: bool,
-        dtype: torch.dtype,
+        products: Products,
         dead_M: Array | None = None,
     ) -> PreparedList:
         """Prepare float32 keys; ``dead_M`` are the numbers of those that must not be found."""
@@ -109,9 +113,9 @@ class PreparedList:
         largest_bias = float(bias_M[:count].abs().amax()) if count else 0.0
         if dead_M is not None:
             bias_M[torch.from_numpy(dead_M)] = -torch.inf
-        step, quantized_ME = 1.0, torch.zeros(padded, -(-width // 4) * 4, dtype=dtype)
-        if dtype is torch.int8:
-            step = max(float(leading_MD.abs().amax()) if count else 0.0, 1e-30) / 127
+        step, quantized_ME = 1.0, torch.zeros(padded, products.columns(width), dtype=products.dtype)
+        if products.is_rounded:
+            step = max(float(leading_MD.abs().amax()) if count else 0.0, 1e-30) / products.levels
             rounded_MD = (leading_MD / step).round_()
             quantized_ME[:count, :width] = rounded_MD
             rounded_MD *= step
@@ -127,7 +131,31 @@ class PreparedList:
         centroid = np.ascontiguousarray(rotation(centroid_D[None])[0].numpy())
         groups = (residual_M.view(-1, GROUP).numpy(), bias_M.view(-1, GROUP).numpy())
         arrays = (*groups, np.array(longest, np.float32))
-        return cls(ids_M, np.ascontiguousarray(keys_MD.numpy()), centroid, quantized_ME, width, step, *arrays)
+        multiplied = (*products.lay_out(quantized_ME), products, width)
+        return cls(ids_M, np.ascontiguousarray(keys_MD.numpy()), centroid, *multiplied, step, *arrays)
+
+    @property
+    def columns(self) -> int:
+        """Columns of products: the keys, filled up to whole groups."""
+        return self.bias_GP.size
+
+    def bounded(
+        self, rotated_ND: Array, row_Q: Array, *, by_distance: bool, buffer: ThreadBuffer
+    ) -> tuple[Array, Array]:
+        """Products of some queries, in groups of P keys (Q, G, P), and what bounds their scores, (Q, 4).
+
+        See ``kernels.bound_queries``. The products are valid until the thread asks for the next.
+        """
+        products = self.products
+        quantized_QE = torch.zeros(len(row_Q), products.columns(self.width), dtype=products.dtype)
+        bound_Q4 = np.empty((len(row_Q), 4), np.float32)
+        kernels.bound_queries(
+            rotated_ND, row_Q, self.centroid_D, by_distance, self.width, self.largest, np.float32(products.levels),
+            products.zero, quantized_QE.numpy(), bound_Q4,
+        )  # fmt: skip
+        raw_QM = buffer(len(row_Q), self.columns)
+        products.multiply(quantized_QE, self.factors, self.start_M, raw_QM)
+        return raw_QM.view(len(row_Q), -1, GROUP).numpy(), bound_Q4
 
 
 class Lists(Protocol):
@@ -137,8 +165,8 @@ class Lists(Protocol):
     """Scores are minus squared distances, otherwise inner products."""
     ties_by_id: bool
     """Of equally close keys those with the lowest ids are taken; otherwise those that faiss would take."""
-    dtype: torch.dtype
-    """Of the columns that are multiplied: int8 or float32."""
+    products: Products
+    """What columns are multiplied by: 8-bit integers or float32."""
 
     def probed_lists(self, query_ND: Tensor) -> Tensor | None:
         """int64 (N, P): the lists each query probes, nearest first; -1 for none. None: all queries probe all lists."""
@@ -225,7 +253,7 @@ class _ScanGroup:
             doubt_N=doubt_N.numpy(),
             is_open_N=np.zeros(count, np.bool_),
         )
-        self._buffer = ThreadBuffer(_TILE_SCORES, torch.int32 if lists.dtype is torch.int8 else torch.float32)
+        self._buffer = ThreadBuffer(_TILE_SCORES, lists.products.raw_dtype)
         self._queries_of_list: dict[tuple[int, int | None], dict[int, tuple[Array, Array]]] = {}
 
     def scan(self, prepared: dict[int, PreparedList], ranks: slice) -> None:
@@ -236,8 +264,8 @@ class _ScanGroup:
             if not len(keys.ids_M) or (queries_of_list is not None and number not in queries_of_list):
                 continue
             row_N, order_N = queries_of_list[number] if queries_of_list is not None else (all_N, np.zeros_like(all_N))
-            tile = max(1, _TILE_SCORES // len(keys.quantized_ME))
-            bound_F = np.empty(len(keys.quantized_ME), np.float32)
+            tile = max(1, _TILE_SCORES // keys.columns)
+            bound_F = np.empty(keys.columns, np.float32)
             for start in range(0, len(row_N), tile):
                 self._scan_tile(keys, row_N[start : start + tile], order_N[start : start + tile], bound_F)
 
@@ -257,21 +285,13 @@ class _ScanGroup:
         return self._queries_of_list[key]
 
     def _scan_tile(self, keys: PreparedList, row_Q: Array, order_Q: Array, bound_F: Array) -> None:
-        by_distance, is_integral = self._lists.by_distance, self._lists.dtype is torch.int8
-        quantized_QE = torch.zeros(len(row_Q), keys.quantized_ME.shape[1], dtype=self._lists.dtype)
-        bound_Q4 = np.empty((len(row_Q), 4), np.float32)
-        kernels.bound_queries(
-            self._rotated_ND, row_Q, keys.centroid_D, by_distance, keys.width, keys.largest, is_integral,
-            quantized_QE.numpy(), bound_Q4,
-        )  # fmt: skip
-        raw_QM = self._buffer(len(row_Q), len(keys.quantized_ME))
-        (torch._int_mm if is_integral else torch.mm)(quantized_QE, keys.quantized_ME.T, out=raw_QM)
+        by_distance = self._lists.by_distance
+        raw_QGP, bound_Q4 = keys.bounded(self._rotated_ND, row_Q, by_distance=by_distance, buffer=self._buffer)
         queries = kernels.ScannedQueries(self._query_ND, row_Q, order_Q, bound_Q4)
         scanned = kernels.ScannedKeys(keys.residual_GP, keys.bias_GP, keys.ids_M, keys.keys_MD)
-        raw_QGP, step = raw_QM.view(len(row_Q), -1, GROUP).numpy(), np.float32(keys.step)
         kernels.scan(
             raw_QGP,
-            step,
+            np.float32(keys.step),
             tuple(queries),
             tuple(scanned),
             tuple(self._heap),

@@ -1,197 +1,162 @@
-"""Approximate scores whose error is bounded: exact search passes over all keys by them and looks at few again.
+"""Approximate scores whose error is bounded: searches pass over all keys by them and look at few again.
 
-Scores here are ``query . key``, for L2 less half the key's squared length, so that all metrics are ranked alike.
+Scores here are ``query . key``, for L2 minus half the squared distance, less what is the same for all keys of a query:
+so all metrics are ranked alike, and neither a common offset of the keys nor long queries widen the bounds. With the
+mean of the keys c, the mean of the queries (for L2, less c) m, and p = query - m (for L2, less c):
 
-Shapes: N queries, M keys of a block, D width, C columns that hold the offset.
+    score = p . (key - c) + m . (key - c) [- |key - c|^2 / 2 for L2] + what depends on the query alone
+
+The second and third are a key's *bias*. In the first both are rounded; then it is
+
+    a (s (raw + h) + w), within  size * width
+
+with *raw* the product of the integers, a and s the steps of query and key, h and w what their rounding drops (they are
+rounded down after adding a number that is drawn once per column, see ``dither``), *size* a key's length and *width*
+how far a query's scores may be off for each unit of it.
+
+Shapes: N queries, M keys of a block, D width, E columns (D, filled up).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq.memory.index.ops import kernels
-from fairseq.memory.index.ops.rounding import dither, most_steps
+from fairseq.memory.index.ops.products import Products
+from fairseq.memory.types import Array
 
-_CHUNK_ROWS = 256  # of keys rounded at a time: they stay in the cache between the passes
-_LEVELS = 127
 # A float32 product of vectors is off by a few units in the seventh place of their lengths.
 _ROUNDING = 2e-6
-_BF16_ROUNDING = 2.0**-8 + 2.0**-16 + _ROUNDING  # of both factors
+_BF16_ROUNDING = 2.0**-8 + 2.0**-16  # of both factors
+_SURE = 1.01  # sums of remainders are taken in float32
 
 
 @dataclass(frozen=True)
-class Block:
-    """Keys as a filter multiplies them; rows of zeros after them fill up the last group."""
+class KeyBlock:
+    """Keys as they are multiplied, filled up to whole groups by keys that no score reaches."""
 
-    quantized_MD: Tensor
+    keys: Tensor
+    """As ``Products`` takes them."""
     num_rows: int
-    step: float
-    """One unit of the approximate scores is this many true ones, times the queries' step."""
-    size: float
-    """Length of the longest key, less what the filter takes off all keys."""
-    offset: float
-    """The middle of the keys' offsets."""
-    offset_error: float
+    start_M: Array
+    """int32, what raw products begin with."""
+    about_5M: Array
+    """float32: step, weight, size, bias (with the slack), slack of each key."""
+
+    @property
+    def columns(self) -> int:
+        """Columns of scores."""
+        return int(self.about_5M.shape[1])
+
+    def drop(self, rows_M: Array) -> None:
+        """Let no score reach these rows of the block."""
+        self.about_5M[3, rows_M] = -np.inf
 
 
-class Filter(Protocol):
-    """Approximate scores of all queries with a block of keys."""
+class RoundedQueries:
+    """Queries as they are multiplied with blocks of keys, and how far from the truth their scores may be."""
 
-    dtype: torch.dtype
-    """Of the approximate scores."""
-
-    def block(self, keys_MD: Tensor) -> Block:
-        """Quantize keys of any floating type."""
-        ...
-
-    def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
-        """Write the approximate scores of some queries."""
-        ...
-
-    def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
-        """Scale, shift (N,) and margin (N,): a true score is within the margin of ``scale * approximate + shift``."""
-        ...
-
-
-class Int8Filter:
-    """Both factors rounded to 8 bits, for CPUs that multiply those fast."""
-
-    dtype = torch.int32
-
-    def __init__(self, query_ND: Tensor, sample_MD: Tensor, *, with_offset: bool) -> None:
+    def __init__(self, query_ND: Tensor, sample_MD: Tensor, products: Products, *, by_distance: bool) -> None:
         """Args.
 
         query_ND: float32.
-        sample_MD: some keys; by their ranges widths of steps are shared out between queries and keys.
-        with_offset: L2; see the module.
+        sample_MD: some keys; their mean and ranges decide what is taken off, and how steps are shared out between
+            queries and keys.
         """
-        width = query_ND.shape[1]
-        self.with_offset = with_offset
-        self.mean_D = sample_MD.float().mean(0)
-        self.balance_D = balance(query_ND, sample_MD.float() - self.mean_D)
-        self.key_dither_D, query_dither_D = torch.split(dither(2 * width), width)
-        balanced_ND = query_ND / self.balance_D
-        self.step = max(float(balanced_ND.abs().amax()) if len(query_ND) else 0.0, 1e-30) / _LEVELS
-        self.size_N = torch.linalg.vector_norm(balanced_ND, dim=1)
-        self.columns = max(4, width // 256 * 4)
-        padding = -(width + self.columns) % 4
-        self.quantized_ND = torch.zeros(len(query_ND), width + self.columns + padding, dtype=torch.int8)
-        rounded_ND = balanced_ND.div_(self.step).add_(query_dither_D).floor_()
-        self.quantized_ND[:, :width] = rounded_ND
-        self.quantized_ND[:, width : width + self.columns] = _LEVELS
-        self.remainder_D = 0.5 - query_dither_D
-        self.most = most_steps(width)
-        # Products of the queries with the part of all keys that their 8 bits drop.
-        self.dropped_N = torch.mv(rounded_ND.add_(self.remainder_D).mul_(self.step), 0.5 - self.key_dither_D)
-        self.mean_product_N = torch.mv(query_ND, self.mean_D)
-        mean_length = float(torch.linalg.vector_norm(self.mean_D))
-        self.mean_margin_N = torch.linalg.vector_norm(query_ND, dim=1) * (_ROUNDING * mean_length)
+        self.products, self.by_distance = products, by_distance
+        count, width = query_ND.shape
+        sample_MD = sample_MD.float()
+        mean_D = sample_MD.mean(0)
+        moved_ND = query_ND - mean_D if by_distance else query_ND
+        linear_D = moved_ND.mean(0) if count else torch.zeros(width)
+        self.width = width
+        balance_D = balance(moved_ND - linear_D, sample_MD - mean_D)
+        key_dither_D, query_dither_D = torch.split(dither(2 * width), width)
+        rows = (mean_D, balance_D, linear_D, 0.5 - key_dither_D, 0.5 - query_dither_D)
+        self._about_keys = torch.stack(rows).numpy()
+        self._length_N = torch.linalg.vector_norm(moved_ND, dim=1)
+        # What scores of the metric are more than scores here.
+        self._shift_N = -0.5 * self._length_N.square() if by_distance else torch.mv(query_ND, mean_D)
+        mean_length = float(torch.linalg.vector_norm(mean_D))
+        self._slack_N = self._length_N.square() if by_distance else self._length_N * (2.0 * mean_length)
+        self.about_N4 = np.empty((count, 4), np.float32)
+        """Step, remainder, width, and the score that a key has to reach (written by searches)."""
+        if products.is_rounded:
+            self.rows = self._rounded(moved_ND, linear_D, balance_D, sample_MD)
+            return
+        centred_ND = moved_ND - linear_D
+        length_N = torch.linalg.vector_norm(centred_ND / balance_D, dim=1)
+        rounding = _ROUNDING + (_BF16_ROUNDING if products.dtype is torch.bfloat16 else 0.0)
+        self.rows = centred_ND.to(products.dtype)
+        self.about_N4[:, 0], self.about_N4[:, 1], self.about_N4[:, 2] = 1.0, 0.0, 2.0 * rounding * length_N.numpy()
 
-    def block(self, keys_MD: Tensor) -> Block:
-        """See ``Filter``."""
-        keys_MD = keys_MD.float().contiguous()
-        count, width = keys_MD.shape
-        reach_D, square_M = torch.empty(width), torch.empty(count)
-        kernels.reach_and_lengths(*(x.numpy() for x in (keys_MD, self.mean_D, reach_D, square_M)))
-        offset_M = square_M.mul_(-0.5 if self.with_offset else 0.0)
-        offset, largest_offset = _centred(offset_M)
-        # The columns of the offset hold it as long as a key's entries need no longer steps.
-        largest = max(float((reach_D * self.balance_D).amax()), largest_offset / (self.columns * self.step * _LEVELS))
-        step = max(largest, 1e-30) / _LEVELS
-        quantized_MD, remainder_M, size = self._rounded(keys_MD, step)
-        # The part of each key's products that the queries' rounding drops is one more offset.
-        offset_M += remainder_M.mul_(step * self.step)
-        unit = step * self.step * _LEVELS
-        # The columns of an offset differ by one where need be: their sum is off by half a step at most.
-        share_E = torch.arange(self.columns + 1) / self.columns
-        parts_ME = ((offset_M / unit)[:, None] * share_E).round_().diff(dim=1)
-        quantized_MD[:count, width : width + self.columns] = parts_ME.clamp_(-_LEVELS - 1, _LEVELS)
-        dropped = float((offset_M - quantized_MD[:count, width : width + self.columns].sum(1) * unit).abs().amax())
-        return Block(quantized_MD, count, step, size, offset, dropped)
+    def _rounded(self, moved_ND: Tensor, linear_D: Tensor, balance_D: Tensor, sample_MD: Tensor) -> Tensor:
+        from fairseq.memory.index.ops import rounding_kernels
 
-    def _rounded(self, keys_MD: Tensor, step: float) -> tuple[Tensor, Tensor, float]:
-        """Keys in 8 bits, their products with the remainders of the queries' rounding, and the longest's length."""
-        count, width = keys_MD.shape
-        quantized_MD = torch.zeros(
-            -(-count // kernels.GROUP) * kernels.GROUP, self.quantized_ND.shape[1], dtype=torch.int8
+        products, count = self.products, len(moved_ND)
+        columns = products.columns(self.width)
+        # A tile that begins at the last row reads on behind it.
+        rows_NE = torch.zeros(count + products.tile_rows, columns, dtype=torch.int8)
+        own = self._about_keys
+        about_queries = np.ascontiguousarray(
+            np.stack([linear_D.numpy(), (1.0 / balance_D).numpy(), np.zeros_like(own[0]), own[4], own[3]])
         )
-        # floor((key - mean) * balance / step + dither)
-        factor_D = self.balance_D / step
-        add_D, remainder_M = self.key_dither_D - self.mean_D * factor_D, torch.empty(count)
-        arrays = (keys_MD, factor_D, add_D, self.remainder_D, quantized_MD, remainder_M)
-        size = kernels.round_rows(*(x.numpy() for x in arrays))
-        return quantized_MD, remainder_M, (math.sqrt(size) + 0.5 * math.sqrt(width)) * step
-
-    def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
-        """See ``Filter``."""
-        torch._int_mm(self.quantized_ND[rows], block.quantized_MD.T, out=out_NM)
-
-    def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
-        """See ``Filter``."""
-        size_N = self.size_N[rows]
+        about_N3 = np.empty((count, 3), np.float32)
+        levels, moved = np.float32(products.levels), np.ascontiguousarray(moved_ND.numpy())
+        rounded = rows_NE[:count].numpy()
+        rounding_kernels.round_queries(moved, about_queries, levels, products.zero, rounded, about_N3)
+        balanced_MD = (sample_MD - sample_MD.mean(0)) * balance_D
+        length_M = torch.linalg.vector_norm(balanced_MD, dim=1).clamp_(min=1e-20)
+        # Any ratio bounds the errors; that of most keys bounds them closely.
+        ratio_M = balanced_MD.abs().amax(1) / (products.levels * length_M)
+        self._ratio = max(float(ratio_M.median()), 1e-20)
+        step_N, length_N = about_N3[:, 0], about_N3[:, 2]
+        self.about_N4[:, :2] = about_N3[:, :2]
         # q.k - q'.k' = q.(k - k') + (q - q').k': independent errors, so that the bound on their sum is that of a sum of
         # squares (see ``most_steps``); and what rounding to float32 adds.
-        of_keys_N, of_queries = size_N * block.step, self.step * block.size
-        margin_N = (of_keys_N.square() + of_queries**2).sqrt_() * self.most + size_N * (_ROUNDING * block.size)
-        margin_N += self.mean_margin_N[rows] + (block.offset_error + _ROUNDING * abs(block.offset))
-        shift_N = self.dropped_N[rows] * block.step + (self.mean_product_N[rows] + block.offset)
-        return self.step * block.step, shift_N, margin_N
+        together_N = np.sqrt((length_N * np.float32(self._ratio)) ** 2 + step_N**2)
+        self.about_N4[:, 2] = _SURE * most_steps(self.width) * together_N + _ROUNDING * length_N
+        return rows_NE
 
+    def block(self, keys_MD: Tensor) -> KeyBlock:
+        """Round keys of any floating type."""
+        from fairseq.memory.index.ops import rounding_kernels
 
-class FloatFilter:
-    """Products in float32, or in bfloat16 where the CPU multiplies those fast."""
+        keys_MD = keys_MD.float().contiguous()
+        count = len(keys_MD)
+        filled = -(-max(1, count) // kernels.GROUP) * kernels.GROUP
+        about_5M = np.zeros((5, filled), np.float32)
+        about_5M[3, count:] = -np.inf
+        start_M = np.zeros(filled, np.int32)
+        if not self.products.is_rounded:
+            centred_MD = torch.zeros(filled, self.width)
+            rounding_kernels.centre_keys(
+                keys_MD.numpy(), self._about_keys, self.by_distance, centred_MD[:count].numpy(), about_5M
+            )
+            return KeyBlock(centred_MD.to(self.products.dtype), count, start_M, about_5M)
+        columns = self.products.columns(self.width)
+        key_B = torch.zeros(filled * columns, dtype=torch.int8)
+        rounding_kernels.round_keys(
+            keys_MD.numpy(), self._about_keys, columns, np.float32(self.products.levels), np.float32(self._ratio),
+            self.by_distance, self.products.zero, self.products.is_interleaved, key_B.numpy(), start_M, about_5M,
+        )  # fmt: skip
+        return KeyBlock(self.products.keys(key_B, columns), count, start_M, about_5M)
 
-    def __init__(
-        self, query_ND: Tensor, sample_MD: Tensor, *, with_offset: bool, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """See ``Int8Filter``."""
-        self.with_offset, self.dtype = with_offset, dtype
-        # The factors are multiplied as they are: here the balance only makes the bound closer.
-        self.balance_D = balance(query_ND, sample_MD.float())
-        self.size_N = torch.linalg.vector_norm(query_ND / self.balance_D, dim=1)
-        # An offset is the sum of three narrow numbers, met by ones.
-        ones = query_ND.new_ones(len(query_ND), 3 if with_offset else 0)
-        self.quantized_ND = torch.cat([query_ND, ones], 1).to(dtype)
-        self.rounding = _ROUNDING if dtype is torch.float32 else _BF16_ROUNDING
+    def raw_scores(self, block: KeyBlock, rows: slice, out_NM: Tensor) -> None:
+        """Write the raw products of some queries with a block: int32 if they are rounded."""
+        self.products.multiply(self.rows[rows], block.keys, block.start_M, out_NM)
 
-    def block(self, keys_MD: Tensor) -> Block:
-        """See ``Filter``."""
-        count, width = keys_MD.shape
-        quantized_MD = self.quantized_ND.new_zeros(
-            -(-count // kernels.GROUP) * kernels.GROUP, self.quantized_ND.shape[1]
-        )
-        quantized_MD[:count, :width] = keys_MD
-        middle = largest = 0.0
-        if self.with_offset:
-            offset_M = -0.5 * squared_lengths(keys_MD)
-            middle, largest = _centred(offset_M)
-            for column in range(width, width + 3):
-                quantized_MD[:count, column] = offset_M
-                offset_M -= quantized_MD[:count, column].float()
-        size = math.sqrt(float(squared_lengths(keys_MD, self.balance_D).amax()))
-        offset_error = self.rounding * largest + _ROUNDING * abs(middle)
-        return Block(quantized_MD, count, 1.0, size, middle, offset_error)
-
-    def scores(self, block: Block, rows: slice, out_NM: Tensor) -> None:
-        """See ``Filter``."""
-        torch.mm(self.quantized_ND[rows], block.quantized_MD.T, out=out_NM)
-
-    def bounds(self, block: Block, rows: slice) -> tuple[float, Tensor, Tensor]:
-        """See ``Filter``."""
-        # The last term is the rounding of the sum itself, which is no larger than what it sums.
-        margin_N = (2 * self.rounding * block.size) * self.size_N[rows] + 2 * block.offset_error
-        return 1.0, torch.full_like(margin_N, block.offset), margin_N
-
-
-def _centred(offset_M: Tensor) -> tuple[float, float]:
-    """Take the middle of the range off all offsets, in place; returns it, and the largest that is left."""
-    middle = 0.5 * float(offset_M.amin() + offset_M.amax())
-    return middle, float(offset_M.sub_(middle).abs().amax())
+    def least_of(self, score_Q: Tensor, rows: slice) -> Tensor:
+        """Scores here that keys with these scores of the metric have at least."""
+        half = 0.5 if self.by_distance else 1.0
+        slack_Q = _ROUNDING * (self._slack_N[rows] + score_Q.abs())
+        least_Q: Tensor = half * score_Q - self._shift_N[rows] - slack_Q
+        return least_Q
 
 
 def balance(query_ND: Tensor, key_MD: Tensor) -> Tensor:
@@ -206,9 +171,16 @@ def balance(query_ND: Tensor, key_MD: Tensor) -> Tensor:
     return factor_D / factor_D.log().mean().exp()
 
 
-def squared_lengths(keys_MD: Tensor, factor_D: Tensor | None = None) -> Tensor:
-    """Squared length of each row, its columns multiplied by the factors, (M,) float32."""
-    parts = [part.float() for part in torch.split(keys_MD, _CHUNK_ROWS)]
-    if factor_D is not None:
-        parts = [part * factor_D for part in parts]
-    return torch.cat([torch.linalg.vecdot(part, part) for part in parts])
+def dither(width: int) -> Tensor:
+    """One number per column, uniform in [0, 1), always the same."""
+    return torch.rand(width, generator=torch.Generator().manual_seed(width))
+
+
+def most_steps(width: int) -> float:
+    """Bound on a rounded vector's error in any direction, in steps.
+
+    Rounding x as ``floor(x + u) + 1/2 - u``, u drawn once per column, makes errors that are uniform, independent and of
+    mean zero whatever x is. A sum of them beyond this many steps has a chance of 1e-15; half a step times the root of
+    the width is never passed.
+    """
+    return min(math.sqrt(2 * math.log(2e15) / 12), 0.5 * math.sqrt(width))

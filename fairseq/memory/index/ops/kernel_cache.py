@@ -217,12 +217,12 @@ class _KernelFile(IndexDataCacheFile):  # type: ignore[misc]
     def _path(self, key: Any) -> Path:
         types, cpu, _ = key
         module, name = self._function.__module__, self._function.__qualname__
-        parts = (module, name, types, cpu, _source_digest(module), *_COMPILER, config.OPT, config.BOUNDSCHECK)
+        parts = (module, name, types, cpu, _source_digest(module), *COMPILER, config.OPT, config.BOUNDSCHECK)
         digest = hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:32]
         return (cache_folder() or Path()) / f"{kernel_name(self._function)}-{digest}.nbc"
 
 
-_COMPILER = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:2])
+COMPILER = (numba.__version__, llvmlite.__version__, platform.python_implementation(), sys.version_info[:2])
 
 
 @functools.cache

@@ -97,35 +97,3 @@ def dot(a_D: Any, b_D: Any) -> Any:
 def neg_sq_l2(a_D: Any, b_D: Any) -> Any:
     """Minus the squared distance."""
     return -squared_distances(a_D, (b_D,))[0]
-
-
-@compiled("(f4[:,::1], f4[::1], f4[::1], f4[::1])", fastmath=ANY_ORDER)
-def reach_and_lengths(keys_MD: Any, mean_D: Any, reach_D: Any, square_M: Any) -> None:
-    """The largest distance of each column from its mean, and the squared length of each row."""
-    reach_D[:] = 0.0
-    for m in range(len(keys_MD)):
-        key_D, square = keys_MD[m], np.float32(0.0)
-        for d in range(len(key_D)):
-            square += key_D[d] * key_D[d]
-            reach_D[d] = max(reach_D[d], abs(key_D[d] - mean_D[d]))
-        square_M[m] = square
-
-
-@compiled("(f4[:,::1], f4[::1], f4[::1], f4[::1], i1[:,::1], f4[::1])", fastmath=ANY_ORDER)
-def round_rows(keys_MD: Any, factor_D: Any, add_D: Any, weight_D: Any, quantized_ME: Any, weighted_M: Any) -> Any:
-    """Write ``floor(key * factor + add)``, within 8 bits, into the first D columns of ``quantized_ME``.
-
-    ``weighted_M`` gets the rounded rows' products with ``weight_D``. Returns: the largest squared length of them.
-    """
-    largest = np.float32(0.0)
-    for m in range(len(keys_MD)):
-        key_D, quantized_D = keys_MD[m], quantized_ME[m]
-        weighted, square = np.float32(0.0), np.float32(0.0)
-        for d in range(len(key_D)):
-            rounded = min(max(np.floor(key_D[d] * factor_D[d] + add_D[d]), np.float32(-128.0)), np.float32(127.0))
-            quantized_D[d] = np.int8(rounded)
-            weighted += rounded * weight_D[d]
-            square += rounded * rounded
-        weighted_M[m] = weighted
-        largest = max(largest, square)
-    return largest

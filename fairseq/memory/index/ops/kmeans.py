@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.ops.bounded_scores import Block, Filter, FloatFilter, Int8Filter
+from fairseq.memory.index.ops import products as ways
+from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
-from fairseq.runtime.hardware import has_fast_int8
 from fairseq.runtime.threads import ThreadBuffer, run_in_threads
 
 logger = logging.getLogger(__name__)
@@ -58,39 +58,35 @@ class Assigner:
             block_ND = keys_ND[start : start + _BLOCK_ROWS].float().contiguous()
             rows = slice(start, start + len(block_ND))
             if self._device.type == "cpu":
-                self.assign_block(block_ND, self.filter(block_ND), near_N[rows])
+                self.assign_block(block_ND, self.rounded(block_ND), near_N[rows])
             else:
                 near_N[rows] = self._on_device(block_ND)
         return near_N
 
-    def filter(self, block_ND: Tensor) -> Filter:
-        """The filter that holds a block of keys; it serves for other centroids as well."""
-        kind = Int8Filter if has_fast_int8() else FloatFilter
-        return kind(block_ND, self.centroids_CD, with_offset=self.by_distance)
+    def rounded(self, block_ND: Tensor) -> RoundedQueries:
+        """A block of keys as they are multiplied, by other centroids as well."""
+        return RoundedQueries(block_ND, self.centroids_CD, ways.chosen(), by_distance=self.by_distance)
 
-    def assign_block(self, block_ND: Tensor, keys: Filter, near_N: Tensor) -> None:
-        """Write the numbers of the centroids nearest to the keys that the filter was made of."""
+    def assign_block(self, block_ND: Tensor, keys: RoundedQueries, near_N: Tensor) -> None:
+        """Write the numbers of the centroids nearest to keys that were rounded."""
         block = keys.block(self.centroids_CD)
-        count, columns = len(block_ND), len(block.quantized_MD)
+        count, columns = len(block_ND), block.columns
         size = max(1, min(_GROUP_SCORES // columns, -(-count // torch.get_num_threads())))
-        buffer = ThreadBuffer(size * columns, keys.dtype)
+        buffer = ThreadBuffer(size * columns, keys.products.raw_dtype)
         scan = functools.partial(self._scan, block_ND, keys, block, buffer, near_N)
         run_in_threads(scan, [slice(at, min(at + size, count)) for at in range(0, count, size)])
 
     def _scan(
-        self, block_ND: Tensor, keys: Filter, block: Block, buffer: ThreadBuffer, near_N: Tensor, rows: slice
+        self, block_ND: Tensor, keys: RoundedQueries, block: KeyBlock, buffer: ThreadBuffer, near_N: Tensor, rows: slice
     ) -> None:
         from fairseq.memory.index.ops import kmeans_kernels
 
-        raw_QM = buffer(rows.stop - rows.start, len(block.quantized_MD))
-        keys.scores(block, rows, raw_QM)
-        scale, _, margin_Q = keys.bounds(block, rows)
-        # Two scores are both off by up to the margin. One unit more for the integers.
-        width_Q = 2.02 * margin_Q / scale + (0.0 if raw_QM.is_floating_point() else 1.0)
-        raw, width, keys_QD, centroids_CD, near_Q = (
-            x.numpy() for x in (raw_QM, width_Q, block_ND[rows], self.centroids_CD, near_N[rows])
-        )
-        kmeans_kernels.nearest(raw, width, keys_QD, centroids_CD, near_Q, self.by_distance)
+        raw_QM = buffer(rows.stop - rows.start, block.columns)
+        keys.raw_scores(block, rows, raw_QM)
+        raw = (raw_QM.float() if raw_QM.is_floating_point() else raw_QM).numpy()
+        keys_QD, centroids_CD, near_Q = (x.numpy() for x in (block_ND[rows], self.centroids_CD, near_N[rows]))
+        about = (keys.about_N4[rows], tuple(block.about_5M))
+        kmeans_kernels.nearest(raw, *about, keys_QD, centroids_CD, near_Q, self.by_distance)
 
     def _on_device(self, block_ND: Tensor) -> Tensor:
         centroids_CD = self.centroids_CD.to(self._device)
@@ -141,13 +137,13 @@ def kmeans(
     starts = range(0, len(keys_ND), _BLOCK_ROWS)
     blocks = [keys_ND[start : start + _BLOCK_ROWS] for start in starts]
     # The rounded keys are made once and serve every iteration.
-    filters = [Assigner(centroids_CD, metric).filter(block) for block in blocks] if on_cpu else []
+    rounded = [Assigner(centroids_CD, metric).rounded(block) for block in blocks] if on_cpu else []
     before_N = torch.full((len(keys_ND),), -1)
     for done in range(iterations):
         assigner = Assigner(centroids_CD, metric, device)
         near_N = torch.empty_like(before_N)
         if on_cpu:
-            for block, keys, out in zip(blocks, filters, torch.split(near_N, _BLOCK_ROWS)):
+            for block, keys, out in zip(blocks, rounded, torch.split(near_N, _BLOCK_ROWS)):
                 assigner.assign_block(block, keys, out)
         else:
             near_N = assigner(keys_ND)

@@ -9,56 +9,69 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, compiled, dot, neg_sq_l2
 
 _PART = 64
 
 
-@compiled(fastmath={"reassoc", "nsz", "nnan"})
-def _largest(raw_C: Any) -> Any:
-    largest = raw_C[0]
-    for c in range(len(raw_C)):
-        largest = max(largest, raw_C[c])
-    return largest
+# Groups are rows of a matrix, and their bounds written out: a slice would be counted in and out of use.
+@compiled(fastmath=FINITE)
+def _bound_all(raw_QM: Any, q: int, about_4: Any, about: Any, bound_M: Any) -> Any:
+    """Write what scores are at most. Returns: the largest of what they are at least."""
+    step_M, weight_M, size_M, bias_M, slack_M = about
+    scale, zero, width = about_4[0], about_4[1], about_4[2]
+    least = np.float32(-3.0e38)
+    for m in range(len(bound_M)):
+        error = size_M[m] * width
+        bound = ((np.float32(raw_QM[q, m]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
+        bound_M[m] = bound
+        least = max(least, bound - np.float32(2.0) * (error + slack_M[m]))
+    return least
 
 
 @compiled()
-def _count(raw_C: Any, reach: Any) -> Any:
+def _count(bound_M: Any, first: int, past: int, reach: Any) -> Any:
     count = np.int32(0)
-    for c in range(len(raw_C)):
-        count += np.int32(raw_C[c] >= reach)
+    for m in range(first, past):
+        count += np.int32(bound_M[m] >= reach)
     return count
 
 
+_ABOUT = "Tuple((f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]))"
+
+
 @compiled(
-    "(i4[:,::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1], b1)",
-    "(f4[:,::1], f4[::1], f4[:,::1], f4[:,::1], i8[::1], b1)",
+    f"(i4[:,::1], f4[:,::1], {_ABOUT}, f4[:,::1], f4[:,::1], i8[::1], b1)",
+    f"(f4[:,::1], f4[:,::1], {_ABOUT}, f4[:,::1], f4[:,::1], i8[::1], b1)",
 )
-def nearest(raw_QM: Any, width_Q: Any, keys_QD: Any, centroids_CD: Any, near_Q: Any, by_distance: bool) -> None:
+def nearest(
+    raw_QM: Any, about_Q4: Any, about: Any, keys_QD: Any, centroids_CD: Any, near_Q: Any, by_distance: bool
+) -> None:
     """Write the number of each key's nearest centroid.
 
     Args:
-        raw_QM: approximate scores: the best centroid's is within ``width`` of the largest.
+        raw_QM: products; ``about_Q4`` of ``RoundedQueries`` and ``about``, the rows of ``KeyBlock``, bound the scores.
     """
+    count = len(centroids_CD)
+    bound_M = np.empty(count, np.float32)
     for q in range(len(keys_QD)):
-        raw_C = raw_QM[q, : len(centroids_CD)]
-        reach = raw_QM.dtype.type(np.floor(float(_largest(raw_C)) - width_Q[q]))
+        reach = _bound_all(raw_QM, q, about_Q4[q], about, bound_M)
         best, nearest = np.float32(-np.inf), 0
-        only = _count(raw_C, reach) == 1
-        for start in range(0, len(raw_C), _PART):
-            part = raw_C[start : start + _PART]
-            if not _count(part, reach):
+        only = _count(bound_M, 0, count, reach) == 1
+        for start in range(0, count, _PART):
+            past = min(start + _PART, count)
+            if not _count(bound_M, start, past, reach):
                 continue
-            for c in range(len(part)):
-                if part[c] < reach:
+            for c in range(start, past):
+                if bound_M[c] < reach:
                     continue
                 if only:
-                    nearest = start + c
+                    nearest = c
                     break
-                key_D, centroid_D = keys_QD[q], centroids_CD[start + c]
+                key_D, centroid_D = keys_QD[q], centroids_CD[c]
                 score = neg_sq_l2(key_D, centroid_D) if by_distance else dot(key_D, centroid_D)
                 if score > best:
-                    best, nearest = score, start + c
+                    best, nearest = score, c
         near_Q[q] = nearest
 
 

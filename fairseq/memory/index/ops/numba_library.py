@@ -47,3 +47,13 @@ config: Any = importlib.import_module("numba.core.config")
 errors: Any = importlib.import_module("numba.core.errors")
 sigutils: Any = importlib.import_module("numba.core.sigutils")
 types: Any = importlib.import_module("numba.core.types")
+
+
+def compiler_features() -> set[str]:
+    """Instructions that numba compiles for here, by LLVM's names: the CPU's, unless numba's settings say others."""
+    features: str = numba.core.registry.cpu_target.target_context.codegen()._get_host_cpu_features()
+    return {name[1:] for name in features.split(",") if name.startswith("+")} if not _is_generic() else set()
+
+
+def _is_generic() -> bool:
+    return config.CPU_NAME is not None and config.CPU_FEATURES is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from brute_force import similarities
-from conftest import set_fast_products
+from conftest import PRODUCTS, set_fast_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,15 +14,11 @@ from fairseq.memory.index.exact import candidates
 from fairseq.memory.index.exact import index as exact
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.lists import search
-from fairseq.memory.index.ops.bounded_scores import FloatFilter, Int8Filter
+from fairseq.memory.index.ops import products
+from fairseq.memory.index.ops.bounded_scores import RoundedQueries
 from fairseq.memory.types import Metric
 
-FILTERS = {
-    "float32": lambda query_ND, keys_MD, l2: FloatFilter(query_ND, keys_MD, with_offset=l2),
-    "bfloat16": lambda query_ND, keys_MD, l2: FloatFilter(query_ND, keys_MD, with_offset=l2, dtype=torch.bfloat16),
-    "int8": lambda query_ND, keys_MD, l2: Int8Filter(query_ND, keys_MD, with_offset=l2),
-}
-LISTS = ("lists of int8", "lists of float32")
+LISTS = ("lists of avx2", "lists of library_int8", "lists of float32")
 SHAPES = ("even", "clustered", "outlying", "constant", "far")
 
 
@@ -60,8 +56,8 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
         return ExactIndex(keys, metric).search(query_ND, k)
 
 
-@pytest.mark.parametrize("name", [*FILTERS, *LISTS])
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("name", [*PRODUCTS, *LISTS])
+@settings(max_examples=25, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
     metric=st.sampled_from(list(Metric)),
@@ -86,14 +82,14 @@ def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim
     assert (found.scores_NK.diff(dim=1) <= 0).all()
 
 
-@pytest.mark.parametrize("name", [*FILTERS, *LISTS])
+@pytest.mark.parametrize("name", [*PRODUCTS, *LISTS])
 def test_of_equal_keys_the_lower_rows_are_found(name, monkeypatch):
     keys = np.repeat(rows("even", 3, 8, 1), 400, axis=0)
     found = search_by(monkeypatch, name, keys, Metric.L2, torch.from_numpy(keys[[0, 500, 900]]), 9)
     assert found.ids_NK.tolist() == [list(range(first, first + 9)) for first in (0, 400, 800)]
 
 
-@pytest.mark.parametrize("name", list(FILTERS))
+@pytest.mark.parametrize("name", PRODUCTS)
 def test_few_keys_pass(name, monkeypatch):
     """The filter is one: of 20,000 keys a few times k = 100 are looked at again."""
     keys, query_ND = rows("even", 20_000, 64, 1), torch.from_numpy(rows("even", 40, 64, 2))
@@ -125,16 +121,22 @@ def test_approximate_scores_are_within_their_margin(metric, shape):
     query_ND, keys_MD = torch.from_numpy(queries), torch.from_numpy(keys)
     if metric is Metric.COS:
         query_ND, keys_MD = (torch.nn.functional.normalize(x) for x in (query_ND, keys_MD))
-    true = query_ND.double() @ keys_MD.double().T
-    true -= 0.5 * keys_MD.double().square().sum(1) if metric is Metric.L2 else 0
-    for make in FILTERS.values():
-        by = make(query_ND, keys_MD[:100], metric is Metric.L2)
-        block = by.block(keys_MD)
-        raw = torch.empty(30, len(block.quantized_MD), dtype=by.dtype)
-        by.scores(block, slice(10, 40), raw)
-        scale, shift, margin = by.bounds(block, slice(10, 40))
-        error = (raw[:, :300].double() * scale + shift.double()[:, None] - true[10:40]).abs()
-        assert (error <= margin.double()[:, None]).all()
+    true = torch.from_numpy(similarities(metric, query_ND.numpy(), keys_MD.numpy()))[10:40]
+    half = 0.5 if metric is Metric.L2 else 1.0
+    for name in PRODUCTS:
+        with pytest.MonkeyPatch.context() as patch:
+            set_fast_products(patch, name)
+            by = RoundedQueries(query_ND, keys_MD[:100], products.chosen(), by_distance=metric is Metric.L2)
+            block = by.block(keys_MD)
+            raw = torch.empty(30, block.columns, dtype=by.products.raw_dtype)
+            by.raw_scores(block, slice(10, 40), raw)
+        step, weight, size, bias, slack = (torch.from_numpy(x[:300]).double() for x in block.about_5M)
+        scale, zero, width, _ = torch.from_numpy(by.about_N4[10:40]).double().T[:, :, None]
+        score = ((raw[:, :300].double() + zero) * step + weight) * scale + (bias - slack)
+        rounding = 2e-6 * (by._slack_N[10:40, None].double() + true.abs())
+        error = (half * true - by._shift_N[10:40, None].double() - score).abs()
+        assert (error <= size * width + slack + rounding).all()
+        assert (block.about_5M[3, 300:] == -np.inf).all()
 
 
 @pytest.mark.parametrize("metric", list(Metric))

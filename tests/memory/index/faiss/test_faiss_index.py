@@ -15,11 +15,12 @@ from fairseq.memory.index.faiss import index as faiss_index
 from fairseq.memory.index.faiss.index import FaissIndex, find_index
 from fairseq.memory.index.faiss.strategy import SearchStrategy
 from fairseq.memory.index.faiss_library import pair_scores_in_place
-from fairseq.memory.index.lists import kernels
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
+from fairseq.memory.index.ops.products import by_name
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
+from fairseq.runtime.threads import ThreadBuffer
 
 ROWS, DIM = 3000, 16
 
@@ -167,7 +168,7 @@ def test_more_ties_than_there_is_room_for_are_left_to_faiss_or_taken_in_order(mo
 
 
 def test_lists_give_the_same_bits_on_one_thread_and_on_several():
-    lists = DecodedLists(made_index(Metric.L2).inner, fast_int8=True)
+    lists = DecodedLists(made_index(Metric.L2).inner, products=by_name("library_int8"))
     before = torch.get_num_threads()
     results = []
     try:
@@ -219,21 +220,25 @@ def test_short_lists_leave_ids_of_minus_one(monkeypatch):
 
 
 @pytest.mark.parametrize("by_distance", [False, True])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+@pytest.mark.parametrize("name", ["library_int8", "float32"])
 @pytest.mark.parametrize("turned", [False, True])
-def test_no_key_scores_above_its_bound(by_distance, dtype, turned):
+def test_no_key_scores_above_its_bound(by_distance, name, turned):
     keys, queries = torch.from_numpy(narrow(500, 3)), torch.from_numpy(narrow(40, 4))
     rotation = Rotation.fit(keys - keys.mean(0), 0.05) if turned else Rotation(None, 64)
     assert (rotation.basis_DD is not None) == turned
     listed = PreparedList.of(
-        np.arange(500), keys, keys.mean(0), rotation, by_distance=by_distance, dtype=dtype, dead_M=np.array([3])
+        np.arange(500),
+        keys,
+        keys.mean(0),
+        rotation,
+        by_distance=by_distance,
+        products=by_name(name),
+        dead_M=np.array([3]),
     )
-    low, bound = torch.zeros(40, listed.quantized_ME.shape[1], dtype=dtype), np.empty((40, 4), np.float32)
-    kernels.bound_queries(
-        rotation(queries).numpy(), np.arange(40), listed.centroid_D, by_distance, listed.width, listed.largest,
-        dtype is torch.int8, low.numpy(), bound,
-    )  # fmt: skip
-    raw = (low.double() @ listed.quantized_ME.double().T).numpy()[:, :500] * listed.step
+    buffer = ThreadBuffer(1, by_name(name).raw_dtype)
+    rotated_ND = rotation(queries).numpy()
+    groups, bound = listed.bounded(rotated_ND, np.arange(40), by_distance=by_distance, buffer=buffer)
+    raw = groups.reshape(40, -1)[:, :500].astype(np.float64) * listed.step
     scale, rest, shift, _ = bound.astype(np.float64).T[:, :, None]
     above = raw * scale + rest * listed.residual_GP.reshape(-1)[:500] + listed.bias_GP.reshape(-1)[:500] + shift
     true = similarities(Metric.L2 if by_distance else Metric.IP, queries.numpy(), keys.numpy())

@@ -14,9 +14,10 @@ from fairseq.memory.index.faiss.strategy import SearchStrategy, choose_strategy
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.search import Rotation
+from fairseq.memory.index.ops.products import by_name
 from fairseq.memory.types import Metric
 
-INT8 = pytest.mark.parametrize("int8", [False, True])
+PRODUCTS = pytest.mark.parametrize("name", ["avx2", "library_int8", "float32"])
 
 
 @functools.cache
@@ -51,42 +52,42 @@ def test_finds_what_faiss_finds(metric, k, products):
     assert np.mean(same) > 0.999
 
 
-@INT8
-def test_equal_keys_by_the_thousand_are_found_without_end(int8):
+@PRODUCTS
+def test_equal_keys_by_the_thousand_are_found_without_end(name):
     index, query_ND = made(3000, 40, Metric.L2)
     again = np.repeat(query_ND[:1].numpy(), 4000, 0)
     index.add(again)
-    ids_NK, scores_NK = large_k_search(DecodedLists(index, fast_int8=int8), query_ND, 300)
+    ids_NK, scores_NK = large_k_search(DecodedLists(index, products=by_name(name)), query_ND, 300)
     assert (ids_NK[0] >= 3000).all()
     assert (ids_NK >= -1).all()
     assert (scores_NK[:, :-1] >= scores_NK[:, 1:]).all()
     assert all(len(set(row)) == len(row) for row in ids_NK.tolist() if -1 not in row)
 
 
-@INT8
-def test_lists_that_hold_less_than_k_leave_places_empty(int8):
+@PRODUCTS
+def test_lists_that_hold_less_than_k_leave_places_empty(name):
     index, query_ND = made(300, 40, Metric.L2)
     index.nprobe = 2
-    ids_NK, scores_NK = large_k_search(DecodedLists(index, fast_int8=int8), query_ND, 100)
+    ids_NK, scores_NK = large_k_search(DecodedLists(index, products=by_name(name)), query_ND, 100)
     theirs = index.search(query_ND.numpy(), 100)[1]
     assert ((ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(scores_NK[ids_NK < 0]).all()
 
 
-@INT8
-def test_a_part_of_the_queries_finds_the_same(int8):
+@PRODUCTS
+def test_a_part_of_the_queries_finds_the_same(name):
     index, query_ND = made(3000, 40, Metric.L2)
-    lists = DecodedLists(index, fast_int8=int8)
+    lists = DecodedLists(index, products=by_name(name))
     whole, part = large_k_search(lists, query_ND, 100), large_k_search(lists, query_ND[30:37], 100)
     torch.testing.assert_close(whole[1][30:37], part[1])
 
 
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
-@INT8
+@PRODUCTS
 @pytest.mark.parametrize("turned", [False, True])
-def test_bounds_leave_nothing_out(metric, int8, turned):
+def test_bounds_leave_nothing_out(metric, name, turned):
     index, query_ND = made(3000, 40, metric)
-    lists = DecodedLists(index, fast_int8=int8)
+    lists = DecodedLists(index, products=by_name(name))
     if turned:  # the last columns are not multiplied but bounded
         lists._rotation = Rotation(torch.linalg.qr(torch.randn(8, 8))[0].contiguous(), 4)
     ids_NK, scores_NK = large_k_search(lists, query_ND, 200)

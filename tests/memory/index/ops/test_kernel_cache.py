@@ -261,7 +261,7 @@ def test_no_two_kernels_share_a_file(name: str, tmp_path: Path, monkeypatch: pyt
     before = kernel_cache._KernelFile(kernel.py_func)._path((types, cpu, None))
     assert kernel_cache._KernelFile(kernel.py_func)._path((types, cpu, None)) == before
     if name == "numba":
-        monkeypatch.setattr(kernel_cache, "_COMPILER", ("0.0", *kernel_cache._COMPILER[1:]))
+        monkeypatch.setattr(kernel_cache, "COMPILER", ("0.0", *kernel_cache.COMPILER[1:]))
     if name == "source":
         monkeypatch.setattr(kernel_cache, "_source_digest", lambda module: "another")
     types, cpu = ("float64",) if name == "types" else types, ("x86_64", "znver4", "") if name == "cpu" else cpu
@@ -393,9 +393,9 @@ def test_a_setting_of_numba_that_is_none_is_named_in_one_line(name: str, value: 
     env = environment(NUMBA_CACHE_DIR=str(tmp_path / "none")) | {name: value}
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == (0 if name == "NUMBA_OPT" else 2)
-    (told,) = done.stderr.splitlines()
+    (told,) = (line for line in done.stderr.splitlines() if "compiling kernels" not in line)
     assert line in told
-    assert list(tmp_path.iterdir()) == []
+    assert name == "NUMBA_OPT" or list(tmp_path.iterdir()) == []  # products are measured, and their kernel is kept
 
 
 def test_an_inner_kernel_is_called_by_kernels_only() -> None:
