@@ -14,6 +14,7 @@ MODULES = (
     "fairseq.memory.index.ops.kmeans_kernels",
     "fairseq.memory.index.exact.kernels",
     "fairseq.memory.index.lists.kernels",
+    "fairseq.memory.index.lists.residual_kernels",
     "fairseq.memory.index.lists.large_k_kernels",
     "fairseq.memory.index.lists.adc_kernels",
     "fairseq.memory.index.lists.pq_rescoring_kernels",

@@ -79,6 +79,10 @@ def _list_searches() -> None:
     for count in (700, 3, 1):  # many neighbours: in bulk, by tables
         index.search(query_ND[:count], 200)
     index.score_rows(query_ND[:4], torch.arange(40).view(4, 10))
+    in_bytes = faiss.index_factory(DIM, "IVF10,SQ8")
+    in_bytes.train(keys)
+    in_bytes.add(keys)
+    FaissIndex(in_bytes, Metric.L2).search(query_ND, 8)
 
 
 def _extended_mind() -> None:

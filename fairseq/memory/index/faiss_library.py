@@ -72,6 +72,20 @@ def has_byte_codes(index: SwigIndex) -> bool:
     return type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
 
 
+def bulk_queries_per_list(index: SwigIndex) -> int:
+    """Queries of a search per list from which decoding its keys (``lists.decoded_lists``) pays; 0 if that cannot be.
+
+    Decoding a key and rounding it costs about as much as ten of its distances; those to keys of a byte a column take
+    faiss half as long as others (65,536 keys of width 576, k 10 and 100: 0.6 of faiss's queries/s
+    at 16 queries per list, 0.9 at 32, 1.4 at 64).
+    """
+    kind = type(index).__name__
+    if has_byte_codes(index) or (kind == "IndexIVFFlat" and index.nlist > 0):
+        return 16
+    is_bytes = kind == "IndexIVFScalarQuantizer" and index.sq.qtype == faiss_library().ScalarQuantizer.QT_8bit
+    return 40 if is_bytes and index.nlist > 0 else 0
+
+
 def has_codes_in_ram(index: SwigIndex) -> bool:
     """True if a faiss index has such lists, and their codes are arrays in RAM rather than in a mapped file."""
     if not has_byte_codes(index):

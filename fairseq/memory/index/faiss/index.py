@@ -19,6 +19,7 @@ from fairseq.memory.index.faiss.lists_file import check_lists_file
 from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy, faiss_strategy
 from fairseq.memory.index.faiss_library import (
     SwigIndex,
+    bulk_queries_per_list,
     faiss_library,
     faiss_threads,
     has_byte_codes,
@@ -26,7 +27,7 @@ from fairseq.memory.index.faiss_library import (
     search_faiss,
 )
 from fairseq.memory.index.lists.adc_search import AdcSearch
-from fairseq.memory.index.lists.decoded_lists import DecodedLists
+from fairseq.memory.index.lists.decoded_lists import KEPT_BYTES, DecodedLists
 from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
 from fairseq.memory.index.lists.search import search_lists
@@ -96,6 +97,8 @@ class FaissIndex:
             )
         self.inner, self.metric, self.name = index, metric, name
         self.deleted: Array = np.unique(np.asarray([] if deleted is None else deleted, dtype=np.int64))
+        self.kept_bytes = KEPT_BYTES
+        """Limit on the decoded lists that a search in bulk keeps for the next one; set it before the first search."""
         self._alive: Array | None = None
         self._by_gpu: GpuSearch | None = None
         self._lists: DecodedLists | None = None
@@ -224,7 +227,10 @@ class FaissIndex:
             num_lists=0 if lists is None else lists.nlist,
             num_probed=0 if lists is None else lists.nprobe,
             has_lists=lists is not None,
-            has_byte_codes=has_byte_codes(self.inner),
+            # Other keys than product-quantized ones are multiplied by faiss as fast as by float32 products.
+            bulk_queries_per_list=bulk_queries_per_list(self.inner)
+            if products.has_fast_int8() or has_byte_codes(self.inner)
+            else 0,
             codes_in_ram=has_codes_in_ram(self.inner),
             on_gpu=self._by_gpu is not None,
         )
@@ -288,7 +294,9 @@ class FaissIndex:
 
     def _decoded_lists(self) -> DecodedLists:
         if self._lists is None:
-            self._lists = DecodedLists(self.inner, products=products.chosen(), deleted=self.deleted)
+            self._lists = DecodedLists(
+                self.inner, products=products.chosen(), deleted=self.deleted, kept_bytes=self.kept_bytes
+            )
         return self._lists
 
     def _alive_bits(self) -> Array:

@@ -10,8 +10,6 @@ from enum import Enum, auto
 _FEW_QUERIES = 4
 # Many neighbours: more than this part of an average list. Then no list alone gives a threshold that prunes.
 _LISTS_OF_K = 4
-# Queries per list from which decoding the lists pays: decoding a key costs about as much as ten of its distances.
-_MIN_QUERIES_PER_LIST = 16
 # The searches for many neighbours keep a row and its score in one integer.
 _MOST_ROWS = 1 << 32
 
@@ -48,10 +46,10 @@ class IndexTraits:
     num_probed: int = 0
     """Lists that a query probes; 0 without lists."""
     has_lists: bool = False
-    has_byte_codes: bool = False
-    """The lists hold product-quantized keys of 8-bit codes."""
+    bulk_queries_per_list: int = 0
+    """Queries per list from which decoding the lists (``lists.decoded_lists``) pays; 0 where they cannot be decoded."""
     codes_in_ram: bool = False
-    """Such codes are in RAM, rather than in a mapped file."""
+    """The lists hold product-quantized keys of 8-bit codes in RAM, rather than in a mapped file."""
     on_gpu: bool = False
 
 
@@ -59,7 +57,8 @@ def choose_strategy(traits: IndexTraits, num_queries: int, k: int) -> SearchStra
     """The fastest way of searching an index for the k nearest keys of a number of queries."""
     if traits.on_gpu:
         return SearchStrategy.GPU
-    in_bulk = traits.has_byte_codes and num_queries * traits.num_probed >= _MIN_QUERIES_PER_LIST * traits.num_lists
+    least = traits.bulk_queries_per_list * traits.num_lists
+    in_bulk = least > 0 and num_queries * traits.num_probed >= least
     if k * _LISTS_OF_K > traits.num_keys / max(1, traits.num_lists) and traits.num_keys < _MOST_ROWS:
         if in_bulk:
             return SearchStrategy.LARGE_K_IN_BULK

@@ -1,46 +1,58 @@
-"""The lists of a faiss index of product-quantized keys, decoded for searches in bulk (``search.py``)."""
+"""The lists of a faiss index, decoded for searches in bulk (``search.py``)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, search_faiss
+from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, has_byte_codes, search_faiss
+from fairseq.memory.index.lists.residual_kernels import decode_bytes
 from fairseq.memory.index.lists.search import PreparedList, Rotation
 from fairseq.memory.index.ops.products import Products, by_name
 from fairseq.memory.types import Array
 
-_CACHE_BYTES = 2 << 30  # lists are kept decoded up to this size, so that the next bulk finds them ready
+KEPT_BYTES = 2 << 30
+"""Lists are kept decoded up to this size, so that the next bulk finds them ready."""
 _SAMPLE_ROWS = 16_384
 _DROPPED_SHARE = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five times as many are scored
 
 
 class DecodedLists:
-    """The lists of an index of product-quantized keys, decoded on demand (see ``lists.search``)."""
+    """The lists of an index whose keys are product-quantized, a byte a column, or whole, decoded on demand (see
+    ``lists.search``).
+
+    Decoded lists of product-quantized keys are kept, and are several times as large as the index. Of the other kinds
+    nothing is kept, which would take a quarter more memory than whole keys and six times that of bytes.
+    """
 
     ties_by_id = False
 
-    def __init__(self, index: SwigIndex, *, products: Products, deleted: Array | None = None) -> None:
-        """Take a faiss IndexIVFPQ.
+    def __init__(
+        self, index: SwigIndex, *, products: Products, deleted: Array | None = None, kept_bytes: int = KEPT_BYTES
+    ) -> None:
+        """Take a faiss index of a kind that has ``faiss_library.bulk_queries_per_list``.
 
         Args:
             products: what columns are multiplied by; float32 unless these are rounded.
             deleted: rows that must not be found, in rising order.
+            kept_bytes: limit on decoded lists of product-quantized keys; if all are larger, none is kept.
         """
         faiss = faiss_library()
         self._index, self.by_distance = index, index.metric_type == faiss.METRIC_L2
         self._deleted = np.empty(0, np.int64) if deleted is None else deleted
         self.products = products if products.is_rounded else by_name("float32")
         self._centroids = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
-        pq = index.pq
-        self._codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
-        self._first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
+        self._decode = _decoder(index, self._centroids)
         self.room: object = None
         """Memory that a search keeps for the next one."""
-        self._cache: dict[int, PreparedList] | None = {} if 5 * index.ntotal * (index.d + 4) <= _CACHE_BYTES else None
+        is_kept = has_byte_codes(index) and 5 * index.ntotal * (index.d + 4) <= kept_bytes
+        self._cache: dict[int, PreparedList] | None = {} if is_kept else None
         self.key_size = float(self._centroids.square().sum(1).amax())
-        self._rotation = Rotation.fit(self._sample(), _DROPPED_SHARE)
+        # To rotate a key for each bulk would take as long as hundreds of its products.
+        self._rotation = Rotation.fit(self._sample(), _DROPPED_SHARE) if is_kept else Rotation(None, index.d)
 
     def __len__(self) -> int:
         return int(self._index.nlist)
@@ -100,9 +112,7 @@ class DecodedLists:
         if not size:
             return torch.empty(0, self._index.d)
         codes = torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size))
-        places = codes.view(size, -1).to(torch.int32) + self._first_of_part
-        keys_MD = self._codewords.index_select(0, places.view(-1)).view(size, self._index.d)
-        return keys_MD + self._centroids[number] if self._index.by_residual else keys_MD
+        return self._decode(codes.view(size, -1), number)
 
     def _sample(self) -> Tensor:
         """Some keys less the centroids of their lists."""
@@ -115,3 +125,33 @@ class DecodedLists:
             if count >= _SAMPLE_ROWS:
                 break
         return torch.cat(parts) if parts else torch.empty(0, self._index.d)
+
+
+def _decoder(index: SwigIndex, centroid_LD: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """What turns the codes of a list, uint8 (M, S), and its number into float32 keys (M, D)."""
+    faiss = faiss_library()
+    offset_LD = centroid_LD if index.by_residual else torch.zeros_like(centroid_LD)
+    if has_byte_codes(index):
+        pq = index.pq
+        codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
+        first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
+
+        def decode_words(codes_MS: Tensor, number: int) -> Tensor:
+            places_MS = codes_MS.to(torch.int32) + first_of_part
+            keys_MD = codewords.index_select(0, places_MS.view(-1)).view(len(codes_MS), index.d)
+            return keys_MD + offset_LD[number] if index.by_residual else keys_MD
+
+        return decode_words
+    if type(index).__name__ == "IndexIVFFlat":
+        return lambda codes_MS, number: codes_MS.view(torch.float32)
+    # A column's bytes divide the range that training has seen, and stand for the middles of their parts.
+    least_D, range_D = faiss.vector_to_array(index.sq.trained).reshape(2, index.d)
+    step_D = range_D / np.float32(255)
+
+    def decode(codes_MS: Tensor, number: int) -> Tensor:
+        keys_MD = torch.empty(codes_MS.shape)
+        own = (least_D + np.float32(0.5) * step_D, step_D, offset_LD[number].numpy())
+        decode_bytes(codes_MS.numpy(), *own, keys_MD.numpy())
+        return keys_MD
+
+    return decode

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.lists import kernels
+from fairseq.memory.index.lists.residual_kernels import round_residuals
 from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.index.ops.ordering import argsort_descending
@@ -103,6 +104,8 @@ class PreparedList:
         dead_M: Array | None = None,
     ) -> PreparedList:
         """Prepare float32 keys; ``dead_M`` are the numbers of those that must not be found."""
+        if rotation.basis_DD is None and products.is_rounded:
+            return cls._rounded(ids_M, keys_MD, centroid_D, by_distance, products, dead_M)
         count, padded = len(keys_MD), -(-max(1, len(keys_MD)) // GROUP) * GROUP
         rotated_MD = rotation(keys_MD - centroid_D)
         leading_MD, width = rotated_MD[:, : rotation.width], rotation.width
@@ -156,6 +159,31 @@ class PreparedList:
         raw_QM = buffer(len(row_Q), self.columns)
         products.multiply(quantized_QE, self.factors, self.start_M, raw_QM)
         return raw_QM.view(len(row_Q), -1, GROUP).numpy(), bound_Q4
+
+    @classmethod
+    def _rounded(
+        cls,
+        ids_M: Array,
+        keys_MD: Tensor,
+        centroid_D: Tensor,
+        by_distance: bool,
+        products: Products,
+        dead_M: Array | None,
+    ) -> PreparedList:
+        """The same where all columns are multiplied, as 8-bit integers."""
+        (count, width), padded = keys_MD.shape, -(-max(1, len(keys_MD)) // GROUP) * GROUP
+        keys, centroid = np.ascontiguousarray(keys_MD.numpy()), np.ascontiguousarray(centroid_D.numpy())
+        quantized_ME = torch.empty(padded, products.columns(width), dtype=torch.int8)
+        quantized_ME[:, width:], quantized_ME[count:] = 0, 0
+        bias_M, largest = np.full(padded, -np.inf, np.float32), np.zeros(4, np.float32)
+        levels, rounded = np.float32(products.levels), quantized_ME.numpy()
+        step = round_residuals(keys, centroid, by_distance, levels, rounded, bias_M[:count], largest)
+        largest[3] = np.abs(bias_M[:count]).max(initial=0.0)
+        if dead_M is not None:
+            bias_M[dead_M] = -np.inf
+        groups = (np.zeros((padded // GROUP, GROUP), np.float32), bias_M.reshape(-1, GROUP))
+        multiplied = (*products.lay_out(quantized_ME), products, width)
+        return cls(ids_M, keys, centroid, *multiplied, float(step), *groups, largest)
 
 
 class Lists(Protocol):

@@ -17,8 +17,9 @@ LARGE_IN_BULK, BY_TABLES = SearchStrategy.LARGE_K_IN_BULK, SearchStrategy.LARGE_
 IN_BULK = SearchStrategy.LISTS_IN_BULK
 
 FLAT = IndexTraits(num_keys=40_000)
-SQ8 = IndexTraits(num_keys=40_000, num_lists=100, num_probed=8, has_lists=True)
-PQ = replace(SQ8, has_byte_codes=True, codes_in_ram=True)
+FOUR_BITS = IndexTraits(num_keys=40_000, num_lists=100, num_probed=8, has_lists=True)
+SQ8 = replace(FOUR_BITS, bulk_queries_per_list=40)
+PQ = replace(SQ8, bulk_queries_per_list=16, codes_in_ram=True)
 MAPPED = replace(PQ, codes_in_ram=False)
 ALL_PROBED = replace(PQ, num_probed=100)
 # An average list of PQ has 400 keys, so k is large from 101 on; 200 queries that probe 8 of 100 lists are a bulk.
@@ -34,9 +35,15 @@ HUGE = replace(PQ, num_keys=1 << 32, num_lists=100, num_probed=8)
         (FLAT, 1, 10, FAISS),
         (FLAT, 5000, 40_000, FAISS),
         # Codes of other kinds are faiss's own.
-        (SQ8, 4, 10, ONE_THREAD),
-        (SQ8, 5, 10, FAISS),
-        (SQ8, 5000, 1000, FAISS),
+        (FOUR_BITS, 4, 10, ONE_THREAD),
+        (FOUR_BITS, 5, 10, FAISS),
+        (FOUR_BITS, 5000, 1000, FAISS),
+        # A byte a column pays later, and has no tables.
+        (SQ8, 1, 1000, ONE_THREAD),
+        (SQ8, 499, 100, FAISS),
+        (SQ8, 500, 100, IN_BULK),
+        (SQ8, 499, 101, FAISS),
+        (SQ8, 500, 101, LARGE_IN_BULK),
         # The edge of few queries.
         (PQ, 1, 100, ONE_THREAD),
         (PQ, 4, 100, ONE_THREAD),
@@ -75,13 +82,16 @@ def test_queries_that_are_left_to_faiss_have_its_threads(count, expected):
     ("factory", "expected"),
     [
         ("Flat", IndexTraits(600)),
-        ("IVF6,SQ8", IndexTraits(600, 6, 2, has_lists=True)),
-        ("IVF6,PQ4np", IndexTraits(600, 6, 2, has_lists=True, has_byte_codes=True, codes_in_ram=True)),
+        ("IVF6,SQ8", IndexTraits(600, 6, 2, has_lists=True, bulk_queries_per_list=40)),
+        ("IVF6,Flat", IndexTraits(600, 6, 2, has_lists=True, bulk_queries_per_list=16)),
+        ("IVF6,SQ4", IndexTraits(600, 6, 2, has_lists=True)),
+        ("IVF6,PQ4np", IndexTraits(600, 6, 2, has_lists=True, bulk_queries_per_list=16, codes_in_ram=True)),
         ("IVF6,PQ4x4np", IndexTraits(600, 6, 2, has_lists=True)),
         ("PCA6,IVF6,SQ8", IndexTraits(600, 6, 2, has_lists=True)),
     ],
 )
-def test_traits_of_an_index(factory, expected):
+def test_traits_of_an_index(factory, expected, monkeypatch):
+    monkeypatch.setattr("fairseq.memory.index.ops.products.has_fast_int8", lambda: True)
     inner = faiss.index_factory(8, factory)
     keys = np.random.default_rng(0).standard_normal((600, 8), dtype=np.float32)
     inner.train(keys)
@@ -91,6 +101,15 @@ def test_traits_of_an_index(factory, expected):
     assert index._traits() == expected
 
 
+def test_bytes_and_whole_keys_are_decoded_only_where_their_products_are_fast(monkeypatch):
+    keys = np.random.default_rng(0).standard_normal((600, 8), dtype=np.float32)
+    for factory, expected in (("IVF6,SQ8", 0), ("IVF6,Flat", 0), ("IVF6,PQ4np", 16)):
+        inner = faiss.index_factory(8, factory)
+        inner.train(keys)
+        monkeypatch.setattr("fairseq.memory.index.ops.products.has_fast_int8", lambda: False)
+        assert FaissIndex(inner, Metric.L2)._traits().bulk_queries_per_list == expected
+
+
 def test_codes_in_a_mapped_file_are_not_in_ram(tmp_path):
     keys = np.random.default_rng(0).standard_normal((600, 8), dtype=np.float32)
     inner = faiss.index_factory(8, "IVF6,PQ4np")
@@ -98,7 +117,7 @@ def test_codes_in_a_mapped_file_are_not_in_ram(tmp_path):
     inner.add(keys)
     faiss.write_index(inner, str(tmp_path / "x.l2"))
     index = FaissIndex.open(tmp_path / "x", Metric.L2, mapped=True)
-    assert index._traits().has_byte_codes
+    assert index._traits().bulk_queries_per_list
     assert not index._traits().codes_in_ram
 
 

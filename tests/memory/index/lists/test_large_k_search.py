@@ -14,6 +14,7 @@ from fairseq.memory.index.faiss.strategy import SearchStrategy, choose_strategy
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.search import Rotation
+from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.products import by_name
 from fairseq.memory.types import Metric
 
@@ -50,6 +51,41 @@ def test_finds_what_faiss_finds(metric, k, products):
     np.testing.assert_allclose(found.scores_NK.numpy(), scores, atol=1e-4)
     same = [len(set(a) & set(b)) / len(set(b)) for a, b in zip(found.ids_NK.tolist(), ids.tolist())]
     assert np.mean(same) > 0.999
+
+
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+@pytest.mark.parametrize("factory", ["IVF40,Flat", "IVF40,SQ8"])
+@pytest.mark.parametrize("k", [5, 40, 700])
+def test_whole_keys_and_bytes_are_found_as_faiss_finds_them(factory, metric, k, monkeypatch):
+    monkeypatch.setattr(products, "chosen", lambda: by_name(products.best_tiles()))
+    draw = np.random.default_rng(0)
+    keys = draw.standard_normal((3000, 9), dtype=np.float32)  # of a width that no product of 8-bit integers takes
+    index = faiss.index_factory(9, factory, faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT)
+    index.train(keys)
+    index.add(keys)
+    query_ND = torch.from_numpy(draw.standard_normal((300, 9), dtype=np.float32))
+    dead = np.arange(0, 3000, 7)
+    opened = FaissIndex(index, metric, deleted=dead)
+    opened.set_probe(6)
+    assert choose_strategy(opened._traits(), len(query_ND), k).decodes_lists
+    found = opened.search(query_ND, k)
+    alive = faiss.SearchParametersIVF(nprobe=6, sel=faiss.IDSelectorNot(faiss.IDSelectorBatch(dead)))
+    distances, ids = index.search(query_ND.numpy(), k, params=alive)
+    scores = -distances if metric is Metric.L2 else distances
+    scores[ids < 0] = -np.inf
+    np.testing.assert_allclose(found.scores_NK.numpy(), scores, atol=1e-4)
+    same = [len(set(a) & set(b)) / len(set(b)) for a, b in zip(found.ids_NK.tolist(), ids.tolist())]
+    assert np.mean(same) > 0.999
+
+
+def test_lists_that_are_not_kept_are_decoded_to_the_same_neighbours():
+    index, query_ND = made(3000, 40, Metric.L2)
+    kept, fresh = FaissIndex(index, Metric.L2), FaissIndex(index, Metric.L2)
+    fresh.kept_bytes = 0
+    for k in (5, 200):
+        torch.testing.assert_close(kept.search(query_ND, k).scores_NK, fresh.search(query_ND, k).scores_NK)
+    assert kept._decoded_lists()._cache
+    assert fresh._decoded_lists()._cache is None
 
 
 @PRODUCTS
