@@ -32,6 +32,7 @@ INPUTS = {
     "checkpoint": "checkpoint (default: trained for three updates)",
     "store": "datastore (default: saved of the training text)",
     "index": "index over the store (default: built)",
+    "keys": "file of numpy's with keys to repeat, with noise (default: made-up ones)",
 }
 
 

@@ -13,6 +13,7 @@ MODULES = (
     "fairseq.memory.index.ops.rounding_kernels",
     "fairseq.memory.index.ops.kmeans_kernels",
     "fairseq.memory.index.exact.kernels",
+    "fairseq.memory.index.exact.streamed_kernels",
     "fairseq.memory.index.lists.kernels",
     "fairseq.memory.index.lists.residual_kernels",
     "fairseq.memory.index.lists.large_k_kernels",

@@ -14,6 +14,11 @@ def total_ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
+def fits_in_ram(num_bytes: int) -> bool:
+    """True if a file takes at most half of the RAM, so that the page cache holds it from one pass to the next."""
+    return num_bytes <= total_ram_bytes() // 2
+
+
 def has_bfloat16_products() -> bool:
     """True if the CPU has instructions that multiply bfloat16."""
     import torch

@@ -62,6 +62,10 @@ def _exact_searches() -> None:
     exact_index._SAMPLE_ROWS = 256  # of many keys a sample tells what to expect
     wide = _keys(ROWS, 128) * lengths  # block by block, although there are many
     ExactIndex(wide, Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
+    plain = ExactIndex.has_wide_bounds
+    ExactIndex.has_wide_bounds = lambda *_: True  # type: ignore[method-assign]
+    ExactIndex(wide, Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
+    ExactIndex.has_wide_bounds = plain  # type: ignore[method-assign]
     equal = np.repeat(keys[:3], 4000, 0)  # too many candidates that tie
     ExactIndex(equal, Metric.L2).search(query_ND[:3], 4)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,21 +16,28 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.layout import KEY_DTYPES
+from fairseq.memory.datastore.reading.file_rows import FileRows, RowReader
 from fairseq.memory.types import Array
+from fairseq.runtime.hardware import fits_in_ram
+
+RowReaders = Sequence[RowReader | None]
+"""A reader for each chunk; None for those that are read through the map."""
 
 
 class ChunkedArray:
     """The keys of a store, (rows, dim) of a floating type, or its values, (rows,) of an integer type.
 
     The arrays are used in place, which for a memory map is on disk. numpy has no bfloat16: such arrays are uint16, the
-    16 bits of each number.
+    16 bits of each number. Mapped files that together take more than half of the RAM are read by explicit requests, not
+    through the map (see ``reading/file_rows.py``).
     """
 
-    def __init__(self, chunks: Sequence[Array], dtype: str | None = None) -> None:
+    def __init__(self, chunks: Sequence[Array], dtype: str | None = None, *, exceeds_ram: bool | None = None) -> None:
         """Concatenate ``chunks``, at least one, without copying.
 
         Args:
             dtype: name of their type; by default the arrays' dtype, so only bfloat16 needs it.
+            exceeds_ram: read mapped files by explicit requests; by default if they take more than half of the RAM.
         Raises: ValueError with both values when the chunks differ in type or width.
         """
         # torch cannot view an array that runs backwards.
@@ -43,6 +52,11 @@ class ChunkedArray:
         self.dtype = dtype or str(first.dtype)
         self._tensors = [view_as(chunk, self.dtype) for chunk in self.chunks]
         self._edges = [0, *accumulate(len(chunk) for chunk in self.chunks)]
+        if exceeds_ram is None:
+            mapped = sum(chunk.nbytes for chunk in self.chunks if isinstance(chunk, np.memmap))
+            exceeds_ram = bool(mapped) and not fits_in_ram(mapped)
+        # Looked up now, while the names are surely those of the mapped files.
+        self._file_rows = [FileRows.of(chunk) if exceeds_ram else None for chunk in self.chunks]
 
     @classmethod
     def of(cls, rows: Array | ChunkedArray) -> ChunkedArray:
@@ -63,6 +77,28 @@ class ChunkedArray:
         return sum(chunk.nbytes for chunk in self.chunks)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return math.prod(self.shape[1:]) * self.chunks[0].itemsize
+
+    @property
+    def exceeds_ram(self) -> bool:
+        """True if rows are read by explicit requests, since the mapped files take more than half of the RAM."""
+        return any(rows is not None for rows in self._file_rows)
+
+    @contextmanager
+    def opened(self, *, direct: bool) -> Iterator[RowReaders]:
+        """Readers of a store that exceeds the RAM, for ``block``.
+
+        Args:
+            direct: go around the page cache; see ``FileRows.opened``.
+        """
+        with ExitStack() as files:
+            yield [
+                None if rows is None else files.enter_context(rows.opened(direct=direct)) for rows in self._file_rows
+            ]
+
+    @property
     def files(self) -> list[Path]:
         """The memory-mapped files; none for arrays in memory."""
         return [Path(str(chunk.filename)) for chunk in self.chunks if isinstance(chunk, np.memmap)]
@@ -73,17 +109,24 @@ class ChunkedArray:
         first = self.chunks[0]
         return first if len(self.chunks) == 1 and self.dtype == "float32" and first.flags.c_contiguous else None
 
-    def block(self, start: int, stop: int) -> Tensor:
+    def block(self, start: int, stop: int, readers: RowReaders | None = None) -> Tensor:
         """Rows from ``start`` to ``stop`` (not included, at most all) in their own type.
 
         A view of the array if they are within one chunk; it must not be written to.
+
+        Args:
+            readers: of ``opened``: read into memory of its own.
         """
         stop = min(stop, len(self))
         slices = []
         index = bisect_right(self._edges, start, hi=len(self.chunks)) - 1
         while start < stop:
             first, after = self._edges[index], min(stop, self._edges[index + 1])
-            slices.append(self._tensors[index][start - first : after - first])
+            reader = readers[index] if readers else None
+            if reader is None or after == start:
+                slices.append(self._tensors[index][start - first : after - first])
+            else:
+                slices.append(view_as(reader.block(start - first, after - first), self.dtype))
             start, index = after, index + 1
         slices = [rows for rows in slices if len(rows)]
         if not slices:
@@ -99,17 +142,25 @@ class ChunkedArray:
             unique_M, inverse_N = torch.unique(ids_N, return_inverse=True)
             return self.take(unique_M).index_select(0, inverse_N)
         assert not len(ids_N) or (int(ids_N[0]) >= 0 and int(ids_N[-1]) < len(self)), (ids_N, len(self))
-        dtype = self._output_dtype
-        # torch gathers with all threads and numpy with one.
         if len(self.chunks) == 1:
-            return self._tensors[0].index_select(0, ids_N).to(dtype)
+            return self._take_from(0, ids_N)
         positions = torch.searchsorted(ids_N, torch.tensor(self._edges)).tolist()
         blocks = [
-            tensor.index_select(0, ids_N[low:high] - first).to(dtype)
-            for tensor, first, low, high in zip(self._tensors, self._edges, positions, positions[1:])
+            self._take_from(index, ids_N[low:high] - self._edges[index])
+            for index, (low, high) in enumerate(zip(positions, positions[1:]))
             if high > low
         ]
-        return torch.cat(blocks) if blocks else self._tensors[0][:0].to(dtype)
+        return torch.cat(blocks) if blocks else self._tensors[0][:0].to(self._output_dtype)
+
+    def _take_from(self, index: int, ids_N: Tensor) -> Tensor:
+        """Rows of one chunk, numbers ascending."""
+        rows = self._file_rows[index]
+        if rows is not None:
+            with rows.opened(direct=False) as reader:
+                if reader is not None:
+                    return view_as(reader.take(ids_N.long().numpy()), self.dtype).to(self._output_dtype)
+        # torch gathers with all threads and numpy with one.
+        return self._tensors[index].index_select(0, ids_N).to(self._output_dtype)
 
     def in_memory(self) -> ChunkedArray:
         """The same rows read into one array."""

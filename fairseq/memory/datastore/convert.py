@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.documents import Documents
 from fairseq.memory.datastore.layout import StoreFiles
 from fairseq.memory.datastore.metadata import all_deleted, store_exists
+from fairseq.memory.datastore.reading.read_ahead import ReadAhead, iter_blocks
 from fairseq.memory.datastore.writer import DatastoreWriter, NonFiniteError
 from fairseq.memory.types import Array
 
@@ -111,17 +111,20 @@ def sample(source: Datastore, prefix: str | Path, count: int, seed: int) -> Copy
 def nonfinite_rows(keys: ChunkedArray, dtype: str) -> Array:
     """Rows whose key holds NaN or infinity as this type, int64, ascending."""
     bad = [
-        start + nonfinite(keys.block(start, stop).to(getattr(torch, dtype)))
-        for start, stop in _blocks(len(keys), keys.shape[1])
+        start + nonfinite(block_ND.to(getattr(torch, dtype)))
+        for start, block_ND in iter_blocks(keys, _block_rows(keys.shape[1]))
     ]
     rows: Array = torch.cat(bad).numpy()
     return rows
 
 
-def _blocks(num_rows: int, dim: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    step = max(1, _BLOCK_BYTES // (4 * dim))
-    for first in range(start, num_rows, step):
-        yield first, min(first + step, num_rows)
+def _block_rows(dim: int) -> int:
+    return max(1, _BLOCK_BYTES // (4 * dim))
+
+
+def _blocks(num_rows: int, dim: int, start: int = 0) -> list[slice]:
+    step = _block_rows(dim)
+    return [slice(first, min(first + step, num_rows)) for first in range(start, num_rows, step)]
 
 
 def copy_rows(
@@ -169,18 +172,17 @@ def copy_rows(
         start = int((writer.cursor or {}).get("row", 0))
         if start:
             logger.info("resuming at row %d of %d", start, len(source))
-        for first, stop in _blocks(len(source), source.dim, start):
-            writer.append(*_rows(source, chosen.within(first, stop), first, stop))
-            writer.checkpoint_when_due({"row": stop})
+        blocks = _blocks(len(source), source.dim, start)
+        with ReadAhead(source.keys, blocks) as keys:
+            for number, rows in enumerate(blocks):
+                ids = chosen.within(rows.start, rows.stop)
+                if len(ids) == rows.stop - rows.start:
+                    writer.append(keys.block(number), source.values.block(rows.start, rows.stop))
+                else:
+                    writer.append(source.keys.take(ids), source.values.take(ids))
+                writer.checkpoint_when_due({"row": rows.stop})
         writer.finish()
     return count
-
-
-def _rows(source: Datastore, ids: Array, first: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of some rows of a block."""
-    if len(ids) == stop - first:
-        return source.keys.block(first, stop), source.values.block(first, stop)
-    return source.keys.take(ids), source.values.take(ids)
 
 
 def _documents(source: Datastore, chosen: Selection) -> Array | None:
@@ -188,8 +190,8 @@ def _documents(source: Datastore, chosen: Selection) -> Array | None:
     if chosen.count(len(source)) == len(source):
         return source.documents.runs_R3 if source.has_documents else None
     runs, rows = [], 0
-    for first, stop in _blocks(len(source), source.dim):
-        ids = chosen.within(first, stop)
+    for block in _blocks(len(source), source.dim):
+        ids = chosen.within(block.start, block.stop)
         runs.append(Documents.of_positions(*source.where(ids), first_row=rows).runs_R3)
         rows += len(ids)
     return np.concatenate(runs)

@@ -8,6 +8,7 @@ from typing import Any
 from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.metadata import Shard, content_digest
+from fairseq.memory.datastore.reading.read_ahead import iter_blocks
 
 _BLOCK_BYTES = 32 << 20
 
@@ -44,8 +45,7 @@ def count_keys(keys: ChunkedArray) -> KeyCounts:
     """Read all keys and count the invalid ones."""
     infinite = zero = 0
     step = max(1, _BLOCK_BYTES // (4 * keys.shape[1]))
-    for start in range(0, len(keys), step):
-        block_ND = keys.block(start, start + step)
+    for _, block_ND in iter_blocks(keys, step):
         infinite += len(nonfinite(block_ND))
         zero += int((~block_ND[block_ND[:, 0] == 0].any(dim=1)).sum())
     return KeyCounts(infinite, zero)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fairseq.memory.datastore.chunked_array import ChunkedArray, nonfinite
 from fairseq.memory.datastore.config import QuantizeConfig
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.reading.read_ahead import iter_blocks
 from fairseq.memory.gnn.codec import ProductQuantizer, require_learnable
 from fairseq.memory.gnn.row_file import RowFile, RowWriter, beside, describes_rows, existing, file_bytes, require_ours
 from fairseq.memory.retrieval.file import store_digest
@@ -178,9 +179,9 @@ def encode_store(
     made_of = {"kind": "codes", "store": store_digest(store), "codec": codec.digest}
     if existing(path, made_of) is None:
         with RowWriter(path, len(store), codec.num_bytes, "uint8", made_of) as writer:
-            while writer.rows_done < len(store):
-                keys_ND = store.keys.block(writer.rows_done, writer.rows_done + _ENCODED_AT_ONCE).float()
-                _require_finite(store, keys_ND, f"{writer.rows_done} and after")
+            for start, block_ND in iter_blocks(store.keys, _ENCODED_AT_ONCE, writer.rows_done):
+                keys_ND = block_ND.float()
+                _require_finite(store, keys_ND, f"{start} and after")
                 writer.append(codec.encode(keys_ND))
                 report(writer.rows_done, len(store))
                 writer.checkpoint_when_due()

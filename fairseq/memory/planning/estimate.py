@@ -17,9 +17,10 @@ searching holds the whole index. Exact search holds ``--search-memory`` and read
 
 Seconds: comparing a key or a query with c centroids takes c d / A (A: products per second of faiss's flat search).
 Training is 10 passes of k-means over t keys, 10 t c d / A, and the compression's own u + v min(t, 65536). Adding is n
-(c d / A + e). A query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y), or the time of reading
-if that is longer. u, v, e, s, r, x, y are measured on a small random store (``measure.py``). Reading and writing files
-is added to building and searching an index.
+(c d / A + e). A query of an index takes c d / A + s p n / c + r. Exact search takes q (x n + y + z k (1 + log(n / k))),
+or the time of reading if that is longer: z is for a key that is among the k nearest of those before it, of which keys
+in random order have k (1 + log(n / k)). u, v, e, s, r, x, y, z are measured on a small random store (``measure.py``).
+Reading and writing files is added to building and searching an index.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class Rates:
     """Exact search, per query."""
     indexes: Mapping[str, IndexRates]
     """Rates by kind, for the kinds that this release builds."""
+    exact_record: float = 0.0
+    """Exact search, per query and key that is among the nearest so far; see ``records``."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,14 @@ def _exact(config: PlanConfig, rates: Rates, store: int, memory_bytes: int) -> C
     bulk = max(1, memory // (CANDIDATE_BYTES * capacity(config.k) + 12 * config.dim))
     passes = math.ceil(config.queries / bulk) if store > memory_bytes / 2 else 1
     reading = passes * store / rates.read_bytes
-    computing = config.queries * (rates.exact_key * config.keys + rates.exact_query)
+    per_query = rates.exact_key * config.keys + rates.exact_query
+    computing = config.queries * (per_query + rates.exact_record * records(config.k, config.keys))
     return Choice("exact", 0, 0, 0, memory, 2 * config.keys * config.dim, 0.0, max(reading, computing))
+
+
+def records(k: int, keys: int) -> float:
+    """Keys in random order that are among the k nearest of themselves and those before them: nearly the expectation."""
+    return k * (1 + math.log(max(1.0, keys / k)))
 
 
 def training_keys(config: PlanConfig, kind: str) -> int:

@@ -15,21 +15,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.datastore.chunked_array import ChunkedArray
+from fairseq.memory.datastore.layout import KEY_DTYPES
+from fairseq.memory.datastore.reading.read_ahead import iter_blocks
 from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
-from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.exact.index import FEW_PRODUCTS, ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.planning.config import PlanConfig
-from fairseq.memory.planning.estimate import KMEANS_PASSES, SIZES, IndexRates, Rates
+from fairseq.memory.planning.estimate import KMEANS_PASSES, SIZES, IndexRates, Rates, records
 from fairseq.memory.types import Array, Metric
+from fairseq.runtime.hardware import fits_in_ram
 
 logger = logging.getLogger(__name__)
 
 _LISTS = 16
 _FEW_KEYS = 10_240  # for training: faiss asks for 39 per value of a code, of which there are 256
 _DISK_BYTES = 256 << 20
+_READ_BYTES = 4 << 20
+_LONG_READING = 8.0  # seconds, for a store that must be read again and again
 _KEY_BYTES = 64 << 20
 _CENTERS = 64
 
@@ -50,7 +56,8 @@ def measure_each(config: PlanConfig, ks: Sequence[int]) -> dict[int, Rates]:
     query_ND = torch.from_numpy(random_keys(rng, 1024, config.dim))
     with tempfile.TemporaryDirectory(prefix=".plan-", dir=config.folder) as temporary:
         folder = Path(temporary)
-        write, read = disk_rates(folder / "bytes")
+        store = config.keys * config.dim * KEY_DTYPES[config.dtype].itemsize
+        write, read = disk_rates(folder / "bytes", *([] if fits_in_ram(store) else [_LONG_READING]))
         _save(folder / "small", keys[:rows])
         _save(folder / "large", keys)
         indexes = {"flat": _flat(folder, config, query_ND, rows, ks)}
@@ -61,10 +68,8 @@ def measure_each(config: PlanConfig, ks: Sequence[int]) -> dict[int, Rates]:
             indexes[kind] = _with_lists(folder, kind, config, query_ND, rows, assign, ks)
     exact = {k: _exact(keys, rows, query_ND, k) for k in ks}
     matmul = _matmul(config.dim)
-    return {
-        k: Rates(read, write, matmul, assign, *exact[k], {kind: rates[k] for kind, rates in indexes.items()})
-        for k in ks
-    }
+    by_kind = {k: {kind: rates[k] for kind, rates in indexes.items()} for k in ks}
+    return {k: Rates(read, write, matmul, assign, *exact[k][:2], by_kind[k], exact[k][2]) for k in ks}
 
 
 def random_keys(rng: np.random.Generator, rows: int, dim: int) -> Array:
@@ -81,8 +86,12 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def disk_rates(path: Path) -> tuple[float, float]:
-    """Bytes per second written (synced to disk) and read (bypassing the page cache where the system allows it)."""
+def disk_rates(path: Path, reading: float = 1.0) -> tuple[float, float]:
+    """Bytes per second written (synced to disk), and read as a store larger than memory is read.
+
+    Args:
+        reading: seconds; a virtual disk may begin faster than it goes on.
+    """
     block = np.random.default_rng(0).bytes(16 << 20)
 
     def write() -> None:
@@ -92,17 +101,28 @@ def disk_rates(path: Path) -> tuple[float, float]:
             file.flush()
             os.fsync(file.fileno())
 
-    def read() -> None:
-        with open(path, "rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while file.read(len(block)):
-                pass
-
     try:
-        return _DISK_BYTES / seconds_of(write), _DISK_BYTES / seconds_of(read)
+        return _DISK_BYTES / seconds_of(write), read_rate(path, reading)
     finally:
         path.unlink(missing_ok=True)
+
+
+def read_rate(path: Path, seconds: float = 0.0, past: int | None = None) -> float:
+    """Bytes per second of reading a file in order as a store larger than memory is read.
+
+    Args:
+        seconds: it is read again until so much time has gone by; the rate is that of the second half.
+        past: bytes that are read of it; None for all.
+    """
+    size = min(past or path.stat().st_size, path.stat().st_size)
+    block = min(_READ_BYTES, size)
+    keys = ChunkedArray([np.memmap(path, np.uint8, "r", shape=(size // block, block))], exceeds_ram=True)
+    began, done = time.perf_counter(), [(0.0, 0)]
+    while len(done) == 1 or done[-1][0] < seconds:
+        for _, rows in iter_blocks(keys, 1):
+            done.append((time.perf_counter() - began, done[-1][1] + rows.nbytes))
+    middle = next(past for past in done if past[0] >= (done[-1][0] / 2 if seconds else 0))
+    return (done[-1][1] - middle[1]) / (done[-1][0] - middle[0])
 
 
 def _matmul(dim: int) -> float:
@@ -180,12 +200,20 @@ def _line(seconds: Sequence[float], keys: Sequence[float], queries: int) -> tupl
     return per_key, max(0.0, short / queries - per_key * less)
 
 
-def _exact(keys: Array, rows: int, query_ND: Tensor, k: int) -> tuple[float, float]:
-    """Seconds per query and key, and per query, of exact search."""
-    times = [_exact_seconds(part, query_ND, min(k, rows)) for part in (keys[:rows], keys)]
-    return _line(times, (rows, 2 * rows), len(query_ND))
+def _exact(keys: Array, rows: int, query_ND: Tensor, k: int) -> tuple[float, float, float]:
+    """Seconds per query and key, per query, and per query and key among the nearest so far, of exact search."""
+    k, sizes = min(k, rows), (rows // 2, 2 * rows)
+    # With few neighbours the products show, with k of them the rest. Fewer would be searched for in another way.
+    few = min(k, FEW_PRODUCTS // keys.shape[1] + 1, sizes[0])
+    times = [_exact_seconds(keys[:size], query_ND, few) for size in sizes]
+    if k < 2 * few:
+        return *_line(times, sizes, len(query_ND)), 0.0
+    more = (_exact_seconds(keys, query_ND, k) - times[1]) / len(query_ND)
+    record = max(0.0, more / (records(k, sizes[1]) - records(few, sizes[1])))
+    times = [t - len(query_ND) * record * records(few, size) for t, size in zip(times, sizes)]
+    return *_line(times, sizes, len(query_ND)), record
 
 
 def _exact_seconds(keys: Array, query_ND: Tensor, k: int) -> float:
     index = ExactIndex(keys)
-    return min(seconds_of(lambda: index.search(query_ND, k)) for _ in range(2))
+    return min(seconds_of(lambda: index.search(query_ND, k)) for _ in range(4))

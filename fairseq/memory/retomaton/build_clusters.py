@@ -22,6 +22,7 @@ from torch import Tensor
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
+from fairseq.memory.datastore.reading.read_ahead import iter_blocks
 from fairseq.memory.index.ops.kmeans import Assigner, kmeans, sample_size
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.retomaton.clusters import Clusters, store_mark
@@ -170,8 +171,8 @@ def _sorted(store: Datastore, files: _Files, signature: Mapping[str, Any], centr
     with naming(files.sorted), open(files.sorted, "r+b" if done else "wb") as file:
         file.truncate(4 * done)
         file.seek(4 * done)
-        for start in range(done, len(store), _BLOCK_ROWS):
-            block_ND = store.keys.block(start, start + _BLOCK_ROWS).float()
+        for start, rows_ND in iter_blocks(store.keys, _BLOCK_ROWS, done):
+            block_ND = rows_ND.float()
             wrong = nonfinite(block_ND)
             if len(wrong):  # such a row is in no cluster
                 block_ND = block_ND.index_fill(0, wrong, 0.0)

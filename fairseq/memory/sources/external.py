@@ -115,7 +115,12 @@ class ExternalMemory:
         """The k nearest rows of each query with their scores, on the CPU; the id is -1 where no row was found."""
         query_ND = query_ND.detach().float().cpu().contiguous()
         found = by_row_where_equal(self.index.search(query_ND, self.k))
-        return found if self.score == "index" else Neighbors(found.ids_NK, self._full_scores(query_ND, found.ids_NK))
+        # Exact search has scored the full keys. Reading them again, for the same bits as the scores of an index, takes
+        # about as long as the search where the keys are larger than memory.
+        has_full_scores = self.score == "recompute" and self.index.streams_keys and self.store.keys.exceeds_ram
+        if self.score == "index" or has_full_scores:
+            return found
+        return Neighbors(found.ids_NK, self._full_scores(query_ND, found.ids_NK))
 
     def candidates(self, found: Neighbors, device: torch.device | str = "cpu") -> Candidates:
         """Candidates of a search result: the rows' tokens, scores and mask, on ``device``."""

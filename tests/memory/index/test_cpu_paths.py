@@ -62,18 +62,27 @@ def test_exact_search_takes_the_ways_that_are_forced(products, monkeypatch):
     from fairseq.memory.index.exact import index as exact
 
     taken = []
-    for name in ("RoundedQueries", "_Blocks"):
-        kind = getattr(exact, name)
-        monkeypatch.setattr(exact, name, lambda *a, kind=kind, **b: taken.append(kind(*a, **b)) or taken[-1])
-    monkeypatch.setattr(ExactIndex, "_has_wide_bounds", lambda *_: False)
-    query_ND, index = torch.from_numpy(made(40, 1)), ExactIndex(made(3000, 0))
-    index.search(query_ND, 5)
-    monkeypatch.setattr(ExactIndex, "_has_wide_bounds", lambda *_: True)
-    ExactIndex(made(3000, 0)).search(query_ND, 900)
-    by, lists = taken
-    rounded = products not in ("bfloat16", "float32")
-    assert lists.products.name == (products if rounded else "float32")
-    assert by.products.name == products
+    kinds = {name: getattr(exact, name) for name in ("RoundedQueries", "CandidateGroup", "StreamedGroup")}
+    for name, kind in kinds.items():
+        monkeypatch.setattr(exact, name, _noting(kind, taken))
+    query_ND = torch.from_numpy(made(40, 1))
+    for wide, kind in ((False, "CandidateGroup"), (True, "StreamedGroup")):
+        taken.clear()
+        monkeypatch.setattr(ExactIndex, "_has_wide_bounds", lambda *_, wide=wide: wide)
+        ExactIndex(made(3000, 0)).search(query_ND, 900)
+        by = next(each for each in taken if type(each) is kinds["RoundedQueries"])
+        assert by.products.name == products
+        assert {type(each) for each in taken} == {kinds["RoundedQueries"], kinds[kind]}
+
+
+def _noting(kind: type, made_things: list) -> type:
+    class Noting(kind):
+        def __new__(cls, *args, **named):
+            thing = kind(*args, **named)
+            made_things.append(thing)
+            return thing
+
+    return Noting
 
 
 def test_centroids_are_the_same_by_any_products(monkeypatch, threads):

@@ -12,15 +12,17 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
+from fairseq.memory.datastore.reading.read_ahead import iter_blocks
 from fairseq.memory.index.build import preflight
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.build.files import (
@@ -201,9 +203,13 @@ class _Build:
         self.trained = seconds_spent(self.files.trained_metadata)
         return True
 
-    def _block(self, start: int) -> Array:
-        """A block of keys as float32; zeros where keys are dropped."""
-        block_ND = self.store.keys.block(start, min(start + preflight.BLOCK_ROWS, self.rows.stop)).float()
+    def _blocks(self, start: int) -> Iterator[tuple[int, Array]]:
+        """The keys from a row of this part on in blocks: number of the first row, and the block as float32."""
+        for first, block_ND in iter_blocks(self.store.keys, preflight.BLOCK_ROWS, start, self.rows.stop):
+            yield first, self._checked(first, block_ND.float())
+
+    def _checked(self, start: int, block_ND: Tensor) -> Array:
+        """A block of finite keys; zeros where keys are dropped."""
         low, high = np.searchsorted(self.dropped, (start, start + len(block_ND)))
         if high > low:
             block_ND = block_ND.clone()
@@ -223,8 +229,7 @@ class _Build:
             file.truncate(self.done * code_bytes)
             file.seek(self.done * code_bytes)
             recorded = self.done
-            for start in range(self.rows.start + self.done, self.rows.stop, preflight.BLOCK_ROWS):
-                block = self._block(start)
+            for start, block in self._blocks(self.rows.start + self.done):
                 file.write(self.builder.encode(block).data)
                 done = start + len(block) - self.rows.start
                 if done - recorded >= self.config.num_keys_to_add_at_a_time or done == len(self.rows):
@@ -250,8 +255,7 @@ class _Build:
             logger.info("resuming at row %d of %d", self.builder.num_rows, len(self.rows))
         self.done = self.builder.num_rows  # of what was saved before it was recorded nothing is lost
         recorded, saved_at, saving = self.done, time.perf_counter(), 0.0
-        for start in range(self.done, len(self.rows), preflight.BLOCK_ROWS):
-            block = self._block(start)
+        for start, block in self._blocks(self.done):
             self.builder.add(block, self.config.graph_threads)
             done, now = start + len(block), time.perf_counter()
             due = done - recorded >= self.config.num_keys_to_add_at_a_time and saving <= _SAVING_SHARE * (
@@ -283,8 +287,8 @@ class _Build:
         endings = ["", ".ivfdata"] if self.config.on_disk else [""]
         parts = [BuildFiles.of(self.config, shard) for shard in range(self.config.num_shards)]
         if self.copies:
-            for start in range(0, len(self.store), preflight.BLOCK_ROWS):
-                self.builder.add(self._block(start))
+            for _, block in self._blocks(0):
+                self.builder.add(block)
         elif self.builder.by_codes:
             codes = [self._codes(part.codes) for part in parts]
             self.builder.set_probe(self.config.probe)

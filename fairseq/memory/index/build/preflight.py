@@ -13,6 +13,7 @@ import torch
 from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
+from fairseq.memory.datastore.reading.read_ahead import iter_blocks
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.config import BuildConfig
 from fairseq.memory.index.faiss.builder import FaissBuilder
@@ -122,10 +123,7 @@ def dropped_rows(config: BuildConfig, store: Datastore) -> Array:
     none = np.empty(0, np.int64)
     if store.shards and not config.drop_nonfinite:
         return none  # our writer lets none in; encoding looks again
-    nonfinite_rows = [
-        nonfinite(store.keys.block(start, start + BLOCK_ROWS)).numpy() + start
-        for start in range(0, len(store), BLOCK_ROWS)
-    ]
+    nonfinite_rows = [nonfinite(block_ND).numpy() + start for start, block_ND in iter_blocks(store.keys, BLOCK_ROWS)]
     rows = np.concatenate(nonfinite_rows) if nonfinite_rows else none
     if len(rows) and not config.drop_nonfinite:
         raise nonfinite_error(store, len(rows), int(rows[0]))

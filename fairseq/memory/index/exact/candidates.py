@@ -33,17 +33,18 @@ class TrueScores:
 
     def rows(self, rows: slice) -> Array:
         """Keys as they are scored, float32."""
-        return self._prepare(self.keys.block(rows.start, rows.stop))
+        return self.prepare(self.keys.block(rows.start, rows.stop))
 
     def of(self, query: int, ids_H: Array) -> Array:
         """Scores of one query with some keys, (H,)."""
         scores_H = np.empty(len(ids_H), np.float32)
         row_H, at_H = np.full(len(ids_H), query), np.arange(len(ids_H))
-        keys_HD = self._prepare(self.keys.take(ids_H))
+        keys_HD = self.prepare(self.keys.take(ids_H))
         kernels.score_pairs(self.query_ND.numpy(), row_H, keys_HD, at_H, self.by_distance, scores_H)
         return scores_H
 
-    def _prepare(self, keys_MD: Tensor) -> Array:
+    def prepare(self, keys_MD: Tensor) -> Array:
+        """Keys of any floating type as they are scored, float32."""
         rows_MD = keys_MD.float()
         prepare: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).contiguous().numpy()
         return prepare

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray, to_storage_dtype
 from fairseq.memory.datastore.layout import KEY_DTYPES
+from fairseq.memory.datastore.reading.read_ahead import ReadAhead
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.row_scores import score_rows
-from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
+from fairseq.memory.index.exact.streamed import StreamedGroup
 from fairseq.memory.index.ops import products as ways
 from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
 from fairseq.memory.index.ops.candidate_room import CANDIDATE_BYTES, capacity
@@ -40,12 +41,10 @@ _GROUP_SCORES = 512 << 10  # of a group of queries with a block: 2 MB, which sta
 _TILE_BYTES = 8 << 20  # of keys that are scored again at a time, for all queries
 _FEW_QUERIES = 32  # reading the keys costs more than their products: nothing is gained by rounding them first
 _SAMPLE_ROWS = 4096
-_DROPPED_SHARE = 0.03  # see Rotation.fit
-# Scoring at once what may be near, as in lists, does not pay while the best are few: 65,536 keys of width 1024, k 1,
-# take 0.27 of the time when the best are scored after all keys have gone by.
-_FEW_PRODUCTS = 1 << 15
-# So it does where bounds are wide beside the differences of the best scores, as those of keys with a few outlying
-# columns are: 60,000 keys of SmolLM2 (width 576, k 256) take an eighth of the time.
+# Of few neighbours few keys are scored, however wide the bounds are.
+FEW_PRODUCTS = 1 << 15
+# Where bounds are wide beside the differences of the best scores, many keys pass. Then they are scored as they pass by,
+# so that thresholds are true scores: 65,536 keys of a GPT-2 of width 1024, k 1024, take 0.46 of the time by AVX2.
 _WIDE = 0.3
 _NEAREST = 64
 
@@ -53,7 +52,8 @@ _NEAREST = 64
 class ExactIndex:
     """Exact search over the keys themselves, without an index file; the reference for all other indexes.
 
-    Keys are read block by block, so a memory-mapped store may be larger than RAM.
+    Keys are read block by block, so a memory-mapped store may be larger than RAM: it is then read once for each bulk of
+    queries, ahead of the products and around the page cache.
 
     ```python
     index = ExactIndex(store.keys, Metric.IP)
@@ -123,31 +123,24 @@ class ExactIndex:
         ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
         scores_NK = torch.empty(len(query_ND), k)
         bulk = max(1, self.memory_bytes // (CANDIDATE_BYTES * capacity(k) + 12 * self.dim))
-        blocks = self._as_lists(query_ND, k)
         for part in _slices(len(query_ND), bulk):
-            if blocks is not None:
-                neighbors = search_lists(blocks, query_ND[part], k)
-                ids_NK[part], scores_NK[part] = neighbors.ids_NK, neighbors.scores_NK
-            else:
-                _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
+            _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
         if any_broken:
             ids_NK[broken_N], scores_NK[broken_N] = -1, -torch.inf
         return Neighbors(ids_NK, scores_NK)
 
-    def _as_lists(self, query_ND: Tensor, k: int) -> _Blocks | None:
-        """The blocks to be searched as lists, where that is faster."""
-        if len(query_ND) < _FEW_QUERIES:
-            return None
-        if k * self.dim <= _FEW_PRODUCTS:
-            return None
-        if self._rotation.basis_DD is not None:
-            return _Blocks(self, self._rotation)
-        if self._bounds_are_wide is None:  # decided by the first queries for all: it takes a few hundredths of a second
+    def has_wide_bounds(self, query_ND: Tensor, k: int) -> bool:
+        """True if many of the best scores of a sample are closer to each other than their bounds.
+
+        The first queries decide it for all: it takes a few hundredths of a second.
+        """
+        if len(query_ND) < _FEW_QUERIES or k * self.dim <= FEW_PRODUCTS:
+            return False
+        if self._bounds_are_wide is None:
             self._bounds_are_wide = self._has_wide_bounds(query_ND)
-        return _Blocks(self, self._rotation) if self._bounds_are_wide else None
+        return self._bounds_are_wide
 
     def _has_wide_bounds(self, query_ND: Tensor) -> bool:
-        """True if many of the best scores of a sample are closer to each other than their bounds."""
         sample_MD, query_QD = self.sample, query_ND[:_FEW_QUERIES]
         count = min(_NEAREST, len(sample_MD) - 1)
         if count < 1 or not has_fast_int8():
@@ -163,57 +156,11 @@ class ExactIndex:
         return bool((margin_Q > _WIDE * spread_Q).float().mean() > 0.5)
 
     @functools.cached_property
-    def _rotation(self) -> Rotation:
-        """Rotates keys so that few columns hold nearly all of their length; learned from a sample."""
-        return Rotation.fit(self.sample - self.sample.mean(0), _DROPPED_SHARE)
-
-    @functools.cached_property
     def sample(self) -> Tensor:
         """Some keys, float32, spread over the store; for the cosine of length one."""
         step = max(1, len(self.keys) // _SAMPLE_ROWS)
         sample_MD = self.keys.take(torch.arange(0, len(self.keys), step)[:_SAMPLE_ROWS])
         return normalized(sample_MD) if self.metric is Metric.COS else sample_MD
-
-
-class _Blocks:
-    """The blocks of a store as lists that all queries probe. See ``ExactIndex._as_lists``."""
-
-    ties_by_id = True
-
-    def __init__(self, index: ExactIndex, rotation: Rotation) -> None:
-        self._index, self._rotation = index, rotation
-        self.by_distance = index.metric is Metric.L2
-        self.products = ways.chosen() if has_fast_int8() else ways.by_name("float32")
-        self._rows = _slices(len(index), _block_rows(index.dim))
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def probed_lists(self, query_ND: Tensor) -> None:
-        """See ``Lists``."""
-
-    def rotated(self, query_ND: Tensor) -> Tensor:
-        """See ``Lists``."""
-        return self._rotation(query_ND)
-
-    def prepare(self, number: int) -> PreparedList:
-        """See ``Lists``."""
-        rows, deleted = self._rows[number], self._index.deleted
-        keys_MD = self._index.keys.block(rows.start, rows.stop).float()
-        keys_MD = normalized(keys_MD) if self._index.metric is Metric.COS else keys_MD
-        first, past = np.searchsorted(deleted, (rows.start, rows.stop))
-        return PreparedList.of(
-            np.arange(rows.start, rows.stop),
-            keys_MD,
-            keys_MD.mean(0),
-            self._rotation,
-            by_distance=self.by_distance,
-            products=self.products,
-            dead_M=deleted[first:past] - rows.start if first < past else None,
-        )
-
-    def use_one_thread(self) -> None:
-        """Nothing here starts threads."""
 
 
 class _Search:
@@ -225,28 +172,39 @@ class _Search:
         rows = _block_rows(index.dim)
         self.blocks = _slices(len(self.keys), rows)
         self.tiles = _slices(len(self.keys), max(1, _TILE_BYTES // (4 * max(1, index.dim))))
-        products = ways.chosen() if len(query_ND) >= _FEW_QUERIES else ways.by_name("float32")
+        self.is_streamed = self.keys.exceeds_ram or index.has_wide_bounds(query_ND, k)
+        many = len(query_ND) >= _FEW_QUERIES or self.keys.exceeds_ram
+        products = ways.chosen() if many else ways.by_name("float32")
         self.queries = RoundedQueries(query_ND, index.sample, products, by_distance=self.metric is Metric.L2)
         size = max(1, min(_GROUP_SCORES // rows, -(-len(query_ND) // torch.get_num_threads())))
         size = -(-size // max(1, products.tile_rows)) * max(1, products.tile_rows)
         self.scores = TrueScores(self.keys, self.metric, query_ND)
-        self.groups = [CandidateGroup(part, k, self.queries, self.scores) for part in _slices(len(query_ND), size)]
+        self.groups = [self._group(part, k, rows) for part in _slices(len(query_ND), size)]
         self._buffer = ThreadBuffer(size * rows, products.raw_dtype)
+
+    def _group(self, part: slice, k: int, block_rows: int) -> CandidateGroup:
+        if self.is_streamed:
+            return StreamedGroup(part, k, self.queries, self.scores, block_rows)
+        return CandidateGroup(part, k, self.queries, self.scores)
 
     def run(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best rows and their scores."""
         self._expect()
         ahead = 2 * torch.get_num_threads()
-        for first in range(0, len(self.blocks), ahead):
-            rows = self.blocks[first : first + ahead]
-            blocks = list(zip(rows, map_in_threads(self._block, rows)))
-            run_in_threads(functools.partial(self._scan, blocks), self.groups)
-        # First the k of each query that promise most: what they truly reach spares many of the others.
-        run_in_threads(lambda group: group.select_first(), self.groups)
+        with ReadAhead(self.keys, self.blocks) as reader:
+            for first in range(0, len(self.blocks), ahead):
+                rows = self.blocks[first : first + ahead]
+                keys = [(part, reader.block(number)) for number, part in enumerate(rows, first)]
+                blocks = list(zip(rows, map_in_threads(self._block, keys)))
+                run_in_threads(functools.partial(self._scan, blocks), self.groups)
+        if not self.is_streamed:
+            # First the k of each query that promise most: what they truly reach spares many of the others.
+            run_in_threads(lambda group: group.select_first(), self.groups)
         disappointed = np.concatenate([group.disappointed() for group in self.groups])
-        run_in_threads(self._score, self.tiles)
-        run_in_threads(lambda group: group.select_remaining(), self.groups)
-        run_in_threads(self._score, self.tiles)
+        if not self.is_streamed:
+            run_in_threads(self._score, self.tiles)
+            run_in_threads(lambda group: group.select_remaining(), self.groups)
+            run_in_threads(self._score, self.tiles)
         run_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
         if len(disappointed) and self._guess:
             again = torch.from_numpy(disappointed)
@@ -258,22 +216,33 @@ class _Search:
         """Let groups begin with a threshold: of the keys that go by before there is one, all would be candidates."""
         sample_MD = self._index.sample
         expected = self._k * len(sample_MD) / len(self.keys)
-        rank = math.ceil(expected + 4.0 * math.sqrt(expected) + 4.0)  # too few in one of 10,000 queries
+        # Too few are found for one of 10,000 queries; of those that wait for a second pass over a disk, for hardly any.
+        surely = 7.0 if self.keys.exceeds_ram else 4.0
+        rank = math.ceil(expected + surely * math.sqrt(expected) + surely)
         if not self._guess or len(sample_MD) * 8 > len(self.keys) or rank > len(sample_MD) // 4:
             return
         whole = self.queries.block(sample_MD)
         run_in_threads(lambda group: group.expect(whole, rank, self._buffer), self.groups)
 
-    def _block(self, rows: slice) -> KeyBlock:
-        keys_MD = self.keys.block(rows.start, rows.stop)
-        block = self.queries.block(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
+    def _block(self, keys: tuple[slice, Tensor]) -> tuple[KeyBlock, Array | None]:
+        """A block as it is multiplied, and its keys as they are scored if that is done while they pass by."""
+        rows, keys_MD = keys
+        scored_MD = self.scores.prepare(keys_MD) if self.is_streamed else None
+        if scored_MD is not None:
+            block = self.queries.block(torch.from_numpy(scored_MD))
+        else:
+            block = self.queries.block(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
         first, past = np.searchsorted(self.deleted, (rows.start, rows.stop))
         block.drop(self.deleted[first:past] - rows.start)
-        return block
+        return block, scored_MD
 
-    def _scan(self, blocks: list[tuple[slice, KeyBlock]], group: CandidateGroup) -> None:
-        for rows, block in blocks:
+    def _scan(self, blocks: list[tuple[slice, tuple[KeyBlock, Array | None]]], group: CandidateGroup) -> None:
+        for rows, (block, scored_MD) in blocks:
+            if scored_MD is not None and isinstance(group, StreamedGroup):
+                group.begin_block(scored_MD, rows.start)
             group.take(block, rows.start, self._buffer)
+            if isinstance(group, StreamedGroup):
+                group.end_block()
 
     def _score(self, rows: slice) -> None:
         keys_MD = self.scores.rows(rows)

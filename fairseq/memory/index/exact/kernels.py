@@ -36,7 +36,8 @@ class BoundedCandidates(NamedTuple):
     """Largest distance of a score above its lower bound; grows."""
 
 
-_CHUNK_TILES = 4
+CHUNK_KEYS = 4 * TILE_KEYS
+"""Keys that all queries of a group are compared with before the next."""
 # Types of a call, for ``compiled``.
 _ABOUT = "Tuple((f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]))"
 _CANDIDATES = "Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[::1]))"
@@ -110,7 +111,7 @@ def collector(name: str) -> Any:
         step_M, weight_M, size_M, bias_M, slack_M = about
         lower_QC, ids_QC, filled_Q, _, width_Q = candidates
         # The keys of a chunk stay near, and so do the candidates of a tile's queries.
-        chunk = TILE_KEYS * max(1, min(_CHUNK_TILES, (lower_QC.shape[1] - k) // (4 * TILE_KEYS)))
+        chunk = TILE_KEYS * max(1, min(CHUNK_KEYS // TILE_KEYS, (lower_QC.shape[1] - k) // (4 * TILE_KEYS)))
         while key < len(start_M):
             while query < len(filled_Q):
                 for q in range(query, min(query + rows, len(filled_Q))):

@@ -9,7 +9,7 @@ from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.faiss_library import pair_scores_in_place
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
-from fairseq.runtime.hardware import total_ram_bytes
+from fairseq.runtime.hardware import fits_in_ram
 
 _CHUNK_BYTES = 512 << 20  # of keys read for one chunk of queries, at most
 
@@ -17,7 +17,7 @@ _CHUNK_BYTES = 512 << 20  # of keys read for one chunk of queries, at most
 def score_rows(keys: ChunkedArray, metric: Metric, query_ND: Tensor, ids_NK: Tensor) -> Tensor:
     """Similarity of each query with its own rows, float32 (N, K); -inf where the id is -1."""
     whole = keys.single_array
-    if metric is not Metric.COS and whole is not None and whole.nbytes <= total_ram_bytes() // 2:
+    if metric is not Metric.COS and whole is not None and fits_in_ram(whole.nbytes):
         return pair_scores_in_place(metric, query_ND, whole, ids_NK)
     # Rows are read in the order of the file and once per chunk of queries, however many of them share a row.
     query_ND = normalized(query_ND) if metric is Metric.COS else query_ND

@@ -223,7 +223,7 @@ def _keep_first(score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int) -> 
 
 
 @compiled()
-def _prune_candidates(
+def prune_candidates(
     score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int, threshold: Any, doubt: Any, ties_by_id: bool
 ) -> tuple[int, Any]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
@@ -283,7 +283,7 @@ def scan(
         while at < flagged:
             group = flag_G[at]
             if filled > room - GROUP:
-                filled, threshold = _prune_candidates(score_C, ids_C, order_C, filled, k, threshold, doubt, ties_by_id)
+                filled, threshold = prune_candidates(score_C, ids_C, order_C, filled, k, threshold, doubt, ties_by_id)
                 if filled > room - GROUP:
                     is_open_N[n] = True
                     break
@@ -310,7 +310,7 @@ def prune_group(heap: Any, k: int) -> None:
     """Drop the candidates of every query that cannot be among its k best; ``heap`` as in :func:`scan`."""
     score_NC, ids_NC, order_NC, filled_N, threshold_N, doubt_N, _ = heap
     for n in range(len(filled_N)):
-        filled_N[n], threshold_N[n] = _prune_candidates(
+        filled_N[n], threshold_N[n] = prune_candidates(
             score_NC[n], ids_NC[n], order_NC[n], filled_N[n], k, threshold_N[n], doubt_N[n], False
         )
 

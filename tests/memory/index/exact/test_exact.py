@@ -10,15 +10,14 @@ from conftest import PRODUCTS, set_fast_products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq.memory.index.exact import candidates
+from fairseq.memory.index.exact import candidates, streamed
 from fairseq.memory.index.exact import index as exact
 from fairseq.memory.index.exact.index import ExactIndex
-from fairseq.memory.index.lists import search
 from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.bounded_scores import RoundedQueries
 from fairseq.memory.types import Metric
 
-LISTS = ("lists of avx2", "lists of library_int8", "lists of float32")
+STREAMED = ("streamed avx2", "streamed library_int8", "streamed float32")
 SHAPES = ("even", "clustered", "outlying", "constant", "far")
 
 
@@ -38,17 +37,16 @@ def rows(shape: str, count: int, dim: int, seed: int) -> np.ndarray:
 
 
 def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, query_ND: torch.Tensor, k: int) -> Any:
-    """Search with a filter of that name, or in blocks taken for lists: of 64 rows and with groups of a few queries."""
+    """Search with products of that name, in blocks of 64 rows and with groups of a few queries.
 
-    def as_lists(index: ExactIndex, query_ND: torch.Tensor, k: int) -> Any:
-        return exact._Blocks(index, index._rotation) if name in LISTS else None
-
+    Streamed: what may be near is scored while its block passes by.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(exact, "_FEW_QUERIES", 1)
-        set_fast_products(patch, name.removeprefix("lists of "))
-        patch.setattr(ExactIndex, "_as_lists", as_lists)
-        patch.setattr(search, "_TILE_SCORES", 64 * 20)
-        patch.setattr(search, "capacity", lambda k: k + 84)
+        set_fast_products(patch, name.removeprefix("streamed "))
+        patch.setattr(ExactIndex, "has_wide_bounds", lambda *_: name in STREAMED)
+        patch.setattr(exact, "_SAMPLE_ROWS", 30)
+        patch.setattr(streamed, "capacity", lambda k: k + 84)
         patch.setattr(exact, "_BLOCK_BYTES", 64 * 4 * keys.shape[1])
         patch.setattr(exact, "_GROUP_SCORES", 64 * 20)
         patch.setattr(exact, "_TILE_BYTES", 100 * 4 * keys.shape[1])
@@ -56,7 +54,7 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
         return ExactIndex(keys, metric).search(query_ND, k)
 
 
-@pytest.mark.parametrize("name", [*PRODUCTS, *LISTS])
+@pytest.mark.parametrize("name", [*PRODUCTS, *STREAMED])
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
@@ -82,11 +80,29 @@ def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim
     assert (found.scores_NK.diff(dim=1) <= 0).all()
 
 
-@pytest.mark.parametrize("name", [*PRODUCTS, *LISTS])
+@pytest.mark.parametrize("name", [*PRODUCTS, *STREAMED])
 def test_of_equal_keys_the_lower_rows_are_found(name, monkeypatch):
     keys = np.repeat(rows("even", 3, 8, 1), 400, axis=0)
     found = search_by(monkeypatch, name, keys, Metric.L2, torch.from_numpy(keys[[0, 500, 900]]), 9)
     assert found.ids_NK.tolist() == [list(range(first, first + 9)) for first in (0, 400, 800)]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_sample_that_promises_too_much_is_not_believed(streams, monkeypatch, products):
+    """Every 32nd key, which are the sample, is near all queries, and more neighbours than these are wanted."""
+    keys, query_ND = rows("even", 8192, 16, 1), torch.from_numpy(rows("even", 40, 16, 2))
+    keys[::32] *= 0.1
+    monkeypatch.setattr(exact, "_SAMPLE_ROWS", 256)
+    monkeypatch.setattr(ExactIndex, "has_wide_bounds", lambda *_: streams)
+    searches = []
+    plain = exact._Search.run
+    monkeypatch.setattr(
+        exact._Search, "run", lambda search, *out: searches.append(search._guess) or plain(search, *out)
+    )
+    found = ExactIndex(keys).search(query_ND * 0.01, 300)
+    truth = np.sort(similarities(Metric.L2, query_ND.numpy() * 0.01, keys), axis=1)[:, ::-1][:, :300]
+    np.testing.assert_allclose(found.scores_NK, truth, rtol=1e-5, atol=1e-5)
+    assert searches == [True, False]
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

@@ -189,23 +189,6 @@ def narrow(rows: int, seed: int) -> np.ndarray:
     return ((rng.standard_normal((rows, 64)) * 0.9 ** np.arange(64)) @ turn + 2.0).astype(np.float32)
 
 
-@pytest.mark.parametrize("metric", list(Metric))
-def test_search_in_turned_blocks_is_brute_force(metric, products, monkeypatch):
-    monkeypatch.setattr("fairseq.memory.index.exact.index._BLOCK_BYTES", 4 * 64 * 700)
-    keys, queries = narrow(5000, 0), torch.from_numpy(narrow(90, 1))
-    deleted = np.arange(0, 5000, 7)
-    index = ExactIndex(keys, metric, deleted=deleted)
-    assert index._rotation.basis_DD is not None
-    assert index._rotation.width < 64
-    for k in (1, 20, 1000):
-        found = index.search(queries, k)
-        truth = similarities(metric, queries.numpy(), keys)
-        truth[:, deleted] = -np.inf
-        best = np.sort(truth, axis=1)[:, ::-1][:, :k]
-        np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=1e-4)
-        np.testing.assert_allclose(np.take_along_axis(truth, found.ids_NK.numpy(), 1), best, rtol=1e-5, atol=1e-4)
-
-
 def test_short_lists_leave_ids_of_minus_one(monkeypatch):
     index = made_index(Metric.L2)
     index.set_probe(1)

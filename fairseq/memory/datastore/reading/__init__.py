@@ -1,0 +1,1 @@
+"""Reading stores that are larger than memory by explicit requests."""
