@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,36 @@ def in_turn(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -
     first(), second()
     pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+@contextlib.contextmanager
+def in_own_process(make: Callable[..., Callable[..., Any]], *given: Any) -> Iterator[Callable[..., Any]]:
+    """``make(*given)`` called in a new process, as a call that runs there; what it takes and returns is pickled.
+
+    A peer runs in one as its users run it: our commands set the allocator of their process.
+    """
+    spawning = multiprocessing.get_context("spawn")
+    here, there = spawning.Pipe()
+    process = spawning.Process(target=_serve, args=(there, make, given), daemon=True)
+    process.start()
+    there.close()
+
+    def call(*parts: Any) -> Any:
+        here.send(parts)
+        return here.recv()  # EOFError where the process has failed and printed why
+
+    try:
+        yield call
+    finally:
+        here.close()
+        process.join()
+
+
+def _serve(connection: Any, make: Callable[..., Callable[..., Any]], given: Sequence[Any]) -> None:
+    function = make(*given)
+    with contextlib.suppress(EOFError):
+        while True:
+            connection.send(function(*connection.recv()))
 
 
 def median_ratio(above: Sequence[float], below: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Translation with beam 4: transformers' Marian of the same shape takes at least twice as long, kNN-MT at most so much.
+"""Translation with beam 4: the tokens/s of kNN-MT are at least so much of plain translation's.
 
 With ``--data`` and ``--checkpoint`` a trained model translates its test set, alone and over ``--store`` (with an index,
 ``--index``); by default random weights write 20 tokens for each of 256 sentences over 453,207 clustered keys.
@@ -29,7 +29,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--index", help="index over it, built with 64 to 4,096 lists")
     made.add_argument("--probes", default="8,32", help="lists that are searched, separated by commas")
     made.add_argument("--k", type=int, default=8)
-    made.add_argument("--no-peer", action="store_true", help="leave transformers out")
     return made
 
 
@@ -40,11 +39,30 @@ def shape() -> dict[str, Any]:
     return both | {"share_decoder_input_output_embed": True, "decoder_normalize_before": True, "dropout": 0.0}
 
 
-def random_setting() -> tuple[Any, Any, list[Any], Any]:
+def made_up_dictionary(size: int) -> Any:
+    """A dictionary of so many types."""
+    from fairseq.data.dictionary import Dictionary
+
+    dictionary = Dictionary()
+    for number in range(size - len(dictionary)):
+        dictionary.add_symbol(f"w{number}")
+    return dictionary
+
+
+def random_source() -> Any:
+    """int64 (sentences, tokens) that end with </s>."""
+    import torch
+
+    torch.manual_seed(0)
+    source = torch.randint(4, VOCABULARY, (SENTENCES, 16))
+    source[:, -1] = 2
+    return source
+
+
+def random_setting(beam: int = BEAM) -> tuple[Any, Any, list[Any], Any]:
     """Model, dictionary, batches and options of the setting without files."""
     import torch
 
-    from fairseq.data.dictionary import Dictionary
     from fairseq.generation.config import GenerationConfig
     from fairseq.models.architectures import build_model_config
     from fairseq.models.transformer import TransformerModel
@@ -52,13 +70,9 @@ def random_setting() -> tuple[Any, Any, list[Any], Any]:
     torch.manual_seed(0)
     config = build_model_config("transformer_iwslt_de_en", shape())
     model = TransformerModel.build(config, VOCABULARY, 1, source_size=VOCABULARY).eval()
-    dictionary = Dictionary()
-    for number in range(VOCABULARY - len(dictionary)):
-        dictionary.add_symbol(f"w{number}")
-    source = torch.randint(4, VOCABULARY, (SENTENCES, 16))
-    source[:, -1] = 2
-    batches = [({"source_BS": source}, [16] * SENTENCES)]
-    return model, dictionary, batches, GenerationConfig(beam=BEAM, min_len=TOKENS - 1, max_len_b=TOKENS - 1)
+    batches = [({"source_BS": random_source()}, [16] * SENTENCES)]
+    options = GenerationConfig(beam=beam, min_len=TOKENS - 1, max_len_b=TOKENS - 1)
+    return model, made_up_dictionary(VOCABULARY), batches, options
 
 
 def trained_setting(options: argparse.Namespace) -> tuple[Any, Any, list[Any], Any]:
@@ -98,29 +112,8 @@ def random_store(folder: Path) -> tuple[Any, Any]:
     return Datastore.open(folder / "store"), folder / "index"
 
 
-def peer(batches: list[Any]) -> Any:
-    """The same work by transformers' Marian of the same shape, as a call without arguments."""
-    import torch
-    from transformers import MarianConfig, MarianMTModel
-
-    one = {"layers": 2, "ffn_dim": 256, "attention_heads": 4}
-    both = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in one.items()}
-    torch.manual_seed(0)
-    special = {"pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
-    config = MarianConfig(vocab_size=VOCABULARY, d_model=WIDTH, dropout=0.0, **both, **special)
-    model = MarianMTModel(config).eval()
-    source = batches[0][0]["source_BS"]
-    settings = {"num_beams": BEAM, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS, "do_sample": False}
-
-    def run() -> None:
-        made = model.generate(source, attention_mask=torch.ones_like(source), **settings)
-        assert made.shape[1] == TOKENS + 1
-
-    return run
-
-
 def main() -> None:
-    """Translate plainly, with neighbours, and by the peer, in turn."""
+    """Translate plainly and with neighbours, in turn."""
     options = parser().parse_args()
     import torch
 
@@ -144,13 +137,6 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         plain = runner(None)
-        if not trained and not options.no_peer:
-            other, own = common.in_turn(peer(batches), plain, options.repeats)
-            details = {"transformers_seconds": other, "plain_seconds": own, "tokens": SENTENCES * TOKENS}
-            ratio = common.median_ratio(other, own)
-            common.tell(
-                "mt_generate_peer", "transformers' seconds over ours, beam 4", ratio, ">= 2", details, options.out
-            )
         if options.store:
             store, index = Datastore.open(options.store), options.index
         else:

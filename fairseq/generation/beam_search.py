@@ -5,10 +5,13 @@ Shapes: S sentences, K rows of each, R = S * K, C candidates of each sentence, V
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_LANES = 32
 
 
 @dataclass(frozen=True)
@@ -25,14 +28,35 @@ class Continuations:
 
 def best_continuations(logp_RV: Tensor, total_SK: Tensor, count: int) -> Continuations:
     """The ``count`` most probable continuations of each sentence, over all of its rows."""
-    num_sentences, rows = total_SK.shape
-    each = min(count, logp_RV.shape[1])
-    # The best of each row first: no sentence takes more of one row than that.
-    logp_RC, token_RC = logp_RV.topk(each, dim=1)
-    total_SC = (logp_RC.view(num_sentences, rows, each) + total_SK[:, :, None]).flatten(1)
-    total_SC, place_SC = total_SC.topk(min(count, rows * each), dim=1)
-    token_SC = token_RC.view(num_sentences, -1).gather(1, place_SC)
-    return Continuations(torch.div(place_SC, each, rounding_mode="floor"), token_SC, total_SC)
+    (num_sentences, rows), vocabulary = total_SK.shape, logp_RV.shape[1]
+    place_SE = _places_of_best(logp_RV.view(num_sentences, rows, vocabulary), total_SK, count)
+    row_SE = torch.div(place_SE, vocabulary, rounding_mode="floor")
+    total_SE = logp_RV.view(num_sentences, -1).gather(1, place_SE) + total_SK.gather(1, row_SE)
+    total_SC, best_SC = total_SE.topk(min(count, total_SE.shape[1]), dim=1)
+    row_SC, place_SC = row_SE.gather(1, best_SC), place_SE.gather(1, best_SC)
+    return Continuations(row_SC, place_SC - row_SC * vocabulary, total_SC)
+
+
+def _places_of_best(logp_SKV: Tensor, total_SK: Tensor, count: int) -> Tensor:
+    """Places (row * V + type) among which the ``count`` best of each sentence are, (S, E).
+
+    The best are in the groups of types with the largest maxima. These take one vectorized pass; selecting among the
+    groups, and then among the entries of the best ones, takes a third of selecting among all types.
+    """
+    num_sentences, rows, vocabulary = logp_SKV.shape
+    # About as many entries to select from in the second step as in the first. Entries of a group are as many columns
+    # apart as there are groups, and with a multiple of 32 groups they are compared 32 at once: a sixth of the time.
+    groups = min(vocabulary, -(-math.isqrt(count * vocabulary // rows) // _LANES) * _LANES)
+    size = vocabulary // groups
+    grouped_SKEG = logp_SKV[:, :, : size * groups].view(num_sentences, rows, size, groups)
+    largest_SKG = grouped_SKEG.amax(2) + total_SK[:, :, None]
+    best_SC = largest_SKG.flatten(1).topk(min(count, rows * groups), dim=1, sorted=False).indices
+    first_SC = torch.div(best_SC, groups, rounding_mode="floor") * vocabulary + best_SC % groups
+    within_E = groups * torch.arange(size, device=logp_SKV.device)
+    rest_KE = torch.arange(size * groups, vocabulary, device=logp_SKV.device).repeat(rows, 1)  # types of no group
+    rest_KE += vocabulary * torch.arange(rows, device=logp_SKV.device)[:, None]
+    of_best_SE = (first_SC[:, :, None] + within_E).flatten(1)
+    return torch.cat([of_best_SE, rest_KE.flatten().expand(num_sentences, -1)], 1)
 
 
 def drawn_continuations(logp_RV: Tensor, total_SK: Tensor, topk: int, topp: float) -> Continuations:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
     from fairseq.memory.sources.external import ExternalMemory
     from fairseq.memory.types import Candidates
+    from fairseq.models.outputs import LMOutput
     from fairseq.models.transformer_lm import TransformerLanguageModel
+
+_ROWS_AT_ONCE = 1024
+"""Positions of a given beginning whose vocabulary scores are held at once."""
 
 
 class StepMemory(Protocol):
@@ -121,15 +125,26 @@ class NextToken:
     def prefix_logp(self, tokens_RT: Tensor, target_RT: Tensor) -> Tensor:
         """Read tokens as :meth:`logp` does; log-probability of the target of each, (R, T)."""
         shape, steps = tokens_RT.shape, []
+        if self.memory is None and self.temperature == 1.0 and target_RT.numel():
+            return mean_logp([self._read(number, tokens_RT, target_RT) for number in range(len(self.models))])
         for step in range(shape[1]):  # a memory may need every step's whole distribution
             steps.append(self.logp(tokens_RT[:, step : step + 1]).gather(1, target_RT[:, step, None]))
         return torch.cat(steps, 1) if steps else torch.empty(shape, device=tokens_RT.device)
 
-    def _logp(self, number: int, tokens_RT: Tensor) -> Tensor:
-        model, encoded = self.models[number], self._encoded[number]
+    def _read(self, number: int, tokens_RT: Tensor, target_RT: Tensor) -> Tensor:
+        """A model's log-probability of each target, (R, T), of all positions at once."""
+        hidden_ND = self._states_after(number, tokens_RT).hidden_BTD.flatten(0, 1)
+        return self.models[number].target_logp(hidden_ND, target_RT.flatten(), _ROWS_AT_ONCE)[0].view_as(target_RT)
+
+    def _states_after(self, number: int, tokens_RT: Tensor) -> LMOutput:
+        encoded = self._encoded[number]
         tap = None if self.memory is None else self.memory.key_tap
         given = {} if encoded is None else {"encoded": encoded}
-        out = model(tokens_RT, tap, self._states[number], **given)
+        out: LMOutput = self.models[number](tokens_RT, tap, self._states[number], **given)
+        return out
+
+    def _logp(self, number: int, tokens_RT: Tensor) -> Tensor:
+        model, out = self.models[number], self._states_after(number, tokens_RT)
         hidden_RD = out.hidden_BTD[:, -1]
         if self.memory is None and self.temperature == 1.0:
             return model.vocab_logp(hidden_RD)

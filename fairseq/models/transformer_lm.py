@@ -18,7 +18,8 @@ from fairseq.models.config import TransformerLMConfig, layer_of_tap, require_tap
 from fairseq.models.legacy_names import upgrade_state_dict
 from fairseq.models.outputs import LMOutput
 from fairseq.models.transformer_decoder import TransformerDecoder
-from fairseq.modules.adaptive_softmax import log_softmax, pick
+from fairseq.modules import blocked_softmax, inference_linear
+from fairseq.modules.adaptive_softmax import SharedLinear, log_softmax, pick
 from fairseq.modules.positional_embedding import LearnedPositionalEmbedding
 
 if TYPE_CHECKING:
@@ -157,6 +158,9 @@ class TransformerLanguageModel(nn.Module):
     def _target_logp(self, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
         if self.decoder.adaptive_softmax is not None:
             return self.decoder.adaptive_softmax.target_logp(hidden_ND, target_N)
+        weight_VD = self._output_weight()
+        if weight_VD is not None and blocked_softmax.fits(hidden_ND, weight_VD):
+            return blocked_softmax.target_logp(hidden_ND, weight_VD, target_N)
         return pick(self._output_scores(hidden_ND), target_N)
 
     def vocab_logp(self, hidden_ND: Tensor) -> Tensor:
@@ -173,8 +177,19 @@ class TransformerLanguageModel(nn.Module):
 
     def _output_scores(self, hidden_ND: Tensor) -> Tensor:
         assert self.decoder.output_projection is not None, "there is an adaptive softmax instead"
+        weight_VD = self._output_weight()
+        if weight_VD is not None:
+            return inference_linear.product(hidden_ND, weight_VD)
         scores_NV: Tensor = self.decoder.output_projection(hidden_ND)
         return scores_NV
+
+    def _output_weight(self) -> Tensor | None:
+        """Matrix of a full softmax; None where a plug-in's layer may have a bias too, or compute anything."""
+        projection = self.decoder.output_projection
+        if type(projection) not in (nn.Linear, SharedLinear):
+            return None
+        weight_VD: Tensor = projection.weight  # type: ignore[union-attr, assignment]
+        return weight_VD
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights, in any of fairseq's spellings."""

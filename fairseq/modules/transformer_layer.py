@@ -9,6 +9,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq.modules.inference_linear import linear
 from fairseq.modules.multihead_attention import Encoded, IncrementalState, MultiheadAttention
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -62,9 +63,9 @@ class TransformerLayer(nn.Module):
         for attention in (self.self_attn, self.encoder_attn):
             if attention is not None:
                 attention.reset_parameters()
-        for linear in (self.fc1, self.fc2):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -115,9 +116,9 @@ class TransformerLayer(nn.Module):
     def feed_forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """The last half of the layer; returns its output and what its first linear map reads."""
         input_BTD = self.final_layer_norm(x_BTD) if self.normalize_before else x_BTD
-        inner_BTF = self.activation(self.fc1(input_BTD))
+        inner_BTF = self.activation(linear(self.fc1, input_BTD))
         inner_BTF = F.dropout(inner_BTF, self.activation_dropout, self.training)
-        return self.add(x_BTD, self.fc2(inner_BTF), self.final_layer_norm), input_BTD
+        return self.add(x_BTD, linear(self.fc2, inner_BTF), self.final_layer_norm), input_BTD
 
     def add(self, x_BTD: Tensor, change_BTD: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The residual connection around a block, with the block's norm after it in a post-norm layer."""

@@ -81,6 +81,37 @@ def test_reordered_rows_go_on_from_the_rows_they_were_taken_from(attention):
     torch.testing.assert_close(last, attention(x[order], is_causal=True)[:, 3:])
 
 
+@pytest.mark.parametrize("beam", [1, 4])
+def test_decoding_steps_with_many_keys_equal_the_fused_attention(beam):
+    """18 tokens and a source of 20 in float32 without gradients: products of decoding steps, and the cache's room."""
+    torch.manual_seed(3)
+    attention = MultiheadAttention(16, 2)
+    attention.reset_parameters()
+    x, source = torch.randn(2 * beam, 18, 16), torch.randn(2, 20, 16)
+    encoded = Encoded(source, torch.arange(20) < torch.tensor([[20], [17]]))
+    rows = Encoded(source.repeat_interleave(beam, 0), encoded.visible_BS.repeat_interleave(beam, 0))
+    state, own, of_source = IncrementalState(), [], []
+    with torch.inference_mode():
+        for step in range(18):
+            part = x[:, step : step + 1]
+            own.append(attention(part, is_causal=True, incremental_state=state, name="0"))
+            of_source.append(attention.to_source(part, encoded, state, "1"))
+    torch.testing.assert_close(torch.cat(own, 1), attention(x, is_causal=True))
+    torch.testing.assert_close(torch.cat(of_source, 1), attention.to_source(x, rows))
+
+
+def test_rows_that_continue_themselves_are_not_copied(attention):
+    x, state = torch.randn(2, 2, 12, dtype=torch.double), IncrementalState()
+    with torch.inference_mode():
+        attention(x, is_causal=True, incremental_state=state, name="0")
+        state.advance(torch.ones(2, 2, dtype=torch.bool))
+        before = state._cache["0"][0]
+        state.reorder(torch.tensor([0, 1]))
+        assert state._cache["0"][0] is before
+        state.reorder(torch.tensor([0]))
+        assert len(state._cache["0"][0]) == 1
+
+
 def test_initial_weights_treat_the_three_inputs_as_one_matrix():
     torch.manual_seed(0)
     attention = MultiheadAttention(256, 4)

@@ -82,9 +82,10 @@ class Bm25Index:
     def _terms(self, text: str) -> tuple[Numbers, Numbers]:
         """The known words of a text, as numbers, and the count of each."""
         words = Counter(self._tokenize(text.lower()))
-        known = [(self._term_ids[word], count) for word, count in words.items() if word in self._term_ids]
-        terms_and_counts = np.array(known, dtype=np.int64).reshape(-1, 2)
-        return terms_and_counts[:, 0], terms_and_counts[:, 1]
+        number_of = self._term_ids.get
+        known = {number: count for word, count in words.items() if (number := number_of(word)) is not None}
+        terms, counts = (np.fromiter(numbers, np.int64, len(known)) for numbers in (known.keys(), known.values()))
+        return terms, counts
 
     def search(self, texts: Sequence[str], first: int, num_neighbors: int) -> list[list[int]]:
         """The best documents for each of ``texts``, which are documents ``first``, ``first + 1``, ... themselves.
@@ -127,11 +128,13 @@ class Bm25Index:
     def _score_of_rare(self, terms: Numbers, counts: Numbers) -> npt.NDArray[np.float64]:
         if not len(terms):
             return np.zeros(self.num_documents)
-        bounds = list(self._bounds(terms))
-        documents = np.concatenate([self._documents[start:end] for start, end in bounds])
-        weights = np.concatenate([self._weights[start:end] for start, end in bounds])
-        repeated_counts = np.repeat(counts, [end - start for start, end in bounds])
-        scores = np.bincount(documents, weights * repeated_counts, minlength=self.num_documents)
+        # Places of all entries at once: a slice for each of hundreds of short lists takes three times as long.
+        starts = self._starts[terms]
+        lengths = self._starts[terms + 1] - starts
+        ends = np.cumsum(lengths)
+        places = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+        weights = self._weights[places] * np.repeat(counts, lengths)
+        scores = np.bincount(self._documents[places], weights, minlength=self.num_documents)
         return scores.astype(np.float64, copy=False)
 
 
