@@ -99,7 +99,7 @@ def test_a_store_in_parts_is_one_store(tmp_path, indexed, dtype):
 class GappyIndex:
     """Answers every query with row 5 and nothing else."""
 
-    metric, dim = Metric.L2, DIM
+    metric, dim, streams_keys = Metric.L2, DIM, False
 
     def __len__(self) -> int:
         return ROWS

@@ -1,7 +1,7 @@
 """Exact search over the keys themselves: no index file, and the oracle that other indexes are measured by.
 
 The keys are streamed once for as many queries as memory allows. Approximate scores with a bounded error (see
-``filters``) meet a threshold of each query that rises as keys go by, so that few survive (``candidates``); the
+``bounded_scores``) meet a threshold of each query that rises as keys go by, so that few survive (``candidates``); the
 survivors are scored again in float32.
 
 Shapes: N queries, Q queries of a group, M keys of a block, K neighbours, D width.

@@ -28,8 +28,6 @@ class DecodedLists:
     nothing is kept, which would take a quarter more memory than whole keys and six times that of bytes.
     """
 
-    ties_by_id = False
-
     def __init__(
         self, index: SwigIndex, *, products: Products, deleted: Array | None = None, kept_bytes: int = KEPT_BYTES
     ) -> None:

@@ -236,8 +236,8 @@ def prune_candidates(
 
 
 @compiled(
-    f"(i4[:,:,::1], f4, {_QUERIES}, {_KEYS}, {_HEAP}, b1, i8, b1, f4[::1])",
-    f"(f4[:,:,::1], f4, {_QUERIES}, {_KEYS}, {_HEAP}, b1, i8, b1, f4[::1])",
+    f"(i4[:,:,::1], f4, {_QUERIES}, {_KEYS}, {_HEAP}, b1, i8, f4[::1])",
+    f"(f4[:,:,::1], f4, {_QUERIES}, {_KEYS}, {_HEAP}, b1, i8, f4[::1])",
 )
 def scan(
     raw_QGP: Any,
@@ -247,7 +247,6 @@ def scan(
     heap: Any,
     by_distance: bool,
     k: int,
-    ties_by_id: bool,
     bound_F: Any,
 ) -> None:
     """Put every key of a list that could be among the k best of a query after its candidates, with its true score.
@@ -257,8 +256,6 @@ def scan(
             groups of P = GROUP neighbours, those after the list's last mean nothing.
         queries, keys, heap: ``ScannedQueries``, ``ScannedKeys`` and ``CandidateHeap`` as plain tuples: numba takes 5 us
             to recognise a named one, which is 3% of a search in bulk.
-        ties_by_id: of equal candidates the lowest ids are kept; otherwise queries of which more tie than there is room
-            for are marked as open.
         bound_F: room for the bounds of one query.
     """
     query_ND, row_Q, order_Q, bound_Q4 = queries
@@ -283,7 +280,7 @@ def scan(
         while at < flagged:
             group = flag_G[at]
             if filled > room - GROUP:
-                filled, threshold = prune_candidates(score_C, ids_C, order_C, filled, k, threshold, doubt, ties_by_id)
+                filled, threshold = prune_candidates(score_C, ids_C, order_C, filled, k, threshold, doubt, False)
                 if filled > room - GROUP:
                     is_open_N[n] = True
                     break

@@ -5,8 +5,7 @@ their norm. Products of those columns, rounded, and norms of the others bound ev
 ``kernels.bound_queries``); only keys whose bound reaches a per-query threshold, which tightens during the scan, are
 scored in float32. The neighbours are those of comparing every key.
 
-An index of compressed keys is searched several times faster so than by its own tables, and exact search takes the
-blocks of a store for lists.
+An index of compressed keys is searched several times faster so than by its own tables.
 
 Shapes: N queries, Q queries of a tile, P lists a query probes, M keys of a list, E columns of the products,
 C candidates, G groups of P keys, F candidates of the query that has most, K neighbours, D width.
@@ -191,13 +190,11 @@ class Lists(Protocol):
 
     by_distance: bool
     """Scores are minus squared distances, otherwise inner products."""
-    ties_by_id: bool
-    """Of equally close keys those with the lowest ids are taken; otherwise those that faiss would take."""
     products: Products
     """What columns are multiplied by: 8-bit integers or float32."""
 
-    def probed_lists(self, query_ND: Tensor) -> Tensor | None:
-        """int64 (N, P): the lists each query probes, nearest first; -1 for none. None: all queries probe all lists."""
+    def probed_lists(self, query_ND: Tensor) -> Tensor:
+        """int64 (N, P): the lists each query probes, nearest first; -1 for none."""
         ...
 
     def __len__(self) -> int: ...
@@ -228,24 +225,23 @@ class ListNeighbors:
 
 
 def search_lists(lists: Lists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> ListNeighbors:
-    """The k best keys of the probed lists, best first, of equals the lower id.
+    """The k best keys of the probed lists, best first, of equals the lower id; at place k those that faiss would take.
 
     Args:
         query_ND: float32.
-        doubt_N: where ties are settled as faiss does, keys whose scores differ by no more may be in another order
-            there: queries with such keys around place k are left open, unless the scores are equal to the last bit.
+        doubt_N: keys whose scores differ by no more may be in another order in faiss: queries with such keys around
+            place k are left open, unless the scores are equal to the last bit.
     """
     count = len(query_ND)
     doubt_N = torch.zeros(count) if doubt_N is None else doubt_N
-    probed_lists = lists.probed_lists(query_ND)
-    probed_NP = probed_lists.numpy() if probed_lists is not None else None
+    probed_NP = lists.probed_lists(query_ND).numpy()
     threads = torch.get_num_threads()
     size = max(1, -(-count // threads))
     starts = range(0, count, size)
     groups = [_ScanGroup(lists, query_ND, probed_NP, slice(at, at + size), k, doubt_N[at : at + size]) for at in starts]
     # The nearest list holds most of the neighbours: after it few keys of the others reach a query's threshold.
-    for ranks in (slice(0, 1), slice(1, None)) if probed_NP is not None else (slice(0, None),):
-        numbers = range(len(lists)) if probed_NP is None else _numbers(probed_NP[:, ranks])
+    for ranks in (slice(0, 1), slice(1, None)):
+        numbers = _numbers(probed_NP[:, ranks])
         for first in range(0, len(numbers), _LISTS_AT_A_TIME):
             batch = numbers[first : first + _LISTS_AT_A_TIME]
             prepared = dict(zip(batch, map_in_threads(lists.prepare, batch, lists.use_one_thread)))
@@ -264,13 +260,11 @@ def _numbers(probed_NP: Array) -> list[int]:
 class _ScanGroup:
     """Some queries and the candidates they hold. Scanned by one thread at a time."""
 
-    def __init__(
-        self, lists: Lists, query_ND: Tensor, probed_NP: Array | None, rows: slice, k: int, doubt_N: Tensor
-    ) -> None:
+    def __init__(self, lists: Lists, query_ND: Tensor, probed_NP: Array, rows: slice, k: int, doubt_N: Tensor) -> None:
         self._lists, self._k, self._first = lists, k, rows.start
         self._query_ND = np.ascontiguousarray(query_ND[rows].numpy())
         self._rotated_ND = np.ascontiguousarray(lists.rotated(query_ND[rows]).numpy())
-        self._probed_NP = probed_NP[rows] if probed_NP is not None else None
+        self._probed_NP = probed_NP[rows]
         count, room = len(self._query_ND), capacity(k)
         self._heap = kernels.CandidateHeap(
             score_NC=np.empty((count, room), np.float32),
@@ -286,12 +280,11 @@ class _ScanGroup:
 
     def scan(self, prepared: dict[int, PreparedList], ranks: slice) -> None:
         """Scan some lists for the queries that probe them at these ranks."""
-        queries_of_list = self._queries_at(ranks) if self._probed_NP is not None else None
-        all_N = np.arange(len(self._query_ND))
+        queries_of_list = self._queries_at(ranks)
         for number, keys in prepared.items():
-            if not len(keys.ids_M) or (queries_of_list is not None and number not in queries_of_list):
+            if not len(keys.ids_M) or number not in queries_of_list:
                 continue
-            row_N, order_N = queries_of_list[number] if queries_of_list is not None else (all_N, np.zeros_like(all_N))
+            row_N, order_N = queries_of_list[number]
             tile = max(1, _TILE_SCORES // keys.columns)
             bound_F = np.empty(keys.columns, np.float32)
             for start in range(0, len(row_N), tile):
@@ -299,7 +292,6 @@ class _ScanGroup:
 
     def _queries_at(self, ranks: slice) -> dict[int, tuple[Array, Array]]:
         """The queries that probe each list, and in which order."""
-        assert self._probed_NP is not None, "all queries probe all lists"
         key = (ranks.start, ranks.stop)
         if key not in self._queries_of_list:
             flat = self._probed_NP[:, ranks].reshape(-1)
@@ -325,7 +317,6 @@ class _ScanGroup:
             tuple(self._heap),
             by_distance,
             self._k,
-            self._lists.ties_by_id,
             bound_F,
         )
 
@@ -339,7 +330,7 @@ class _ScanGroup:
         rows_of_heap = (heap.score_NC, heap.ids_NC, heap.order_NC)
         score_NF, ids_NF, order_NF = (np.take_along_axis(x[:, :most], place_NF, 1) for x in rows_of_heap)
         kernels.order_equals(score_NF, ids_NF, order_NF, heap.filled_N)
-        if not self._lists.ties_by_id and most > k:
+        if most > k:
             self._settle(score_NF, ids_NF, order_NF)
         ids_NF[np.arange(most) >= heap.filled_N[:, None]] = -1
         rows, count_best = slice(self._first, self._first + len(score_NF)), min(k, most)

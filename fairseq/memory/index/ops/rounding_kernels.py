@@ -15,6 +15,7 @@ from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled
 from fairseq.memory.index.ops.tile_product_kernels import LANES
 
 _SMALLEST = np.float32(1e-30)
+_ROUNDING = np.float32(2e-6)  # of sums in float32, see ``bounded_scores``
 
 
 @compiled()
@@ -68,6 +69,22 @@ def _rounded(balanced_D: Any, inverse: Any, levels: Any, own_D: Any, other_D: An
     return total, weighted, square
 
 
+@compiled(fastmath=ANY_ORDER)
+def _length(x_D: Any) -> Any:
+    square = np.float32(0.0)
+    for d in range(len(x_D)):
+        square += x_D[d] * x_D[d]
+    return np.sqrt(square)
+
+
+@compiled()
+def _bias(square: Any, linear: Any, linear_length: Any, by_distance: bool) -> tuple[Any, Any]:
+    """What a key adds to its scores at most, and half of how much that may be too high."""
+    half = np.float32(0.5) * square if by_distance else np.float32(0.0)
+    slack = _ROUNDING * (half + linear_length * np.sqrt(square))
+    return linear - half + slack, slack
+
+
 @compiled()
 def _interleave(four_F: Any, first: int, key_F: Any) -> None:
     """Put a row, four columns at a time, in its place among the 16 of a group."""
@@ -98,11 +115,7 @@ def round_keys(
     balanced_D, row_E = np.empty(width, np.float32), np.zeros(columns, np.int8)
     four_F, key_F = row_E.view(np.int32), key_B.view(np.int32)
     mean_D, balance_D, linear_D, own_D, other_D = _rows_of(about_5D)
-    slack_share = np.float32(2e-6)
-    linear_length = np.float32(0.0)
-    for d in range(width):
-        linear_length += linear_D[d] * linear_D[d]
-    linear_length = np.sqrt(linear_length)
+    linear_length = _length(linear_D)
     for m in range(len(keys_MD)):
         _, square, linear = _centred(keys_MD[m], mean_D, balance_D, linear_D, balanced_D)
         reach_1[0] = _reach(balanced_D.view(np.int32))
@@ -113,11 +126,9 @@ def round_keys(
         else:
             key_B[m * columns : (m + 1) * columns] = row_E
         start_M[m] = -zero * np.int32(total)
-        half = np.float32(0.5) * square if by_distance else np.float32(0.0)
-        slack = slack_share * (half + linear_length * np.sqrt(square))
         about_5M[0, m], about_5M[1, m] = step, step * weighted
         about_5M[2, m] = max(step * np.sqrt(length), step / ratio)
-        about_5M[3, m], about_5M[4, m] = linear - half + slack, slack
+        about_5M[3, m], about_5M[4, m] = _bias(square, linear, linear_length, by_distance)
 
 
 @compiled("(f4[:,::1], f4[:,::1], f4, i8, i1[:,::1], f4[:,::1])")
@@ -146,15 +157,10 @@ def centre_keys(keys_MD: Any, about_5D: Any, by_distance: bool, centred_MD: Any,
     width = keys_MD.shape[1]
     balanced_D = np.empty(width, np.float32)
     mean_D, balance_D, linear_D, _, _ = _rows_of(about_5D)
-    linear_length = np.float32(0.0)
-    for d in range(width):
-        linear_length += linear_D[d] * linear_D[d]
-    linear_length = np.sqrt(linear_length)
+    linear_length = _length(linear_D)
     for m in range(len(keys_MD)):
         balanced, square, linear = _centred(keys_MD[m], mean_D, balance_D, linear_D, balanced_D)
         for d in range(width):
             centred_MD[m, d] = keys_MD[m, d] - mean_D[d]
-        half = np.float32(0.5) * square if by_distance else np.float32(0.0)
-        slack = np.float32(2e-6) * (half + linear_length * np.sqrt(square))
         about_5M[0, m], about_5M[1, m], about_5M[2, m] = 1.0, 0.0, np.sqrt(balanced)
-        about_5M[3, m], about_5M[4, m] = linear - half + slack, slack
+        about_5M[3, m], about_5M[4, m] = _bias(square, linear, linear_length, by_distance)
