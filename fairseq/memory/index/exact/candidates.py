@@ -15,12 +15,11 @@ from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.exact import kernels
 from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
 from fairseq.memory.index.ops.candidate_room import capacity
+from fairseq.memory.index.ops.kernels import LOWEST
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.threads import ThreadBuffer
-
-_LOWEST = np.float32(-3.0e38)  # deleted rows, with minus infinity, do not reach it
 
 
 class TrueScores:
@@ -66,10 +65,10 @@ class CandidateGroup:
             lower_QC=np.empty((count, capacity(k)), np.float32),
             ids_QC=np.empty((count, capacity(k)), np.int64),
             filled_Q=np.zeros(count, np.int64),
-            threshold_Q=np.full(count, _LOWEST, np.float32),
+            threshold_Q=np.full(count, LOWEST, np.float32),
             width_Q=np.zeros(count, np.float32),
         )
-        self._start_Q = np.full(count, _LOWEST, np.float32)
+        self._start_Q = np.full(count, LOWEST, np.float32)
         self._true_QC = np.empty((0, 0), np.float32)
         self._bound_Q: Array = self._candidates.threshold_Q
 
@@ -81,7 +80,7 @@ class CandidateGroup:
         raw = self._products(sample, buffer)
         about_Q4 = self._queries.about_N4[self.rows]
         kernels.reached_in_sample(raw, about_Q4, tuple(sample.about_5M), rank, self._start_Q)
-        np.maximum(self._start_Q, _LOWEST, out=self._start_Q)
+        np.maximum(self._start_Q, LOWEST, out=self._start_Q)
         self._candidates.threshold_Q[:] = self._start_Q
 
     def disappointed(self) -> Array:
@@ -99,8 +98,12 @@ class CandidateGroup:
         products: Array = (raw_QM.float() if raw_QM.is_floating_point() else raw_QM).numpy()
         return products
 
-    def take(self, block: KeyBlock, first_row: int, buffer: ThreadBuffer) -> None:
-        """Collect the keys of a block, whose first has this row number, that could be among the k best."""
+    def take(self, block: KeyBlock, first_row: int, buffer: ThreadBuffer, keys_MD: Array | None = None) -> None:
+        """Collect the keys of a block, whose first has this row number, that could be among the k best.
+
+        Args:
+            keys_MD: as they are scored, float32, for groups that score them at once.
+        """
         queries, about = self._queries, tuple(block.about_5M)
         about_Q4 = np.zeros((len(self) + queries.products.tile_rows, 4), np.float32)
         about_Q4[len(self) :, 3] = np.inf

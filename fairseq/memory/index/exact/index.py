@@ -189,7 +189,7 @@ class _Search:
 
     def run(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best rows and their scores."""
-        self._expect()
+        expects = self._guess and self._expect()
         ahead = 2 * torch.get_num_threads()
         with ReadAhead(self.keys, self.blocks) as reader:
             for first in range(0, len(self.blocks), ahead):
@@ -206,43 +206,40 @@ class _Search:
             run_in_threads(lambda group: group.select_remaining(), self.groups)
             run_in_threads(self._score, self.tiles)
         run_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
-        if len(disappointed) and self._guess:
+        if len(disappointed) and expects:
             again = torch.from_numpy(disappointed)
             neighbors = (ids_NK[again], scores_NK[again])
             _Search(self._index, self.query_ND[again], self._k, guess=False).run(*neighbors)
             ids_NK[again], scores_NK[again] = neighbors
 
-    def _expect(self) -> None:
-        """Let groups begin with a threshold: of the keys that go by before there is one, all would be candidates."""
+    def _expect(self) -> bool:
+        """Let groups begin with a threshold: of the keys that go by before there is one, all would be candidates.
+
+        Returns: False where a sample tells too little.
+        """
         sample_MD = self._index.sample
         expected = self._k * len(sample_MD) / len(self.keys)
         # Too few are found for one of 10,000 queries; of those that wait for a second pass over a disk, for hardly any.
         surely = 7.0 if self.keys.exceeds_ram else 4.0
         rank = math.ceil(expected + surely * math.sqrt(expected) + surely)
-        if not self._guess or len(sample_MD) * 8 > len(self.keys) or rank > len(sample_MD) // 4:
-            return
+        if len(sample_MD) * 8 > len(self.keys) or rank > len(sample_MD) // 4:
+            return False
         whole = self.queries.block(sample_MD)
         run_in_threads(lambda group: group.expect(whole, rank, self._buffer), self.groups)
+        return True
 
     def _block(self, keys: tuple[slice, Tensor]) -> tuple[KeyBlock, Array | None]:
         """A block as it is multiplied, and its keys as they are scored if that is done while they pass by."""
         rows, keys_MD = keys
-        scored_MD = self.scores.prepare(keys_MD) if self.is_streamed else None
-        if scored_MD is not None:
-            block = self.queries.block(torch.from_numpy(scored_MD))
-        else:
-            block = self.queries.block(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
+        scored_MD = self.scores.prepare(keys_MD)
+        block = self.queries.block(torch.from_numpy(scored_MD))
         first, past = np.searchsorted(self.deleted, (rows.start, rows.stop))
         block.drop(self.deleted[first:past] - rows.start)
-        return block, scored_MD
+        return block, scored_MD if self.is_streamed else None
 
     def _scan(self, blocks: list[tuple[slice, tuple[KeyBlock, Array | None]]], group: CandidateGroup) -> None:
         for rows, (block, scored_MD) in blocks:
-            if scored_MD is not None and isinstance(group, StreamedGroup):
-                group.begin_block(scored_MD, rows.start)
-            group.take(block, rows.start, self._buffer)
-            if isinstance(group, StreamedGroup):
-                group.end_block()
+            group.take(block, rows.start, self._buffer, scored_MD)
 
     def _score(self, rows: slice) -> None:
         keys_MD = self.scores.rows(rows)

@@ -16,10 +16,11 @@ from torch import Tensor
 from fairseq.memory.index.exact import streamed_kernels
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.kernels import CHUNK_KEYS
-from fairseq.memory.index.ops.bounded_scores import RoundedQueries
+from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
 from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
+from fairseq.runtime.threads import ThreadBuffer
 
 _RISEN_SHARE = 0.125  # of the queries: with fewer risen thresholds the filter's are left as they are for a while
 
@@ -45,20 +46,17 @@ class StreamedGroup(CandidateGroup):
             filled_Q=np.zeros(count, np.int64),
             threshold_Q=np.full(count, -np.inf, np.float32),
         )
-        self._keys_MD = np.empty((0, scores.query_ND.shape[1]), np.float32)
-        self._first_row = self._risen = 0
+        self._risen = 0
 
-    def begin_block(self, keys_MD: Array, first_row: int) -> None:
-        """Have a block's keys at hand, float32 as they are scored, for what ``take`` collects of it."""
-        self._keys_MD, self._first_row = keys_MD, first_row
-
-    def end_block(self) -> None:
-        """Score what ``take`` collected."""
+    def take(self, block: KeyBlock, first_row: int, buffer: ThreadBuffer, keys_MD: Array | None = None) -> None:
+        """Collect what may be near, as ``CandidateGroup`` does, and score it; the keys must be given."""
+        assert keys_MD is not None, "keys are scored as they pass by"
+        super().take(block, first_row, buffer)
         scores = self._scores
         self._risen += streamed_kernels.score_collected(
             scores.query_ND[self.rows].numpy(),
-            self._keys_MD,
-            self._first_row,
+            keys_MD,
+            first_row,
             scores.by_distance,
             self._k,
             tuple(self._candidates),

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, LOWEST, approx_kth_largest, compiled, dot, neg_sq_l2
 
-LOWEST = np.float32(-3.0e38)
-"""A threshold that every key reaches, deleted ones (minus infinity) excepted."""
 # Float32 sums that are computed in two ways differ by a few units in the seventh place of what they are sums of.
 _ROUNDING = np.float32(4e-6)
 

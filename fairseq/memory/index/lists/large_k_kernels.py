@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.lists.kernels import LOWEST
-from fairseq.memory.index.ops.kernels import FINITE, GROUP, approx_kth_largest, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, LOWEST, approx_kth_largest, compiled, dot, neg_sq_l2
 from fairseq.memory.index.ops.numba_library import numba, types
 
 NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fairseq.memory.index.lists import kernels
 from fairseq.memory.index.lists.residual_kernels import round_residuals
 from fairseq.memory.index.ops.candidate_room import capacity
-from fairseq.memory.index.ops.kernels import GROUP
+from fairseq.memory.index.ops.kernels import GROUP, LOWEST
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.index.ops.products import Products
 from fairseq.memory.types import Array
@@ -271,7 +271,7 @@ class _ScanGroup:
             ids_NC=np.empty((count, room), np.int64),
             order_NC=np.empty((count, room), np.int64),
             filled_N=np.zeros(count, np.int64),
-            threshold_N=np.full(count, kernels.LOWEST, np.float32),
+            threshold_N=np.full(count, LOWEST, np.float32),
             doubt_N=doubt_N.numpy(),
             is_open_N=np.zeros(count, np.bool_),
         )

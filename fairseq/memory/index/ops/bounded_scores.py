@@ -110,7 +110,7 @@ class RoundedQueries:
         levels, moved = np.float32(products.levels), np.ascontiguousarray(moved_ND.numpy())
         rounded = rows_NE[:count].numpy()
         rounding_kernels.round_queries(moved, about_queries, levels, products.zero, rounded, about_N3)
-        balanced_MD = (sample_MD - sample_MD.mean(0)) * balance_D
+        balanced_MD = (sample_MD - torch.from_numpy(own[0])) * balance_D
         length_M = torch.linalg.vector_norm(balanced_MD, dim=1).clamp_(min=1e-20)
         # Any ratio bounds the errors; that of most keys bounds them closely.
         ratio_M = balanced_MD.abs().amax(1) / (products.levels * length_M)

@@ -22,6 +22,9 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 GROUP = 64
 """Scores are passed over by so many neighbouring columns: a pass that counts is vectorized, one that lists is not."""
 
+LOWEST = np.float32(-3.0e38)
+"""A threshold that every key reaches, deleted ones (minus infinity) excepted."""
+
 _HALVINGS = 10
 
 # float32 sums may be taken in any order: that lets the CPU add 8 or 16 numbers at once.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, LOWEST, compiled, dot, neg_sq_l2
 
 _PART = 64
 
@@ -20,7 +20,7 @@ def _bound_all(raw_QM: Any, q: int, about_4: Any, about: Any, bound_M: Any) -> A
     """Write what scores are at most. Returns: the largest of what they are at least."""
     step_M, weight_M, size_M, bias_M, slack_M = about
     scale, zero, width = about_4[0], about_4[1], about_4[2]
-    least = np.float32(-3.0e38)
+    least = LOWEST
     for m in range(len(bound_M)):
         error = size_M[m] * width
         bound = ((np.float32(raw_QM[q, m]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
