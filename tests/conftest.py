@@ -197,7 +197,7 @@ def set_fast_products(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(products, "chosen", lambda: products.by_name(name))
 
 
-PRODUCTS = ["avx512_vnni", "avx2", "asimddp", "library_int8", "bfloat16", "float32"]
+PRODUCTS = ["amx_int8", "avx512_vnni", "avx2", "asimddp", "library_int8", "bfloat16", "float32"]
 """Ways to multiply that differ in what they round to, and how; each is taken on any machine."""
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 """Features that decide how fast a CPU searches."""
+
+# linux/arch/x86/include/uapi/asm/prctl.h: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA).
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 def total_ram_bytes() -> int:
@@ -24,6 +28,18 @@ def has_bfloat16_products() -> bool:
     import torch
 
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def may_use_matrix_registers() -> bool:
+    """True if the system lets this process use AMX's registers, for which it has to be asked (Linux from 5.16 on).
+
+    It refuses where a signal handler's stack is too small to save them. What is forked has the permission as well.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    system_call = ctypes.CDLL(None, use_errno=True).syscall
+    given = tuple(ctypes.c_long(number) for number in (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA))
+    return bool(system_call(*given) == 0)
 
 
 def cpu_features() -> set[str]:

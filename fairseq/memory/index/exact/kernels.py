@@ -20,6 +20,7 @@ from fairseq.memory.index.ops.tile_product_kernels import (
     lowest_bit,
     reaching_keys,
     tile_products,
+    tile_registers,
 )
 
 
@@ -69,7 +70,7 @@ def _make_room(candidates: Any, about_Q4: Any, q: int, k: int, wanted: int) -> b
 # rest of it.
 @compiled(forceinline=True)
 def _append(
-    raw_X: Any, at: int, hits: int, step_M: Any, weight_M: Any, size_M: Any, bias_M: Any, slack_M: Any, key: int,
+    raw_X: Any, hits: int, step_M: Any, weight_M: Any, size_M: Any, bias_M: Any, slack_M: Any, key: int,
     first_row: int, about_Q4: Any, q: int, lower_QC: Any, ids_QC: Any, filled_Q: Any, width_Q: Any,
 ) -> None:  # fmt: skip
     """Put the keys of a tile that may be among the k best (bits of ``hits``) after the candidates of a query."""
@@ -80,7 +81,7 @@ def _append(
         hits &= hits - 1
         m = key + j
         error = size_M[m] * width
-        bound = ((np.float32(raw_X[at + j]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
+        bound = ((np.float32(raw_X[j]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
         below = np.float32(2.0) * (error + slack_M[m])
         lower_QC[q, filled], ids_QC[q, filled] = bound - below, first_row + m
         widest = max(widest, below)
@@ -101,34 +102,38 @@ def collector(name: str) -> Any:
     """
     rows, lanes = INSTRUCTIONS[name].rows, max(8, INSTRUCTIONS[name].lanes)
     tile, reaches = tile_products(name, rows), reaching_keys(lanes, rows)
+    prepare_registers, release_registers = tile_registers(name)
 
     def collect(
         row_QE: Any, about_Q4: Any, key_B: Any, start_M: Any, about: Any, first_row: int, k: int, candidates: Any,
         key: int, query: int,
     ) -> tuple[int, int, int]:  # fmt: skip
         columns = row_QE.shape[1]
-        raw_X, hit_R = np.empty(rows * TILE_KEYS, np.int32), np.empty(rows, np.int64)
+        raw_RX, hit_R = np.empty((rows, TILE_KEYS), np.int32), np.empty(rows, np.int64)
         step_M, weight_M, size_M, bias_M, slack_M = about
         lower_QC, ids_QC, filled_Q, _, width_Q = candidates
         # The keys of a chunk stay near, and so do the candidates of a tile's queries.
         chunk = TILE_KEYS * max(1, min(CHUNK_KEYS // TILE_KEYS, (lower_QC.shape[1] - k) // (4 * TILE_KEYS)))
+        prepare_registers()
         while key < len(start_M):
             while query < len(filled_Q):
                 for q in range(query, min(query + rows, len(filled_Q))):
                     if filled_Q[q] > lower_QC.shape[1] - chunk and not _make_room(candidates, about_Q4, q, k, chunk):
+                        release_registers()
                         return key, query, q
                 for first in range(key, min(key + chunk, len(start_M)), TILE_KEYS):
-                    tile(row_QE, query, key_B, first * columns, columns, start_M, first, raw_X)
-                    if not reaches(raw_X, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R):
+                    tile(row_QE, query, key_B, first * columns, columns, start_M, first, raw_RX)
+                    if not reaches(raw_RX, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R):
                         continue
                     for i in range(rows):
                         if hit_R[i]:
                             _append(
-                                raw_X, i * TILE_KEYS, hit_R[i], step_M, weight_M, size_M, bias_M, slack_M, first,
+                                raw_RX[i], hit_R[i], step_M, weight_M, size_M, bias_M, slack_M, first,
                                 first_row, about_Q4, query + i, lower_QC, ids_QC, filled_Q, width_Q,
                             )  # fmt: skip
                 query += rows
             key, query = key + chunk, 0
+        release_registers()
         return key, query, -1
 
     collect.__qualname__ = f"collect_{name}"
@@ -150,15 +155,15 @@ def collect_products(
     step_M, weight_M, size_M, bias_M, slack_M = about
     lower_QC, ids_QC, filled_Q, _, width_Q = candidates
     full = lower_QC.shape[1] - TILE_KEYS
-    raw_X, hit_R = np.empty(TILE_KEYS, raw_QM.dtype), np.empty(1, np.int64)
+    hit_R = np.empty(1, np.int64)
     while query < len(raw_QM):
         for first in range(key, raw_QM.shape[1], TILE_KEYS):
-            raw_X[:] = raw_QM[query, first : first + TILE_KEYS]
+            raw_X = raw_QM[query, first : first + TILE_KEYS]
             if _reaches(raw_X, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R):
                 if filled_Q[query] > full and not _make_room(candidates, about_Q4, query, k, TILE_KEYS):
                     return first, query, query
                 _append(
-                    raw_X, 0, hit_R[0], step_M, weight_M, size_M, bias_M, slack_M, first, first_row,
+                    raw_X, hit_R[0], step_M, weight_M, size_M, bias_M, slack_M, first, first_row,
                     about_Q4, query, lower_QC, ids_QC, filled_Q, width_Q,
                 )  # fmt: skip
         key, query = 0, query + 1

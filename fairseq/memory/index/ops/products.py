@@ -54,6 +54,8 @@ class Products:
     """What is added to the entries of rows."""
     tile_rows: int = 0
     """Rows that are multiplied at a time; 0 where the library decides that."""
+    column_step: int = 8
+    """Columns of factors are a multiple of it if they are rounded."""
     is_interleaved: bool = False
     """Keys are laid out as ``tile_product_kernels`` has them."""
 
@@ -69,7 +71,8 @@ class Products:
 
     def columns(self, width: int) -> int:
         """Columns of rows that are multiplied: the width, filled up if they are rounded."""
-        return max(8, -(-width // 8) * 8) if self.is_rounded else width
+        step = self.column_step
+        return max(step, -(-width // step) * step) if self.is_rounded else width
 
     def keys(self, key_B: Tensor, columns: int) -> Tensor:
         """Keys as ``multiply`` takes them, of the integers as ``is_interleaved`` has them."""
@@ -107,7 +110,7 @@ def by_name(name: str) -> Products:
         known = ", ".join((*INSTRUCTIONS, _LIBRARY_INT8, _BFLOAT16, _FLOAT32))
         raise ValueError(f"{name!r} is no way to multiply; these are: {known}")
     kind = INSTRUCTIONS[name]
-    return Products(name, torch.int8, kind.levels, kind.zero, kind.rows, is_interleaved=True)
+    return Products(name, torch.int8, kind.levels, kind.zero, kind.rows, kind.column_step, is_interleaved=True)
 
 
 def available() -> list[str]:
@@ -116,6 +119,8 @@ def available() -> list[str]:
 
     features, compiled = hardware.cpu_features(), compiler_features()
     names = [name for name, wanted in _TILES.items() if name in features and wanted <= compiled]
+    if "amx_int8" in names and not hardware.may_use_matrix_registers():
+        names.remove("amx_int8")
     if not features.isdisjoint(_LIBRARY_FEATURES) and hasattr(torch, "_int_mm"):
         names.append(_LIBRARY_INT8)
     if hardware.has_bfloat16_products():
@@ -130,6 +135,7 @@ def best_tiles() -> str:
 
 # What the compiler calls the instructions that the tiles consist of.
 _TILES = {
+    "amx_int8": {"amx-int8", "amx-tile", "avx512f"},
     "avx512_vnni": {"avx512vnni", "avx512f"},
     "avx_vnni": {"avxvnni"},
     "avx2": {"avx2"},

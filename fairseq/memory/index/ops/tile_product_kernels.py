@@ -41,8 +41,11 @@ class Instructions:
     """Largest size of an entry."""
     zero: int
     """What is added to the entries of a row."""
-    add_products: Callable[[Any, Any, list[Any], list[Any]], Any]
-    """(builder, sums, row, keys) -> sums; row and keys are two vectors of four columns for each lane."""
+    add_products: Callable[[Any, Any, list[Any], list[Any]], Any] | None
+    """(builder, sums, row, keys) -> sums; row and keys are two vectors of four columns for each lane. None where sums
+    are whole matrices (``_MatrixTile``)."""
+    column_step: int = COLUMN_STEP
+    """Columns are a multiple of it."""
 
 
 def _call(builder: Any, name: str, result: Any, *given: Any) -> Any:
@@ -97,6 +100,7 @@ def _one_by_one(builder: Any, sums: Any, row: list[Any], keys: list[Any], *, sig
 
 
 INSTRUCTIONS = {
+    "amx_int8": Instructions(32, 2, 16, 127, 0, None, 64),
     "avx512_vnni": Instructions(6, 4, 16, 127, 128, _by_four("llvm.x86.avx512.vpdpbusd.512")),
     "avx_vnni": Instructions(4, 2, 8, 127, 128, _by_four("llvm.x86.avx512.vpdpbusd.256")),
     "avx2": Instructions(4, 2, 8, 63, 64, _by_pairs),
@@ -104,6 +108,11 @@ INSTRUCTIONS = {
     "plain": Instructions(4, 1, 16, 127, 128, _one_by_one),
 }
 """By the processor's name of the feature; ``plain`` needs none."""
+
+
+def is_matrix(name: str) -> bool:
+    """True if sums are whole matrices (AMX), for which there have to be 16 rows."""
+    return INSTRUCTIONS[name].add_products is None
 
 
 def without_instructions(kind: Instructions) -> Instructions:
@@ -124,8 +133,8 @@ class _Tile:
     def _pointer(self, base: Any, offset: Any, kind: Any) -> Any:
         return self._builder.bitcast(self._builder.gep(base, [offset], inbounds=True), kind.as_pointer())
 
-    def sum_up(self, start_at: Any, out_at: Any) -> None:
-        """Write ``start`` plus all products: 64 sums of 32 bits for each row, row after row."""
+    def sum_up(self, start_at: Any, out_at: Any, out_stride: Any) -> None:
+        """Write ``start`` plus all products: 64 sums of 32 bits for each row, rows a number of bytes apart."""
         kind, builder = self._kind, self._builder
         for first in range(0, TILE_KEYS // kind.lanes, kind.vectors):
             places = [self._number((first + v) * kind.lanes) for v in range(kind.vectors)]
@@ -134,12 +143,13 @@ class _Tile:
                 held.append([cgutils.alloca_once(builder, self._sums) for _ in places])
                 for place, total in zip(places, held[-1]):
                     builder.store(builder.load(self._pointer(start_at, place, self._sums), align=4), total)
-            with cgutils.for_range_slice(builder, self._number(0), self._columns, self._number(COLUMN_STEP)) as (at, _):
+            step = self._number(COLUMN_STEP)
+            with cgutils.for_range_slice(builder, self._number(0), self._columns, step) as (at, _):
                 self._add(at, [(first + v) * kind.lanes for v in range(kind.vectors)], held)
             for number, totals in enumerate(held):
+                row = cgutils.pointer_add(builder, out_at, builder.mul(out_stride, self._number(number)))
                 for place, total in zip(places, totals):
-                    to = builder.add(place, self._number(number * TILE_KEYS))
-                    builder.store(builder.load(total), self._pointer(out_at, to, self._sums), align=4)
+                    builder.store(builder.load(total), self._pointer(row, place, self._sums), align=4)
 
     def _add(self, column: Any, lanes: list[int], held: list[list[Any]]) -> None:
         """Add the products of eight columns to what is held."""
@@ -166,6 +176,87 @@ class _Tile:
         first = self._builder.insert_element(nothing, value, ir.Constant(_INT, 0))
         mask = ir.Constant(ir.VectorType(_INT, self._kind.lanes), [0] * self._kind.lanes)
         return self._builder.shuffle_vector(first, nothing, mask)
+
+
+class _MatrixTile:
+    """Writes the loops for one tile in AMX's instructions, whose registers are matrices of 16 x 64 bytes.
+
+    Four of them hold the sums of 32 rows with 32 keys; a row of the keys' matrix is four columns of 16 keys, as they
+    are interleaved.
+    """
+
+    SIDE = 16
+    STEP = 64  # columns of a matrix of rows
+
+    def __init__(self, builder: Any, row_at: list[Any], row_stride: Any, keys_at: Any, columns: Any) -> None:
+        self._builder, self._row_at, self._row_stride = builder, row_at[:: self.SIDE], row_stride
+        self._keys_at, self._columns, self._size = keys_at, columns, columns.type
+
+    def _number(self, value: int) -> Any:
+        return ir.Constant(self._size, value)
+
+    def _tile(self, name: str, *given: Any) -> None:
+        given = tuple(ir.Constant(_BYTE, x) if isinstance(x, int) else x for x in given)
+        _call(self._builder, f"llvm.x86.{name}", ir.VoidType(), *given)
+
+    def _at(self, base: Any, offset: Any) -> Any:
+        return self._builder.gep(self._builder.bitcast(base, _BYTE.as_pointer()), [offset], inbounds=True)
+
+    def sum_up(self, start_at: Any, out_at: Any, out_stride: Any) -> None:
+        """Write ``start`` plus all products: 64 sums of 32 bits for each row, rows a number of bytes apart."""
+        builder, parts = self._builder, len(self._row_at)
+        for half in range(0, TILE_KEYS // LANES, 2):
+            for part in range(parts):
+                for side in range(2):
+                    # The same numbers for all rows: no step from one to the next.
+                    start = self._at(start_at, self._number(4 * LANES * (half + side)))
+                    self._tile("tileloadd64", 2 * part + side, start, self._number(0))
+            step = self._number(self.STEP)
+            with cgutils.for_range_slice(builder, self._number(0), self._columns, step) as (column, _):
+                for side in range(2):
+                    lanes = self._number(LANES * (half + side))
+                    offset = builder.add(builder.mul(self._columns, lanes), builder.mul(column, self._number(LANES)))
+                    self._tile("tileloadd64", 6 + side, self._at(self._keys_at, offset), self._number(4 * LANES))
+                for part, row_at in enumerate(self._row_at):
+                    self._tile("tileloadd64", 4 + part, self._at(row_at, column), self._row_stride)
+                    for side in range(2):
+                        self._tile("tdpbssd", 2 * part + side, 4 + part, 6 + side)
+            for part in range(parts):
+                row = cgutils.pointer_add(builder, out_at, builder.mul(out_stride, self._number(part * self.SIDE)))
+                for side in range(2):
+                    out = self._at(row, self._number(4 * LANES * (half + side)))
+                    self._tile("tilestored64", 2 * part + side, out, out_stride)
+
+
+@functools.cache
+def tile_registers(name: str) -> tuple[Any, Any]:
+    """Two intrinsics without arguments: to be called before the first tile of an instruction set, and after the last.
+
+    AMX's registers have a shape to be set, and are to be given back; the others' do nothing.
+    """
+    has_shape = is_matrix(name)
+
+    def before(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            if has_shape:
+                # Palette 1; from byte 16 on the bytes of a row, from 48 on the rows, of each of 8 registers.
+                shape = [1, *[0] * 15, *[_MatrixTile.STEP, 0] * 8, *[0] * 16, *[_MatrixTile.SIDE] * 8, *[0] * 8]
+                kind = ir.ArrayType(_BYTE, len(shape))
+                held = cgutils.alloca_once_value(builder, ir.Constant(kind, [ir.Constant(_BYTE, x) for x in shape]))
+                _call(builder, "llvm.x86.ldtilecfg", ir.VoidType(), builder.bitcast(held, _BYTE.as_pointer()))
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    def after(typing_context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            if has_shape:
+                _call(builder, "llvm.x86.tilerelease", ir.VoidType())
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return numba.extending.intrinsic(before), numba.extending.intrinsic(after)
 
 
 _CONTRACT = ("contract",)
@@ -211,13 +302,13 @@ class _Bounds:
 
 @functools.cache
 def reaching_keys(lanes: int, rows: int) -> Any:
-    """The intrinsic ``(raw_X, row_Q4, first, step_M, weight_M, size_M, bias_M, key, hit_R)`` for a tile of products.
+    """The intrinsic ``(raw_RX, row_Q4, first, step_M, weight_M, size_M, bias_M, key, hit_R)`` for a tile of products.
 
     It writes 64 bits for each row: which keys' bounds reach the row's fourth number (see ``bounded_scores``).
     Returns: a number that is not zero if any does.
     """
 
-    def typed(typing_context: Any, raw_X: Any, row_Q4: Any, first: Any, step: Any, weight: Any, size: Any, bias: Any,
+    def typed(typing_context: Any, raw_RX: Any, row_Q4: Any, first: Any, step: Any, weight: Any, size: Any, bias: Any,
               key: Any, hit_R: Any) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             made = [context.make_array(signature.args[i])(context, builder, given[i]) for i in (0, 1, 3, 4, 5, 6, 8)]
@@ -234,7 +325,7 @@ def reaching_keys(lanes: int, rows: int) -> Any:
             return any_hit
 
         size_ = types.intp
-        return types.int64(raw_X, row_Q4, size_, step, weight, size, bias, size_, hit_R), generate
+        return types.int64(raw_RX, row_Q4, size_, step, weight, size, bias, size_, hit_R), generate
 
     return numba.extending.intrinsic(typed)
 
@@ -252,15 +343,15 @@ lowest_bit: Any = numba.extending.intrinsic(_lowest_bit)
 
 @functools.cache
 def tile_products(name: str, rows: int) -> Any:
-    """The intrinsic ``(row_QE, first, key_B, byte, E, start_M, key, out_X)`` of an instruction set.
+    """The intrinsic ``(row_QE, first, key_B, byte, E, start_M, key, out_RX)`` of an instruction set.
 
     It writes ``start_M[key + j]`` plus the product of row ``first + i`` with the j-th of the 64 interleaved keys that
-    begin at ``key_B[byte]`` to ``out_X[64 * i + j]``, for i below ``rows``.
+    begin at ``key_B[byte]`` to ``out_RX[i, j]``, for i below ``rows``.
     """
     kind = INSTRUCTIONS[name]
 
     def typed(typing_context: Any, row_QE: Any, first: Any, key_B: Any, byte: Any, columns: Any, start_M: Any,
-              key: Any, out_X: Any) -> Any:  # fmt: skip
+              key: Any, out_RX: Any) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
             made = {i: context.make_array(signature.args[i])(context, builder, given[i]) for i in (0, 2, 5, 7)}
             stride = builder.extract_value(made[0].strides, 0)
@@ -270,10 +361,14 @@ def tile_products(name: str, rows: int) -> Any:
                 row_at.append(builder.gep(made[0].data, [offset], inbounds=True))
             keys_at = builder.gep(made[2].data, [given[3]], inbounds=True)
             start_at = builder.gep(made[5].data, [given[6]], inbounds=True)
-            _Tile(kind, builder, row_at, keys_at, given[4]).sum_up(start_at, made[7].data)
+            if kind.add_products is None:
+                tile = _MatrixTile(builder, row_at, stride, keys_at, given[4])
+            else:
+                tile = _Tile(kind, builder, row_at, keys_at, given[4])
+            tile.sum_up(start_at, made[7].data, builder.extract_value(made[7].strides, 0))
             return context.get_dummy_value()
 
         size = types.intp
-        return types.void(row_QE, size, key_B, size, size, start_M, size, out_X), generate
+        return types.void(row_QE, size, key_B, size, size, start_M, size, out_RX), generate
 
     return numba.extending.intrinsic(typed)
