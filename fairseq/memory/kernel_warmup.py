@@ -12,11 +12,13 @@ MODULES = (
     "fairseq.memory.index.ops.kernels",
     "fairseq.memory.index.ops.rounding_kernels",
     "fairseq.memory.index.ops.kmeans_kernels",
+    "fairseq.memory.index.candidates.kernels",
     "fairseq.memory.index.exact.kernels",
     "fairseq.memory.index.exact.streamed_kernels",
-    "fairseq.memory.index.lists.kernels",
-    "fairseq.memory.index.lists.residual_kernels",
+    "fairseq.memory.index.lists.tie_kernels",
+    "fairseq.memory.index.lists.decoding_kernels",
     "fairseq.memory.index.lists.large_k_kernels",
+    "fairseq.memory.index.lists.bulk_kernels",
     "fairseq.memory.index.lists.adc_kernels",
     "fairseq.memory.index.lists.pq_rescoring_kernels",
     "fairseq.memory.extended_mind.kernels",
@@ -83,11 +85,12 @@ def _kernels() -> list[tuple[str, Any, Any]]:
     for module in MODULES:
         importlib.import_module(module)
     from fairseq.memory.index.exact.kernels import collector
+    from fairseq.memory.index.lists import bulk_kernels
     from fairseq.memory.index.ops.kernels import KERNELS
     from fairseq.memory.index.ops.product_kernels import multiply
     from fairseq.memory.index.ops.products import best_tiles
 
-    for make in (multiply, collector):
+    for make in (multiply, collector, bulk_kernels.sampler, bulk_kernels.collector):
         make(best_tiles())
     from fairseq.memory.index.ops.numba_library import sigutils
 

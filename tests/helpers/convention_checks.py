@@ -69,6 +69,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("base",),
         ("faiss_library",),
         ("ops",),
+        ("candidates",),
         ("lists",),
         ("faiss",),
         ("exact",),

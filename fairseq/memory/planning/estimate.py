@@ -149,7 +149,7 @@ def plan(config: PlanConfig, rates: Rates, memory_bytes: int) -> Plan:
 
 
 def _exact(config: PlanConfig, rates: Rates, store: int, memory_bytes: int) -> Choice:
-    from fairseq.memory.index.ops.candidate_room import CANDIDATE_BYTES, capacity
+    from fairseq.memory.index.candidates.room import CANDIDATE_BYTES, capacity
 
     memory = round(config.search_memory * 1e9)
     bulk = max(1, memory // (CANDIDATE_BYTES * capacity(config.k) + 12 * config.dim))

@@ -89,7 +89,7 @@ def test_the_way_by_matrix_products_finds_what_faiss_finds(metric, monkeypatch):
 
 def test_a_whole_list_may_be_deleted():
     lists = filled("ivfpq", Metric.L2).inner.invlists
-    numbers = DecodedLists(filled("ivfpq", Metric.L2).inner, products=by_name("float32")).ids(0)
+    numbers = DecodedLists(filled("ivfpq", Metric.L2).inner, products=by_name("plain")).ids(0)
     assert len(numbers) == lists.list_size(0) > 0
     index = index_of("ivfpq", Metric.L2, np.sort(numbers))
     found = index.search(torch.from_numpy(KEYS), 3).ids_NK

@@ -12,7 +12,7 @@ from fairseq.memory.datastore.writer import DatastoreWriter
 from fairseq.memory.index import INDEXES
 from fairseq.memory.index.build.build import build_index
 from fairseq.memory.index.build.config import BuildConfig
-from fairseq.memory.index.ops.candidate_room import CANDIDATE_BYTES, capacity
+from fairseq.memory.index.candidates.room import CANDIDATE_BYTES, capacity
 from fairseq.memory.planning.config import PlanConfig
 from fairseq.memory.planning.estimate import SIZES, IndexRates, Rates, plan, training_keys
 from fairseq.memory.planning.measure import measure

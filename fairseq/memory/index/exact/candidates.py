@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
+from fairseq.memory.index.candidates.room import capacity
 from fairseq.memory.index.exact import kernels
 from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
-from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.kernels import LOWEST
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized

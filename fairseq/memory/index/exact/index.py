@@ -21,12 +21,12 @@ from fairseq.memory.datastore.chunked_array import ChunkedArray, to_storage_dtyp
 from fairseq.memory.datastore.layout import KEY_DTYPES
 from fairseq.memory.datastore.reading.read_ahead import ReadAhead
 from fairseq.memory.index.base import check_k, check_queries
+from fairseq.memory.index.candidates.room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.exact.streamed import StreamedGroup
 from fairseq.memory.index.ops import products as ways
 from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
-from fairseq.memory.index.ops.candidate_room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.index.ops.products import has_fast_int8
 from fairseq.memory.similarity import normalized

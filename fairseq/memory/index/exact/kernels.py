@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fairseq.memory.index.candidates.kernels import append_hits, prune
 from fairseq.memory.index.ops.kernels import approx_kth_largest, compiled, dot, neg_sq_l2
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 from fairseq.memory.index.ops.tile_product_kernels import (
@@ -37,23 +38,12 @@ class BoundedCandidates(NamedTuple):
     """Largest distance of a score above its lower bound; grows."""
 
 
+_NO_SHARE = np.float32(0.0)
 CHUNK_KEYS = 4 * TILE_KEYS
 """Keys that all queries of a group are compared with before the next."""
 # Types of a call, for ``compiled``.
 _ABOUT = "Tuple((f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]))"
 _CANDIDATES = "Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[::1]))"
-
-
-@compiled()
-def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
-    """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
-    threshold = max(threshold, approx_kth_largest(lower_C[:filled], k))
-    lowest = threshold - width
-    kept = 0
-    for i in range(filled):
-        lower_C[kept], ids_C[kept] = lower_C[i], ids_C[i]
-        kept += lower_C[i] >= lowest
-    return kept, threshold
 
 
 @compiled()
@@ -64,29 +54,6 @@ def _make_room(candidates: Any, about_Q4: Any, q: int, k: int, wanted: int) -> b
     filled, threshold = prune(lower_QC[q], ids_QC[q], filled_Q[q], k, threshold_Q[q], width_Q[q])
     filled_Q[q], threshold_Q[q], about_Q4[q, 3] = filled, threshold, threshold
     return bool(filled <= min(room - wanted, 3 * room // 4))
-
-
-# Arrays are handed over one by one: those of a tuple would be counted in and out of use, which takes longer than the
-# rest of it.
-@compiled(forceinline=True)
-def _append(
-    raw_X: Any, hits: int, step_M: Any, weight_M: Any, size_M: Any, bias_M: Any, slack_M: Any, key: int,
-    first_row: int, about_Q4: Any, q: int, lower_QC: Any, ids_QC: Any, filled_Q: Any, width_Q: Any,
-) -> None:  # fmt: skip
-    """Put the keys of a tile that may be among the k best (bits of ``hits``) after the candidates of a query."""
-    filled, widest = filled_Q[q], width_Q[q]
-    scale, zero, width = about_Q4[q, 0], about_Q4[q, 1], about_Q4[q, 2]
-    while hits:
-        j = lowest_bit(hits)
-        hits &= hits - 1
-        m = key + j
-        error = size_M[m] * width
-        bound = ((np.float32(raw_X[j]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
-        below = np.float32(2.0) * (error + slack_M[m])
-        lower_QC[q, filled], ids_QC[q, filled] = bound - below, first_row + m
-        widest = max(widest, below)
-        filled += 1
-    filled_Q[q], width_Q[q] = filled, widest
 
 
 @functools.cache
@@ -123,14 +90,16 @@ def collector(name: str) -> Any:
                         return key, query, q
                 for first in range(key, min(key + chunk, len(start_M)), TILE_KEYS):
                     tile(row_QE, query, key_B, first * columns, columns, start_M, first, raw_RX)
-                    if not reaches(raw_RX, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R):
-                        continue
-                    for i in range(rows):
-                        if hit_R[i]:
-                            _append(
-                                raw_RX[i], hit_R[i], step_M, weight_M, size_M, bias_M, slack_M, first,
-                                first_row, about_Q4, query + i, lower_QC, ids_QC, filled_Q, width_Q,
-                            )  # fmt: skip
+                    hits = reaches(raw_RX, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R)
+                    while hits:
+                        i = lowest_bit(hits)
+                        hits &= hits - 1
+                        q = query + i
+                        append_hits(
+                            raw_RX[i], hit_R[i], step_M, weight_M, size_M, bias_M, slack_M, first, first_row,
+                            about_Q4[q, 0], about_Q4[q, 1], about_Q4[q, 2], _NO_SHARE, _NO_SHARE, q, lower_QC, ids_QC,
+                            filled_Q, width_Q,
+                        )  # fmt: skip
                 query += rows
             key, query = key + chunk, 0
         release_registers()
@@ -162,9 +131,10 @@ def collect_products(
             if _reaches(raw_X, about_Q4, query, step_M, weight_M, size_M, bias_M, first, hit_R):
                 if filled_Q[query] > full and not _make_room(candidates, about_Q4, query, k, TILE_KEYS):
                     return first, query, query
-                _append(
+                append_hits(
                     raw_X, hit_R[0], step_M, weight_M, size_M, bias_M, slack_M, first, first_row,
-                    about_Q4, query, lower_QC, ids_QC, filled_Q, width_Q,
+                    about_Q4[query, 0], about_Q4[query, 1], about_Q4[query, 2], _NO_SHARE, _NO_SHARE, query, lower_QC,
+                    ids_QC, filled_Q, width_Q,
                 )  # fmt: skip
         key, query = 0, query + 1
     return 0, query, -1

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.index.candidates.room import capacity
 from fairseq.memory.index.exact import streamed_kernels
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.kernels import CHUNK_KEYS
 from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
-from fairseq.memory.index.ops.candidate_room import capacity
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import ThreadBuffer

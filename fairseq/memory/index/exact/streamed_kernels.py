@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.lists.kernels import prune_candidates
+from fairseq.memory.index.candidates.kernels import prune_candidates
 from fairseq.memory.index.ops.kernels import GROUP, compiled
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 

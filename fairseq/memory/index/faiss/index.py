@@ -27,10 +27,9 @@ from fairseq.memory.index.faiss_library import (
     search_faiss,
 )
 from fairseq.memory.index.lists.adc_search import AdcSearch
+from fairseq.memory.index.lists.bulk_search import search_in_bulk
 from fairseq.memory.index.lists.decoded_lists import KEPT_BYTES, DecodedLists
-from fairseq.memory.index.lists.large_k_search import large_k_search
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
-from fairseq.memory.index.lists.search import search_lists
 from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.merging import alive_of
 from fairseq.memory.similarity import normalized
@@ -213,7 +212,8 @@ class FaissIndex:
                 self._by_gpu = None
                 strategy = choose_strategy(replace(traits, on_gpu=False), len(query_ND), k)
         if strategy is SearchStrategy.LARGE_K_IN_BULK:
-            return self._ordered_by_row(*large_k_search(self._decoded_lists(), query_ND, k))
+            found = search_in_bulk(self._decoded_lists(), query_ND, k)
+            return self._ordered_by_row(found.ids_NK, found.scores_NK)
         if strategy is SearchStrategy.LARGE_K_BY_TABLES:
             return self._ordered_by_row(*self._adc_search().search(query_ND, k))
         if strategy is SearchStrategy.LISTS_IN_BULK:
@@ -295,7 +295,7 @@ class FaissIndex:
     def _decoded_lists(self) -> DecodedLists:
         if self._lists is None:
             self._lists = DecodedLists(
-                self.inner, products=products.chosen(), deleted=self.deleted, kept_bytes=self.kept_bytes
+                self.inner, products=products.chosen_tiles(), deleted=self.deleted, kept_bytes=self.kept_bytes
             )
         return self._lists
 
@@ -341,7 +341,7 @@ class FaissIndex:
         """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
         lists = self._decoded_lists()
         doubt_N = _ROUNDING * (query_ND.square().sum(1) + lists.key_size)
-        found = search_lists(lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
+        found = search_in_bulk(lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
         ids_NK, scores_NK, open_N = found.ids_NK, found.scores_NK, found.open_N
         if len(open_N):
             strategy = faiss_strategy(self._traits(), len(open_N))

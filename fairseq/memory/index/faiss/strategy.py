@@ -20,11 +20,11 @@ class SearchStrategy(Enum):
     GPU = auto()
     """Copies of the index on the GPUs."""
     LARGE_K_IN_BULK = auto()
-    """Bounds of all scores by matrix products over decoded lists (``lists.large_k_search``)."""
+    """8-bit products over decoded lists (``lists.bulk_search``), equals in the order of their rows."""
     LARGE_K_BY_TABLES = auto()
     """Sums of table entries over the codes in RAM (``lists.adc_search``)."""
     LISTS_IN_BULK = auto()
-    """Matrix products over decoded lists, pruned list by list (``lists.search``)."""
+    """The same, ties at place k as faiss has them."""
     FAISS_ON_ONE_THREAD = auto()
     """faiss itself, on the calling thread."""
     FAISS = auto()

@@ -2,7 +2,7 @@
 
 A score is a sum of entries of a table: products of the query with the codewords, computed once for all lists; what
 depends on the key alone is kept with it, and the centroid of a list adds the same to all its keys. Tables of each list,
-as faiss makes them, take as long to make as to read; for a bulk matrix products are faster (``large_k_search``).
+as faiss makes them, take as long to make as to read; for a bulk matrix products are faster (``bulk_search``).
 
 Shapes: N queries, P lists a query probes, L lists, S groups of scores, K neighbours, D width.
 """

@@ -1,28 +1,39 @@
-"""The lists of a faiss index, decoded for searches in bulk (``search.py``)."""
+"""The lists of a faiss index, decoded and rounded for searches in bulk (``bulk_search.py``).
+
+Shapes: M keys of a list, L lists, P places of keys, D width, E columns of the products.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, has_byte_codes, search_faiss
-from fairseq.memory.index.lists.residual_kernels import decode_bytes
-from fairseq.memory.index.lists.search import PreparedList, Rotation
-from fairseq.memory.index.ops.products import Products, by_name
+from fairseq.memory.index.lists.decoding_kernels import decode_bytes
+from fairseq.memory.index.ops.bounded_scores import Rounding
+from fairseq.memory.index.ops.kernels import GROUP
+from fairseq.memory.index.ops.products import Products
 from fairseq.memory.types import Array
+from fairseq.runtime.threads import run_in_threads
+
+if TYPE_CHECKING:
+    from fairseq.memory.index.lists.bulk_kernels import BulkKeys
 
 KEPT_BYTES = 2 << 30
 """Lists are kept decoded up to this size, so that the next bulk finds them ready."""
 _SAMPLE_ROWS = 16_384
-_DROPPED_SHARE = 0.01  # see Rotation.fit; keys of a list are alike: with 0.03 five times as many are scored
+_BATCH_BYTES = 64 << 20
+"""Of keys that are decoded at a time where they are not kept."""
+_NO_NUMBERS = np.empty(0, np.int64)
 
 
 class DecodedLists:
-    """The lists of an index whose keys are product-quantized, a byte a column, or whole, decoded on demand (see
-    ``lists.search``).
+    """The lists of an index whose keys are product-quantized, a byte a column, or whole, decoded on demand.
 
     Decoded lists of product-quantized keys are kept, and are several times as large as the index. Of the other kinds
     nothing is kept, which would take a quarter more memory than whole keys and six times that of bytes.
@@ -34,67 +45,94 @@ class DecodedLists:
         """Take a faiss index of a kind that has ``faiss_library.bulk_queries_per_list``.
 
         Args:
-            products: what columns are multiplied by; float32 unless these are rounded.
+            products: tiles of an instruction set that columns are multiplied by.
             deleted: rows that must not be found, in rising order.
             kept_bytes: limit on decoded lists of product-quantized keys; if all are larger, none is kept.
         """
         faiss = faiss_library()
         self._index, self.by_distance = index, index.metric_type == faiss.METRIC_L2
         self._deleted = np.empty(0, np.int64) if deleted is None else deleted
-        self.products = products if products.is_rounded else by_name("float32")
-        self._centroids = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
-        self._decode = _decoder(index, self._centroids)
-        self.room: object = None
-        """Memory that a search keeps for the next one."""
-        is_kept = has_byte_codes(index) and 5 * index.ntotal * (index.d + 4) <= kept_bytes
-        self._cache: dict[int, PreparedList] | None = {} if is_kept else None
-        self.key_size = float(self._centroids.square().sum(1).amax())
-        # To rotate a key for each bulk would take as long as hundreds of its products.
-        self._rotation = Rotation.fit(self._sample(), _DROPPED_SHARE) if is_kept else Rotation(None, index.d)
+        self.products = products
+        self.centroid_LD = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
+        """Of the lists, float32."""
+        self._decode = _decoder(index, self.centroid_LD)
+        self.is_kept = has_byte_codes(index) and 5 * index.ntotal * (index.d + 4) <= kept_bytes
+        """Decoded lists serve the next bulk."""
+        self.key_size = float(self.centroid_LD.square().sum(1).amax())
+        sample_MD, apart_MD = self._sample()
+        self.rounding = Rounding(sample_MD, apart_MD, products, by_distance=self.by_distance)
+        """What queries and the keys of all lists are rounded by."""
+        sizes = [index.invlists.list_size(number) for number in range(index.nlist)]
+        self._size_L = np.array(sizes, np.int64)
+        padded_L = -(-self._size_L // GROUP) * GROUP
+        self._padded_L = np.append(padded_L, 0)  # of no list, whose number is -1
+        self._place_L = np.append(0, padded_L.cumsum())
+        self._all = _Arrays(int(self._place_L[-1]), index.d, self._columns) if self.is_kept else None
+        self._is_ready_L = np.zeros(index.nlist, np.bool_)
+        self._turn_L2 = np.array([(size, _turn(size)) for size in sizes], np.int64).reshape(-1, 2)
+        self._rooms: list[Array] = []
 
     def __len__(self) -> int:
         return int(self._index.nlist)
 
+    @property
+    def _columns(self) -> int:
+        return self.products.columns(int(self._index.d))
+
     def probed_lists(self, query_ND: Tensor) -> Tensor:
-        """See ``Lists``."""
+        """int64 (N, P): the lists each query probes, nearest first; -1 for none."""
         return torch.from_numpy(search_faiss(self._index.quantizer, query_ND.numpy(), self._index.nprobe)[1])
 
-    def rotated(self, query_ND: Tensor) -> Tensor:
-        """See ``Lists``."""
-        return self._rotation(query_ND)
+    def padded_sizes(self, numbers: Array) -> Array:
+        """Places that lists take: their keys, filled up to whole groups; none for the number -1."""
+        padded: Array = self._padded_L[numbers]
+        return padded
 
-    def prepare(self, number: int) -> PreparedList:
-        """See ``Lists``."""
-        if self._cache is not None and number in self._cache:
-            return self._cache[number]
-        ids_M = self.ids(number)
-        dead_M = np.flatnonzero(np.isin(ids_M, self._deleted)) if len(self._deleted) else None
-        keys = PreparedList.of(
-            ids_M,
-            self._decoded(number),
-            self._centroids[number],
-            self._rotation,
-            by_distance=self.by_distance,
-            products=self.products,
-            dead_M=dead_M,
-        )
-        if self._cache is not None:
-            self._cache[number] = keys
-        return keys
+    def rooms(self, count: int, num_candidates: int, candidate_bytes: int) -> list[Array]:
+        """Memory for the candidates of so many groups, uint8; it is kept, since fresh memory takes long to come."""
+        rooms, self._rooms = self._rooms, []  # a search at the same time takes memory of its own
+        size = num_candidates * candidate_bytes
+        if len(rooms) < count or len(rooms[0]) < size:
+            rooms = [np.empty(size, np.uint8) for _ in range(count)]
+        self._rooms = rooms
+        return rooms
 
-    def keys(self, number: int) -> tuple[Array, Array]:
-        """Ids and float32 keys of one list, without what bounds their scores."""
-        if self._cache is not None and number in self._cache:
-            return self._cache[number].ids_M, self._cache[number].keys_MD
-        return self.ids(number), self._decoded(number).numpy()
+    def batches(self, numbers_L: Array) -> Iterator[tuple[Array, BulkKeys]]:
+        """Some lists, decoded: the numbers of those at hand, in rising order, and their keys.
 
-    def use_one_thread(self) -> None:
-        """Keep faiss to the calling thread, in that thread only."""
-        faiss_library().omp_set_num_threads(1)
+        Where all are kept they come at once, under their own numbers: the first array is empty.
+        """
+        if self._all is not None:
+            fresh = numbers_L[~self._is_ready_L[numbers_L]]
+            whole, first_L = self._all, self._place_L
+            run_in_threads(lambda number: self._prepare(number, whole, first_L[number]), fresh.tolist(), _one_thread)
+            self._is_ready_L[fresh] = True
+            yield _NO_NUMBERS, whole.keys(first_L, first_L[:-1], self._turn_L2)
+            return
+        size_L = self._padded_L[numbers_L]
+        most = max(int(size_L.max(initial=0)), _BATCH_BYTES // (5 * int(self._index.d)))
+        arrays = _Arrays(min(most, int(size_L.sum())), int(self._index.d), self._columns)
+        for part in _batches(size_L, most):
+            numbers = numbers_L[part]
+            first_L = np.append(0, size_L[part].cumsum())
+            prepare = list(zip(numbers.tolist(), first_L.tolist()))
+            run_in_threads(lambda each: self._prepare(each[0], arrays, each[1]), prepare, _one_thread)  # noqa: B023
+            yield numbers, arrays.keys(first_L, self._place_L[numbers], self._turn_L2[numbers])
 
-    def size(self, number: int) -> int:
-        """Keys of one list."""
-        return int(self._index.invlists.list_size(number))
+    def _prepare(self, number: int, arrays: _Arrays, first: int) -> None:
+        """Decode and round a list. The first of its keys are spread over the list, see ``bulk_kernels.sampler``."""
+        size, turn = self._turn_L2[number].tolist()
+        at_M = np.arange(size) * turn % max(1, size)
+        past, end, columns = first + int(self._padded_L[number]), first + size, self._columns
+        arrays.ids_P[first:end] = self.ids(number)[at_M]
+        np.take(self._decoded(number).numpy(), at_M, axis=0, out=arrays.keys_PD[first:end], mode="clip")
+        key_B = arrays.key_B[first * columns : past * columns]
+        key_B[max(0, len(key_B) - GROUP * columns) :] = 0  # the last group may have places without a key
+        given = (self.centroid_LD[number], key_B, arrays.start_P[first:past])
+        about_5M = self.rounding.round_keys(arrays.keys_PD[first:end], *given)
+        if len(self._deleted):
+            about_5M[3, :size][np.isin(arrays.ids_P[first:end], self._deleted)] = -np.inf
+        arrays.about_5P[:, first:past] = about_5M
 
     def ids(self, number: int) -> Array:
         """Rows of the store in one list."""
@@ -112,17 +150,62 @@ class DecodedLists:
         codes = torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size))
         return self._decode(codes.view(size, -1), number)
 
-    def _sample(self) -> Tensor:
-        """Some keys less the centroids of their lists."""
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Some keys, and the same less the centroids of their lists."""
         numbers = torch.randperm(self._index.nlist, generator=torch.Generator().manual_seed(0)).tolist()
-        parts, count = [], 0
+        parts, apart, count = [torch.empty(0, self._index.d)], [torch.empty(0, self._index.d)], 0
         for number in numbers:
-            part_MD = self._decoded(number)[: _SAMPLE_ROWS // 16] - self._centroids[number]
-            parts.append(part_MD)
-            count += len(part_MD)
+            parts.append(self._decoded(number)[: _SAMPLE_ROWS // 16])
+            apart.append(parts[-1] - self.centroid_LD[number])
+            count += len(parts[-1])
             if count >= _SAMPLE_ROWS:
                 break
-        return torch.cat(parts) if parts else torch.empty(0, self._index.d)
+        return torch.cat(parts), torch.cat(apart)
+
+
+class _Arrays:
+    """Room for the keys of lists, one after the other; see ``BulkKeys``."""
+
+    def __init__(self, places: int, width: int, columns: int) -> None:
+        self.key_B = np.empty(places * columns, np.int8)
+        self.start_P = np.empty(places, np.int32)
+        self.about_5P = np.empty((5, places), np.float32)
+        self.keys_PD = np.empty((places, width), np.float32)
+        self.ids_P = np.empty(places, np.int64)
+
+    def keys(self, first_L: Array, place_L: Array, turn_L2: Array) -> BulkKeys:
+        """Of lists that begin at ``first_L``."""
+        from fairseq.memory.index.lists.bulk_kernels import BulkKeys
+
+        step_P, weight_P, size_P, bias_P, slack_P = self.about_5P
+        about = {"step_P": step_P, "weight_P": weight_P, "size_P": size_P, "bias_P": bias_P, "slack_P": slack_P}
+        own = {"key_B": self.key_B, "start_P": self.start_P, "keys_PD": self.keys_PD, "ids_P": self.ids_P}
+        return BulkKeys(first_L=first_L, place_L=place_L, turn_L2=turn_L2, **own, **about)
+
+
+def _turn(size: int) -> int:
+    """A step by which all of so many are reached, and the first of them lie evenly among all (the golden ratio)."""
+    step = max(1, round(0.618034 * size))
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
+def _batches(size_L: Array, most: int) -> Iterator[slice]:
+    """Lists that follow each other and have a bounded number of keys together."""
+    first = held = 0
+    for number, size in enumerate(size_L.tolist()):
+        if held + size > most and number > first:
+            yield slice(first, number)
+            first, held = number, 0
+        held += size
+    if first < len(size_L):
+        yield slice(first, len(size_L))
+
+
+def _one_thread() -> None:
+    """Keep faiss to the calling thread, in that thread only."""
+    faiss_library().omp_set_num_threads(1)
 
 
 def _decoder(index: SwigIndex, centroid_LD: Tensor) -> Callable[[Tensor, int], Tensor]:

@@ -1,10 +1,11 @@
-"""Loops of the search for many neighbours per query, compiled by numba; see ``large_k_search``.
+"""Compiled loops of searches for many neighbours: choosing among many scores, and neighbours packed into integers.
 
-Bounds come in groups of GROUP neighbouring keys of a list; rows of a matrix, or one after the other.
+Scores come in groups of GROUP neighbouring keys of a list, one after the other.
 
-Shapes: V visits of a list (each by one query), G groups of a list, Q queries, P lists a query probes (as the last axis
-of bounds and biases: the keys of a group), M keys of a list, S groups of all queries one after the other, F keys that
-were chosen for all queries, C bounds of a query, K neighbours, D width.
+Import where used: numba takes half a second to load.
+
+Shapes: Q queries, P lists a query probes, S groups of all queries one after the other, F keys that were chosen for all
+queries, C bounds of a query, K neighbours.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import FINITE, GROUP, LOWEST, approx_kth_largest, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, LOWEST, approx_kth_largest, compiled
 from fairseq.memory.index.ops.numba_library import numba, types
 
 NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
@@ -34,38 +35,6 @@ class SelectionRoom(NamedTuple):
 
 SELECTION_ROOM = "Tuple((i8[::1], f4[::1], f4[::1], i8[::1]))"
 """Its types, for ``compiled``."""
-
-
-@compiled(
-    "(i4[:,:,::1], f4, f4[:,::1], f4, f4[:,::1], i8[::1], f4[:,::1], f4[::1])",
-    "(f4[:,:,::1], f4, f4[:,::1], f4, f4[:,::1], i8[::1], f4[:,::1], f4[::1])",
-    fastmath=FINITE,
-)
-def write_upper_bounds(
-    raw_VGP: Any,
-    step: Any,
-    bound_V4: Any,
-    largest_residual: Any,
-    bias_GP: Any,
-    start_V: Any,
-    bound_SP: Any,
-    most_S: Any,
-) -> None:
-    """Write what the scores of a list's keys are at most (see ``bound_queries``), and the largest of each group.
-
-    Args:
-        start_V: number of each visit's first group.
-    """
-    for v in range(len(raw_VGP)):
-        start, scale = start_V[v], bound_V4[v, 0] * step
-        shift = bound_V4[v, 2] + bound_V4[v, 1] * largest_residual
-        for group in range(len(bias_GP)):
-            most = np.float32(-np.inf)
-            for i in range(GROUP):
-                bound = np.float32(raw_VGP[v, group, i]) * scale + (bias_GP[group, i] + shift)
-                bound_SP[start + group, i] = bound
-                most = max(most, bound)
-            most_S[start + group] = most
 
 
 @compiled(fastmath=FINITE)
@@ -100,9 +69,7 @@ def _list_group(bound_SP: Any, group: int, reach: Any, place_C: Any, bound_C: An
     return count
 
 
-@compiled(
-    f"(f4[:,::1], f4[::1], i8[:,::1], f4[:,::1], i8, i8[::1], i8[:,::1], {SELECTION_ROOM})",
-)
+@compiled()
 def select_candidates(
     bound_SP: Any, most_S: Any, edge_QP: Any, gap_QP: Any, wanted: int, place_F: Any, end_QP: Any, room: Any
 ) -> None:
@@ -158,36 +125,6 @@ def pack(score: Any, row: Any) -> Any:
     if bits < 0:
         bits ^= 0x7FFFFFFF  # the bits of a negative float, inverted, order as the float does
     return ((np.int64(-1) - bits) << 32) | row
-
-
-@compiled("(f4[:,::1], i8[::1], i8[::1], i8[::1], i8[::1], f4[:,::1], i8[::1], b1, i8[::1])")
-def score_selected(
-    query_ND: Any, row_V: Any, begin_V: Any, end_V: Any, start_V: Any, keys_MD: Any, ids_M: Any, by_distance: bool,
-    place_F: Any,
-) -> None:  # fmt: skip
-    """Turn the places of a list's chosen keys into packed neighbours.
-
-    Args:
-        row_V: the query of each visit; its places are those from ``begin_V`` to ``end_V``.
-        start_V: place of the bound of the list's first key.
-        place_F: see ``choose``.
-        ids_M: below 2^32.
-    """
-    for v in range(len(row_V)):
-        query_D = query_ND[row_V[v]]
-        for i in range(begin_V[v], end_V[v]):
-            m = place_F[i] - start_V[v]
-            score = neg_sq_l2(query_D, keys_MD[m]) if by_distance else dot(query_D, keys_MD[m])
-            place_F[i] = pack(score, ids_M[m])
-
-
-@compiled("(i8[::1], i8[::1], i8[::1], i8[:,::1])")
-def gather_packed(place_F: Any, begin_Q: Any, end_Q: Any, packed_QC: Any) -> None:
-    """Put the packed neighbours of each query into a row."""
-    for q in range(len(begin_Q)):
-        count = end_Q[q] - begin_Q[q]
-        packed_QC[q, :count] = place_F[begin_Q[q] : end_Q[q]]
-        packed_QC[q, count:] = NOTHING
 
 
 @compiled("(i8[:,::1], i8[:,::1], f4[:,::1])", "(i8[:,:], i8[:,::1], f4[:,::1])")

@@ -58,6 +58,77 @@ class KeyBlock:
         self.about_5M[3, rows_M] = -np.inf
 
 
+class Rounding:
+    """What queries and keys are rounded by; all that are made by one can be multiplied with each other."""
+
+    def __init__(self, query_ND: Tensor, apart_MD: Tensor, products: Products, *, by_distance: bool) -> None:
+        """Args.
+
+        query_ND: float32, the queries or others like them: their mean is taken off, and their ranges, with those of
+            ``apart_MD``, decide how steps are shared out.
+        apart_MD: some keys less the mean that is taken off them.
+        """
+        self.products, self.by_distance = products, by_distance
+        self.width = query_ND.shape[1]
+        self.centre_D = query_ND.mean(0) if len(query_ND) else torch.zeros(self.width)
+        self.balance_D = balance(query_ND - self.centre_D, apart_MD)
+        key_dither_D, query_dither_D = torch.split(dither(2 * self.width), self.width)
+        self._own_D, self._other_D = 0.5 - key_dither_D, 0.5 - query_dither_D
+        self.ratio = 1e-20
+        if products.is_rounded:
+            balanced_MD = apart_MD * self.balance_D
+            length_M = torch.linalg.vector_norm(balanced_MD, dim=1).clamp_(min=1e-20)
+            # Any ratio bounds the errors; that of most keys bounds them closely.
+            ratio_M = balanced_MD.abs().amax(1) / (products.levels * length_M)
+            self.ratio = max(float(ratio_M.median()) if len(ratio_M) else 0.0, 1e-20)
+
+    def about_keys(self, mean_D: Tensor) -> Array:
+        """What kernels round keys by from which this mean is taken off, (5, D)."""
+        linear_D = self.centre_D - mean_D if self.by_distance else self.centre_D
+        return torch.stack((mean_D, self.balance_D, linear_D, self._own_D, self._other_D)).numpy()
+
+    def round_keys(self, keys_MD: Array, mean_D: Tensor, key_B: Array, start_M: Array) -> Array:
+        """Write the integers of float32 keys, and what their products begin with. Returns: ``about_5M``.
+
+        Args:
+            key_B: room for so many keys as ``start_M`` has, which may be more: no score reaches those.
+        """
+        from fairseq.memory.index.ops import rounding_kernels
+
+        about_5M = np.zeros((5, len(start_M)), np.float32)
+        about_5M[3, len(keys_MD) :] = -np.inf
+        products, levels = self.products, np.float32(self.products.levels)
+        rounding_kernels.round_keys(
+            keys_MD, self.about_keys(mean_D), products.columns(self.width), levels, np.float32(self.ratio),
+            self.by_distance, products.zero, products.is_interleaved, key_B, start_M, about_5M,
+        )  # fmt: skip
+        return about_5M
+
+    def round_queries(self, query_ND: Tensor) -> tuple[Tensor, Array]:
+        """Integers of queries, with so many rows of zeros behind them as a tile has, and what is known of them.
+
+        Returns: int8 (N + tile rows, E), and step, remainder, width, 0 of each query, float32 (N, 4).
+        """
+        from fairseq.memory.index.ops import rounding_kernels
+
+        products, count = self.products, len(query_ND)
+        # A tile that begins at the last row reads on behind it.
+        rows_NE = torch.zeros(count + products.tile_rows, products.columns(self.width), dtype=torch.int8)
+        nothing_D = torch.zeros(self.width)
+        rows = (self.centre_D, 1.0 / self.balance_D, nothing_D, self._other_D, self._own_D)
+        about_N3, levels = np.empty((count, 3), np.float32), np.float32(products.levels)
+        given = (np.ascontiguousarray(query_ND.numpy()), torch.stack(rows).numpy())
+        rounding_kernels.round_queries(*given, levels, products.zero, rows_NE[:count].numpy(), about_N3)
+        step_N, length_N = about_N3[:, 0], about_N3[:, 2]
+        about_N4 = np.zeros((count, 4), np.float32)
+        about_N4[:, :2] = about_N3[:, :2]
+        # q.k - q'.k' = q.(k - k') + (q - q').k': independent errors, so that the bound on their sum is that of a sum of
+        # squares (see ``most_steps``); and what rounding to float32 adds.
+        together_N = np.sqrt((length_N * np.float32(self.ratio)) ** 2 + step_N**2)
+        about_N4[:, 2] = _SURE * most_steps(self.width) * together_N + _ROUNDING * length_N
+        return rows_NE, about_N4
+
+
 class RoundedQueries:
     """Queries as they are multiplied with blocks of keys, and how far from the truth their scores may be."""
 
@@ -69,59 +140,25 @@ class RoundedQueries:
             queries and keys.
         """
         self.products, self.by_distance = products, by_distance
-        count, width = query_ND.shape
-        sample_MD = sample_MD.float()
-        mean_D = sample_MD.mean(0)
-        moved_ND = query_ND - mean_D if by_distance else query_ND
-        linear_D = moved_ND.mean(0) if count else torch.zeros(width)
-        self.width = width
-        balance_D = balance(moved_ND - linear_D, sample_MD - mean_D)
-        key_dither_D, query_dither_D = torch.split(dither(2 * width), width)
-        rows = (mean_D, balance_D, linear_D, 0.5 - key_dither_D, 0.5 - query_dither_D)
-        self._about_keys = torch.stack(rows).numpy()
+        self._mean_D = sample_MD.float().mean(0)
+        self._rounding = Rounding(query_ND, sample_MD.float() - self._mean_D, products, by_distance=by_distance)
+        self.width = query_ND.shape[1]
+        moved_ND = query_ND - self._mean_D if by_distance else query_ND
         self._length_N = torch.linalg.vector_norm(moved_ND, dim=1)
         # What scores of the metric are more than scores here.
-        self._shift_N = -0.5 * self._length_N.square() if by_distance else torch.mv(query_ND, mean_D)
-        mean_length = float(torch.linalg.vector_norm(mean_D))
+        self._shift_N = -0.5 * self._length_N.square() if by_distance else torch.mv(query_ND, self._mean_D)
+        mean_length = float(torch.linalg.vector_norm(self._mean_D))
         self._slack_N = self._length_N.square() if by_distance else self._length_N * (2.0 * mean_length)
-        self.about_N4 = np.empty((count, 4), np.float32)
-        """Step, remainder, width, and the score that a key has to reach (written by searches)."""
         if products.is_rounded:
-            self.rows = self._rounded(moved_ND, linear_D, balance_D, sample_MD)
+            self.rows, self.about_N4 = self._rounding.round_queries(query_ND)
+            """``about_N4``: step, remainder, width, and the score that a key has to reach (written by searches)."""
             return
-        centred_ND = moved_ND - linear_D
-        length_N = torch.linalg.vector_norm(centred_ND / balance_D, dim=1)
+        centred_ND = query_ND - self._rounding.centre_D
+        length_N = torch.linalg.vector_norm(centred_ND / self._rounding.balance_D, dim=1)
         rounding = _ROUNDING + (_BF16_ROUNDING if products.dtype is torch.bfloat16 else 0.0)
         self.rows = centred_ND.to(products.dtype)
-        self.about_N4[:, 0], self.about_N4[:, 1], self.about_N4[:, 2] = 1.0, 0.0, 2.0 * rounding * length_N.numpy()
-
-    def _rounded(self, moved_ND: Tensor, linear_D: Tensor, balance_D: Tensor, sample_MD: Tensor) -> Tensor:
-        from fairseq.memory.index.ops import rounding_kernels
-
-        products, count = self.products, len(moved_ND)
-        columns = products.columns(self.width)
-        # A tile that begins at the last row reads on behind it.
-        rows_NE = torch.zeros(count + products.tile_rows, columns, dtype=torch.int8)
-        own = self._about_keys
-        about_queries = np.ascontiguousarray(
-            np.stack([linear_D.numpy(), (1.0 / balance_D).numpy(), np.zeros_like(own[0]), own[4], own[3]])
-        )
-        about_N3 = np.empty((count, 3), np.float32)
-        levels, moved = np.float32(products.levels), np.ascontiguousarray(moved_ND.numpy())
-        rounded = rows_NE[:count].numpy()
-        rounding_kernels.round_queries(moved, about_queries, levels, products.zero, rounded, about_N3)
-        balanced_MD = (sample_MD - torch.from_numpy(own[0])) * balance_D
-        length_M = torch.linalg.vector_norm(balanced_MD, dim=1).clamp_(min=1e-20)
-        # Any ratio bounds the errors; that of most keys bounds them closely.
-        ratio_M = balanced_MD.abs().amax(1) / (products.levels * length_M)
-        self._ratio = max(float(ratio_M.median()), 1e-20)
-        step_N, length_N = about_N3[:, 0], about_N3[:, 2]
-        self.about_N4[:, :2] = about_N3[:, :2]
-        # q.k - q'.k' = q.(k - k') + (q - q').k': independent errors, so that the bound on their sum is that of a sum of
-        # squares (see ``most_steps``); and what rounding to float32 adds.
-        together_N = np.sqrt((length_N * np.float32(self._ratio)) ** 2 + step_N**2)
-        self.about_N4[:, 2] = _SURE * most_steps(self.width) * together_N + _ROUNDING * length_N
-        return rows_NE
+        self.about_N4 = np.zeros((len(query_ND), 4), np.float32)
+        self.about_N4[:, 0], self.about_N4[:, 2] = 1.0, 2.0 * rounding * length_N.numpy()
 
     def block(self, keys_MD: Tensor) -> KeyBlock:
         """Round keys of any floating type."""
@@ -130,22 +167,20 @@ class RoundedQueries:
         keys_MD = keys_MD.float().contiguous()
         count = len(keys_MD)
         filled = -(-max(1, count) // kernels.GROUP) * kernels.GROUP
+        start_M = np.zeros(filled, np.int32)
+        if self.products.is_rounded:
+            columns = self.products.columns(self.width)
+            key_B = torch.zeros(filled * columns, dtype=torch.int8)
+            about_5M = self._rounding.round_keys(keys_MD.numpy(), self._mean_D, key_B.numpy(), start_M)
+            return KeyBlock(self.products.keys(key_B, columns), count, start_M, about_5M)
         about_5M = np.zeros((5, filled), np.float32)
         about_5M[3, count:] = -np.inf
-        start_M = np.zeros(filled, np.int32)
-        if not self.products.is_rounded:
-            centred_MD = torch.zeros(filled, self.width)
-            rounding_kernels.centre_keys(
-                keys_MD.numpy(), self._about_keys, self.by_distance, centred_MD[:count].numpy(), about_5M
-            )
-            return KeyBlock(centred_MD.to(self.products.dtype), count, start_M, about_5M)
-        columns = self.products.columns(self.width)
-        key_B = torch.zeros(filled * columns, dtype=torch.int8)
-        rounding_kernels.round_keys(
-            keys_MD.numpy(), self._about_keys, columns, np.float32(self.products.levels), np.float32(self._ratio),
-            self.by_distance, self.products.zero, self.products.is_interleaved, key_B.numpy(), start_M, about_5M,
-        )  # fmt: skip
-        return KeyBlock(self.products.keys(key_B, columns), count, start_M, about_5M)
+        centred_MD = torch.zeros(filled, self.width)
+        about_keys = self._rounding.about_keys(self._mean_D)
+        rounding_kernels.centre_keys(
+            keys_MD.numpy(), about_keys, self.by_distance, centred_MD[:count].numpy(), about_5M
+        )
+        return KeyBlock(centred_MD.to(self.products.dtype), count, start_M, about_5M)
 
     def raw_scores(self, block: KeyBlock, rows: slice, out_NM: Tensor) -> None:
         """Write the raw products of some queries with a block: int32 if they are rounded."""

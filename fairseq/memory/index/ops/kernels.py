@@ -61,23 +61,36 @@ def compiled(*signatures: str, **options: Any) -> Callable[[Kernel], Kernel]:
     return compile_kernel
 
 
-@compiled(fastmath=FINITE)
-def _range(score_C: Any) -> Any:
-    """The least and the greatest finite entry, and their number: minus infinity marks what must not be found."""
-    least, most, count = np.float32(np.inf), np.float32(-np.inf), np.int32(0)
-    for i in range(len(score_C)):
-        is_finite = score_C[i] > np.float32(-np.inf)
-        least = min(least, score_C[i] if is_finite else np.float32(np.inf))
-        most, count = max(most, score_C[i]), count + np.int32(is_finite)
-    return least, most, count
+_SIZE_BITS = np.int32(0x7FFFFFFF)
+_NOTHING = np.int32(-0x7F800001)  # minus infinity, as ``_range`` orders it
+
+
+@compiled()
+def _range(bits_C: Any, ends_2: Any) -> Any:
+    """Write the bits of the least and the greatest finite float32. Returns: their number.
+
+    Minus infinity marks what must not be found. Of floats, numba's minimum and maximum are not vectorized; the bits of
+    a float, those of a negative one but the sign inverted, are ordered as the floats are.
+    """
+    least, most, count = _SIZE_BITS, _NOTHING, np.int32(0)
+    for i in range(len(bits_C)):
+        bits = bits_C[i]
+        place = bits ^ ((bits >> np.int32(31)) & _SIZE_BITS)
+        is_finite = place > _NOTHING
+        least = min(least, place if is_finite else _SIZE_BITS)
+        most, count = max(most, place), count + np.int32(is_finite)
+    ends_2[0] = least ^ ((least >> np.int32(31)) & _SIZE_BITS)
+    ends_2[1] = most ^ ((most >> np.int32(31)) & _SIZE_BITS)
+    return count
 
 
 @compiled()
 def approx_kth_largest(score_C: Any, k: int) -> Any:
     """A number that at least k finite entries reach, and few more; -inf where fewer are finite."""
-    least, most, count = _range(score_C)
-    if count < k:
+    ends_2 = np.empty(2, np.int32)
+    if _range(score_C.view(np.int32), ends_2) < k:
         return np.float32(-np.inf)
+    least, most = ends_2.view(np.float32)
     for _ in range(_HALVINGS):  # counting is vectorized: this takes a tenth of the time of selecting the k-th
         middle = np.float32(0.5) * (least + most)
         count = np.int32(0)

@@ -174,6 +174,12 @@ def _chosen(wanted: str) -> Products:
     return by_name(best)
 
 
+def chosen_tiles() -> Products:
+    """The tiles of an instruction set: those that are chosen, or the most promising ones."""
+    products = chosen()
+    return products if products.is_interleaved else by_name(best_tiles())
+
+
 def has_fast_int8() -> bool:
     """True if products of 8-bit integers are what is fastest here."""
     return chosen().is_rounded

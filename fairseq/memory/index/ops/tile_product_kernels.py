@@ -41,7 +41,7 @@ class Instructions:
     """Largest size of an entry."""
     zero: int
     """What is added to the entries of a row."""
-    add_products: Callable[[Any, Any, list[Any], list[Any]], Any] | None
+    add_products: Any
     """(builder, sums, row, keys) -> sums; row and keys are two vectors of four columns for each lane. None where sums
     are whole matrices (``_MatrixTile``)."""
     column_step: int = COLUMN_STEP
@@ -305,7 +305,7 @@ def reaching_keys(lanes: int, rows: int) -> Any:
     """The intrinsic ``(raw_RX, row_Q4, first, step_M, weight_M, size_M, bias_M, key, hit_R)`` for a tile of products.
 
     It writes 64 bits for each row: which keys' bounds reach the row's fourth number (see ``bounded_scores``).
-    Returns: a number that is not zero if any does.
+    Returns: a bit for each row: whether any does.
     """
 
     def typed(typing_context: Any, raw_RX: Any, row_Q4: Any, first: Any, step: Any, weight: Any, size: Any, bias: Any,
@@ -321,7 +321,10 @@ def reaching_keys(lanes: int, rows: int) -> Any:
             for row in range(rows):
                 found = bounds.reached(raw_at, row)
                 builder.store(found, builder.gep(hit_at, [ir.Constant(given[2].type, row)], inbounds=True))
-                any_hit = builder.or_(any_hit, found)
+                is_hit = builder.icmp_unsigned("!=", found, ir.Constant(found.type, 0))
+                any_hit = builder.or_(
+                    any_hit, builder.shl(builder.zext(is_hit, found.type), ir.Constant(found.type, row))
+                )
             return any_hit
 
         size_ = types.intp
@@ -361,10 +364,9 @@ def tile_products(name: str, rows: int) -> Any:
                 row_at.append(builder.gep(made[0].data, [offset], inbounds=True))
             keys_at = builder.gep(made[2].data, [given[3]], inbounds=True)
             start_at = builder.gep(made[5].data, [given[6]], inbounds=True)
+            tile: _Tile | _MatrixTile = _Tile(kind, builder, row_at, keys_at, given[4])
             if kind.add_products is None:
                 tile = _MatrixTile(builder, row_at, stride, keys_at, given[4])
-            else:
-                tile = _Tile(kind, builder, row_at, keys_at, given[4])
             tile.sum_up(start_at, made[7].data, builder.extract_value(made[7].strides, 0))
             return context.get_dummy_value()
 

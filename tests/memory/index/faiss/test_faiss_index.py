@@ -15,12 +15,11 @@ from fairseq.memory.index.faiss import index as faiss_index
 from fairseq.memory.index.faiss.index import FaissIndex, find_index
 from fairseq.memory.index.faiss.strategy import SearchStrategy
 from fairseq.memory.index.faiss_library import pair_scores_in_place
+from fairseq.memory.index.lists.bulk_search import search_in_bulk
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.search import PreparedList, Rotation, search_lists
 from fairseq.memory.index.ops.products import by_name
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Metric
-from fairseq.runtime.threads import ThreadBuffer
 
 ROWS, DIM = 3000, 16
 
@@ -168,25 +167,18 @@ def test_more_ties_than_there_is_room_for_are_left_to_faiss_or_taken_in_order(mo
 
 
 def test_lists_give_the_same_bits_on_one_thread_and_on_several():
-    lists = DecodedLists(made_index(Metric.L2).inner, products=by_name("library_int8"))
+    lists = DecodedLists(made_index(Metric.L2).inner, products=by_name("plain"))
     before = torch.get_num_threads()
     results = []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(search_lists(lists, QUERIES, 5))
+            results.append(search_in_bulk(lists, QUERIES, 5))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0].ids_NK, results[1].ids_NK)
     assert torch.equal(results[0].scores_NK, results[1].scores_NK)
-
-
-def narrow(rows: int, seed: int) -> np.ndarray:
-    """Rows whose length lies mostly in few directions, as that of hidden states does."""
-    rng = np.random.default_rng(seed)
-    turn = np.linalg.qr(np.random.default_rng(98).standard_normal((64, 64)))[0]
-    return ((rng.standard_normal((rows, 64)) * 0.9 ** np.arange(64)) @ turn + 2.0).astype(np.float32)
 
 
 def test_short_lists_leave_ids_of_minus_one(monkeypatch):
@@ -200,35 +192,6 @@ def test_short_lists_leave_ids_of_minus_one(monkeypatch):
         assert (found.ids_NK[missing] == -1).all()
         assert torch.isneginf(found.scores_NK[missing]).all()
         assert torch.isfinite(found.scores_NK[~missing]).all()
-
-
-@pytest.mark.parametrize("by_distance", [False, True])
-@pytest.mark.parametrize("name", ["library_int8", "float32"])
-@pytest.mark.parametrize("turned", [False, True])
-def test_no_key_scores_above_its_bound(by_distance, name, turned):
-    keys, queries = torch.from_numpy(narrow(500, 3)), torch.from_numpy(narrow(40, 4))
-    rotation = Rotation.fit(keys - keys.mean(0), 0.05) if turned else Rotation(None, 64)
-    assert (rotation.basis_DD is not None) == turned
-    listed = PreparedList.of(
-        np.arange(500),
-        keys,
-        keys.mean(0),
-        rotation,
-        by_distance=by_distance,
-        products=by_name(name),
-        dead_M=np.array([3]),
-    )
-    buffer = ThreadBuffer(1, by_name(name).raw_dtype)
-    rotated_ND = rotation(queries).numpy()
-    groups, bound = listed.bounded(rotated_ND, np.arange(40), by_distance=by_distance, buffer=buffer)
-    raw = groups.reshape(40, -1)[:, :500].astype(np.float64) * listed.step
-    scale, rest, shift, _ = bound.astype(np.float64).T[:, :, None]
-    above = raw * scale + rest * listed.residual_GP.reshape(-1)[:500] + listed.bias_GP.reshape(-1)[:500] + shift
-    true = similarities(Metric.L2 if by_distance else Metric.IP, queries.numpy(), keys.numpy())
-    assert (above >= true)[:, np.arange(500) != 3].all()
-    assert np.isneginf(above[:, 3]).all()
-    within = np.abs(true - true.mean(1, keepdims=True)).mean()
-    assert np.median(above[:, 4:] - true[:, 4:]) < within  # and the bounds tell something
 
 
 def test_k_larger_than_the_store():

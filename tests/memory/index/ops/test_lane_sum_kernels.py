@@ -74,7 +74,7 @@ def test_rows_with_gaps_are_refused():
         dot(rows[0], rows[:, 0])
 
 
-@pytest.mark.parametrize("module", ["ops.kernels", "exact.kernels", "lists.kernels", "lists.adc_kernels"])
+@pytest.mark.parametrize("module", ["ops.kernels", "exact.kernels", "lists.bulk_kernels", "lists.adc_kernels"])
 def test_no_kernel_leaves_its_arithmetic_to_its_first_caller(module):
     functions = vars(importlib.import_module(f"fairseq.memory.index.{module}")).values()
     kernels_of_module = [function for function in functions if hasattr(function, "targetoptions")]

@@ -1,4 +1,4 @@
-"""Searches for more neighbours than a list holds find what faiss finds in the lists."""
+"""Searches of lists in bulk find what faiss finds, and what comparing every key finds."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from brute_force import similarities
+from conftest import set_fast_products
 
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.faiss.strategy import SearchStrategy, choose_strategy
+from fairseq.memory.index.lists import bulk_search
+from fairseq.memory.index.lists.bulk_search import search_in_bulk
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_search import large_k_search
-from fairseq.memory.index.lists.search import Rotation
 from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.products import by_name
 from fairseq.memory.types import Metric
 
-PRODUCTS = pytest.mark.parametrize("name", ["avx2", "library_int8", "float32"])
+PRODUCTS = pytest.mark.parametrize("tiles", ["amx_int8", "avx512_vnni", "avx2", "asimddp"], indirect=True)
+
+
+@pytest.fixture
+def tiles(request, monkeypatch):
+    """Tiles of each kind of processor; of missing instructions, what stands for them."""
+    set_fast_products(monkeypatch, request.param)
+    return by_name(request.param)
 
 
 @functools.cache
@@ -84,16 +93,17 @@ def test_lists_that_are_not_kept_are_decoded_to_the_same_neighbours():
     fresh.kept_bytes = 0
     for k in (5, 200):
         torch.testing.assert_close(kept.search(query_ND, k).scores_NK, fresh.search(query_ND, k).scores_NK)
-    assert kept._decoded_lists()._cache
-    assert fresh._decoded_lists()._cache is None
+    assert kept._decoded_lists().is_kept
+    assert not fresh._decoded_lists().is_kept
 
 
 @PRODUCTS
-def test_equal_keys_by_the_thousand_are_found_without_end(name):
+def test_equal_keys_by_the_thousand_are_found_without_end(tiles):
     index, query_ND = made(3000, 40, Metric.L2)
     again = np.repeat(query_ND[:1].numpy(), 4000, 0)
     index.add(again)
-    ids_NK, scores_NK = large_k_search(DecodedLists(index, products=by_name(name)), query_ND, 300)
+    found = search_in_bulk(DecodedLists(index, products=tiles), query_ND, 300)
+    ids_NK, scores_NK = found.ids_NK, found.scores_NK
     assert (ids_NK[0] >= 3000).all()
     assert (ids_NK >= -1).all()
     assert (scores_NK[:, :-1] >= scores_NK[:, 1:]).all()
@@ -101,35 +111,84 @@ def test_equal_keys_by_the_thousand_are_found_without_end(name):
 
 
 @PRODUCTS
-def test_lists_that_hold_less_than_k_leave_places_empty(name):
+def test_lists_that_hold_less_than_k_leave_places_empty(tiles):
     index, query_ND = made(300, 40, Metric.L2)
     index.nprobe = 2
-    ids_NK, scores_NK = large_k_search(DecodedLists(index, products=by_name(name)), query_ND, 100)
+    found = search_in_bulk(DecodedLists(index, products=tiles), query_ND, 100)
+    ids_NK, scores_NK = found.ids_NK, found.scores_NK
     theirs = index.search(query_ND.numpy(), 100)[1]
     assert ((ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(scores_NK[ids_NK < 0]).all()
 
 
 @PRODUCTS
-def test_a_part_of_the_queries_finds_the_same(name):
+def test_a_part_of_the_queries_finds_the_same(tiles):
     index, query_ND = made(3000, 40, Metric.L2)
-    lists = DecodedLists(index, products=by_name(name))
-    whole, part = large_k_search(lists, query_ND, 100), large_k_search(lists, query_ND[30:37], 100)
-    torch.testing.assert_close(whole[1][30:37], part[1])
+    lists = DecodedLists(index, products=tiles)
+    whole, part = search_in_bulk(lists, query_ND, 100), search_in_bulk(lists, query_ND[30:37], 100)
+    assert torch.equal(whole.scores_NK[30:37], part.scores_NK)
+    assert torch.equal(whole.ids_NK[30:37], part.ids_NK)
 
 
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+@pytest.mark.parametrize("k", [1, 30, 200, 2000])
+@pytest.mark.parametrize("expected", [48, 4])
 @PRODUCTS
-@pytest.mark.parametrize("turned", [False, True])
-def test_bounds_leave_nothing_out(metric, name, turned):
+def test_every_key_that_is_near_is_found(metric, k, expected, tiles, monkeypatch):
+    monkeypatch.setattr(bulk_search, "_EXPECTED", expected)  # with fewer a sample tells more often too much
+    monkeypatch.setattr(bulk_search, "_SURELY", 1.0 if expected == 4 else 4.0)
     index, query_ND = made(3000, 40, metric)
-    lists = DecodedLists(index, products=by_name(name))
-    if turned:  # the last columns are not multiplied but bounded
-        lists._rotation = Rotation(torch.linalg.qr(torch.randn(8, 8))[0].contiguous(), 4)
-    ids_NK, scores_NK = large_k_search(lists, query_ND, 200)
-    distances, ids = index.search(query_ND.numpy(), 200)
-    np.testing.assert_allclose(scores_NK.numpy(), -distances if metric is Metric.L2 else distances, atol=1e-4)
-    assert np.mean([len(set(a) & set(b)) / 200 for a, b in zip(ids_NK.tolist(), ids.tolist())]) > 0.999
+    dead = np.arange(0, 3000, 5)
+    true_NR = decoded_scores(index, query_ND, index.quantizer.search(query_ND.numpy(), 6)[1], dead)
+    found = search_in_bulk(DecodedLists(index, products=tiles, deleted=dead), query_ND, k)
+    best = true_NR.topk(k).values
+    torch.testing.assert_close(found.scores_NK, best.float(), atol=1e-4, rtol=1e-5)
+    own = true_NR.gather(1, found.ids_NK.clamp(min=0)).masked_fill(found.ids_NK < 0, -torch.inf)
+    torch.testing.assert_close(own.float(), found.scores_NK, atol=1e-4, rtol=1e-5)
+    assert all(len(set(row)) == len(row) for row in found.ids_NK.tolist() if -1 not in row)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+def test_bounds_hold_for_keys_far_from_zero_and_of_unequal_lengths(offset, metric, threads):
+    draw = np.random.default_rng(0)
+    keys = draw.standard_normal((4000, 24), dtype=np.float32) * draw.lognormal(0.0, 1.5, (4000, 1)) + offset
+    index = faiss.index_factory(24, "IVF20,Flat", faiss.METRIC_L2 if metric is Metric.L2 else 0)
+    index.train(keys.astype(np.float32))
+    index.add(keys.astype(np.float32))
+    index.nprobe = 20  # all: the truth is that of every key
+    query_ND = torch.from_numpy(keys[::40].astype(np.float32) + 0.1)
+    found = search_in_bulk(DecodedLists(index, products=by_name("plain")), query_ND, 50)
+    truth = similarities(metric, query_ND.numpy(), keys.astype(np.float32))
+    best = -np.sort(-truth, axis=1)[:, :50]
+    np.testing.assert_allclose(found.scores_NK, best, rtol=2e-5, atol=1e-4)
+
+
+def test_queries_of_which_a_sample_tells_too_much_are_searched_again(monkeypatch):
+    index, query_ND = made(3000, 40, Metric.L2)
+    lists = DecodedLists(index, products=by_name("plain"))
+    expected = search_in_bulk(lists, query_ND, 20)
+    runs = []
+    run = bulk_search._BulkSearch.run
+    noting = lambda self, numbers, *given, **named: runs.append(len(numbers)) or run(self, numbers, *given, **named)  # noqa: E731
+    monkeypatch.setattr(bulk_search._BulkSearch, "run", noting)
+    monkeypatch.setattr(bulk_search, "_SURELY", -0.9)
+    found = search_in_bulk(lists, query_ND, 20)
+    assert runs[0] == len(query_ND)
+    assert 0 < runs[1] <= len(query_ND)
+    assert torch.equal(found.ids_NK, expected.ids_NK)
+    assert torch.equal(found.scores_NK, expected.scores_NK)
+
+
+def test_memory_of_candidates_is_bounded(monkeypatch):
+    index, query_ND = made(3000, 40, Metric.L2)
+    lists = DecodedLists(index, products=by_name("plain"))
+    whole = search_in_bulk(lists, query_ND, 300)
+    small = DecodedLists(index, products=by_name("plain"))
+    monkeypatch.setattr(bulk_search, "_ROOM_BYTES", 1 << 20)
+    parts = search_in_bulk(small, query_ND, 300)
+    assert torch.equal(whole.ids_NK, parts.ids_NK)
+    assert sum(len(room) for room in small._rooms) <= 1 << 20
 
 
 def decoded_scores(index, query_ND, probe_ids, deleted=()):

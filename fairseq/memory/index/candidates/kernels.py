@@ -1,0 +1,93 @@
+"""Compiled loops over the candidates of a search: taking them in by their bounds, and dropping what has become too far.
+
+Import where used: numba takes half a second to load.
+
+Shapes: M columns of scores (keys), N queries, C candidates a query may hold, K neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled
+from fairseq.memory.index.ops.tile_product_kernels import lowest_bit
+
+
+@compiled()
+def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
+    """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
+    threshold = max(threshold, approx_kth_largest(lower_C[:filled], k))
+    lowest = threshold - width
+    kept = 0
+    for i in range(filled):
+        lower_C[kept], ids_C[kept] = lower_C[i], ids_C[i]
+        kept += lower_C[i] >= lowest
+    return kept, threshold
+
+
+# Arrays are handed over one by one: those of a tuple would be counted in and out of use, which takes longer than the
+# rest of it.
+@compiled(forceinline=True)
+def append_hits(
+    raw_X: Any, hits: int, step_M: Any, weight_M: Any, size_M: Any, bias_M: Any, slack_M: Any, key: int,
+    first_row: int, scale: Any, zero: Any, width: Any, share: Any, slack: Any, n: int, lower_NC: Any, ids_NC: Any,
+    filled_N: Any, width_N: Any,
+) -> None:  # fmt: skip
+    """Put the keys of a tile that may be among the k best (bits of ``hits``) after the candidates of a query.
+
+    Args:
+        scale, zero, width: of the query, see ``bounded_scores``.
+        share: added to all bounds.
+        slack: half of how far the share may be off.
+    """
+    filled, widest = filled_N[n], width_N[n]
+    while hits:
+        j = lowest_bit(hits)
+        hits &= hits - 1
+        m = key + j
+        error = size_M[m] * width
+        bound = ((np.float32(raw_X[j]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
+        below = np.float32(2.0) * (error + slack_M[m] + slack)
+        lower_NC[n, filled], ids_NC[n, filled] = (bound - below) + (share + slack), first_row + m
+        widest = max(widest, below)
+        filled += 1
+    filled_N[n], width_N[n] = filled, widest
+
+
+@compiled()
+def _drop_below(score_C: Any, ids_C: Any, order_C: Any, filled: int, lowest: Any) -> int:
+    kept = 0
+    for i in range(filled):
+        score_C[kept], ids_C[kept], order_C[kept] = score_C[i], ids_C[i], order_C[i]
+        kept += score_C[i] >= lowest
+    return kept
+
+
+@compiled()
+def _keep_first(score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int) -> int:
+    """Keep the k best candidates; of equals those with the lowest ids."""
+    edge = np.partition(score_C[:filled], filled - k)[filled - k]
+    missing = k
+    for i in range(filled):
+        missing -= score_C[i] > edge
+    ties = np.sort(ids_C[:filled][score_C[:filled] == edge])
+    last, kept = ties[missing - 1], 0
+    for i in range(filled):
+        score_C[kept], ids_C[kept], order_C[kept] = score_C[i], ids_C[i], order_C[i]
+        kept += score_C[i] > edge or (score_C[i] == edge and ids_C[i] <= last)
+    return kept
+
+
+@compiled()
+def prune_candidates(
+    score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int, threshold: Any, doubt: Any, ties_by_id: bool
+) -> tuple[int, Any]:
+    """Drop scored candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
+    if filled >= k:
+        threshold = max(threshold, approx_kth_largest(score_C[:filled], k))
+    filled = _drop_below(score_C, ids_C, order_C, filled, threshold - doubt)
+    if ties_by_id and filled > len(score_C) - GROUP:
+        filled = _keep_first(score_C, ids_C, order_C, filled, k)
+    return filled, threshold

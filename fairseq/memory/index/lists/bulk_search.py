@@ -1,0 +1,271 @@
+"""Searches the lists of an inverted-file index for many queries at once, by products of rounded vectors.
+
+A key is the centroid of its list plus a residual. Residuals and queries are rounded to 8 bits; their products, whose
+error is bounded (``bounded_scores``), and what a list's keys share bound every score from both sides. Only keys whose
+bound reaches what k others reach for certain are scored in float32: so the neighbours are those of comparing every key.
+An index of compressed keys is searched several times faster so than by its own tables.
+
+A part of each list's keys tells with which threshold to begin; what does not reach it is passed over. A query of which
+fewer than k keys have reached it in the end is searched again without.
+
+Shapes: N queries, P lists a query probes, W lists, V visits of a list by a query, C candidates a query may hold,
+K neighbours, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory.index.candidates.room import capacity
+from fairseq.memory.index.lists import bulk_kernels, tie_kernels
+from fairseq.memory.index.lists.decoded_lists import DecodedLists
+from fairseq.memory.index.lists.large_k_kernels import unpack
+from fairseq.memory.index.ops.kernels import LOWEST
+from fairseq.memory.index.ops.ordering import argsort_descending
+from fairseq.memory.types import Array
+from fairseq.runtime.threads import run_in_threads
+
+_ROOM_BYTES = 160 << 20
+"""For the candidates of queries that are searched at a time, kept for the next search."""
+_DECODING_ROOM_BYTES = 512 << 20
+"""The same where lists are decoded again for each such part of the queries."""
+_LEAST_ROOM = 1024
+# Of the k best so many are expected in the sample, and the threshold is what more of them reach: of 30,000 queries one
+# expects too much.
+_EXPECTED, _SURELY = 48, 4.0
+_SAMPLED_SHARE = 0.125
+_PACKED_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class BulkNeighbors:
+    """The neighbours that a search in bulk returns."""
+
+    ids_NK: Tensor
+    """int64, -1 where there were fewer."""
+    scores_NK: Tensor
+    """float32, minus infinity there."""
+    open_N: Tensor
+    """int64: queries whose neighbours at place k are in doubt by rounding."""
+
+
+def search_in_bulk(lists: DecodedLists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> BulkNeighbors:
+    """The k best keys of the probed lists, best first, of equals the lower row.
+
+    Args:
+        query_ND: float32.
+        doubt_N: given, ties at place k are taken as faiss takes them. Keys whose scores differ by no more may be in
+            another order in faiss: queries with such keys around place k are left open, unless the scores are equal
+            to the last bit.
+    """
+    ids_NK = torch.full((len(query_ND), k), -1, dtype=torch.int64)
+    scores_NK = torch.full((len(query_ND), k), -torch.inf)
+    search = _BulkSearch(lists, query_ND, k, doubt_N)
+    again = search.run(np.arange(len(query_ND)), max(capacity(k), _LEAST_ROOM), ids_NK, scores_NK, expects=True)
+    if len(again):
+        search.run(again, max(capacity(k), search.most_keys(again)), ids_NK, scores_NK, expects=False)
+    return BulkNeighbors(ids_NK, scores_NK, torch.from_numpy(np.flatnonzero(search.is_open_N)))
+
+
+class _BulkSearch:
+    """Some queries, and which lists they probe."""
+
+    def __init__(self, lists: DecodedLists, query_ND: Tensor, k: int, doubt_N: Tensor | None) -> None:
+        self.lists, self.k, self.settles = lists, k, doubt_N is not None
+        self.probed_NP = lists.probed_lists(query_ND).numpy()
+        self.query_ND = np.ascontiguousarray(query_ND.numpy())
+        rows_NE, self.about_N4 = lists.rounding.round_queries(query_ND)
+        self.rows_NE = rows_NE.numpy()
+        self.doubt_N = np.zeros(len(query_ND), np.float32) if doubt_N is None else doubt_N.numpy()
+        # Scores here are half of those of a distance.
+        self.half_doubt_N = (0.5 if lists.by_distance else 1.0) * self.doubt_N
+        self.share_NP, self.slack_NP = (np.zeros(self.probed_NP.shape, np.float32) for _ in range(2))
+        self.is_open_N = np.zeros(len(query_ND), np.bool_)
+        step = max(1, -(-len(query_ND) // (4 * torch.get_num_threads())))
+        parts = [slice(first, first + step) for first in range(0, len(query_ND), step)]
+        run_in_threads(self._write_shares, parts)
+
+    def _write_shares(self, part: slice) -> None:
+        outs = (self.share_NP[part], self.slack_NP[part])
+        centroids = self.lists.centroid_LD.numpy()
+        bulk_kernels.write_shares(self.query_ND[part], centroids, self.probed_NP[part], self.lists.by_distance, *outs)
+
+    def most_keys(self, numbers: Array) -> int:
+        """Places that the lists of one of these queries take, of the one with most."""
+        return int(self.lists.padded_sizes(self.probed_NP[numbers]).sum(1).max(initial=0)) + bulk_kernels.CHUNK_KEYS
+
+    def run(self, numbers: Array, room: int, ids_NK: Tensor, scores_NK: Tensor, *, expects: bool) -> Array:
+        """Search for some of the queries, each of which may hold so many candidates.
+
+        Returns: the numbers of those that have to be searched again, with more room.
+        """
+        threads, place_bytes = torch.get_num_threads(), 16 if self.settles else 8
+        limit = _ROOM_BYTES if self.lists.is_kept else _DECODING_ROOM_BYTES
+        size = max(1, min(limit // (threads * place_bytes * room), -(-len(numbers) // threads)))
+        parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+        share = self._sampled_share(numbers, room) if expects else 0.0
+        again = []
+        for first in range(0, len(parts), threads):
+            rooms = self.lists.rooms(threads, size * room, place_bytes)
+            groups = [_Group(self, part, room, own) for part, own in zip(parts[first : first + threads], rooms)]
+            if share:
+                self._for_all_lists(groups, functools.partial(_Group.sample, share=share))
+                run_in_threads(functools.partial(_Group.begin, share=share), groups)
+            self._for_all_lists(groups, _Group.collect)
+            run_in_threads(_Group.prune, groups)
+            self._for_all_lists(groups, _Group.score)
+            run_in_threads(functools.partial(_Group.write_best, ids_NK=ids_NK, scores_NK=scores_NK), groups)
+            again += [group.open_numbers() for group in groups]
+        return np.concatenate(again) if again else np.empty(0, np.int64)
+
+    def _sampled_share(self, numbers: Array, room: int) -> float:
+        """The share of a list's keys that tell the first threshold; 0 where they tell too little."""
+        size_N = self.lists.padded_sizes(self.probed_NP[numbers]).sum(1)
+        most, least = int(size_N.max(initial=0)), int(size_N.min(initial=1 << 62))
+        share = min(_SAMPLED_SHARE, _EXPECTED / self.k, room / max(1, most))
+        return share if 8 * self.k <= least else 0.0
+
+    def _for_all_lists(self, groups: list[_Group], step: Callable[..., None]) -> None:
+        """A step of groups with each of the lists that they visit, as many at a time as are at hand."""
+        wanted = np.unique(np.concatenate([group.numbers for group in groups]))
+        for keys in self.lists.batches(wanted) if len(wanted) else ():
+            run_in_threads(functools.partial(step, keys=keys), groups)
+
+
+class _Group:
+    """Some queries and the candidates they hold; one thread works on it at a time."""
+
+    def __init__(self, search: _BulkSearch, numbers: Array, room: int, memory: Array) -> None:
+        self._search, self._numbers, self._k = search, numbers, search.k
+        self._name = search.lists.products.name
+        count, pairs = len(numbers), memory[: 8 * len(numbers) * room]
+        self._candidates = bulk_kernels.BulkCandidates(
+            lower_NC=pairs[: len(pairs) // 2].view(np.float32).reshape(count, room),
+            place_NC=pairs[len(pairs) // 2 :].view(np.int32).reshape(count, room),
+            filled_N=np.zeros(count, np.int64),
+            threshold_N=np.full(count, LOWEST, np.float32),
+            start_N=np.full(count, LOWEST, np.float32),
+            width_N=np.zeros(count, np.float32),
+            check_N=np.full(count, search.k, np.int64),
+            is_open_N=np.zeros(count, np.bool_),
+        )
+        order = memory[len(pairs) : 2 * len(pairs)].view(np.int64).reshape(count, room) if search.settles else None
+        self._order_NC = np.empty((count, 0), np.int64) if order is None else order
+        self._cursor_N = np.zeros(count, np.int64)
+        # Queries that follow each other are not copied.
+        follow = count > 0 and numbers[-1] - numbers[0] == count - 1
+        own = slice(numbers[0], numbers[-1] + 1) if follow else numbers
+        arrays = (search.query_ND, search.rows_NE, search.about_N4, search.half_doubt_N)
+        self._queries = bulk_kernels.BulkQueries(*(each[own] for each in arrays))
+        self._visits = self._arranged()
+
+    def _arranged(self) -> bulk_kernels.BulkVisits:
+        """The visits of lists that have keys, list after list."""
+        search = self._search
+        probed_NP = search.probed_NP[self._numbers]
+        at = np.flatnonzero(search.lists.padded_sizes(probed_NP))
+        order = np.argsort(probed_NP.reshape(-1)[at], kind="stable")
+        at = at[order]
+        number_V = probed_NP.reshape(-1)[at]
+        first = np.flatnonzero(np.diff(number_V, prepend=-1))
+        row_V, rank_V = np.divmod(at, max(1, probed_NP.shape[1]))
+        pair, edge_W1 = (self._numbers[row_V], rank_V), np.append(first, len(at))
+        own = (search.share_NP[pair], search.slack_NP[pair])
+        return bulk_kernels.BulkVisits(number_V[first], edge_W1, row_V, rank_V, *own)
+
+    @property
+    def numbers(self) -> Array:
+        """Lists that are visited, ascending."""
+        numbers: Array = self._visits.list_W
+        return numbers
+
+    def _with(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> tuple[Any, Any, Any, Any]:
+        """What kernels take: the visits of lists at hand, which follow each other, under their places among those."""
+        visits, numbers_L = self._visits, keys[0]
+        if len(numbers_L):
+            first, past = np.searchsorted(visits.list_W, (numbers_L[0], numbers_L[-1] + 1))
+            slots, edges = np.searchsorted(numbers_L, visits.list_W[first:past]), visits.edge_W1[first : past + 1]
+            visits = visits._replace(list_W=slots, edge_W1=edges)
+        return tuple(visits), tuple(self._queries), tuple(keys[1]), tuple(self._candidates)
+
+    def sample(self, keys: tuple[Array, bulk_kernels.BulkKeys], share: float) -> None:
+        """Bound the scores of a share of the keys of some lists."""
+        bulk_kernels.sampler(self._name)(*self._with(keys), share)
+
+    def begin(self, share: float) -> None:
+        """Let queries begin at a threshold that k of all keys reach nearly always, by that share of them."""
+        expected = self._k * share
+        rank = math.ceil(expected + _SURELY * math.sqrt(expected) + _SURELY)
+        bulk_kernels.begin_at(tuple(self._candidates), rank)
+
+    def collect(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> None:
+        """Collect the keys of some lists that may be among the k best."""
+        bulk_kernels.collector(self._name)(*self._with(keys), self._k)
+
+    def prune(self) -> None:
+        """Drop what cannot be among the k best."""
+        bulk_kernels.prune_group(tuple(self._candidates), self._queries.doubt_N, self._k)
+
+    def score(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> None:
+        """Score the candidates of some lists."""
+        bulk_kernels.score_visits(*self._with(keys), self._search.lists.by_distance, self._cursor_N, self._order_NC)
+
+    def open_numbers(self) -> Array:
+        """Numbers of the queries that have to be searched again."""
+        numbers: Array = self._numbers[self._candidates.is_open_N]
+        return numbers
+
+    def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
+        """Write the k best candidates, best first."""
+        if self._search.settles:
+            self._write_settled(ids_NK, scores_NK)
+            return
+        filled_N = self._candidates.filled_N
+        for first in range(0, len(filled_N), _PACKED_QUERIES):
+            part = slice(first, first + _PACKED_QUERIES)
+            packed_QC = np.empty((len(filled_N[part]), int(filled_N[part].max())), np.int64)
+            bulk_kernels.pack_scored(tuple(self._candidates), first, packed_QC)
+            packed_QC.sort(axis=1)  # NumPy sorts integers with vector instructions
+            ids_QK = np.empty((len(packed_QC), self._k), np.int64)
+            scores_QK = np.empty((len(packed_QC), self._k), np.float32)
+            unpack(packed_QC, ids_QK, scores_QK)
+            ids_NK.numpy()[self._numbers[part]], scores_NK.numpy()[self._numbers[part]] = ids_QK, scores_QK
+
+    def _write_settled(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
+        """The same with ties around place k as faiss has them; what is close but not equal is left open."""
+        score_NC, row_NC, filled_N, *_ = self._candidates
+        most, k, numbers = max(1, int(filled_N.max(initial=0))), self._k, self._numbers
+        is_none_NF = np.arange(most) >= filled_N[:, None]
+        score_NC[:, :most][is_none_NF] = -np.inf
+        place_NF = argsort_descending(score_NC[:, :most])
+        score_NF, row_NF, order_NF = (
+            np.take_along_axis(x[:, :most], place_NF, 1) for x in (score_NC, row_NC, self._order_NC)
+        )
+        ids_NF = row_NF.astype(np.int64)
+        tie_kernels.order_equals(score_NF, ids_NF, order_NF, filled_N)
+        if most > k:
+            self._settle(score_NF, ids_NF, order_NF)
+        ids_NF[is_none_NF] = -1
+        count_best = min(k, most)
+        ids_NK[numbers, :count_best] = torch.from_numpy(ids_NF[:, :count_best])
+        scores_NK[numbers, :count_best] = torch.from_numpy(score_NF[:, :count_best])
+
+    def _settle(self, score_NF: Array, ids_NF: Array, order_NF: Array) -> None:
+        search, k = self._search, self._k
+        edge_N1, doubt_N = score_NF[:, k - 1 : k], search.doubt_N[self._numbers]
+        with np.errstate(invalid="ignore"):
+            close_NF = np.abs(score_NF - edge_N1) <= doubt_N[:, None]
+        is_close_N = close_NF[:, k:].any(1)
+        is_equal_N = ~(close_NF & (score_NF != edge_N1)).any(1)
+        tied_H = np.flatnonzero(is_close_N & is_equal_N)
+        own = (self._candidates.filled_N, k, tied_H, search.lists.by_distance)
+        tie_kernels.settle_ties(score_NF, ids_NF, order_NF, *own)
+        search.is_open_N[self._numbers] |= is_close_N & ~is_equal_N
