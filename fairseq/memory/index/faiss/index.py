@@ -16,7 +16,7 @@ from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.faiss.file_marks import INDEX, WAY_OUT, check_marks
 from fairseq.memory.index.faiss.gpu import GpuSearch
 from fairseq.memory.index.faiss.lists_file import check_lists_file
-from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy, faiss_strategy
+from fairseq.memory.index.faiss.strategy import IndexTraits, SearchStrategy, choose_strategy
 from fairseq.memory.index.faiss_library import (
     SwigIndex,
     bulk_queries_per_list,
@@ -42,8 +42,6 @@ _LEAST_IN_VIEW = 16  # faiss's own default for graphs
 _NONE = np.empty(0, np.int64)
 # Kinds without lists that skip the rows of a selector (tested); others ignore it or raise.
 _SELECTING = {"IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexScalarQuantizer", "IndexRaBitQ"}
-# A float32 inner product is off by a few units in the seventh place of the squared lengths that go into it.
-_ROUNDING = 5e-7
 
 
 def find_index(name: str | Path, metric: Metric) -> Path:
@@ -212,12 +210,11 @@ class FaissIndex:
                 self._by_gpu = None
                 strategy = choose_strategy(replace(traits, on_gpu=False), len(query_ND), k)
         if strategy is SearchStrategy.LARGE_K_IN_BULK:
-            found = search_in_bulk(self._decoded_lists(), query_ND, k)
-            return self._ordered_by_row(found.ids_NK, found.scores_NK)
+            return self._ordered_by_row(*search_in_bulk(self._decoded_lists(), query_ND, k))
         if strategy is SearchStrategy.LARGE_K_BY_TABLES:
             return self._ordered_by_row(*self._adc_search().search(query_ND, k))
         if strategy is SearchStrategy.LISTS_IN_BULK:
-            return self._checked(*self._search_lists(query_ND, k))
+            return self._checked(*search_in_bulk(self._decoded_lists(), query_ND, k, ties_of_faiss=True))
         return self._checked(*self._search_by_faiss(query_ND, k, strategy))
 
     def _traits(self) -> IndexTraits:
@@ -336,18 +333,6 @@ class FaissIndex:
             return ids_NK, scores_NK
 
         return alive_of(find, self.deleted, k, len(self))
-
-    def _search_lists(self, query_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The same rows by matrix products; queries whose k-th neighbour is in doubt by rounding are left to faiss."""
-        lists = self._decoded_lists()
-        doubt_N = _ROUNDING * (query_ND.square().sum(1) + lists.key_size)
-        found = search_in_bulk(lists, query_ND, k, 2 * doubt_N if self.metric is Metric.L2 else doubt_N)
-        ids_NK, scores_NK, open_N = found.ids_NK, found.scores_NK, found.open_N
-        if len(open_N):
-            strategy = faiss_strategy(self._traits(), len(open_N))
-            ids_NK[open_N], scores_NK[open_N] = self._search_by_faiss(query_ND[open_N], k, strategy)
-        logger.debug("%d of %d queries searched by faiss itself", len(open_N), len(query_ND))
-        return ids_NK, scores_NK
 
     def _check_rows(self, ids_NK: Tensor) -> None:
         if ids_NK.numel() and int(ids_NK.max()) >= len(self):

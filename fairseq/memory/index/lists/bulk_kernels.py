@@ -71,8 +71,6 @@ class BulkQueries(NamedTuple):
     query_ND: Any
     rows_NE: Any
     about_N4: Any
-    doubt_N: Any
-    """Keys whose scores are so much below the k-th are kept as well."""
 
 
 class BulkCandidates(NamedTuple):
@@ -85,7 +83,7 @@ class BulkCandidates(NamedTuple):
     filled_N: Any
     threshold_N: Any
     start_N: Any
-    """The threshold that a sample of the keys tells."""
+    """The threshold that a sample of the keys tells; of open queries in the end one that k keys reach for certain."""
     width_N: Any
     check_N: Any
     """With so many candidates the threshold is raised: that takes less time than candidates too many."""
@@ -98,7 +96,7 @@ class BulkCandidates(NamedTuple):
 _ABOUT = ", ".join(5 * ["f4[::1]"])
 _KEYS = f"Tuple((i8[::1], i8[::1], i8[:,::1], i1[::1], i4[::1], {_ABOUT}, f4[:,::1], i8[::1]))"
 _VISITS = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4[::1]))"
-_QUERIES = "Tuple((f4[:,::1], i1[:,::1], f4[:,::1], f4[::1]))"
+_QUERIES = "Tuple((f4[:,::1], i1[:,::1], f4[:,::1]))"
 _CANDIDATES = "Tuple((f4[:,::1], i4[:,::1], i8[::1], f4[::1], f4[::1], f4[::1], i8[::1], b1[::1]))"
 
 
@@ -166,7 +164,7 @@ def sampler(name: str) -> Any:
 
     def sample(visits: Any, queries: Any, keys: Any, candidates: Any, share: float) -> None:
         list_W, edge_W1, query_V, _, share_V, slack_V = visits
-        _, rows_NE, about_N4, _ = queries
+        _, rows_NE, about_N4 = queries
         first_L, _, turn_L2, key_B, start_P, step_P, weight_P, size_P, bias_P, slack_P, _, _ = keys
         lower_NC, _, filled_N, _, _, _, _, _ = candidates
         columns = rows_NE.shape[1]
@@ -204,8 +202,8 @@ def begin_at(candidates: Any, rank: int) -> None:
         threshold_N[n], filled_N[n] = start_N[n], 0
 
 
-@compiled(f"({_CANDIDATES}, f4[::1], i8)")
-def prune_group(candidates: Any, doubt_N: Any, k: int) -> None:
+@compiled(f"({_CANDIDATES}, i8)")
+def prune_group(candidates: Any, k: int) -> None:
     """Drop the candidates of every query that cannot be among its k best, and all where a sample told too much."""
     lower_NC, place_NC, filled_N, threshold_N, start_N, width_N, _, is_open_N = candidates
     for n in range(len(filled_N)):
@@ -214,15 +212,15 @@ def prune_group(candidates: Any, doubt_N: Any, k: int) -> None:
             for c in range(filled_N[n]):
                 reached += np.int32(lower_NC[n, c] >= start_N[n])
             if reached < k:
+                start_N[n] = max(LOWEST, approx_kth_largest(lower_NC[n, : filled_N[n]], k))
                 is_open_N[n], filled_N[n] = True, 0
-        width = width_N[n] + doubt_N[n]
-        filled_N[n], threshold_N[n] = prune(lower_NC[n], place_NC[n], filled_N[n], k, threshold_N[n], width)
+        filled_N[n], threshold_N[n] = prune(lower_NC[n], place_NC[n], filled_N[n], k, threshold_N[n], width_N[n])
 
 
 @compiled()
 def _raise_threshold(
-    n: int, k: int, room: int, doubt: Any, lower_NC: Any, place_NC: Any, filled_N: Any, threshold_N: Any, width_N: Any,
-    check_N: Any, is_open_N: Any,
+    n: int, k: int, room: int, lower_NC: Any, place_NC: Any, filled_N: Any, threshold_N: Any, start_N: Any,
+    width_N: Any, check_N: Any, is_open_N: Any,
 ) -> None:  # fmt: skip
     """Find a higher threshold for a query, and room for more candidates.
 
@@ -231,9 +229,9 @@ def _raise_threshold(
     if filled_N[n] <= room:
         threshold_N[n] = max(threshold_N[n], approx_kth_largest(lower_NC[n, : filled_N[n]], k))
     else:
-        width = width_N[n] + doubt
-        filled_N[n], threshold_N[n] = prune(lower_NC[n], place_NC[n], filled_N[n], k, threshold_N[n], width)
+        filled_N[n], threshold_N[n] = prune(lower_NC[n], place_NC[n], filled_N[n], k, threshold_N[n], width_N[n])
         if filled_N[n] > min(room, 3 * lower_NC.shape[1] // 4):
+            start_N[n] = max(LOWEST, approx_kth_largest(lower_NC[n, : filled_N[n]], k))
             is_open_N[n], filled_N[n], threshold_N[n] = True, 0, np.inf
     check_N[n] = max(k, filled_N[n]) + k
 
@@ -247,9 +245,9 @@ def collector(name: str) -> Any:
 
     def collect(visits: Any, queries: Any, keys: Any, candidates: Any, k: int) -> None:
         list_W, edge_W1, query_V, _, share_V, slack_V = visits
-        _, rows_NE, about_N4, doubt_N = queries
+        _, rows_NE, about_N4 = queries
         first_L, place_L, _, key_B, start_P, step_P, weight_P, size_P, bias_P, slack_P, _, _ = keys
-        lower_NC, place_NC, filled_N, threshold_N, _, width_N, check_N, is_open_N = candidates
+        lower_NC, place_NC, filled_N, threshold_N, start_N, width_N, check_N, is_open_N = candidates
         columns, room = rows_NE.shape[1], lower_NC.shape[1] - CHUNK_KEYS
         row_RE, raw_RX = np.zeros((rows, columns), np.int8), np.empty((rows, TILE_KEYS), np.int32)
         about_R4, hit_R = np.zeros((rows, 4), np.float32), np.empty(rows, np.int64)
@@ -269,10 +267,10 @@ def collector(name: str) -> Any:
                         n, v = query_V[start + i], start + i
                         if filled_N[n] > min(check_N[n], room):
                             _raise_threshold(
-                                n, k, room, doubt_N[n], lower_NC, place_NC, filled_N, threshold_N, width_N, check_N,
+                                n, k, room, lower_NC, place_NC, filled_N, threshold_N, start_N, width_N, check_N,
                                 is_open_N,
                             )  # fmt: skip
-                        about_R4[i, 3] = threshold_N[n] - doubt_N[n] - (share_V[v] + slack_V[v])
+                        about_R4[i, 3] = threshold_N[n] - (share_V[v] + slack_V[v])
                     for key in range(chunk, min(chunk + CHUNK_KEYS, past), TILE_KEYS):
                         tile(row_RE, 0, key_B, key * columns, columns, start_P, key, raw_RX)
                         hits = reaches(raw_RX, about_R4, 0, step_P, weight_P, size_P, bias_P, key, hit_R)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor
 from fairseq.memory.index.candidates.room import capacity
 from fairseq.memory.index.lists import bulk_kernels, tie_kernels
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_kernels import unpack
+from fairseq.memory.index.lists.large_k_kernels import NOTHING, unpack
 from fairseq.memory.index.ops.kernels import LOWEST
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
@@ -42,53 +41,43 @@ _LEAST_ROOM = 1024
 # expects too much.
 _EXPECTED, _SURELY = 48, 4.0
 _SAMPLED_SHARE = 0.125
-_PACKED_QUERIES = 256
+_MORE_ROOM = 8
+_PACKED_QUERIES, _SETTLED_QUERIES = 256, 1024
 
 
-@dataclass(frozen=True)
-class BulkNeighbors:
-    """The neighbours that a search in bulk returns."""
-
-    ids_NK: Tensor
-    """int64, -1 where there were fewer."""
-    scores_NK: Tensor
-    """float32, minus infinity there."""
-    open_N: Tensor
-    """int64: queries whose neighbours at place k are in doubt by rounding."""
-
-
-def search_in_bulk(lists: DecodedLists, query_ND: Tensor, k: int, doubt_N: Tensor | None = None) -> BulkNeighbors:
+def search_in_bulk(
+    lists: DecodedLists, query_ND: Tensor, k: int, *, ties_of_faiss: bool = False
+) -> tuple[Tensor, Tensor]:
     """The k best keys of the probed lists, best first, of equals the lower row.
 
     Args:
         query_ND: float32.
-        doubt_N: given, ties at place k are taken as faiss takes them. Keys whose scores differ by no more may be in
-            another order in faiss: queries with such keys around place k are left open, unless the scores are equal
-            to the last bit.
+        ties_of_faiss: of keys that are equally close at place k take those that faiss takes, rather than the first.
+    Returns: rows, int64 (N, k), -1 where fewer were found, and scores, float32 (N, k), minus infinity there.
     """
     ids_NK = torch.full((len(query_ND), k), -1, dtype=torch.int64)
     scores_NK = torch.full((len(query_ND), k), -torch.inf)
-    search = _BulkSearch(lists, query_ND, k, doubt_N)
-    again = search.run(np.arange(len(query_ND)), max(capacity(k), _LEAST_ROOM), ids_NK, scores_NK, expects=True)
-    if len(again):
-        search.run(again, max(capacity(k), search.most_keys(again)), ids_NK, scores_NK, expects=False)
-    return BulkNeighbors(ids_NK, scores_NK, torch.from_numpy(np.flatnonzero(search.is_open_N)))
+    search = _BulkSearch(lists, query_ND, k, ties_of_faiss=ties_of_faiss)
+    numbers, room = np.arange(len(query_ND)), max(capacity(k), _LEAST_ROOM)
+    again = search.run(numbers, room, ids_NK, scores_NK, expects=True)
+    while len(again):
+        room = min(_MORE_ROOM * room, max(capacity(k), search.most_keys(again)))
+        again = search.run(again, room, ids_NK, scores_NK, expects=False)
+    return ids_NK, scores_NK
 
 
 class _BulkSearch:
     """Some queries, and which lists they probe."""
 
-    def __init__(self, lists: DecodedLists, query_ND: Tensor, k: int, doubt_N: Tensor | None) -> None:
-        self.lists, self.k, self.settles = lists, k, doubt_N is not None
+    def __init__(self, lists: DecodedLists, query_ND: Tensor, k: int, *, ties_of_faiss: bool) -> None:
+        self.lists, self.k, self.ties_of_faiss = lists, k, ties_of_faiss
         self.probed_NP = lists.probed_lists(query_ND).numpy()
         self.query_ND = np.ascontiguousarray(query_ND.numpy())
         rows_NE, self.about_N4 = lists.rounding.round_queries(query_ND)
         self.rows_NE = rows_NE.numpy()
-        self.doubt_N = np.zeros(len(query_ND), np.float32) if doubt_N is None else doubt_N.numpy()
-        # Scores here are half of those of a distance.
-        self.half_doubt_N = (0.5 if lists.by_distance else 1.0) * self.doubt_N
+        self.floor_N = np.full(len(query_ND), LOWEST, np.float32)
+        """A score that k keys reach for certain."""
         self.share_NP, self.slack_NP = (np.zeros(self.probed_NP.shape, np.float32) for _ in range(2))
-        self.is_open_N = np.zeros(len(query_ND), np.bool_)
         step = max(1, -(-len(query_ND) // (4 * torch.get_num_threads())))
         parts = [slice(first, first + step) for first in range(0, len(query_ND), step)]
         run_in_threads(self._write_shares, parts)
@@ -107,7 +96,7 @@ class _BulkSearch:
 
         Returns: the numbers of those that have to be searched again, with more room.
         """
-        threads, place_bytes = torch.get_num_threads(), 16 if self.settles else 8
+        threads, place_bytes = torch.get_num_threads(), 16 if self.ties_of_faiss else 8
         limit = _ROOM_BYTES if self.lists.is_kept else _DECODING_ROOM_BYTES
         size = max(1, min(limit // (threads * place_bytes * room), -(-len(numbers) // threads)))
         parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
@@ -151,19 +140,21 @@ class _Group:
             lower_NC=pairs[: len(pairs) // 2].view(np.float32).reshape(count, room),
             place_NC=pairs[len(pairs) // 2 :].view(np.int32).reshape(count, room),
             filled_N=np.zeros(count, np.int64),
-            threshold_N=np.full(count, LOWEST, np.float32),
+            threshold_N=search.floor_N[numbers],
             start_N=np.full(count, LOWEST, np.float32),
             width_N=np.zeros(count, np.float32),
             check_N=np.full(count, search.k, np.int64),
             is_open_N=np.zeros(count, np.bool_),
         )
-        order = memory[len(pairs) : 2 * len(pairs)].view(np.int64).reshape(count, room) if search.settles else None
+        order = None
+        if search.ties_of_faiss:
+            order = memory[len(pairs) : 2 * len(pairs)].view(np.int64).reshape(count, room)
         self._order_NC = np.empty((count, 0), np.int64) if order is None else order
         self._cursor_N = np.zeros(count, np.int64)
         # Queries that follow each other are not copied.
         follow = count > 0 and numbers[-1] - numbers[0] == count - 1
         own = slice(numbers[0], numbers[-1] + 1) if follow else numbers
-        arrays = (search.query_ND, search.rows_NE, search.about_N4, search.half_doubt_N)
+        arrays = (search.query_ND, search.rows_NE, search.about_N4)
         self._queries = bulk_kernels.BulkQueries(*(each[own] for each in arrays))
         self._visits = self._arranged()
 
@@ -212,60 +203,48 @@ class _Group:
 
     def prune(self) -> None:
         """Drop what cannot be among the k best."""
-        bulk_kernels.prune_group(tuple(self._candidates), self._queries.doubt_N, self._k)
+        bulk_kernels.prune_group(tuple(self._candidates), self._k)
 
     def score(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> None:
         """Score the candidates of some lists."""
         bulk_kernels.score_visits(*self._with(keys), self._search.lists.by_distance, self._cursor_N, self._order_NC)
 
     def open_numbers(self) -> Array:
-        """Numbers of the queries that have to be searched again."""
-        numbers: Array = self._numbers[self._candidates.is_open_N]
+        """Numbers of the queries that have to be searched again; what is known of their k-th score is noted."""
+        is_open_N = self._candidates.is_open_N
+        numbers: Array = self._numbers[is_open_N]
+        self._search.floor_N[numbers] = self._candidates.start_N[is_open_N]
         return numbers
 
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best candidates, best first."""
-        if self._search.settles:
-            self._write_settled(ids_NK, scores_NK)
-            return
-        filled_N = self._candidates.filled_N
+        filled_N, k = self._candidates.filled_N, self._k
         for first in range(0, len(filled_N), _PACKED_QUERIES):
             part = slice(first, first + _PACKED_QUERIES)
-            packed_QC = np.empty((len(filled_N[part]), int(filled_N[part].max())), np.int64)
+            numbers = self._numbers[part]
+            packed_QC = np.empty((len(numbers), int(filled_N[part].max())), np.int64)
             bulk_kernels.pack_scored(tuple(self._candidates), first, packed_QC)
             packed_QC.sort(axis=1)  # NumPy sorts integers with vector instructions
-            ids_QK = np.empty((len(packed_QC), self._k), np.int64)
-            scores_QK = np.empty((len(packed_QC), self._k), np.float32)
+            ids_QK, scores_QK = np.empty((len(numbers), k), np.int64), np.empty((len(numbers), k), np.float32)
             unpack(packed_QC, ids_QK, scores_QK)
-            ids_NK.numpy()[self._numbers[part]], scores_NK.numpy()[self._numbers[part]] = ids_QK, scores_QK
+            ids_NK.numpy()[numbers], scores_NK.numpy()[numbers] = ids_QK, scores_QK
+            if self._search.ties_of_faiss and packed_QC.shape[1] > k:
+                score_2Q = packed_QC[:, k - 1 : k + 1].T >> 32
+                is_tied_Q = (score_2Q[0] == score_2Q[1]) & (packed_QC[:, k] != NOTHING)
+                self._settle(np.flatnonzero(is_tied_Q) + first, ids_NK)
 
-    def _write_settled(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
-        """The same with ties around place k as faiss has them; what is close but not equal is left open."""
-        score_NC, row_NC, filled_N, *_ = self._candidates
-        most, k, numbers = max(1, int(filled_N.max(initial=0))), self._k, self._numbers
-        is_none_NF = np.arange(most) >= filled_N[:, None]
-        score_NC[:, :most][is_none_NF] = -np.inf
-        place_NF = argsort_descending(score_NC[:, :most])
-        score_NF, row_NF, order_NF = (
-            np.take_along_axis(x[:, :most], place_NF, 1) for x in (score_NC, row_NC, self._order_NC)
-        )
-        ids_NF = row_NF.astype(np.int64)
-        tie_kernels.order_equals(score_NF, ids_NF, order_NF, filled_N)
-        if most > k:
-            self._settle(score_NF, ids_NF, order_NF)
-        ids_NF[is_none_NF] = -1
-        count_best = min(k, most)
-        ids_NK[numbers, :count_best] = torch.from_numpy(ids_NF[:, :count_best])
-        scores_NK[numbers, :count_best] = torch.from_numpy(score_NF[:, :count_best])
-
-    def _settle(self, score_NF: Array, ids_NF: Array, order_NF: Array) -> None:
-        search, k = self._search, self._k
-        edge_N1, doubt_N = score_NF[:, k - 1 : k], search.doubt_N[self._numbers]
-        with np.errstate(invalid="ignore"):
-            close_NF = np.abs(score_NF - edge_N1) <= doubt_N[:, None]
-        is_close_N = close_NF[:, k:].any(1)
-        is_equal_N = ~(close_NF & (score_NF != edge_N1)).any(1)
-        tied_H = np.flatnonzero(is_close_N & is_equal_N)
-        own = (self._candidates.filled_N, k, tied_H, search.lists.by_distance)
-        tie_kernels.settle_ties(score_NF, ids_NF, order_NF, *own)
-        search.is_open_N[self._numbers] |= is_close_N & ~is_equal_N
+    def _settle(self, tied_H: Array, ids_NK: Tensor) -> None:
+        """Of keys that tie at place k take those that faiss takes."""
+        for first in range(0, len(tied_H), _SETTLED_QUERIES):
+            rows = tied_H[first : first + _SETTLED_QUERIES]
+            filled_H = self._candidates.filled_N[rows]
+            most = int(filled_H.max())
+            score_HC, row_HC = self._candidates.lower_NC[rows, :most], self._candidates.place_NC[rows, :most]
+            score_HC[np.arange(most) >= filled_H[:, None]] = -np.inf
+            place_HC = argsort_descending(score_HC)
+            score_HC, order_HC = (np.take_along_axis(x, place_HC, 1) for x in (score_HC, self._order_NC[rows, :most]))
+            ids_HC = np.take_along_axis(row_HC, place_HC, 1).astype(np.int64)
+            tie_kernels.order_equals(score_HC, ids_HC, order_HC, filled_H)
+            own = (filled_H, self._k, np.arange(len(rows)), self._search.lists.by_distance)
+            tie_kernels.settle_ties(score_HC, ids_HC, order_HC, *own)
+            ids_NK.numpy()[self._numbers[rows]] = ids_HC[:, : self._k]

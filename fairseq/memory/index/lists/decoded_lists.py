@@ -58,7 +58,6 @@ class DecodedLists:
         self._decode = _decoder(index, self.centroid_LD)
         self.is_kept = has_byte_codes(index) and 5 * index.ntotal * (index.d + 4) <= kept_bytes
         """Decoded lists serve the next bulk."""
-        self.key_size = float(self.centroid_LD.square().sum(1).amax())
         sample_MD, apart_MD = self._sample()
         self.rounding = Rounding(sample_MD, apart_MD, products, by_distance=self.by_distance)
         """What queries and the keys of all lists are rounded by."""

@@ -19,7 +19,7 @@ from fairseq.memory.index.lists.bulk_search import search_in_bulk
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.ops.products import by_name
 from fairseq.memory.similarity import normalized
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Metric, Neighbors
 
 ROWS, DIM = 3000, 16
 
@@ -173,7 +173,7 @@ def test_lists_give_the_same_bits_on_one_thread_and_on_several():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(search_in_bulk(lists, QUERIES, 5))
+            results.append(Neighbors(*search_in_bulk(lists, QUERIES, 5)))
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(before)

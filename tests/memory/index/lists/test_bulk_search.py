@@ -18,7 +18,7 @@ from fairseq.memory.index.lists.bulk_search import search_in_bulk
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.products import by_name
-from fairseq.memory.types import Metric
+from fairseq.memory.types import Metric, Neighbors
 
 PRODUCTS = pytest.mark.parametrize("tiles", ["amx_int8", "avx512_vnni", "avx2", "asimddp"], indirect=True)
 
@@ -28,6 +28,10 @@ def tiles(request, monkeypatch):
     """Tiles of each kind of processor; of missing instructions, what stands for them."""
     set_fast_products(monkeypatch, request.param)
     return by_name(request.param)
+
+
+def as_neighbors(*given, **named):
+    return Neighbors(*search_in_bulk(*given, **named))
 
 
 @functools.cache
@@ -102,8 +106,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end(tiles):
     index, query_ND = made(3000, 40, Metric.L2)
     again = np.repeat(query_ND[:1].numpy(), 4000, 0)
     index.add(again)
-    found = search_in_bulk(DecodedLists(index, products=tiles), query_ND, 300)
-    ids_NK, scores_NK = found.ids_NK, found.scores_NK
+    ids_NK, scores_NK = search_in_bulk(DecodedLists(index, products=tiles), query_ND, 300)
     assert (ids_NK[0] >= 3000).all()
     assert (ids_NK >= -1).all()
     assert (scores_NK[:, :-1] >= scores_NK[:, 1:]).all()
@@ -114,8 +117,7 @@ def test_equal_keys_by_the_thousand_are_found_without_end(tiles):
 def test_lists_that_hold_less_than_k_leave_places_empty(tiles):
     index, query_ND = made(300, 40, Metric.L2)
     index.nprobe = 2
-    found = search_in_bulk(DecodedLists(index, products=tiles), query_ND, 100)
-    ids_NK, scores_NK = found.ids_NK, found.scores_NK
+    ids_NK, scores_NK = search_in_bulk(DecodedLists(index, products=tiles), query_ND, 100)
     theirs = index.search(query_ND.numpy(), 100)[1]
     assert ((ids_NK.numpy() < 0).sum(1) == (theirs < 0).sum(1)).all()
     assert torch.isneginf(scores_NK[ids_NK < 0]).all()
@@ -126,8 +128,8 @@ def test_a_part_of_the_queries_finds_the_same(tiles):
     index, query_ND = made(3000, 40, Metric.L2)
     lists = DecodedLists(index, products=tiles)
     whole, part = search_in_bulk(lists, query_ND, 100), search_in_bulk(lists, query_ND[30:37], 100)
-    assert torch.equal(whole.scores_NK[30:37], part.scores_NK)
-    assert torch.equal(whole.ids_NK[30:37], part.ids_NK)
+    assert torch.equal(whole[1][30:37], part[1])
+    assert torch.equal(whole[0][30:37], part[0])
 
 
 @pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
@@ -140,7 +142,7 @@ def test_every_key_that_is_near_is_found(metric, k, expected, tiles, monkeypatch
     index, query_ND = made(3000, 40, metric)
     dead = np.arange(0, 3000, 5)
     true_NR = decoded_scores(index, query_ND, index.quantizer.search(query_ND.numpy(), 6)[1], dead)
-    found = search_in_bulk(DecodedLists(index, products=tiles, deleted=dead), query_ND, k)
+    found = as_neighbors(DecodedLists(index, products=tiles, deleted=dead), query_ND, k)
     best = true_NR.topk(k).values
     torch.testing.assert_close(found.scores_NK, best.float(), atol=1e-4, rtol=1e-5)
     own = true_NR.gather(1, found.ids_NK.clamp(min=0)).masked_fill(found.ids_NK < 0, -torch.inf)
@@ -158,7 +160,7 @@ def test_bounds_hold_for_keys_far_from_zero_and_of_unequal_lengths(offset, metri
     index.add(keys.astype(np.float32))
     index.nprobe = 20  # all: the truth is that of every key
     query_ND = torch.from_numpy(keys[::40].astype(np.float32) + 0.1)
-    found = search_in_bulk(DecodedLists(index, products=by_name("plain")), query_ND, 50)
+    found = as_neighbors(DecodedLists(index, products=by_name("plain")), query_ND, 50)
     truth = similarities(metric, query_ND.numpy(), keys.astype(np.float32))
     best = -np.sort(-truth, axis=1)[:, :50]
     np.testing.assert_allclose(found.scores_NK, best, rtol=2e-5, atol=1e-4)
@@ -167,13 +169,13 @@ def test_bounds_hold_for_keys_far_from_zero_and_of_unequal_lengths(offset, metri
 def test_queries_of_which_a_sample_tells_too_much_are_searched_again(monkeypatch):
     index, query_ND = made(3000, 40, Metric.L2)
     lists = DecodedLists(index, products=by_name("plain"))
-    expected = search_in_bulk(lists, query_ND, 20)
+    expected = as_neighbors(lists, query_ND, 20)
     runs = []
     run = bulk_search._BulkSearch.run
     noting = lambda self, numbers, *given, **named: runs.append(len(numbers)) or run(self, numbers, *given, **named)  # noqa: E731
     monkeypatch.setattr(bulk_search._BulkSearch, "run", noting)
     monkeypatch.setattr(bulk_search, "_SURELY", -0.9)
-    found = search_in_bulk(lists, query_ND, 20)
+    found = as_neighbors(lists, query_ND, 20)
     assert runs[0] == len(query_ND)
     assert 0 < runs[1] <= len(query_ND)
     assert torch.equal(found.ids_NK, expected.ids_NK)
@@ -183,10 +185,10 @@ def test_queries_of_which_a_sample_tells_too_much_are_searched_again(monkeypatch
 def test_memory_of_candidates_is_bounded(monkeypatch):
     index, query_ND = made(3000, 40, Metric.L2)
     lists = DecodedLists(index, products=by_name("plain"))
-    whole = search_in_bulk(lists, query_ND, 300)
+    whole = as_neighbors(lists, query_ND, 300)
     small = DecodedLists(index, products=by_name("plain"))
     monkeypatch.setattr(bulk_search, "_ROOM_BYTES", 1 << 20)
-    parts = search_in_bulk(small, query_ND, 300)
+    parts = as_neighbors(small, query_ND, 300)
     assert torch.equal(whole.ids_NK, parts.ids_NK)
     assert sum(len(room) for room in small._rooms) <= 1 << 20
 
