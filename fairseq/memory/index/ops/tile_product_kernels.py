@@ -202,15 +202,15 @@ class _MatrixTile:
     def _at(self, base: Any, offset: Any) -> Any:
         return self._builder.gep(self._builder.bitcast(base, _BYTE.as_pointer()), [offset], inbounds=True)
 
-    def sum_up(self, start_at: Any, out_at: Any, out_stride: Any) -> None:
-        """Write ``start`` plus all products: 64 sums of 32 bits for each row, rows a number of bytes apart."""
+    def sum_up(self, _: Any, out_at: Any, out_stride: Any) -> None:
+        """Write all products: 64 sums of 32 bits for each row, rows a number of bytes apart.
+
+        They begin with zero: nothing is added to entries that are multiplied with their signs.
+        """
         builder, parts = self._builder, len(self._row_at)
         for half in range(0, TILE_KEYS // LANES, 2):
-            for part in range(parts):
-                for side in range(2):
-                    # The same numbers for all rows: no step from one to the next.
-                    start = self._at(start_at, self._number(4 * LANES * (half + side)))
-                    self._tile("tileloadd64", 2 * part + side, start, self._number(0))
+            for number in range(2 * parts):
+                self._tile("tilezero", number)
             step = self._number(self.STEP)
             with cgutils.for_range_slice(builder, self._number(0), self._columns, step) as (column, _):
                 for side in range(2):
