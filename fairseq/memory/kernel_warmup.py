@@ -20,6 +20,8 @@ MODULES = (
     "fairseq.memory.index.lists.large_k_kernels",
     "fairseq.memory.index.lists.bulk_kernels",
     "fairseq.memory.index.lists.adc_kernels",
+    "fairseq.memory.index.lists.byte_table_kernels",
+    "fairseq.memory.index.lists.byte_search_kernels",
     "fairseq.memory.index.lists.pq_rescoring_kernels",
     "fairseq.memory.extended_mind.kernels",
     "fairseq.memory.retomaton.kernels",
@@ -86,12 +88,16 @@ def _kernels() -> list[tuple[str, Any, Any]]:
         importlib.import_module(module)
     from fairseq.memory.index.exact.kernels import collector
     from fairseq.memory.index.lists import bulk_kernels
+    from fairseq.memory.index.lists.adc_search import byte_sums
+    from fairseq.memory.index.lists.byte_search_kernels import byte_search
     from fairseq.memory.index.ops.kernels import KERNELS
     from fairseq.memory.index.ops.product_kernels import multiply
     from fairseq.memory.index.ops.products import best_tiles
 
     for make in (multiply, collector, bulk_kernels.sampler, bulk_kernels.collector):
         make(best_tiles())
+    if byte_sums():
+        byte_search(byte_sums())
     from fairseq.memory.index.ops.numba_library import sigutils
 
     return [

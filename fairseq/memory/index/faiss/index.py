@@ -286,7 +286,7 @@ class FaissIndex:
 
     def _adc_search(self) -> AdcSearch:
         if self._tables is None or self._tables.num_keys != len(self):  # it reads the codes where faiss keeps them
-            self._tables = AdcSearch(self.inner, self._alive_bits() if len(self.deleted) else None)
+            self._tables = AdcSearch(self.inner, self._alive_bits() if len(self.deleted) else None, self.kept_bytes)
         return self._tables
 
     def _decoded_lists(self) -> DecodedLists:

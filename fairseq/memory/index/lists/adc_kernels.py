@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, select_candidates
-from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, GROUP, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, dot, largest, neg_sq_l2
 from fairseq.memory.index.ops.numba_library import cgutils, numba, types
 
 _KEYS = 4  # scored side by side: one would wait for each of its sums
@@ -24,8 +24,8 @@ def _to_pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(address), generate
 
 
-_pointer: Any = numba.extending.intrinsic(_to_pointer)
-_array_at: Any = numba.carray
+pointer: Any = numba.extending.intrinsic(_to_pointer)
+array_at: Any = numba.carray
 
 
 class ListArrays(NamedTuple):
@@ -54,8 +54,8 @@ class TableRoom(NamedTuple):
 
 
 # Types of a call, for ``compiled``.
-_LISTS = "Tuple((f4[:,:,::1], f4[:,::1], i8[:,::1], i8[::1], f4[::1]))"
-_ROOM = "Tuple((f4[:,::1], f4[:,::1], f4[::1], i8[:,::1], i8[:,::1], i8[::1]))"
+LISTS = "Tuple((f4[:,:,::1], f4[:,::1], i8[:,::1], i8[::1], f4[::1]))"
+ROOM = "Tuple((f4[:,::1], f4[:,::1], f4[::1], i8[:,::1], i8[:,::1], i8[::1]))"
 
 
 @compiled()
@@ -92,19 +92,22 @@ def _sum_up(table_F: Any, code_SM: Any, score_F: Any, first: int) -> None:
         score_F[first + i] = a
 
 
-@compiled(fastmath=FINITE)
+@compiled()
+def _add_biases(score_F: Any, first: int, bias_S: Any, share: Any) -> None:
+    for i in range(len(bias_S)):
+        score_F[first + i] += bias_S[i] + share
+
+
+@compiled()
 def _finish(score_SP: Any, group: int, bias_S: Any, share: Any, most_S: Any) -> int:
     """Make scores of a list's sums, which begin at a group, and find the largest of each group. Returns: the next."""
     score_F, size = score_SP.reshape(-1), len(bias_S)
     first, after = group * GROUP, group + -(-size // GROUP)
-    for i in range(size):
-        score_F[first + i] += bias_S[i] + share
+    _add_biases(score_F, first, bias_S, share)
     score_F[first + size : after * GROUP] = -np.inf
+    bits_SP, most_bits_S = score_SP.view(np.int32), most_S.view(np.int32)
     for at in range(group, after):
-        most = np.float32(-np.inf)
-        for i in range(GROUP):
-            most = max(most, score_SP[at, i])
-        most_S[at] = most
+        most_bits_S[at] = largest(bits_SP[at])
     return after
 
 
@@ -137,15 +140,15 @@ def write_biases(
         bias_S[i] = total
 
 
-@compiled(f"(i8[::1], {_LISTS}, u1[::1], b1, f4[:,::1])")
+@compiled(f"(i8[::1], {LISTS}, u1[::1], b1, f4[:,::1])")
 def prepare_lists(number_L: Any, lists: Any, alive: Any, by_distance: bool, table_MJ: Any) -> None:
     """:func:`write_biases` for some lists; ``lists`` as in :func:`search_tables`."""
     words_MEJ, centroid_LD, address_L2, first_L, bias = lists
     for number in number_L:
         size = first_L[number + 1] - first_L[number]
         if size:
-            code_SM = _array_at(_pointer(address_L2[number, 0]), (size, len(words_MEJ)), np.uint8)
-            id_S = _array_at(_pointer(address_L2[number, 1]), (size,), np.int64)
+            code_SM = array_at(pointer(address_L2[number, 0]), (size, len(words_MEJ)), np.uint8)
+            id_S = array_at(pointer(address_L2[number, 1]), (size,), np.int64)
             own = bias[first_L[number] : first_L[number + 1]]
             write_biases(centroid_LD[number], words_MEJ, code_SM, id_S, alive, by_distance, table_MJ, own)
 
@@ -156,7 +159,7 @@ def share_of_list(query_D: Any, centroid_D: Any, by_distance: bool) -> Any:
     return neg_sq_l2(query_D, centroid_D) if by_distance else dot(query_D, centroid_D)
 
 
-@compiled(f"(f4[:,::1], i8[:,::1], i8, {_LISTS}, b1, {_ROOM}, {SELECTION_ROOM}, i8[:,::1], i8[::1])")
+@compiled(f"(f4[:,::1], i8[:,::1], i8, {LISTS}, b1, {ROOM}, {SELECTION_ROOM}, i8[:,::1], i8[::1])")
 def search_tables(
     query_QD: Any, probed_QP: Any, wanted: int, lists: Any, by_distance: bool, room: Any, selection_room: Any,
     packed_QC: Any, count_Q: Any,
@@ -182,7 +185,7 @@ def search_tables(
             size = first_L[number + 1] - first_L[number] if number >= 0 else 0
             if size == 0:
                 continue
-            code_SM = _array_at(_pointer(address_L2[number, 0]), (size, parts), np.uint8)
+            code_SM = array_at(pointer(address_L2[number, 0]), (size, parts), np.uint8)
             bias_S = bias[first_L[number] : first_L[number + 1]]
             share = share_of_list(query_D, centroid_LD[number], by_distance)
             _sum_up(table_MJ.reshape(-1), code_SM, score_F, group * GROUP)
@@ -193,7 +196,7 @@ def search_tables(
             number = probed_QP[q, p]
             if end_1P[0, p] > first:
                 size = first_L[number + 1] - first_L[number]
-                id_S = _array_at(_pointer(address_L2[number, 1]), (size,), np.int64)
+                id_S = array_at(pointer(address_L2[number, 1]), (size,), np.int64)
                 for i in range(first, end_1P[0, p]):
                     packed_QC[q, i] = pack(score_F[place_F[i]], id_S[place_F[i] - edge_1P[0, p] * GROUP])
             first = end_1P[0, p]

@@ -1,14 +1,18 @@
 """Searches an index of product-quantized keys for many neighbours of few queries, as generation does.
 
 A score is a sum of entries of a table: products of the query with the codewords, computed once for all lists; what
-depends on the key alone is kept with it, and the centroid of a list adds the same to all its keys. Tables of each list,
-as faiss makes them, take as long to make as to read; for a bulk matrix products are faster (``bulk_search``).
+depends on the key alone is kept with it, and the centroid of a list adds the same to all its keys. Where a processor
+looks up 64 bytes at once, sums of entries that are rounded to bytes bound all scores first, of codes that are laid out
+for that; the scores have the same bits. Tables of each list, as faiss makes them, take as long to make as to read; for
+a bulk matrix products are faster (``bulk_search``).
 
 Shapes: N queries, P lists a query probes, L lists, S groups of scores, K neighbours, D width.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,16 +20,31 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, search_faiss
+from fairseq.memory.index.ops.bounded_scores import most_steps as most_steps_of
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
+from fairseq.runtime import hardware
 from fairseq.runtime.threads import ObjectPool, run_in_threads
 
 if TYPE_CHECKING:
     from fairseq.memory.index.lists.adc_kernels import TableRoom
+    from fairseq.memory.index.lists.byte_search_kernels import ByteCodes
     from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
 
+KEPT_BYTES = 2 << 30
+MOST_PARTS = 256
+"""Sums of so many bytes fit 16 bits."""
 _ROWS_PER_TASK = 32_768
 """Probed keys of a task at least, some milliseconds of work: to start another thread takes a few tenths of one."""
+
+
+@functools.cache
+def byte_sums() -> str:
+    """The instruction set that looks up bytes here; an empty string for none."""
+    from fairseq.memory.index.ops.numba_library import compiler_features
+
+    has_shuffles = "avx512vbmi" in hardware.cpu_features() and "avx512vbmi" in compiler_features()
+    return "avx512_vbmi" if has_shuffles else ""
 
 
 def codewords(index: SwigIndex) -> Array:
@@ -42,14 +61,18 @@ def residual_centroids(index: SwigIndex) -> Array:
 
 
 class AdcSearch:
-    """The codes of an index where they are, with four bytes for each key beside them."""
+    """The codes of an index where they are, with four bytes for each key beside them.
 
-    def __init__(self, index: SwigIndex, alive: Array | None = None) -> None:
+    With AVX-512 VBMI there is a copy of the codes of lists that were probed, up to 2 GB of them.
+    """
+
+    def __init__(self, index: SwigIndex, alive: Array | None = None, kept_bytes: int = KEPT_BYTES) -> None:
         """Look where the codes are.
 
         Args:
             index: an IndexIVFPQ of 8-bit codes, in memory; once keys are added to it this must not be used any more.
             alive: a bit for each row that may be found, the lowest first; None where all may.
+            kept_bytes: limit on the copy of the codes; if all are larger, none is made.
         """
         from fairseq.memory.index.lists.adc_kernels import ListArrays
 
@@ -66,6 +89,7 @@ class AdcSearch:
         first_L = np.concatenate([[0], sizes.cumsum()])
         bias = np.empty(first_L[-1], np.float32)
         self._lists = ListArrays(codewords(index), residual_centroids(index), address_L2, first_L, bias)
+        self._bytes, self._codes = self._byte_codes(sizes, kept_bytes)
         self._is_ready_L = np.zeros(index.nlist, np.bool_)
         self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
         self._num_probed = 0
@@ -103,10 +127,17 @@ class AdcSearch:
 
         count_Q = np.empty(len(query_QD), np.int64)
         lists, wanted = tuple(self._lists), ids_QK.shape[1]
-        with self._rooms.borrow() as (table_room, selection_room, packed_1C):
+        with self._rooms.borrow() as (table_room, byte_MJ, selection_room, packed_1C):
             packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
             room, selection = tuple(table_room), tuple(selection_room)
-            search_tables(query_QD, probed_QP, wanted, lists, self._by_distance, room, selection, packed_QC, count_Q)
+            outs = (selection, packed_QC, count_Q)
+            if self._codes is None:
+                search_tables(query_QD, probed_QP, wanted, lists, self._by_distance, room, *outs)
+            else:
+                from fairseq.memory.index.lists.byte_search_kernels import byte_search
+
+                given = (lists, tuple(self._codes), self._by_distance, room, byte_MJ)
+                byte_search(self._bytes)(query_QD, probed_QP, wanted, *given, *outs)
             best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
             if len(count_Q) > 1:
                 best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = NOTHING
@@ -120,9 +151,40 @@ class AdcSearch:
 
             numbers = np.unique(probed_NP[(probed_NP >= 0) & ~self._is_ready_L[probed_NP]])
             prepare_lists(numbers, tuple(self._lists), self._alive, self._by_distance, self._fresh_table())
+            if self._codes is not None:
+                self._lay_out(numbers, self._codes)
             self._is_ready_L[numbers] = True
 
-    def _fresh_room(self) -> tuple[TableRoom, SelectionRoom, Array]:
+    def _byte_codes(self, sizes: Array, kept_bytes: int) -> tuple[str, ByteCodes | None]:
+        """The instruction set that looks up bytes, and room for codes as it wants them; none where there is none."""
+        from fairseq.memory.index.lists.byte_search_kernels import ByteCodes
+
+        parts = int(self._index.pq.M)
+        num_bytes = -(-sizes // GROUP) * GROUP * parts
+        name = byte_sums()
+        if not name or parts > MOST_PARTS or int(num_bytes.sum()) > kept_bytes:
+            return "", None
+        drawn_M = np.random.default_rng(parts).random(parts, np.float32)
+        # The errors of a sum's entries are uniform and independent.
+        most_steps = np.float32(min(0.5 * parts, most_steps_of(parts) * math.sqrt(parts)) * 1.01)
+        first_L = np.concatenate([[0], num_bytes.cumsum()])
+        return name, ByteCodes(np.empty(first_L[-1], np.uint8), first_L, drawn_M, most_steps, np.zeros(1, np.float32))
+
+    def _lay_out(self, numbers: Array, codes: ByteCodes) -> None:
+        """Copy the codes of some lists, and note their largest bias."""
+        from fairseq.memory.index.lists.byte_table_kernels import lay_out_codes
+
+        faiss, lists = faiss_library(), self._index.invlists
+        for number in numbers.tolist():
+            size = lists.list_size(number)
+            if size:
+                code_SM = faiss.rev_swig_ptr(lists.get_codes(number), size * lists.code_size).reshape(size, -1)
+                lay_out_codes(code_SM, codes.code_B[codes.first_L[number] : codes.first_L[number + 1]])
+                bias_S = self._lists.bias[self._lists.first_L[number] : self._lists.first_L[number + 1]]
+                largest = np.abs(bias_S[np.isfinite(bias_S)]).max(initial=0.0)
+                codes.bias_1[0] = max(codes.bias_1[0], largest)
+
+    def _fresh_room(self) -> tuple[TableRoom, Array, SelectionRoom, Array]:
         """Memory for any query, and for the packed neighbours of one."""
         from fairseq.memory.index.lists.adc_kernels import TableRoom
         from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
@@ -144,7 +206,8 @@ class AdcSearch:
             lower_C=np.empty(bounds, np.float32),
             flag_S=np.empty(groups + 1, np.int64),
         )
-        return table_room, selection_room, np.empty((1, bounds), np.int64)
+        byte_MJ = np.empty(table_room.table_MJ.shape, np.uint8)
+        return table_room, byte_MJ, selection_room, np.empty((1, bounds), np.int64)
 
     def _fresh_table(self) -> Array:
         parts, _, words = self._lists.words_MEJ.shape

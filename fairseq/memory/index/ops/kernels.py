@@ -62,11 +62,20 @@ def compiled(*signatures: str, **options: Any) -> Callable[[Kernel], Kernel]:
 
 
 _SIZE_BITS = np.int32(0x7FFFFFFF)
-_NOTHING = np.int32(-0x7F800001)  # minus infinity, as ``_range`` orders it
+_NOTHING = np.int32(-0x7F800001)  # minus infinity, as ``finite_range`` orders it
 
 
 @compiled()
-def _range(bits_C: Any, ends_2: Any) -> Any:
+def largest(bits_C: Any) -> Any:
+    """The bits of the largest of some float32, given as bits; see :func:`finite_range`."""
+    most = _NOTHING
+    for i in range(len(bits_C)):
+        most = max(most, bits_C[i] ^ ((bits_C[i] >> np.int32(31)) & _SIZE_BITS))
+    return most ^ ((most >> np.int32(31)) & _SIZE_BITS)
+
+
+@compiled()
+def finite_range(bits_C: Any, ends_2: Any) -> Any:
     """Write the bits of the least and the greatest finite float32. Returns: their number.
 
     Minus infinity marks what must not be found. Of floats, numba's minimum and maximum are not vectorized; the bits of
@@ -88,7 +97,7 @@ def _range(bits_C: Any, ends_2: Any) -> Any:
 def approx_kth_largest(score_C: Any, k: int) -> Any:
     """A number that at least k finite entries reach, and few more; -inf where fewer are finite."""
     ends_2 = np.empty(2, np.int32)
-    if _range(score_C.view(np.int32), ends_2) < k:
+    if finite_range(score_C.view(np.int32), ends_2) < k:
         return np.float32(-np.inf)
     least, most = ends_2.view(np.float32)
     for _ in range(_HALVINGS):  # counting is vectorized: this takes a tenth of the time of selecting the k-th

@@ -13,7 +13,7 @@ from conftest import set_fast_products
 
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.faiss.strategy import SearchStrategy, choose_strategy
-from fairseq.memory.index.lists import bulk_search
+from fairseq.memory.index.lists import adc_search, bulk_search
 from fairseq.memory.index.lists.bulk_search import search_in_bulk
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
 from fairseq.memory.index.ops import products
@@ -237,6 +237,39 @@ def test_few_queries_find_what_brute_force_finds(metric, residual, count, delete
         assert not set(deleted) & set(found.ids_NK.flatten().tolist())
         equal = (found.scores_NK[:, 1:] == found.scores_NK[:, :-1]) & (found.ids_NK[:, 1:] >= 0)
         assert (found.ids_NK[:, 1:] > found.ids_NK[:, :-1])[equal].all()
+
+
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+@pytest.mark.parametrize("parts", [4, 8])
+@pytest.mark.parametrize("name", ["plain", "avx512_vbmi"])
+def test_sums_of_bytes_leave_nothing_out(metric, parts, name, monkeypatch):
+    if name not in ("plain", adc_search.byte_sums()):
+        pytest.skip("this processor does not look up bytes")
+    index = faiss.index_factory(16, f"IVF20,PQ{parts}np", faiss.METRIC_L2 if metric is Metric.L2 else 0)
+    keys = np.random.default_rng(0).standard_normal((4000, 16), dtype=np.float32)
+    keys[:, :4] *= 30.0  # one part's entries reach far, and the bytes of the others are small
+    index.train(keys)
+    index.add(keys)
+    query_ND = torch.from_numpy(keys[:9] + 0.3)
+    found = []
+    for way in ("", name):
+        monkeypatch.setattr(adc_search, "byte_sums", lambda way=way: way)
+        opened = FaissIndex(index, metric, deleted=np.arange(1, 4000, 9))
+        opened.set_probe(7)
+        found += [opened.search(query_ND, k) for k in (60, 400, 3000)]
+        assert (opened._tables._codes is None) == (way == "")
+    for by_floats, by_bytes in zip(found[:3], found[3:]):
+        assert torch.equal(by_floats.ids_NK, by_bytes.ids_NK)
+        assert torch.equal(by_floats.scores_NK, by_bytes.scores_NK)
+
+
+def test_codes_are_copied_up_to_a_limit(monkeypatch):
+    index, query_ND = made(3000, 40, Metric.L2)
+    monkeypatch.setattr(adc_search, "byte_sums", lambda: "plain")
+    few, many = adc_search.AdcSearch(index, kept_bytes=1000), adc_search.AdcSearch(index)
+    assert few._codes is None
+    for mine, other in zip(few.search(query_ND[:2], 200), many.search(query_ND[:2], 200)):
+        assert torch.equal(mine, other)
 
 
 def test_few_queries_and_short_lists():

@@ -1,0 +1,132 @@
+"""The compiled search by tables of bytes (``adc_search.py``): sums of bytes bound the scores, few are summed exactly.
+
+Import where used: numba takes half a second to load.
+
+Shapes: M parts of a key, J codewords of a part, S keys of a list, P lists a query probes, F keys that were chosen,
+B bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fairseq.memory.index.lists.adc_kernels import LISTS, ROOM, array_at, pointer, share_of_list, write_table
+from fairseq.memory.index.lists.byte_table_kernels import SUMS, round_table
+from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, select_candidates
+from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, largest
+
+_KEYS = 4  # summed side by side: one would wait for each of its sums
+_ROUNDING = np.float32(4e-6)  # of sums in float32 over what they are sums of
+
+
+class ByteCodes(NamedTuple):
+    """The codes of an index's lists as ``byte_table_kernels`` sums them."""
+
+    code_B: Any
+    first_L: Any
+    """First byte of each list."""
+    drawn_M: Any
+    """What is added to the entries of a part before they are rounded down."""
+    most_steps: Any
+    """How far a sum may be off, in steps."""
+    bias_1: Any
+    """The largest bias."""
+
+
+BYTE_CODES = "Tuple((u1[::1], i8[::1], f4[::1], f4, f4[::1]))"
+"""Its types, for ``compiled``."""
+
+
+@compiled(fastmath=ANY_ORDER)
+def _write_bounds(sum_P: Any, step: Any, shift: Any, bias_P: Any, bound_P: Any) -> Any:
+    """Write what the scores of a group's keys are at most. Returns: the bits of the largest."""
+    bound_P[len(bias_P) :] = -np.inf
+    for i in range(len(bias_P)):
+        bound_P[i] = np.float32(sum_P[i]) * step + (bias_P[i] + shift)
+    return largest(bound_P.view(np.int32))
+
+
+@compiled()
+def _pack_exact(
+    table_F: Any, code_SM: Any, id_S: Any, bias_S: Any, share: Any, place_F: Any, first_place: int, packed_F: Any
+) -> None:
+    """Pack keys of a list with their scores, which are summed as ``adc_kernels.search_tables`` sums them."""
+    parts, last = code_SM.shape[1], len(place_F) - 1
+    for start in range(0, len(place_F), _KEYS):
+        s, t = place_F[start] - first_place, place_F[min(start + 1, last)] - first_place
+        u, v = place_F[min(start + 2, last)] - first_place, place_F[min(start + 3, last)] - first_place
+        a = b = c = d = np.float32(0.0)
+        for m in range(parts):
+            a += table_F[m * 256 + code_SM[s, m]]
+            b += table_F[m * 256 + code_SM[t, m]]
+            c += table_F[m * 256 + code_SM[u, m]]
+            d += table_F[m * 256 + code_SM[v, m]]
+        sums = (a, b, c, d)
+        for i, key in enumerate((s, t, u, v)):
+            if start + i <= last:
+                packed_F[start + i] = pack(sums[i] + (bias_S[key] + share), id_S[key])
+
+
+@functools.cache
+def byte_search(name: str) -> Any:
+    """The kernel of an instruction set that does what ``adc_kernels.search_tables`` does, of the same bits.
+
+    ``(query_QD, probed_QP, wanted, lists, codes, by_distance, room, byte_MJ, selection_room, packed_QC, count_Q)``:
+    ``codes`` are ``ByteCodes`` as a plain tuple, ``byte_MJ`` room for a table.
+    """
+    sum_bytes = SUMS[name]
+
+    def search(
+        query_QD: Any, probed_QP: Any, wanted: int, lists: Any, codes: Any, by_distance: bool, room: Any, byte_MJ: Any,
+        selection_room: Any, packed_QC: Any, count_Q: Any,
+    ) -> None:  # fmt: skip
+        words_MEJ, centroid_LD, address_L2, first_L, bias = lists
+        code_B, first_byte_L, drawn_M, most_steps, bias_1 = codes
+        table_MJ, score_SP, most_S, edge_1P, end_1P, place_F = room
+        parts, num_probed = words_MEJ.shape[0], probed_QP.shape[1]
+        gap_1P, share_P = np.zeros((1, num_probed), np.float32), np.zeros(num_probed, np.float32)
+        sum_P, most_bits_S = np.empty(GROUP, np.uint16), most_S.view(np.int32)
+        for q in range(len(query_QD)):
+            query_D = query_QD[q]
+            write_table(query_D, words_MEJ, by_distance, table_MJ)
+            step, base, most = round_table(table_MJ, drawn_M, byte_MJ)
+            edge_1P[0, 0] = 0
+            for p in range(num_probed):
+                number, group = probed_QP[q, p], edge_1P[0, p]
+                edge_1P[0, p + 1] = group
+                size = first_L[number + 1] - first_L[number] if number >= 0 else 0
+                if size == 0:
+                    continue
+                share_P[p] = share_of_list(query_D, centroid_LD[number], by_distance)
+                half_gap = most_steps * step + _ROUNDING * (most + bias_1[0] + abs(share_P[p]))
+                gap_1P[0, p], shift = np.float32(2.0) * half_gap, base * step + share_P[p] + half_gap
+                for first in range(0, size, GROUP):
+                    sum_bytes(byte_MJ, code_B, first_byte_L[number] + first * parts, sum_P)
+                    begin, past = first_L[number] + first, first_L[number] + min(first + GROUP, size)
+                    most_bits_S[group] = _write_bounds(sum_P, step, shift, bias[begin:past], score_SP[group])
+                    group += 1
+                edge_1P[0, p + 1] = group
+            select_candidates(score_SP, most_S, edge_1P, gap_1P, wanted, place_F, end_1P, selection_room)
+            first = 0
+            for p in range(num_probed):
+                number, past = probed_QP[q, p], end_1P[0, p]
+                if past > first:
+                    size = first_L[number + 1] - first_L[number]
+                    code_SM = array_at(pointer(address_L2[number, 0]), (size, parts), np.uint8)
+                    id_S = array_at(pointer(address_L2[number, 1]), (size,), np.int64)
+                    bias_S = bias[first_L[number] : first_L[number + 1]]
+                    _pack_exact(
+                        table_MJ.reshape(-1), code_SM, id_S, bias_S, share_P[p], place_F[first:past],
+                        edge_1P[0, p] * GROUP, packed_QC[q, first:past],
+                    )  # fmt: skip
+                first = past
+            count_Q[q] = first
+
+    search.__qualname__ = f"search_bytes_{name}"
+    types = (
+        f"f4[:,::1], i8[:,::1], i8, {LISTS}, {BYTE_CODES}, b1, {ROOM}, u1[:,::1], {SELECTION_ROOM}, i8[:,::1], i8[::1]"
+    )
+    return compiled(f"({types})")(search)
