@@ -42,18 +42,19 @@ def append_hits(
         share: added to all bounds.
         slack: half of how far the share may be off.
     """
-    filled, widest = filled_N[n], width_N[n]
+    # Numbers without a sign: otherwise each would be looked at for places counted from the end.
+    row, filled, widest = np.uint64(n), np.uint64(filled_N[n]), width_N[n]
     while hits:
-        j = lowest_bit(hits)
+        j = np.uint64(lowest_bit(hits))
         hits &= hits - 1
-        m = key + j
+        m = np.uint64(key) + j
         error = size_M[m] * width
         bound = ((np.float32(raw_X[j]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
         below = np.float32(2.0) * (error + slack_M[m] + slack)
-        lower_NC[n, filled], ids_NC[n, filled] = (bound - below) + (share + slack), first_row + m
+        lower_NC[row, filled], ids_NC[row, filled] = (bound - below) + (share + slack), first_row + np.int64(m)
         widest = max(widest, below)
-        filled += 1
-    filled_N[n], width_N[n] = filled, widest
+        filled += np.uint64(1)
+    filled_N[n], width_N[n] = np.int64(filled), widest
 
 
 @compiled()
