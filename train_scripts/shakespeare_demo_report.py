@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fairseq.config import FlagParser, build, flag
 from fairseq.runtime.atomic_files import write_atomically
@@ -28,49 +28,67 @@ class ReportConfig:
     """Where the figures are."""
 
     folder: str = flag("folder")
-    """The demo's folder, with METHOD.SPLIT.json and knn-LAMBDA.SPLIT.json; results.json and results.png go there."""
-    best_weight: bool = flag("--best-weight", default=False)
-    """Print only the neighbours' share with the lowest perplexity on valid."""
+    """The demo's folder, with METHOD.SPLIT.json and knn.sweep.json; results.json and results.png go there."""
+    took: int | None = flag("--took", default=None)
+    """Wall-clock seconds of this start, to print beside those that prediction.json predicted."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; a perplexity or speed is missing where a split was not evaluated."""
+    """One line of the table."""
 
     method: str
     weight: float
     """Share of the neighbours in kNN-LM, else 0."""
     perplexity: dict[str, float]
-    """Per split."""
-    seconds: float
-    """Of all splits together, without start-up."""
-    tokens_per_second: float
+    """Per split that was evaluated."""
+    seconds: float | None
+    """Of all splits together, without start-up; None for a share that a sweep evaluated from another one's search."""
+    tokens_per_second: float | None
 
 
 def read_rows(folder: Path) -> list[Row]:
     """In the order of METHODS, kNN-LM by growing weight. Raises: ValueError when there is no plain figure."""
-    figures: dict[tuple[str, float], dict[str, dict[str, float]]] = {}
-    for path in folder.glob("*.json"):
-        found = re.fullmatch(r"([a-z]+)(?:-([0-9.]+))?\.(valid|test)\.json", path.name)
-        if found and found[1] in METHODS:
-            which = figures.setdefault((found[1], float(found[2] or 0)), {})
-            which[found[3]] = json.loads(path.read_text(encoding="utf-8"))
-    if ("plain", 0.0) not in figures:
+    rows = {name: _rows(name, folder) for name in METHODS}
+    if not rows["plain"]:
         raise ValueError(f"{folder} has no plain.valid.json or plain.test.json; run train_scripts/shakespeare-demo.sh")
-    names = list(METHODS)
-    return [_row(*key, figures[key]) for key in sorted(figures, key=lambda key: (names.index(key[0]), key[1]))]
+    return [row for found in rows.values() for row in found]
 
 
-def _row(name: str, weight: float, by_split: dict[str, dict[str, float]]) -> Row:
-    seconds = sum(one["seconds"] for one in by_split.values())
-    tokens = sum(one["num_tokens"] for one in by_split.values())
-    return Row(
-        method=METHODS[name] + (f", lambda {weight:g}" if weight else ""),
-        weight=weight,
-        perplexity={split: by_split[split]["perplexity"] for split in SPLITS if split in by_split},
+def _rows(name: str, folder: Path) -> list[Row]:
+    paths = {split: folder / f"{name}.{split}.json" for split in SPLITS}
+    figures = {split: _read(path) for split, path in paths.items() if path.exists()}
+    if not figures:
+        return []
+    seconds = sum(one["seconds"] for one in figures.values())
+    row = Row(
+        method=METHODS[name],
+        weight=0.0,
+        perplexity={split: one["perplexity"] for split, one in figures.items()},
         seconds=seconds,
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=sum(one["num_tokens"] for one in figures.values()) / seconds,
     )
+    sweep = folder / f"{name}.sweep.json"
+    return [row] if not sweep.exists() else _swept(row, _read(sweep))
+
+
+def _swept(row: Row, sweep: Any) -> list[Row]:
+    """A row for each share. The best on valid was tried on test too, and has the time of the searches."""
+    rows = []
+    for setting in sorted(sweep["settings"], key=lambda setting: float(setting["lmbda"])):
+        weight, best = setting["lmbda"], setting["lmbda"] == sweep["best"]["lmbda"]
+        swept = replace(row, method=f"{row.method}, lambda {weight:g}", weight=weight)
+        perplexity = {sweep["tuned_on"]: setting["perplexity"]}
+        if best:
+            perplexity |= {sweep["reported_on"]: sweep["reported"]["perplexity"]}
+            rows.append(replace(swept, perplexity=perplexity))
+        else:
+            rows.append(replace(swept, perplexity=perplexity, seconds=None, tokens_per_second=None))
+    return rows
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_stages(folder: Path) -> dict[str, int]:
@@ -83,18 +101,11 @@ def as_table(rows: Sequence[Row]) -> str:
     lines = [["method", *(f"{split} perplexity" for split in SPLITS), "seconds", "tokens/s"]]
     for row in rows:
         perplexities = [f"{row.perplexity[s]:.2f}" if s in row.perplexity else "-" for s in SPLITS]
-        lines.append([row.method, *perplexities, f"{row.seconds:.1f}", f"{row.tokens_per_second:.0f}"])
+        times = ["-", "-"] if row.seconds is None else [f"{row.seconds:.1f}", f"{row.tokens_per_second:.0f}"]
+        lines.append([row.method, *perplexities, *times])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
-
-
-def best_weight(rows: Sequence[Row]) -> float:
-    """The share of the neighbours with the lowest perplexity on valid. Raises: ValueError when none was tried."""
-    tried = [row for row in rows if row.weight and "valid" in row.perplexity]
-    if not tried:
-        raise ValueError("no kNN evaluation on valid is there to choose from")
-    return min(tried, key=lambda row: row.perplexity["valid"]).weight
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -127,17 +138,17 @@ def main(argv: Sequence[str]) -> None:
     config = build(ReportConfig, parser.parse(argv))
     folder = Path(config.folder)
     rows, stages = read_rows(folder), read_stages(folder)
-    if config.best_weight:
-        sys.stdout.write(f"{best_weight(rows):g}\n")
-        return
-    record = {"rows": [asdict(row) for row in rows], "stage_seconds": stages}
-    write_atomically(folder / "results.json", json.dumps(record, indent=1) + "\n")
+    prediction = _read(folder / "prediction.json") if config.took is not None else {}
+    record = {"rows": [asdict(row) for row in rows], "stage_seconds": stages, "wall_seconds": config.took}
+    write_atomically(folder / "results.json", json.dumps(record | {"prediction": prediction}, indent=1) + "\n")
     draw(rows, folder / "results.png")
     sys.stdout.write(f"\n{as_table(rows)}\n\n")
     if stages:
         parts = ", ".join(f"{name} {seconds}" for name, seconds in stages.items() if "." not in name)
         evaluation = sum(seconds for name, seconds in stages.items() if "." in name)
         sys.stdout.write(f"seconds: {parts}, evaluation {evaluation}, all {sum(stages.values())}\n")
+    if config.took is not None:
+        sys.stdout.write(f"this start took {config.took} s; predicted were {prediction['seconds']:.0f} s\n")
     sys.stdout.write(f"written: {folder / 'results.json'}, {folder / 'results.png'}\n")
 
 

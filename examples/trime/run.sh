@@ -2,7 +2,8 @@
 # TRIME's three variants on Shakespeare's plays, from the data to perplexities, on a processor (arXiv 2205.12674).
 #   bash examples/trime/run.sh [FOLDER]        (default: output/trime-example)
 #   SEED=2 UPDATES=300 VARIANTS="plain local" bash examples/trime/run.sh ...
-# Started again, it skips what is done and goes on with what was interrupted.
+# Run it again to resume an interrupted run; what is done is skipped. Variants run side by side, one per core
+# (train_scripts/stages.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:-output/trime-example}
@@ -10,10 +11,19 @@ seed=${SEED:-1} updates=${UPDATES:-500} variants=${VARIANTS:-plain local long ex
 data=data-bin/shakespeare
 [ ! -x .venv/bin/python ] || PATH=$PWD/.venv/bin:$PATH
 export LOGLEVEL=${LOGLEVEL:-WARNING}
-mkdir -p "$out"
 source train_scripts/stages.sh
 
-stage data $data/test.idx bash get_data.sh shakespeare
+for name in $variants; do
+  case $name in
+  plain | local | long | external) ;;
+  *)
+    echo "VARIANTS: no variant '$name'; known: plain local long external" >&2
+    exit 2
+    ;;
+  esac
+done
+
+[ -n "${CHAIN:-}" ] || stage data $data/test.idx bash get_data.sh shakespeare
 
 # Every variant has the model, the updates and the tokens per update of the others; only criterion and batches differ.
 model=(--arch transformer_lm_wiki103 --decoder-layers 2 --decoder-attention-heads 4 --decoder-ffn-embed-dim 512
@@ -46,8 +56,9 @@ evaluate() {
   done
 }
 
-for variant in $variants; do
-  case $variant in
+# variant NAME: train and evaluate it.
+variant() {
+  case $1 in
   plain)
     train plain --criterion adaptive_loss
     evaluate plain eval_lm.py
@@ -74,14 +85,15 @@ for variant in $variants; do
       --save-knnlm-dstore --dstore-mmap "$out/external/dstore"
     stage index "$out/external/knn.index.ip" python build_dstore.py --dstore_mmap "$out/external/dstore" \
       --faiss_index "$out/external/knn.index" --dist ip --ncentroids 1024 --code_size 16 --train_size 40000 \
-      --num_keys_to_add_at_a_time 500000
+      --num_keys_to_add_at_a_time 500000 --no-report
     evaluate external eval_lm-trime.py --use-local --use-long --mem-size 2048 --use-external \
       --dstore-filename "$out/external/dstore" --indexfile "$out/external/knn.index.ip" --faiss-metric-type ip \
       --k 64 --probe 8 --mode li --interp-temp 4 --lmbda 0.1
     ;;
-  *)
-    echo "VARIANTS: no variant '$variant'; known: plain local long external" >&2
-    exit 2
-    ;;
   esac
+}
+
+for name in external plain long local; do # the longest first
+  case " $variants " in *" $name "*) chain "$name" variant "$name" ;; esac
 done
+finish_chains

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq.modules import blocked_softmax
 from fairseq.modules.adaptive_input import AdaptiveInput, band_width, bands_of
 
 
@@ -99,13 +100,26 @@ class AdaptiveSoftmax(nn.Module):
         for end in self.ends[:-1]:
             band_N += target_N >= end
         entry_N = torch.where(band_N == 0, target_N, self.ends[0] + band_N - 1)
-        logp_N, norm_N = pick(self.head(x_ND), entry_N)
+        weight_CD = self._head_weight()
+        if weight_CD is not None and blocked_softmax.fits(x_ND, weight_CD):
+            logp_N, norm_N = blocked_softmax.target_logp(x_ND, weight_CD, entry_N)
+        else:
+            logp_N, norm_N = pick(self.head(x_ND), entry_N)
         for band, tail in enumerate(self.tail, start=1):
             # A tail without targets takes part too: its gradient is zero, not absent, whatever the batch holds.
             here = (band_N == band).nonzero().squeeze(1)
             within, _ = pick(tail(x_ND[here]), target_N[here] - self.ends[band - 1])
             logp_N = logp_N.index_add(0, here, within)
         return logp_N, norm_N
+
+    def _head_weight(self) -> Tensor | None:
+        """Matrix of the head, (C, D); None where a layer that took its place may compute anything."""
+        head = self.head
+        if type(head) is nn.Linear:
+            return head.weight
+        if type(head) is SharedHead and type(head.class_proj) is nn.Linear:
+            return torch.cat([head.word_proj.weight, head.class_proj.weight])
+        return None
 
     def vocab_logp(self, x_ND: Tensor) -> Tensor:
         """Log-probability of every type, (N, V) in float32."""

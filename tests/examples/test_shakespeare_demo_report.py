@@ -18,25 +18,49 @@ def figures(folder: Path, name: str, perplexity: float, tokens: int, seconds: fl
     (folder / f"{name}.json").write_text(json.dumps(told))
 
 
+def sweep(folder: Path, best: float) -> None:
+    """Shares 0.1 and 0.25, chosen on valid and tried on test, as fairseq-knn-sweep writes them."""
+    perplexity = {0.1: 95.0, 0.25: 90.5}
+    told = {
+        "tuned_on": "valid",
+        "settings": [{"k": 8, "lmbda": share, "perplexity": perplexity[share]} for share in (0.25, 0.1)],
+        "best": {"k": 8, "lmbda": best, "perplexity": perplexity[best]},
+        "reported_on": "test",
+        "reported": {"k": 8, "lmbda": best, "perplexity": 105.0},
+    }
+    (folder / "knn.sweep.json").write_text(json.dumps(told))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    figures(tmp_path, "knn-0.25.valid", 90.5, 100, 4.0)
-    figures(tmp_path, "knn-0.1.valid", 95.0, 100, 2.0)
-    figures(tmp_path, "knn-0.1.test", 105.0, 300, 2.0)
+    figures(tmp_path, "knn.valid", 93.0, 100, 4.0)
+    figures(tmp_path, "knn.test", 106.0, 300, 6.0)
+    sweep(tmp_path, best=0.25)
     figures(tmp_path, "plain.valid", 100.0, 100, 1.0)
     figures(tmp_path, "plain.test", 110.0, 300, 1.0)
     (tmp_path / "dstore.json").write_text("{}")  # other JSON files are not figures
     (tmp_path / "train.seconds").write_text("120\n")
     (tmp_path / "plain.valid.seconds").write_text("7\n")
+    (tmp_path / "prediction.json").write_text(json.dumps({"seconds": 130.4}))
     return tmp_path
 
 
 def test_rows_are_ordered_by_weight_and_sum_their_splits(folder: Path) -> None:
     rows = REPORT["read_rows"](folder)
     assert [row.weight for row in rows] == [0.0, 0.1, 0.25]
-    assert [row.tokens_per_second for row in rows] == [200.0, 100.0, 25.0]
-    assert rows[1].perplexity == {"valid": 95.0, "test": 105.0}
-    assert rows[2].perplexity == {"valid": 90.5}
+    assert rows[0].perplexity == {"valid": 100.0, "test": 110.0}
+    assert (rows[0].seconds, rows[0].tokens_per_second) == (2.0, 200.0)
+
+
+@pytest.mark.parametrize(("best", "other"), [(0.25, 0.1), (0.1, 0.25)])
+def test_the_best_share_has_the_search_and_the_figure_on_test(folder: Path, best: float, other: float) -> None:
+    sweep(folder, best)
+    rows = {row.weight: row for row in REPORT["read_rows"](folder)}
+    valid = {0.1: 95.0, 0.25: 90.5}
+    assert rows[best].perplexity == {"valid": valid[best], "test": 105.0}
+    assert (rows[best].seconds, rows[best].tokens_per_second) == (10.0, 40.0)
+    assert rows[other].perplexity == {"valid": valid[other]}
+    assert (rows[other].seconds, rows[other].tokens_per_second) == (None, None)
 
 
 def test_trimes_rows_come_last_by_their_memory(folder: Path) -> None:
@@ -52,7 +76,8 @@ def test_the_table_is_markdown_with_a_dash_for_what_is_missing(folder: Path) -> 
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["method", "valid perplexity", "test perplexity", "seconds", "tokens/s"]
     assert cells[2] == ["language model alone", "100.00", "110.00", "2.0", "200"]
-    assert cells[4] == ["kNN-LM, lambda 0.25", "90.50", "-", "4.0", "25"]
+    assert cells[3] == ["kNN-LM, lambda 0.1", "95.00", "-", "-", "-"]
+    assert cells[4] == ["kNN-LM, lambda 0.25", "90.50", "105.00", "10.0", "40"]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -67,9 +92,11 @@ def test_the_report_leaves_json_and_a_picture(folder: Path, capsys: pytest.Captu
     assert "| language model alone | 100.00" in printed
 
 
-def test_the_best_weight_is_chosen_on_valid(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    REPORT["main"]([str(folder), "--best-weight"])
-    assert capsys.readouterr().out == "0.25\n"
+def test_the_time_is_printed_beside_the_prediction(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    REPORT["main"]([str(folder), "--took", "141"])
+    assert "this start took 141 s; predicted were 130 s\n" in capsys.readouterr().out
+    record = json.loads((folder / "results.json").read_text())
+    assert (record["wall_seconds"], record["prediction"]) == (141, {"seconds": 130.4})
 
 
 def test_a_folder_without_figures_is_an_error(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Adaptive softmax against PyTorch's own, against the dense distribution, and its gradient."""
 
+import copy
+
 import pytest
 import torch
 
+from fairseq.modules import blocked_softmax
 from fairseq.modules.adaptive_input import AdaptiveInput
 from fairseq.modules.adaptive_softmax import AdaptiveSoftmax, SharedHead
 
@@ -94,3 +97,30 @@ def test_one_cutoff_at_the_dictionarys_end_is_a_plain_softmax():
     x, target = batch()
     expected = (x @ softmax.head.weight.t()).log_softmax(1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(softmax.target_logp(x, target)[0], expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_wide_head_is_computed_by_blocks(tied, monkeypatch):
+    # Float32, more types than fit in a block: values and gradients are those of the dense softmax in float64.
+    size, cutoff, num_rows = 2600, (1500, 2500), 1100
+    torch.manual_seed(2)
+    shared = AdaptiveInput(size, 1, WIDTH, 2, WIDTH, cutoff) if tied else None
+    ours = AdaptiveSoftmax(size, WIDTH, cutoff, factor=2, adaptive_input=shared)
+    ours.reset_parameters()
+    calls = []
+    blocked = blocked_softmax.target_logp
+    monkeypatch.setattr(blocked_softmax, "target_logp", lambda *given: (calls.append(given), blocked(*given))[1])
+    x, target, weight = torch.randn(num_rows, WIDTH), torch.randint(size, (num_rows,)), torch.randn(num_rows)
+    found = []
+    for module in (ours, copy.deepcopy(ours).double()):
+        given = x.to(module.tail[0][0].weight.dtype, copy=True).requires_grad_()
+        if module is ours:
+            logp, norm = module.target_logp(given, target)
+        else:
+            logp = module.vocab_logp(given).gather(1, target[:, None])[:, 0]
+            norm = module.head(given).logsumexp(1)
+        ((logp + 0.5 * norm) * weight.to(logp.dtype)).sum().backward()
+        gradients = {name: parameter.grad.double() for name, parameter in module.named_parameters()}
+        found.append({"logp": logp.double(), "norm": norm.double(), "x": given.grad.double(), **gradients})
+    assert len(calls) == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

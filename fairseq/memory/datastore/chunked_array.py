@@ -136,7 +136,9 @@ class ChunkedArray:
     def take(self, ids_N: Tensor | Array) -> Tensor:
         """Rows in the requested order, as float32 (integers as int64). Each is read once, in the order of the files."""
         ids_N = ids_N if isinstance(ids_N, Tensor) else torch.from_numpy(np.ascontiguousarray(ids_N))
-        if len(self.chunks) == 1 and not isinstance(self.chunks[0], np.memmap):  # no disk is read
+        # No disk is read, or all of a file is, in any order: sorting so many numbers takes longer than reading it.
+        reads_all = len(ids_N) >= len(self) and not self.exceeds_ram
+        if len(self.chunks) == 1 and (reads_all or not isinstance(self.chunks[0], np.memmap)):
             return self._tensors[0].index_select(0, ids_N).to(self._output_dtype)
         if len(ids_N) > 1 and not bool((ids_N[1:] > ids_N[:-1]).all()):
             unique_M, inverse_N = torch.unique(ids_N, return_inverse=True)

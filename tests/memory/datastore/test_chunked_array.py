@@ -77,6 +77,21 @@ def test_mapped_files_are_named(tmp_path):
     assert ChunkedArray(mapped).in_memory().files == []
 
 
+@pytest.mark.parametrize("count", [3, 5, 40])  # fewer than there are rows, as many, and more
+def test_rows_of_a_mapped_file_are_taken_in_any_order(tmp_path, count):
+    values = np.arange(7, 12, dtype=np.int32)
+    values.tofile(tmp_path / "values")
+    rows = ChunkedArray([np.memmap(tmp_path / "values", np.int32, "r", shape=(5,))])
+    ids = np.random.default_rng(count).integers(0, 5, count)
+    taken = rows.take(ids)
+    assert taken.dtype is torch.int64
+    np.testing.assert_array_equal(taken, values[ids])
+    with pytest.raises((AssertionError, IndexError)):
+        rows.take(np.full(count, 5))
+    with pytest.raises((AssertionError, IndexError)):
+        rows.take(np.full(count, -1))
+
+
 def test_parts_of_different_kinds_are_rejected():
     one = np.ones((2, DIM), np.float32)
     with pytest.raises(ValueError, match="type float32 and width 3 and of type float16 and width 3"):
