@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from fairseq.generation.steps.beam_cache import BeamCache
 from fairseq.modules.multihead_attention import Encoded, IncrementalState
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class NextToken:
         self.memory = None if memory is None else memory.begin(source)
         count = num_sentences if num_sentences is not None else len(source.get("source_BS", ()))
         self._sentence_S = torch.arange(count)
-        self._states = [IncrementalState() for _ in models]
+        self._states = [_cache_for(model) for model in models]
         self._encoded: list[Encoded | None] = [
             model.encode(source["source_BS"]) if "source_BS" in source else None  # type: ignore[operator]
             for model in models
@@ -168,6 +169,13 @@ class NextToken:
             encoded = self._encoded[number]
             if encoded is not None and sentences is not None:
                 self._encoded[number] = encoded.rows(sentences)
+
+
+def _cache_for(model: TransformerLanguageModel) -> IncrementalState:
+    """The cache that is faster for a model's device and precision."""
+    weight = next(model.parameters())
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_grad_enabled()
+    return BeamCache() if fits else IncrementalState()
 
 
 def mean_logp(parts: Sequence[Tensor]) -> Tensor:

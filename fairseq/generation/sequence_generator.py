@@ -20,6 +20,8 @@ from fairseq.generation.beam_search import (
 )
 from fairseq.generation.config import GenerationConfig
 from fairseq.generation.next_token import GenerationMemory, NextToken
+from fairseq.generation.steps.packed_products import PackedProducts
+from fairseq.modules.inference_linear import multiplying_by
 
 if TYPE_CHECKING:
     from fairseq.data.dictionary import Dictionary
@@ -79,6 +81,7 @@ class SequenceGenerator:
             raise ValueError(f"a datastore is of one model, --path names {len(models)}; give that one")
         self.models, self.config, self.memory = list(models), config, memory
         self.eos, self.pad, self.unk = dictionary.eos(), dictionary.pad(), dictionary.unk()
+        self._products = PackedProducts()
         self.watch: Callable[[Tensor], None] | None = None
         """Is given each step's log-probabilities, (R, V), which it must not change."""
 
@@ -101,7 +104,17 @@ class SequenceGenerator:
             limits: tokens before </s> that each text may have, instead of those of the config.
         Raises: ValueError for a beginning that is longer than its text may be, or scores that are not finite.
         """
-        config, lengths_B = self.config, torch.tensor(list(source_lengths))
+        with multiplying_by(self._products):
+            return self._generate(source, torch.tensor(list(source_lengths)), prefix_BT, limits)
+
+    def _generate(
+        self,
+        source: Mapping[str, Any],
+        lengths_B: Tensor,
+        prefix_BT: Tensor | None,
+        limits: Sequence[int] | None,
+    ) -> list[list[Hypothesis]]:
+        config = self.config
         count, device = len(lengths_B), self._device()
         if prefix_BT is None:
             prefix_BT = torch.empty(count, 0, dtype=torch.int64)

@@ -28,6 +28,9 @@ MODULES = (
     "fairseq.memory.combiners.vocab_mixing_kernels",
     "fairseq.memory.gnn.kernels",
     "fairseq.memory.proof.overlap_kernels",
+    "fairseq.data.bm25.kernels",
+    "fairseq.generation.steps.attention_kernels",
+    "fairseq.generation.steps.packed_kernels",
 )
 """All modules of compiled kernels, those that others call first."""
 

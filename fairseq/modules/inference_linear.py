@@ -7,6 +7,9 @@ of 35. Shapes: N rows, D width, V width of the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _SMALLEST = 1 << 18  # weights of a matrix; below, calling oneDNN costs more than it saves
+
+
+Product = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | None"]
+"""``x @ weight.T + bias`` of float32 on a CPU; None for what it leaves to torch."""
+_faster: ContextVar[Product | None] = ContextVar("_faster", default=None)
+
+
+@contextmanager
+def multiplying_by(product: Product) -> Iterator[None]:
+    """Within it, large matrices are multiplied by ``product``: a decoder packs those that it reads in each step.
+
+    Of this thread only.
+    """
+    token = _faster.set(product)
+    try:
+        yield
+    finally:
+        _faster.reset(token)
 
 
 def is_plain_float32(x: Tensor, weight: Tensor) -> bool:
@@ -34,11 +55,14 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 def product(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` for the rows of x, (..., V)."""
-    onednn = None if torch.is_grad_enabled() or weight_VD.numel() < _SMALLEST else _onednn_product()
-    if onednn is None or not x.numel() or not is_plain_float32(x, weight_VD):
+    is_small = torch.is_grad_enabled() or weight_VD.numel() < _SMALLEST or not x.numel()
+    if is_small or not is_plain_float32(x, weight_VD):
         return F.linear(x, weight_VD, bias_V)
-    out: Tensor = onednn(x, weight_VD, bias_V, "none", [], "")
-    return out
+    faster, onednn = _faster.get(), _onednn_product()
+    out = None if faster is None else faster(x, weight_VD, bias_V)
+    if out is None and onednn is not None:
+        out = onednn(x, weight_VD, bias_V, "none", [], "")
+    return F.linear(x, weight_VD, bias_V) if out is None else out
 
 
 def _onednn_product() -> Any:

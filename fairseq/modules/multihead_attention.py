@@ -52,6 +52,11 @@ class IncrementalState:
         self._cache[name] = (key_BHSD, value_BHSD, end)
         return key_BHSD[:, :, :end], value_BHSD[:, :, :end]
 
+    def attend(self, name: str, query_BTC: Tensor, key_BTC: Tensor, value_BTC: Tensor, num_heads: int) -> Tensor | None:
+        """Append as :meth:`extend` does and attend from each query to its text, (B, T, C); None where this cache leaves
+        that to the layer, and nothing is appended."""
+        return None
+
     def of_source(self, name: str, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """A layer's keys and values of the source sentences, made in the first step; one row per sentence."""
         if name not in self._source:
@@ -144,8 +149,12 @@ class MultiheadAttention(nn.Module):
                 after every token it might disturb and needs no mask of its own.
             incremental_state: the keys read so far, extended by these; ``name`` distinguishes the layers.
         """
-        q_BHTD = self._heads(linear(self.q_proj, query_BTC))
-        k_BHSD, v_BHSD = self.keys_and_values(query_BTC)
+        q_BTC, k_BTC, v_BTC = (linear(each, query_BTC) for each in (self.q_proj, self.k_proj, self.v_proj))
+        if incremental_state is not None and is_causal:
+            attended_BTC = incremental_state.attend(name, q_BTC, k_BTC, v_BTC, self.num_heads)
+            if attended_BTC is not None:
+                return linear(self.out_proj, attended_BTC)
+        q_BHTD, k_BHSD, v_BHSD = (self._heads(each) for each in (q_BTC, k_BTC, v_BTC))
         if incremental_state is not None:
             k_BHSD, v_BHSD = incremental_state.extend(name, k_BHSD, v_BHSD)
             if is_causal:

@@ -73,6 +73,22 @@ def test_a_batch_is_translated_as_each_sentence_alone(given, normalize_before):
         require_equal(found, beam_search(model, source, beam=given["beam"], limit=8, **options))
 
 
+@pytest.mark.parametrize("lm", [False, True])
+def test_float32_finds_the_texts_of_float64(lm):
+    """Where a cache that beams share, packed products and their threads are."""
+    model = make_lm().eval() if lm else make_model()
+    prefix = torch.tensor([[5, 6], [7, 4], [9, 9], [4, 8]]) if lm else None
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        given = ({}, [2] * 4) if lm else inputs(SOURCES)
+        words = dictionary(model.dictionary_size)
+        generator = SequenceGenerator([model.to(dtype)], words, GenerationConfig(beam=4, nbest=4, max_len_b=9))
+        found.append([h for hypotheses in generator.generate(*given, prefix) for h in hypotheses])
+    for own, exact in zip(*found):
+        assert own.tokens.tolist() == exact.tokens.tolist()
+        assert own.score == pytest.approx(exact.score, abs=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_limits_of_length(seed):
     model = make_model(seed)

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fairseq.metrics",),
     ("fairseq.modules",),
     ("fairseq.memory",),
+    ("fairseq.data.bm25",),  # its loops are compiled as memory's are
     ("fairseq.models",),
     ("fairseq.checkpoints",),
     ("fairseq.checkpoint_utils",),

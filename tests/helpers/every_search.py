@@ -10,12 +10,16 @@ import json
 import sys
 from typing import Any
 
+import bm25s
 import faiss
 import numba
 import numpy as np
 import torch
 from numba.core import event, sigutils
 
+from fairseq.data.bm25.index import SCORING, Bm25Index
+from fairseq.generation.steps.beam_cache import BeamCache
+from fairseq.generation.steps.packed_products import PackedProducts
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.datastore import Datastore
@@ -49,6 +53,8 @@ def run() -> None:
         _extended_mind()
     _retomaton()
     _mixing()
+    _segments()
+    _beams()
 
 
 def _keys(rows: int, dim: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -128,6 +134,21 @@ def _mixing() -> None:
     some_CM = torch.arange(12).view(3, 4) % 2 == 0
     for keep_CM in (torch.ones(3, 4, dtype=torch.bool), some_CM):
         VocabularyMixer(0.3).mix_(torch.zeros(3, 20), None, Candidates(values_CM, scores_CM, keep_CM))
+
+
+def _segments() -> None:
+    retriever = bm25s.BM25(**SCORING)
+    retriever.index([["some", "words"], ["some"], ["words"]], show_progress=False)
+    Bm25Index(retriever, "").search(["some words"], 0, 1)
+
+
+def _beams() -> None:
+    row_R1C = torch.ones(2, 1, 8)
+    BeamCache().attend("0", row_R1C, row_R1C, row_R1C, 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    PackedProducts()(row_R1C, torch.ones(3, 8), None)
+    torch.set_num_threads(threads)
 
 
 class _Compilations(event.Listener):  # type: ignore[misc]

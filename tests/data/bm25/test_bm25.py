@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq.data.bm25 import index as bm25
+from fairseq.data.bm25 import kernels as bm25_kernels
 from fairseq.data.bm25.index import open_index
 
 K1, B = 0.9, 0.4
@@ -54,11 +55,12 @@ def require_best(found, scores, own, num_neighbors):
 
 
 @pytest.mark.parametrize("num_neighbors", [1, 5, 200])
-@pytest.mark.parametrize("frequent", ["_FREQUENT_SHARE=0.04", "_FREQUENT_SHARE=0", "_FREQUENT_BYTES=0"])
-def test_neighbors_are_those_of_the_published_formula(tmp_path, monkeypatch, num_neighbors, frequent):
-    name, _, value = frequent.partition("=")
-    monkeypatch.setattr(bm25, name, type(getattr(bm25, name))(value))
+@pytest.mark.parametrize("topics", [0, 5])
+def test_neighbors_are_those_of_the_published_formula(tmp_path, num_neighbors, topics):
+    """Without topics all documents are candidates to the last term; with topics reading stops early."""
     texts = some_texts(150, 80)
+    if topics:
+        texts = [f"{text} {f'topic{number % topics} ' * 9}" for number, text in enumerate(texts)]
     texts[7] = ""
     texts[70] = texts[9]
     texts[71] = texts[9].upper()
@@ -70,6 +72,29 @@ def test_neighbors_are_those_of_the_published_formula(tmp_path, monkeypatch, num
         for own, numbers in enumerate(found, start=first):
             require_best(numbers, scores[own], own, num_neighbors)
     assert index.search([texts[7]], 7, 5) == [[]]
+
+
+def test_reading_stops_once_few_documents_can_be_among_the_best(tmp_path):
+    """Ten documents share rare words; the others have one word that is everywhere."""
+    rare = [" ".join(f"rare{word}" for word in range(20))] * 10
+    texts = [f"common {text}" for text in rare + [f"own{number}" for number in range(500)]]
+    index = open_index(tmp_path / "index", write(tmp_path / "segments.json", texts))
+    found = {}
+    for k in (3, 400):
+        terms, counts = index._terms(texts[0])
+        bounds = counts * index._largest_V[terms]
+        room, order = index._make_room(), np.argsort(-bounds / index._length_V[terms])
+        given = (terms[order], counts[order], bounds[order], 0, k, room.score_D, room.candidate_D)
+        number = bm25_kernels.candidates(index._starts_V, index._document_P, index._weight_P, *given)
+        found[k] = room.candidate_D[:number].tolist()
+    assert found == {3: list(range(1, 10)), 400: list(range(1, 510))}
+    assert index.search(texts[:1], 0, 12) == [list(range(1, 13))]
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=40) | st.text(max_size=40))
+def test_words_are_those_of_bm25s(text):
+    words = bm25._words(text.lower(), bm25._tokenizer().splitter)
+    assert [word for word in words if len(word) > 1] == bm25._tokenizer().splitter(text.lower())
 
 
 def test_neighbors_are_those_bm25s_retrieves(tmp_path):

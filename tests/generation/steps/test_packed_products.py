@@ -1,0 +1,70 @@
+"""Products with packed matrices against those in float64; what they leave to torch."""
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq.generation.steps import packed_products
+from fairseq.generation.steps.packed_products import PackedProducts
+from fairseq.modules import inference_linear
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 12, 31, 64])
+@pytest.mark.parametrize(("width", "types"), [(8, 64), (200, 97), (193, 33), (385, 5)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_are_those_of_float64(rows, width, types, has_bias):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 1, width), torch.randn(types, width), torch.randn(types)
+    found = PackedProducts()(x, weight, bias if has_bias else None)
+    expected = x.double() @ weight.double().t() + (bias.double() if has_bias else 0)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_matrix_that_changes_is_packed_again():
+    x, products, layer = torch.randn(2, 4), PackedProducts(), nn.Linear(4, 6)
+    for change in (
+        lambda: None,
+        lambda: layer.weight.mul_(2),
+        lambda: setattr(layer.weight, "data", torch.randn(6, 4)),
+    ):
+        with torch.no_grad():
+            change()
+            torch.testing.assert_close(products(x, layer.weight, layer.bias), layer(x))
+
+
+def test_many_rows_and_what_exceeds_the_memory_are_left_to_torch(monkeypatch):
+    weight, products = torch.randn(6, 4), PackedProducts()
+    assert products(torch.randn(65, 4), weight, None) is None
+    torch.set_num_threads(2)
+    assert products(torch.randn(2, 4), weight, None) is None
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        assert products(torch.randn(2, 4), weight.clone(), None) is None  # its changes are not counted
+    monkeypatch.setattr(packed_products, "_MOST_BYTES", 150)
+    assert products(torch.randn(2, 4), weight, None) is not None
+    assert products(torch.randn(2, 4), weight.clone(), None) is None
+    assert products(torch.randn(2, 4), weight, None) is not None
+
+
+def test_large_maps_are_multiplied_within_the_context_only():
+    layer, seen = nn.Linear(64, 4100), []
+
+    def product(x, weight, bias):
+        seen.append(tuple(weight.shape))
+        return None if len(x) > 2 else torch.full((len(x), 4100), 7.0)
+
+    with torch.inference_mode():
+        with inference_linear.multiplying_by(product):
+            assert (inference_linear.linear(layer, torch.ones(2, 64)) == 7).all()
+            torch.testing.assert_close(inference_linear.linear(layer, torch.ones(3, 64)), layer(torch.ones(3, 64)))
+            inference_linear.linear(nn.Linear(4, 4), torch.ones(1, 4))  # a small one
+        torch.testing.assert_close(inference_linear.linear(layer, torch.ones(1, 64)), layer(torch.ones(1, 64)))
+    assert seen == [(4100, 64)] * 2
