@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory.scoring import interpolate, log_sums
+from fairseq.memory.scoring import interpolate
+from fairseq.memory.sources.log_sums import log_sums
 from fairseq.memory.types import LogSums, Passage, ScoredPositions
 
 if TYPE_CHECKING:
@@ -63,8 +64,9 @@ class TextMemory:
             candidates = source.lookup(passage)
             if seen is not None:
                 seen.found.append(candidates)
-            found.append(log_sums(candidates, passage.targets, self.temperature))
-            total = found[-1].plus(total)
+            if self.record is not None:
+                found.append(log_sums(candidates, passage.targets, self.temperature))
+            total = log_sums(candidates, passage.targets, self.temperature, total)
         if self.record is not None:
             self.record(passage, found)
         for source in self.sources:
@@ -193,9 +195,9 @@ def _block_of(batch: LMBatch, place_N: Tensor) -> Tensor:
 
 def passages(batch: LMBatch, here: LMBatch, key_BTD: Tensor) -> Iterator[Passage]:
     """The blocks of a batch, without padding; ``here`` is the batch on the device of the keys."""
-    places_T = torch.arange(1, batch.scored_BT.shape[1] + 1)
-    ends_B = (batch.scored_BT * places_T).amax(1).tolist()
-    scored_B = batch.scored_BT.sum(1).tolist()
-    for row, (number, end, scored) in enumerate(zip(batch.ids_B.tolist(), ends_B, scored_B)):
+    scored_BT = batch.scored_BT.numpy()  # on the host, and without waking other threads
+    ends_B = scored_BT.shape[1] - scored_BT[:, ::-1].argmax(1)
+    for row, (number, end, scored) in enumerate(zip(batch.ids_B.tolist(), ends_B.tolist(), scored_BT.sum(1).tolist())):
+        end = end if scored else 0
         value_T = torch.cat([here.tokens_BT[row, 1:end], here.target_BT[row, end - 1 : end]])
         yield Passage(number, key_BTD[row, :end], value_T, end - scored)

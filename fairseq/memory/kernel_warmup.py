@@ -25,6 +25,8 @@ MODULES = (
     "fairseq.memory.index.lists.pq_rescoring_kernels",
     "fairseq.memory.extended_mind.kernels",
     "fairseq.memory.retomaton.kernels",
+    "fairseq.memory.sources.float_kernels",
+    "fairseq.memory.sources.log_sum_kernels",
     "fairseq.memory.combiners.vocab_mixing_kernels",
     "fairseq.memory.gnn.kernels",
     "fairseq.memory.proof.overlap_kernels",

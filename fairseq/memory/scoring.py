@@ -16,7 +16,7 @@ from fairseq.memory.types import Candidates, LogSums
 
 # exp(-80) is nothing beside 1 in any precision, but where the result underflows exp takes 50 times as long.
 LOWEST = -80.0
-_FAR = math.exp(-50.0)  # beside this a million candidates at LOWEST do not show
+FAR = math.exp(-50.0)  # beside this a million candidates at LOWEST do not show
 
 
 def check_temperature(temperature: float) -> None:
@@ -87,7 +87,7 @@ def log_sums(found: Candidates, target_N: Tensor, temperature: float) -> LogSums
         is_hit_NM *= _zero_or_one(keep_NM, scores_NM.dtype)
     share_NM, top_N = _shares(scores_NM, keep_NM)
     hit_share_N = (share_NM * is_hit_NM).sum(1)
-    far_N = (hit_share_N > 0.0) & (hit_share_N < _FAR)
+    far_N = (hit_share_N > 0.0) & (hit_share_N < FAR)
     hit_N = _log_of_sum(hit_share_N, top_N)
     if far_N.any():  # next to the best candidate these are nothing, but on their own they are something
         hit_N = hit_N.masked_scatter(far_N, masked_logsumexp(scores_NM[far_N], is_hit_NM[far_N] > 0))

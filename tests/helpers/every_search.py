@@ -36,6 +36,7 @@ from fairseq.memory.index.ops.kmeans import kmeans
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
+from fairseq.memory.sources.log_sums import log_sums
 from fairseq.memory.types import Candidates, Metric
 
 DIM, ROWS = 16, 3000
@@ -55,6 +56,7 @@ def run() -> None:
     _mixing()
     _segments()
     _beams()
+    _sums()
 
 
 def _keys(rows: int, dim: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -149,6 +151,11 @@ def _beams() -> None:
     torch.set_num_threads(1)
     PackedProducts()(row_R1C, torch.ones(3, 8), None)
     torch.set_num_threads(threads)
+
+
+def _sums() -> None:
+    value_1M, scores_NM, keep_NM = torch.arange(4)[None], torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    log_sums(Candidates(value_1M, scores_NM, keep_NM), torch.arange(2), 1.0)
 
 
 class _Compilations(event.Listener):  # type: ignore[misc]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.log_space import log_add
-from fairseq.memory.scoring import check_temperature, check_weight, interpolate, joint_logp_of_sums, knn_logp, log_sums
+from fairseq.memory.scoring import check_temperature, check_weight, interpolate, joint_logp_of_sums, knn_logp
+from fairseq.memory.sources.log_sums import log_sums
 from fairseq.memory.types import Candidates, LogSums
 
 

@@ -60,8 +60,7 @@ class RollingMemory:
             nothing_N0 = query_ND.new_empty(len(query_ND), 0, dtype=torch.float32)
             return Candidates(passage.value_T[None, :0], nothing_N0, nothing_N0.bool())
         scores_NM = scaled_products(query_ND, self._keys[held])
-        # A copy: the next passages are written over these rows. In 32 bits, in which tokens are compared.
-        value_1M = self._values[held].to(torch.int32)[None]
+        value_1M = self._values[held].clone()[None]  # a copy: the next passages are written over these rows
         return Candidates(value_1M, scores_NM, scores_NM.new_ones(1, 1, dtype=torch.bool).expand_as(scores_NM))
 
     def append(self, passage: Passage) -> None:
@@ -71,7 +70,7 @@ class RollingMemory:
         if self._keys is None:
             # Twice the size: positions are moved to the front once per ``size`` of them, not with every passage.
             self._keys = key_ND.new_empty(2 * self.size, key_ND.shape[1])
-            self._values = value_N.new_empty(2 * self.size)
+            self._values = value_N.new_empty(2 * self.size, dtype=torch.int32)  # tokens are compared in 32 bits
         if self._end + len(key_ND) > len(self._keys):
             kept = slice(self._end - (self.size - len(key_ND)), self._end)
             count = kept.stop - kept.start

@@ -1,0 +1,48 @@
+"""The sums of a memory's candidates, in one pass over them on a CPU.
+
+Shapes: N positions, M candidates.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory import scoring
+from fairseq.memory.types import Candidates, LogSums
+
+
+def log_sums(found: Candidates, target_N: Tensor, temperature: float, before: LogSums | None = None) -> LogSums:
+    """As ``scoring.log_sums``, to float32 rounding; by a compiled loop where no gradient is wanted.
+
+    PyTorch's operations pass over the candidates a dozen times, and wake other threads for each.
+
+    Args:
+        before: sums of other memories, to which these are added.
+    """
+    scores_NM = found.scores_NM
+    if scores_NM.requires_grad or scores_NM.dtype != torch.float32 or scores_NM.device.type != "cpu":
+        return scoring.log_sums(found, target_N, temperature).plus(before)
+    scoring.check_temperature(temperature)
+    from fairseq.memory.sources.log_sum_kernels import add_candidates
+
+    if before is None:
+        hit_N, whole_N = (np.full(len(scores_NM), -np.inf, np.float32) for _ in range(2))
+    else:
+        hit_N, whole_N = before.hit_N.numpy().copy(), before.whole_N.numpy().copy()
+    keep_NM = found.keep_NM
+    if keep_NM.stride() == (0, 0) and found.keeps_all():  # one permission for all: there is no mask to look at
+        keep_NM = keep_NM[:0]
+    add_candidates(
+        scores_NM.contiguous().numpy(),
+        keep_NM.contiguous().numpy(),
+        found.values_NM.int().contiguous().numpy(),
+        target_N.int().numpy(),
+        np.float32(1.0 / temperature),
+        np.float32(scoring.LOWEST),
+        np.float32(scoring.FAR),
+        hit_N,
+        whole_N,
+    )
+    return LogSums(torch.from_numpy(hit_N), torch.from_numpy(whole_N))
