@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(common.ROOT))
 
-WANTED = 3.0
+WANTED = ">= 1.5 on AVX2, 4 on VNNI, 8 on AMX"
 _CENTERS = 2000
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         details["more"] = [scale(options, rows, Path(made)) for rows in options.more_rows]
     ratio = common.median_ratio(details["faiss_seconds"], details["seconds"])
     name = f"queries/s over IndexFlat's, {options.metric}, recall {details['recall']:.6f}"
-    common.tell("exact_search", name, ratio, f">= {WANTED}", details, options.out)
+    common.tell("exact_search", name, ratio, WANTED, details, options.out)
 
 
 def compare(options: Any, folder: Path) -> dict[str, Any]:

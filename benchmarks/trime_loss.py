@@ -21,7 +21,7 @@ import common
 
 sys.path.insert(0, str(common.ROOT))
 
-LOSSES = {"local": ("trime_loss", 1.3), "long": ("trime_long_loss", 1.8), "ext": ("trime_ext_loss", 2.5)}
+LOSSES = {"local": ("trime_loss", 1.3), "long": ("trime_long_loss", 1.7), "ext": ("trime_ext_loss", 2.5)}
 MEMORY_LIMIT = 1.3
 NUM_TYPES, CUTOFF = 17552, (2000, 8000)
 DRAWN = ("even", "zipf")

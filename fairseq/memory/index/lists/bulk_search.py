@@ -36,7 +36,6 @@ _ROOM_BYTES = 160 << 20
 """For the candidates of queries that are searched at a time, kept for the next search."""
 _DECODING_ROOM_BYTES = 512 << 20
 """The same where lists are decoded again for each such part of the queries."""
-_LEAST_ROOM = 1024
 # Of the k best so many are expected in the sample, and the threshold is what more of them reach: of 30,000 queries one
 # expects too much.
 _EXPECTED, _SURELY = 48, 4.0
@@ -58,7 +57,7 @@ def search_in_bulk(
     ids_NK = torch.full((len(query_ND), k), -1, dtype=torch.int64)
     scores_NK = torch.full((len(query_ND), k), -torch.inf)
     search = _BulkSearch(lists, query_ND, k, ties_of_faiss=ties_of_faiss)
-    numbers, room = np.arange(len(query_ND)), max(capacity(k), _LEAST_ROOM)
+    numbers, room = np.arange(len(query_ND)), capacity(k)
     again = search.run(numbers, room, ids_NK, scores_NK, expects=True)
     while len(again):
         room = min(_MORE_ROOM * room, max(capacity(k), search.most_keys(again)))
