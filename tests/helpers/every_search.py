@@ -45,6 +45,7 @@ DIM, ROWS = 16, 3000
 def run() -> None:
     """All searches, as on each kind of CPU."""
     shuffles = adc_search.byte_sums()
+    ExactIndex._passing_share = lambda *_: 0.0  # type: ignore[method-assign]
     for name in (products.best_tiles(), "library_int8", "float32"):
         adc_search.byte_sums = lambda name=name: "" if name == "float32" else shuffles  # type: ignore[assignment]
         products.chosen = lambda name=name: products.by_name(name)  # type: ignore[assignment]

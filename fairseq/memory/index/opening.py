@@ -35,7 +35,7 @@ def open_index(
         name: the index file, with or without the metric as its ending; None searches the keys themselves, exactly.
         probe: lists of the index that a search probes.
         mapped: leave the lists on disk and read them as they are probed.
-        gpu: search on the GPUs that faiss sees, if any.
+        gpu: search on GPUs if there are any: an index on all that faiss sees, keys on the current one.
         memory_bytes: limit on the working memory of exact search.
     Returns: an object with ``search(query_ND, k)`` and ``score_rows(query_ND, ids_NM)``.
     Raises: ValueError or OSError when the index is missing, damaged or was built over other keys.
@@ -52,7 +52,10 @@ def open_index(
                 "NAME, or drop them to search the keys themselves"
             )
         logger.info("no --indexfile: all %d keys are compared with every query", len(store))
-        return ExactIndex(store.keys, metric, memory_bytes=memory_bytes, deleted=store.deleted)
+        exact = ExactIndex(store.keys, metric, memory_bytes=memory_bytes, deleted=store.deleted)
+        if gpu:
+            exact.use_gpus()
+        return exact
     index = open_faiss(name, metric, store.prefix, store.digest, store.deleted, probe=probe, mapped=mapped)
     if gpu:
         index.use_gpus()

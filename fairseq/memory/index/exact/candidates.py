@@ -19,7 +19,9 @@ from fairseq.memory.index.ops.kernels import LOWEST
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric
-from fairseq.runtime.threads import ThreadBuffer
+from fairseq.runtime.threads import ThreadBuffer, run_in_threads
+
+_PAIR_BYTES = 8 << 20  # of keys that are scored at a time, by each thread
 
 
 class TrueScores:
@@ -41,6 +43,41 @@ class TrueScores:
         keys_HD = self.prepare(self.keys.take(ids_H))
         kernels.score_pairs(self.query_ND.numpy(), row_H, keys_HD, at_H, self.by_distance, scores_H)
         return scores_H
+
+    def pairs(self, row_H: Array, ids_H: Array) -> Array:
+        """Scores of pairs of a query and a key, (H,); each key is read once, in the order of the rows."""
+        order_H = np.argsort(ids_H, kind="stable")
+        row_H, (unique_U, count_U) = row_H[order_H], np.unique(ids_H, return_counts=True)
+        edge_U = np.concatenate([[0], np.cumsum(count_U)])
+        sorted_H = np.empty(len(ids_H), np.float32)
+        step = max(1, _PAIR_BYTES // (4 * max(1, self.query_ND.shape[1])))
+
+        def score(first: int) -> None:
+            past = min(first + step, len(unique_U))
+            keys_MD = self.prepare(self.keys.take(unique_U[first:past]))
+            col_H = np.repeat(np.arange(past - first), count_U[first:past])
+            part = slice(edge_U[first], edge_U[past])
+            kernels.score_pairs(self.query_ND.numpy(), row_H[part], keys_MD, col_H, self.by_distance, sorted_H[part])
+
+        run_in_threads(score, range(0, len(unique_U), step))
+        scores_H = np.empty(len(ids_H), np.float32)
+        scores_H[order_H] = sorted_H
+        return scores_H
+
+    def write_best(self, ids_NC: Array, which_Q: Array, ids_NK: Tensor, scores_NK: Tensor) -> None:
+        """Write the k best candidates of some queries, best first, of equals the lower row, and their scores.
+
+        Args:
+            ids_NC: rows of each query's candidates, ascending, -1 after the last.
+            which_Q: numbers of the queries.
+        """
+        ids_QC = ids_NC[which_Q]
+        row_H, place_H = np.nonzero(ids_QC >= 0)
+        scores_QC = np.full(ids_QC.shape, np.nan, np.float32)
+        scores_QC[row_H, place_H] = self.pairs(which_Q[row_H], ids_QC[row_H, place_H])
+        place_QK = argsort_descending(scores_QC, ids_NK.shape[1])
+        ids_NK[which_Q] = torch.from_numpy(np.take_along_axis(ids_QC, place_QK, 1))
+        scores_NK[which_Q] = torch.from_numpy(np.take_along_axis(scores_QC, place_QK, 1))
 
     def prepare(self, keys_MD: Tensor) -> Array:
         """Keys of any floating type as they are scored, float32."""

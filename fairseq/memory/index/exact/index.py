@@ -10,6 +10,7 @@ Shapes: N queries, Q queries of a group, M keys of a block, K neighbours, D widt
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from fairseq.memory.datastore.reading.read_ahead import ReadAhead
 from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.candidates.room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
+from fairseq.memory.index.exact.gpu import ExactGpuSearch
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.exact.streamed import StreamedGroup
 from fairseq.memory.index.ops import products as ways
@@ -32,6 +34,8 @@ from fairseq.memory.index.ops.products import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
 from fairseq.runtime.threads import ThreadBuffer, map_in_threads, run_in_threads
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DEFAULT_MEMORY = 2 << 30
@@ -46,6 +50,7 @@ FEW_PRODUCTS = 1 << 15
 # Where bounds are wide beside the differences of the best scores, many keys pass. Then they are scored as they pass by,
 # so that thresholds are true scores: 65,536 keys of a GPT-2 of width 1024, k 1024, take 0.46 of the time by AVX2.
 _WIDE = 0.3
+_PASSING_SECONDS = 1e-9  # for a column of a key that bounds let through
 _NEAREST = 64
 
 
@@ -82,6 +87,8 @@ class ExactIndex:
         self.memory_bytes = memory_bytes
         self.deleted = np.empty(0, np.int64) if deleted is None else deleted
         self._bounds_are_wide: bool | None = None
+        self._rounds: dict[int, bool] = {}
+        self._by_gpu: ExactGpuSearch | None = None
 
     @property
     def dim(self) -> int:
@@ -99,6 +106,22 @@ class ExactIndex:
     def bulk_pays(self, num_queries: int) -> bool:
         """True for more than one query: the keys are read once for all of them."""
         return num_queries > 1
+
+    def use_gpus(self, device: torch.device | str | None = None, *, resident_bytes: int | None = None) -> None:
+        """Search on a GPU, with the same results bit by bit; logs one line where there is none, or no Triton.
+
+        Args:
+            device: by default the current GPU.
+            resident_bytes: keys of at most this size stay there between searches; by default half of its free memory.
+        """
+        self._by_gpu = ExactGpuSearch.of(
+            self.keys,
+            self.metric,
+            self.deleted,
+            device,
+            memory_bytes=self.memory_bytes,
+            resident_bytes=resident_bytes,
+        )
 
     def score_rows(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Scores of some rows for each query, float32 (N, M); -inf for the id -1."""
@@ -122,12 +145,35 @@ class ExactIndex:
         query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
         ids_NK = torch.empty(len(query_ND), k, dtype=torch.int64)
         scores_NK = torch.empty(len(query_ND), k)
-        bulk = max(1, self.memory_bytes // (CANDIDATE_BYTES * capacity(k) + 12 * self.dim))
-        for part in _slices(len(query_ND), bulk):
-            _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
+        left_N = self._search_on_gpu(query_ND, k, ids_NK, scores_NK)
+        if left_N is None:
+            self._search_on_cpu(query_ND, k, ids_NK, scores_NK)
+        elif len(left_N):
+            left = torch.from_numpy(left_N)
+            left = left[~broken_N[left]]
+            neighbors = (ids_NK[left], scores_NK[left])
+            self._search_on_cpu(query_ND[left], k, *neighbors)
+            ids_NK[left], scores_NK[left] = neighbors
         if any_broken:
             ids_NK[broken_N], scores_NK[broken_N] = -1, -torch.inf
         return Neighbors(ids_NK, scores_NK)
+
+    def _search_on_gpu(self, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK: Tensor) -> Array | None:
+        """Numbers of the queries that the CPU must search; None for all of them."""
+        if self._by_gpu is None:
+            return None
+        try:
+            return self._by_gpu.search(query_ND, k, ids_NK, scores_NK)
+        except RuntimeError as error:  # no memory left, or a kernel that the GPU cannot run
+            logger.warning("keys are searched on the CPU from now on: the GPU cannot (%s)", error)
+            self._by_gpu = None
+            return None
+
+    def _search_on_cpu(self, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK: Tensor) -> None:
+        """Write the k best rows and their scores, in as many bulks as the memory asks for."""
+        bulk = max(1, self.memory_bytes // (CANDIDATE_BYTES * capacity(k) + 12 * self.dim))
+        for part in _slices(len(query_ND), bulk):
+            _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
 
     def has_wide_bounds(self, query_ND: Tensor, k: int) -> bool:
         """True if many of the best scores of a sample are closer to each other than their bounds.
@@ -147,19 +193,55 @@ class ExactIndex:
             return False
         queries = RoundedQueries(query_QD, sample_MD, ways.chosen(), by_distance=self.metric is Metric.L2)
         margin_Q = torch.from_numpy(queries.about_N4[:, 2] * np.median(queries.block(sample_MD).about_5M[2]))
-        scores_QM = query_QD @ sample_MD.T
-        if self.metric is Metric.L2:
-            scores_QM -= 0.5 * sample_MD.square().sum(1)
+        scores_QM = self._half_scores(query_QD)
         best_QK = scores_QM.topk(count + 1, dim=1).values
         # The very best may be the query itself.
         spread_Q = best_QK[:, min(16, count - 1)] - best_QK[:, -1]
         return bool((margin_Q > _WIDE * spread_Q).float().mean() > 0.5)
 
+    def products_for(self, query_ND: Tensor, k: int) -> ways.Products:
+        """What queries and keys are multiplied by: rounded numbers, unless too many keys would pass their bounds.
+
+        A key that passes takes about as long as a thousand float32 products of its width; the first queries tell how
+        many pass. Stores on a disk are rounded always: reading them takes longer.
+        """
+        if len(query_ND) < _FEW_QUERIES and not self.keys.exceeds_ram:
+            return ways.by_name("float32")
+        products = ways.chosen()
+        if not products.is_rounded or self.keys.exceeds_ram or ways.is_forced():
+            return products
+        rates = ways.measured()
+        if products.name not in rates:
+            return products
+        if k not in self._rounds:
+            saved = 1.0 / rates["float32"] - 1.0 / rates[products.name]
+            self._rounds[k] = self._passing_share(query_ND[:_FEW_QUERIES], k, products) * _PASSING_SECONDS < saved
+        return products if self._rounds[k] else ways.by_name("float32")
+
+    def _passing_share(self, query_QD: Tensor, k: int, products: ways.Products) -> float:
+        """The share of the keys, beside the k best, that bounds let through, by a sample."""
+        sample_MD = self.sample
+        queries = RoundedQueries(query_QD, sample_MD, products, by_distance=self.metric is Metric.L2)
+        margin_Q = torch.from_numpy(2.0 * queries.about_N4[:, 2] * np.median(queries.block(sample_MD).about_5M[2]))
+        scores_QM = self._half_scores(query_QD)
+        rank = min(len(sample_MD), max(1, round(k * len(sample_MD) / len(self))))
+        least_Q = scores_QM.topk(rank, dim=1).values[:, -1] - margin_Q
+        passing = float((scores_QM >= least_Q[:, None]).float().mean())
+        return max(0.0, passing - rank / len(sample_MD))
+
+    def _half_scores(self, query_QD: Tensor) -> Tensor:
+        """Scores of the sample, as ``bounded_scores`` has them, up to what is the same for all keys of a query."""
+        scores_QM = query_QD @ self.sample.T
+        return scores_QM - 0.5 * self.sample.square().sum(1) if self.metric is Metric.L2 else scores_QM
+
     @functools.cached_property
     def sample(self) -> Tensor:
-        """Some keys, float32, spread over the store; for the cosine of length one."""
+        """Some keys that are not deleted, float32, spread over the store; for the cosine of length one."""
         step = max(1, len(self.keys) // _SAMPLE_ROWS)
-        sample_MD = self.keys.take(torch.arange(0, len(self.keys), step)[:_SAMPLE_ROWS])
+        rows = np.setdiff1d(np.arange(0, len(self.keys), step)[:_SAMPLE_ROWS], self.deleted)
+        if not len(rows):
+            rows = np.setdiff1d(np.arange(min(len(self.keys), len(self.deleted) + _SAMPLE_ROWS)), self.deleted)
+        sample_MD = self.keys.take(torch.from_numpy(rows))
         return normalized(sample_MD) if self.metric is Metric.COS else sample_MD
 
 
@@ -172,9 +254,9 @@ class _Search:
         rows = _block_rows(index.dim)
         self.blocks = _slices(len(self.keys), rows)
         self.tiles = _slices(len(self.keys), max(1, _TILE_BYTES // (4 * max(1, index.dim))))
-        self.is_streamed = self.keys.exceeds_ram or index.has_wide_bounds(query_ND, k)
-        many = len(query_ND) >= _FEW_QUERIES or self.keys.exceeds_ram
-        products = ways.chosen() if many else ways.by_name("float32")
+        products = index.products_for(query_ND, k)
+        as_chosen = products == ways.chosen()
+        self.is_streamed = self.keys.exceeds_ram or (as_chosen and index.has_wide_bounds(query_ND, k))
         self.queries = RoundedQueries(query_ND, index.sample, products, by_distance=self.metric is Metric.L2)
         size = max(1, min(_GROUP_SCORES // rows, -(-len(query_ND) // torch.get_num_threads())))
         size = -(-size // max(1, products.tile_rows)) * max(1, products.tile_rows)

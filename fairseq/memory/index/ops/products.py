@@ -152,6 +152,11 @@ def chosen() -> Products:
     return _chosen(os.environ.get(SETTING, ""))
 
 
+def is_forced() -> bool:
+    """True where FAIRSEQ_PRODUCTS names the products."""
+    return bool(os.environ.get(SETTING))
+
+
 @functools.cache
 def _chosen(wanted: str) -> Products:
     if wanted:

@@ -94,7 +94,10 @@ class RangeServer:
         rows, settings = self._range, self._range.settings
         if rows.indexfile is None:
             keys = ChunkedArray([_map_keys(file, rows) for file in rows.files], rows.dtype)
-            return ExactIndex(keys, settings.metric, memory_bytes=settings.memory_bytes, deleted=rows.deleted)
+            exact = ExactIndex(keys, settings.metric, memory_bytes=settings.memory_bytes, deleted=rows.deleted)
+            if settings.gpu:
+                exact.use_gpus()
+            return exact
         if not os.path.isfile(rows.indexfile):
             raise ValueError(_unseen(rows.indexfile))
         index = open_faiss(

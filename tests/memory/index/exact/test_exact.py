@@ -45,6 +45,7 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
         patch.setattr(exact, "_FEW_QUERIES", 1)
         set_fast_products(patch, name.removeprefix("streamed "))
         patch.setattr(ExactIndex, "has_wide_bounds", lambda *_: name in STREAMED)
+        patch.setattr(ExactIndex, "_passing_share", lambda *_: 0.0)
         patch.setattr(exact, "_SAMPLE_ROWS", 30)
         patch.setattr(streamed, "capacity", lambda k: k + 84)
         patch.setattr(exact, "_BLOCK_BYTES", 64 * 4 * keys.shape[1])
@@ -170,3 +171,33 @@ def test_queries_that_are_not_finite_find_nothing(metric, count):
     rest = [n for n in range(count) if n not in (0, 2)]
     torch.testing.assert_close(found.ids_NK[rest], wanted.ids_NK[rest])
     torch.testing.assert_close(found.scores_NK[rest], wanted.scores_NK[rest])
+
+
+def test_keys_that_bounds_cannot_tell_apart_are_multiplied_as_they_are(monkeypatch):
+    monkeypatch.setattr(products, "chosen", lambda: products.by_name("plain"))
+    monkeypatch.setattr(products, "measured", lambda: {"plain": 4e11, "float32": 1e11})
+    draw = np.random.default_rng(0)
+    apart = draw.standard_normal((4000, 64), dtype=np.float32)
+    centres = 20 * draw.standard_normal((8, 64), dtype=np.float32)
+    alike = centres[draw.integers(0, 8, 4000)] + 1e-3 * apart  # each near 500 others, all equally far but for little
+    for keys, name in ((apart, "plain"), (alike, "float32")):
+        query_ND, index = torch.from_numpy(keys[:40] + 1e-4), ExactIndex(keys)
+        assert index.products_for(query_ND, 3).name == name
+        best = similarities(Metric.L2, query_ND.numpy(), keys).max(1)
+        np.testing.assert_allclose(index.search(query_ND, 3).scores_NK[:, 0], best, atol=2e-3)
+    monkeypatch.setenv(products.SETTING, "plain")
+    assert ExactIndex(alike).products_for(query_ND, 3).name == "plain"
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_deleted_rows_may_hold_anything(metric, products):
+    keys = rows("even", 530, 8, 0)
+    keys[5], keys[9, 2], keys[300] = np.nan, np.inf, 3e38
+    deleted = np.array([5, 9, 300])
+    query_ND = torch.from_numpy(rows("even", 40, 8, 1))
+    found = ExactIndex(keys, metric, deleted=deleted).search(query_ND, 20)
+    keys[deleted] = 1.0
+    true = similarities(metric, query_ND.numpy(), keys)
+    true[:, deleted] = -np.inf
+    assert not np.isin(found.ids_NK, deleted).any()
+    np.testing.assert_allclose(found.scores_NK, -np.sort(-true, axis=1)[:, :20], rtol=1e-5, atol=1e-4)
