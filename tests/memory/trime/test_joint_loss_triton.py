@@ -16,13 +16,13 @@ INTERPRETED = """
 import sys
 import torch
 from unittest import mock
-sys.path.insert(0, "tests/helpers")
+sys.path[:0] = ["tests/helpers", "tests/memory/trime"]
 from test_joint_loss import EXTREMES, RULES, Case, sizes
-from fairseq.memory import joint_loss_triton as fused
-from fairseq.memory.joint_loss import apply
+from fairseq.memory.trime import triton_kernels as fused
+from fairseq.memory.trime.joint_loss import apply
 
 def loss_of(case):
-    return apply(fused.stream_on_gpu, case.key, case.logp, case.norm, case.memory, case.other)
+    return apply(fused.compute_on_gpu, case.key, case.logp, case.norm, case.memory, case.other)
 
 def check(case, loose=1e-4):
     inputs = case.inputs
@@ -60,7 +60,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fairseq.memory.joint_loss_triton import _weigh_row
+from fairseq.memory.trime.triton_kernels import _weigh_row
 
 floats = dict.fromkeys(("score", "norm_N", "whole_N", "target_N"), "*fp32")
 whole = dict.fromkeys(("token", "other_token", "first_N", "past_N", "later_N"), "*i64")
