@@ -301,8 +301,9 @@ class _Search:
         """
         sample_MD = self._index.sample
         expected = self._k * len(sample_MD) / len(self.keys)
-        # Too few are found for one of 10,000 queries; of those that wait for a second pass over a disk, for hardly any.
-        surely = 7.0 if self.keys.exceeds_ram else 4.0
+        # Keys of a text that follow each other are alike, so that a sample tells less than one drawn by chance does. Of
+        # queries that would wait for a second pass over a disk, too few are found for hardly any.
+        surely = 7.0 if self.keys.exceeds_ram else 6.0
         rank = math.ceil(expected + surely * math.sqrt(expected) + surely)
         if len(sample_MD) * 8 > len(self.keys) or rank > len(sample_MD) // 4:
             return False

@@ -170,7 +170,9 @@ class RoundedQueries:
         start_M = np.zeros(filled, np.int32)
         if self.products.is_rounded:
             columns = self.products.columns(self.width)
-            key_B = torch.zeros(filled * columns, dtype=torch.int8)
+            key_B = torch.empty(filled * columns, dtype=torch.int8)
+            # Only what no key is written to.
+            key_B[0 if columns > self.width else (filled - kernels.GROUP) * columns :] = 0
             about_5M = self._rounding.round_keys(keys_MD.numpy(), self._mean_D, key_B.numpy(), start_M)
             return KeyBlock(self.products.keys(key_B, columns), count, start_M, about_5M)
         about_5M = np.zeros((5, filled), np.float32)
