@@ -72,5 +72,6 @@ class BeamCache(IncrementalState):
 
     def reorder(self, order_B: Tensor, sentences: Tensor | None = None) -> None:
         """See the base class; no keys are copied."""
-        self._token_RT = self._token_RT[order_B]
+        if self._num_kept:  # texts may end before the first step: a source without words
+            self._token_RT = self._token_RT[order_B]
         super().reorder(order_B, sentences)

@@ -39,3 +39,11 @@ def test_keys_are_written_once():
             cache.reorder(torch.tensor([3, 3, 0, 0]))
     assert cache._kept["0"][2] == 12
     assert cache._token_RT.tolist() == [[3, 4, 11], [3, 4, 11], [0, 7, 8], [0, 7, 8]]
+
+
+def test_texts_that_end_before_the_first_step_leave_the_others():
+    cache, rows = BeamCache(), torch.randn(2, 1, 8)
+    with torch.inference_mode():
+        cache.reorder(torch.tensor([1, 3]))
+        cache.attend("0", rows, rows, rows, 2)
+    assert cache._token_RT.tolist() == [[0], [1]]
