@@ -25,11 +25,13 @@ from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.candidates.room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.gpu import ExactGpuSearch
+from fairseq.memory.index.exact.kernels import score_all
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.exact.streamed import StreamedGroup
 from fairseq.memory.index.ops import products as ways
 from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
 from fairseq.memory.index.ops.kernels import GROUP
+from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.index.ops.products import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric, Neighbors
@@ -173,7 +175,7 @@ class ExactIndex:
         """Write the k best rows and their scores, in as many bulks as the memory asks for."""
         bulk = max(1, self.memory_bytes // (CANDIDATE_BYTES * capacity(k) + 12 * self.dim))
         for part in _slices(len(query_ND), bulk):
-            _Search(self, query_ND[part], k).run(ids_NK[part], scores_NK[part])
+            _run(self, query_ND[part], k, ids_NK[part], scores_NK[part])
 
     def has_wide_bounds(self, query_ND: Tensor, k: int) -> bool:
         """True if many of the best scores of a sample are closer to each other than their bounds.
@@ -205,8 +207,6 @@ class ExactIndex:
         A key that passes takes about as long as a thousand float32 products of its width; the first queries tell how
         many pass. Stores on a disk are rounded always: reading them takes longer.
         """
-        if len(query_ND) < _FEW_QUERIES and not self.keys.exceeds_ram:
-            return ways.by_name("float32")
         products = ways.chosen()
         if not products.is_rounded or self.keys.exceeds_ram or ways.is_forced():
             return products
@@ -245,6 +245,39 @@ class ExactIndex:
         return normalized(sample_MD) if self.metric is Metric.COS else sample_MD
 
 
+def _run(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK: Tensor, *, guess: bool = True) -> None:
+    """Write the k best rows of each query and their scores; ``guess`` as in ``_Search``."""
+    if len(query_ND) < _FEW_QUERIES and not index.keys.exceeds_ram:
+        _search_few(index, query_ND, k, ids_NK, scores_NK)
+    else:
+        _Search(index, query_ND, k, guess=guess).run(ids_NK, scores_NK)
+
+
+def _search_few(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK: Tensor) -> None:
+    """The same by scoring every key: of few queries, what goes before bounds takes longer."""
+    scores, query_QD = TrueScores(index.keys, index.metric, query_ND), query_ND.numpy()
+    best_ids_QC, best_QC = np.empty((len(query_ND), 0), np.int64), np.empty((len(query_ND), 0), np.float32)
+
+    def scored(part: slice) -> tuple[Array, Array]:
+        keys_MD = scores.rows(part)
+        out_QM = np.empty((len(query_QD), len(keys_MD)), np.float32)
+        score_all(query_QD, keys_MD, scores.by_distance, out_QM)
+        rows_M = np.arange(part.start, part.stop)
+        dead_M = np.isin(rows_M, index.deleted) if len(index.deleted) else None
+        return (rows_M, out_QM) if dead_M is None else (rows_M[~dead_M], out_QM[:, ~dead_M])
+
+    blocks, ahead = _slices(len(index.keys), _block_rows(index.dim)), 8 * torch.get_num_threads()
+    for first in range(0, len(blocks), ahead):
+        parts = list(map_in_threads(scored, blocks[first : first + ahead]))
+        rows_M = np.concatenate([rows for rows, _ in parts])
+        # Lower rows come first, as those of equals have to.
+        best_QC = np.concatenate([best_QC, *(each for _, each in parts)], 1)
+        best_ids_QC = np.concatenate([best_ids_QC, np.broadcast_to(rows_M, (len(query_QD), len(rows_M)))], 1)
+        place_QC = argsort_descending(best_QC, k)
+        best_QC, best_ids_QC = (np.take_along_axis(each, place_QC, 1) for each in (best_QC, best_ids_QC))
+    ids_NK[:], scores_NK[:] = torch.from_numpy(best_ids_QC), torch.from_numpy(best_QC)
+
+
 class _Search:
     """One bulk of queries against all keys."""
 
@@ -258,8 +291,11 @@ class _Search:
         as_chosen = products == ways.chosen()
         self.is_streamed = self.keys.exceeds_ram or (as_chosen and index.has_wide_bounds(query_ND, k))
         self.queries = RoundedQueries(query_ND, index.sample, products, by_distance=self.metric is Metric.L2)
-        size = max(1, min(_GROUP_SCORES // rows, -(-len(query_ND) // torch.get_num_threads())))
-        size = -(-size // max(1, products.tile_rows)) * max(1, products.tile_rows)
+        # As many groups for each thread, so that none waits for the others.
+        threads, side = torch.get_num_threads(), max(1, products.tile_rows)
+        count = -(-len(query_ND) // max(1, _GROUP_SCORES // rows))
+        size = max(1, -(-len(query_ND) // (-(-count // threads) * threads)))
+        size = -(-size // side) * side
         self.scores = TrueScores(self.keys, self.metric, query_ND)
         self.groups = [self._group(part, k, rows) for part in _slices(len(query_ND), size)]
         self._buffer = ThreadBuffer(size * rows, products.raw_dtype)
@@ -291,7 +327,7 @@ class _Search:
         if len(disappointed) and expects:
             again = torch.from_numpy(disappointed)
             neighbors = (ids_NK[again], scores_NK[again])
-            _Search(self._index, self.query_ND[again], self._k, guess=False).run(*neighbors)
+            _run(self._index, self.query_ND[again], self._k, *neighbors, guess=False)
             ids_NK[again], scores_NK[again] = neighbors
 
     def _expect(self) -> bool:

@@ -216,3 +216,16 @@ def reached_by(lower_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
     for q in range(len(filled_Q)):
         row_C = lower_QC[q, : filled_Q[q]]
         out_Q[q] = approx_kth_largest(row_C[~np.isnan(row_C)], k)
+
+
+@compiled("(f4[:,::1], f4[:,::1], b1, f4[:,::1])")
+def score_all(query_QD: Any, keys_MD: Any, by_distance: bool, out_QM: Any) -> None:
+    """Scores of a few queries with all keys of a block: four keys at a time meet every query."""
+    last = len(keys_MD) - 1
+    for m in range(0, len(keys_MD), 4):
+        n, o, p = min(m + 1, last), min(m + 2, last), min(m + 3, last)
+        keys_4 = (keys_MD[m], keys_MD[n], keys_MD[o], keys_MD[p])
+        for q in range(len(query_QD)):
+            scores_4 = squared_distances(query_QD[q], keys_4) if by_distance else products(query_QD[q], keys_4)
+            for i in range(min(4, len(keys_MD) - m)):
+                out_QM[q, m + i] = -scores_4[i] if by_distance else scores_4[i]
