@@ -256,7 +256,8 @@ def _run(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK:
 def _search_few(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK: Tensor) -> None:
     """The same by scoring every key: of few queries, what goes before bounds takes longer."""
     scores, query_QD = TrueScores(index.keys, index.metric, query_ND), query_ND.numpy()
-    best_ids_QC, best_QC = np.empty((len(query_ND), 0), np.int64), np.empty((len(query_ND), 0), np.float32)
+    best_ids_QC: Array = np.empty((len(query_ND), 0), np.int64)
+    best_QC: Array = np.empty((len(query_ND), 0), np.float32)
 
     def scored(part: slice) -> tuple[Array, Array]:
         keys_MD = scores.rows(part)
@@ -274,7 +275,8 @@ def _search_few(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, sco
         best_QC = np.concatenate([best_QC, *(each for _, each in parts)], 1)
         best_ids_QC = np.concatenate([best_ids_QC, np.broadcast_to(rows_M, (len(query_QD), len(rows_M)))], 1)
         place_QC = argsort_descending(best_QC, k)
-        best_QC, best_ids_QC = (np.take_along_axis(each, place_QC, 1) for each in (best_QC, best_ids_QC))
+        best_QC = np.take_along_axis(best_QC, place_QC, 1)
+        best_ids_QC = np.take_along_axis(best_ids_QC, place_QC, 1)
     ids_NK[:], scores_NK[:] = torch.from_numpy(best_ids_QC), torch.from_numpy(best_QC)
 
 
