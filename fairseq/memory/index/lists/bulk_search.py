@@ -105,11 +105,11 @@ class _BulkSearch:
             rooms = self.lists.rooms(threads, size * room, place_bytes)
             groups = [_Group(self, part, room, own) for part, own in zip(parts[first : first + threads], rooms)]
             if share:
-                self._for_all_lists(groups, functools.partial(_Group.sample, share=share))
+                self._for_all_lists(groups, functools.partial(_Group.sample, share=share), share=share)
                 run_in_threads(functools.partial(_Group.begin, share=share), groups)
             self._for_all_lists(groups, _Group.collect)
             run_in_threads(_Group.prune, groups)
-            self._for_all_lists(groups, _Group.score)
+            self._for_all_lists(groups, _Group.score, rounded=False)
             run_in_threads(functools.partial(_Group.write_best, ids_NK=ids_NK, scores_NK=scores_NK), groups)
             again += [group.open_numbers() for group in groups]
         return np.concatenate(again) if again else np.empty(0, np.int64)
@@ -121,10 +121,10 @@ class _BulkSearch:
         share = min(_SAMPLED_SHARE, _EXPECTED / self.k, room / max(1, most))
         return share if 8 * self.k <= least else 0.0
 
-    def _for_all_lists(self, groups: list[_Group], step: Callable[..., None]) -> None:
+    def _for_all_lists(self, groups: list[_Group], step: Callable[..., None], **wanted_of_lists: Any) -> None:
         """A step of groups with each of the lists that they visit, as many at a time as are at hand."""
         wanted = np.unique(np.concatenate([group.numbers for group in groups]))
-        for keys in self.lists.batches(wanted) if len(wanted) else ():
+        for keys in self.lists.batches(wanted, **wanted_of_lists) if len(wanted) else ():
             run_in_threads(functools.partial(step, keys=keys), groups)
 
 

@@ -96,10 +96,16 @@ class DecodedLists:
         self._rooms = rooms
         return rooms
 
-    def batches(self, numbers_L: Array) -> Iterator[tuple[Array, BulkKeys]]:
+    def batches(
+        self, numbers_L: Array, *, share: float = 1.0, rounded: bool = True
+    ) -> Iterator[tuple[Array, BulkKeys]]:
         """Some lists, decoded: the numbers of those at hand, in rising order, and their keys.
 
         Where all are kept they come at once, under their own numbers: the first array is empty.
+
+        Args:
+            share: of each list's keys, the first ones, is wanted; more may be there.
+            rounded: what products are taken of is wanted as well.
         """
         if self._all is not None:
             fresh = numbers_L[~self._is_ready_L[numbers_L]]
@@ -114,23 +120,28 @@ class DecodedLists:
         for part in _batches(size_L, most):
             numbers = numbers_L[part]
             first_L = np.append(0, size_L[part].cumsum())
-            prepare = list(zip(numbers.tolist(), first_L.tolist()))
-            run_in_threads(lambda each: self._prepare(each[0], arrays, each[1]), prepare, _one_thread)  # noqa: B023
+            prepare = [(number, arrays, first) for number, first in zip(numbers.tolist(), first_L.tolist())]
+            run_in_threads(lambda each: self._prepare(*each, share, rounded), prepare, _one_thread)
             yield numbers, arrays.keys(first_L, self._place_L[numbers], self._turn_L2[numbers])
 
-    def _prepare(self, number: int, arrays: _Arrays, first: int) -> None:
+    def _prepare(
+        self, number: int, arrays: _Arrays, first: int, share: float = 1.0, rounded: bool = True
+    ) -> None:  # fmt: skip
         """Decode and round a list. The first of its keys are spread over the list, see ``bulk_kernels.sampler``."""
         size, turn = self._turn_L2[number].tolist()
-        at_M = np.arange(size) * turn % max(1, size)
-        past, end, columns = first + int(self._padded_L[number]), first + size, self._columns
+        wanted = min(size, math.ceil(share * size) + 1)
+        at_M = np.arange(wanted) * turn % max(1, size)
+        past, end, columns = first + int(self._padded_L[number]), first + wanted, self._columns
         arrays.ids_P[first:end] = self.ids(number)[at_M]
-        np.take(self._decoded(number).numpy(), at_M, axis=0, out=arrays.keys_PD[first:end], mode="clip")
+        arrays.keys_PD[first:end] = self._decoded(number, at_M).numpy()
+        if not rounded:
+            return
         key_B = arrays.key_B[first * columns : past * columns]
         key_B[max(0, len(key_B) - GROUP * columns) :] = 0  # the last group may have places without a key
         given = (self.centroid_LD[number], key_B, arrays.start_P[first:past])
         about_5M = self.rounding.round_keys(arrays.keys_PD[first:end], *given)
         if len(self._deleted):
-            about_5M[3, :size][np.isin(arrays.ids_P[first:end], self._deleted)] = -np.inf
+            about_5M[3, :wanted][np.isin(arrays.ids_P[first:end], self._deleted)] = -np.inf
         arrays.about_5P[:, first:past] = about_5M
 
     def ids(self, number: int) -> Array:
@@ -140,14 +151,14 @@ class DecodedLists:
         rows = faiss_library().rev_swig_ptr(lists.get_ids(number), size) if size else np.empty(0, np.int64)
         return np.array(rows, np.int64)
 
-    def _decoded(self, number: int) -> Tensor:
-        """Keys of one list, float32 (M, D)."""
+    def _decoded(self, number: int, at_M: Array | None = None) -> Tensor:
+        """Keys of one list, float32 (M, D): those at some places, or all."""
         lists = self._index.invlists
         size = lists.list_size(number)
         if not size:
             return torch.empty(0, self._index.d)
-        codes = torch.from_numpy(faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size))
-        return self._decode(codes.view(size, -1), number)
+        codes = faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size).reshape(size, -1)
+        return self._decode(torch.from_numpy(codes if at_M is None else codes[at_M]), number)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Some keys, and the same less the centroids of their lists."""
