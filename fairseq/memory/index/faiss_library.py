@@ -77,14 +77,18 @@ def has_byte_codes(index: SwigIndex) -> bool:
     return type(index).__name__ == "IndexIVFPQ" and index.pq.nbits == 8 and index.nlist > 0
 
 
-def bulk_queries_per_list(index: SwigIndex) -> int:
+def bulk_queries_per_list(index: SwigIndex, *, is_kept: bool = True) -> int:
     """Queries of a search per list from which decoding its keys (``lists.decoded_lists``) pays; 0 if that cannot be.
 
-    Decoding a key and rounding it costs about as much as ten of its distances; those to keys of a byte a column take
-    faiss half as long as others (65,536 keys of width 576, k 10 and 100: 0.6 of faiss's queries/s
-    at 16 queries per list, 0.9 at 32, 1.4 at 64).
+    Product-quantized keys that are decoded anew for each bulk cost more the wider they are, and less is saved the
+    smaller their codes are (65,536 keys of width 576 in codes of 36 bytes, k 10 and 1024: 0.4 of faiss's queries/s at
+    64 queries per list, 1.2 at 256). Decoding a key and rounding it costs about as much as ten of its distances; those
+    to keys of a byte a column take faiss half as long as others (65,536 keys of width 576, k 10 and 100: 0.6 of faiss's
+    queries/s at 16 queries per list, 0.9 at 32, 1.4 at 64).
     """
     kind = type(index).__name__
+    if has_byte_codes(index) and not is_kept:
+        return max(16, 10 * int(index.d) // int(index.code_size))
     if has_byte_codes(index) or (kind == "IndexIVFFlat" and index.nlist > 0):
         return 16
     is_bytes = kind == "IndexIVFScalarQuantizer" and index.sq.qtype == faiss_library().ScalarQuantizer.QT_8bit

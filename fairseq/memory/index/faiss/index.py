@@ -28,7 +28,7 @@ from fairseq.memory.index.faiss_library import (
 )
 from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.lists.bulk_search import search_in_bulk
-from fairseq.memory.index.lists.decoded_lists import KEPT_BYTES, DecodedLists
+from fairseq.memory.index.lists.decoded_lists import KEPT_BYTES, DecodedLists, fits_decoded
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
 from fairseq.memory.index.ops import products
 from fairseq.memory.index.ops.merging import alive_of
@@ -225,7 +225,7 @@ class FaissIndex:
             num_probed=0 if lists is None else lists.nprobe,
             has_lists=lists is not None,
             # Other keys than product-quantized ones are multiplied by faiss as fast as by float32 products.
-            bulk_queries_per_list=bulk_queries_per_list(self.inner)
+            bulk_queries_per_list=bulk_queries_per_list(self.inner, is_kept=fits_decoded(self.inner, self.kept_bytes))
             if products.has_fast_int8() or has_byte_codes(self.inner)
             else 0,
             codes_in_ram=has_codes_in_ram(self.inner),

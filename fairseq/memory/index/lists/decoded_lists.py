@@ -32,6 +32,11 @@ _BATCH_BYTES = 64 << 20
 _NO_NUMBERS = np.empty(0, np.int64)
 
 
+def fits_decoded(index: SwigIndex, kept_bytes: int) -> bool:
+    """True if an index of product-quantized keys is kept decoded within so many bytes."""
+    return has_byte_codes(index) and 5 * int(index.ntotal) * (int(index.d) + 4) <= kept_bytes
+
+
 class DecodedLists:
     """The lists of an index whose keys are product-quantized, a byte a column, or whole, decoded on demand.
 
@@ -56,7 +61,7 @@ class DecodedLists:
         self.centroid_LD = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
         """Of the lists, float32."""
         self._decode = _decoder(index, self.centroid_LD)
-        self.is_kept = has_byte_codes(index) and 5 * index.ntotal * (index.d + 4) <= kept_bytes
+        self.is_kept = fits_decoded(index, kept_bytes)
         """Decoded lists serve the next bulk."""
         sample_MD, apart_MD = self._sample()
         self.rounding = Rounding(sample_MD, apart_MD, products, by_distance=self.by_distance)

@@ -131,3 +131,14 @@ def test_a_bulk_pays_where_it_is_decoded_on_a_gpu_too():
     assert [index.bulk_pays(count) for count in (15, 16)] == [False, True]
     index._by_gpu = object()
     assert [index.bulk_pays(count) for count in (15, 16)] == [False, True]
+
+
+@pytest.mark.parametrize(("kept_bytes", "expected"), [(2 << 30, 16), (0, 20)])
+def test_keys_that_are_decoded_anew_wait_for_more_queries(kept_bytes, expected):
+    keys = np.random.default_rng(0).standard_normal((600, 8), dtype=np.float32)
+    inner = faiss.index_factory(8, "IVF6,PQ4np")
+    inner.train(keys)
+    inner.add(keys)
+    index = FaissIndex(inner, Metric.L2)
+    index.kept_bytes = kept_bytes
+    assert index._traits().bulk_queries_per_list == expected
