@@ -143,7 +143,7 @@ class CandidateGroup:
         """
         queries, about = self._queries, tuple(block.about_5M)
         about_Q4 = np.zeros((len(self) + queries.products.tile_rows, 4), np.float32)
-        about_Q4[len(self) :, 3] = np.inf
+        about_Q4[len(self) :, 3] = np.nan  # which nothing reaches, not even infinity
         about_Q4[: len(self)] = queries.about_N4[self.rows]
         about_Q4[: len(self), 3] = self._candidates.threshold_Q
         last = (about, first_row, self._k, tuple(self._candidates))
@@ -194,5 +194,9 @@ class CandidateGroup:
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best of what is scored, best first; of equals the lower row."""
         place_QK = argsort_descending(self._true_QC, self._k)
-        ids_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._candidates.ids_QC, place_QK, 1))
-        scores_NK[self.rows] = torch.from_numpy(np.take_along_axis(self._true_QC, place_QK, 1))
+        ids_QK = np.take_along_axis(self._candidates.ids_QC, place_QK, 1)
+        scores_QK = np.take_along_axis(self._true_QC, place_QK, 1)
+        # Where no score could be told, as with keys that are not numbers, there may be fewer candidates than k.
+        is_none_QK = np.isnan(scores_QK)
+        ids_QK[is_none_QK], scores_QK[is_none_QK] = -1, -np.inf
+        ids_NK[self.rows], scores_NK[self.rows] = torch.from_numpy(ids_QK), torch.from_numpy(scores_QK)

@@ -54,6 +54,8 @@ FEW_PRODUCTS = 1 << 15
 _WIDE = 0.3
 _PASSING_SECONDS = 1e-9  # for a column of a key that bounds let through
 _NEAREST = 64
+# Queries are far that are so many times as long as the others, or so long that squares of float32 end.
+_FAR, _LONGEST = 1e4, 1e15
 
 
 class ExactIndex:
@@ -242,6 +244,8 @@ class ExactIndex:
         if not len(rows):
             rows = np.setdiff1d(np.arange(min(len(self.keys), len(self.deleted) + _SAMPLE_ROWS)), self.deleted)
         sample_MD = self.keys.take(torch.from_numpy(rows))
+        sample_MD = sample_MD[sample_MD.isfinite().all(1)]
+        sample_MD = sample_MD if len(sample_MD) else sample_MD.new_zeros(1, self.dim)
         return normalized(sample_MD) if self.metric is Metric.COS else sample_MD
 
 
@@ -249,8 +253,24 @@ def _run(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK:
     """Write the k best rows of each query and their scores; ``guess`` as in ``_Search``."""
     if len(query_ND) < _FEW_QUERIES and not index.keys.exceeds_ram:
         _search_few(index, query_ND, k, ids_NK, scores_NK)
-    else:
-        _Search(index, query_ND, k, guess=guess).run(ids_NK, scores_NK)
+        return
+    # A query far from all others would make the steps of all as long as its own.
+    length_N = torch.linalg.vector_norm(query_ND.double(), dim=1)
+    is_far_N = length_N > torch.clamp(_FAR * length_N.median(), max=_LONGEST)
+    far = is_far_N.nonzero()[:, 0]
+    if len(far):
+        for part in far.split(_FEW_QUERIES - 1):
+            found = (torch.empty(len(part), k, dtype=torch.int64), torch.empty(len(part), k))
+            _search_few(index, query_ND[part], k, *found)
+            ids_NK[part], scores_NK[part] = found
+        near = (~is_far_N).nonzero()[:, 0]
+        if not len(near):
+            return
+        others = (ids_NK[near], scores_NK[near])
+        _Search(index, query_ND[near], k, guess=guess).run(*others)
+        ids_NK[near], scores_NK[near] = others
+        return
+    _Search(index, query_ND, k, guess=guess).run(ids_NK, scores_NK)
 
 
 def _search_few(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK: Tensor) -> None:

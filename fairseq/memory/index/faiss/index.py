@@ -290,7 +290,7 @@ class FaissIndex:
         return self._tables
 
     def _decoded_lists(self) -> DecodedLists:
-        if self._lists is None:
+        if self._lists is None or self._lists.num_keys != len(self):
             self._lists = DecodedLists(
                 self.inner, products=products.chosen_tiles(), deleted=self.deleted, kept_bytes=self.kept_bytes
             )
@@ -298,7 +298,7 @@ class FaissIndex:
 
     def _alive_bits(self) -> Array:
         """A bit for each row, the lowest first: whether it may be found."""
-        if self._alive is None:
+        if self._alive is None or 8 * len(self._alive) < len(self):
             alive = np.ones(-(-len(self) // 8) * 8, bool)
             alive[self.deleted] = False
             self._alive = np.packbits(alive, bitorder="little")

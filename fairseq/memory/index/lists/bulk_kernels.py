@@ -257,7 +257,7 @@ def collector(name: str) -> Any:
             first_place = place_L[list_W[w]] - first
             for start in range(edge_W1[w], edge_W1[w + 1], rows):
                 count = min(rows, edge_W1[w + 1] - start)
-                about_R4[count:, 3] = np.inf
+                about_R4[count:, 3] = np.nan  # which nothing reaches, not even infinity
                 for i in range(count):
                     n = query_V[start + i]
                     _copy_row(rows_NE, n, row_RE, i)

@@ -112,6 +112,7 @@ class _BulkSearch:
             self._for_all_lists(groups, _Group.score, rounded=False)
             run_in_threads(functools.partial(_Group.write_best, ids_NK=ids_NK, scores_NK=scores_NK), groups)
             again += [group.open_numbers() for group in groups]
+            self.lists.keep_rooms(rooms)
         return np.concatenate(again) if again else np.empty(0, np.int64)
 
     def _sampled_share(self, numbers: Array, room: int) -> float:

@@ -6,6 +6,7 @@ Shapes: M keys of a list, L lists, P places of keys, D width, E columns of the p
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,9 @@ class DecodedLists:
         self._is_ready_L = np.zeros(index.nlist, np.bool_)
         self._turn_L2 = np.array([(size, _turn(size)) for size in sizes], np.int64).reshape(-1, 2)
         self._rooms: list[Array] = []
+        self._lock, self._preparing = threading.Lock(), threading.Lock()
+        self.num_keys = int(index.ntotal)
+        """Keys that were in the lists at the start; once others are added this must not be used any more."""
 
     def __len__(self) -> int:
         return int(self._index.nlist)
@@ -93,13 +97,19 @@ class DecodedLists:
         return padded
 
     def rooms(self, count: int, num_candidates: int, candidate_bytes: int) -> list[Array]:
-        """Memory for the candidates of so many groups, uint8; it is kept, since fresh memory takes long to come."""
-        rooms, self._rooms = self._rooms, []  # a search at the same time takes memory of its own
+        """Memory for the candidates of so many groups, uint8; to be given to :meth:`keep_rooms` in the end, since fresh
+        memory takes long to come. A search at the same time takes memory of its own."""
+        with self._lock:
+            rooms, self._rooms = self._rooms, []
         size = num_candidates * candidate_bytes
         if len(rooms) < count or len(rooms[0]) < size:
             rooms = [np.empty(size, np.uint8) for _ in range(count)]
-        self._rooms = rooms
         return rooms
+
+    def keep_rooms(self, rooms: list[Array]) -> None:
+        """Keep memory for the next search."""
+        with self._lock:
+            self._rooms = rooms
 
     def batches(
         self, numbers_L: Array, *, share: float = 1.0, rounded: bool = True
@@ -113,10 +123,13 @@ class DecodedLists:
             rounded: what products are taken of is wanted as well.
         """
         if self._all is not None:
-            fresh = numbers_L[~self._is_ready_L[numbers_L]]
             whole, first_L = self._all, self._place_L
-            run_in_threads(lambda number: self._prepare(number, whole, first_L[number]), fresh.tolist(), _one_thread)
-            self._is_ready_L[fresh] = True
+            with self._preparing:  # no list is written while another search reads it
+                fresh = numbers_L[~self._is_ready_L[numbers_L]]
+                run_in_threads(
+                    lambda number: self._prepare(number, whole, first_L[number]), fresh.tolist(), _one_thread
+                )
+                self._is_ready_L[fresh] = True
             yield _NO_NUMBERS, whole.keys(first_L, first_L[:-1], self._turn_L2)
             return
         size_L = self._padded_L[numbers_L]
@@ -170,7 +183,8 @@ class DecodedLists:
         numbers = torch.randperm(self._index.nlist, generator=torch.Generator().manual_seed(0)).tolist()
         parts, apart, count = [torch.empty(0, self._index.d)], [torch.empty(0, self._index.d)], 0
         for number in numbers:
-            parts.append(self._decoded(number)[: _SAMPLE_ROWS // 16])
+            own_MD = self._decoded(number)[: _SAMPLE_ROWS // 16]
+            parts.append(own_MD[own_MD.isfinite().all(1)])
             apart.append(parts[-1] - self.centroid_LD[number])
             count += len(parts[-1])
             if count >= _SAMPLE_ROWS:

@@ -201,3 +201,23 @@ def test_deleted_rows_may_hold_anything(metric, products):
     true[:, deleted] = -np.inf
     assert not np.isin(found.ids_NK, deleted).any()
     np.testing.assert_allclose(found.scores_NK, -np.sort(-true, axis=1)[:, :20], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_a_query_far_from_all_others_leaves_them_alone(metric, products):
+    keys, query_ND = rows("even", 600, 8, 0), torch.from_numpy(rows("even", 60, 8, 1))
+    expected = ExactIndex(keys, metric).search(query_ND, 9)
+    mixed_ND = query_ND.clone()
+    mixed_ND[7] *= 1e22 if metric is not Metric.L2 else 1e7
+    found = ExactIndex(keys, metric).search(mixed_ND, 9)
+    others = torch.arange(60) != 7
+    assert torch.equal(found.ids_NK[others], expected.ids_NK[others])
+    assert torch.equal(found.ids_NK[7], ExactIndex(keys, metric).search(mixed_ND[7:8], 9).ids_NK[0])
+
+
+def test_an_alive_key_that_is_no_number_hides_no_other(products):
+    keys, query_ND = rows("even", 600, 8, 0), torch.from_numpy(rows("even", 60, 8, 1))
+    keys[11] = np.nan
+    found = ExactIndex(keys).search(query_ND, 9)
+    best = -np.sort(-np.delete(similarities(Metric.L2, query_ND.numpy(), keys), 11, axis=1), axis=1)[:, :9]
+    np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=1e-4)
