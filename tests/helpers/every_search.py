@@ -79,7 +79,7 @@ def _exact_searches() -> None:
     ExactIndex(wide, Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
     ExactIndex.has_wide_bounds = plain  # type: ignore[method-assign]
     equal = np.repeat(keys[:3], 4000, 0)  # too many candidates that tie
-    ExactIndex(equal, Metric.L2).search(query_ND[:3], 4)
+    ExactIndex(equal, Metric.L2).search(query_ND[:40], 4)
 
 
 def _list_searches() -> None:
