@@ -64,8 +64,9 @@ HUGE = replace(PQ, num_keys=1 << 32, num_lists=100, num_probed=8)
         # Rows beyond 32 bits.
         (replace(HUGE, num_keys=(1 << 32) - 1), 1, 1 << 30, BY_TABLES),
         (HUGE, 1, 1 << 30, ONE_THREAD),
-        (replace(HUGE, num_keys=(1 << 32) - 1), 200, 1 << 30, LARGE_IN_BULK),
-        (HUGE, 200, 1 << 30, IN_BULK),
+        (replace(HUGE, num_keys=(1 << 30) - 1), 200, 1 << 29, LARGE_IN_BULK),
+        (replace(HUGE, num_keys=(1 << 32) - 1), 200, 1 << 30, BY_TABLES),
+        (HUGE, 200, 1 << 30, FAISS),
     ],
 )
 def test_each_case_has_its_strategy(traits, num_queries, k, expected):
