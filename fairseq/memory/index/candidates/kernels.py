@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled
+from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import lowest_bit
 
 
@@ -48,9 +49,8 @@ def append_hits(
         j = np.uint64(lowest_bit(hits))
         hits &= hits - 1
         m = np.uint64(key) + j
-        error = size_M[m] * width
-        bound = ((np.float32(raw_X[j]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
-        below = np.float32(2.0) * (error + slack_M[m] + slack)
+        about = (size_M[m], width, bias_M[m], slack_M[m] + slack)
+        bound, below = bounds(raw_X[j], zero, step_M[m], weight_M[m], scale, *about)
         lower_NC[row, filled], ids_NC[row, filled] = (bound - below) + (share + slack), first_row + np.int64(m)
         widest = max(widest, below)
         filled += np.uint64(1)

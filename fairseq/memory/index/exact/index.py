@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -155,9 +156,7 @@ class ExactIndex:
         elif len(left_N):
             left = torch.from_numpy(left_N)
             left = left[~broken_N[left]]
-            neighbors = (ids_NK[left], scores_NK[left])
-            self._search_on_cpu(query_ND[left], k, *neighbors)
-            ids_NK[left], scores_NK[left] = neighbors
+            _write_rows(left, ids_NK, scores_NK, lambda *found: self._search_on_cpu(query_ND[left], k, *found))
         if any_broken:
             ids_NK[broken_N], scores_NK[broken_N] = -1, -torch.inf
         return Neighbors(ids_NK, scores_NK)
@@ -195,9 +194,7 @@ class ExactIndex:
         count = min(_NEAREST, len(sample_MD) - 1)
         if count < 1 or not has_fast_int8():
             return False
-        queries = RoundedQueries(query_QD, sample_MD, ways.chosen(), by_distance=self.metric is Metric.L2)
-        margin_Q = torch.from_numpy(queries.about_N4[:, 2] * np.median(queries.block(sample_MD).about_5M[2]))
-        scores_QM = self._half_scores(query_QD)
+        margin_Q, scores_QM = self._margins(query_QD, ways.chosen())
         best_QK = scores_QM.topk(count + 1, dim=1).values
         # The very best may be the query itself.
         spread_Q = best_QK[:, min(16, count - 1)] - best_QK[:, -1]
@@ -222,19 +219,23 @@ class ExactIndex:
 
     def _passing_share(self, query_QD: Tensor, k: int, products: ways.Products) -> float:
         """The share of the keys, beside the k best, that bounds let through, by a sample."""
-        sample_MD = self.sample
-        queries = RoundedQueries(query_QD, sample_MD, products, by_distance=self.metric is Metric.L2)
-        margin_Q = torch.from_numpy(2.0 * queries.about_N4[:, 2] * np.median(queries.block(sample_MD).about_5M[2]))
-        scores_QM = self._half_scores(query_QD)
-        rank = min(len(sample_MD), max(1, round(k * len(sample_MD) / len(self))))
-        least_Q = scores_QM.topk(rank, dim=1).values[:, -1] - margin_Q
+        margin_Q, scores_QM = self._margins(query_QD, products)
+        count = len(self.sample)
+        rank = min(count, max(1, round(k * count / len(self))))
+        least_Q = scores_QM.topk(rank, dim=1).values[:, -1] - 2.0 * margin_Q
         passing = float((scores_QM >= least_Q[:, None]).float().mean())
-        return max(0.0, passing - rank / len(sample_MD))
+        return max(0.0, passing - rank / count)
 
-    def _half_scores(self, query_QD: Tensor) -> Tensor:
-        """Scores of the sample, as ``bounded_scores`` has them, up to what is the same for all keys of a query."""
-        scores_QM = query_QD @ self.sample.T
-        return scores_QM - 0.5 * self.sample.square().sum(1) if self.metric is Metric.L2 else scores_QM
+    def _margins(self, query_QD: Tensor, products: ways.Products) -> tuple[Tensor, Tensor]:
+        """How far bounds are from scores, (Q,), and the scores of the sample, (Q, M).
+
+        They are those of ``bounded_scores``, up to what is the same for all keys of a query.
+        """
+        sample_MD, by_distance = self.sample, self.metric is Metric.L2
+        queries = RoundedQueries(query_QD, sample_MD, products, by_distance=by_distance)
+        margin_Q = torch.from_numpy(queries.about_N4[:, 2] * np.median(queries.block(sample_MD).about_5M[2]))
+        scores_QM = query_QD @ sample_MD.T
+        return margin_Q, scores_QM - 0.5 * sample_MD.square().sum(1) if by_distance else scores_QM
 
     @functools.cached_property
     def sample(self) -> Tensor:
@@ -257,20 +258,21 @@ def _run(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK:
     # A query far from all others would make the steps of all as long as its own.
     length_N = torch.linalg.vector_norm(query_ND.double(), dim=1)
     is_far_N = length_N > torch.clamp(_FAR * length_N.median(), max=_LONGEST)
-    far = is_far_N.nonzero()[:, 0]
-    if len(far):
-        for part in far.split(_FEW_QUERIES - 1):
-            found = (torch.empty(len(part), k, dtype=torch.int64), torch.empty(len(part), k))
-            _search_few(index, query_ND[part], k, *found)
-            ids_NK[part], scores_NK[part] = found
-        near = (~is_far_N).nonzero()[:, 0]
-        if not len(near):
-            return
-        others = (ids_NK[near], scores_NK[near])
-        _Search(index, query_ND[near], k, guess=guess).run(*others)
-        ids_NK[near], scores_NK[near] = others
+    near, far = ((is_far_N == is_far).nonzero()[:, 0] for is_far in (False, True))
+    if not len(far):
+        _Search(index, query_ND, k, guess=guess).run(ids_NK, scores_NK)
         return
-    _Search(index, query_ND, k, guess=guess).run(ids_NK, scores_NK)
+    for part in far.split(_FEW_QUERIES - 1):
+        _write_rows(part, ids_NK, scores_NK, functools.partial(_search_few, index, query_ND[part], k))
+    if len(near):
+        _write_rows(near, ids_NK, scores_NK, _Search(index, query_ND[near], k, guess=guess).run)
+
+
+def _write_rows(rows: Tensor, ids_NK: Tensor, scores_NK: Tensor, search: Callable[[Tensor, Tensor], None]) -> None:
+    """Let a search write what it finds for the queries with these numbers."""
+    found = (ids_NK[rows], scores_NK[rows])
+    search(*found)
+    ids_NK[rows], scores_NK[rows] = found
 
 
 def _search_few(index: ExactIndex, query_ND: Tensor, k: int, ids_NK: Tensor, scores_NK: Tensor) -> None:
@@ -348,9 +350,8 @@ class _Search:
         run_in_threads(lambda group: group.write_best(ids_NK, scores_NK), self.groups)
         if len(disappointed) and expects:
             again = torch.from_numpy(disappointed)
-            neighbors = (ids_NK[again], scores_NK[again])
-            _run(self._index, self.query_ND[again], self._k, *neighbors, guess=False)
-            ids_NK[again], scores_NK[again] = neighbors
+            search = functools.partial(_run, self._index, self.query_ND[again], self._k, guess=False)
+            _write_rows(again, ids_NK, scores_NK, search)
 
     def _expect(self) -> bool:
         """Let groups begin with a threshold: of the keys that go by before there is one, all would be candidates.

@@ -15,6 +15,7 @@ import numpy as np
 from fairseq.memory.index.candidates.kernels import append_hits, prune
 from fairseq.memory.index.ops.kernels import approx_kth_largest, compiled, dot, neg_sq_l2
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
+from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import (
     INSTRUCTIONS,
     TILE_KEYS,
@@ -151,8 +152,9 @@ def reached_in_sample(raw_QM: Any, about_Q4: Any, about: Any, rank: int, out_Q: 
     for q in range(len(raw_QM)):
         scale, zero, width = about_Q4[q, 0], about_Q4[q, 1], about_Q4[q, 2]
         for m in range(len(lower_M)):
-            product = (np.float32(raw_QM[q, m]) + zero) * step_M[m] + weight_M[m]
-            lower_M[m] = product * scale + (bias_M[m] - size_M[m] * width - np.float32(2.0) * slack_M[m])
+            about = (size_M[m], width, bias_M[m], slack_M[m])
+            bound, below = bounds(raw_QM[q, m], zero, step_M[m], weight_M[m], scale, *about)
+            lower_M[m] = bound - below
         out_Q[q] = approx_kth_largest(lower_M, rank)
 
 

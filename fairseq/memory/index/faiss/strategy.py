@@ -12,8 +12,8 @@ _FEW_QUERIES = 4
 _LISTS_OF_K = 4
 # The searches for many neighbours keep a row and its score in one integer.
 _MOST_ROWS = 1 << 32
-# Searches in bulk number all keys by 31 bits.
-_MOST_BULK_ROWS = 1 << 31
+# Searches in bulk number keys, and the places that fill up their lists, by 31 bits.
+_MOST_BULK_ROWS = 1 << 30
 
 
 class SearchStrategy(Enum):
@@ -60,7 +60,7 @@ def choose_strategy(traits: IndexTraits, num_queries: int, k: int) -> SearchStra
     if traits.on_gpu:
         return SearchStrategy.GPU
     least = traits.bulk_queries_per_list * traits.num_lists
-    in_bulk = 0 < least <= num_queries * traits.num_probed and traits.num_keys < _MOST_BULK_ROWS // 2
+    in_bulk = 0 < least <= num_queries * traits.num_probed and traits.num_keys < _MOST_BULK_ROWS
     if k * _LISTS_OF_K > traits.num_keys / max(1, traits.num_lists) and traits.num_keys < _MOST_ROWS:
         if in_bulk:
             return SearchStrategy.LARGE_K_IN_BULK

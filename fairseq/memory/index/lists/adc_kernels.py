@@ -14,7 +14,8 @@ from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, sel
 from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, dot, largest, neg_sq_l2
 from fairseq.memory.index.ops.numba_library import cgutils, numba, types
 
-_KEYS = 4  # scored side by side: one would wait for each of its sums
+SIDE_BY_SIDE = 4
+"""Keys of :func:`sum_four`."""
 
 
 def _to_pointer(typing_context: Any, address: Any) -> Any:
@@ -72,24 +73,26 @@ def write_table(query_D: Any, words_MEJ: Any, by_distance: bool, table_MJ: Any) 
                 table_MJ[m, j] += weight * words_MEJ[m, e, j]
 
 
+@compiled(forceinline=True)
+def sum_four(table_F: Any, code_SM: Any, s: int, t: int, u: int, v: int) -> tuple[Any, Any, Any, Any]:
+    """Sums of a table's entries for the codes of four keys, side by side: one would wait for each of its sums."""
+    a = b = c = d = np.float32(0.0)
+    for m in range(code_SM.shape[1]):
+        a += table_F[m * 256 + code_SM[s, m]]
+        b += table_F[m * 256 + code_SM[t, m]]
+        c += table_F[m * 256 + code_SM[u, m]]
+        d += table_F[m * 256 + code_SM[v, m]]
+    return a, b, c, d
+
+
 @compiled()
 def _sum_up(table_F: Any, code_SM: Any, score_F: Any, first: int) -> None:
     """Write the sums of a table's entries for the codes of each key."""
-    size, parts = code_SM.shape
-    for start in range(0, size // _KEYS * _KEYS, _KEYS):
-        a = b = c = d = np.float32(0.0)
-        for m in range(parts):
-            a += table_F[m * 256 + code_SM[start, m]]
-            b += table_F[m * 256 + code_SM[start + 1, m]]
-            c += table_F[m * 256 + code_SM[start + 2, m]]
-            d += table_F[m * 256 + code_SM[start + 3, m]]
-        at = first + start
-        score_F[at], score_F[at + 1], score_F[at + 2], score_F[at + 3] = a, b, c, d
-    for i in range(size // _KEYS * _KEYS, size):
-        a = np.float32(0.0)
-        for m in range(parts):
-            a += table_F[m * 256 + code_SM[i, m]]
-        score_F[first + i] = a
+    last = len(code_SM) - 1
+    for s in range(0, len(code_SM), SIDE_BY_SIDE):
+        sums = sum_four(table_F, code_SM, s, min(s + 1, last), min(s + 2, last), min(s + 3, last))
+        for i in range(min(SIDE_BY_SIDE, len(code_SM) - s)):
+            score_F[first + s + i] = sums[i]
 
 
 @compiled()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, search_faiss
+from fairseq.memory.index.lists.decoded_lists import KEPT_BYTES
 from fairseq.memory.index.ops.bounded_scores import most_steps as most_steps_of
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from fairseq.memory.index.lists.byte_search_kernels import ByteCodes
     from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
 
-KEPT_BYTES = 2 << 30
 MOST_PARTS = 256
 """Sums of so many bytes fit 16 bits."""
 _ROWS_PER_TASK = 32_768

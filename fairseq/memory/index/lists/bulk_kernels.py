@@ -18,6 +18,7 @@ from fairseq.memory.index.candidates.kernels import append_hits, prune
 from fairseq.memory.index.lists.large_k_kernels import NOTHING, pack
 from fairseq.memory.index.ops.kernels import ANY_ORDER, LOWEST, approx_kth_largest, compiled, dot, neg_sq_l2
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
+from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import (
     INSTRUCTIONS,
     TILE_KEYS,
@@ -146,9 +147,8 @@ def _write_lower(
     """Write what the scores of the first keys of a tile are at least."""
     for j in range(len(lower_X)):
         m = key + j
-        error = size_P[m] * width
-        bound = ((np.float32(raw_X[j]) + zero) * step_P[m] + weight_P[m]) * scale + (error + bias_P[m])
-        below = np.float32(2.0) * (error + slack_P[m] + slack)
+        about = (size_P[m], width, bias_P[m], slack_P[m] + slack)
+        bound, below = bounds(raw_X[j], zero, step_P[m], weight_P[m], scale, *about)
         lower_X[j] = (bound - below) + (share + slack)
 
 

@@ -13,12 +13,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.lists.adc_kernels import LISTS, ROOM, array_at, pointer, share_of_list, write_table
+from fairseq.memory.index.lists.adc_kernels import (
+    LISTS,
+    ROOM,
+    SIDE_BY_SIDE,
+    array_at,
+    pointer,
+    share_of_list,
+    sum_four,
+    write_table,
+)
 from fairseq.memory.index.lists.byte_table_kernels import SUMS, round_table
 from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, select_candidates
 from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, largest
 
-_KEYS = 4  # summed side by side: one would wait for each of its sums
 _ROUNDING = np.float32(4e-6)  # of sums in float32 over what they are sums of
 
 
@@ -54,17 +62,11 @@ def _pack_exact(
     table_F: Any, code_SM: Any, id_S: Any, bias_S: Any, share: Any, place_F: Any, first_place: int, packed_F: Any
 ) -> None:
     """Pack keys of a list with their scores, which are summed as ``adc_kernels.search_tables`` sums them."""
-    parts, last = code_SM.shape[1], len(place_F) - 1
-    for start in range(0, len(place_F), _KEYS):
+    last = len(place_F) - 1
+    for start in range(0, len(place_F), SIDE_BY_SIDE):
         s, t = place_F[start] - first_place, place_F[min(start + 1, last)] - first_place
         u, v = place_F[min(start + 2, last)] - first_place, place_F[min(start + 3, last)] - first_place
-        a = b = c = d = np.float32(0.0)
-        for m in range(parts):
-            a += table_F[m * 256 + code_SM[s, m]]
-            b += table_F[m * 256 + code_SM[t, m]]
-            c += table_F[m * 256 + code_SM[u, m]]
-            d += table_F[m * 256 + code_SM[v, m]]
-        sums = (a, b, c, d)
+        sums = sum_four(table_F, code_SM, s, t, u, v)
         for i, key in enumerate((s, t, u, v)):
             if start + i <= last:
                 packed_F[start + i] = pack(sums[i] + (bias_S[key] + share), id_S[key])

@@ -155,7 +155,6 @@ class DecodedLists:
         if not rounded:
             return
         key_B = arrays.key_B[first * columns : past * columns]
-        key_B[max(0, len(key_B) - GROUP * columns) :] = 0  # the last group may have places without a key
         given = (self.centroid_LD[number], key_B, arrays.start_P[first:past])
         about_5M = self.rounding.round_keys(arrays.keys_PD[first:end], *given)
         if len(self._deleted):

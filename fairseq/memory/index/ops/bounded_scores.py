@@ -98,8 +98,10 @@ class Rounding:
         about_5M = np.zeros((5, len(start_M)), np.float32)
         about_5M[3, len(keys_MD) :] = -np.inf
         products, levels = self.products, np.float32(self.products.levels)
+        columns = products.columns(self.width)
+        key_B[max(0, len(key_B) - kernels.GROUP * columns) :] = 0  # the last group may have places without a key
         rounding_kernels.round_keys(
-            keys_MD, self.about_keys(mean_D), products.columns(self.width), levels, np.float32(self.ratio),
+            keys_MD, self.about_keys(mean_D), columns, levels, np.float32(self.ratio),
             self.by_distance, products.zero, products.is_interleaved, key_B, start_M, about_5M,
         )  # fmt: skip
         return about_5M
@@ -171,8 +173,6 @@ class RoundedQueries:
         if self.products.is_rounded:
             columns = self.products.columns(self.width)
             key_B = torch.empty(filled * columns, dtype=torch.int8)
-            # Only what no key is written to.
-            key_B[0 if columns > self.width else (filled - kernels.GROUP) * columns :] = 0
             about_5M = self._rounding.round_keys(keys_MD.numpy(), self._mean_D, key_B.numpy(), start_M)
             return KeyBlock(self.products.keys(key_B, columns), count, start_M, about_5M)
         about_5M = np.zeros((5, filled), np.float32)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, LOWEST, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.rounding_kernels import bounds
 
 _PART = 64
 
 
-# Groups are rows of a matrix, and their bounds written out: a slice would be counted in and out of use.
+# Groups are rows of a matrix: a slice would be counted in and out of use.
 @compiled(fastmath=FINITE)
 def _bound_all(raw_QM: Any, q: int, about_4: Any, about: Any, bound_M: Any) -> Any:
     """Write what scores are at most. Returns: the largest of what they are at least."""
@@ -22,10 +23,9 @@ def _bound_all(raw_QM: Any, q: int, about_4: Any, about: Any, bound_M: Any) -> A
     scale, zero, width = about_4[0], about_4[1], about_4[2]
     least = LOWEST
     for m in range(len(bound_M)):
-        error = size_M[m] * width
-        bound = ((np.float32(raw_QM[q, m]) + zero) * step_M[m] + weight_M[m]) * scale + (error + bias_M[m])
-        bound_M[m] = bound
-        least = max(least, bound - np.float32(2.0) * (error + slack_M[m]))
+        about_key = (size_M[m], width, bias_M[m], slack_M[m])
+        bound_M[m], below = bounds(raw_QM[q, m], zero, step_M[m], weight_M[m], scale, *about_key)
+        least = max(least, bound_M[m] - below)
     return least
 
 

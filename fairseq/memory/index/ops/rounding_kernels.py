@@ -92,6 +92,16 @@ def _interleave(four_F: Any, first: int, key_F: Any) -> None:
         key_F[first + f * LANES] = four_F[f]
 
 
+@compiled(forceinline=True)
+def bounds(
+    raw: Any, zero: Any, step: Any, weight: Any, scale: Any, size: Any, width: Any, bias: Any, slack: Any
+) -> tuple[Any, Any]:
+    """What a score is at most, and how far it may be below that; see ``bounded_scores``."""
+    error = size * width
+    bound = ((np.float32(raw) + zero) * step + weight) * scale + (error + bias)
+    return bound, np.float32(2.0) * (error + slack)
+
+
 @compiled("(f4[:,::1], f4[:,::1], i8, f4, f4, b1, i8, b1, i1[::1], i4[::1], f4[:,::1])")
 def round_keys(
     keys_MD: Any, about_5D: Any, columns: int, levels: Any, ratio: Any, by_distance: bool, zero: int,
