@@ -98,9 +98,12 @@ def _kernels() -> list[tuple[str, Any, Any]]:
     from fairseq.memory.index.ops.kernels import KERNELS
     from fairseq.memory.index.ops.product_kernels import multiply
     from fairseq.memory.index.ops.products import best_tiles
+    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
 
     for make in (multiply, collector, bulk_kernels.sampler, bulk_kernels.collector):
         make(best_tiles())
+    for make in (multiply, collector):
+        make(best_tiles() + FINE_SUFFIX)
     if byte_sums():
         byte_search(byte_sums())
     from fairseq.memory.index.ops.numba_library import sigutils

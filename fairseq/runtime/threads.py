@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -15,9 +16,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def map_in_threads(
-    function: Callable[[T], R], tasks: Sequence[T], setup: Callable[[], None] = lambda: None
-) -> Iterator[R]:
+def _nothing() -> None:
+    pass
+
+
+def map_in_threads(function: Callable[[T], R], tasks: Sequence[T], setup: Callable[[], None] = _nothing) -> Iterator[R]:
     """``map(function, tasks)`` on as many threads as torch may use, in the order of the tasks.
 
     Within a task torch computes on one thread. For many small operations, one task per thread beats torch's intra-op
@@ -25,16 +28,13 @@ def map_in_threads(
     on in the threads where it is on for the caller: without it they could not write what the caller made.
 
     Args:
-        setup: called once in each thread, to restrict other libraries that start threads.
+        setup: called once in each thread, to restrict other libraries that start threads; threads are kept for each
+            such function, so that it must not be made anew for every call.
     """
     count = torch.get_num_threads()
-    if min(count, len(tasks)) <= 1:
+    if min(count, len(tasks)) <= 1 or getattr(_local, "is_worker", False):
         yield from map(function, tasks)
         return
-
-    def start() -> None:
-        torch.set_num_threads(1)  # of the calling thread
-        setup()
 
     inference = torch.is_inference_mode_enabled()
 
@@ -42,16 +42,55 @@ def map_in_threads(
         with torch.inference_mode(inference):
             return function(task)
 
+    futures = [pool.submit(run, task) for pool in [_pool(count, setup)] for task in tasks]
     try:
-        with ThreadPoolExecutor(count, initializer=start) as pool:
-            yield from pool.map(run, tasks)
-    finally:
-        torch.set_num_threads(count)  # threads that start later inherit the latest setting
+        for future in futures:
+            yield future.result()
+    finally:  # nothing runs on when the caller has been told of an error
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
-def run_in_threads(
-    function: Callable[[T], object], tasks: Sequence[T], setup: Callable[[], None] = lambda: None
-) -> None:
+_local = threading.local()
+_pools: dict[tuple[int, Callable[[], None]], ThreadPoolExecutor] = {}
+_pools_lock = threading.Lock()
+
+
+def _forget_pools() -> None:
+    """A forked process has the pools, but none of their threads."""
+    global _pools_lock
+    _pools.clear()
+    _pools_lock = threading.Lock()
+    _local.is_worker = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)
+
+
+def _pool(count: int, setup: Callable[[], None]) -> ThreadPoolExecutor:
+    """Threads that wait for tasks: to start new ones, and to tell torch of them, takes longer than many tasks do."""
+
+    def start() -> None:
+        _local.is_worker = True
+        torch.set_num_threads(1)  # of the calling thread
+        setup()
+
+    with _pools_lock:
+        if (count, setup) not in _pools:
+            pool = ThreadPoolExecutor(count, initializer=start)
+            barrier = threading.Barrier(count)
+            try:
+                for started in [pool.submit(barrier.wait) for _ in range(count)]:
+                    started.result()
+            finally:
+                torch.set_num_threads(count)  # threads that start later inherit the latest setting
+            _pools[count, setup] = pool
+        return _pools[count, setup]
+
+
+def run_in_threads(function: Callable[[T], object], tasks: Sequence[T], setup: Callable[[], None] = _nothing) -> None:
     """:func:`map_in_threads` for a function's side effects; results are discarded."""
     for _ in map_in_threads(function, tasks, setup):
         pass

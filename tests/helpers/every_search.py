@@ -28,6 +28,7 @@ from fairseq.memory.extended_mind.lookup import LayerLookup, ScoreRule
 from fairseq.memory.extended_mind.search import KernelSearch
 from fairseq.memory.extended_mind.settings import MindSettings
 from fairseq.memory.index.exact import index as exact_index
+from fairseq.memory.index.exact.candidates import TrueScores
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.lists import adc_search
@@ -46,7 +47,9 @@ def run() -> None:
     """All searches, as on each kind of CPU."""
     shuffles = adc_search.byte_sums()
     ExactIndex._passing_share = lambda *_: 0.0  # type: ignore[method-assign]
-    for name in (products.best_tiles(), "library_int8", "float32"):
+    fine = products.finer(products.by_name(products.best_tiles()), DIM)
+    assert fine is not None
+    for name in (products.best_tiles(), fine.name, "library_int8", "float32"):
         adc_search.byte_sums = lambda name=name: "" if name == "float32" else shuffles  # type: ignore[assignment]
         products.chosen = lambda name=name: products.by_name(name)  # type: ignore[assignment]
         _exact_searches()
@@ -69,17 +72,22 @@ def _exact_searches() -> None:
     query_ND = torch.from_numpy(_keys(200, DIM, 1))
     for metric in (Metric.L2, Metric.IP):
         for count, k in ((200, 4), (200, 2000), (3, 4)):  # as lists, block by block, and for few queries
-            ExactIndex(keys, metric).search(query_ND[:count], k)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                ExactIndex(torch.from_numpy(keys).to(dtype), metric).search(query_ND[:count], k)
+    # As after a GPU's search.
+    TrueScores(ChunkedArray.of(keys), Metric.L2, query_ND).pairs(np.array([0, 1]), np.array([4, 2]))
     lengths = np.linspace(0.1, 3.0, ROWS, dtype=np.float32)[:, None]
     exact_index._SAMPLE_ROWS = 256  # of many keys a sample tells what to expect
     wide = _keys(ROWS, 128) * lengths  # block by block, although there are many
     ExactIndex(wide, Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
     plain = ExactIndex.has_wide_bounds
     ExactIndex.has_wide_bounds = lambda *_: True  # type: ignore[method-assign]
-    ExactIndex(wide, Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ExactIndex(torch.from_numpy(wide).to(dtype), Metric.IP).search(torch.from_numpy(_keys(100, 128, 1)), 300)
     ExactIndex.has_wide_bounds = plain  # type: ignore[method-assign]
     equal = np.repeat(keys[:3], 4000, 0)  # too many candidates that tie
-    ExactIndex(equal, Metric.L2).search(query_ND[:40], 4)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        ExactIndex(torch.from_numpy(equal).to(dtype), Metric.L2).search(query_ND[:40], 4)
 
 
 def _list_searches() -> None:

@@ -140,9 +140,9 @@ def test_tiles_are_compiled_only_for_what_the_compiler_may_use(monkeypatch):
     monkeypatch.setattr(hardware, "cpu_features", lambda: {"avx2", "avx512f", "avx512_vnni"})
     monkeypatch.setattr(hardware, "has_bfloat16_products", lambda: False)
     monkeypatch.setattr(numba_library, "compiler_features", lambda: {"avx2"})
-    assert ways.available() == ["avx2", "library_int8", "float32", "plain"]
+    assert ways.available() == ["avx2", "library_int8", "float32", "plain", "avx2_fine", "plain_fine"]
     monkeypatch.setattr(numba_library, "compiler_features", set)
-    assert ways.available() == ["library_int8", "float32", "plain"]
+    assert ways.available() == ["library_int8", "float32", "plain", "plain_fine"]
 
 
 @pytest.mark.slow

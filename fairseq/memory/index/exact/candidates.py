@@ -14,7 +14,7 @@ from torch import Tensor
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.index.candidates.room import capacity
 from fairseq.memory.index.exact import kernels
-from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries
+from fairseq.memory.index.ops.bounded_scores import KeyBlock, RoundedQueries, kernel_rows
 from fairseq.memory.index.ops.kernels import LOWEST
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.similarity import normalized
@@ -33,16 +33,27 @@ class TrueScores:
         self.by_distance = metric is Metric.L2
 
     def rows(self, rows: slice) -> Array:
-        """Keys as they are scored, float32."""
+        """Keys as they are scored; see ``prepare``."""
         return self.prepare(self.keys.block(rows.start, rows.stop))
 
     def of(self, query: int, ids_H: Array) -> Array:
         """Scores of one query with some keys, (H,)."""
-        scores_H = np.empty(len(ids_H), np.float32)
-        row_H, at_H = np.full(len(ids_H), query), np.arange(len(ids_H))
-        keys_HD = self.prepare(self.keys.take(ids_H))
-        kernels.score_pairs(self.query_ND.numpy(), row_H, keys_HD, at_H, self.by_distance, scores_H)
+        scores_H, keys_MD, row_H = np.empty(len(ids_H), np.float32), self._whole_keys, ids_H
+        if keys_MD is None:
+            keys_MD, row_H = self.prepare(self.keys.take(ids_H)), np.arange(len(ids_H))
+        kernels.score_some(self.query_ND[query].numpy(), keys_MD, row_H, self.by_distance, scores_H)
         return scores_H
+
+    @functools.cached_property
+    def _whole_keys(self) -> Array | None:
+        """All keys as they are scored, where that is how they lie in memory."""
+        if self.metric is Metric.COS or len(self.keys.chunks) > 1 or self.keys.exceeds_ram:
+            return None
+        rows_MD = kernel_rows(self.keys.block(0, 1))
+        chunk = self.keys.chunks[0]
+        if rows_MD.itemsize != chunk.itemsize or not chunk.flags.c_contiguous:
+            return None
+        return chunk.view(rows_MD.dtype)
 
     def pairs(self, row_H: Array, ids_H: Array) -> Array:
         """Scores of pairs of a query and a key, (H,); each key is read once, in the order of the rows."""
@@ -80,10 +91,8 @@ class TrueScores:
         scores_NK[which_Q] = torch.from_numpy(np.take_along_axis(scores_QC, place_QK, 1))
 
     def prepare(self, keys_MD: Tensor) -> Array:
-        """Keys of any floating type as they are scored, float32."""
-        rows_MD = keys_MD.float()
-        prepare: Array = (normalized(rows_MD) if self.metric is Metric.COS else rows_MD).contiguous().numpy()
-        return prepare
+        """Keys of any floating type as they are scored, as ``kernel_rows`` makes them."""
+        return kernel_rows(normalized(keys_MD.float()) if self.metric is Metric.COS else keys_MD)
 
 
 class CandidateGroup:
@@ -139,7 +148,7 @@ class CandidateGroup:
         """Collect the keys of a block, whose first has this row number, that could be among the k best.
 
         Args:
-            keys_MD: as they are scored, float32, for groups that score them at once.
+            keys_MD: as they are scored, for groups that score them at once.
         """
         queries, about = self._queries, tuple(block.about_5M)
         about_Q4 = np.zeros((len(self) + queries.products.tile_rows, 4), np.float32)

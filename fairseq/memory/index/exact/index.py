@@ -26,6 +26,7 @@ from fairseq.memory.index.base import check_k, check_queries
 from fairseq.memory.index.candidates.room import CANDIDATE_BYTES, capacity
 from fairseq.memory.index.exact.candidates import CandidateGroup, TrueScores
 from fairseq.memory.index.exact.gpu import ExactGpuSearch
+from fairseq.memory.index.exact.kept_keys import SAMPLE, Keeper
 from fairseq.memory.index.exact.kernels import score_all
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.exact.streamed import StreamedGroup
@@ -46,14 +47,18 @@ _BLOCK_BYTES = 8 << 20  # of keys in float32
 _MAX_BLOCK_ROWS = 4096
 _GROUP_SCORES = 512 << 10  # of a group of queries with a block: 2 MB, which stay in the CPU's cache
 _TILE_BYTES = 8 << 20  # of keys that are scored again at a time, for all queries
+_KEPT_SHARE = 4
 _FEW_QUERIES = 32  # reading the keys costs more than their products: nothing is gained by rounding them first
 _SAMPLE_ROWS = 4096
+_SAMPLE_SHARE = 64  # of fewer keys, one of so many: what is done with the sample is done for all of them as well
+_LEAST_SAMPLE_ROWS = 512
 # Of few neighbours few keys are scored, however wide the bounds are.
 FEW_PRODUCTS = 1 << 15
 # Where bounds are wide beside the differences of the best scores, many keys pass. Then they are scored as they pass by,
 # so that thresholds are true scores: 65,536 keys of a GPT-2 of width 1024, k 1024, take 0.46 of the time by AVX2.
 _WIDE = 0.3
-_PASSING_SECONDS = 1e-9  # for a column of a key that bounds let through
+_PASSING_SECONDS = 4e-10  # for a column of a key that bounds let through
+_ROUNDING_SECONDS = 6e-10  # for a column of a key, whatever the queries
 _NEAREST = 64
 # Queries are far that are so many times as long as the others, or so long that squares of float32 end.
 _FAR, _LONGEST = 1e4, 1e15
@@ -84,6 +89,7 @@ class ExactIndex:
         keys: (rows, dim), any floating type; memory-mapped arrays are read as needed. Tensors must be on the CPU.
         metric: similarity of query and key.
         memory_bytes: limit on working memory, results excluded; queries are searched in as many bulks as that needs.
+            Rounded keys that take a quarter of it at most are kept from the second bulk on.
         deleted: int64 rows that are never found, ascending; None for none.
         Raises: ValueError for keys that are not a matrix of floating-point numbers.
         """
@@ -92,8 +98,9 @@ class ExactIndex:
         self.memory_bytes = memory_bytes
         self.deleted = np.empty(0, np.int64) if deleted is None else deleted
         self._bounds_are_wide: bool | None = None
-        self._rounds: dict[int, bool] = {}
+        self._passing: dict[tuple[int, str], float] = {}
         self._by_gpu: ExactGpuSearch | None = None
+        self.keeper = Keeper(len(self.keys), memory_bytes // _KEPT_SHARE if not self.keys.exceeds_ram else 0)
 
     @property
     def dim(self) -> int:
@@ -201,10 +208,10 @@ class ExactIndex:
         return bool((margin_Q > _WIDE * spread_Q).float().mean() > 0.5)
 
     def products_for(self, query_ND: Tensor, k: int) -> ways.Products:
-        """What queries and keys are multiplied by: rounded numbers, unless too many keys would pass their bounds.
+        """What queries and keys are multiplied by: numbers rounded coarsely, finely or not at all.
 
-        A key that passes takes about as long as a thousand float32 products of its width; the first queries tell how
-        many pass. Stores on a disk are rounded always: reading them takes longer.
+        The first queries tell how many keys pass the bounds of each. Keys on a disk are rounded coarsely always:
+        reading them takes longer.
         """
         products = ways.chosen()
         if not products.is_rounded or self.keys.exceeds_ram or ways.is_forced():
@@ -212,10 +219,19 @@ class ExactIndex:
         rates = ways.measured()
         if products.name not in rates:
             return products
-        if k not in self._rounds:
-            saved = 1.0 / rates["float32"] - 1.0 / rates[products.name]
-            self._rounds[k] = self._passing_share(query_ND[:_FEW_QUERIES], k, products) * _PASSING_SECONDS < saved
-        return products if self._rounds[k] else ways.by_name("float32")
+        fine, full = ways.finer(products, self.dim), ways.by_name("float32")
+        known = [(products, 1.0 / rates[products.name]), (full, 1.0 / rates[full.name])]
+        if fine is not None:
+            known.append((fine, ways.FINE_COST / rates[products.name]))
+        cost = {}
+        for way, seconds in known:
+            rounding = _ROUNDING_SECONDS * (2.0 if way.is_fine else 1.0) / len(query_ND)
+            if (k, way.name) not in self._passing:
+                self._passing[k, way.name] = self._passing_share(query_ND[:_FEW_QUERIES], k, way)
+            elif self.keeper.may_keep(way, self.dim):  # once for all bulks to come
+                rounding = 0.0
+            cost[way] = seconds + self._passing[k, way.name] * _PASSING_SECONDS + rounding
+        return min(cost, key=lambda way: cost[way])
 
     def _passing_share(self, query_QD: Tensor, k: int, products: ways.Products) -> float:
         """The share of the keys, beside the k best, that bounds let through, by a sample."""
@@ -239,11 +255,17 @@ class ExactIndex:
 
     @functools.cached_property
     def sample(self) -> Tensor:
-        """Some keys that are not deleted, float32, spread over the store; for the cosine of length one."""
-        step = max(1, len(self.keys) // _SAMPLE_ROWS)
-        rows = np.setdiff1d(np.arange(0, len(self.keys), step)[:_SAMPLE_ROWS], self.deleted)
+        """Some keys that are not deleted, float32, spread over the store; for the cosine of length one.
+
+        One is drawn from each of many stretches: the first tokens of blocks, far from all others, come at equal steps.
+        """
+        count = min(_SAMPLE_ROWS, max(_LEAST_SAMPLE_ROWS, len(self.keys) // _SAMPLE_SHARE))
+        step = max(1, len(self.keys) // count)
+        start = np.arange(0, len(self.keys), step)[:count]
+        drawn = np.minimum(start + np.random.default_rng(0).integers(0, step, len(start)), len(self.keys) - 1)
+        rows = np.setdiff1d(drawn, self.deleted)
         if not len(rows):
-            rows = np.setdiff1d(np.arange(min(len(self.keys), len(self.deleted) + _SAMPLE_ROWS)), self.deleted)
+            rows = np.setdiff1d(np.arange(min(len(self.keys), len(self.deleted) + count)), self.deleted)
         sample_MD = self.keys.take(torch.from_numpy(rows))
         sample_MD = sample_MD[sample_MD.isfinite().all(1)]
         sample_MD = sample_MD if len(sample_MD) else sample_MD.new_zeros(1, self.dim)
@@ -314,7 +336,12 @@ class _Search:
         products = index.products_for(query_ND, k)
         as_chosen = products == ways.chosen()
         self.is_streamed = self.keys.exceeds_ram or (as_chosen and index.has_wide_bounds(query_ND, k))
-        self.queries = RoundedQueries(query_ND, index.sample, products, by_distance=self.metric is Metric.L2)
+        self._kept = index.keeper.kept(products, query_ND)
+        given = (query_ND, index.sample, products)
+        rounding = self._kept.rounding if self._kept is not None else None
+        self.queries = RoundedQueries(*given, by_distance=self.metric is Metric.L2, rounding=rounding)
+        if self._kept is None:
+            self._kept = index.keeper.begin(self.queries.rounding)
         # As many groups for each thread, so that none waits for the others.
         threads, side = torch.get_num_threads(), max(1, products.tile_rows)
         count = -(-len(query_ND) // max(1, _GROUP_SCORES // rows))
@@ -333,12 +360,14 @@ class _Search:
         """Write the k best rows and their scores."""
         expects = self._guess and self._expect()
         ahead = 2 * torch.get_num_threads()
+        old: list[KeyBlock | None] = [None] * ahead
         with ReadAhead(self.keys, self.blocks) as reader:
             for first in range(0, len(self.blocks), ahead):
                 rows = self.blocks[first : first + ahead]
-                keys = [(part, reader.block(number)) for number, part in enumerate(rows, first)]
+                keys = [(number, reader.block(number), old[number - first]) for number, _ in enumerate(rows, first)]
                 blocks = list(zip(rows, map_in_threads(self._block, keys)))
                 run_in_threads(functools.partial(self._scan, blocks), self.groups)
+                old[: len(blocks)] = [block for _, (block, _) in blocks]
         if not self.is_streamed:
             # First the k of each query that promise most: what they truly reach spares many of the others.
             run_in_threads(lambda group: group.select_first(), self.groups)
@@ -366,17 +395,29 @@ class _Search:
         rank = math.ceil(expected + surely * math.sqrt(expected) + surely)
         if len(sample_MD) * 8 > len(self.keys) or rank > len(sample_MD) // 4:
             return False
-        whole = self.queries.block(sample_MD)
+        whole = self._kept.block(SAMPLE) if self._kept is not None else None
+        if whole is None:
+            whole = self.queries.block(sample_MD)
+            if self._kept is not None:
+                self._kept.keep(SAMPLE, whole)
         run_in_threads(lambda group: group.expect(whole, rank, self._buffer), self.groups)
         return True
 
-    def _block(self, keys: tuple[slice, Tensor]) -> tuple[KeyBlock, Array | None]:
+    def _block(self, keys: tuple[int, Tensor, KeyBlock | None]) -> tuple[KeyBlock, Array | None]:
         """A block as it is multiplied, and its keys as they are scored if that is done while they pass by."""
-        rows, keys_MD = keys
+        number, keys_MD, old = keys
+        kept = self._kept.block(number) if self._kept is not None else None
+        if kept is not None and not self.is_streamed:
+            return kept, None
         scored_MD = self.scores.prepare(keys_MD)
-        block = self.queries.block(torch.from_numpy(scored_MD))
-        first, past = np.searchsorted(self.deleted, (rows.start, rows.stop))
-        block.drop(self.deleted[first:past] - rows.start)
+        block = kept
+        if block is None:
+            block = self.queries.block(scored_MD, old if self._kept is None else None)
+            rows = self.blocks[number]
+            first, past = np.searchsorted(self.deleted, (rows.start, rows.stop))
+            block.drop(self.deleted[first:past] - rows.start)
+            if self._kept is not None:
+                self._kept.keep(number, block)
         return block, scored_MD if self.is_streamed else None
 
     def _scan(self, blocks: list[tuple[slice, tuple[KeyBlock, Array | None]]], group: CandidateGroup) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fairseq.memory.index.candidates.kernels import append_hits, prune
-from fairseq.memory.index.ops.kernels import approx_kth_largest, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import KEY_TYPES, approx_kth_largest, compiled, dot, neg_sq_l2
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import (
@@ -175,7 +175,19 @@ def score_pairs(query_ND: Any, row_H: Any, keys_MD: Any, col_H: Any, by_distance
         out_H[i] = neg_sq_l2(query_D, key_D) if by_distance else dot(query_D, key_D)
 
 
-@compiled(f"(f4[:,::1], f4[:,::1], i8, b1, f4[::1], {_CANDIDATES}, f4[:,::1])")
+@compiled(*(f"(f4[::1], {keys}[:,::1], i8[::1], b1, f4[::1])" for keys in KEY_TYPES))
+def score_some(query_D: Any, keys_MD: Any, row_H: Any, by_distance: bool, out_H: Any) -> None:
+    """Inner product, or minus the squared distance, of a query and some rows of the keys, four of them at a time."""
+    last = len(row_H) - 1
+    for first in range(0, len(row_H), 4):
+        b, c, d = min(first + 1, last), min(first + 2, last), min(first + 3, last)
+        keys_4 = (keys_MD[row_H[first]], keys_MD[row_H[b]], keys_MD[row_H[c]], keys_MD[row_H[d]])
+        scores_4 = squared_distances(query_D, keys_4) if by_distance else products(query_D, keys_4)
+        for i in range(min(4, len(row_H) - first)):
+            out_H[first + i] = -scores_4[i] if by_distance else scores_4[i]
+
+
+@compiled(*(f"(f4[:,::1], {keys}[:,::1], i8, b1, f4[::1], {_CANDIDATES}, f4[:,::1])" for keys in KEY_TYPES))
 def score_candidates(
     query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, bound_Q: Any, candidates: Any, true_QC: Any
 ) -> None:
@@ -220,7 +232,7 @@ def reached_by(lower_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
         out_Q[q] = approx_kth_largest(row_C[~np.isnan(row_C)], k)
 
 
-@compiled("(f4[:,::1], f4[:,::1], b1, f4[:,::1])")
+@compiled(*(f"(f4[:,::1], {keys}[:,::1], b1, f4[:,::1])" for keys in KEY_TYPES))
 def score_all(query_QD: Any, keys_MD: Any, by_distance: bool, out_QM: Any) -> None:
     """Scores of a few queries with all keys of a block: four keys at a time meet every query."""
     last = len(keys_MD) - 1

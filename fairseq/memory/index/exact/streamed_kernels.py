@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fairseq.memory.index.candidates.kernels import prune_candidates
-from fairseq.memory.index.ops.kernels import GROUP, compiled
+from fairseq.memory.index.ops.kernels import GROUP, KEY_TYPES, compiled
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 
 
@@ -29,8 +29,11 @@ class ScoredCandidates(NamedTuple):
 
 
 @compiled(
-    "(f4[:,::1], f4[:,::1], i8, b1, i8, Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[::1])), "
-    "Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1])))"
+    *(
+        f"(f4[:,::1], {keys}[:,::1], i8, b1, i8, Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1], f4[::1])), "
+        "Tuple((f4[:,::1], i8[:,::1], i8[::1], f4[::1])))"
+        for keys in KEY_TYPES
+    )
 )
 def score_collected(
     query_QD: Any, keys_MD: Any, first_row: int, by_distance: bool, k: int, collected: Any, scored: Any

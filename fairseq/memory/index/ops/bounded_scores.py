@@ -33,6 +33,9 @@ from fairseq.memory.types import Array
 # A float32 product of vectors is off by a few units in the seventh place of their lengths.
 _ROUNDING = 2e-6
 _BF16_ROUNDING = 2.0**-8 + 2.0**-16  # of both factors
+# A mean that is not so many times as long as keys are apart is left on keys that are multiplied in float32: taking it
+# off costs a third of their products with 512 queries, and the bounds are close enough with it.
+_SMALL_MEAN = 4.0
 _SURE = 1.01  # sums of remainders are taken in float32
 
 
@@ -47,6 +50,8 @@ class KeyBlock:
     """int32, what raw products begin with."""
     about_5M: Array
     """float32: step, weight, size, bias (with the slack), slack of each key."""
+    memory: Tensor
+    """What ``keys`` was made in."""
 
     @property
     def columns(self) -> int:
@@ -88,9 +93,10 @@ class Rounding:
         return torch.stack((mean_D, self.balance_D, linear_D, self._own_D, self._other_D)).numpy()
 
     def round_keys(self, keys_MD: Array, mean_D: Tensor, key_B: Array, start_M: Array) -> Array:
-        """Write the integers of float32 keys, and what their products begin with. Returns: ``about_5M``.
+        """Write the integers of keys, and what their products begin with. Returns: ``about_5M``.
 
         Args:
+            keys_MD: as ``kernel_rows`` makes them.
             key_B: room for so many keys as ``start_M`` has, which may be more: no score reaches those.
         """
         from fairseq.memory.index.ops import rounding_kernels
@@ -102,7 +108,7 @@ class Rounding:
         key_B[max(0, len(key_B) - kernels.GROUP * columns) :] = 0  # the last group may have places without a key
         rounding_kernels.round_keys(
             keys_MD, self.about_keys(mean_D), columns, levels, np.float32(self.ratio),
-            self.by_distance, products.zero, products.is_interleaved, key_B, start_M, about_5M,
+            self.by_distance, products.zero, products.is_fine, products.is_interleaved, key_B, start_M, about_5M,
         )  # fmt: skip
         return about_5M
 
@@ -112,6 +118,7 @@ class Rounding:
         Returns: int8 (N + tile rows, E), and step, remainder, width, 0 of each query, float32 (N, 4).
         """
         from fairseq.memory.index.ops import rounding_kernels
+        from fairseq.memory.index.ops.tile_product_kernels import FINE
 
         products, count = self.products, len(query_ND)
         # A tile that begins at the last row reads on behind it.
@@ -119,8 +126,8 @@ class Rounding:
         nothing_D = torch.zeros(self.width)
         rows = (self.centre_D, 1.0 / self.balance_D, nothing_D, self._other_D, self._own_D)
         about_N3, levels = np.empty((count, 3), np.float32), np.float32(products.levels)
-        given = (np.ascontiguousarray(query_ND.numpy()), torch.stack(rows).numpy())
-        rounding_kernels.round_queries(*given, levels, products.zero, rows_NE[:count].numpy(), about_N3)
+        given = (np.ascontiguousarray(query_ND.numpy()), torch.stack(rows).numpy(), levels, products.zero)
+        rounding_kernels.round_queries(*given, products.is_fine, rows_NE[:count].numpy(), about_N3)
         step_N, length_N = about_N3[:, 0], about_N3[:, 2]
         about_N4 = np.zeros((count, 4), np.float32)
         about_N4[:, :2] = about_N3[:, :2]
@@ -128,22 +135,35 @@ class Rounding:
         # squares (see ``most_steps``); and what rounding to float32 adds.
         together_N = np.sqrt((length_N * np.float32(self.ratio)) ** 2 + step_N**2)
         about_N4[:, 2] = _SURE * most_steps(self.width) * together_N + _ROUNDING * length_N
+        if products.is_fine:  # a 64th of the products of second parts is an integer
+            about_N4[:, 2] += _SURE * FINE * np.float32(self.ratio) * step_N
         return rows_NE, about_N4
 
 
 class RoundedQueries:
     """Queries as they are multiplied with blocks of keys, and how far from the truth their scores may be."""
 
-    def __init__(self, query_ND: Tensor, sample_MD: Tensor, products: Products, *, by_distance: bool) -> None:
+    def __init__(
+        self,
+        query_ND: Tensor,
+        sample_MD: Tensor,
+        products: Products,
+        *,
+        by_distance: bool,
+        rounding: Rounding | None = None,
+    ) -> None:
         """Args.
 
         query_ND: float32.
         sample_MD: some keys; their mean and ranges decide what is taken off, and how steps are shared out between
             queries and keys.
+        rounding: that of other queries, for blocks that were rounded by it.
         """
         self.products, self.by_distance = products, by_distance
         self._mean_D = sample_MD.float().mean(0)
-        self._rounding = Rounding(query_ND, sample_MD.float() - self._mean_D, products, by_distance=by_distance)
+        if rounding is None:
+            rounding = Rounding(query_ND, sample_MD.float() - self._mean_D, products, by_distance=by_distance)
+        self.rounding = rounding
         self.width = query_ND.shape[1]
         moved_ND = query_ND - self._mean_D if by_distance else query_ND
         self._length_N = torch.linalg.vector_norm(moved_ND, dim=1)
@@ -152,37 +172,46 @@ class RoundedQueries:
         mean_length = float(torch.linalg.vector_norm(self._mean_D))
         self._slack_N = self._length_N.square() if by_distance else self._length_N * (2.0 * mean_length)
         if products.is_rounded:
-            self.rows, self.about_N4 = self._rounding.round_queries(query_ND)
+            self.rows, self.about_N4 = self.rounding.round_queries(query_ND)
             """``about_N4``: step, remainder, width, and the score that a key has to reach (written by searches)."""
             return
-        centred_ND = query_ND - self._rounding.centre_D
-        length_N = torch.linalg.vector_norm(centred_ND / self._rounding.balance_D, dim=1)
-        rounding = _ROUNDING + (_BF16_ROUNDING if products.dtype is torch.bfloat16 else 0.0)
+        centred_ND = query_ND - self.rounding.centre_D
+        length_N = torch.linalg.vector_norm(centred_ND / self.rounding.balance_D, dim=1)
+        error = _ROUNDING + (_BF16_ROUNDING if products.dtype is torch.bfloat16 else 0.0)
         self.rows = centred_ND.to(products.dtype)
         self.about_N4 = np.zeros((len(query_ND), 4), np.float32)
-        self.about_N4[:, 0], self.about_N4[:, 2] = 1.0, 2.0 * rounding * length_N.numpy()
+        self.about_N4[:, 0], self.about_N4[:, 2] = 1.0, 2.0 * error * length_N.numpy()
+        apart = float(torch.linalg.vector_norm(sample_MD - self._mean_D, dim=1).median())
+        self._keeps_mean = products.dtype is torch.float32 and mean_length <= _SMALL_MEAN * apart
+        if self._keeps_mean:
+            self.about_N4[:, 1] = -torch.mv(centred_ND, self._mean_D).numpy()
 
-    def block(self, keys_MD: Tensor) -> KeyBlock:
-        """Round keys of any floating type."""
+    def block(self, keys_MD: Tensor | Array, old: KeyBlock | None = None) -> KeyBlock:
+        """Make keys ready to be multiplied.
+
+        Args:
+            keys_MD: of any floating type, or as ``kernel_rows`` makes them.
+            old: a block that is not needed any more, whose memory is used if it is as large.
+        """
         from fairseq.memory.index.ops import rounding_kernels
 
-        keys_MD = keys_MD.float().contiguous()
-        count = len(keys_MD)
+        rows_MD = kernel_rows(keys_MD) if isinstance(keys_MD, Tensor) else keys_MD
+        count = len(rows_MD)
         filled = -(-max(1, count) // kernels.GROUP) * kernels.GROUP
-        start_M = np.zeros(filled, np.int32)
+        columns = self.products.columns(self.width)
+        memory = old.memory if old is not None and old.columns == filled else None
         if self.products.is_rounded:
-            columns = self.products.columns(self.width)
-            key_B = torch.empty(filled * columns, dtype=torch.int8)
-            about_5M = self._rounding.round_keys(keys_MD.numpy(), self._mean_D, key_B.numpy(), start_M)
-            return KeyBlock(self.products.keys(key_B, columns), count, start_M, about_5M)
+            start_M = np.zeros(filled, np.int32)
+            key_B = torch.empty(filled * columns, dtype=torch.int8) if memory is None else memory
+            about_5M = self.rounding.round_keys(rows_MD, self._mean_D, key_B.numpy(), start_M)
+            return KeyBlock(self.products.keys(key_B, columns), count, start_M, about_5M, key_B)
         about_5M = np.zeros((5, filled), np.float32)
         about_5M[3, count:] = -np.inf
-        centred_MD = torch.zeros(filled, self.width)
-        about_keys = self._rounding.about_keys(self._mean_D)
-        rounding_kernels.centre_keys(
-            keys_MD.numpy(), about_keys, self.by_distance, centred_MD[:count].numpy(), about_5M
-        )
-        return KeyBlock(centred_MD.to(self.products.dtype), count, start_M, about_5M)
+        float_MD = torch.empty(filled, columns) if memory is None else memory
+        float_MD[count:] = 0.0
+        given = (self.rounding.about_keys(self._mean_D), self.by_distance, self._keeps_mean)
+        rounding_kernels.centre_keys(rows_MD, *given, float_MD[:count].numpy(), about_5M)
+        return KeyBlock(float_MD.to(self.products.dtype), count, np.zeros(filled, np.int32), about_5M, float_MD)
 
     def raw_scores(self, block: KeyBlock, rows: slice, out_NM: Tensor) -> None:
         """Write the raw products of some queries with a block: int32 if they are rounded."""
@@ -194,6 +223,23 @@ class RoundedQueries:
         slack_Q = _ROUNDING * (self._slack_N[rows] + score_Q.abs())
         least_Q: Tensor = half * score_Q - self._shift_N[rows] - slack_Q
         return least_Q
+
+
+def kernel_rows(keys_MD: Tensor) -> Array:
+    """Keys of any floating type as kernels take them: those of 16 bits as they are, where the CPU knows float16.
+
+    Returns: float32, or the bits of float16 as uint16 or of bfloat16 as int16 (``half_kernels``).
+    """
+    from fairseq.memory.index.ops.half_kernels import READS_FLOAT16
+
+    rows_MD = keys_MD.contiguous()
+    if rows_MD.dtype is torch.bfloat16:
+        bits: Array = rows_MD.view(torch.int16).numpy()
+        return bits
+    if rows_MD.dtype is torch.float16 and READS_FLOAT16:
+        return np.asarray(rows_MD.view(torch.int16).numpy().view(np.uint16))
+    rows: Array = rows_MD.float().numpy()
+    return rows
 
 
 def balance(query_ND: Tensor, key_MD: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from fairseq.memory.index.ops.half_kernels import READS_FLOAT16
 from fairseq.memory.index.ops.kernel_cache import KernelCache, kernel_name
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 from fairseq.memory.index.ops.numba_library import numba
@@ -21,6 +22,9 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 GROUP = 64
 """Scores are passed over by so many neighbouring columns: a pass that counts is vectorized, one that lists is not."""
+
+KEY_TYPES = ("f4", "u2", "i2") if READS_FLOAT16 else ("f4", "i2")
+"""Types of keys in calls, for ``compiled``: float32, and the bits of float16 and bfloat16 (``half_kernels``)."""
 
 LOWEST = np.float32(-3.0e38)
 """A threshold that every key reaches, deleted ones (minus infinity) excepted."""
@@ -110,6 +114,35 @@ def approx_kth_largest(score_C: Any, k: int) -> Any:
         else:
             most = middle
     return least
+
+
+@compiled("(f4[:,::1], i8, i8[:,::1])")
+def pack_largest(score_NC: Any, k: int, packed_NC: Any) -> int:
+    """Write the k largest entries of each row, and few more, as integers that rise as the entries fall.
+
+    The lower 32 bits of an integer are the entry's place, so that of equals the earlier ones are the lower. The places
+    behind a row's last one get the largest of integers.
+
+    Returns: how many places are written at most; -1 where a row has fewer than k finite entries.
+    """
+    most = k
+    row_C = np.empty(score_NC.shape[1], np.float32)
+    bits_C = row_C.view(np.int32)
+    for n in range(len(score_NC)):
+        for i in range(len(row_C)):
+            row_C[i] = -np.inf if np.isnan(score_NC[n, i]) else score_NC[n, i]
+        least = approx_kth_largest(row_C, k)
+        if least == -np.inf:
+            return -1
+        packed_C, count = packed_NC[n], np.uint64(0)
+        for i in range(len(row_C)):
+            bits = bits_C[i]
+            falling = ~(bits ^ ((bits >> np.int32(31)) & _SIZE_BITS))
+            packed_C[count] = (np.int64(falling) << np.int64(32)) | np.int64(i)
+            count += np.uint64(row_C[i] >= least)
+        packed_C[count:] = np.int64(0x7FFFFFFFFFFFFFFF)
+        most = max(most, np.int64(count))
+    return most
 
 
 @compiled()

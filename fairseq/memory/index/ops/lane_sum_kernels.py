@@ -14,6 +14,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from fairseq.memory.index.ops.half_kernels import KINDS, loaded_type, widened
 from fairseq.memory.index.ops.numba_library import cgutils, errors, numba, types
 
 _WHOLE, _HALF = 16, 8
@@ -31,12 +32,12 @@ def _rows_of(context: Any, builder: Any, signature: Any, given: Any) -> tuple[An
     return builder.extract_value(made[0].shape, 0), [array.data for array in made]
 
 
-def _step(builder: Any, rows: list[Any], sums: list[Any], at: Any, lanes: int, *, squared: bool) -> None:
-    """Add the terms of so many columns to the sum of each key."""
-    kind = ir.VectorType(_FLOAT, lanes) if lanes > 1 else _FLOAT
-    loaded = [
-        builder.load(builder.bitcast(builder.gep(row, [at], inbounds=True), kind.as_pointer()), align=4) for row in rows
-    ]
+def _step(builder: Any, rows: list[Any], kind: Any, sums: list[Any], at: Any, lanes: int, *, squared: bool) -> None:
+    """Add the terms of so many columns to the sum of each key; keys are of this kind."""
+    loaded = []
+    for row, each in zip(rows, [types.float32] + [kind] * (len(rows) - 1)):
+        place = builder.bitcast(builder.gep(row, [at], inbounds=True), loaded_type(each, lanes).as_pointer())
+        loaded.append(widened(builder, builder.load(place, align=each.bitwidth // 8), each))
     for key, total in zip(loaded[1:], sums):
         one = builder.fsub(loaded[0], key) if squared else loaded[0]
         term = builder.fmul(one, one if squared else key)
@@ -65,16 +66,16 @@ def _generate(context: Any, builder: Any, signature: Any, given: Any, *, squared
         for start, total in zip(starts, sums):
             builder.store(start, total)
         with cgutils.for_range_slice(builder, first, past, ir.Constant(size, lanes)) as (at, _):
-            _step(builder, rows, sums, at, lanes, squared=squared)
+            _step(builder, rows, signature.args[1].dtype.dtype, sums, at, lanes, squared=squared)
         held = [builder.load(total) for total in sums]
     return context.make_tuple(builder, signature.return_type, held)
 
 
 def _signature(query_D: Any, keys: Any) -> Any:
     row = isinstance(keys, types.UniTuple) and keys.dtype
-    for each in (query_D, row):
-        if not isinstance(each, types.Array) or (each.dtype, each.ndim, each.layout) != (types.float32, 1, "C"):
-            raise errors.TypingError(f"rows are float32 without gaps, not {each}")
+    for each, kinds in ((query_D, KINDS[:1]), (row, KINDS)):
+        if not isinstance(each, types.Array) or each.dtype not in kinds or (each.ndim, each.layout) != (1, "C"):
+            raise errors.TypingError(f"rows are of float32, keys also of 16 bits, without gaps, not {each}")
     return _tuple_of(types.float32, keys.count)(query_D, keys)
 
 
@@ -93,6 +94,6 @@ def _squares(typing_context: Any, query_D: Any, keys: Any) -> Any:
 
 
 products: Any = numba.extending.intrinsic(_products)
-"""Inner products of a row with each of a tuple of rows."""
+"""Inner products of a row with each of a tuple of rows; keys may have 16 bits (``half_kernels``)."""
 squared_distances: Any = numba.extending.intrinsic(_squares)
-"""Squared distances of a row from each of a tuple of rows."""
+"""Squared distances of a row from each of a tuple of rows, as there."""

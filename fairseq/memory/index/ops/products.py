@@ -37,6 +37,9 @@ _LIBRARY_INT8, _BFLOAT16, _FLOAT32 = "library_int8", "bfloat16", "float32"
 # Of a bulk of exact search. Rounding, and scoring again what is left, takes a sixth more than the products alone.
 _ROWS, _KEYS, _COLUMNS = 96, 1024, 512
 _ROUNDING_PAYS = 1.2
+_FINE_WIDTH = 2048  # 127 * 127 * 64 * 2048, and the second parts, are below 2^31
+FINE_COST = 4.0
+"""Products of fine entries for one of others."""
 _REPEATS = 5
 
 
@@ -58,6 +61,8 @@ class Products:
     """Columns of factors are a multiple of it if they are rounded."""
     is_interleaved: bool = False
     """Keys are laid out as ``tile_product_kernels`` has them."""
+    is_fine: bool = False
+    """Rounded entries have two parts, as there: bounds are about 60 times closer, for four times as many products."""
 
     @property
     def is_rounded(self) -> bool:
@@ -70,9 +75,10 @@ class Products:
         return torch.int32 if self.is_rounded else self.dtype
 
     def columns(self, width: int) -> int:
-        """Columns of rows that are multiplied: the width, filled up if they are rounded."""
+        """Columns of rows that are multiplied: the width, filled up if they are rounded, twice if they are fine."""
         step = self.column_step
-        return max(step, -(-width // step) * step) if self.is_rounded else width
+        filled = max(step, -(-width // step) * step)
+        return (2 * filled if self.is_fine else filled) if self.is_rounded else width
 
     def keys(self, key_B: Tensor, columns: int) -> Tensor:
         """Keys as ``multiply`` takes them, of the integers as ``is_interleaved`` has them."""
@@ -104,18 +110,30 @@ def by_name(name: str) -> Products:
         return Products(name, torch.int8, 127)
     if name in (_BFLOAT16, _FLOAT32):
         return Products(name, getattr(torch, name))
-    from fairseq.memory.index.ops.tile_product_kernels import INSTRUCTIONS
+    from fairseq.memory.index.ops.tile_product_kernels import FINE, INSTRUCTIONS
 
     if name not in INSTRUCTIONS:
         known = ", ".join((*INSTRUCTIONS, _LIBRARY_INT8, _BFLOAT16, _FLOAT32))
         raise ValueError(f"{name!r} is no way to multiply; these are: {known}")
     kind = INSTRUCTIONS[name]
-    return Products(name, torch.int8, kind.levels, kind.zero, kind.rows, kind.column_step, is_interleaved=True)
+    levels = kind.levels * (FINE if kind.is_fine else 1)
+    given = (torch.int8, levels, kind.zero, kind.rows, kind.column_step)
+    return Products(name, *given, is_interleaved=True, is_fine=kind.is_fine)
+
+
+def finer(products: Products, width: int) -> Products | None:
+    """The same instructions for fine entries; None where there are none, or columns too many for sums of 32 bits."""
+    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
+
+    if not products.is_interleaved or products.is_fine or width > _FINE_WIDTH:
+        return None
+    return by_name(products.name + FINE_SUFFIX)
 
 
 def available() -> list[str]:
     """Names of what this processor can do, the most promising instruction set first."""
     from fairseq.memory.index.ops.numba_library import compiler_features
+    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
 
     features, compiled = hardware.cpu_features(), compiler_features()
     names = [name for name, wanted in _TILES.items() if name in features and wanted <= compiled]
@@ -125,7 +143,8 @@ def available() -> list[str]:
         names.append(_LIBRARY_INT8)
     if hardware.has_bfloat16_products():
         names.append(_BFLOAT16)
-    return [*names, _FLOAT32, "plain"]
+    fine = [name + FINE_SUFFIX for name in (*names, "plain") if name in _TILES or name == "plain"]
+    return [*names, _FLOAT32, "plain", *fine]
 
 
 def best_tiles() -> str:
@@ -180,9 +199,9 @@ def _chosen(wanted: str) -> Products:
 
 
 def chosen_tiles() -> Products:
-    """The tiles of an instruction set: those that are chosen, or the most promising ones."""
+    """The tiles of an instruction set: those that are chosen, or the most promising ones; not for fine entries."""
     products = chosen()
-    return products if products.is_interleaved else by_name(best_tiles())
+    return products if products.is_interleaved and not products.is_fine else by_name(best_tiles())
 
 
 def has_fast_int8() -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled
-from fairseq.memory.index.ops.tile_product_kernels import LANES
+from fairseq.memory.index.ops.half_kernels import as_float
+from fairseq.memory.index.ops.kernels import ANY_ORDER, KEY_TYPES, compiled
+from fairseq.memory.index.ops.tile_product_kernels import FINE, FINE_BITS, LANES, interleave
 
 _SMALLEST = np.float32(1e-30)
 _ROUNDING = np.float32(2e-6)  # of sums in float32, see ``bounded_scores``
@@ -43,7 +44,7 @@ def _centred(x_D: Any, mean_D: Any, balance_D: Any, linear_D: Any, out_D: Any) -
     """
     balanced, square, linear = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     for d in range(len(x_D)):
-        x = x_D[d] - mean_D[d]
+        x = as_float(x_D[d]) - mean_D[d]
         y = x * balance_D[d]
         out_D[d] = y
         balanced += y * y
@@ -56,17 +57,36 @@ def _centred(x_D: Any, mean_D: Any, balance_D: Any, linear_D: Any, out_D: Any) -
 def _rounded(balanced_D: Any, inverse: Any, levels: Any, own_D: Any, other_D: Any, out_D: Any) -> tuple[Any, Any, Any]:
     """Write ``floor(x / step + 1/2 - own)`` as integers. Returns: their sum, that of their products with ``other``, and
     the squared length of ``integer + own``, which stands for x.
+
+    Args:
+        out_D: of 8 bits, or of 16 where levels are more.
     """
     total, weighted, square = np.float32(0.0), np.float32(0.0), np.float32(0.0)
     half = np.float32(0.5)
     for d in range(len(balanced_D)):
         rounded = np.floor(balanced_D[d] * inverse + (half - own_D[d]))
         rounded = min(max(rounded, -levels), levels)
-        out_D[d] = np.int8(rounded)
+        out_D[d] = np.int32(rounded)
         total += rounded
         weighted += rounded * other_D[d]
         square += (rounded + own_D[d]) * (rounded + own_D[d])
     return total, weighted, square
+
+
+@compiled()
+def _write_parts(whole_D: Any, zero: int, row_E: Any) -> Any:
+    """Write the two parts of fine entries, each plus ``zero``: first all first ones. Returns: the sum of these."""
+    width, middle = len(whole_D), len(row_E) // 2
+    first_D, second_D = row_E[:width], row_E[middle : middle + width]
+    total, half, fine = np.int32(0), np.int32(FINE // 2), np.int32(FINE)
+    bits, zero_ = np.int32(FINE_BITS), np.int32(zero)
+    for d in range(width):
+        whole = np.int32(whole_D[d])
+        first = (whole + half) >> bits
+        first_D[d] = np.int8(first + zero_)
+        second_D[d] = np.int8(whole - first * fine + zero_)
+        total += first
+    return total
 
 
 @compiled(fastmath=ANY_ORDER)
@@ -86,10 +106,16 @@ def _bias(square: Any, linear: Any, linear_length: Any, by_distance: bool) -> tu
 
 
 @compiled()
-def _interleave(four_F: Any, first: int, key_F: Any) -> None:
-    """Put a row, four columns at a time, in its place among the 16 of a group."""
-    for f in range(len(four_F)):
-        key_F[first + f * LANES] = four_F[f]
+def _lay_out(row_LE: Any, key_B: Any, first: int) -> None:
+    """Interleave a group of 16 rows."""
+    columns = row_LE.shape[1]
+    if columns % (4 * LANES) == 0:
+        interleave(row_LE, key_B, first)
+        return
+    four_LF, four_F = row_LE.view(np.int32), key_B[first : first + LANES * columns].view(np.int32)
+    for f in range(columns // 4):
+        for i in range(LANES):
+            four_F[LANES * f + i] = four_LF[i, f]
 
 
 @compiled(forceinline=True)
@@ -102,12 +128,14 @@ def bounds(
     return bound, np.float32(2.0) * (error + slack)
 
 
-@compiled("(f4[:,::1], f4[:,::1], i8, f4, f4, b1, i8, b1, i1[::1], i4[::1], f4[:,::1])")
+@compiled(
+    *(f"({keys}[:,::1], f4[:,::1], i8, f4, f4, b1, i8, b1, b1, i1[::1], i4[::1], f4[:,::1])" for keys in KEY_TYPES)
+)
 def round_keys(
-    keys_MD: Any, about_5D: Any, columns: int, levels: Any, ratio: Any, by_distance: bool, zero: int,
+    keys_MD: Any, about_5D: Any, columns: int, levels: Any, ratio: Any, by_distance: bool, zero: int, fine: bool,
     interleaved: bool, key_B: Any, start_M: Any, about_5M: Any,
 ) -> None:  # fmt: skip
-    """Round the keys of a block.
+    """Round the keys of a block, float32 or of 16 bits (``half_kernels``).
 
     Args:
         about_5D: mean, balance, what the linear part of a score is the product with, and the two remainders: see
@@ -115,6 +143,7 @@ def round_keys(
         columns: E.
         ratio: steps are at most this many times what stands for a key's length.
         zero: what is added to the entries of queries.
+        fine: entries have two parts.
         interleaved: as ``tile_product_kernels`` has it; otherwise row after row.
         key_B: gets the integers.
         start_M: gets what takes ``zero`` off the products.
@@ -122,31 +151,40 @@ def round_keys(
     """
     width = keys_MD.shape[1]
     reach_1 = np.empty(1, np.int32)
-    balanced_D, row_E = np.empty(width, np.float32), np.zeros(columns, np.int8)
-    four_F, key_F = row_E.view(np.int32), key_B.view(np.int32)
+    balanced_D, whole_D = np.empty(width, np.float32), np.empty(width, np.int16)
+    row_LE = np.zeros((LANES, columns), np.int8)
     mean_D, balance_D, linear_D, own_D, other_D = _rows_of(about_5D)
     linear_length = _length(linear_D)
     for m in range(len(keys_MD)):
         _, square, linear = _centred(keys_MD[m], mean_D, balance_D, linear_D, balanced_D)
         reach_1[0] = _reach(balanced_D.view(np.int32))
         step = max(reach_1.view(np.float32)[0], _SMALLEST) / levels
-        total, weighted, length = _rounded(balanced_D, np.float32(1.0) / step, levels, own_D, other_D, row_E)
-        if interleaved:
-            _interleave(four_F, m // LANES * LANES * len(four_F) + m % LANES, key_F)
+        inverse = np.float32(1.0) / step
+        about_5M[0, m], row_E = step, row_LE[m % LANES]
+        if fine:
+            total, weighted, length = _rounded(balanced_D, inverse, levels, own_D, other_D, whole_D)
+            first = np.int64(_write_parts(whole_D, 0, row_E))
+            # The zero is added to both parts of a query's entries, and to the second ones for a 64th of its products.
+            start_M[m] = -zero * (np.int64(total) + first) - zero // FINE * (np.int64(total) - FINE * first)
+            about_5M[0, m] = step * np.float32(FINE)
         else:
+            total, weighted, length = _rounded(balanced_D, inverse, levels, own_D, other_D, row_E)
+            start_M[m] = -zero * np.int32(total)
+        if not interleaved:
             key_B[m * columns : (m + 1) * columns] = row_E
-        start_M[m] = -zero * np.int32(total)
-        about_5M[0, m], about_5M[1, m] = step, step * weighted
-        about_5M[2, m] = max(step * np.sqrt(length), step / ratio)
+        elif m % LANES == LANES - 1 or m == len(keys_MD) - 1:
+            row_LE[m % LANES + 1 :] = 0
+            _lay_out(row_LE, key_B, m // LANES * LANES * columns)
+        about_5M[1, m], about_5M[2, m] = step * weighted, max(step * np.sqrt(length), step / ratio)
         about_5M[3, m], about_5M[4, m] = _bias(square, linear, linear_length, by_distance)
 
 
-@compiled("(f4[:,::1], f4[:,::1], f4, i8, i1[:,::1], f4[:,::1])")
-def round_queries(query_ND: Any, about_5D: Any, levels: Any, zero: int, row_NE: Any, about_N3: Any) -> None:
+@compiled("(f4[:,::1], f4[:,::1], f4, i8, b1, i1[:,::1], f4[:,::1])")
+def round_queries(query_ND: Any, about_5D: Any, levels: Any, zero: int, fine: bool, row_NE: Any, about_N3: Any) -> None:
     """Round queries: each entry plus ``zero``. ``about_N3`` gets step, the products of remainders, and the length."""
     width = query_ND.shape[1]
     reach_1 = np.empty(1, np.int32)
-    balanced_D, row_D = np.empty(width, np.float32), np.empty(width, np.int8)
+    balanced_D, whole_D = np.empty(width, np.float32), np.empty(width, np.int16)
     mean_D, balance_D, linear_D, own_D, other_D = _rows_of(about_5D)
     both = np.float32(0.0)
     for d in range(width):
@@ -155,22 +193,51 @@ def round_queries(query_ND: Any, about_5D: Any, levels: Any, zero: int, row_NE: 
         square, _, _ = _centred(query_ND[n], mean_D, balance_D, linear_D, balanced_D)
         reach_1[0] = _reach(balanced_D.view(np.int32))
         step = max(reach_1.view(np.float32)[0], _SMALLEST) / levels
-        _, weighted, _ = _rounded(balanced_D, np.float32(1.0) / step, levels, own_D, other_D, row_D)
-        for d in range(width):
-            row_NE[n, d] = np.int8(np.int32(row_D[d]) + zero)
+        _, weighted, _ = _rounded(balanced_D, np.float32(1.0) / step, levels, own_D, other_D, whole_D)
         about_N3[n, 0], about_N3[n, 1], about_N3[n, 2] = step, weighted + both, np.sqrt(square)
+        if fine:
+            about_N3[n, 1] /= np.float32(FINE)
+            _write_parts(whole_D, zero, row_NE[n])
+        else:
+            for d in range(width):
+                row_NE[n, d] = np.int8(np.int32(whole_D[d]) + zero)
 
 
-@compiled("(f4[:,::1], f4[:,::1], b1, f4[:,::1], f4[:,::1])")
-def centre_keys(keys_MD: Any, about_5D: Any, by_distance: bool, centred_MD: Any, about_5M: Any) -> None:
-    """Keys that are multiplied as they are: less their mean, with what :func:`round_keys` says of each."""
+@compiled(fastmath=ANY_ORDER)
+def _copied(x_D: Any, mean_D: Any, balance_D: Any, linear_D: Any, out_D: Any) -> tuple[Any, Any, Any]:
+    """Write x. Returns: the squared lengths of ``x * balance`` and ``x - mean``, and the latter's product with
+    ``linear``.
+    """
+    balanced, square, linear = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for d in range(len(x_D)):
+        key = as_float(x_D[d])
+        x, y = key - mean_D[d], key * balance_D[d]
+        out_D[d] = key
+        balanced += y * y
+        square += x * x
+        linear += x * linear_D[d]
+    return balanced, square, linear
+
+
+@compiled(*(f"({keys}[:,::1], f4[:,::1], b1, b1, f4[:,::1], f4[:,::1])" for keys in KEY_TYPES))
+def centre_keys(keys_MD: Any, about_5D: Any, by_distance: bool, keeps_mean: bool, out_MD: Any, about_5M: Any) -> None:
+    """Write keys that are multiplied as they are, less their mean, with what :func:`round_keys` says of each.
+
+    Args:
+        keeps_mean: leave the mean on the keys.
+    """
     width = keys_MD.shape[1]
     balanced_D = np.empty(width, np.float32)
     mean_D, balance_D, linear_D, _, _ = _rows_of(about_5D)
-    linear_length = _length(linear_D)
+    linear_length, mean_length = _length(linear_D), _length(mean_D * balance_D)
     for m in range(len(keys_MD)):
-        balanced, square, linear = _centred(keys_MD[m], mean_D, balance_D, linear_D, balanced_D)
-        for d in range(width):
-            centred_MD[m, d] = keys_MD[m, d] - mean_D[d]
-        about_5M[0, m], about_5M[1, m], about_5M[2, m] = 1.0, 0.0, np.sqrt(balanced)
+        if keeps_mean:
+            balanced, square, linear = _copied(keys_MD[m], mean_D, balance_D, linear_D, out_MD[m])
+            size = np.sqrt(balanced) + mean_length
+        else:
+            balanced, square, linear = _centred(keys_MD[m], mean_D, balance_D, linear_D, balanced_D)
+            for d in range(width):
+                out_MD[m, d] = as_float(keys_MD[m, d]) - mean_D[d]
+            size = np.sqrt(balanced)
+        about_5M[0, m], about_5M[1, m], about_5M[2, m] = 1.0, 0.0, size
         about_5M[3, m], about_5M[4, m] = _bias(square, linear, linear_length, by_distance)

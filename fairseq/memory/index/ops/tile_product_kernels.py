@@ -7,6 +7,9 @@ same to the last bit.
 Layout: a row's entries have ``zero`` added, so that they are unsigned where the instruction wants that. Keys are signed
 and *interleaved*: in groups of 16 keys, of each four columns at a time, so that one load has four columns of 16 keys.
 
+*Fine* entries have six bits more: 64 times a first part, plus a second of -32 to 31. The first half of the columns are
+first parts, the second half second ones, and each half is multiplied with each: sums are a 64th of the product.
+
 Shapes: R rows of a tile, Q rows, M keys, E columns (a multiple of 8).
 """
 
@@ -26,6 +29,10 @@ LANES = 16
 TILE_KEYS = 64
 COLUMN_STEP = 8
 """Columns are multiplied by so many at a time."""
+FINE_BITS = 6
+FINE = 1 << FINE_BITS
+"""First parts of fine entries count so many times as much as second ones."""
+FINE_SUFFIX = "_fine"
 _BYTE, _WORD, _INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
@@ -46,6 +53,8 @@ class Instructions:
     are whole matrices (``_MatrixTile``)."""
     column_step: int = COLUMN_STEP
     """Columns are a multiple of it."""
+    is_fine: bool = False
+    """Entries have two parts."""
 
 
 def _call(builder: Any, name: str, result: Any, *given: Any) -> Any:
@@ -107,7 +116,8 @@ INSTRUCTIONS = {
     "asimddp": Instructions(4, 4, 4, 127, 0, _by_sdot),
     "plain": Instructions(4, 1, 16, 127, 128, _one_by_one),
 }
-"""By the processor's name of the feature; ``plain`` needs none."""
+"""By the processor's name of the feature; ``plain`` needs none. Each is there for fine entries too."""
+INSTRUCTIONS.update({name + FINE_SUFFIX: replace(kind, is_fine=True) for name, kind in INSTRUCTIONS.items()})
 
 
 def is_matrix(name: str) -> bool:
@@ -118,6 +128,12 @@ def is_matrix(name: str) -> bool:
 def without_instructions(kind: Instructions) -> Instructions:
     """The same sums on a processor that lacks the instructions, for tests."""
     return replace(kind, add_products=functools.partial(_one_by_one, signed=kind.zero == 0))
+
+
+def _add_last(builder: Any, total: Any, at: Any) -> None:
+    """Add the sums of second parts of fine entries with each other to the other sums, which are in memory."""
+    less = builder.ashr(total, _constant(total, FINE_BITS))
+    builder.store(builder.add(builder.load(at, align=4), less), at, align=4)
 
 
 class _Tile:
@@ -136,40 +152,68 @@ class _Tile:
     def sum_up(self, start_at: Any, out_at: Any, out_stride: Any) -> None:
         """Write ``start`` plus all products: 64 sums of 32 bits for each row, rows a number of bytes apart."""
         kind, builder = self._kind, self._builder
+        nothing, half = self._number(0), builder.lshr(self._columns, self._number(1))
         for first in range(0, TILE_KEYS // kind.lanes, kind.vectors):
-            places = [self._number((first + v) * kind.lanes) for v in range(kind.vectors)]
-            held = []
-            for _ in self._row_at:
-                held.append([cgutils.alloca_once(builder, self._sums) for _ in places])
-                for place, total in zip(places, held[-1]):
-                    builder.store(builder.load(self._pointer(start_at, place, self._sums), align=4), total)
-            step = self._number(COLUMN_STEP)
-            with cgutils.for_range_slice(builder, self._number(0), self._columns, step) as (at, _):
-                self._add(at, [(first + v) * kind.lanes for v in range(kind.vectors)], held)
-            for number, totals in enumerate(held):
+            lanes = [(first + v) * kind.lanes for v in range(kind.vectors)]
+            held = [[cgutils.alloca_once(builder, self._sums) for _ in lanes] for _ in self._row_at]
+            outs = []
+            for number in range(len(held)):
                 row = cgutils.pointer_add(builder, out_at, builder.mul(out_stride, self._number(number)))
-                for place, total in zip(places, totals):
-                    builder.store(builder.load(total), self._pointer(row, place, self._sums), align=4)
+                outs.append([self._pointer(row, self._number(lane), self._sums) for lane in lanes])
+            starts = [self._pointer(start_at, self._number(lane), self._sums) for lane in lanes]
+            self._begin(starts, lanes, held, half)
+            if kind.is_fine:
+                self._add_all(nothing, half, half, lanes, held)
+                self._add_all(half, nothing, half, lanes, held)
+            else:
+                self._add_all(nothing, nothing, self._columns, lanes, held)
+            places = [(total, at) for totals, row in zip(held, outs) for total, at in zip(totals, row)]
+            for total, at in places:
+                builder.store(builder.load(total), at, align=4)
+            if kind.is_fine:
+                self._clear(held)
+                self._add_all(half, half, half, lanes, held)
+                for total, at in places:
+                    _add_last(builder, builder.load(total), at)
 
-    def _add(self, column: Any, lanes: list[int], held: list[list[Any]]) -> None:
-        """Add the products of eight columns to what is held."""
+    def _begin(self, starts: list[Any], lanes: list[int], held: list[list[Any]], half: Any) -> None:
+        """Hold ``start``, and of fine entries 64 times the products of first parts."""
+        builder, nothing = self._builder, self._number(0)
+        if self._kind.is_fine:
+            self._clear(held)
+            self._add_all(nothing, nothing, half, lanes, held)
+        for totals in held:
+            for at, total in zip(starts, totals):
+                start = builder.load(at, align=4)
+                if self._kind.is_fine:
+                    start = builder.add(start, builder.shl(builder.load(total), _constant(start, FINE_BITS)))
+                builder.store(start, total)
+
+    def _clear(self, held: list[list[Any]]) -> None:
+        for total in (total for totals in held for total in totals):
+            self._builder.store(ir.Constant(self._sums, [0] * self._kind.lanes), total)
+
+    def _add_all(self, row_first: Any, key_first: Any, count: Any, lanes: list[int], held: list[list[Any]]) -> None:
+        """Add the products of so many columns, which begin there, to what is held."""
         builder, halves = self._builder, (0, COLUMN_STEP // 2)
-        keys = []
-        for lane in lanes:
-            group = builder.mul(self._columns, self._number(lane // LANES * LANES))
-            base = builder.add(group, self._number(lane % LANES * 4))
-            both = []
-            for half in halves:
-                at = builder.mul(builder.add(column, self._number(half)), self._number(LANES))
-                both.append(builder.load(self._pointer(self._keys_at, builder.add(base, at), self._sums), align=4))
-            keys.append(both)
-        for row_at, totals in zip(self._row_at, held):
-            row = []
-            for half in halves:
-                four = self._pointer(row_at, builder.add(column, self._number(half)), _INT)
-                row.append(self._everywhere(builder.load(four, align=1)))
-            for both, total in zip(keys, totals):
-                builder.store(self._kind.add_products(builder, builder.load(total), row, both), total)
+        with cgutils.for_range_slice(builder, self._number(0), count, self._number(COLUMN_STEP)) as (at, _):
+            keys = []
+            for lane in lanes:
+                group = builder.mul(self._columns, self._number(lane // LANES * LANES))
+                base = builder.add(group, self._number(lane % LANES * 4))
+                both = []
+                for half in halves:
+                    column = builder.add(builder.add(key_first, at), self._number(half))
+                    place = builder.add(base, builder.mul(column, self._number(LANES)))
+                    both.append(builder.load(self._pointer(self._keys_at, place, self._sums), align=4))
+                keys.append(both)
+            for row_at, totals in zip(self._row_at, held):
+                row = []
+                for half in halves:
+                    column = builder.add(builder.add(row_first, at), self._number(half))
+                    row.append(self._everywhere(builder.load(self._pointer(row_at, column, _INT), align=1)))
+                for both, total in zip(keys, totals):
+                    builder.store(self._kind.add_products(builder, builder.load(total), row, both), total)
 
     def _everywhere(self, value: Any) -> Any:
         nothing = ir.Constant(self._sums, ir.Undefined)
@@ -188,9 +232,12 @@ class _MatrixTile:
     SIDE = 16
     STEP = 64  # columns of a matrix of rows
 
-    def __init__(self, builder: Any, row_at: list[Any], row_stride: Any, keys_at: Any, columns: Any) -> None:
-        self._builder, self._row_at, self._row_stride = builder, row_at[:: self.SIDE], row_stride
+    def __init__(
+        self, kind: Instructions, builder: Any, row_at: list[Any], row_stride: Any, keys_at: Any, columns: Any
+    ) -> None:
+        self._kind, self._builder, self._row_at, self._row_stride = kind, builder, row_at[:: self.SIDE], row_stride
         self._keys_at, self._columns, self._size = keys_at, columns, columns.type
+        self._scratch = cgutils.alloca_once(builder, ir.ArrayType(_INT, LANES * self.SIDE))
 
     def _number(self, value: int) -> Any:
         return ir.Constant(self._size, value)
@@ -207,25 +254,62 @@ class _MatrixTile:
 
         They begin with zero: nothing is added to entries that are multiplied with their signs.
         """
-        builder, parts = self._builder, len(self._row_at)
+        builder, is_fine, nothing = self._builder, self._kind.is_fine, self._number(0)
+        middle = builder.lshr(self._columns, self._number(1))
+        parts = range(len(self._row_at))
         for half in range(0, TILE_KEYS // LANES, 2):
-            for number in range(2 * parts):
-                self._tile("tilezero", number)
-            step = self._number(self.STEP)
-            with cgutils.for_range_slice(builder, self._number(0), self._columns, step) as (column, _):
-                for side in range(2):
-                    lanes = self._number(LANES * (half + side))
-                    offset = builder.add(builder.mul(self._columns, lanes), builder.mul(column, self._number(LANES)))
-                    self._tile("tileloadd64", 6 + side, self._at(self._keys_at, offset), self._number(4 * LANES))
-                for part, row_at in enumerate(self._row_at):
-                    self._tile("tileloadd64", 4 + part, self._at(row_at, column), self._row_stride)
-                    for side in range(2):
-                        self._tile("tdpbssd", 2 * part + side, 4 + part, 6 + side)
-            for part in range(parts):
+            outs = []
+            for part in parts:
                 row = cgutils.pointer_add(builder, out_at, builder.mul(out_stride, self._number(part * self.SIDE)))
+                outs += [self._at(row, self._number(4 * LANES * (half + side))) for side in range(2)]
+            self._clear(outs)
+            if is_fine:
+                self._add(half, nothing, nothing, middle)
+                for number, out in enumerate(outs):
+                    self._tile("tilestored64", number, out, out_stride)
+                    for at in self._rows(out, out_stride):
+                        held = builder.load(at, align=4)
+                        builder.store(builder.shl(held, _constant(held, FINE_BITS)), at, align=4)
+                    self._tile("tileloadd64", number, out, out_stride)
+                self._add(half, nothing, middle, middle)
+                self._add(half, middle, nothing, middle)
+            else:
+                self._add(half, nothing, nothing, self._columns)
+            for number, out in enumerate(outs):
+                self._tile("tilestored64", number, out, out_stride)
+            if is_fine:
+                self._clear(outs)
+                self._add(half, middle, middle, middle)
+                for number, out in enumerate(outs):
+                    stride = self._number(4 * LANES)
+                    self._tile("tilestored64", number, self._at(self._scratch, self._number(0)), stride)
+                    for place, at in zip(self._rows(self._scratch, stride), self._rows(out, out_stride)):
+                        _add_last(builder, builder.load(place, align=4), at)
+
+    def _clear(self, outs: list[Any]) -> None:
+        for number in range(len(outs)):
+            self._tile("tilezero", number)
+
+    def _rows(self, base: Any, stride: Any) -> list[Any]:
+        """Pointers to the 16 rows of a matrix in memory."""
+        sums, builder = ir.VectorType(_INT, self.SIDE).as_pointer(), self._builder
+        offsets = [builder.mul(stride, self._number(number)) for number in range(self.SIDE)]
+        return [builder.bitcast(self._at(base, offset), sums) for offset in offsets]
+
+    def _add(self, half: int, row_first: Any, key_first: Any, count: Any) -> None:
+        """Add the products of so many columns, which begin there, of all rows with 32 keys."""
+        builder = self._builder
+        with cgutils.for_range_slice(builder, self._number(0), count, self._number(self.STEP)) as (at, _):
+            for side in range(2):
+                lanes = self._number(LANES * (half + side))
+                column = builder.mul(builder.add(key_first, at), self._number(LANES))
+                offset = builder.add(builder.mul(self._columns, lanes), column)
+                self._tile("tileloadd64", 6 + side, self._at(self._keys_at, offset), self._number(4 * LANES))
+            for part, row_at in enumerate(self._row_at):
+                row = self._at(row_at, builder.add(row_first, at))
+                self._tile("tileloadd64", 4 + part, row, self._row_stride)
                 for side in range(2):
-                    out = self._at(row, self._number(4 * LANES * (half + side)))
-                    self._tile("tilestored64", 2 * part + side, out, out_stride)
+                    self._tile("tdpbssd", 2 * part + side, 4 + part, 6 + side)
 
 
 @functools.cache
@@ -258,6 +342,40 @@ def tile_registers(name: str) -> tuple[Any, Any]:
 
     return numba.extending.intrinsic(before), numba.extending.intrinsic(after)
 
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """The columns of so many vectors as they have lanes: each step interleaves the first half with the second."""
+    count = len(rows)
+    low = [place for i in range(count // 2) for place in (i, count + i)]
+    masks = [ir.Constant(ir.VectorType(_INT, count), [first + i for i in low]) for first in (0, count // 2)]
+    for _ in range(count.bit_length() - 1):
+        pairs = zip(rows[: count // 2], rows[count // 2 :])
+        rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
+    return rows
+
+
+def _interleave(typing_context: Any, row_LE: Any, key_B: Any, first: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        rows, keys = (context.make_array(signature.args[i])(context, builder, given[i]) for i in range(2))
+        columns, size, group = builder.extract_value(rows.shape, 1), given[2].type, ir.VectorType(_INT, LANES)
+        step = ir.Constant(size, 4 * LANES)
+        with cgutils.for_range_slice(builder, ir.Constant(size, 0), columns, step) as (at, _):
+            fours = []
+            for number in range(LANES):
+                place = builder.add(builder.mul(columns, ir.Constant(size, number)), at)
+                row = builder.gep(rows.data, [place], inbounds=True)
+                fours.append(builder.load(builder.bitcast(row, group.as_pointer()), align=1))
+            for number, four in enumerate(_transposed(builder, fours)):
+                place = builder.add(builder.mul(at, ir.Constant(size, LANES)), ir.Constant(size, 4 * LANES * number))
+                out = builder.gep(keys.data, [builder.add(given[2], place)], inbounds=True)
+                builder.store(four, builder.bitcast(out, group.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(row_LE, key_B, types.intp), generate
+
+
+interleave: Any = numba.extending.intrinsic(_interleave)
+"""``(row_LE, key_B, first)``: write 16 rows, of a multiple of 64 columns, interleaved from ``key_B[first]`` on."""
 
 _CONTRACT = ("contract",)
 
@@ -349,7 +467,7 @@ def tile_products(name: str, rows: int) -> Any:
     """The intrinsic ``(row_QE, first, key_B, byte, E, start_M, key, out_RX)`` of an instruction set.
 
     It writes ``start_M[key + j]`` plus the product of row ``first + i`` with the j-th of the 64 interleaved keys that
-    begin at ``key_B[byte]`` to ``out_RX[i, j]``, for i below ``rows``.
+    begin at ``key_B[byte]`` to ``out_RX[i, j]``, for i below ``rows``; of fine entries, a 64th of the product.
     """
     kind = INSTRUCTIONS[name]
 
@@ -366,7 +484,7 @@ def tile_products(name: str, rows: int) -> Any:
             start_at = builder.gep(made[5].data, [given[6]], inbounds=True)
             tile: _Tile | _MatrixTile = _Tile(kind, builder, row_at, keys_at, given[4])
             if kind.add_products is None:
-                tile = _MatrixTile(builder, row_at, stride, keys_at, given[4])
+                tile = _MatrixTile(kind, builder, row_at, stride, keys_at, given[4])
             tile.sum_up(start_at, made[7].data, builder.extract_value(made[7].strides, 0))
             return context.get_dummy_value()
 

@@ -14,9 +14,10 @@ from fairseq.memory.index.exact import candidates, streamed
 from fairseq.memory.index.exact import index as exact
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.ops import products
-from fairseq.memory.index.ops.bounded_scores import RoundedQueries
+from fairseq.memory.index.ops.bounded_scores import RoundedQueries, Rounding
 from fairseq.memory.types import Metric
 
+FINE = ["amx_int8_fine", "avx512_vnni_fine", "avx2_fine", "asimddp_fine"]
 STREAMED = ("streamed avx2", "streamed library_int8", "streamed float32")
 SHAPES = ("even", "clustered", "outlying", "constant", "far")
 
@@ -55,7 +56,7 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
         return ExactIndex(keys, metric).search(query_ND, k)
 
 
-@pytest.mark.parametrize("name", [*PRODUCTS, *STREAMED])
+@pytest.mark.parametrize("name", [*PRODUCTS, *FINE, *STREAMED])
 @settings(max_examples=25, deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
@@ -63,16 +64,16 @@ def search_by(monkeypatch: Any, name: str, keys: np.ndarray, metric: Metric, que
     count=st.integers(1, 700),
     dim=st.sampled_from([1, 3, 8, 40, 130]),
     num_queries=st.integers(1, 40),
-    half=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     data=st.data(),
 )
-def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim, num_queries, half, data):
+def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim, num_queries, dtype, data):
     k = data.draw(st.integers(1, count))
-    keys = rows(shape, count, dim, 1).astype(np.float16 if half else np.float32)
+    keys = torch.from_numpy(rows(shape, count, dim, 1)).to(dtype)
     queries = rows(shape, num_queries, dim, 2)
     with pytest.MonkeyPatch.context() as patch:
         found = search_by(patch, name, keys, metric, torch.from_numpy(queries), k)
-    truth = similarities(metric, queries, keys)
+    truth = similarities(metric, queries, keys.float().numpy())
     best = np.sort(truth, axis=1)[:, ::-1][:, :k]
     size = 1.0 if metric is Metric.COS else np.abs(truth).max() + 1
     np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5, atol=2e-6 * size)
@@ -81,7 +82,7 @@ def test_what_is_found_is_what_brute_force_finds(name, shape, metric, count, dim
     assert (found.scores_NK.diff(dim=1) <= 0).all()
 
 
-@pytest.mark.parametrize("name", [*PRODUCTS, *STREAMED])
+@pytest.mark.parametrize("name", [*PRODUCTS, *FINE, *STREAMED])
 def test_of_equal_keys_the_lower_rows_are_found(name, monkeypatch):
     keys = np.repeat(rows("even", 3, 8, 1), 400, axis=0)
     found = search_by(monkeypatch, name, keys, Metric.L2, torch.from_numpy(keys[[0, 500, 900]]), 9)
@@ -90,10 +91,10 @@ def test_of_equal_keys_the_lower_rows_are_found(name, monkeypatch):
 
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_sample_that_promises_too_much_is_not_believed(streams, monkeypatch, products):
-    """Every 32nd key, which are the sample, is near all queries, and more neighbours than these are wanted."""
+    """Keys of the sample are near all queries, and more neighbours than these are wanted."""
     keys, query_ND = rows("even", 8192, 16, 1), torch.from_numpy(rows("even", 40, 16, 2))
     keys[::32] *= 0.1
-    monkeypatch.setattr(exact, "_SAMPLE_ROWS", 256)
+    monkeypatch.setattr(ExactIndex, "sample", torch.from_numpy(keys[::32]))
     monkeypatch.setattr(ExactIndex, "has_wide_bounds", lambda *_: streams)
     searches = []
     plain = exact._Search.run
@@ -106,7 +107,17 @@ def test_a_sample_that_promises_too_much_is_not_believed(streams, monkeypatch, p
     assert searches == [True, False]
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_sample_does_not_keep_the_step_of_blocks():
+    """The first tokens of a text's blocks are alike and far from all others; of equal steps many would meet them."""
+    keys = rows("even", 16_384, 16, 1)
+    keys[::512] += 100.0
+    sample_MD = ExactIndex(keys).sample
+    assert len(sample_MD) == 512
+    assert torch.equal(sample_MD, ExactIndex(keys).sample)
+    assert int((sample_MD.mean(1) > 50).sum()) <= 5  # one is to be expected
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
 def test_few_keys_pass(name, monkeypatch):
     """The filter is one: of 20,000 keys a few times k = 100 are looked at again."""
     keys, query_ND = rows("even", 20_000, 64, 1), torch.from_numpy(rows("even", 40, 64, 2))
@@ -140,7 +151,8 @@ def test_approximate_scores_are_within_their_margin(metric, shape):
         query_ND, keys_MD = (torch.nn.functional.normalize(x) for x in (query_ND, keys_MD))
     true = torch.from_numpy(similarities(metric, query_ND.numpy(), keys_MD.numpy()))[10:40]
     half = 0.5 if metric is Metric.L2 else 1.0
-    for name in PRODUCTS:
+    widths = {}
+    for name in [*PRODUCTS, *FINE]:
         with pytest.MonkeyPatch.context() as patch:
             set_fast_products(patch, name)
             by = RoundedQueries(query_ND, keys_MD[:100], products.chosen(), by_distance=metric is Metric.L2)
@@ -153,6 +165,10 @@ def test_approximate_scores_are_within_their_margin(metric, shape):
         rounding = 2e-6 * (by._slack_N[10:40, None].double() + true.abs())
         error = (half * true - by._shift_N[10:40, None].double() - score).abs()
         assert (error <= size * width + slack + rounding).all()
+        if name in FINE:
+            assert (size * width).median() < 0.04 * widths[name.removesuffix("_fine")] or shape == "constant"
+        elif by.products.is_rounded:
+            widths[name] = (size * width).median()
         assert (block.about_5M[3, 300:] == -np.inf).all()
 
 
@@ -175,18 +191,54 @@ def test_queries_that_are_not_finite_find_nothing(metric, count):
 
 def test_keys_that_bounds_cannot_tell_apart_are_multiplied_as_they_are(monkeypatch):
     monkeypatch.setattr(products, "chosen", lambda: products.by_name("plain"))
-    monkeypatch.setattr(products, "measured", lambda: {"plain": 4e11, "float32": 1e11})
+    monkeypatch.setattr(products, "measured", lambda: {"plain": 8e11, "float32": 1e11})
     draw = np.random.default_rng(0)
     apart = draw.standard_normal((4000, 64), dtype=np.float32)
     centres = 20 * draw.standard_normal((8, 64), dtype=np.float32)
-    alike = centres[draw.integers(0, 8, 4000)] + 1e-3 * apart  # each near 500 others, all equally far but for little
-    for keys, name in ((apart, "plain"), (alike, "float32")):
-        query_ND, index = torch.from_numpy(keys[:40] + 1e-4), ExactIndex(keys)
+    of_8 = centres[draw.integers(0, 8, 4000)]
+    # The last are each near 500 others, all equally far but for little; finely rounded the second can be told apart.
+    for keys, name in ((apart, "plain"), (of_8 + apart, "plain_fine"), (of_8 + np.float32(0.2) * apart, "float32")):
+        query_ND, index = torch.from_numpy(keys[:200] + 1e-4), ExactIndex(keys)
         assert index.products_for(query_ND, 3).name == name
+        few_ND = query_ND[:32]  # for which rounding does not pay, unless it is done once for all that come
+        assert ExactIndex(keys).products_for(few_ND, 3).name == name.replace("plain_fine", "float32")
+        assert index.products_for(few_ND, 3).name == name
         best = similarities(Metric.L2, query_ND.numpy(), keys).max(1)
         np.testing.assert_allclose(index.search(query_ND, 3).scores_NK[:, 0], best, atol=2e-3)
     monkeypatch.setenv(products.SETTING, "plain")
-    assert ExactIndex(alike).products_for(query_ND, 3).name == "plain"
+    assert ExactIndex(keys).products_for(query_ND, 3).name == "plain"
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("name", ["plain", "plain_fine", "float32", "streamed plain"])
+def test_kept_keys_change_nothing(name, metric, monkeypatch):
+    """The third bulk is searched by what the second one kept; queries with another mean are searched by others."""
+    set_fast_products(monkeypatch, name.removeprefix("streamed "))
+    monkeypatch.setattr(ExactIndex, "has_wide_bounds", lambda *_: name in STREAMED)
+    keys, deleted = rows("clustered", 6000, 24, 1), np.array([0, 70, 5999])
+    index = ExactIndex(keys, metric, deleted=deleted)
+    rounded = []
+    plain = Rounding.round_keys
+    monkeypatch.setattr(Rounding, "round_keys", lambda *given: rounded.append(len(given[1])) or plain(*given))
+    for number, (offset, k) in enumerate([(0, 9), (0, 9), (0, 9), (0, 30), (50, 9), (0, 2500), (0, 9)]):
+        query_ND = torch.from_numpy(rows("clustered", 40, 24, number) + np.float32(offset))
+        rounded.clear()
+        found = index.search(query_ND, k)
+        if name in ("plain", "plain_fine"):
+            assert (sum(rounded) < 6000) == (number in (2, 3, 6)), number
+        fresh = ExactIndex(keys, metric, deleted=deleted).search(query_ND, k)
+        assert torch.equal(found.ids_NK, fresh.ids_NK)
+        assert torch.equal(found.scores_NK, fresh.scores_NK)
+
+
+def test_keys_that_would_take_more_memory_are_not_kept(monkeypatch):
+    set_fast_products(monkeypatch, "plain")
+    keys, query_ND = rows("even", 12_000, 24, 1), torch.from_numpy(rows("even", 40, 24, 2))
+    for memory_bytes, kept in ((12_000 * 24 * 4, True), (12_000 * 24 * 4 - 1, False)):
+        index = ExactIndex(keys, memory_bytes=memory_bytes)
+        for _ in range(3):
+            index.search(query_ND, 3)
+        assert (index.keeper._kept is not None) == kept
 
 
 @pytest.mark.parametrize("metric", list(Metric))

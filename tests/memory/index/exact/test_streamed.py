@@ -71,6 +71,6 @@ def test_each_key_is_read_once(tmp_path, monkeypatch):
     plain = ChunkedArray.block
     monkeypatch.setattr(ChunkedArray, "block", lambda keys, *more: read.append(more[1] - more[0]) or plain(keys, *more))
     index = ExactIndex(store)
-    assert index.sample.shape == (4096, 16)
+    assert index.sample.shape == (512, 16)
     index.search(torch.from_numpy(rows("clustered", 50, 16, 2)), 100)
     assert sum(read) == 9000

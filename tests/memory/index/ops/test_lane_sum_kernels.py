@@ -8,10 +8,13 @@ import sys
 import numba
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from fairseq.memory.index.exact import kernels as exact_kernels
 from fairseq.memory.index.ops import kernels
+from fairseq.memory.index.ops.bounded_scores import kernel_rows
+from fairseq.memory.index.ops.half_kernels import READS_FLOAT16
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 
 
@@ -68,9 +71,27 @@ def test_every_loop_sums_alike(width):
         assert true[0].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 8, 15, 16, 41, 300])
+def test_keys_of_16_bits_are_summed_as_their_float32(dtype, width):
+    made = torch.Generator().manual_seed(width)
+    query, key_MD = torch.randn(width, generator=made).numpy(), torch.randn(7, width, generator=made).to(dtype)
+    key_MD[1, 0], key_MD[2, 0], key_MD[3, -1] = 6e-8, -6e-5, 30000.0  # the least, and the greatest, of float16
+    held, wide = kernel_rows(key_MD), key_MD.float().numpy()
+    assert held.itemsize == (2 if dtype is torch.bfloat16 or READS_FLOAT16 else 4)
+    row_H = np.array([6, 0, 1, 2, 3, 5])
+    for by_distance in (False, True):
+        expected, found = np.empty((2, len(row_H)), np.float32)
+        exact_kernels.score_some(query, wide, row_H, by_distance, expected)
+        exact_kernels.score_some(query, held, row_H, by_distance, found)
+        terms = [(query - key) ** 2 if by_distance else query * key for key in wide[row_H]]
+        assert expected.tolist() == [-summed(each) if by_distance else summed(each) for each in terms]
+        assert found.tolist() == expected.tolist()
+
+
 def test_rows_with_gaps_are_refused():
     rows = np.ones((4, 4), np.float32)
-    with pytest.raises(numba.TypingError, match="float32 without gaps"):
+    with pytest.raises(numba.TypingError, match="without gaps"):
         dot(rows[0], rows[:, 0])
 
 
