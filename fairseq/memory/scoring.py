@@ -69,7 +69,7 @@ def _log_of_sum(share_N: Tensor, top_N: Tensor) -> Tensor:
     return share_N.masked_fill(nothing_N, 1.0).log().add(top_N.masked_fill(nothing_N, -torch.inf))
 
 
-def _log_share(part: Tensor, whole: Tensor) -> Tensor:
+def log_share(part: Tensor, whole: Tensor) -> Tensor:
     """``part - whole`` for log-sums, where nothing of nothing is -inf."""
     return part - whole.masked_fill(torch.isneginf(whole), 0.0)
 
@@ -109,7 +109,7 @@ def knn_logp(found: Candidates, target_N: Tensor, temperature: float) -> Tensor:
     ```
     """
     sums = log_sums(found, target_N, temperature)
-    return _log_share(sums.hit_N, sums.whole_N)
+    return log_share(sums.hit_N, sums.whole_N)
 
 
 def interpolate(lm_logp: Tensor, memory_logp: Tensor, weight: float) -> Tensor:
@@ -176,7 +176,7 @@ def vocab_logsumexp(found: Candidates, vocab_size: int, temperature: float) -> T
 def vocab_logp(found: Candidates, vocab_size: int, temperature: float) -> Tensor:
     """:func:`knn_logp` for every token at once, (N, V): what generation and beam search need."""
     sums_NV = vocab_logsumexp(found, vocab_size, temperature)
-    return _log_share(sums_NV, torch.logsumexp(sums_NV, dim=1, keepdim=True))
+    return log_share(sums_NV, torch.logsumexp(sums_NV, dim=1, keepdim=True))
 
 
 def joint_vocab_logp(lm_logp_NV: Tensor, lm_norm_N: Tensor, found: Candidates, temperature: float) -> Tensor:

@@ -37,8 +37,8 @@ from fairseq.memory.index.ops.kmeans import kmeans
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.sources.log_sums import log_sums
-from fairseq.memory.types import Candidates, Metric
+from fairseq.memory.sources.log_sums import log_sums, log_sums_of_rows
+from fairseq.memory.types import Candidates, Metric, Neighbors
 
 DIM, ROWS = 16, 3000
 
@@ -165,6 +165,9 @@ def _beams() -> None:
 def _sums() -> None:
     value_1M, scores_NM, keep_NM = torch.arange(4)[None], torch.zeros(2, 4), torch.ones(2, 4, dtype=torch.bool)
     log_sums(Candidates(value_1M, scores_NM, keep_NM), torch.arange(2), 1.0)
+    for dtype in (np.int64, np.int32):
+        found = Neighbors(torch.arange(8).view(2, 4), scores_NM)
+        log_sums_of_rows(found, np.arange(8, dtype=dtype), torch.arange(2), 1.0)
 
 
 class _Compilations(event.Listener):  # type: ignore[misc]

@@ -22,7 +22,8 @@ from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState, RetomatonStep
 from fairseq.memory.retomaton.foreign_clusters import open_clusters
 from fairseq.memory.retomaton.reader import read_text
-from fairseq.memory.scoring import interpolate, knn_logp
+from fairseq.memory.scoring import interpolate, log_share
+from fairseq.memory.sources.log_sums import log_sums
 from fairseq.memory.types import Candidates
 
 _AHEAD = 4096
@@ -96,17 +97,17 @@ class RetomatonWrapper(KNNWrapper):
         self, key_ND: Tensor, lm_logp_N: Tensor, target_N: Tensor, lengths_B: Tensor | None = None
     ) -> Tensor:
         """As ``KNNWrapper.target_logp``; sequence after sequence, of ``lengths_B`` positions each (by default one)."""
-        logp_N = lm_logp_N.float().cpu().clone()
-        target_N = target_N.cpu()
+        lm_logp_N, target_N = lm_logp_N.float().cpu(), target_N.cpu()
+        memory_logp_N, has_memory_N = torch.empty_like(lm_logp_N), torch.zeros(len(lm_logp_N), dtype=torch.bool)
 
         def use(place_B: Tensor, candidates: Candidates) -> None:
-            lm_logp_B = logp_N[place_B]
-            mixed_B = interpolate(lm_logp_B, knn_logp(candidates, target_N[place_B], self.knn_temp), self.lmbda)
-            logp_N[place_B] = torch.where(candidates.keep_NM.any(1), mixed_B, lm_logp_B)
+            sums = log_sums(candidates, target_N[place_B], self.knn_temp)
+            memory_logp_N[place_B] = log_share(sums.hit_N, sums.whole_N)
+            has_memory_N[place_B] = candidates.keep_NM.any(1)
 
         lengths_B = torch.tensor([len(key_ND)]) if lengths_B is None else lengths_B
         self._read(key_ND.cpu(), target_N, lengths_B, use, None, keep=self.record)
-        return logp_N
+        return torch.where(has_memory_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         super()._prepare(model, tap)

@@ -22,7 +22,7 @@ from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.gradient import MixedScores, with_gradient
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
-from fairseq.memory.scoring import check_weight, interpolate, knn_logp
+from fairseq.memory.scoring import check_weight, interpolate
 from fairseq.memory.sources.config import check_search_on
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Candidates
@@ -149,12 +149,11 @@ class KNNWrapper(Attachment):
         chunks = (torch.split(each, _QUERIES_AT_ONCE) for each in (key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()))
         done = 0
         for keys, lm_logp, target in zip(*chunks):
-            candidates = self.memory.lookup(keys)
+            found, memory_logp = self.memory.lookup_logp(keys, target, self.knn_temp)
             if self.record is not None:
-                self.record(torch.arange(done, done + len(keys)), candidates)
+                self.record(torch.arange(done, done + len(keys)), self.memory.candidates(found))
             done += len(keys)
-            mixed = interpolate(lm_logp, knn_logp(candidates, target, self.knn_temp), self.lmbda)
-            parts.append(torch.where(candidates.keep_NM.any(1), mixed, lm_logp))
+            parts.append(torch.where(found.ids_NK[:, 0] >= 0, interpolate(lm_logp, memory_logp, self.lmbda), lm_logp))
         return torch.cat(parts) if parts else torch.empty(0)
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:

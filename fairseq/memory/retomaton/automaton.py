@@ -11,6 +11,7 @@ Shapes: B sequences, P active pointers, K neighbours of a search, M candidates o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch import Tensor
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Array, Candidates, Neighbors
+
+Found = Callable[[Tensor], Neighbors]
 
 # The types that small clusters have, so that nothing is compiled once more for none.
 _NO_CLUSTERS = (np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32))
@@ -167,13 +170,13 @@ class Retomaton:
         """State of sequences that have read nothing: their first step is a search."""
         return RetomatonState.empty(num_sequences)
 
-    def lookup(self, query_BD: Tensor, state: RetomatonState, found: Neighbors | None = None) -> RetomatonStep:
+    def lookup(self, query_BD: Tensor, state: RetomatonState, found: Found | None = None) -> RetomatonStep:
         """Candidates at the next position of each sequence: its active pointers, and neighbours if a search is needed.
 
         Args:
             query_BD: keys of the positions.
             state: what each sequence has read.
-            found: neighbours of each query, if they are known already.
+            found: gives the neighbours of those queries that a boolean each names, if they are known already.
         """
         assert len(query_BD) == len(state), (len(query_BD), len(state))
         host_BD = query_BD.detach().float().cpu().contiguous()
@@ -188,10 +191,10 @@ class Retomaton:
         candidates = Candidates(values_BM.to(device), scores_BM.to(device), keep_BM.to(device))
         return RetomatonStep(candidates, rows_BM, searched_B, (state.rows_BP >= 0).sum(1))
 
-    def _searched(self, query_BD: Tensor, searched_B: Tensor, found: Neighbors | None) -> Neighbors:
+    def _searched(self, query_BD: Tensor, searched_B: Tensor, found: Found | None) -> Neighbors:
         """Neighbours of the queries that need a search, one row for each."""
         if found is not None:
-            return Neighbors(found.ids_NK[searched_B], found.scores_NK[searched_B])
+            return found(searched_B)
         if not bool(searched_B.any()):
             return Neighbors(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0))
         return self.external.neighbors(query_BD[searched_B])

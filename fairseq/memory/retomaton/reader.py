@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.combiners.base import Combiner
-from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState, RetomatonStep
+from fairseq.memory.retomaton.automaton import Found, Retomaton, RetomatonState, RetomatonStep
 from fairseq.memory.retomaton.config import RetomatonConfig
 from fairseq.memory.retomaton.foreign_clusters import open_clusters
 from fairseq.memory.sources.external import ExternalMemory
@@ -119,9 +119,7 @@ def _read_group(
             ended.append(state.select(torch.arange(going, len(state))))
             state = state.select(torch.arange(going))
         place_B = places.starts_B[:going] + t
-        found = None
-        if neighbors is not None and at_N is not None:
-            found = Neighbors(neighbors.ids_NK[at_N[place_B]], neighbors.scores_NK[at_N[place_B]])
+        found = None if neighbors is None or at_N is None else _found_at(neighbors, at_N[place_B])
         step = memory.lookup(places.query_ND[place_B.to(places.query_ND.device)], state, found)
         use(place_B, step.found)
         if keep is not None:
@@ -129,6 +127,16 @@ def _read_group(
         num_searched += int(step.searched_B.sum())
         state = memory.follow(step, places.token_N[place_B.to(places.token_N.device)])
     return ReadText(RetomatonState.joined([state, *ended[::-1]]), num_searched)
+
+
+def _found_at(neighbors: Neighbors, at_B: Tensor) -> Found:
+    """Gives neighbours of those positions at which a search is needed."""
+
+    def found(searched_B: Tensor) -> Neighbors:
+        rows = at_B[searched_B]
+        return Neighbors(neighbors.ids_NK[rows], neighbors.scores_NK[rows])
+
+    return found
 
 
 class RetomatonReader:

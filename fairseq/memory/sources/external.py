@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory import scoring
+from fairseq.memory.datastore.chunked_array import as_tensor
 from fairseq.memory.datastore.config import SAVES_TEXT
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
@@ -18,13 +22,16 @@ from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact.row_scores import score_rows
 from fairseq.memory.index.sharded.opening import open_search
 from fairseq.memory.index.sharded.ranges import SearchSettings
-from fairseq.memory.types import Candidates, Metric, Neighbors
+from fairseq.memory.sources.log_sums import log_sums_of_rows
+from fairseq.memory.types import Array, Candidates, Metric, Neighbors
 from fairseq.registry import lookup
 
 if TYPE_CHECKING:
     from fairseq.memory.sources.config import KnnConfig
 
 logger = logging.getLogger(__name__)
+
+_COPIED_BYTES = 256 << 20  # of a store's tokens
 
 SCORES = ("recompute", "index", "dot")
 
@@ -110,6 +117,26 @@ class ExternalMemory:
         ended = time.perf_counter()
         logger.info("%d lookups: %.2fs search, %.2fs values", len(query_ND), searched - started, ended - searched)
         return candidates
+
+    def lookup_logp(self, query_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Neighbors, Tensor]:
+        """Neighbours of N positions, and the log-probability that these alone give to the targets, on the CPU.
+
+        It is ``scoring.knn_logp`` of :meth:`lookup`, to float32 rounding, without the tokens of the neighbours.
+        """
+        found, value_R = self.neighbors(query_ND), self._row_tokens
+        if value_R is None:
+            return found, scoring.knn_logp(self.candidates(found), target_N.cpu(), temperature)
+        sums = log_sums_of_rows(found, value_R, target_N, temperature)
+        return found, scoring.log_share(sums.hit_N, sums.whole_N)
+
+    @functools.cached_property
+    def _row_tokens(self) -> Array | None:
+        """Tokens of all rows, as kernels take them; None if they would have to be copied and are too many for that."""
+        values = self.store.values
+        in_place = len(values.chunks) == 1 and values.dtype in ("int64", "int32")
+        if in_place:
+            return as_tensor(values.chunks[0]).contiguous().numpy()
+        return values.take(np.arange(len(values))).numpy() if 8 * len(values) <= _COPIED_BYTES else None
 
     def neighbors(self, query_ND: Tensor) -> Neighbors:
         """The k nearest rows of each query with their scores, on the CPU; the id is -1 where no row was found."""

@@ -36,6 +36,27 @@ def _log_add(a: Any, b: Any) -> Any:
     return a if a == b == -np.inf else max(a, b) + np.log1p(np.exp(-abs(a - b)))
 
 
+@compiled()
+def _add_row(
+    score_M: Any, value_M: Any, target: Any, lowest: Any, far: Any, hit_N: Any, whole_N: Any, n: int
+) -> None:  # fmt: skip
+    """Add the candidates of one position, whose scores are scaled; writes over them."""
+    nothing = np.float32(-np.inf)
+    top = _largest(score_M)
+    if top == nothing and not np.isnan(np.sum(score_M)):
+        return
+    hit, whole = _shares(score_M, value_M, target, top, lowest)
+    whole_N[n] = _log_add(whole_N[n], np.log(whole) + top)
+    if hit < far:
+        for m in range(len(score_M)):
+            score_M[m] = score_M[m] if value_M[m] == target else nothing
+        top = _largest(score_M)
+        if top == nothing:
+            return
+        hit, _ = _shares(score_M, value_M, target, top, lowest)
+    hit_N[n] = _log_add(hit_N[n], np.log(hit) + top)
+
+
 @compiled("(f4[:,::1], b1[:,::1], i4[:,::1], i4[::1], f4, f4, f4, f4[::1], f4[::1])")
 def add_candidates(
     scores_NM: Any, keep_NM: Any, value_RM: Any, target_N: Any, scale: Any, lowest: Any, far: Any,
@@ -57,16 +78,23 @@ def add_candidates(
         if len(keep_NM):
             for m in range(len(score_M)):
                 score_M[m] = score_M[m] if keep_NM[n, m] else nothing
-        top = _largest(score_M)
-        if top == nothing and not np.isnan(np.sum(score_M)):
-            continue
-        hit, whole = _shares(score_M, value_M, target_N[n], top, lowest)
-        whole_N[n] = _log_add(whole_N[n], np.log(whole) + top)
-        if hit < far:
-            for m in range(len(score_M)):
-                score_M[m] = score_M[m] if value_M[m] == target_N[n] else nothing
-            top = _largest(score_M)
-            if top == nothing:
-                continue
-            hit, _ = _shares(score_M, value_M, target_N[n], top, lowest)
-        hit_N[n] = _log_add(hit_N[n], np.log(hit) + top)
+        _add_row(score_M, value_M, target_N[n], lowest, far, hit_N, whole_N, n)
+
+
+@compiled(
+    "(f4[:,::1], i8[:,::1], i8[::1], i4[::1], f4, f4, f4, f4[::1], f4[::1])",
+    "(f4[:,::1], i8[:,::1], i4[::1], i4[::1], f4, f4, f4, f4[::1], f4[::1])",
+)
+def add_neighbors(
+    scores_NK: Any, ids_NK: Any, value_R: Any, target_N: Any, scale: Any, lowest: Any, far: Any, hit_N: Any,
+    whole_N: Any,
+) -> None:  # fmt: skip
+    """As :func:`add_candidates`, of rows whose tokens are looked up; a row of -1 is none."""
+    count = scores_NK.shape[1]
+    score_K, value_K = np.empty(count, np.float32), np.empty(count, np.int32)
+    for n in range(len(scores_NK)):
+        for k in range(count):
+            row, score = ids_NK[n, k], scores_NK[n, k] * scale
+            score_K[k] = score if row >= 0 else np.float32(-np.inf)
+            value_K[k] = value_R[np.uint64(max(row, 0))]
+        _add_row(score_K, value_K, target_N[n], lowest, far, hit_N, whole_N, n)

@@ -1,6 +1,6 @@
 """The sums of a memory's candidates, in one pass over them on a CPU.
 
-Shapes: N positions, M candidates.
+Shapes: N positions, M candidates, K neighbours, R rows of a store.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from fairseq.memory import scoring
-from fairseq.memory.types import Candidates, LogSums
+from fairseq.memory.types import Array, Candidates, LogSums, Neighbors
+from fairseq.runtime.threads import run_in_threads
+
+_LEAST_PAIRS = 1 << 17  # to start threads takes as long
 
 
 def log_sums(found: Candidates, target_N: Tensor, temperature: float, before: LogSums | None = None) -> LogSums:
@@ -45,4 +48,25 @@ def log_sums(found: Candidates, target_N: Tensor, temperature: float, before: Lo
         hit_N,
         whole_N,
     )
+    return LogSums(torch.from_numpy(hit_N), torch.from_numpy(whole_N))
+
+
+def log_sums_of_rows(found: Neighbors, value_R: Array, target_N: Tensor, temperature: float) -> LogSums:
+    """:func:`log_sums` of a search result, whose tokens are looked up in passing.
+
+    Args:
+        value_R: tokens of all rows of the store, int64 or int32, writable (as numba's kernels are declared).
+    """
+    scoring.check_temperature(temperature)
+    from fairseq.memory.sources.log_sum_kernels import add_neighbors
+
+    scores, ids, target = found.scores_NK.numpy(), found.ids_NK.numpy(), target_N.int().numpy()
+    hit_N, whole_N = (np.full(len(scores), -np.inf, np.float32) for _ in range(2))
+    numbers = (np.float32(1.0 / temperature), np.float32(scoring.LOWEST), np.float32(scoring.FAR))
+
+    def add(part: slice) -> None:
+        add_neighbors(scores[part], ids[part], value_R, target[part], *numbers, hit_N[part], whole_N[part])
+
+    step = max(1, -(-len(scores) // torch.get_num_threads()), _LEAST_PAIRS // max(1, scores.shape[1]))
+    run_in_threads(add, [slice(first, first + step) for first in range(0, len(scores), step)])
     return LogSums(torch.from_numpy(hit_N), torch.from_numpy(whole_N))

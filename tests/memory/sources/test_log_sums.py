@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from fairseq.memory.index.ops.numba_library import numba
 from fairseq.memory.sources.float_kernels import exp
-from fairseq.memory.sources.log_sums import log_sums
-from fairseq.memory.types import Candidates, LogSums
+from fairseq.memory.sources.log_sums import log_sums, log_sums_of_rows
+from fairseq.memory.types import Candidates, LogSums, Neighbors
 
 
 def drawn(seed, n, m, *, shared=False, keep=0.7, spread=3.0):
@@ -93,3 +93,19 @@ def test_exp_is_exact_to_rounding():
     out_N = np.empty_like(x_N)
     exp_of(x_N, out_N)
     np.testing.assert_allclose(out_N, np.exp(x_N.astype(np.float64)), rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+@pytest.mark.parametrize("spread", [1.0, 1000.0])
+def test_sums_of_rows_are_those_of_their_tokens(dtype, spread, threads):
+    draw = np.random.default_rng(0)
+    value_R, n, k = draw.integers(0, 5, 300).astype(dtype), 700, 200
+    ids_NK, scores_NK = torch.from_numpy(draw.integers(-1, 300, (n, k))), torch.randn(n, k) * spread
+    ids_NK[3] = -1
+    scores_NK.masked_fill_(ids_NK < 0, -math.inf)
+    target_N = torch.from_numpy(draw.integers(0, 5, n))
+    ours = log_sums_of_rows(Neighbors(ids_NK, scores_NK), value_R, target_N, 2.0)
+    values_NK = torch.from_numpy(value_R.astype(np.int64))[ids_NK.clamp(min=0)]
+    hit, whole = counted(Candidates(values_NK, scores_NK, ids_NK >= 0), target_N, 2.0)
+    torch.testing.assert_close(ours.hit_N.double(), hit, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(ours.whole_N.double(), whole, rtol=1e-6, atol=2e-6)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.memory.index.candidates.append_kernels import append_vectors, num_bits, packs_vectors
 from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled
 from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import lowest_bit
@@ -28,6 +29,10 @@ def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width
     return kept, threshold
 
 
+_FEW = 4 if packs_vectors() else 64
+"""So many keys of a tile take less time one by one than as vectors."""
+
+
 # Arrays are handed over one by one: those of a tuple would be counted in and out of use, which takes longer than the
 # rest of it.
 @compiled(forceinline=True)
@@ -38,11 +43,33 @@ def append_hits(
 ) -> None:  # fmt: skip
     """Put the keys of a tile that may be among the k best (bits of ``hits``) after the candidates of a query.
 
+    There must be room for a whole tile.
+
     Args:
         scale, zero, width: of the query, see ``bounded_scores``.
         share: added to all bounds.
         slack: half of how far the share may be off.
     """
+    append_expected(
+        raw_X, hits, step_M, weight_M, size_M, bias_M, slack_M, key, first_row, scale, zero, width, share, slack,
+        np.float32(1.0), n, lower_NC, ids_NC, filled_N, width_N,
+    )  # fmt: skip
+
+
+@compiled(forceinline=True)
+def append_expected(
+    raw_X: Any, hits: int, step_M: Any, weight_M: Any, size_M: Any, bias_M: Any, slack_M: Any, key: int,
+    first_row: int, scale: Any, zero: Any, width: Any, share: Any, slack: Any, part: Any, n: int, lower_NC: Any,
+    ids_NC: Any, filled_N: Any, width_N: Any,
+) -> None:  # fmt: skip
+    """:func:`append_hits` by what scores are expected to be: upper bounds less a part of the gap to the lower ones."""
+    if _FEW < 64 and num_bits(hits) > _FEW:
+        query = (zero, scale, width, share, slack, part)
+        filled_N[n], width_N[n] = append_vectors(
+            raw_X, hits, step_M, weight_M, size_M, bias_M, slack_M, key, first_row, query, lower_NC, ids_NC, n,
+            filled_N[n], width_N[n],
+        )  # fmt: skip
+        return
     # Numbers without a sign: otherwise each would be looked at for places counted from the end.
     row, filled, widest = np.uint64(n), np.uint64(filled_N[n]), width_N[n]
     while hits:
@@ -51,6 +78,7 @@ def append_hits(
         m = np.uint64(key) + j
         about = (size_M[m], width, bias_M[m], slack_M[m] + slack)
         bound, below = bounds(raw_X[j], zero, step_M[m], weight_M[m], scale, *about)
+        below *= part
         lower_NC[row, filled], ids_NC[row, filled] = (bound - below) + (share + slack), first_row + np.int64(m)
         widest = max(widest, below)
         filled += np.uint64(1)

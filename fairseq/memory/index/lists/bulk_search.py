@@ -1,12 +1,14 @@
 """Searches the lists of an inverted-file index for many queries at once, by products of rounded vectors.
 
-A key is the centroid of its list plus a residual. Residuals and queries are rounded to 8 bits; their products, whose
-error is bounded (``bounded_scores``), and what a list's keys share bound every score from both sides. Only keys whose
-bound reaches what k others reach for certain are scored in float32: so the neighbours are those of comparing every key.
-An index of compressed keys is searched several times faster so than by its own tables.
+A key is the centroid of its list plus a residual. Residuals and queries, these for each list less its centroid as well
+where distances are compared, are rounded to 8 bits; their products, whose error is bounded (``bounded_scores``), and
+what a list's keys share bound every score from both sides. Only keys whose bound reaches a threshold are scored in
+float32. An index of compressed keys is searched several times faster so than by its own tables.
 
-A part of each list's keys tells with which threshold to begin; what does not reach it is passed over. A query of which
-fewer than k keys have reached it in the end is searched again without.
+The threshold is what k keys are expected to reach: a part of each list's keys tells with which to begin, and the keys
+themselves, which are taken for little less than the middle of their bounds, tell higher ones. A query of which fewer
+than k scores have reached the last threshold in the end is searched again, with one that k keys reach for certain: so
+the neighbours are those of comparing every key.
 
 Shapes: N queries, P lists a query probes, W lists, V visits of a list by a query, C candidates a query may hold,
 K neighbours, D width.
@@ -26,22 +28,27 @@ from torch import Tensor
 from fairseq.memory.index.candidates.room import capacity
 from fairseq.memory.index.lists import bulk_kernels, tie_kernels
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_kernels import NOTHING, unpack
+from fairseq.memory.index.lists.large_k_kernels import NOTHING
 from fairseq.memory.index.ops.kernels import LOWEST
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
-from fairseq.runtime.threads import run_in_threads
+from fairseq.runtime.threads import map_in_threads, run_in_threads
 
-_ROOM_BYTES = 160 << 20
+_ROOM_BYTES = 320 << 20
 """For the candidates of queries that are searched at a time, kept for the next search."""
 _DECODING_ROOM_BYTES = 512 << 20
 """The same where lists are decoded again for each such part of the queries."""
+_PART = 0.6
+"""Scores are expected so far down from their upper bounds to the lower ones. Nearly all are close to the middle: bounds
+that hold for certain are eight standard deviations away."""
 # Of the k best so many are expected in the sample, and the threshold is what more of them reach: of 30,000 queries one
 # expects too much.
 _EXPECTED, _SURELY = 48, 4.0
 _SAMPLED_SHARE = 0.125
 _MORE_ROOM = 8
-_PACKED_QUERIES, _SETTLED_QUERIES = 256, 1024
+_ROWS_BEHIND = 64
+"""Rows that a tile may read after the last visit's."""
+_PACKED_QUERIES, _SETTLED_QUERIES = 64, 1024
 
 
 def search_in_bulk(
@@ -54,8 +61,9 @@ def search_in_bulk(
         ties_of_faiss: of keys that are equally close at place k take those that faiss takes, rather than the first.
     Returns: rows, int64 (N, k), -1 where fewer were found, and scores, float32 (N, k), minus infinity there.
     """
-    ids_NK = torch.full((len(query_ND), k), -1, dtype=torch.int64)
-    scores_NK = torch.full((len(query_ND), k), -torch.inf)
+    # NumPy has large arrays in large pages, which come several times faster than small ones.
+    ids_NK = torch.from_numpy(np.empty((len(query_ND), k), np.int64))
+    scores_NK = torch.from_numpy(np.empty((len(query_ND), k), np.float32))
     search = _BulkSearch(lists, query_ND, k, ties_of_faiss=ties_of_faiss)
     numbers, room = np.arange(len(query_ND)), capacity(k)
     again = search.run(numbers, room, ids_NK, scores_NK, expects=True)
@@ -72,8 +80,6 @@ class _BulkSearch:
         self.lists, self.k, self.ties_of_faiss = lists, k, ties_of_faiss
         self.probed_NP = lists.probed_lists(query_ND).numpy()
         self.query_ND = np.ascontiguousarray(query_ND.numpy())
-        rows_NE, self.about_N4 = lists.rounding.round_queries(query_ND)
-        self.rows_NE = rows_NE.numpy()
         self.floor_N = np.full(len(query_ND), LOWEST, np.float32)
         """A score that k keys reach for certain."""
         self.share_NP, self.slack_NP = (np.zeros(self.probed_NP.shape, np.float32) for _ in range(2))
@@ -88,7 +94,7 @@ class _BulkSearch:
 
     def most_keys(self, numbers: Array) -> int:
         """Places that the lists of one of these queries take, of the one with most."""
-        return int(self.lists.padded_sizes(self.probed_NP[numbers]).sum(1).max(initial=0)) + bulk_kernels.CHUNK_KEYS
+        return int(self.lists.padded_sizes()[self.probed_NP[numbers]].sum(1).max(initial=0)) + bulk_kernels.CHUNK_KEYS
 
     def run(self, numbers: Array, room: int, ids_NK: Tensor, scores_NK: Tensor, *, expects: bool) -> Array:
         """Search for some of the queries, each of which may hold so many candidates.
@@ -97,13 +103,18 @@ class _BulkSearch:
         """
         threads, place_bytes = torch.get_num_threads(), 16 if self.ties_of_faiss else 8
         limit = _ROOM_BYTES if self.lists.is_kept else _DECODING_ROOM_BYTES
-        size = max(1, min(limit // (threads * place_bytes * room), -(-len(numbers) // threads)))
+        query_bytes = place_bytes * room + self.probed_NP.shape[1] * (self.lists.columns + 16)
+        rows_bytes = _ROWS_BEHIND * self.lists.columns
+        size = max(1, (limit // threads - rows_bytes) // query_bytes)
+        rounds = max(1, -(-len(numbers) // (threads * size)))
+        size = max(1, -(-len(numbers) // (threads * rounds)))  # as many for each thread in each round
         parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
         share = self._sampled_share(numbers, room) if expects else 0.0
-        again = []
+        again, part = [], _PART if share else 1.0
         for first in range(0, len(parts), threads):
-            rooms = self.lists.rooms(threads, size * room, place_bytes)
-            groups = [_Group(self, part, room, own) for part, own in zip(parts[first : first + threads], rooms)]
+            rooms = self.lists.rooms(threads, size * query_bytes + rows_bytes)
+            given = list(zip(parts[first : first + threads], rooms))
+            groups = list(map_in_threads(lambda each: _Group(self, each[0], room, each[1], part), given))  # noqa: B023
             if share:
                 self._for_all_lists(groups, functools.partial(_Group.sample, share=share), share=share)
                 run_in_threads(functools.partial(_Group.begin, share=share), groups)
@@ -117,7 +128,7 @@ class _BulkSearch:
 
     def _sampled_share(self, numbers: Array, room: int) -> float:
         """The share of a list's keys that tell the first threshold; 0 where they tell too little."""
-        size_N = self.lists.padded_sizes(self.probed_NP[numbers]).sum(1)
+        size_N = self.lists.padded_sizes()[self.probed_NP[numbers]].sum(1)
         most, least = int(size_N.max(initial=0)), int(size_N.min(initial=1 << 62))
         share = min(_SAMPLED_SHARE, _EXPECTED / self.k, room / max(1, most))
         return share if 8 * self.k <= least else 0.0
@@ -132,8 +143,8 @@ class _BulkSearch:
 class _Group:
     """Some queries and the candidates they hold; one thread works on it at a time."""
 
-    def __init__(self, search: _BulkSearch, numbers: Array, room: int, memory: Array) -> None:
-        self._search, self._numbers, self._k = search, numbers, search.k
+    def __init__(self, search: _BulkSearch, numbers: Array, room: int, memory: Array, part: float) -> None:
+        self._search, self._numbers, self._k, self._part = search, numbers, search.k, np.float32(part)
         self._name = search.lists.products.name
         count, pairs = len(numbers), memory[: 8 * len(numbers) * room]
         self._candidates = bulk_kernels.BulkCandidates(
@@ -154,42 +165,47 @@ class _Group:
         # Queries that follow each other are not copied.
         follow = count > 0 and numbers[-1] - numbers[0] == count - 1
         own = slice(numbers[0], numbers[-1] + 1) if follow else numbers
-        arrays = (search.query_ND, search.rows_NE, search.about_N4)
-        self._queries = bulk_kernels.BulkQueries(*(each[own] for each in arrays))
-        self._visits = self._arranged()
+        self._query_ND = search.query_ND[own]
+        self._visits = self._arranged(own, memory[(1 if order is None else 2) * len(pairs) :])
 
-    def _arranged(self) -> bulk_kernels.BulkVisits:
+    def _arranged(self, own: slice | Array, memory: Array) -> bulk_kernels.BulkVisits:
         """The visits of lists that have keys, list after list."""
-        search = self._search
-        probed_NP = search.probed_NP[self._numbers]
-        at = np.flatnonzero(search.lists.padded_sizes(probed_NP))
-        order = np.argsort(probed_NP.reshape(-1)[at], kind="stable")
-        at = at[order]
-        number_V = probed_NP.reshape(-1)[at]
-        first = np.flatnonzero(np.diff(number_V, prepend=-1))
-        row_V, rank_V = np.divmod(at, max(1, probed_NP.shape[1]))
-        pair, edge_W1 = (self._numbers[row_V], rank_V), np.append(first, len(at))
-        own = (search.share_NP[pair], search.slack_NP[pair])
-        return bulk_kernels.BulkVisits(number_V[first], edge_W1, row_V, rank_V, *own)
+        search, lists = self._search, self._search.lists
+        probed_NP = search.probed_NP[own]
+        edge_L1, place_NP = np.empty(len(lists) + 1, np.int64), np.empty(probed_NP.shape, np.int64)
+        bulk_kernels.arrange_visits(probed_NP, lists.padded_sizes(), edge_L1, place_NP)
+        count, columns = int(edge_L1[-1]), lists.columns
+        number_W = np.flatnonzero(np.diff(edge_L1))
+        about_V4 = memory[: 16 * count].view(np.float32).reshape(count, 4)
+        row_VE = memory[16 * count :][: (count + _ROWS_BEHIND) * columns].view(np.int8).reshape(-1, columns)
+        query_V, rank_V = np.empty(count, np.int64), np.empty(count, np.int64)
+        share_V, slack_V = np.empty(count, np.float32), np.empty(count, np.float32)
+        lists_W = (number_W, number_W, np.append(edge_L1[number_W], count))
+        visits = bulk_kernels.BulkVisits(*lists_W, query_V, rank_V, share_V, slack_V, row_VE, about_V4)
+        shares = (search.share_NP[own], search.slack_NP[own])
+        bulk_kernels.write_visits(
+            self._query_ND, probed_NP, place_NP, *shares, tuple(lists.query_rounding), tuple(visits)
+        )
+        return visits
 
     @property
     def numbers(self) -> Array:
         """Lists that are visited, ascending."""
-        numbers: Array = self._visits.list_W
+        numbers: Array = self._visits.number_W
         return numbers
 
-    def _with(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> tuple[Any, Any, Any, Any]:
+    def _with(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> tuple[Any, Any, Any]:
         """What kernels take: the visits of lists at hand, which follow each other, under their places among those."""
         visits, numbers_L = self._visits, keys[0]
         if len(numbers_L):
-            first, past = np.searchsorted(visits.list_W, (numbers_L[0], numbers_L[-1] + 1))
-            slots, edges = np.searchsorted(numbers_L, visits.list_W[first:past]), visits.edge_W1[first : past + 1]
-            visits = visits._replace(list_W=slots, edge_W1=edges)
-        return tuple(visits), tuple(self._queries), tuple(keys[1]), tuple(self._candidates)
+            first, past = np.searchsorted(visits.number_W, (numbers_L[0], numbers_L[-1] + 1))
+            own, edges = visits.number_W[first:past], visits.edge_W1[first : past + 1]
+            visits = visits._replace(list_W=np.searchsorted(numbers_L, own), number_W=own, edge_W1=edges)
+        return tuple(visits), tuple(keys[1]), tuple(self._candidates)
 
     def sample(self, keys: tuple[Array, bulk_kernels.BulkKeys], share: float) -> None:
         """Bound the scores of a share of the keys of some lists."""
-        bulk_kernels.sampler(self._name)(*self._with(keys), share)
+        bulk_kernels.sampler(self._name)(*self._with(keys), self._part, share)
 
     def begin(self, share: float) -> None:
         """Let queries begin at a threshold that k of all keys reach nearly always, by that share of them."""
@@ -199,15 +215,17 @@ class _Group:
 
     def collect(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> None:
         """Collect the keys of some lists that may be among the k best."""
-        bulk_kernels.collector(self._name)(*self._with(keys), self._k)
+        bulk_kernels.collector(self._name)(*self._with(keys), self._k, self._part)
 
     def prune(self) -> None:
         """Drop what cannot be among the k best."""
-        bulk_kernels.prune_group(tuple(self._candidates), self._k)
+        bulk_kernels.prune_group(tuple(self._candidates), self._k, self._part)
 
     def score(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> None:
         """Score the candidates of some lists."""
-        bulk_kernels.score_visits(*self._with(keys), self._search.lists.by_distance, self._cursor_N, self._order_NC)
+        visits, own_keys, candidates = self._with(keys)
+        own = (self._search.lists.by_distance, self._cursor_N, self._order_NC)
+        bulk_kernels.score_visits(visits, self._query_ND, own_keys, candidates, *own)
 
     def open_numbers(self) -> Array:
         """Numbers of the queries that have to be searched again; what is known of their k-th score is noted."""
@@ -219,16 +237,15 @@ class _Group:
     def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
         """Write the k best candidates, best first."""
         filled_N, k = self._candidates.filled_N, self._k
+        bulk_kernels.check_scored(tuple(self._candidates), k, self._search.lists.by_distance, self._part)
         for first in range(0, len(filled_N), _PACKED_QUERIES):
             part = slice(first, first + _PACKED_QUERIES)
             numbers = self._numbers[part]
             packed_QC = np.empty((len(numbers), int(filled_N[part].max())), np.int64)
-            bulk_kernels.pack_scored(tuple(self._candidates), first, packed_QC)
-            packed_QC.sort(axis=1)  # NumPy sorts integers with vector instructions
-            ids_QK, scores_QK = np.empty((len(numbers), k), np.int64), np.empty((len(numbers), k), np.float32)
-            unpack(packed_QC, ids_QK, scores_QK)
-            ids_NK.numpy()[numbers], scores_NK.numpy()[numbers] = ids_QK, scores_QK
-            if self._search.ties_of_faiss and packed_QC.shape[1] > k:
+            most = bulk_kernels.pack_best(tuple(self._candidates), first, k, packed_QC)
+            packed_QC[:, :most].sort(axis=1)  # NumPy sorts integers with vector instructions
+            bulk_kernels.unpack_rows(packed_QC, most, numbers, ids_NK.numpy(), scores_NK.numpy())
+            if self._search.ties_of_faiss and most > k:
                 score_2Q = packed_QC[:, k - 1 : k + 1].T >> 32
                 is_tied_Q = (score_2Q[0] == score_2Q[1]) & (packed_QC[:, k] != NOTHING)
                 self._settle(np.flatnonzero(is_tied_Q) + first, ids_NK)

@@ -127,18 +127,23 @@ def pack(score: Any, row: Any) -> Any:
     return ((np.int64(-1) - bits) << 32) | row
 
 
+@compiled(forceinline=True)
+def unpack_row(packed_QC: Any, q: int, columns: int, ids_NK: Any, scores_NK: Any, n: int) -> None:
+    """:func:`unpack` for the first columns of one row, into another row."""
+    bits_NK, columns, count = scores_NK.view(np.int32), min(ids_NK.shape[1], columns), 0
+    while count < columns and packed_QC[q, count] != NOTHING:
+        count += 1
+    for c in range(count):
+        packed = packed_QC[q, c]
+        bit = np.int32(np.int64(-1) - (packed >> 32))
+        bits_NK[n, c] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
+        ids_NK[n, c] = packed & _LOW_HALF
+    ids_NK[n, count:] = -1
+    scores_NK[n, count:] = -np.inf
+
+
 @compiled("(i8[:,::1], i8[:,::1], f4[:,::1])", "(i8[:,:], i8[:,::1], f4[:,::1])")
 def unpack(packed_QC: Any, ids_QK: Any, scores_QK: Any) -> None:
     """Turn the first packed neighbours, sorted, into ids and scores; -1 and minus infinity where there are fewer."""
-    bits_QK = scores_QK.view(np.int32)
-    columns = min(ids_QK.shape[1], packed_QC.shape[1])
     for q in range(len(ids_QK)):
-        count = 0
-        while count < columns and packed_QC[q, count] != NOTHING:
-            packed = packed_QC[q, count]
-            bit = np.int32(np.int64(-1) - (packed >> 32))
-            bits_QK[q, count] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
-            ids_QK[q, count] = packed & _LOW_HALF
-            count += 1
-        ids_QK[q, count:] = -1
-        scores_QK[q, count:] = -np.inf
+        unpack_row(packed_QC, q, packed_QC.shape[1], ids_QK, scores_QK, q)

@@ -182,6 +182,25 @@ def test_queries_of_which_a_sample_tells_too_much_are_searched_again(monkeypatch
     assert torch.equal(found.scores_NK, expected.scores_NK)
 
 
+@pytest.mark.parametrize("part", [1.0, 0.5, 0.02])
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+def test_queries_whose_scores_are_below_what_was_expected_are_searched_again(part, metric, monkeypatch):
+    index, query_ND = made(3000, 40, metric)
+    lists = DecodedLists(index, products=by_name("plain"))
+    monkeypatch.setattr(bulk_search, "_PART", 1.0)
+    certain = as_neighbors(lists, query_ND, 20)
+    runs = []
+    run = bulk_search._BulkSearch.run
+    noting = lambda self, numbers, *given, **named: runs.append(len(numbers)) or run(self, numbers, *given, **named)  # noqa: E731
+    monkeypatch.setattr(bulk_search._BulkSearch, "run", noting)
+    monkeypatch.setattr(bulk_search, "_PART", part)
+    found = as_neighbors(lists, query_ND, 20)
+    if part != 0.5:
+        assert (len(runs) > 1) == (part == 0.02)  # which expects nearly all scores at their upper bounds
+    assert torch.equal(found.ids_NK, certain.ids_NK)
+    assert torch.equal(found.scores_NK, certain.scores_NK)
+
+
 def test_memory_of_candidates_is_bounded(monkeypatch):
     index, query_ND = made(3000, 40, Metric.L2)
     lists = DecodedLists(index, products=by_name("plain"))
