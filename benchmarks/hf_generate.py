@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
 
 import common
 import hf_inputs
@@ -19,23 +17,21 @@ def main() -> None:
 
     from fairseq.hf.knn.wrapper import KNNWrapper
 
-    model, ids = hf_inputs.model_and_ids(options)
-    prompt = torch.tensor(ids[:32])[None]
+    inputs = hf_inputs.load(options)
+    model, prompt = inputs.model, torch.tensor(inputs.ids[:32])[None]
     settings = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
 
     def generate() -> None:
         assert model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings).shape[1] == 160
 
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        where = hf_inputs.store(options, model, Path(folder))
-        with KNNWrapper(dstore_dir=where, k=1024, probe=32)(model) as knn:
+    with torch.inference_mode(), KNNWrapper(dstore_dir=inputs.store, k=1024, probe=32)(model) as knn:
 
-            def plain() -> None:
-                with knn.paused():
-                    generate()
+        def plain() -> None:
+            with knn.paused():
+                generate()
 
-            without, with_memory = common.in_turn(plain, generate, options.repeats)
-    details = {"plain_seconds": without, "knn_seconds": with_memory, "tokens": 128}
+        without, with_memory = common.in_turn(plain, generate, options.repeats)
+    details = {"model": inputs.name, "plain_seconds": without, "knn_seconds": with_memory, "tokens": 128}
     ratio = common.median_ratio(with_memory, without)
     common.tell("hf_generate", "generation with kNN-LM over plain, seconds", ratio, "<= 1.25", details, options.out)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-from pathlib import Path
 
 import common
 import hf_inputs
@@ -22,23 +20,26 @@ def main() -> None:
     from fairseq.hf.knn.retomaton import RetomatonWrapper
     from fairseq.hf.knn.wrapper import KNNWrapper
 
-    model, ids = hf_inputs.model_and_ids(options)
-    windows = windows_of(ids, 256, 128, tail=False)
-    with tempfile.TemporaryDirectory() as folder:
-        where = hf_inputs.store(options, model, Path(folder))
-        wrapper = KNNWrapper(dstore_dir=where, k=1024, probe=32)
-        name, wanted = "hf_knn", ">= 0.8"
-        if options.retomaton:
-            wrapper = RetomatonWrapper(dstore_dir=where, k=1024, probe=32, members=options.members)
-            name, wanted = ("hf_clusters", ">= 0.5") if options.members else ("hf_retomaton", ">= 0.7")
+    inputs = hf_inputs.load(options)
+    model, windows = inputs.model, windows_of(inputs.ids, 256, 128, tail=False)
+    wrapper = KNNWrapper(dstore_dir=inputs.store, k=1024, probe=32)
+    name, wanted = "hf_knn", ">= 0.8"
+    if options.retomaton:
+        wrapper = RetomatonWrapper(dstore_dir=inputs.store, k=1024, probe=32, members=options.members)
+        name, wanted = ("hf_clusters", ">= 0.5") if options.members else ("hf_retomaton", ">= 0.7")
 
-        def plainly() -> None:
-            with wrapper.paused():  # broken into the model, it would search in a plain evaluation too
-                evaluate(model, windows)
+    def plainly() -> None:
+        with wrapper.paused():  # broken into the model, it would search in a plain evaluation too
+            evaluate(model, windows)
 
-        with wrapper(model):
-            plain, memory = common.in_turn(plainly, lambda: evaluate(model, windows, wrapper), options.repeats)
-    details = {"plain_seconds": plain, "memory_seconds": memory, "tokens": sum(len(w.ids_T) for w in windows)}
+    with wrapper(model):
+        plain, memory = common.in_turn(plainly, lambda: evaluate(model, windows, wrapper), options.repeats)
+    details = {
+        "model": inputs.name,
+        "plain_seconds": plain,
+        "memory_seconds": memory,
+        "tokens": sum(len(w.ids_T) for w in windows),
+    }
     ratio = common.median_ratio(plain, memory)
     common.tell(name, "evaluation with memory over plain, tokens/s", ratio, wanted, details, options.out)
 

@@ -13,13 +13,13 @@ from typing import Any
 import common
 import numpy as np
 import numpy.typing as npt
+import trained_gpt2
 
 sys.path.insert(0, str(common.ROOT))
 
 BLOCK = 512  # tokens that a model reads at once
 _BATCH = 4
 _QUERIES = 4096  # positions kept for queries, in whole blocks after the keys
-_VOCABULARY = 8192  # of the GPT-2 that is trained here
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,16 @@ def load(name: str, options: argparse.Namespace) -> KeySet:
 
 def _compute(name: str, options: argparse.Namespace, folder: Path) -> None:
     """Run the model over the text and write the files of one set."""
-    texts = [Path(text) for text in options.text] or [_fetch("shakespeare", folder) / "train.txt"]
+    texts = [Path(text) for text in options.text] or [trained_gpt2.fetch("shakespeare", folder) / "train.txt"]
     if name == "smollm2":
-        model, ids = _read(options.smollm2 or str(_fetch("smollm2", folder)), texts)
+        model, ids = _read(options.smollm2 or str(trained_gpt2.fetch("smollm2", folder)), texts)
         words = "SmolLM2-135M-Instruct, 4-bit blocks as float32"
     elif options.gpt2:
         model, ids = _read(options.gpt2, texts)
         words = f"GPT-2 of {Path(options.gpt2).name}"
     else:
-        model, ids, words = _trained(texts, options.train_seconds)
+        ids = trained_gpt2.encode(texts)
+        model, words = trained_gpt2.train(ids, 1024, 16, BLOCK, options.train_seconds)
     blocks = -(-options.rows // BLOCK)
     needed = (blocks + _QUERIES // BLOCK) * BLOCK
     if len(ids) < needed:
@@ -90,17 +91,6 @@ def _compute(name: str, options: argparse.Namespace, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"model": words}), encoding="utf-8")
 
 
-def _fetch(name: str, folder: Path) -> Path:
-    """The folder of a corpus's text or of a model, as get_data.sh makes it."""
-    from fairseq_cli.data import get_data
-
-    made = folder / f"{name}-data"
-    if not made.exists():
-        words = [name, str(made), "--download-dir", str(folder / "downloads")]
-        get_data.main([*words, "--text-only", "--text-dir", str(made)] if name == "shakespeare" else words)
-    return made
-
-
 def _read(folder: str, texts: Sequence[Path]) -> tuple[Any, list[int]]:
     """A model and the tokens of the text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,39 +98,6 @@ def _read(folder: str, texts: Sequence[Path]) -> tuple[Any, list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     return model, [number for text in texts for number in tokenizer(text.read_text(encoding="utf-8"))["input_ids"]]
-
-
-def _trained(texts: Sequence[Path], seconds: float) -> tuple[Any, list[int], str]:
-    """A GPT-2 of 4 layers, 16 heads and width 1024, trained for so long on the text itself."""
-    import time
-
-    import torch
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train([str(text) for text in texts], vocab_size=_VOCABULARY, show_progress=False)
-    ids = [number for text in texts for number in tokenizer.encode(text.read_text(encoding="utf-8")).ids]
-    torch.manual_seed(0)
-    sizes = {"n_embd": 1024, "n_layer": 4, "n_head": 16, "n_positions": BLOCK, "vocab_size": _VOCABULARY}
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **sizes)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), fused=True)
-    data, losses = torch.tensor(ids), []
-    deadline = time.monotonic() + seconds
-    while not losses or time.monotonic() < deadline:
-        starts = torch.randint(0, len(data) - BLOCK, (4,)).tolist()
-        ids_BT = torch.stack([data[start : start + BLOCK] for start in starts])
-        optimizer.param_groups[0]["lr"] = 5e-4 * min(1.0, (len(losses) + 1) / 20)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids_BT, labels=ids_BT).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    ending = sum(losses[-10:]) / len(losses[-10:])
-    words = f"GPT-2 of 4 layers of width 1024, {len(losses)} updates of {4 * BLOCK} tokens, loss {ending:.2f}"
-    return model.eval(), ids, words
 
 
 def _hidden_states(model: Any, ids: Sequence[int]) -> npt.NDArray[np.float16]:

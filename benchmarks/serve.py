@@ -8,11 +8,9 @@ import contextlib
 import json
 import multiprocessing
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import common
@@ -94,7 +92,8 @@ def main() -> None:
     options = hf_inputs.parser(common.parser(__doc__)).parse_args()
     import torch
 
-    model, ids = hf_inputs.model_and_ids(options)
+    inputs = hf_inputs.load(options)
+    model, ids = inputs.model, inputs.ids
     model.generation_config.eos_token_id = None
     prompts = [ids[_PROMPT * n : _PROMPT * (n + 1)] for n in range(_STREAMS)]
     settings = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
@@ -110,11 +109,7 @@ def main() -> None:
     def measure(name: str, seconds: float) -> None:
         found.setdefault(name, []).append(seconds)
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        running_server(model, hf_inputs.store(options, model, Path(folder))) as url,
-        client_process() as client,
-    ):
+    with running_server(model, inputs.store) as url, client_process() as client:
         for _ in range(options.repeats + 1):
             measure("one_stream_knn", client(url, prompts[:1], stream=True))
             measure("eight_streams_knn", client(url, prompts, stream=True))
@@ -125,7 +120,12 @@ def main() -> None:
     ratio = _STREAMS * common.median_ratio(seconds["one_stream_knn"], seconds["eight_streams_knn"])
     overhead = common.median_ratio(seconds["whole_plain"], seconds["generate_plain"])
     streaming = common.median_ratio(seconds["one_stream_plain"], seconds["generate_plain"])
-    details = {"tokens": _NEW, "plain_over_generate": overhead, "plain_stream_over_generate": streaming}
+    details = {
+        "model": inputs.name,
+        "tokens": _NEW,
+        "plain_over_generate": overhead,
+        "plain_stream_over_generate": streaming,
+    }
     common.tell(
         "serve", "8 streams over one with kNN-LM, tokens/s", ratio, ">= 3", details | {"seconds": seconds}, options.out
     )

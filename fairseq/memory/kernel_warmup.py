@@ -22,6 +22,7 @@ MODULES = (
     "fairseq.memory.index.lists.adc_kernels",
     "fairseq.memory.index.lists.byte_table_kernels",
     "fairseq.memory.index.lists.byte_search_kernels",
+    "fairseq.memory.index.lists.single_search_kernels",
     "fairseq.memory.index.lists.pq_rescoring_kernels",
     "fairseq.memory.extended_mind.kernels",
     "fairseq.memory.retomaton.kernels",
@@ -91,6 +92,7 @@ def _kernels() -> list[tuple[str, Any, Any]]:
     """Name, kernel and types of its arguments, for each that is called from Python."""
     for module in MODULES:
         importlib.import_module(module)
+    from fairseq.memory.combiners.vocab_mixing_kernels import mix_nearest
     from fairseq.memory.index.exact.kernels import collector
     from fairseq.memory.index.lists import bulk_kernels
     from fairseq.memory.index.lists.adc_search import byte_sums
@@ -106,6 +108,8 @@ def _kernels() -> list[tuple[str, Any, Any]]:
         make(best_tiles() + FINE_SUFFIX)
     if byte_sums():
         byte_search(byte_sums())
+    for name in {"", byte_sums()}:
+        mix_nearest(name)
     from fairseq.memory.index.ops.numba_library import sigutils
 
     return [

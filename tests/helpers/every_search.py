@@ -102,6 +102,9 @@ def _list_searches() -> None:
     index.search(torch.cat([query_ND, torch.from_numpy(keys[:3])]), 8)  # in bulk
     for count in (700, 3, 1):  # many neighbours: in bulk, by tables
         index.search(query_ND[:count], 200)
+    rows = len(index)
+    store = Datastore("store", ChunkedArray.of(_keys(rows, DIM)), ChunkedArray.of(np.arange(rows) % 20), {})
+    VocabularyMixer(0.3).mix_nearest_(torch.zeros(1, 20), query_ND[:1], ExternalMemory(store, index, 200, "index"))
     index.score_rows(query_ND[:4], torch.arange(40).view(4, 10))
     in_bytes = faiss.index_factory(DIM, "IVF10,SQ8")
     in_bytes.train(keys)

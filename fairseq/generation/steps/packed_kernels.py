@@ -17,6 +17,7 @@ from llvmlite import ir
 
 from fairseq.memory.index.ops.kernels import compiled
 from fairseq.memory.index.ops.numba_library import cgutils, compiler_features, numba, types
+from fairseq.memory.index.ops.prefetch_kernels import fetch_line
 
 _FEATURES = compiler_features()
 IS_FAST = bool(_FEATURES & {"avx512f", "fma"})
@@ -31,21 +32,12 @@ _COLUMNS = 192  # of all rows and of a panel, which the first level holds; their
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 
 
-def _fetch(builder: Any, at: Any, *, to_write: bool, level: int) -> None:
-    """Let the CPU fetch a line into a level of its cache."""
-    pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    options = (ir.Constant(_INT, value) for value in (int(to_write), 4 - level, 1))
-    builder.call(prefetch, [builder.bitcast(at, pointer), *options])
-
-
 def _fetch_to_write(typing_context: Any, out_P: Any, place: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         base = context.make_array(signature.args[0])(context, builder, given[0]).data
         for line in range(_VECTORS + 1):  # a row may begin anywhere in a line
             at = builder.gep(base, [builder.add(given[1], ir.Constant(given[1].type, line * _LINE))])
-            _fetch(builder, at, to_write=True, level=1)
+            fetch_line(builder, at, to_write=True, level=1)
         return context.get_dummy_value()
 
     return types.void(out_P, types.intp), generate
@@ -100,7 +92,7 @@ class _Tile:
     def _fetch(self, at: Any) -> None:
         """Both lines, into the second level: a whole panel is more than the first one holds."""
         for line in range(_VECTORS):
-            _fetch(self._builder, self._at(at, self._number(line * _LINE)), to_write=False, level=2)
+            fetch_line(self._builder, self._at(at, self._number(line * _LINE)), to_write=False, level=2)
 
     def _fused(self, a: Any, b: Any, c: Any) -> Any:
         kind = ir.FunctionType(self._vector, [self._vector] * 3)

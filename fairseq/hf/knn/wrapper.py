@@ -213,6 +213,8 @@ class KNNWrapper(Attachment):
         Positions are looked up in groups, so that there are never more than so many candidates.
         """
         scores_RV, key_RD, rows_N, target_R = self._flat(call, key_BTD, logits_BLV)
+        if len(scores_RV) == 1 and rows_N is None and self._mixer.mix_nearest_(scores_RV, key_RD, self.memory):
+            return MixedScores(logits_BLV, torch.ones(1, dtype=torch.bool))
         has_memory_R = torch.zeros(len(scores_RV), dtype=torch.bool, device=scores_RV.device)
         logp: list[Tensor] = []
         for part in _split(rows_N, len(scores_RV)):

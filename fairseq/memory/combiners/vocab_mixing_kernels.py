@@ -5,11 +5,17 @@ Shapes: C rows, M candidates, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import compiled
+from fairseq.memory.index.lists.adc_kernels import LISTS, ROOM
+from fairseq.memory.index.lists.byte_search_kernels import BYTE_CODES
+from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM
+from fairseq.memory.index.lists.single_search_kernels import SINGLE_ROOM, single_search
+from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled, largest
+from fairseq.memory.sources.float_kernels import exp, float_of
 
 
 @compiled("(i8[:,::1], f4[:,::1], b1[:,::1], f4, f4[::1], f4[::1], f4[:,::1], f4[::1])")
@@ -55,3 +61,56 @@ def mix_candidates(
                 logp_CV[c, value] = high + np.log1p(np.exp(low - high))
                 mass_V[value] = 0.0
     return strangers
+
+
+@compiled(fastmath=ANY_ORDER)
+def _sum_of_shares(score_V: Any, top: Any, lowest: Any) -> Any:
+    total = np.float32(0.0)
+    for v in range(len(score_V)):
+        x = score_V[v] - top
+        total += exp(lowest if x < lowest else x)  # nan stays nan
+    return total
+
+
+@compiled()
+def _normalize(score_V: Any, lowest: Any) -> None:
+    """Turn scores into log-probabilities, in place."""
+    top = float_of(np.uint32(largest(score_V.view(np.int32))))
+    norm = np.log(_sum_of_shares(score_V, top, lowest)) + top
+    for v in range(len(score_V)):
+        score_V[v] -= norm
+
+
+@functools.cache
+def mix_nearest(name: str) -> Any:
+    """The kernel of an instruction set that searches one query's neighbours and mixes them into the model's scores.
+
+    ``(query_1D, lists, codes, by_distance, is_ready_L, room, byte_2MJ, selection_room, single_room, value_R,
+    temperature, weight, log_left, lowest, score_1V, mass_V)``: those of ``single_search``, the tokens of all rows, and
+    those of :func:`mix_candidates`; a score is taken for at least ``lowest`` less than the largest. Returns: as
+    :func:`mix_candidates`, or negative what ``single_search`` returns, and the scores are as they were.
+    """
+    search = single_search(name)
+
+    def mix(
+        query_1D: Any, lists: Any, codes: Any, by_distance: bool, is_ready_L: Any, room: Any, byte_2MJ: Any,
+        selection_room: Any, single_room: Any, value_R: Any, temperature: Any, weight: Any, log_left: Any, lowest: Any,
+        score_1V: Any, mass_V: Any,
+    ) -> Any:  # fmt: skip
+        status = search(query_1D, lists, codes, by_distance, is_ready_L, room, byte_2MJ, selection_room, single_room)
+        if status < 0:
+            return status
+        ids_1K, scores_1K = single_room[5], single_room[6]
+        for k in range(ids_1K.shape[1]):
+            ids_1K[0, k] = value_R[ids_1K[0, k]]
+        _normalize(score_1V[0], lowest)
+        keep = np.empty((0, 0), np.bool_)
+        weight_1, log_left_1 = np.full(1, weight, np.float32), np.full(1, log_left, np.float32)
+        return mix_candidates(ids_1K, scores_1K, keep, temperature, weight_1, log_left_1, score_1V, mass_V)
+
+    mix.__qualname__ = f"mix_nearest_{name}"
+    types = (
+        f"f4[:,::1], {LISTS}, {BYTE_CODES}, b1, b1[::1], {ROOM}, u1[:,:,::1], {SELECTION_ROOM}, {SINGLE_ROOM}, "
+        "i8[::1], f4, f4, f4, f4, f4[:,::1], f4[::1]"
+    )
+    return compiled(f"({types})")(mix)

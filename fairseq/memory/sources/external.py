@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.index.base import Index, check_k
 from fairseq.memory.index.exact.row_scores import score_rows
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.sharded.opening import open_search
 from fairseq.memory.index.sharded.ranges import SearchSettings
 from fairseq.memory.sources.log_sums import log_sums_of_rows
@@ -34,6 +36,14 @@ logger = logging.getLogger(__name__)
 _COPIED_BYTES = 256 << 20  # of a store's tokens
 
 SCORES = ("recompute", "index", "dot")
+
+
+class SearchOfOne(NamedTuple):
+    """The parts of a look-up of one position."""
+
+    search: AdcSearch
+    value_R: Array
+    """int64 token of each row."""
 
 
 class ExternalMemory:
@@ -72,6 +82,7 @@ class ExternalMemory:
             raise ValueError(f"datastore {store.prefix!r} was opened without its keys, {score!r} scores need them")
         check_k(k, store.num_alive)
         self.store, self.index, self.k, self.score = store, index, k, score
+        self._one: SearchOfOne | None = None
 
     @classmethod
     def open(
@@ -148,6 +159,20 @@ class ExternalMemory:
         if self.score == "index" or has_full_scores:
             return found
         return Neighbors(found.ids_NK, self._full_scores(query_ND, found.ids_NK))
+
+    def search_of_one(self) -> SearchOfOne | None:
+        """The look-up of a single position, where kernels can call it; None elsewhere."""
+        if self.score != "index" or not isinstance(self.index, FaissIndex):
+            return None
+        search = self.index.search_of_one(self.k)
+        if search is None:
+            return None
+        if self._one is None or self._one.search is not search:
+            chunks = self.store.values.chunks
+            if len(chunks) > 1 or isinstance(chunks[0], np.memmap):
+                return None
+            self._one = SearchOfOne(search, chunks[0].astype(np.int64, copy=False))
+        return self._one
 
     def candidates(self, found: Neighbors, device: torch.device | str = "cpu") -> Candidates:
         """Candidates of a search result: the rows' tokens, scores and mask, on ``device``."""

@@ -100,6 +100,8 @@ class FaissIndex:
         self._by_gpu: GpuSearch | None = None
         self._lists: DecodedLists | None = None
         self._tables: AdcSearch | None = None
+        self._one: AdcSearch | None = None
+        self._one_key: tuple[int, int, int, bool] | None = None
         self._rows: Any = None
 
     @classmethod
@@ -216,6 +218,14 @@ class FaissIndex:
         if strategy is SearchStrategy.LISTS_IN_BULK:
             return self._checked(*search_in_bulk(self._decoded_lists(), query_ND, k, ties_of_faiss=True))
         return self._checked(*self._search_by_faiss(query_ND, k, strategy))
+
+    def search_of_one(self, k: int) -> AdcSearch | None:
+        """The search of a single query for ``k`` neighbours, where kernels can call it; None elsewhere."""
+        key = int(self.inner.ntotal), getattr(self.inner, "nprobe", 0), k, self._by_gpu is None
+        if key != self._one_key:
+            by_tables = choose_strategy(self._traits(), 1, k) is SearchStrategy.LARGE_K_BY_TABLES
+            self._one_key, self._one = key, self._adc_search() if by_tables else None
+        return self._one if self._one is not None and self._one.has_flat_centroids else None
 
     def _traits(self) -> IndexTraits:
         lists = lists_of(self.inner)

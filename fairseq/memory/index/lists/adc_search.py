@@ -12,8 +12,10 @@ Shapes: N queries, P lists a query probes, L lists, S groups of scores, K neighb
 from __future__ import annotations
 
 import functools
-import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +23,6 @@ from torch import Tensor
 
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads, search_faiss
 from fairseq.memory.index.lists.decoded_lists import KEPT_BYTES
-from fairseq.memory.index.ops.bounded_scores import most_steps as most_steps_of
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.types import Array
 from fairseq.runtime import hardware
@@ -31,11 +32,17 @@ if TYPE_CHECKING:
     from fairseq.memory.index.lists.adc_kernels import TableRoom
     from fairseq.memory.index.lists.byte_search_kernels import ByteCodes
     from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
+    from fairseq.memory.index.lists.single_search_kernels import SingleRoom
 
 MOST_PARTS = 256
 """Sums of so many bytes fit 16 bits."""
 _ROWS_PER_TASK = 32_768
 """Probed keys of a task at least, some milliseconds of work: to start another thread takes a few tenths of one."""
+
+
+_NO_CODES = (
+    np.empty(0, np.uint8), np.zeros(1, np.int64), np.zeros(1, np.float32)
+)  # fmt: skip
 
 
 @functools.cache
@@ -58,6 +65,18 @@ def residual_centroids(index: SwigIndex) -> Array:
     """The vectors that were subtracted from the keys of each list before quantization, float32 (L, D)."""
     centroid_LD: Array = index.quantizer.reconstruct_n(0, index.nlist)
     return centroid_LD if index.by_residual else np.zeros_like(centroid_LD)
+
+
+@dataclass
+class _Room:
+    """Memory for any query, and for the neighbours of one."""
+
+    table: TableRoom
+    byte_2MJ: Array
+    selection: SelectionRoom
+    single: SingleRoom
+    for_one: tuple[Any, ...] = ()
+    """See ``opened_for_one``: to make it anew takes as long as a tenth of a search."""
 
 
 class AdcSearch:
@@ -89,7 +108,12 @@ class AdcSearch:
         first_L = np.concatenate([[0], sizes.cumsum()])
         bias = np.empty(first_L[-1], np.float32)
         self._lists = ListArrays(codewords(index), residual_centroids(index), address_L2, first_L, bias)
-        self._bytes, self._codes = self._byte_codes(sizes, kept_bytes)
+        quantizer = faiss.downcast_index(index.quantizer)
+        self.has_flat_centroids = bool(
+            index.by_residual and isinstance(quantizer, faiss.IndexFlat) and quantizer.metric_type == index.metric_type
+        )
+        """The centroids that keys are less are those that queries are compared with, one by one."""
+        self.bytes, self._codes = self._byte_codes(sizes, kept_bytes)
         self._is_ready_L = np.zeros(index.nlist, np.bool_)
         self._most_L = np.sort(-(-sizes // GROUP))[::-1].cumsum()
         self._num_probed = 0
@@ -106,12 +130,9 @@ class AdcSearch:
         Returns: ids (N, k), -1 where fewer were found, and scores (N, k), higher is closer, minus infinity there.
         """
         query = np.ascontiguousarray(query_ND.numpy())
-        with faiss_threads(1):
-            probed_NP = search_faiss(self._index.quantizer, query, self._index.nprobe)[1]
+        probed_NP = self._nearest_lists(query)
         self._prepare(probed_NP)
-        if self._num_probed != probed_NP.shape[1]:
-            self._num_probed = probed_NP.shape[1]
-            self._rooms = ObjectPool(self._fresh_room)
+        self._fit_rooms()
         ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
         num_rows = int((self._lists.first_L[1:] - self._lists.first_L[:-1])[probed_NP].sum())
         num_tasks = max(1, min(2 * torch.get_num_threads(), num_rows // _ROWS_PER_TASK))
@@ -121,23 +142,58 @@ class AdcSearch:
         run_in_threads(lambda part: self._search(query[part], probed_NP[part], *(x[part] for x in outs)), parts)
         return ids_NK, scores_NK
 
+    @contextmanager
+    def opened_for_one(self, k: int) -> Iterator[tuple[Any, ...]]:
+        """What the kernels of ``single_search_kernels`` take after a query that wants ``k`` neighbours."""
+        self._fit_rooms()
+        with self._rooms.borrow() as room:
+            if room.single.ids_1K.shape[1] != k:
+                ids_1K, scores_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
+                room.single = room.single._replace(ids_1K=ids_1K, scores_1K=scores_1K)
+                room.for_one = (
+                    tuple(self._lists), _NO_CODES if self._codes is None else tuple(self._codes), self._by_distance,
+                    self._is_ready_L, tuple(room.table), room.byte_2MJ, tuple(room.selection), tuple(room.single),
+                )  # fmt: skip
+            yield room.for_one
+
+    def prepare_nearest(self, query_ND: Array) -> None:
+        """Prepare the lists that queries probe."""
+        self._prepare(self._nearest_lists(query_ND))
+
+    def _nearest_lists(self, query_ND: Array) -> Array:
+        if not self.has_flat_centroids:
+            with faiss_threads(1):
+                return search_faiss(self._index.quantizer, query_ND, self._index.nprobe)[1]
+        from fairseq.memory.index.lists.single_search_kernels import nearest_lists
+
+        centroid_LD, probed_NP = self._lists.centroid_LD, np.empty((len(query_ND), self._index.nprobe), np.int64)
+        share_L, packed_L = np.empty(len(centroid_LD), np.float32), np.empty(len(centroid_LD) + 1, np.int64)
+        nearest_lists(query_ND, centroid_LD, self._by_distance, share_L, packed_L, probed_NP)
+        return probed_NP
+
+    def _fit_rooms(self) -> None:
+        if self._num_probed != self._index.nprobe:
+            self._num_probed = self._index.nprobe
+            self._rooms = ObjectPool(self._fresh_room)
+
     def _search(self, query_QD: Array, probed_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.lists.adc_kernels import search_tables
         from fairseq.memory.index.lists.large_k_kernels import NOTHING, unpack
 
         count_Q = np.empty(len(query_QD), np.int64)
         lists, wanted = tuple(self._lists), ids_QK.shape[1]
-        with self._rooms.borrow() as (table_room, byte_MJ, selection_room, packed_1C):
-            packed_QC = packed_1C if len(query_QD) == 1 else np.empty((len(query_QD), packed_1C.shape[1]), np.int64)
-            room, selection = tuple(table_room), tuple(selection_room)
+        with self._rooms.borrow() as held:
+            packed_QC, byte_2MJ = held.single.packed_1F, held.byte_2MJ
+            packed_QC = packed_QC if len(query_QD) == 1 else np.empty((len(query_QD), packed_QC.shape[1]), np.int64)
+            room, selection = tuple(held.table), tuple(held.selection)
             outs = (selection, packed_QC, count_Q)
             if self._codes is None:
                 search_tables(query_QD, probed_QP, wanted, lists, self._by_distance, room, *outs)
             else:
                 from fairseq.memory.index.lists.byte_search_kernels import byte_search
 
-                given = (lists, tuple(self._codes), self._by_distance, room, byte_MJ)
-                byte_search(self._bytes)(query_QD, probed_QP, wanted, *given, *outs)
+                given = (lists, tuple(self._codes), self._by_distance, room, byte_2MJ)
+                byte_search(self.bytes)(query_QD, probed_QP, wanted, *given, *outs)
             best_QC = packed_QC[:, : int(count_Q.max(initial=0))]
             if len(count_Q) > 1:
                 best_QC[np.arange(best_QC.shape[1]) >= count_Q[:, None]] = NOTHING
@@ -164,11 +220,8 @@ class AdcSearch:
         name = byte_sums()
         if not name or parts > MOST_PARTS or int(num_bytes.sum()) > kept_bytes:
             return "", None
-        drawn_M = np.random.default_rng(parts).random(parts, np.float32)
-        # The errors of a sum's entries are uniform and independent.
-        most_steps = np.float32(min(0.5 * parts, most_steps_of(parts) * math.sqrt(parts)) * 1.01)
         first_L = np.concatenate([[0], num_bytes.cumsum()])
-        return name, ByteCodes(np.empty(first_L[-1], np.uint8), first_L, drawn_M, most_steps, np.zeros(1, np.float32))
+        return name, ByteCodes(np.empty(first_L[-1], np.uint8), first_L, np.zeros(1, np.float32))
 
     def _lay_out(self, numbers: Array, codes: ByteCodes) -> None:
         """Copy the codes of some lists, and note their largest bias."""
@@ -184,15 +237,15 @@ class AdcSearch:
                 largest = np.abs(bias_S[np.isfinite(bias_S)]).max(initial=0.0)
                 codes.bias_1[0] = max(codes.bias_1[0], largest)
 
-    def _fresh_room(self) -> tuple[TableRoom, Array, SelectionRoom, Array]:
-        """Memory for any query, and for the packed neighbours of one."""
+    def _fresh_room(self) -> _Room:
         from fairseq.memory.index.lists.adc_kernels import TableRoom
         from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
+        from fairseq.memory.index.lists.single_search_kernels import SingleRoom
 
-        num_probed = self._num_probed
-        groups = int(self._most_L[min(num_probed, len(self._most_L)) - 1])
+        num_probed, num_lists = self._num_probed, len(self._is_ready_L)
+        groups = int(self._most_L[min(num_probed, num_lists) - 1])
         bounds = (groups + 1) * GROUP
-        table_room = TableRoom(
+        table = TableRoom(
             table_MJ=self._fresh_table(),
             score_SP=np.empty((groups, GROUP), np.float32),
             most_S=np.empty(groups, np.float32),
@@ -200,14 +253,22 @@ class AdcSearch:
             end_1P=np.zeros((1, num_probed), np.int64),
             place_F=np.empty(bounds, np.int64),
         )
-        selection_room = SelectionRoom(
+        selection = SelectionRoom(
             place_C=np.empty(bounds, np.int64),
             bound_C=np.empty(bounds, np.float32),
             lower_C=np.empty(bounds, np.float32),
             flag_S=np.empty(groups + 1, np.int64),
         )
-        byte_MJ = np.empty(table_room.table_MJ.shape, np.uint8)
-        return table_room, byte_MJ, selection_room, np.empty((1, bounds), np.int64)
+        single = SingleRoom(
+            share_L=np.empty(num_lists, np.float32),
+            packed_L=np.empty(num_lists + 1, np.int64),
+            probed_1P=np.empty((1, num_probed), np.int64),
+            packed_1F=np.empty((1, bounds), np.int64),
+            count_1=np.empty(1, np.int64),
+            ids_1K=np.empty((1, 0), np.int64),
+            scores_1K=np.empty((1, 0), np.float32),
+        )
+        return _Room(table, np.empty((2, *table.table_MJ.shape), np.uint8), selection, single)
 
     def _fresh_table(self) -> Array:
         parts, _, words = self._lists.words_MEJ.shape
