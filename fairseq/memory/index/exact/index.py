@@ -107,6 +107,11 @@ class ExactIndex:
         """Width of the keys."""
         return self.keys.shape[1]
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the rounded keys that are kept for the next bulk."""
+        return self.keeper.num_bytes
+
     def __len__(self) -> int:
         return len(self.keys)
 

@@ -34,6 +34,11 @@ class KeptKeys:
         """Keep a block."""
         self._blocks[number] = block
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(block.memory.nbytes + block.about_5M.nbytes for block in list(self._blocks.values()))
+
     def suits(self, query_ND: Tensor) -> bool:
         """False if bounds would be closer by much with steps that these queries decide."""
         own_D, balance_D = query_ND.mean(0), self.rounding.balance_D
@@ -61,6 +66,12 @@ class Keeper:
         if kept is not None and kept.rounding.products == products and kept.suits(query_ND):
             return kept
         return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the keys that are kept."""
+        with self._lock:
+            return 0 if self._kept is None else self._kept.num_bytes
 
     def may_keep(self, products: Products, width: int) -> bool:
         """True if keys are rounded for these products and take little enough."""

@@ -34,7 +34,7 @@ from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import map_in_threads, run_in_threads
 
-_ROOM_BYTES = 320 << 20
+_ROOM_BYTES = 160 << 20
 """For the candidates of queries that are searched at a time, kept for the next search."""
 _DECODING_ROOM_BYTES = 512 << 20
 """The same where lists are decoded again for each such part of the queries."""
