@@ -41,7 +41,7 @@ def main() -> None:
             make_store(folder / "dstore", options.rows, options.dim)
         store = Datastore.open(prefix)
         compiled = (
-            "from fairseq.memory.index.ops.kmeans import kmeans; import torch; kmeans(torch.rand(99, 8), 9, seed=1)"
+            "from fairseq.memory.index.kmeans.kmeans import kmeans; import torch; kmeans(torch.rand(99, 8), 9, seed=1)"
         )
         common.run("-c", compiled)  # once per installation
         lines = [compare(kind, prefix, store, folder, options) for kind in options.kinds]

@@ -11,7 +11,7 @@ from typing import Any
 MODULES = (
     "fairseq.memory.index.ops.kernels",
     "fairseq.memory.index.ops.rounding_kernels",
-    "fairseq.memory.index.ops.kmeans_kernels",
+    "fairseq.memory.index.kmeans.kernels",
     "fairseq.memory.index.candidates.kernels",
     "fairseq.memory.index.exact.kernels",
     "fairseq.memory.index.exact.streamed_kernels",

@@ -70,7 +70,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("base",),
         ("faiss_library",),
         ("ops",),
-        ("candidates",),
+        ("candidates", "kmeans"),
         ("lists",),
         ("faiss",),
         ("exact",),

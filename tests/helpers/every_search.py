@@ -31,9 +31,9 @@ from fairseq.memory.index.exact import index as exact_index
 from fairseq.memory.index.exact.candidates import TrueScores
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.kmeans.kmeans import kmeans
 from fairseq.memory.index.lists import adc_search
 from fairseq.memory.index.ops import products
-from fairseq.memory.index.ops.kmeans import kmeans
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory

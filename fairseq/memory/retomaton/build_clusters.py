@@ -23,7 +23,7 @@ from fairseq.memory.datastore.chunked_array import nonfinite
 from fairseq.memory.datastore.datastore import Datastore
 from fairseq.memory.datastore.describe import StoreHints
 from fairseq.memory.datastore.reading.read_ahead import iter_blocks
-from fairseq.memory.index.ops.kmeans import Assigner, kmeans, sample_size
+from fairseq.memory.index.kmeans.kmeans import Assigner, kmeans, sample_size
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.retomaton.clusters import Clusters, store_mark
 from fairseq.memory.types import Array

@@ -16,9 +16,9 @@ from brute_force import similarities
 from conftest import PRODUCTS, ROOT, set_fast_products
 
 from fairseq.memory.index.exact.index import ExactIndex
+from fairseq.memory.index.kmeans.kmeans import assign
 from fairseq.memory.index.ops import kernel_cache, numba_library
 from fairseq.memory.index.ops import products as ways
-from fairseq.memory.index.ops.kmeans import assign
 from fairseq.memory.types import Metric
 from fairseq.runtime import hardware
 

@@ -16,7 +16,7 @@ from store_making import DIM, rows, save
 
 from fairseq.memory.datastore.chunked_array import ChunkedArray
 from fairseq.memory.datastore.datastore import Datastore
-from fairseq.memory.index.ops import kmeans
+from fairseq.memory.index.kmeans import kmeans
 from fairseq.memory.retomaton.build_clusters import build_clusters
 from fairseq.memory.retomaton.cluster_config import ClusterConfig
 from fairseq.memory.retomaton.clusters import Clusters, store_mark

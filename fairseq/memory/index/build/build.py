@@ -39,7 +39,7 @@ from fairseq.memory.index.build.files import (
 from fairseq.memory.index.faiss.builder import FaissBuilder
 from fairseq.memory.index.faiss.index import index_metadata
 from fairseq.memory.index.faiss.on_disk_lists import assemble_on_disk
-from fairseq.memory.index.ops.kmeans import sample_size
+from fairseq.memory.index.kmeans.kmeans import sample_size
 from fairseq.memory.types import Array, Metric
 from fairseq.runtime.atomic_files import naming
 from fairseq.runtime.file_marks import file_mark

@@ -19,7 +19,7 @@ import torch
 
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, faiss_threads
-from fairseq.memory.index.ops.kmeans import Assigner, kmeans
+from fairseq.memory.index.kmeans.kmeans import Assigner, kmeans
 from fairseq.memory.index.ops.products import has_fast_int8
 from fairseq.memory.similarity import normalized
 from fairseq.memory.types import Array, Metric

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq.memory.index.ops import kmeans as module
-from fairseq.memory.index.ops.kmeans import Assigner, assign, inertia, kmeans, sample_size
+from fairseq.memory.index.kmeans import kmeans as module
+from fairseq.memory.index.kmeans.kmeans import Assigner, assign, inertia, kmeans, sample_size
 from fairseq.memory.types import Metric
 
 DIM = 24

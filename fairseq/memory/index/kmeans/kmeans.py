@@ -79,14 +79,14 @@ class Assigner:
     def _scan(
         self, block_ND: Tensor, keys: RoundedQueries, block: KeyBlock, buffer: ThreadBuffer, near_N: Tensor, rows: slice
     ) -> None:
-        from fairseq.memory.index.ops import kmeans_kernels
+        from fairseq.memory.index.kmeans import kernels
 
         raw_QM = buffer(rows.stop - rows.start, block.columns)
         keys.raw_scores(block, rows, raw_QM)
         raw = (raw_QM.float() if raw_QM.is_floating_point() else raw_QM).numpy()
         keys_QD, centroids_CD, near_Q = (x.numpy() for x in (block_ND[rows], self.centroids_CD, near_N[rows]))
         about = (keys.about_N4[rows], tuple(block.about_5M))
-        kmeans_kernels.nearest(raw, *about, keys_QD, centroids_CD, near_Q, self.by_distance)
+        kernels.nearest(raw, *about, keys_QD, centroids_CD, near_Q, self.by_distance)
 
     def _on_device(self, block_ND: Tensor) -> Tensor:
         centroids_CD = self.centroids_CD.to(self._device)
@@ -168,7 +168,7 @@ def inertia(keys_ND: Tensor, centroids_CD: Tensor, near_N: Tensor) -> float:
 
 def _means(keys_ND: Tensor, near_N: Tensor, num_clusters: int, draw: np.random.Generator) -> Tensor:
     """Mean of each cluster. An empty one is put on a key of one of the largest, which it then shares."""
-    from fairseq.memory.index.ops import kmeans_kernels
+    from fairseq.memory.index.kmeans import kernels
 
     order_N = near_N.argsort(stable=True)
     counts_C = torch.bincount(near_N, minlength=num_clusters)
@@ -178,7 +178,7 @@ def _means(keys_ND: Tensor, near_N: Tensor, num_clusters: int, draw: np.random.G
     def sum_up(first: int) -> None:
         past = min(first + _CLUSTERS_PER_TASK, num_clusters)
         arrays = (keys_ND, order_N, edges[first : past + 1], means_CD[first:past])
-        kmeans_kernels.means(*(x.numpy() for x in arrays))
+        kernels.means(*(x.numpy() for x in arrays))
 
     run_in_threads(sum_up, range(0, num_clusters, _CLUSTERS_PER_TASK))
     empty = (counts_C == 0).nonzero()[:, 0].tolist()
