@@ -74,6 +74,8 @@ def _pool(count: int, setup: Callable[[], None]) -> ThreadPoolExecutor:
 
     def start() -> None:
         _local.is_worker = True
+        # Torch gives a thread the latest setting at its first question or parallel loop, whatever was set before.
+        torch.get_num_threads()
         torch.set_num_threads(1)  # of the calling thread
         setup()
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.index.base import check_queries
 from fairseq.memory.log_space import log_add
 from fairseq.memory.scoring import LOWEST, check_temperature, check_weight, masked_logsumexp
 from fairseq.memory.similarity import normalized
@@ -178,11 +179,15 @@ class VocabularyMixer:
         after a model that has filled the caches: 1.0 ms of the 1.6 that they took in a step of generation.
 
         Returns: False where this is not possible; the scores are then as they were.
+        Raises: ValueError for a query of another width than the index, and for tokens beyond the vocabulary.
         """
         weighting, one = self.weighting, memory.search_of_one()
         if one is None or not isinstance(weighting, FixedWeighting):
             return False
         if scores_1V.dtype is not torch.float32 or scores_1V.device.type != "cpu" or not scores_1V.is_contiguous():
+            return False
+        check_queries(query_1D, memory.index.dim)
+        if not len(scores_1V) == len(query_1D) == 1:
             return False
         query_1D = query_1D if query_1D.dtype is torch.float32 else query_1D.float()
         query_1D = normalized(query_1D) if memory.index.metric is Metric.COS else query_1D

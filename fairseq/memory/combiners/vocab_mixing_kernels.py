@@ -17,6 +17,9 @@ from fairseq.memory.index.lists.single_search_kernels import SINGLE_ROOM, single
 from fairseq.memory.index.ops.kernels import ANY_ORDER, compiled, largest
 from fairseq.memory.sources.float_kernels import exp, float_of
 
+NO_TOKEN = -3
+"""The index holds rows beyond the tokens that are known."""
+
 
 @compiled("(i8[:,::1], f4[:,::1], b1[:,::1], f4, f4[::1], f4[::1], f4[:,::1], f4[::1])")
 def mix_candidates(
@@ -88,7 +91,8 @@ def mix_nearest(name: str) -> Any:
     ``(query_1D, lists, codes, by_distance, is_ready_L, room, byte_2MJ, selection_room, single_room, value_R,
     temperature, weight, log_left, lowest, score_1V, mass_V)``: those of ``single_search``, the tokens of all rows, and
     those of :func:`mix_candidates`; a score is taken for at least ``lowest`` less than the largest. Returns: as
-    :func:`mix_candidates`, or negative what ``single_search`` returns, and the scores are as they were.
+    :func:`mix_candidates`, or negative (``NO_TOKEN``, and what ``single_search`` returns), and the scores are as they
+    were.
     """
     search = single_search(name)
 
@@ -102,6 +106,8 @@ def mix_nearest(name: str) -> Any:
             return status
         ids_1K, scores_1K = single_room[5], single_room[6]
         for k in range(ids_1K.shape[1]):
+            if ids_1K[0, k] >= len(value_R):
+                return NO_TOKEN
             ids_1K[0, k] = value_R[ids_1K[0, k]]
         _normalize(score_1V[0], lowest)
         keep = np.empty((0, 0), np.bool_)

@@ -135,9 +135,9 @@ class ExternalMemory:
         It is ``scoring.knn_logp`` of :meth:`lookup`, to float32 rounding, without the tokens of the neighbours.
         """
         found, value_R = self.neighbors(query_ND), self._row_tokens
-        if value_R is None:
+        if value_R is None or len(value_R) < len(self.index):  # which has grown since
             return found, scoring.knn_logp(self.candidates(found), target_N.cpu(), temperature)
-        sums = log_sums_of_rows(found, value_R, target_N, temperature)
+        sums = log_sums_of_rows(found, value_R, target_N.cpu(), temperature)
         return found, scoring.log_share(sums.hit_N, sums.whole_N)
 
     @functools.cached_property

@@ -147,3 +147,25 @@ def test_a_table_is_rounded_within_its_bound():
     off = (entry_MJ.sum(0) + base) * step - table_MJ.astype(np.float64).sum(0)
     assert np.abs(off).max() <= 8 * byte_table_kernels.MOST_STEPS * step
     np.testing.assert_allclose(most, np.abs(table_MJ).max(1).sum(), rtol=1e-5)
+
+
+def test_rows_that_the_index_got_since_have_no_tokens():
+    memory, query_ND = memory_of(Metric.L2)
+    mixed(memory, query_ND)
+    memory.index.inner.add(np.repeat(query_ND[:1].numpy(), 500, 0))
+    scores_1V = torch.randn(1, VOCABULARY)
+    before_1V = scores_1V.clone()
+    assert not VocabularyMixer(0.3).mix_nearest_(scores_1V, query_ND[:1], memory)
+    assert torch.equal(scores_1V, before_1V)
+    with pytest.raises(IndexError):
+        memory.lookup(query_ND[:1])
+    with pytest.raises(IndexError):
+        memory.lookup_logp(query_ND[:1], torch.zeros(1, dtype=torch.int64), 1.0)
+
+
+def test_only_one_query_of_the_width_of_the_index_is_searched():
+    memory, query_ND = memory_of(Metric.L2)
+    for width in (DIM // 2, 2 * DIM):
+        with pytest.raises(ValueError, match=f"do not fit an index of width {DIM}"):
+            VocabularyMixer(0.3).mix_nearest_(torch.zeros(1, VOCABULARY), torch.ones(1, width), memory)
+    assert not VocabularyMixer(0.3).mix_nearest_(torch.zeros(2, VOCABULARY), query_ND[:2], memory)

@@ -206,7 +206,7 @@ class ExactIndex:
         count = min(_NEAREST, len(sample_MD) - 1)
         if count < 1 or not has_fast_int8():
             return False
-        margin_Q, scores_QM = self._margins(query_QD, ways.chosen())
+        margin_Q, scores_QM = self._margins(query_QD, ways.for_width(ways.chosen(), self.dim))
         best_QK = scores_QM.topk(count + 1, dim=1).values
         # The very best may be the query itself.
         spread_Q = best_QK[:, min(16, count - 1)] - best_QK[:, -1]
@@ -218,7 +218,7 @@ class ExactIndex:
         The first queries tell how many keys pass the bounds of each. Keys on a disk are rounded coarsely always:
         reading them takes longer.
         """
-        products = ways.chosen()
+        products = ways.for_width(ways.chosen(), self.dim)
         if not products.is_rounded or self.keys.exceeds_ram or ways.is_forced():
             return products
         rates = ways.measured()
@@ -339,7 +339,7 @@ class _Search:
         self.blocks = _slices(len(self.keys), rows)
         self.tiles = _slices(len(self.keys), max(1, _TILE_BYTES // (4 * max(1, index.dim))))
         products = index.products_for(query_ND, k)
-        as_chosen = products == ways.chosen()
+        as_chosen = products == ways.for_width(ways.chosen(), index.dim)
         self.is_streamed = self.keys.exceeds_ram or (as_chosen and index.has_wide_bounds(query_ND, k))
         self._kept = index.keeper.kept(products, query_ND)
         given = (query_ND, index.sample, products)

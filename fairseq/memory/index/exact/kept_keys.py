@@ -59,6 +59,10 @@ class Keeper:
         self._latest: Products | None = None
         self._kept: KeptKeys | None = None
 
+    def __reduce__(self) -> tuple[type[Keeper], tuple[int, int]]:
+        """An index that is copied, or sent to another process, keeps keys of its own."""
+        return Keeper, (self._num_rows, self._limit)
+
     def kept(self, products: Products, query_ND: Tensor) -> KeptKeys | None:
         """What is kept and suits these queries; None if nothing is."""
         with self._lock:

@@ -104,6 +104,10 @@ class FaissIndex:
         self._one_key: tuple[int, int, int, bool] | None = None
         self._rows: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads the lists of its own index: those of this one may be gone, or of another process."""
+        return self.__dict__ | dict.fromkeys(("_lists", "_tables", "_one", "_one_key", "_rows"))
+
     @classmethod
     def open(
         cls, name: str | Path, metric: Metric, *, mapped: bool = False, deleted: Array | None = None

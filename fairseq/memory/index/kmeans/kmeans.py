@@ -65,7 +65,8 @@ class Assigner:
 
     def rounded(self, block_ND: Tensor) -> RoundedQueries:
         """A block of keys as they are multiplied, by other centroids as well."""
-        return RoundedQueries(block_ND, self.centroids_CD, ways.chosen(), by_distance=self.by_distance)
+        products = ways.for_width(ways.chosen(), block_ND.shape[1])
+        return RoundedQueries(block_ND, self.centroids_CD, products, by_distance=self.by_distance)
 
     def assign_block(self, block_ND: Tensor, keys: RoundedQueries, near_N: Tensor) -> None:
         """Write the numbers of the centroids nearest to keys that were rounded."""

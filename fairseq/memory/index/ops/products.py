@@ -130,6 +130,14 @@ def finer(products: Products, width: int) -> Products | None:
     return by_name(products.name + FINE_SUFFIX)
 
 
+def for_width(products: Products, width: int) -> Products:
+    """These, or the same instructions for coarse entries where columns are too many for fine ones."""
+    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
+
+    is_too_wide = products.is_fine and width > _FINE_WIDTH
+    return by_name(products.name.removesuffix(FINE_SUFFIX)) if is_too_wide else products
+
+
 def available() -> list[str]:
     """Names of what this processor can do, the most promising instruction set first."""
     from fairseq.memory.index.ops.numba_library import compiler_features

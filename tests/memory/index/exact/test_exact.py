@@ -1,5 +1,6 @@
 """Exact search against brute force in float64, whatever it passes over the keys by."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,19 @@ def test_approximate_scores_are_within_their_margin(metric, shape):
         assert (block.about_5M[3, 300:] == -np.inf).all()
 
 
+@pytest.mark.parametrize("width", [2048, 2100])
+@pytest.mark.parametrize("name", FINE)
+def test_sums_of_fine_products_do_not_overflow(name, width, monkeypatch):
+    """Even of a width for which they are not chosen, and where all entries are as large as the largest."""
+    draw = np.random.default_rng(0)
+    keys = draw.choice([-1.0, 1.0], (200, 1)) * (1.0 - 1e-3 * draw.random((200, width)))
+    query_ND = torch.from_numpy(draw.choice([-1.0, 1.0], (40, 1)) * np.ones((40, width))).float()
+    set_fast_products(monkeypatch, name)
+    found = ExactIndex(keys.astype(np.float32), Metric.IP).search(query_ND, 9)
+    best = -np.sort(-similarities(Metric.IP, query_ND.numpy(), keys), axis=1)[:, :9]
+    np.testing.assert_allclose(found.scores_NK, best, rtol=1e-5)
+
+
 @pytest.mark.parametrize("metric", list(Metric))
 @pytest.mark.parametrize("count", [3, 40])
 def test_queries_that_are_not_finite_find_nothing(metric, count):
@@ -229,6 +243,18 @@ def test_kept_keys_change_nothing(name, metric, monkeypatch):
         fresh = ExactIndex(keys, metric, deleted=deleted).search(query_ND, k)
         assert torch.equal(found.ids_NK, fresh.ids_NK)
         assert torch.equal(found.scores_NK, fresh.scores_NK)
+
+
+def test_an_index_can_be_copied(monkeypatch):
+    """And so be sent to another process."""
+    set_fast_products(monkeypatch, "plain")
+    index, query_ND = ExactIndex(rows("even", 6000, 24, 1)), torch.from_numpy(rows("even", 40, 24, 2))
+    fresh = copy.deepcopy(index)
+    for _ in range(3):
+        wanted = index.search(query_ND, 3)
+    for each in (fresh, copy.deepcopy(index)):
+        assert each.keeper._kept is None
+        assert torch.equal(each.search(query_ND, 3).ids_NK, wanted.ids_NK)
 
 
 def test_keys_that_would_take_more_memory_are_not_kept(monkeypatch):

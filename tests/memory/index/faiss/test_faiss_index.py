@@ -1,5 +1,6 @@
 """Searches against brute force in float64, and the bulk search against faiss itself."""
 
+import copy
 import functools
 
 import faiss
@@ -312,3 +313,14 @@ def test_a_graph_finds_k_rows_although_most_are_deleted(metric):
         recalls.append(np.mean([len(set(a) & set(b)) / 8 for a, b in zip(found.tolist(), truth.tolist())]))
     # By inner products a graph has keys of small norm that no link leads to, however many rows are in view.
     assert recalls[1] > (recalls[0] - 0.05 if metric is Metric.L2 else 0.6), recalls
+
+
+def test_a_copy_reads_the_lists_of_its_own_index():
+    index = made_index(Metric.L2)
+    wanted = index.search(QUERIES[:1], 500)  # by tables, which know where the codes are
+    index.search(QUERIES, 500)
+    copied = copy.deepcopy(index)
+    assert copied._tables is None
+    assert torch.equal(copied.search(QUERIES[:1], 500).ids_NK, wanted.ids_NK)
+    ours, theirs = (each._tables._lists.address_L2 for each in (copied, index))
+    assert not np.isin(ours[ours > 0], theirs).any()
