@@ -262,9 +262,7 @@ def _write_store(prefix: str, keys_MD: Array) -> None:
 
 def _kept_bytes(index: Any) -> int:
     """Decoded lists that our index keeps after a search; its buffers, which do not grow with the keys, not counted."""
-    lists = index._lists
-    cache = list((lists._cache or {}).values()) if lists is not None else []
-    return sum(int(each.nbytes) for kept in cache for each in vars(kept).values() if hasattr(each, "nbytes"))
+    return index._lists.num_bytes if index._lists is not None else 0
 
 
 def approximate(rows: int, dim: int) -> Sequence[Contender]:

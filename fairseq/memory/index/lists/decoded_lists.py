@@ -132,6 +132,11 @@ class DecodedLists:
             rooms = [np.empty(size, np.uint8) for _ in range(count)]
         return rooms
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the decoded keys that are kept, all lists of them counted."""
+        return 0 if self._all is None else sum(each.nbytes for each in vars(self._all).values())
+
     def keep_rooms(self, rooms: list[Array]) -> None:
         """Keep memory for the next search."""
         with self._lock:
