@@ -119,16 +119,18 @@ def products_per_second(dim: int) -> float:
     """Multiplications of the products that searches on this CPU are made of, by all threads at once."""
     import torch
 
-    from fairseq.runtime.hardware import fast_products
+    from fairseq.memory.index.ops import products as ways
     from fairseq.runtime.threads import run_in_threads
 
-    dtype, threads, times = fast_products(), torch.get_num_threads(), 200
-    left_QD, right_MD = torch.ones(256, dim, dtype=dtype), torch.ones(2048, dim, dtype=dtype)
+    products, threads, times = ways.chosen(), torch.get_num_threads(), 200
+    columns = products.columns(dim)
+    left_QD, right_MD = (torch.ones(rows, columns, dtype=products.dtype) for rows in (256, 2048))
+    keys, start_M = products.lay_out(right_MD)
 
     def multiply(_: int) -> None:
-        out_QM = torch.empty(256, 2048, dtype=torch.int32 if dtype is torch.int8 else dtype)
+        out_QM = torch.empty(256, 2048, dtype=products.raw_dtype)
         for _ in range(times):
-            (torch._int_mm if dtype is torch.int8 else torch.mm)(left_QD, right_MD.T, out=out_QM)
+            products.multiply(left_QD, keys, start_M, out_QM)
 
     multiply(0)
     return threads * times * 256 * 2048 * dim / common.seconds(lambda: run_in_threads(multiply, range(threads)))
