@@ -215,11 +215,10 @@ class ExactIndex:
     def products_for(self, query_ND: Tensor, k: int) -> ways.Products:
         """What queries and keys are multiplied by: numbers rounded coarsely, finely or not at all.
 
-        The first queries tell how many keys pass the bounds of each. Keys on a disk are rounded coarsely always:
-        reading them takes longer.
+        The first queries tell how many keys pass the bounds of each.
         """
         products = ways.for_width(ways.chosen(), self.dim)
-        if not products.is_rounded or self.keys.exceeds_ram or ways.is_forced():
+        if not products.is_rounded or ways.is_forced():
             return products
         rates = ways.measured()
         if products.name not in rates:
