@@ -42,7 +42,8 @@ def map_in_threads(function: Callable[[T], R], tasks: Sequence[T], setup: Callab
         with torch.inference_mode(inference):
             return function(task)
 
-    futures = [pool.submit(run, task) for pool in [_pool(count, setup)] for task in tasks]
+    pool = _pool(count, setup)
+    futures = [pool.submit(run, task) for task in tasks]
     try:
         for future in futures:
             yield future.result()

@@ -171,7 +171,8 @@ class ExternalMemory:
             chunks = self.store.values.chunks
             if len(chunks) > 1 or isinstance(chunks[0], np.memmap):
                 return None
-            self._one = SearchOfOne(search, chunks[0].astype(np.int64, copy=False))
+            value_R = chunks[0] if self._row_tokens is None else self._row_tokens
+            self._one = SearchOfOne(search, value_R.astype(np.int64, copy=False))
         return self._one
 
     def candidates(self, found: Neighbors, device: torch.device | str = "cpu") -> Candidates:

@@ -206,18 +206,23 @@ class ExactIndex:
         count = min(_NEAREST, len(sample_MD) - 1)
         if count < 1 or not has_fast_int8():
             return False
-        margin_Q, scores_QM = self._margins(query_QD, ways.for_width(ways.chosen(), self.dim))
+        margin_Q, scores_QM = self._margins(query_QD, self.chosen_products)
         best_QK = scores_QM.topk(count + 1, dim=1).values
         # The very best may be the query itself.
         spread_Q = best_QK[:, min(16, count - 1)] - best_QK[:, -1]
         return bool((margin_Q > _WIDE * spread_Q).float().mean() > 0.5)
+
+    @property
+    def chosen_products(self) -> ways.Products:
+        """What is fastest on this processor, for columns as many as the keys'."""
+        return ways.for_width(ways.chosen(), self.dim)
 
     def products_for(self, query_ND: Tensor, k: int) -> ways.Products:
         """What queries and keys are multiplied by: numbers rounded coarsely, finely or not at all.
 
         The first queries tell how many keys pass the bounds of each.
         """
-        products = ways.for_width(ways.chosen(), self.dim)
+        products = self.chosen_products
         if not products.is_rounded or ways.is_forced():
             return products
         rates = ways.measured()
@@ -338,7 +343,7 @@ class _Search:
         self.blocks = _slices(len(self.keys), rows)
         self.tiles = _slices(len(self.keys), max(1, _TILE_BYTES // (4 * max(1, index.dim))))
         products = index.products_for(query_ND, k)
-        as_chosen = products == ways.for_width(ways.chosen(), index.dim)
+        as_chosen = products == index.chosen_products
         self.is_streamed = self.keys.exceeds_ram or (as_chosen and index.has_wide_bounds(query_ND, k))
         self._kept = index.keeper.kept(products, query_ND)
         given = (query_ND, index.sample, products)
