@@ -28,6 +28,7 @@ MODULES = (
     "fairseq.memory.retomaton.kernels",
     "fairseq.memory.sources.float_kernels",
     "fairseq.memory.sources.log_sum_kernels",
+    "fairseq.memory.retomaton.walk_kernels",
     "fairseq.memory.combiners.vocab_mixing_kernels",
     "fairseq.memory.gnn.kernels",
     "fairseq.memory.proof.overlap_kernels",

@@ -37,7 +37,7 @@ from fairseq.memory.index.ops import products
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.clusters import Clusters
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.sources.log_sums import log_sums, log_sums_of_rows
+from fairseq.memory.sources.log_sums import RowSums, log_sums
 from fairseq.memory.types import Candidates, Metric, Neighbors
 
 DIM, ROWS = 16, 3000
@@ -170,7 +170,7 @@ def _sums() -> None:
     log_sums(Candidates(value_1M, scores_NM, keep_NM), torch.arange(2), 1.0)
     for dtype in (np.int64, np.int32):
         found = Neighbors(torch.arange(8).view(2, 4), scores_NM)
-        log_sums_of_rows(found, np.arange(8, dtype=dtype), torch.arange(2), 1.0)
+        RowSums(np.arange(8, dtype=dtype), torch.arange(2), 1.0).add(0, found)
 
 
 class _Compilations(event.Listener):  # type: ignore[misc]

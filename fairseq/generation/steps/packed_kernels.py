@@ -17,7 +17,7 @@ from llvmlite import ir
 
 from fairseq.memory.index.ops.kernels import compiled
 from fairseq.memory.index.ops.numba_library import cgutils, compiler_features, numba, types
-from fairseq.memory.index.ops.prefetch_kernels import fetch_line
+from fairseq.memory.index.ops.vector_kernels import fetch_line
 
 _FEATURES = compiler_features()
 IS_FAST = bool(_FEATURES & {"avx512f", "fma"})

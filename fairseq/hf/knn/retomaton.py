@@ -22,6 +22,7 @@ from fairseq.hf.knn.wrapper import KNNWrapper
 from fairseq.memory.retomaton.automaton import Retomaton, RetomatonState, RetomatonStep
 from fairseq.memory.retomaton.foreign_clusters import open_clusters
 from fairseq.memory.retomaton.reader import read_text
+from fairseq.memory.retomaton.walk import can_walk, walk_text
 from fairseq.memory.scoring import interpolate, log_share
 from fairseq.memory.sources.log_sums import log_sums
 from fairseq.memory.types import Candidates
@@ -106,6 +107,11 @@ class RetomatonWrapper(KNNWrapper):
             has_memory_N[place_B] = candidates.keep_NM.any(1)
 
         lengths_B = torch.tensor([len(key_ND)]) if lengths_B is None else lengths_B
+        if self.record is None and self._pays_ahead(len(key_ND)) and can_walk(self.automaton):
+            sums, num_searched = walk_text(self.automaton, key_ND, target_N, lengths_B, self.knn_temp)
+            self.num_positions, self.num_searched = self.num_positions + len(key_ND), self.num_searched + num_searched
+            memory_logp_N, has_memory_N = log_share(sums.hit_N, sums.whole_N), sums.whole_N != -torch.inf
+            return torch.where(has_memory_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
         self._read(key_ND.cpu(), target_N, lengths_B, use, None, keep=self.record)
         return torch.where(has_memory_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
 

@@ -22,7 +22,7 @@ from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.gradient import MixedScores, with_gradient
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
-from fairseq.memory.scoring import check_weight, interpolate
+from fairseq.memory.scoring import check_weight, interpolate, knn_logp
 from fairseq.memory.sources.config import check_search_on
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Candidates
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 _QUERIES_AT_ONCE = 8192
 """Positions that are looked up together: their candidates take 13 bytes x k each."""
+
+Record = Callable[[Tensor, "Candidates | RetomatonStep"], None]
+"""Is given numbers of positions among those of a ``target_logp`` call, and what was found for them."""
 
 
 class KNNWrapper(Attachment):
@@ -123,8 +126,7 @@ class KNNWrapper(Attachment):
         )
         self._tokenizer = tokenizer
         self._memory: ExternalMemory | None = None
-        self.record: Callable[[Tensor, Candidates | RetomatonStep], None] | None = None
-        """Is given numbers of positions among those of a ``target_logp`` call, and what was found for them."""
+        self.record: Record | None = None
 
     @property
     def memory(self) -> ExternalMemory:
@@ -145,16 +147,22 @@ class KNNWrapper(Attachment):
             target_N: the tokens.
             lengths_B: positions per sequence; ignored here.
         """
-        parts = []
-        chunks = (torch.split(each, _QUERIES_AT_ONCE) for each in (key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()))
-        done = 0
-        for keys, lm_logp, target in zip(*chunks):
-            found, memory_logp = self.memory.lookup_logp(keys, target, self.knn_temp)
-            if self.record is not None:
-                self.record(torch.arange(done, done + len(keys)), self.memory.candidates(found))
-            done += len(keys)
-            parts.append(torch.where(found.ids_NK[:, 0] >= 0, interpolate(lm_logp, memory_logp, self.lmbda), lm_logp))
-        return torch.cat(parts) if parts else torch.empty(0)
+        key_ND, lm_logp_N, target_N = key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()
+        if self.record is None:
+            found_N, memory_logp_N = self.memory.lookup_logp(key_ND, target_N, self.knn_temp)
+        else:
+            found_N, memory_logp_N = self._recorded(self.record, key_ND, target_N)
+        return torch.where(found_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
+
+    def _recorded(self, record: Record, key_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``ExternalMemory.lookup_logp``, where somebody looks at the neighbours."""
+        logp_N, found_N = torch.empty(len(key_ND)), torch.empty(len(key_ND), dtype=torch.bool)
+        for rows in torch.split(torch.arange(len(key_ND)), _QUERIES_AT_ONCE):
+            found = self.memory.lookup(key_ND[rows])
+            record(rows, found)
+            logp_N[rows] = knn_logp(found, target_N[rows], self.knn_temp)
+            found_N[rows] = found.keep_NM.any(1)
+        return found_N, logp_N
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         folder, rows, dim, indexfile = self._place

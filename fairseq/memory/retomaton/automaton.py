@@ -25,6 +25,7 @@ from fairseq.memory.types import Array, Candidates, Neighbors
 Found = Callable[[Tensor], Neighbors]
 
 # The types that small clusters have, so that nothing is compiled once more for none.
+_NO_TOKENS = np.empty(0, np.int64)
 _NO_CLUSTERS = (np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32))
 
 
@@ -160,11 +161,9 @@ class Retomaton:
             )
         self.external, self.min_knns, self.max_knns = external, min_knns, max_knns
         self.no_pointer, self.compat = no_pointer, compat
-        parts = external.store.values.chunks
-        self._values: Array = np.asarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
-        self._role_R = row_roles(external, ignore_documents=compat)
+        self.role_R = row_roles(external, ignore_documents=compat)
         held = None if clusters is None or no_pointer else clusters
-        self._clusters = _NO_CLUSTERS if held is None else (held.cluster_R, held.first_C, held.member_R)
+        self.clusters = _NO_CLUSTERS if held is None else (held.cluster_R, held.first_C, held.member_R)
 
     def start(self, num_sequences: int) -> RetomatonState:
         """State of sequences that have read nothing: their first step is a search."""
@@ -183,13 +182,37 @@ class Retomaton:
         searched_B = state.num_pointers < self.min_knns
         neighbors = self._searched(host_BD, searched_B, found)
         scores_BP = self.external.score_rows(host_BD, state.rows_BP)
-        rows_BM, scores_BM = _joined(searched_B, neighbors, state.rows_BP, scores_BP, distinct=not self.compat)
-        values_BM = torch.from_numpy(self._values[rows_BM.clamp(min=0).numpy()]).long()
-        keep_BM = rows_BM >= 0
-        values_BM.masked_fill_(~keep_BM, -1)
+        pointers_B = (state.rows_BP >= 0).sum(1)
+        rows_BM, scores_BM, values_BM = self._joined(searched_B, neighbors, state.rows_BP, scores_BP, pointers_B)
         device = query_BD.device
-        candidates = Candidates(values_BM.to(device), scores_BM.to(device), keep_BM.to(device))
-        return RetomatonStep(candidates, rows_BM, searched_B, (state.rows_BP >= 0).sum(1))
+        candidates = Candidates(values_BM.to(device), scores_BM.to(device), (rows_BM >= 0).to(device))
+        return RetomatonStep(candidates, rows_BM, searched_B, pointers_B)
+
+    def _joined(
+        self, searched_B: Tensor, neighbors: Neighbors, rows_BP: Tensor, scores_BP: Tensor, pointers_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows, scores and tokens of each sequence's candidates, (B, M)."""
+        from fairseq.memory.retomaton import kernels
+
+        count = len(rows_BP)
+        width = int((pointers_B + neighbors.ids_NK.shape[1] * searched_B).max()) if count else 0
+        found_at_B = torch.where(searched_B, searched_B.cumsum(0) - 1, -1)
+        rows_BM, values_BM = (torch.empty(count, width, dtype=torch.int64) for _ in range(2))
+        scores_BM, count_B = torch.empty(count, width), torch.zeros(count, dtype=torch.int64)
+        found = tuple(x.contiguous().numpy() for x in (found_at_B, neighbors.ids_NK, neighbors.scores_NK))
+        active = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
+        joined = tuple(x.numpy() for x in (rows_BM, scores_BM, values_BM, count_B))
+        tokens = self.external.row_tokens
+        if tokens is not None and len(tokens) < len(self.external.index):  # which has grown since
+            tokens = None
+        kernels.join(found, active, not self.compat, _NO_TOKENS if tokens is None else tokens, joined)
+        most = int(count_B.max()) if count else 0
+        if most < width:
+            rows_BM, scores_BM, values_BM = (x[:, :most] for x in (rows_BM, scores_BM, values_BM))
+        if tokens is None:
+            values = self.external.store.values.take(rows_BM.clamp(min=0).reshape(-1)).view_as(rows_BM)
+            values_BM = values.masked_fill_(rows_BM < 0, -1)
+        return rows_BM, scores_BM, values_BM
 
     def _searched(self, query_BD: Tensor, searched_B: Tensor, found: Found | None) -> Neighbors:
         """Neighbours of the queries that need a search, one row for each."""
@@ -211,7 +234,7 @@ class Retomaton:
         rows_BM, values_BM, scores_BM, token = (x.detach().cpu().contiguous().numpy() for x in tensors)
         step_arrays = (rows_BM, values_BM, scores_BM, token)
         reached_B = np.zeros(count, np.int64)
-        kernels.follow(step_arrays, self._role_R, not self.compat, self._clusters, (out_BP, count_B, reached_B))
+        kernels.follow(step_arrays, self.role_R, not self.compat, self.clusters, (out_BP, count_B, reached_B))
         rows_BP = torch.from_numpy(out_BP[:, : count_B.max(initial=0)].copy())
         return RetomatonState(rows_BP, torch.from_numpy(reached_B) if self.compat else None)
 
@@ -227,23 +250,3 @@ def row_roles(external: ExternalMemory, *, ignore_documents: bool = False) -> Ar
     role_R[store.deleted] = kernels.DELETED
     role_R[index.deleted] = kernels.DELETED  # also rows that the index dropped although the store holds them
     return role_R
-
-
-def _joined(
-    searched_B: Tensor, neighbors: Neighbors, rows_BP: Tensor, scores_BP: Tensor, *, distinct: bool
-) -> tuple[Tensor, Tensor]:
-    """Rows and scores of each sequence's candidates, (B, M)."""
-    from fairseq.memory.retomaton import kernels
-
-    if not bool(searched_B.any()):
-        return rows_BP, scores_BP
-    count, width = len(rows_BP), neighbors.ids_NK.shape[1] + rows_BP.shape[1]
-    found_at_B = torch.where(searched_B, searched_B.cumsum(0) - 1, -1)
-    out_BM, out_scores_BM = torch.empty(count, width, dtype=torch.int64), torch.empty(count, width)
-    count_B = torch.zeros(count, dtype=torch.int64)
-    found = tuple(x.contiguous().numpy() for x in (found_at_B, neighbors.ids_NK, neighbors.scores_NK))
-    active = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
-    joined = tuple(x.numpy() for x in (out_BM, out_scores_BM, count_B))
-    kernels.join(found, active, distinct, joined)
-    most = int(count_B.max())
-    return out_BM[:, :most], out_scores_BM[:, :most]

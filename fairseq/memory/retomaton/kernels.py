@@ -18,7 +18,7 @@ FOLLOWS = 2
 
 
 @compiled()
-def _slots(most: int) -> Any:
+def slots(most: int) -> Any:
     """A hash table for so many numbers."""
     size = 4
     while size < 2 * most:
@@ -108,8 +108,31 @@ def _most_pointers_first(cluster_R: Any, rows_P: Any) -> Any:
     return cluster_U[:count][np.argsort(-num_U[:count], kind="mergesort")]
 
 
+CLUSTERS = "Tuple((i4[::1], i8[::1], i4[::1]))"
+
+
+@compiled()
+def follow_one(
+    rows_M: Any, values_M: Any, scores_M: Any, token: int, role_R: Any, distinct: bool, clusters: Any, slots_H: Any,
+    seen_H: Any, out_P: Any,
+) -> tuple[int, int]:  # fmt: skip
+    """:func:`follow` for one sequence. Returns: how many rows, and how many of them successors alone are.
+
+    Args:
+        slots_H, seen_H: room, see ``slots``.
+    """
+    cluster_R, first_C, member_R = clusters
+    slots_H[:] = -1
+    count, reached = _pointers(rows_M, values_M, scores_M, token, role_R, distinct, slots_H, out_P)
+    if len(member_R) and count < len(out_P):
+        rows_P = out_P[:count]
+        chosen_U = _nearest_first(cluster_R, rows_P, seen_H) if distinct else _most_pointers_first(cluster_R, rows_P)
+        count = _extended(chosen_U, first_C, member_R, role_R, distinct, slots_H, out_P, count)
+    return count, reached
+
+
 @compiled(
-    "(Tuple((i8[:,::1], i8[:,::1], f4[:,::1], i8[::1])), u1[::1], b1, Tuple((i4[::1], i8[::1], i4[::1])), "
+    f"(Tuple((i8[:,::1], i8[:,::1], f4[:,::1], i8[::1])), u1[::1], b1, {CLUSTERS}, "
     "Tuple((i8[:,::1], i8[::1], i8[::1])))",
 )
 def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, followed: Any) -> None:
@@ -125,55 +148,66 @@ def follow(step: Any, role_R: Any, distinct: bool, clusters: Any, followed: Any)
     """
     out_BP, count_B, reached_B = followed
     rows_BM, values_BM, scores_BM, token_B = step
-    cluster_R, first_C, member_R = clusters
-    slots_H, seen_H = _slots(out_BP.shape[1]), _slots(out_BP.shape[1])
+    slots_H, seen_H = slots(out_BP.shape[1]), slots(out_BP.shape[1])
     for b in range(len(rows_BM)):
-        slots_H[:] = -1
-        out_P = out_BP[b]
-        count, reached_B[b] = _pointers(
-            rows_BM[b], values_BM[b], scores_BM[b], token_B[b], role_R, distinct, slots_H, out_P
+        count_B[b], reached_B[b] = follow_one(
+            rows_BM[b], values_BM[b], scores_BM[b], token_B[b], role_R, distinct, clusters, slots_H, seen_H, out_BP[b]
         )
-        if len(member_R) and count < len(out_P):
-            rows_P = out_P[:count]
-            chosen_U = (
-                _nearest_first(cluster_R, rows_P, seen_H) if distinct else _most_pointers_first(cluster_R, rows_P)
-            )
-            count = _extended(chosen_U, first_C, member_R, role_R, distinct, slots_H, out_P, count)
-        count_B[b] = count
-        out_P[count:] = -1
+        out_BP[b, count_B[b] :] = -1
 
 
-@compiled(
-    "(Tuple((i8[::1], i8[:,::1], f4[:,::1])), Tuple((i8[:,::1], f4[:,::1])), b1, "
-    "Tuple((i8[:,::1], f4[:,::1], i8[::1])))",
+@compiled()
+def join_one(
+    at: int, ids_SK: Any, scores_SK: Any, rows_P: Any, scores_P: Any, distinct: bool, slots_H: Any, out_M: Any,
+    out_scores_M: Any,
+) -> int:  # fmt: skip
+    """:func:`join` for one sequence: its search, -1 for none, and its pointers. Returns: how many candidates."""
+    count = 0
+    must_look = distinct and at >= 0 and len(rows_P) > 0 and rows_P.max() >= 0
+    if must_look:
+        slots_H[:] = -1
+    if at >= 0:
+        for i in range(ids_SK.shape[1]):
+            if ids_SK[at, i] >= 0:
+                out_M[count], out_scores_M[count] = ids_SK[at, i], scores_SK[at, i]
+                count += 1
+                if must_look:
+                    _is_new(slots_H, ids_SK[at, i])
+    for i in range(len(rows_P)):
+        row = rows_P[i]
+        if row >= 0 and (not must_look or _is_new(slots_H, row)):
+            out_M[count], out_scores_M[count] = row, scores_P[i]
+            count += 1
+    return count
+
+
+_JOIN = (
+    "(Tuple((i8[::1], i8[:,::1], f4[:,::1])), Tuple((i8[:,::1], f4[:,::1])), b1, {values}, "
+    "Tuple((i8[:,::1], f4[:,::1], i8[:,::1], i8[::1])))"
 )
-def join(found: Any, active: Any, distinct: bool, joined: Any) -> None:
+
+
+@compiled(*(_JOIN.format(values=each) for each in ("i8[::1]", "i4[::1]")))
+def join(found: Any, active: Any, distinct: bool, value_R: Any, joined: Any) -> None:
     """The candidates of each sequence: what its search found, if it was searched, and its pointers.
 
     Args:
         found: (found_at_B, ids_SK, scores_SK): which search is the sequence's, -1 for none, and what searches found.
         active: (rows_BP, scores_BP): the active pointers, -1 for none.
         distinct: a pointer that the search found too is dropped.
-        joined: (rows_BM, scores_BM, count_B): rows, -1 for none, and how many; M is at least K + P.
+        value_R: the tokens of all rows, or none, and then no tokens are written.
+        joined: (rows_BM, scores_BM, values_BM, count_B): rows, -1 for none, their scores and tokens, and how many.
     """
     found_at_B, ids_SK, scores_SK = found
     rows_BP, scores_BP = active
-    out_BM, out_scores_BM, count_B = joined
-    slots_H = _slots(out_BM.shape[1])
+    out_BM, out_scores_BM, values_BM, count_B = joined
+    slots_H = slots(out_BM.shape[1])
     for b in range(len(rows_BP)):
-        count, at = 0, found_at_B[b]
-        if at >= 0:
-            slots_H[:] = -1
-            for i in range(ids_SK.shape[1]):
-                if ids_SK[at, i] >= 0:
-                    out_BM[b, count], out_scores_BM[b, count] = ids_SK[at, i], scores_SK[at, i]
-                    count += 1
-                    _is_new(slots_H, ids_SK[at, i])
-        for i in range(rows_BP.shape[1]):
-            row = rows_BP[b, i]
-            if row >= 0 and (at < 0 or not distinct or _is_new(slots_H, row)):
-                out_BM[b, count], out_scores_BM[b, count] = row, scores_BP[b, i]
-                count += 1
-        count_B[b] = count
+        own = (rows_BP[b], scores_BP[b], distinct, slots_H, out_BM[b], out_scores_BM[b])
+        count_B[b] = count = join_one(found_at_B[b], ids_SK, scores_SK, *own)
+        if len(value_R):
+            for i in range(count):
+                values_BM[b, i] = value_R[np.uint64(out_BM[b, i])]
         out_BM[b, count:] = -1
+        values_BM[b, count:] = -1
         out_scores_BM[b, count:] = -np.inf

@@ -66,18 +66,19 @@ def read_text(
     state = memory.start(len(lengths_B)) if state is None else state
     starts_B = lengths_B.cumsum(0) - lengths_B
     states, num_searched = [], 0
-    for group in _groups(lengths_B, memory.external.k if ahead else 0):
+    for group in side_by_side(lengths_B, memory.external.k if ahead else 0):
         # The longest first: those that continue at a step are then the first ones.
         group = group[lengths_B[group].argsort(descending=True, stable=True)]
-        places = _Places(query_ND, token_N, starts_B[group], lengths_B[group])
-        done = _read_group(memory, places, use, state.select(group), ahead=ahead, keep=keep)
+        places = Places(query_ND, token_N, starts_B[group], lengths_B[group])
+        known = places.neighbors(memory) if ahead and len(group) else None
+        done = _read_group(memory, places, use, state.select(group), known, keep)
         back = group - group.min()
         states.append(done.state.select(back.argsort()))
         num_searched += done.num_searched
     return ReadText(RetomatonState.joined(states), num_searched)
 
 
-def _groups(lengths_B: Tensor, k: int) -> list[Tensor]:
+def side_by_side(lengths_B: Tensor, k: int) -> list[Tensor]:
     """Numbers of the sequences that are read side by side; ``k`` neighbours of each position are held, or none."""
     group_B = torch.arange(len(lengths_B)) // _MAX_SEQUENCES
     if k:
@@ -88,7 +89,7 @@ def _groups(lengths_B: Tensor, k: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class _Places:
+class Places:
     """Sequences that are read side by side, the longest first."""
 
     query_ND: Tensor
@@ -108,9 +109,13 @@ class _Places:
 
 
 def _read_group(
-    memory: Retomaton, places: _Places, use: Use, state: RetomatonState, *, ahead: bool, keep: Keep | None
+    memory: Retomaton,
+    places: Places,
+    use: Use,
+    state: RetomatonState,
+    known: tuple[Neighbors, Tensor] | None,
+    keep: Keep | None,
 ) -> ReadText:
-    neighbors, at_N = places.neighbors(memory) if ahead and len(state) else (None, None)
     ended: list[RetomatonState] = []
     num_searched = 0
     for t in range(int(places.lengths_B.max()) if len(state) else 0):
@@ -119,7 +124,7 @@ def _read_group(
             ended.append(state.select(torch.arange(going, len(state))))
             state = state.select(torch.arange(going))
         place_B = places.starts_B[:going] + t
-        found = None if neighbors is None or at_N is None else _found_at(neighbors, at_N[place_B])
+        found = None if known is None else _found_at(known[0], known[1][place_B])
         step = memory.lookup(places.query_ND[place_B.to(places.query_ND.device)], state, found)
         use(place_B, step.found)
         if keep is not None:

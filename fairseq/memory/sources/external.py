@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +24,7 @@ from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.lists.adc_search import AdcSearch
 from fairseq.memory.index.sharded.opening import open_search
 from fairseq.memory.index.sharded.ranges import SearchSettings
-from fairseq.memory.sources.log_sums import log_sums_of_rows
+from fairseq.memory.sources.log_sums import RowSums
 from fairseq.memory.types import Array, Candidates, Metric, Neighbors
 from fairseq.registry import lookup
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_QUERIES_AT_ONCE = 8192
 _COPIED_BYTES = 256 << 20  # of a store's tokens
 
 SCORES = ("recompute", "index", "dot")
@@ -129,19 +130,32 @@ class ExternalMemory:
         logger.info("%d lookups: %.2fs search, %.2fs values", len(query_ND), searched - started, ended - searched)
         return candidates
 
-    def lookup_logp(self, query_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Neighbors, Tensor]:
-        """Neighbours of N positions, and the log-probability that these alone give to the targets, on the CPU.
+    def lookup_logp(self, query_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Whether N positions have neighbours, and the log-probability that these give to the targets, on the CPU.
 
-        It is ``scoring.knn_logp`` of :meth:`lookup`, to float32 rounding, without the tokens of the neighbours.
+        It is ``scoring.knn_logp`` of :meth:`lookup`, to float32 rounding, without the neighbours and their tokens.
         """
-        found, value_R = self.neighbors(query_ND), self._row_tokens
+        value_R, target_N = self.row_tokens, target_N.cpu()
         if value_R is None or len(value_R) < len(self.index):  # which has grown since
-            return found, scoring.knn_logp(self.candidates(found), target_N.cpu(), temperature)
-        sums = log_sums_of_rows(found, value_R, target_N.cpu(), temperature)
-        return found, scoring.log_share(sums.hit_N, sums.whole_N)
+            return self._logp_of_candidates(query_ND, target_N, temperature)
+        collected = RowSums(value_R, target_N, temperature)
+        index = self.index if self.score == "index" else None
+        if not isinstance(index, FaissIndex) or not index.search_in_parts(query_ND, self.k, collected.take):
+            for part in _parts(len(query_ND)):
+                collected.add(part.start, self.neighbors(query_ND[part]))
+        sums = collected.sums
+        return sums.whole_N != -torch.inf, scoring.log_share(sums.hit_N, sums.whole_N)
+
+    def _logp_of_candidates(self, query_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logp_N, found_N = torch.empty(len(query_ND)), torch.empty(len(query_ND), dtype=torch.bool)
+        for part in _parts(len(query_ND)):
+            found = self.candidates(self.neighbors(query_ND[part]))
+            logp_N[part] = scoring.knn_logp(found, target_N[part], temperature)
+            found_N[part] = found.keep_NM.any(1)
+        return found_N, logp_N
 
     @functools.cached_property
-    def _row_tokens(self) -> Array | None:
+    def row_tokens(self) -> Array | None:
         """Tokens of all rows, as kernels take them; None if they would have to be copied and are too many for that."""
         values = self.store.values
         in_place = len(values.chunks) == 1 and values.dtype in ("int64", "int32")
@@ -171,7 +185,7 @@ class ExternalMemory:
             chunks = self.store.values.chunks
             if len(chunks) > 1 or isinstance(chunks[0], np.memmap):
                 return None
-            value_R = chunks[0] if self._row_tokens is None else self._row_tokens
+            value_R = chunks[0] if self.row_tokens is None else self.row_tokens
             self._one = SearchOfOne(search, value_R.astype(np.int64, copy=False))
         return self._one
 
@@ -197,6 +211,11 @@ class ExternalMemory:
         """Similarities from the full keys; -inf where the id is -1."""
         metric = Metric.IP if self.score == "dot" else self.index.metric
         return score_rows(self.store.keys, metric, query_ND, ids_NK)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Positions that are looked up together."""
+    yield from (slice(first, first + _QUERIES_AT_ONCE) for first in range(0, count, _QUERIES_AT_ONCE))
 
 
 def by_row_where_equal(found: Neighbors) -> Neighbors:

@@ -57,6 +57,17 @@ def _add_row(
     hit_N[n] = _log_add(hit_N[n], np.log(hit) + top)
 
 
+@compiled()
+def add_scaled(
+    score_M: Any, value_M: Any, target: Any, scale: Any, lowest: Any, far: Any, scaled_M: Any, hit_N: Any,
+    whole_N: Any, n: int,
+) -> None:  # fmt: skip
+    """:func:`add_candidates` for the n-th position, whose candidates all count; ``scaled_M`` is room for its scores."""
+    for m in range(len(score_M)):
+        scaled_M[m] = score_M[m] * scale
+    _add_row(scaled_M, value_M, target, lowest, far, hit_N, whole_N, n)
+
+
 @compiled("(f4[:,::1], b1[:,::1], i4[:,::1], i4[::1], f4, f4, f4, f4[::1], f4[::1])")
 def add_candidates(
     scores_NM: Any, keep_NM: Any, value_RM: Any, target_N: Any, scale: Any, lowest: Any, far: Any,

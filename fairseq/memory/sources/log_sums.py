@@ -51,22 +51,37 @@ def log_sums(found: Candidates, target_N: Tensor, temperature: float, before: Lo
     return LogSums(torch.from_numpy(hit_N), torch.from_numpy(whole_N))
 
 
-def log_sums_of_rows(found: Neighbors, value_R: Array, target_N: Tensor, temperature: float) -> LogSums:
-    """:func:`log_sums` of a search result, whose tokens are looked up in passing.
+class RowSums:
+    """Collects :func:`log_sums` of search results, whose tokens are looked up in passing."""
 
-    Args:
+    def __init__(self, value_R: Array, target_N: Tensor, temperature: float) -> None:
+        """Args.
+
         value_R: tokens of all rows of the store, int64 or int32, writable (as numba's kernels are declared).
-    """
-    scoring.check_temperature(temperature)
-    from fairseq.memory.sources.log_sum_kernels import add_neighbors
+        """
+        scoring.check_temperature(temperature)
+        self._value_R, self._target_N = value_R, target_N.int().numpy()
+        self._hit_N, self._whole_N = (np.full(len(target_N), -np.inf, np.float32) for _ in range(2))
+        self._numbers = (np.float32(1.0 / temperature), np.float32(scoring.LOWEST), np.float32(scoring.FAR))
 
-    scores, ids, target = found.scores_NK.numpy(), found.ids_NK.numpy(), target_N.int().numpy()
-    hit_N, whole_N = (np.full(len(scores), -np.inf, np.float32) for _ in range(2))
-    numbers = (np.float32(1.0 / temperature), np.float32(scoring.LOWEST), np.float32(scoring.FAR))
+    def take(self, numbers: slice | Array, ids_QK: Array, scores_QK: Array) -> None:
+        """Add the neighbours of some positions, with the calling thread."""
+        from fairseq.memory.sources.log_sum_kernels import add_neighbors
 
-    def add(part: slice) -> None:
-        add_neighbors(scores[part], ids[part], value_R, target[part], *numbers, hit_N[part], whole_N[part])
+        hit_Q, whole_Q = self._hit_N[numbers], self._whole_N[numbers]
+        add_neighbors(scores_QK, ids_QK, self._value_R, self._target_N[numbers], *self._numbers, hit_Q, whole_Q)
+        self._hit_N[numbers], self._whole_N[numbers] = hit_Q, whole_Q
 
-    step = max(1, -(-len(scores) // torch.get_num_threads()), _LEAST_PAIRS // max(1, scores.shape[1]))
-    run_in_threads(add, [slice(first, first + step) for first in range(0, len(scores), step)])
-    return LogSums(torch.from_numpy(hit_N), torch.from_numpy(whole_N))
+    def add(self, first: int, found: Neighbors) -> None:
+        """Add the neighbours of positions from one on, with as many threads as pay."""
+        scores, ids = found.scores_NK.numpy(), found.ids_NK.numpy()
+        step = max(1, -(-len(scores) // torch.get_num_threads()), _LEAST_PAIRS // max(1, scores.shape[1]))
+        parts = [slice(at, min(at + step, len(scores))) for at in range(0, len(scores), step)]
+        run_in_threads(
+            lambda part: self.take(slice(first + part.start, first + part.stop), ids[part], scores[part]), parts
+        )
+
+    @property
+    def sums(self) -> LogSums:
+        """What was collected."""
+        return LogSums(torch.from_numpy(self._hit_N), torch.from_numpy(self._whole_N))

@@ -71,7 +71,7 @@ def test_clusters_are_picked_up(original):
         with RetomatonWrapper(dstore_dir=folder, k=9, probe=8, **more)(model) as reto:
             found.append(model(**call).loss)
             assert reto.saved_share > 0
-            clusters = reto.automaton._clusters[0]
+            clusters = reto.automaton.clusters[0]
             assert len(clusters) == rows
     assert torch.equal(*found)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fairseq.memory.index.ops.numba_library import numba
 from fairseq.memory.sources.float_kernels import exp
-from fairseq.memory.sources.log_sums import log_sums, log_sums_of_rows
+from fairseq.memory.sources.log_sums import RowSums, log_sums
 from fairseq.memory.types import Candidates, LogSums, Neighbors
 
 
@@ -104,7 +104,12 @@ def test_sums_of_rows_are_those_of_their_tokens(dtype, spread, threads):
     ids_NK[3] = -1
     scores_NK.masked_fill_(ids_NK < 0, -math.inf)
     target_N = torch.from_numpy(draw.integers(0, 5, n))
-    ours = log_sums_of_rows(Neighbors(ids_NK, scores_NK), value_R, target_N, 2.0)
+    collected = RowSums(value_R, target_N, 2.0)
+    collected.add(0, Neighbors(ids_NK[:200], scores_NK[:200]))
+    collected.add(200, Neighbors(ids_NK[200:500], scores_NK[200:500]))
+    numbers = np.arange(n)[:499:-1].copy()
+    collected.take(numbers, ids_NK.numpy()[numbers], scores_NK.numpy()[numbers])
+    ours = collected.sums
     values_NK = torch.from_numpy(value_R.astype(np.int64))[ids_NK.clamp(min=0)]
     hit, whole = counted(Candidates(values_NK, scores_NK, ids_NK >= 0), target_N, 2.0)
     torch.testing.assert_close(ours.hit_N.double(), hit, rtol=1e-6, atol=2e-6)

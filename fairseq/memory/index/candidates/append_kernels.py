@@ -22,6 +22,23 @@ def packs_vectors() -> bool:
     return "avx512f" in compiler_features()
 
 
+def _everywhere(builder: Any, value: Any, kind: Any) -> Any:
+    """A vector with one value in all lanes."""
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(_INT, kind.count), [0] * kind.count))
+
+
+def _call(builder: Any, name: str, result: Any, *given: Any) -> Any:
+    function = ir.FunctionType(result, [each.type for each in given])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), given)
+
+
+def _packed(builder: Any, vector: Any, mask: Any) -> Any:
+    """The chosen lanes of a vector, first of all."""
+    kind = f"v{vector.type.count}" + {_FLOAT: "f32", _INT: "i32", _LONG: "i64"}[vector.type.element]
+    return _call(builder, f"llvm.x86.avx512.mask.compress.{kind}", vector.type, vector, vector, mask)
+
+
 class _Packing:
     """Writes the loop, unrolled: four vectors of a tile."""
 
@@ -36,12 +53,7 @@ class _Packing:
         self._query = [self._everywhere(each, _FLOATS) for each in query]
 
     def _everywhere(self, value: Any, kind: Any) -> Any:
-        first = self._builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_INT, 0))
-        return self._builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * _LANES))
-
-    def _call(self, name: str, result: Any, *given: Any) -> Any:
-        function = ir.FunctionType(result, [each.type for each in given])
-        return self._builder.call(cgutils.get_or_insert_function(self._builder.module, function, name), given)
+        return _everywhere(self._builder, value, kind)
 
     def _load(self, at: Any, place: int, kind: Any) -> Any:
         at = self._builder.gep(at, [ir.Constant(_LONG, place)], inbounds=True)
@@ -74,24 +86,18 @@ class _Packing:
             bits = builder.trunc(builder.lshr(hits, ir.Constant(_LONG, place)), short)
             mask = builder.bitcast(bits, mask_kind)
             lower, below = self.bounds(place)
-            packed = self._packed(lower, mask)
+            packed = _packed(builder, lower, mask)
             self._store(packed, lower_at, filled)
-            numbers = self._packed(ir.Constant(_INTS, list(range(place, place + _LANES))), mask)
+            numbers = _packed(builder, ir.Constant(_INTS, list(range(place, place + _LANES))), mask)
             numbers = numbers if id_kind == _INT else builder.sext(numbers, ir.VectorType(id_kind, _LANES))
-            first = ir.Constant(numbers.type, ir.Undefined)
-            first = builder.insert_element(first, first_id, ir.Constant(_INT, 0))
-            first = builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * _LANES))
-            self._store(builder.add(numbers, first), ids_at, filled)
+            numbers = builder.add(numbers, self._everywhere(first_id, numbers.type))
+            self._store(numbers, ids_at, filled)
             wider = builder.and_(mask, builder.fcmp_ordered(">", below, widest))
             widest = builder.select(wider, below, widest)
-            filled = builder.add(filled, builder.zext(self._call("llvm.ctpop.i16", short, bits), _LONG))
+            filled = builder.add(filled, builder.zext(_call(builder, "llvm.ctpop.i16", short, bits), _LONG))
         kind = ir.FunctionType(_FLOAT, [_FLOATS])
         largest = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fmax.v16f32")
         return filled, builder.call(largest, [widest], fastmath=("nnan",))
-
-    def _packed(self, vector: Any, mask: Any) -> Any:
-        kind = "v16f32" if vector.type == _FLOATS else "v16i32"
-        return self._call(f"llvm.x86.avx512.mask.compress.{kind}", vector.type, vector, vector, mask)
 
 
 def _appending(
@@ -140,3 +146,54 @@ def _num_bits(typing_context: Any, bits: Any) -> Any:
 
 num_bits: Any = numba.extending.intrinsic(_num_bits)
 """How many bits are set."""
+
+
+def _keeping(typing_context: Any, lower_C: Any, ids_C: Any, filled: Any, lowest: Any) -> Any:
+    """Types, and what is generated."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        arrays = [context.make_array(signature.args[i])(context, builder, given[i]).data for i in (0, 1)]
+        kinds = [_FLOATS, ir.VectorType(_INT if signature.args[1].dtype == types.int32 else _LONG, _LANES)]
+        kept = cgutils.alloca_once(builder, _LONG)
+        builder.store(ir.Constant(_LONG, 0), kept)
+        lane = ir.Constant(ir.VectorType(_LONG, _LANES), list(range(_LANES)))
+        step = ir.Constant(_LONG, _LANES)
+        with cgutils.for_range_slice(builder, ir.Constant(_LONG, 0), given[2], step) as (at, _):
+            places = [
+                builder.bitcast(builder.gep(array, [at], inbounds=True), kind.as_pointer())
+                for array, kind in zip(arrays, kinds)
+            ]
+            vectors = [builder.load(place, align=4) for place in places]
+            is_there = builder.icmp_signed("<", lane, _everywhere(builder, builder.sub(given[2], at), lane.type))
+            reaches = builder.fcmp_ordered(">=", vectors[0], _everywhere(builder, given[3], _FLOATS))
+            mask, filled = builder.and_(is_there, reaches), builder.load(kept)
+            for array, vector in zip(arrays, vectors):
+                _store_chosen(builder, vector, mask, builder.gep(array, [filled], inbounds=True))
+            bits = builder.bitcast(mask, ir.IntType(_LANES))
+            builder.store(builder.add(filled, builder.zext(builder.ctpop(bits), _LONG)), kept)
+        return builder.load(kept)
+
+    return types.int64(lower_C, ids_C, types.int64, types.float32), generate
+
+
+def _store_chosen(builder: Any, vector: Any, mask: Any, at: Any) -> None:
+    """Store the chosen lanes one after the other, and anything in the places up to a whole vector."""
+    if vector.type.element == _LONG:  # twice as wide as what the CPU packs
+        half, chosen = _LANES // 2, ir.VectorType(_INT, _LANES // 2)
+        for first in (0, half):
+            lanes = ir.Constant(chosen, list(range(first, first + half)))
+            part, own = builder.shuffle_vector(vector, vector, lanes), builder.shuffle_vector(mask, mask, lanes)
+            place = builder.bitcast(at, part.type.as_pointer())
+            builder.store(_packed(builder, part, own), place, align=8)
+            bits = builder.bitcast(own, ir.IntType(half))
+            at = builder.gep(at, [builder.zext(builder.ctpop(bits), _LONG)], inbounds=True)
+        return
+    builder.store(_packed(builder, vector, mask), builder.bitcast(at, vector.type.as_pointer()), align=4)
+
+
+keep_vectors: Any = numba.extending.intrinsic(_keeping)
+"""The intrinsic ``(lower_C, ids_C, filled, lowest)``: of the first ``filled`` candidates it keeps those whose numbers
+reach ``lowest``, in place. Returns: how many these are.
+
+It reads and writes whole vectors: 16 places behind the candidates must be there, and are overwritten.
+"""

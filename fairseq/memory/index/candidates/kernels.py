@@ -11,26 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.candidates.append_kernels import append_vectors, num_bits, packs_vectors
+from fairseq.memory.index.candidates.append_kernels import append_vectors, keep_vectors, num_bits, packs_vectors
 from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled
 from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import lowest_bit
+
+_FEW = 4 if packs_vectors() else 64
+"""So many keys of a tile take less time one by one than as vectors."""
+_PACKED = 16  # candidates that are dropped or kept at a time
 
 
 @compiled()
 def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
     threshold = max(threshold, approx_kth_largest(lower_C[:filled], k))
-    lowest = threshold - width
+    lowest = np.float32(threshold - width)
+    if _FEW < 64 and filled + _PACKED <= len(lower_C):
+        return keep_vectors(lower_C, ids_C, filled, lowest), threshold
     kept = 0
     for i in range(filled):
         lower_C[kept], ids_C[kept] = lower_C[i], ids_C[i]
         kept += lower_C[i] >= lowest
     return kept, threshold
-
-
-_FEW = 4 if packs_vectors() else 64
-"""So many keys of a tile take less time one by one than as vectors."""
 
 
 # Arrays are handed over one by one: those of a tuple would be counted in and out of use, which takes longer than the

@@ -228,8 +228,7 @@ def score_candidates(
 def reached_by(lower_QC: Any, filled_Q: Any, k: int, out_Q: Any) -> None:
     """A number that at least k of each row's first ``filled`` entries reach, and few more; NaN reaches nothing."""
     for q in range(len(filled_Q)):
-        row_C = lower_QC[q, : filled_Q[q]]
-        out_Q[q] = approx_kth_largest(row_C[~np.isnan(row_C)], k)
+        out_Q[q] = approx_kth_largest(lower_QC[q, : filled_Q[q]], k)
 
 
 @compiled(*(f"(f4[:,::1], {keys}[:,::1], b1, f4[:,::1])" for keys in KEY_TYPES))

@@ -27,7 +27,7 @@ from fairseq.memory.index.faiss_library import (
     search_faiss,
 )
 from fairseq.memory.index.lists.adc_search import AdcSearch
-from fairseq.memory.index.lists.bulk_search import search_in_bulk
+from fairseq.memory.index.lists.bulk_search import TakePart, search_in_bulk, search_in_parts
 from fairseq.memory.index.lists.decoded_lists import KEPT_BYTES, DecodedLists, fits_decoded
 from fairseq.memory.index.lists.pq_rescoring import row_scorer
 from fairseq.memory.index.ops import products
@@ -201,10 +201,7 @@ class FaissIndex:
 
         Raises: ValueError if k exceeds the rows that are not deleted, or the width does not fit.
         """
-        check_k(k, self.num_alive)
-        check_queries(query_ND, self.dim)
-        query_ND = query_ND.detach().float().cpu()
-        query_ND = normalized(query_ND) if self.metric is Metric.COS else query_ND
+        query_ND = self._as_searched(query_ND, k)
         traits = self._traits()
         strategy = choose_strategy(traits, len(query_ND), k)
         if strategy is SearchStrategy.GPU:
@@ -222,6 +219,27 @@ class FaissIndex:
         if strategy is SearchStrategy.LISTS_IN_BULK:
             return self._checked(*search_in_bulk(self._decoded_lists(), query_ND, k, ties_of_faiss=True))
         return self._checked(*self._search_by_faiss(query_ND, k, strategy))
+
+    def search_in_parts(self, query_ND: Tensor, k: int, take: TakePart) -> bool:
+        """:meth:`search` that hands over some queries' neighbours at a time, each query's in no order.
+
+        Several threads call ``take`` with the numbers of queries and their neighbours, which it must not keep.
+
+        Returns: False, and nothing was searched, where the index is not searched by parts.
+        Raises: as :meth:`search`.
+        """
+        query_ND = self._as_searched(query_ND, k)
+        if choose_strategy(self._traits(), len(query_ND), k) is not SearchStrategy.LARGE_K_IN_BULK:
+            return False
+
+        search_in_parts(self._decoded_lists(), query_ND, k, take)
+        return True
+
+    def _as_searched(self, query_ND: Tensor, k: int) -> Tensor:
+        check_k(k, self.num_alive)
+        check_queries(query_ND, self.dim)
+        query_ND = query_ND.detach().float().cpu()
+        return normalized(query_ND) if self.metric is Metric.COS else query_ND
 
     def search_of_one(self, k: int) -> AdcSearch | None:
         """The search of a single query for ``k`` neighbours, where kernels can call it; None elsewhere."""
@@ -253,10 +271,15 @@ class FaissIndex:
         """
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu()
+        scores_NM: Tensor = self.row_scorer(normalized(query_ND) if self.metric is Metric.COS else query_ND, ids_NM)
+        return scores_NM
+
+    @property
+    def row_scorer(self) -> Any:
+        """What scores rows for queries, which for the cosine have length one. Raises: as :meth:`score_rows`."""
         if self._rows is None:
             self._rows = row_scorer(self.inner, by_distance=self.metric is Metric.L2)
-        scores_NM: Tensor = self._rows(normalized(query_ND) if self.metric is Metric.COS else query_ND, ids_NM)
-        return scores_NM
+        return self._rows
 
     def _search_by_faiss(self, query_ND: Tensor, k: int, strategy: SearchStrategy) -> tuple[Tensor, Tensor]:
         """Rows and scores as faiss finds them."""

@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import ANY_ORDER, FINITE, LOWEST, compiled, dot, neg_sq_l2
+from fairseq.memory.index.ops.kernels import (
+    ANY_ORDER,
+    FINITE,
+    LOWEST,
+    NOTHING,
+    approx_kth_largest,
+    compiled,
+    dot,
+    neg_sq_l2,
+    pack,
+)
 from fairseq.memory.index.ops.rounding_kernels import bounds
 
 _PART = 64
@@ -27,6 +37,15 @@ def _bound_all(raw_QM: Any, q: int, about_4: Any, about: Any, bound_M: Any) -> A
         bound_M[m], below = bounds(raw_QM[q, m], zero, step_M[m], weight_M[m], scale, *about_key)
         least = max(least, bound_M[m] - below)
     return least
+
+
+@compiled(fastmath=FINITE)
+def _lower_all(about_4: Any, about: Any, bound_M: Any, lower_M: Any) -> None:
+    """Write what scores with these upper bounds are at least."""
+    _, _, size_M, _, slack_M = about
+    width = about_4[2]
+    for m in range(len(bound_M)):
+        lower_M[m] = bound_M[m] - np.float32(2.0) * (size_M[m] * width + slack_M[m])
 
 
 @compiled()
@@ -73,6 +92,42 @@ def nearest(
                 if score > best:
                     best, nearest = score, c
         near_Q[q] = nearest
+
+
+@compiled(
+    f"(i4[:,::1], f4[:,::1], {_ABOUT}, f4[:,::1], f4[:,::1], b1, i8, i8[:,::1])",
+    f"(f4[:,::1], f4[:,::1], {_ABOUT}, f4[:,::1], f4[:,::1], b1, i8, i8[:,::1])",
+)
+def pack_nearest(
+    raw_QM: Any, about_Q4: Any, about: Any, keys_QD: Any, centroids_CD: Any, by_distance: bool, wanted: int,
+    packed_QC: Any,
+) -> int:  # fmt: skip
+    """Write each key's ``wanted`` nearest centroids, and few more, as packed neighbours (``large_k_kernels.pack``).
+
+    Args:
+        raw_QM: as in :func:`nearest`.
+        packed_QC: has a place more than there are centroids.
+    Returns: how many of the key with most; behind those of others is NOTHING.
+    """
+    count, most, count_Q = np.uint64(len(centroids_CD)), wanted, np.empty(len(keys_QD), np.int64)
+    bound_M, lower_M = np.empty(len(centroids_CD), np.float32), np.empty(len(centroids_CD), np.float32)
+    for q in range(len(keys_QD)):
+        _bound_all(raw_QM, q, about_Q4[q], about, bound_M)
+        _lower_all(about_Q4[q], about, bound_M, lower_M)
+        reach, kept, row = approx_kth_largest(lower_M, wanted), np.uint64(0), np.uint64(q)
+        for c in range(count):
+            packed_QC[row, kept] = np.int64(c)
+            kept += np.uint64(bound_M[c] >= reach)
+        for at in range(kept):
+            c = packed_QC[row, at]
+            key_D, centroid_D = keys_QD[q], centroids_CD[np.uint64(c)]
+            score = neg_sq_l2(key_D, centroid_D) if by_distance else dot(key_D, centroid_D)
+            packed_QC[row, at] = pack(score, c)
+        count_Q[q] = np.int64(kept)
+        most = max(most, count_Q[q])
+    for q in range(len(keys_QD)):
+        packed_QC[q, count_Q[q] : most] = NOTHING
+    return most
 
 
 @compiled("(f4[:,::1], i8[::1], i8[::1], f4[:,::1])", fastmath=ANY_ORDER)

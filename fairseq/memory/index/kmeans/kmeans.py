@@ -30,6 +30,7 @@ ROWS_PER_CENTROID = 256
 _BLOCK_ROWS = 16_384
 _GROUP_SCORES = 512 << 10  # of a group of keys with all centroids: 2 MB, which stay in the CPU's cache
 _GPU_SCORES = 64 << 20
+_NEAR_ROWS, _FAR = 4096, 1e4
 _CLUSTERS_PER_TASK = 64
 
 
@@ -88,6 +89,44 @@ class Assigner:
         keys_QD, centroids_CD, near_Q = (x.numpy() for x in (block_ND[rows], self.centroids_CD, near_N[rows]))
         about = (keys.about_N4[rows], tuple(block.about_5M))
         kernels.nearest(raw, *about, keys_QD, centroids_CD, near_Q, self.by_distance)
+
+    def nearest(self, keys_ND: Tensor, count: int) -> Tensor:
+        """Numbers of the ``count`` centroids nearest to each key, int64 (N, count), nearest first.
+
+        -1 where scores cannot be told, or bounded: in rows of keys that are not finite, or far longer than the others.
+        """
+        keys_ND, near_NP = keys_ND.float().contiguous(), torch.empty((len(keys_ND), count), dtype=torch.int64)
+        length_N = torch.linalg.vector_norm(keys_ND, dim=1)
+        is_odd_N = ~(length_N <= _FAR * length_N.nanmedian())
+        keys_ND = keys_ND.masked_fill(is_odd_N[:, None], 0.0) if is_odd_N.any() else keys_ND
+        size = max(1, min(_NEAR_ROWS, -(-len(keys_ND) // torch.get_num_threads())))
+        run_in_threads(
+            lambda at: self._write_nearest(keys_ND[at : at + size], near_NP[at : at + size]),
+            range(0, len(keys_ND), size),
+        )
+        near_NP[is_odd_N] = -1
+        return near_NP
+
+    def _write_nearest(self, block_ND: Tensor, near_NP: Tensor) -> None:
+        from fairseq.memory.index.kmeans import kernels
+        from fairseq.memory.index.ops.kernels import NOTHING
+
+        keys = self.rounded(block_ND)
+        block = keys.block(self.centroids_CD)
+        size = max(1, _GROUP_SCORES // block.columns)
+        raw_QM = torch.empty(size, block.columns, dtype=keys.products.raw_dtype)
+        packed_QC = np.empty((size, len(self.centroids_CD) + 1), np.int64)
+        for at in range(0, len(block_ND), size):
+            rows = slice(at, min(at + size, len(block_ND)))
+            own_QM, own_QC = raw_QM[: rows.stop - at], packed_QC[: rows.stop - at]
+            keys.raw_scores(block, rows, own_QM)
+            raw = (own_QM.float() if own_QM.is_floating_point() else own_QM).numpy()
+            about, vectors = tuple(block.about_5M), (block_ND[rows].numpy(), self.centroids_CD.numpy())
+            wanted = near_NP.shape[1]
+            most = kernels.pack_nearest(raw, keys.about_N4[rows], about, *vectors, self.by_distance, wanted, own_QC)
+            own_QC[:, :most].sort(axis=1)
+            best_QP = torch.from_numpy(own_QC[:, :wanted])
+            near_NP[rows] = torch.where(best_QP == int(NOTHING), -1, best_QP & 0xFFFFFFFF)
 
     def _on_device(self, block_ND: Tensor) -> Tensor:
         centroids_CD = self.centroids_CD.to(self._device)

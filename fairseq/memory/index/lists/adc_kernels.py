@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, select_candidates
-from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, dot, largest, neg_sq_l2
+from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, select_candidates
+from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, dot, largest, neg_sq_l2, pack
 from fairseq.memory.index.ops.numba_library import cgutils, numba, types
 
 SIDE_BY_SIDE = 4
@@ -77,11 +77,14 @@ def write_table(query_D: Any, words_MEJ: Any, by_distance: bool, table_MJ: Any) 
 def sum_four(table_F: Any, code_SM: Any, s: int, t: int, u: int, v: int) -> tuple[Any, Any, Any, Any]:
     """Sums of a table's entries for the codes of four keys, side by side: one would wait for each of its sums."""
     a = b = c = d = np.float32(0.0)
-    for m in range(code_SM.shape[1]):
-        a += table_F[m * 256 + code_SM[s, m]]
-        b += table_F[m * 256 + code_SM[t, m]]
-        c += table_F[m * 256 + code_SM[u, m]]
-        d += table_F[m * 256 + code_SM[v, m]]
+    # Numbers without a sign: others would be looked at for places counted from the end.
+    s, t, u, v = np.uint64(s), np.uint64(t), np.uint64(u), np.uint64(v)
+    for m in range(np.uint64(code_SM.shape[1])):
+        first = m * np.uint64(256)
+        a += table_F[first + np.uint64(code_SM[s, m])]
+        b += table_F[first + np.uint64(code_SM[t, m])]
+        c += table_F[first + np.uint64(code_SM[u, m])]
+        d += table_F[first + np.uint64(code_SM[v, m])]
     return a, b, c, d
 
 

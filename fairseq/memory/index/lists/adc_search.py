@@ -178,7 +178,8 @@ class AdcSearch:
 
     def _search(self, query_QD: Array, probed_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.lists.adc_kernels import search_tables
-        from fairseq.memory.index.lists.large_k_kernels import NOTHING, unpack
+        from fairseq.memory.index.lists.large_k_kernels import unpack
+        from fairseq.memory.index.ops.kernels import NOTHING
 
         count_Q = np.empty(len(query_QD), np.int64)
         lists, wanted = tuple(self._lists), ids_QK.shape[1]

@@ -15,8 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fairseq.memory.index.candidates.kernels import append_expected, prune
-from fairseq.memory.index.lists.large_k_kernels import NOTHING, pack, unpack_row
-from fairseq.memory.index.ops.kernels import ANY_ORDER, LOWEST, approx_kth_largest, compiled, dot, neg_sq_l2
+from fairseq.memory.index.lists.large_k_kernels import unpack_row
+from fairseq.memory.index.ops.kernels import (
+    ANY_ORDER,
+    LOWEST,
+    NOTHING,
+    approx_kth_largest,
+    compiled,
+    dot,
+    neg_sq_l2,
+    pack,
+)
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import (
@@ -27,9 +36,12 @@ from fairseq.memory.index.ops.tile_product_kernels import (
     tile_products,
     tile_registers,
 )
+from fairseq.memory.index.ops.vector_kernels import count_reaching, fetch
 
 CHUNK_KEYS = 4 * TILE_KEYS
 """Keys for which a query must have room before they are compared with it."""
+_AHEAD, _FETCHED_LINES = 2, 3
+_FEW_MORE = 8
 _ROUNDING = np.float32(4e-6)  # of sums in float32 over what they are sums of
 _SMALLEST = np.float32(1e-30)
 
@@ -296,13 +308,10 @@ def prune_group(candidates: Any, k: int, part: Any) -> None:
     """Drop the candidates of every query that are not among its k best, and all where a sample told too much."""
     lower_NC, place_NC, filled_N, threshold_N, start_N, width_N, _, is_open_N = candidates
     for n in range(len(filled_N)):
-        if start_N[n] > LOWEST and not is_open_N[n]:
-            reached = np.int32(0)
-            for c in range(filled_N[n]):
-                reached += np.int32(lower_NC[n, c] >= start_N[n])
-            if reached < k:
-                start_N[n] = _certain(lower_NC[n, : filled_N[n]], k, width_N[n], part)
-                is_open_N[n], filled_N[n] = True, 0
+        lower_C = lower_NC[n, : filled_N[n]]
+        if start_N[n] > LOWEST and not is_open_N[n] and count_reaching(lower_C, start_N[n]) < k:
+            start_N[n] = _certain(lower_C, k, width_N[n], part)
+            is_open_N[n], filled_N[n] = True, 0
         filled_N[n], threshold_N[n] = prune(lower_NC[n], place_NC[n], filled_N[n], k, threshold_N[n], width_N[n])
 
 
@@ -372,6 +381,18 @@ def collector(name: str) -> Any:
     return compiled(f"({_VISITS}, {_KEYS}, {_CANDIDATES}, i8, f4)")(collect)
 
 
+@compiled(forceinline=True)
+def _fetch_candidates(score_NC: Any, place_NC: Any, query_ND: Any, n: int, begin: int) -> None:
+    """Fetch a query and its next candidates, which a core would wait for."""
+    at = np.uint64(4) * np.uint64(n * score_NC.shape[1] + begin)
+    for line in range(_FETCHED_LINES):
+        fetch(np.uint64(score_NC.ctypes.data) + at + np.uint64(64 * line))
+        fetch(np.uint64(place_NC.ctypes.data) + at + np.uint64(64 * line))
+    row = np.uint64(query_ND.ctypes.data) + np.uint64(4 * n * query_ND.shape[1])
+    for d in range(0, query_ND.shape[1], 16):
+        fetch(row + np.uint64(4 * d))
+
+
 @compiled(f"({_VISITS}, f4[:,::1], {_KEYS}, {_CANDIDATES}, b1, i8[::1], i8[:,::1])")
 def score_visits(
     visits: Any, query_ND: Any, keys: Any, candidates: Any, by_distance: bool, cursor_N: Any, order_NC: Any
@@ -390,6 +411,9 @@ def score_visits(
         first, first_place = first_L[list_W[w]], place_L[list_W[w]]
         past_place, shift = first_place + first_L[list_W[w] + 1] - first, first - first_place
         for v in range(edge_W1[w], edge_W1[w + 1]):
+            if v + _AHEAD < edge_W1[w + 1]:
+                n = query_V[v + _AHEAD]
+                _fetch_candidates(score_NC, place_NC, query_ND, n, cursor_N[n])
             n = query_V[v]
             place_C, score_C, query_D = place_NC[n], score_NC[n], query_ND[n]
             begin, end = np.uint64(cursor_N[n]), np.uint64(cursor_N[n])
@@ -425,14 +449,12 @@ def check_scored(candidates: Any, k: int, by_distance: bool, part: Any) -> None:
     Scores are as the metric has them, thresholds half of that where distances are compared.
     """
     score_NC, _, filled_N, threshold_N, start_N, _, _, is_open_N = candidates
-    half = np.float32(0.5) if by_distance else np.float32(1.0)
+    twice = np.float32(2.0) if by_distance else np.float32(1.0)
     for n in range(len(filled_N)):
         if part < np.float32(1.0) and not is_open_N[n]:
-            reached = np.int32(0)
-            for c in range(filled_N[n]):
-                reached += np.int32(half * score_NC[n, c] >= threshold_N[n])
-            if reached < k:
-                start_N[n] = max(LOWEST, half * approx_kth_largest(score_NC[n, : filled_N[n]], k))
+            score_C = score_NC[n, : filled_N[n]]
+            if count_reaching(score_C, twice * threshold_N[n]) < k:
+                start_N[n] = max(LOWEST, approx_kth_largest(score_C, k) / twice)
                 is_open_N[n], filled_N[n] = True, 0
 
 
@@ -454,10 +476,15 @@ def pack_best(candidates: Any, first: int, k: int, packed_QC: Any) -> int:
     for q in range(len(packed_QC)):
         n, kept = first + q, np.uint64(0)
         score_C, row_C, packed_C = score_NC[n, : filled_N[n]], row_NC[n], packed_QC[q]
-        least = approx_kth_largest(score_C, k)
-        for c in range(len(score_C)):
-            packed_C[kept] = pack(score_C[c], np.int64(row_C[c]))
-            kept += np.uint64(not score_C[c] < least)
+        if filled_N[n] <= k + k // _FEW_MORE:  # to choose among them takes longer than to sort them
+            for c in range(len(score_C)):
+                packed_C[c] = pack(score_C[c], np.int64(row_C[c]))
+            kept = np.uint64(len(score_C))
+        else:
+            least = approx_kth_largest(score_C, k)
+            for c in range(len(score_C)):
+                packed_C[kept] = pack(score_C[c], np.int64(row_C[c]))
+                kept += np.uint64(not score_C[c] < least)
         count_Q[q] = np.int64(kept)
         most = max(most, count_Q[q])
     for q in range(len(packed_QC)):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +29,15 @@ from torch import Tensor
 from fairseq.memory.index.candidates.room import capacity
 from fairseq.memory.index.lists import bulk_kernels, tie_kernels
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
-from fairseq.memory.index.lists.large_k_kernels import NOTHING
-from fairseq.memory.index.ops.kernels import LOWEST
+from fairseq.memory.index.ops.kernels import LOWEST, NOTHING
 from fairseq.memory.index.ops.ordering import argsort_descending
 from fairseq.memory.types import Array
 from fairseq.runtime.threads import map_in_threads, run_in_threads
+
+TakePart = Callable[[Array, Array, Array], None]
+"""Takes the numbers of some queries, their neighbours' rows and scores, (Q, k), as ``search_in_bulk`` has them.
+
+Several threads call it, and the arrays are written over later."""
 
 _ROOM_BYTES = 160 << 20
 """For the candidates of queries that are searched at a time, kept for the next search."""
@@ -62,15 +67,64 @@ def search_in_bulk(
     Returns: rows, int64 (N, k), -1 where fewer were found, and scores, float32 (N, k), minus infinity there.
     """
     # NumPy has large arrays in large pages, which come several times faster than small ones.
-    ids_NK = torch.from_numpy(np.empty((len(query_ND), k), np.int64))
-    scores_NK = torch.from_numpy(np.empty((len(query_ND), k), np.float32))
-    search = _BulkSearch(lists, query_ND, k, ties_of_faiss=ties_of_faiss)
-    numbers, room = np.arange(len(query_ND)), capacity(k)
-    again = search.run(numbers, room, ids_NK, scores_NK, expects=True)
+    ids_NK = np.empty((len(query_ND), k), np.int64)
+    scores_NK = np.empty((len(query_ND), k), np.float32)
+    _run(_BulkSearch(lists, query_ND, k, ties_of_faiss=ties_of_faiss), _Whole(ids_NK, scores_NK))
+    return torch.from_numpy(ids_NK), torch.from_numpy(scores_NK)
+
+
+def search_in_parts(lists: DecodedLists, query_ND: Tensor, k: int, take: TakePart) -> None:
+    """:func:`search_in_bulk` that hands over some queries' neighbours at a time, each query's in no order.
+
+    All neighbours together would be written to memory that is not in the caches, and read from there.
+    """
+    _run(_BulkSearch(lists, query_ND, k, ties_of_faiss=False), _Parts(k, take))
+
+
+def _run(search: _BulkSearch, out: _Whole | _Parts) -> None:
+    lists, k = search.lists, search.k
+    # Queries that probe the same lists are searched together: so a group of them passes over fewer lists.
+    numbers, room = np.argsort(lists.ranks[search.probed_NP[:, 0]], kind="stable"), capacity(k)
+    again = search.run(numbers, room, out, expects=True)
     while len(again):
         room = min(_MORE_ROOM * room, max(capacity(k), search.most_keys(again)))
-        again = search.run(again, room, ids_NK, scores_NK, expects=False)
-    return ids_NK, scores_NK
+        again = search.run(again, room, out, expects=False)
+
+
+class _Whole:
+    """Neighbours of all queries, best first."""
+
+    in_order = True
+
+    def __init__(self, ids_NK: Array, scores_NK: Array) -> None:
+        self._ids_NK, self._scores_NK = ids_NK, scores_NK
+
+    def rows(self, numbers_Q: Array) -> tuple[Array, Array, Array]:
+        """The rows of two arrays that get the neighbours of some queries, and these arrays."""
+        return numbers_Q, self._ids_NK, self._scores_NK
+
+    def written(self, numbers_Q: Array) -> None:
+        """Called when they are there."""
+
+
+class _Parts:
+    """Neighbours of some queries at a time, in no order."""
+
+    in_order = False
+
+    def __init__(self, k: int, take: TakePart) -> None:
+        self._k, self._take, self._own = k, take, threading.local()
+
+    def rows(self, numbers_Q: Array) -> tuple[Array, Array, Array]:
+        """As :meth:`_Whole.rows`: memory of the calling thread."""
+        if not hasattr(self._own, "ids_QK"):
+            shape = (_PACKED_QUERIES, self._k)
+            self._own.ids_QK, self._own.scores_QK = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        return np.arange(len(numbers_Q)), self._own.ids_QK, self._own.scores_QK
+
+    def written(self, numbers_Q: Array) -> None:
+        """Hand them over."""
+        self._take(numbers_Q, self._own.ids_QK[: len(numbers_Q)], self._own.scores_QK[: len(numbers_Q)])
 
 
 class _BulkSearch:
@@ -96,7 +150,7 @@ class _BulkSearch:
         """Places that the lists of one of these queries take, of the one with most."""
         return int(self.lists.padded_sizes()[self.probed_NP[numbers]].sum(1).max(initial=0)) + bulk_kernels.CHUNK_KEYS
 
-    def run(self, numbers: Array, room: int, ids_NK: Tensor, scores_NK: Tensor, *, expects: bool) -> Array:
+    def run(self, numbers: Array, room: int, out: _Whole | _Parts, *, expects: bool) -> Array:
         """Search for some of the queries, each of which may hold so many candidates.
 
         Returns: the numbers of those that have to be searched again, with more room.
@@ -121,7 +175,7 @@ class _BulkSearch:
             self._for_all_lists(groups, _Group.collect)
             run_in_threads(_Group.prune, groups)
             self._for_all_lists(groups, _Group.score, rounded=False)
-            run_in_threads(functools.partial(_Group.write_best, ids_NK=ids_NK, scores_NK=scores_NK), groups)
+            run_in_threads(functools.partial(_Group.write_best, out=out), groups)
             again += [group.open_numbers() for group in groups]
             self.lists.keep_rooms(rooms)
         return np.concatenate(again) if again else np.empty(0, np.int64)
@@ -234,8 +288,8 @@ class _Group:
         self._search.floor_N[numbers] = self._candidates.start_N[is_open_N]
         return numbers
 
-    def write_best(self, ids_NK: Tensor, scores_NK: Tensor) -> None:
-        """Write the k best candidates, best first."""
+    def write_best(self, out: _Whole | _Parts) -> None:
+        """Write the k best candidates."""
         filled_N, k = self._candidates.filled_N, self._k
         bulk_kernels.check_scored(tuple(self._candidates), k, self._search.lists.by_distance, self._part)
         for first in range(0, len(filled_N), _PACKED_QUERIES):
@@ -243,14 +297,20 @@ class _Group:
             numbers = self._numbers[part]
             packed_QC = np.empty((len(numbers), int(filled_N[part].max())), np.int64)
             most = bulk_kernels.pack_best(tuple(self._candidates), first, k, packed_QC)
-            packed_QC[:, :most].sort(axis=1)  # NumPy sorts integers with vector instructions
-            bulk_kernels.unpack_rows(packed_QC, most, numbers, ids_NK.numpy(), scores_NK.numpy())
+            # NumPy sorts integers, and finds the least of them, with vector instructions.
+            if out.in_order:
+                packed_QC[:, :most].sort(axis=1)
+            elif most > k:
+                packed_QC[:, :most].partition(k - 1, axis=1)
+            row_Q, ids_NK, scores_NK = out.rows(numbers)
+            bulk_kernels.unpack_rows(packed_QC, most, row_Q, ids_NK, scores_NK)
             if self._search.ties_of_faiss and most > k:
                 score_2Q = packed_QC[:, k - 1 : k + 1].T >> 32
                 is_tied_Q = (score_2Q[0] == score_2Q[1]) & (packed_QC[:, k] != NOTHING)
                 self._settle(np.flatnonzero(is_tied_Q) + first, ids_NK)
+            out.written(numbers)
 
-    def _settle(self, tied_H: Array, ids_NK: Tensor) -> None:
+    def _settle(self, tied_H: Array, ids_NK: Array) -> None:
         """Of keys that tie at place k take those that faiss takes."""
         for first in range(0, len(tied_H), _SETTLED_QUERIES):
             rows = tied_H[first : first + _SETTLED_QUERIES]
@@ -264,4 +324,4 @@ class _Group:
             tie_kernels.order_equals(score_HC, ids_HC, order_HC, filled_H)
             own = (filled_H, self._k, np.arange(len(rows)), self._search.lists.by_distance)
             tie_kernels.settle_ties(score_HC, ids_HC, order_HC, *own)
-            ids_NK.numpy()[self._numbers[rows]] = ids_HC[:, : self._k]
+            ids_NK[self._numbers[rows]] = ids_HC[:, : self._k]

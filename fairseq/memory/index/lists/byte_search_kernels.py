@@ -24,9 +24,9 @@ from fairseq.memory.index.lists.adc_kernels import (
     write_table,
 )
 from fairseq.memory.index.lists.byte_table_kernels import MOST_STEPS, SUMS, round_table
-from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, pack, select_candidates
-from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, largest
-from fairseq.memory.index.ops.prefetch_kernels import fetch
+from fairseq.memory.index.lists.large_k_kernels import SELECTION_ROOM, select_candidates
+from fairseq.memory.index.ops.kernels import ANY_ORDER, GROUP, compiled, largest, pack
+from fairseq.memory.index.ops.vector_kernels import fetch
 
 _AHEAD = 8  # keys that are fetched ahead
 _BYTE, _EIGHT, _ENTRIES = np.uint64(0xFF), np.uint64(8), np.uint64(256)

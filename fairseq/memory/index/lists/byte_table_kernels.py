@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
-from fairseq.memory.index.ops.kernels import GROUP, compiled, finite_range
+from fairseq.memory.index.ops.kernels import GROUP, compiled
 from fairseq.memory.index.ops.numba_library import cgutils, numba, types
-from fairseq.memory.index.ops.prefetch_kernels import fetch_line
+from fairseq.memory.index.ops.vector_kernels import fetch_line, finite_range
 
 _STEPS = np.float32(65534.0)  # 65535 at most, however the division is rounded
 MOST_STEPS = np.float32(0.51)
@@ -33,11 +33,9 @@ def round_table(table_MJ: Any, byte_2MJ: Any) -> tuple[Any, Any, Any]:
     Returns: the step; what is added to a sum of entries, in units of it; what sums of entries are at most in size.
     """
     parts, words = table_MJ.shape
-    bits_MJ, ends_2 = table_MJ.view(np.int32), np.empty(2, np.int32)
     widest, total, lowest = np.float32(0.0), np.float32(0.0), np.empty(parts, np.float32)
     for m in range(parts):
-        finite_range(bits_MJ[m], ends_2)
-        least, most = ends_2.view(np.float32)
+        least, most, _ = finite_range(table_MJ[m])
         lowest[m], widest = least, max(widest, most - least)
         total += max(abs(least), abs(most))
     step = max(widest, np.float32(1e-30)) / _STEPS

@@ -5,6 +5,7 @@ Shapes: M keys of a list, L lists, P places of keys, D width, E columns of the p
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, has_byte_codes, search_faiss
+from fairseq.memory.index.kmeans.halving import nearby_order
+from fairseq.memory.index.kmeans.kmeans import Assigner
 from fairseq.memory.index.lists.decoding_kernels import decode_bytes
 from fairseq.memory.index.ops.bounded_scores import Rounding, most_steps
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.index.ops.products import Products
-from fairseq.memory.types import Array
+from fairseq.memory.types import Array, Metric
 from fairseq.runtime.threads import run_in_threads
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ _SAMPLE_ROWS = 16_384
 _SURE = 1.01  # sums of remainders are taken in float32
 _BATCH_BYTES = 64 << 20
 """Of keys that are decoded at a time where they are not kept."""
+_NEARBY_PARTS = 256
 _NO_NUMBERS = np.empty(0, np.int64)
 
 
@@ -81,10 +85,15 @@ class DecodedLists:
         """
         faiss = faiss_library()
         self._index, self.by_distance = index, index.metric_type == faiss.METRIC_L2
+        self.num_keys = int(index.ntotal)
+        """Keys that were in the lists at the start; once others are added this must not be used any more."""
         self._deleted = np.empty(0, np.int64) if deleted is None else deleted
         self.products = products
         self.centroid_LD = torch.from_numpy(index.quantizer.reconstruct_n(0, index.nlist))
         """Of the lists, float32."""
+        quantizer = faiss.downcast_index(index.quantizer)
+        self._has_flat_centroids = isinstance(quantizer, faiss.IndexFlat) and quantizer.metric_type == index.metric_type
+        self._nearest = Assigner(self.centroid_LD, Metric.L2 if self.by_distance else Metric.IP)
         self._decode = _decoder(index, self.centroid_LD)
         self.is_kept = fits_decoded(index, kept_bytes)
         """Decoded lists serve the next bulk."""
@@ -104,8 +113,6 @@ class DecodedLists:
         self._turn_L2 = np.array([(size, _turn(size)) for size in sizes], np.int64).reshape(-1, 2)
         self._rooms: list[Array] = []
         self._lock, self._preparing = threading.Lock(), threading.Lock()
-        self.num_keys = int(index.ntotal)
-        """Keys that were in the lists at the start; once others are added this must not be used any more."""
 
     def __len__(self) -> int:
         return int(self._index.nlist)
@@ -117,7 +124,23 @@ class DecodedLists:
 
     def probed_lists(self, query_ND: Tensor) -> Tensor:
         """int64 (N, P): the lists each query probes, nearest first; -1 for none."""
-        return torch.from_numpy(search_faiss(self._index.quantizer, query_ND.numpy(), self._index.nprobe)[1])
+        count = int(self._index.nprobe)
+        if not self._has_flat_centroids:
+            return torch.from_numpy(search_faiss(self._index.quantizer, query_ND.numpy(), count)[1])
+        probed_NP = self._nearest.nearest(query_ND, count)
+        odd_N = (probed_NP < 0).any(1)
+        if odd_N.any():
+            odd_ND = np.ascontiguousarray(query_ND[odd_N].numpy())
+            probed_NP[odd_N] = torch.from_numpy(search_faiss(self._index.quantizer, odd_ND, count)[1])
+        return probed_NP
+
+    @functools.cached_property
+    def ranks(self) -> Array:
+        """int64 place of each list in an order in which similar ones are near each other, and last no list's."""
+        rank_L = np.empty(len(self) + 1, np.int64)
+        rank_L[nearby_order(self.centroid_LD, _NEARBY_PARTS).numpy()] = np.arange(len(self))
+        rank_L[-1] = len(self)
+        return rank_L
 
     def padded_sizes(self) -> Array:
         """Places that each list takes: its keys, filled up to whole groups; the last is that of no list."""
@@ -193,11 +216,16 @@ class DecodedLists:
         arrays.about_5P[:, first:past] = about_5M
 
     def ids(self, number: int) -> Array:
-        """Rows of the store in one list."""
+        """Rows of the store in one list. Raises: ValueError for rows that it cannot have."""
         lists = self._index.invlists
         size = lists.list_size(number)
-        rows = faiss_library().rev_swig_ptr(lists.get_ids(number), size) if size else np.empty(0, np.int64)
-        return np.array(rows, np.int64)
+        if not size:
+            return np.empty(0, np.int64)
+        rows = np.array(faiss_library().rev_swig_ptr(lists.get_ids(number), size), np.int64)
+        for row in (int(rows.min()), int(rows.max())):
+            if not 0 <= row < self.num_keys:
+                raise ValueError(f"list {number} holds row {row} of {self.num_keys}; the index is damaged: rebuild it")
+        return rows
 
     def _decoded(self, number: int, at_M: Array | None = None) -> Tensor:
         """Keys of one list, float32 (M, D): those at some places, or all."""

@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairseq.memory.index.ops.kernels import FINITE, GROUP, LOWEST, approx_kth_largest, compiled
-from fairseq.memory.index.ops.numba_library import numba, types
+from fairseq.memory.index.ops.kernels import FINITE, GROUP, LOWEST, NOTHING, approx_kth_largest, compiled
 
-NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
-"""A place without a neighbour; after all others in the order of packed neighbours."""
 _LOW_HALF = np.int64(0xFFFFFFFF)
+_NEVER_BITS = np.int32(np.float32(-np.inf).view(np.int32))
 _SEEN = 4  # the lists that hold so many times the wanted keys show well enough where the best begin
 
 
@@ -108,36 +106,18 @@ def select_candidates(
             end_QP[q, p] = kept
 
 
-def _to_bits(typing_context: Any, number: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        return builder.bitcast(given[0], context.get_value_type(types.int32))
-
-    return types.int32(types.float32), generate
-
-
-_bits: Any = numba.extending.intrinsic(_to_bits)
-
-
-@compiled()
-def pack(score: Any, row: Any) -> Any:
-    """A score and a row as one integer: smaller for a higher score, then for a lower row."""
-    bits = np.int64(_bits(score))
-    if bits < 0:
-        bits ^= 0x7FFFFFFF  # the bits of a negative float, inverted, order as the float does
-    return ((np.int64(-1) - bits) << 32) | row
-
-
 @compiled(forceinline=True)
 def unpack_row(packed_QC: Any, q: int, columns: int, ids_NK: Any, scores_NK: Any, n: int) -> None:
     """:func:`unpack` for the first columns of one row, into another row."""
-    bits_NK, columns, count = scores_NK.view(np.int32), min(ids_NK.shape[1], columns), 0
-    while count < columns and packed_QC[q, count] != NOTHING:
-        count += 1
-    for c in range(count):
-        packed = packed_QC[q, c]
+    bits_NK, count = scores_NK.view(np.int32), min(ids_NK.shape[1], columns)
+    at, to = np.uint64(q), np.uint64(n)
+    for c in range(np.uint64(count)):
+        packed = packed_QC[at, c]
         bit = np.int32(np.int64(-1) - (packed >> 32))
-        bits_NK[n, c] = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
-        ids_NK[n, c] = packed & _LOW_HALF
+        bit = bit ^ np.int32(0x7FFFFFFF) if bit < 0 else bit
+        is_none = packed == NOTHING
+        bits_NK[to, c] = _NEVER_BITS if is_none else bit
+        ids_NK[to, c] = np.int64(-1) if is_none else packed & _LOW_HALF
     ids_NK[n, count:] = -1
     scores_NK[n, count:] = -np.inf
 

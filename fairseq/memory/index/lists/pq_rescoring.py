@@ -13,18 +13,28 @@ from torch import Tensor
 
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, has_byte_codes
 from fairseq.memory.index.lists.adc_search import codewords, residual_centroids
+from fairseq.memory.types import Array
 from fairseq.runtime.threads import run_in_threads
 
 _MOST_BYTES = 8 << 30  # of a copy of the codes in the order of the rows
+_LINE = 64
+_MOST_LISTS = 1 << 24
 _PAIRS_PER_TASK = 16 << 10  # to start threads takes as long as some thousands of pairs
 _CHUNK_FLOATS = 64 << 20  # of decoded keys
 
 
 def row_scorer(index: SwigIndex, *, by_distance: bool) -> Any:
     """The scorer of a faiss index's rows: the fast one for product-quantized keys, faiss itself for all others."""
-    if has_byte_codes(index) and index.ntotal * (index.code_size + 8) <= _MOST_BYTES:
+    if has_byte_codes(index) and index.ntotal * (index.code_size + 8) <= _MOST_BYTES and index.nlist <= _MOST_LISTS:
         return PqScorer(index, by_distance=by_distance)
     return ReconstructionScorer(index, by_distance=by_distance)
+
+
+def _in_lines(rows: int, size: int) -> Array:
+    """Zeros, uint8 (rows, size), which begin where a line of the CPU's caches does."""
+    memory = np.zeros(rows * size + _LINE, np.uint8)
+    first = -memory.ctypes.data % _LINE
+    return memory[first : first + rows * size].reshape(rows, size)
 
 
 class PqScorer:
@@ -37,8 +47,9 @@ class PqScorer:
         faiss, lists = faiss_library(), index.invlists
         self._by_distance = by_distance
         self._words_SEJ, self._centroid_LD = codewords(index), residual_centroids(index)
-        self._code_RS = np.zeros((index.ntotal, index.pq.M), np.uint8)
-        self._bias_R, self._list_R = np.zeros(index.ntotal, np.float32), np.full(index.ntotal, -1, np.int32)
+        self._code_RS = _in_lines(index.ntotal, index.pq.M)
+        # Side by side, so that a core waits for one line instead of two. Below 2^24 float32 has all integers.
+        self._about_R2 = np.tile(np.array([0.0, -1.0], np.float32), (index.ntotal, 1))
         table_SJ, all_alive = np.empty((index.pq.M, index.pq.ksub), np.float32), np.empty(0, np.uint8)
         for number in range(index.nlist):
             size = lists.list_size(number)
@@ -48,7 +59,12 @@ class PqScorer:
                 bias = np.empty(size, np.float32)
                 own = (self._centroid_LD[number], self._words_SEJ, codes, ids, all_alive)
                 write_biases(*own, by_distance, table_SJ, bias)
-                self._code_RS[ids], self._bias_R[ids], self._list_R[ids] = codes, bias, number
+                self._code_RS[ids], self._about_R2[ids, 0], self._about_R2[ids, 1] = codes, bias, number
+
+    @property
+    def coded(self) -> tuple[Array, ...]:
+        """What the kernels of ``pq_rescoring_kernels`` take."""
+        return self._code_RS, self._about_R2, self._centroid_LD, self._words_SEJ
 
     def __call__(self, query_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """Score of each query with each of its rows, (N, M); -inf where the id is -1."""
@@ -56,7 +72,7 @@ class PqScorer:
 
         scores_NM = torch.empty(ids_NM.shape)
         query, ids, out = query_ND.contiguous().numpy(), ids_NM.contiguous().numpy(), scores_NM.numpy()
-        coded = (self._code_RS, self._bias_R, self._list_R, self._centroid_LD, self._words_SEJ)
+        coded = self.coded
         tasks = min(2 * torch.get_num_threads(), int((ids_NM >= 0).sum()) // _PAIRS_PER_TASK)
         step = max(1, -(-len(ids_NM) // max(1, tasks)))
         parts = [slice(at, at + step) for at in range(0, len(ids_NM), step)]

@@ -14,8 +14,8 @@ import numpy as np
 
 from fairseq.memory.index.lists.adc_kernels import search_tables, share_of_list
 from fairseq.memory.index.lists.byte_search_kernels import byte_search
-from fairseq.memory.index.lists.large_k_kernels import pack, unpack
-from fairseq.memory.index.ops.kernels import approx_kth_largest, compiled
+from fairseq.memory.index.lists.large_k_kernels import unpack
+from fairseq.memory.index.ops.kernels import approx_kth_largest, compiled, pack
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 
 _LOW_HALF = np.int64(0xFFFFFFFF)

@@ -1,0 +1,67 @@
+"""Scoring text that is given with RetoMaton, in one compiled loop where nothing is searched on the way.
+
+Shapes: B sequences, N positions of all of them, D key width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fairseq.memory import scoring
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.lists.pq_rescoring import PqScorer
+from fairseq.memory.retomaton.automaton import Retomaton
+from fairseq.memory.retomaton.reader import Places, side_by_side
+from fairseq.memory.similarity import normalized
+from fairseq.memory.types import LogSums, Metric
+from fairseq.runtime.threads import map_in_threads
+
+_PARTS_PER_THREAD = 4  # sequences differ in what they take
+
+
+def can_walk(memory: Retomaton) -> bool:
+    """True for a memory whose pointers are scored by the codes of an index, and whose tokens are at hand."""
+    external = memory.external
+    tokens, index = external.row_tokens, external.index
+    if memory.compat or memory.no_pointer or external.score != "index" or not isinstance(index, FaissIndex):
+        return False
+    return tokens is not None and len(tokens) >= len(index) and isinstance(index.row_scorer, PqScorer)
+
+
+def walk_text(
+    memory: Retomaton, query_ND: Tensor, token_N: Tensor, lengths_B: Tensor, temperature: float
+) -> tuple[LogSums, int]:
+    """Sums of the candidates of every position, as ``scoring.log_sums`` of what ``read_text`` hands over ahead.
+
+    Args:
+        memory: one that :func:`can_walk`.
+        query_ND, token_N, lengths_B: as in ``read_text``.
+    Returns: the sums, float32 (N,), and at how many positions a search was needed.
+    """
+    from fairseq.memory.retomaton.walk_kernels import walk
+
+    scoring.check_temperature(temperature)
+    external, index = memory.external, memory.external.index
+    assert isinstance(index, FaissIndex)
+    tokens, scorer = external.row_tokens, index.row_scorer
+    query_ND = query_ND.detach().float().cpu().contiguous()
+    seen_ND = normalized(query_ND) if index.metric is Metric.COS else query_ND
+    hit_N, whole_N = (np.full(len(query_ND), -np.inf, np.float32) for _ in range(2))
+    numbers = (np.float32(1.0 / temperature), np.float32(scoring.LOWEST), np.float32(scoring.FAR))
+    starts_B, num_searched = lengths_B.cumsum(0) - lengths_B, 0
+    settings = (memory.role_R, memory.clusters, memory.min_knns, memory.max_knns, numbers, (hit_N, whole_N))
+    for group in side_by_side(lengths_B, external.k):
+        places = Places(query_ND, token_N, starts_B[group], lengths_B[group])
+        neighbors, at_N = places.neighbors(memory)
+        found = tuple(x.contiguous().numpy() for x in (at_N, neighbors.ids_NK, neighbors.scores_NK))
+
+        def read(part: Tensor) -> int:
+            own = (places.starts_B[part], places.lengths_B[part], seen_ND, token_N.long())  # noqa: B023
+            text = tuple(x.contiguous().numpy() for x in own)
+            return walk(text, found, scorer.coded, index.metric is Metric.L2, tokens, *settings)  # noqa: B023
+
+        count = min(len(group), _PARTS_PER_THREAD * torch.get_num_threads())
+        num_searched += sum(map_in_threads(read, [torch.arange(i, len(group), count) for i in range(count)]))
+    return LogSums(torch.from_numpy(hit_N), torch.from_numpy(whole_N)), num_searched
