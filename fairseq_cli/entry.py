@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
+import gc
 import logging
 import os
 import sys
@@ -32,6 +34,7 @@ def run(program: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]
         stream=sys.stderr,
     )
     keep_freed_memory()
+    collect_seldom()
     try:
         with reporting() as output:
             main(sys.argv[1:] if argv is None else argv)
@@ -106,6 +109,15 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, 32 << 20)  # the largest that glibc would choose by itself
         mallopt(trim_threshold, 512 << 20)
+
+
+def collect_seldom() -> None:
+    """Let Python look for unreachable cycles at every 50,000 new objects instead of 700, and not once more at exit.
+
+    Importing PyTorch makes objects that stay: passing over them takes 0.2 of 1.6 s, and at exit as long.
+    """
+    gc.set_threshold(50_000, 20, 20)
+    atexit.register(gc.freeze)
 
 
 def _print_error(program: str, message: str) -> None:

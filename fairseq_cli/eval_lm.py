@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fairseq.evaluation.config import EvaluationConfigs, MemoryEvaluationConfig
 from fairseq.evaluation.memories import check_knn
+from fairseq.evaluation.outputs import begin_manifest, print_report, write_outputs
 from fairseq.memory.index.sharded.early import begin_search
 from fairseq.options import Settings, evaluation_configs, parse_eval_lm
 from fairseq_cli.entry import run
@@ -25,8 +26,8 @@ def main(argv: Sequence[str]) -> None:
         return
     if configs.memory.knnlm:
         begin_search(configs.knn.search_on)
+    begin_manifest(configs)
 
-    from fairseq.evaluation.outputs import print_report, write_outputs
     from fairseq.evaluation.run import run_evaluation
 
     evaluation, report, figures = run_evaluation(configs)

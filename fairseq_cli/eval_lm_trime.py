@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fairseq.evaluation.memories import check_trime
+from fairseq.evaluation.outputs import begin_manifest, print_report, write_outputs
 from fairseq.memory.index.sharded.early import begin_search
 from fairseq.options import evaluation_configs, parse_eval_lm
 from fairseq_cli.entry import run
@@ -16,8 +17,8 @@ def main(argv: Sequence[str]) -> None:
     check_trime(configs)
     if configs.trime is not None and configs.trime.use_external:
         begin_search(configs.knn.search_on)
+    begin_manifest(configs)
 
-    from fairseq.evaluation.outputs import print_report, write_outputs
     from fairseq.evaluation.run import run_evaluation
 
     evaluation, report, figures = run_evaluation(configs)

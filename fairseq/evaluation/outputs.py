@@ -91,6 +91,18 @@ def _default_manifest(configs: EvaluationConfigs) -> str | None:
     return os.path.join(folder, "runs", f"{name}-{config.gen_subset}-{key}.run.json")
 
 
+def begin_manifest(configs: EvaluationConfigs) -> None:
+    """Take the digests of the large inputs while the program still loads; see ``runtime.manifest.begin_digests``."""
+    from fairseq.memory.datastore.layout import KEY_DTYPES, StoreFiles
+    from fairseq.runtime.manifest import begin_digests
+
+    knn, paths = configs.knn, str(configs.evaluation.path).split(":")
+    if knn.dstore_filename:
+        names = [StoreFiles.of(knn.dstore_filename, dtype) for dtype in KEY_DTYPES]
+        paths += [str(path) for each in names for path in (each.keys, each.values)]
+    begin_digests(path for path in dict.fromkeys([*paths, knn.indexfile]) if path and os.path.isfile(path))
+
+
 def write_evaluation_manifest(
     configs: EvaluationConfigs, evaluation: Evaluation, path: str | None, figures: dict[str, Any]
 ) -> None:

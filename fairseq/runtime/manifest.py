@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -11,7 +12,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _WHOLE_FILE_LIMIT = 1 << 30
 _SAMPLED_BYTES = 1 << 20
+_CHUNK_BYTES = 8 << 20  # a thread that shares the interpreter waits up to 5 ms for it after each
 _DISTRIBUTIONS = ("fairseq-memory", "torch", "numpy", "faiss-cpu", "lightning")
 
 
@@ -46,14 +50,57 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         if size <= _WHOLE_FILE_LIMIT:
-            while chunk := file.read(_SAMPLED_BYTES):
-                digest.update(chunk)
+            chunk = memoryview(bytearray(min(size, _CHUNK_BYTES) or 1))
+            while count := file.readinto(chunk):
+                digest.update(chunk[:count])
             return f"sha256:{digest.hexdigest()}"
         digest.update(str(size).encode())
         digest.update(file.read(_SAMPLED_BYTES))
         file.seek(-_SAMPLED_BYTES, os.SEEK_END)
         digest.update(file.read(_SAMPLED_BYTES))
     return f"sha256-of-size-and-ends:{digest.hexdigest()}"
+
+
+def begin_digests(paths: Iterable[str | os.PathLike[str]]) -> None:
+    """Take digests of a run's inputs in the background, for :func:`write_manifest` of this process.
+
+    To be called before PyTorch is imported, which takes one core longer than 1 GB of files takes another. What cannot
+    be read is passed over.
+    """
+    begun = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            key, future = _state(path), Future[str]()
+            _DIGESTS[key] = future
+            begun.append((path, key, future))
+    threading.Thread(target=_take_digests, args=(begun,), daemon=True).start()
+
+
+_DIGESTS: dict[tuple[str, int, int, int], Future[str]] = {}
+
+
+def _state(path: str | os.PathLike[str]) -> tuple[str, int, int, int]:
+    """What changes where a file is replaced or written."""
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _take_digests(begun: list[tuple[str | os.PathLike[str], tuple[str, int, int, int], Future[str]]]) -> None:
+    for path, key, future in begun:
+        digest = ""
+        try:
+            digest = file_digest(path)
+            digest = digest if _state(path) == key else ""
+        except OSError as error:
+            logger.debug("%s cannot be read yet: %s", path, error)
+        finally:  # somebody waits for it
+            future.set_result(digest)
+
+
+def _input_digest(path: str | os.PathLike[str]) -> str:
+    """:func:`file_digest`, or what :func:`begin_digests` has found for the same file."""
+    begun = _DIGESTS.get(_state(path))
+    return (begun.result() if begun is not None else "") or file_digest(path)
 
 
 def write_manifest(
@@ -79,7 +126,7 @@ def write_manifest(
         "config": config,
         "seed": seed,
         "figures": figures,
-        "inputs": {str(i): {"bytes": os.path.getsize(i), "digest": file_digest(i)} for i in inputs},
+        "inputs": {str(i): {"bytes": os.path.getsize(i), "digest": _input_digest(i)} for i in inputs},
         "versions": {"python": platform.python_version()} | _versions(),
         "commit": _commit(),
         "hardware": hardware_facts(),

@@ -113,11 +113,19 @@ class ObjectPool(Generic[T]):
     @contextmanager
     def borrow(self) -> Iterator[T]:
         """An object that no other task uses while the block runs."""
-        try:
-            item = self._idle.pop()
-        except IndexError:  # a check first would race: another thread may pop in between
-            item = self._make()
+        item = self.take()
         yield item
+        self.put(item)
+
+    def take(self) -> T:
+        """An object that no other task uses until it is put back: :meth:`borrow` where a generator takes too long."""
+        try:
+            return self._idle.pop()
+        except IndexError:  # a check first would race: another thread may pop in between
+            return self._make()
+
+    def put(self, item: T) -> None:
+        """Let others use an object that was taken."""
         self._idle.append(item)
 
 

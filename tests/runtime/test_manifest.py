@@ -31,6 +31,19 @@ def test_a_manifest_says_how_a_number_came_about(tmp_path: Path) -> None:
     assert set(record["hardware"]["instructions"]) == set(INSTRUCTION_SETS) & cpu_features()
 
 
+def test_digests_from_the_background_are_those_of_the_files_at_the_end(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("kept", "replaced", "empty")]
+    for path, content in zip(paths, (b"a" * 100_000, b"b", b"")):
+        path.write_bytes(content)
+    manifest.begin_digests([*paths, tmp_path / "missing"])
+    os.utime(paths[1], ns=(1, 1))  # so that the next content has another time for certain
+    paths[1].write_bytes(b"c")
+    manifest.write_manifest(tmp_path / "run.json", program="x", argv=[], config={}, figures={}, inputs=paths)
+    inputs = json.loads((tmp_path / "run.json").read_text())["inputs"]
+    for path in paths:
+        assert inputs[str(path)]["digest"] == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
 def test_large_files_are_sampled_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "_WHOLE_FILE_LIMIT", 100)
     monkeypatch.setattr(manifest, "_SAMPLED_BYTES", 10)

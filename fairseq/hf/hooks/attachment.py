@@ -22,7 +22,7 @@ from fairseq.hf.hooks.names import KeyType
 from fairseq.hf.hooks.patching import is_running, replace_forward, wrapped
 from fairseq.hf.hooks.protocols import ModelOutput
 from fairseq.hf.hooks.seq2seq import is_seq2seq
-from fairseq.hf.hooks.taps import Tap, find_tap, num_layers, output_embedding
+from fairseq.hf.hooks.taps import LayerField, Tap, find_tap, num_layers, output_embedding
 
 Self = TypeVar("Self", bound="Attachment")
 IGNORED = -100
@@ -124,6 +124,8 @@ class Attachment:
         self._undo = contextlib.ExitStack()
         self._parameters: list[str] = []
         self._num_layers: int | None = None
+        self._layer_field: LayerField | None = None
+        self._has_encoder = False
         self._thread = _PerThread()
         self._lock = threading.RLock()
 
@@ -163,7 +165,8 @@ class Attachment:
         check_can_be_tapped(model)
         tap = find_tap(model, self._kind)
         self._prepare(model, tap)
-        self._parameters, self._num_layers = parameters_of(model), num_layers(model)
+        self._parameters, self._layer_field = parameters_of(model), LayerField.of(model)
+        self._num_layers, self._has_encoder = self._layer_field.num_layers, is_seq2seq(model)
         self._model, self._capture = model, Capture(tap, self._check_passed)
         self._undo.callback(self._capture.remove)
         self._undo.enter_context(running_eagerly(given))
@@ -230,7 +233,7 @@ class Attachment:
         """The model's forward call while this is attached. It stays attached whatever is raised."""
         model, self._thread.is_reached = self._model, True
         # Early exit drafts with the first layers of the model itself: such calls never reach the memory's layer.
-        if model is None or self._thread.is_inside or self._is_idle() or num_layers(model) != self._num_layers:
+        if model is None or self._thread.is_inside or self._is_idle() or not self._runs_all_layers(model):
             return own(*inputs, **named)
         assert self._capture is not None
         self._capture.clear()
@@ -239,7 +242,7 @@ class Attachment:
         try:
             with self._lock:
                 changed = self._changed_call(dict(named))
-            call = ForwardCall(named, self.is_seq2seq, num_cached(cache_of(named)))
+            call = ForwardCall(named, self._has_encoder, num_cached(cache_of(named)))
             output = own(**(changed | {"return_dict": True}))
             with self._lock:
                 output = self._see(call, self._capture, output)
@@ -248,6 +251,11 @@ class Attachment:
         wants_dict = named.get("return_dict")
         wants_dict = getattr(model.config, "return_dict", True) if wants_dict is None else wants_dict
         return output if wants_dict else output.to_tuple()
+
+    def _runs_all_layers(self, model: nn.Module) -> bool:
+        field = self._layer_field
+        now = field.num_layers if field is not None and field.config is model.config else num_layers(model)
+        return now == self._num_layers
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _expect(self, model: nn.Module, inputs: object) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -201,11 +201,30 @@ def _model_type(model: nn.Module) -> str:
 
 def num_layers(model: nn.Module) -> int | None:
     """Decoder layers by the model's config; None where the config has no such field."""
-    config = _text_config(model)
-    for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None
+    return LayerField.of(model).num_layers
+
+
+class LayerField(NamedTuple):
+    """The field of a model's config that says how many decoder layers run."""
+
+    config: Any
+    """The model's."""
+    text_config: Any
+    """Its part for text."""
+    name: str | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> LayerField:
+        """Find it: takes longer than many a small operation of a step of generation."""
+        config = _text_config(model)
+        names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+        found = (name for name in names if isinstance(getattr(config, name, None), int))
+        return cls(model.config, config, next(found, None))
+
+    @property
+    def num_layers(self) -> int | None:
+        """Its value; None where there is none."""
+        return None if self.name is None else int(getattr(self.text_config, self.name))
 
 
 def _hidden_size(model: nn.Module) -> int:

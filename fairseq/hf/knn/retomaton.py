@@ -136,6 +136,10 @@ class RetomatonWrapper(KNNWrapper):
             raise ValueError(_CONTINUOUS_BATCHING)
         return super()._changed_call(named)
 
+    def _mix_step_(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor) -> bool:
+        """Not at all: each step begins with what the last one found."""
+        return False
+
     def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> MixedScores:
         scores_RV, key_RD, rows_N, target_R = self._flat(call, key_BTD, logits_BLV)
         has_memory_R = torch.zeros(len(scores_RV), dtype=torch.bool, device=scores_RV.device)

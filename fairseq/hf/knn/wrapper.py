@@ -30,6 +30,7 @@ from fairseq.memory.types import Candidates
 if TYPE_CHECKING:
     from fairseq.memory.retomaton.automaton import RetomatonStep
 
+_ONE = (1, 1)  # sequences and positions
 _QUERIES_AT_ONCE = 8192
 """Positions that are looked up together: their candidates take 13 bytes x k each."""
 
@@ -201,6 +202,8 @@ class KNNWrapper(Attachment):
     def _see(self, call: ForwardCall, capture: Capture, output: ModelOutput) -> ModelOutput:
         own_BLV = require_logits(output, type(self).__name__)
         key_BTD = capture.take(len(own_BLV))
+        if self._mix_step_(call, key_BTD, own_BLV):
+            return output
         needs_grad = torch.is_grad_enabled() and own_BLV.requires_grad
         with torch.no_grad():
             logits_BLV = own_BLV.detach().clone() if needs_grad else own_BLV.detach().contiguous()
@@ -214,6 +217,20 @@ class KNNWrapper(Attachment):
         count = call.named.get("num_items_in_batch")
         loss = -logp_N.sum() / (len(logp_N) if count is None else torch.as_tensor(count, device=logp_N.device))
         return type(output)(**(dict(output) | {"loss": loss, "logits": logits_BLV}))
+
+    def _mix_step_(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor) -> bool:
+        """Mix into the scores of a step of generation, in place, without the operations that other calls need.
+
+        Returns: False for other calls, and where it is not possible; the scores are then as they were.
+        """
+        if key_BTD.shape[:2] != _ONE or logits_BLV.shape[:2] != _ONE or logits_BLV.requires_grad:
+            return False
+        if call.named.get("labels") is not None or call.named.get("shift_labels") is not None:
+            return False
+        is_text_BT = call.is_text(1)
+        if is_text_BT is not None and not is_text_BT:
+            return False
+        return self._mixer.mix_nearest_(logits_BLV[0], key_BTD[0], self.memory)
 
     def _mix(self, call: ForwardCall, key_BTD: Tensor, logits_BLV: Tensor, output: ModelOutput) -> MixedScores:
         """Turn logits into log-probabilities, in place.

@@ -20,7 +20,7 @@ from fairseq.memory.log_space import log_add
 from fairseq.memory.scoring import LOWEST, check_temperature, check_weight, masked_logsumexp
 from fairseq.memory.similarity import normalized
 from fairseq.memory.sources.external import ExternalMemory
-from fairseq.memory.types import Candidates, Metric
+from fairseq.memory.types import Array, Candidates, Metric
 
 _CHUNK_NUMBERS = 1 << 20  # scores worked on at a time: 4 MB in float32
 
@@ -73,6 +73,11 @@ class FixedWeighting:
     def log_left(self) -> float:
         """Log of what the model's distribution keeps."""
         return math.log1p(-self.weight) if self.weight < 1.0 else -math.inf
+
+    @functools.cached_property
+    def for_kernels(self) -> tuple[np.float32, ...]:
+        """Temperature, weight, log of what is left, and the lowest score, as kernels take them."""
+        return tuple(np.float32(x) for x in (self.temperature, self.weight, self.log_left, LOWEST))
 
     def __call__(self, norm_C: Tensor, logp_CV: Tensor, found: Candidates) -> Weights:
         """See ``Weighting``."""
@@ -184,27 +189,25 @@ class VocabularyMixer:
         weighting, one = self.weighting, memory.search_of_one()
         if one is None or not isinstance(weighting, FixedWeighting):
             return False
-        if scores_1V.dtype is not torch.float32 or scores_1V.device.type != "cpu" or not scores_1V.is_contiguous():
+        if not scores_1V.is_cpu or scores_1V.dtype is not torch.float32:
             return False
-        check_queries(query_1D, memory.index.dim)
-        if not len(scores_1V) == len(query_1D) == 1:
+        scores, query = scores_1V.numpy(), _as_query(query_1D, memory.index.metric)
+        if query.ndim != 2 or query.shape[1] != one.dim:
+            check_queries(query_1D, one.dim)
+        if not len(scores) == len(query) == 1 or not scores.flags.c_contiguous:
             return False
-        query_1D = query_1D if query_1D.dtype is torch.float32 else query_1D.float()
-        query_1D = normalized(query_1D) if memory.index.metric is Metric.COS else query_1D
-        query = np.ascontiguousarray(query_1D.detach().numpy(force=True))
-        log_left = np.float32(weighting.log_left)
-        mixing = (np.float32(weighting.temperature), np.float32(weighting.weight), log_left, np.float32(LOWEST))
-        outs = (scores_1V.numpy(), self._zeros(scores_1V).numpy()[0])
         kernel, unprepared = _nearest_kernel(one.search.bytes)
-        with one.search.opened_for_one(memory.k) as given:
-            strangers = kernel(query, *given, one.value_R, *mixing, *outs)
-            if strangers == unprepared:
-                one.search.prepare_nearest(query)
-                strangers = kernel(query, *given, one.value_R, *mixing, *outs)
-        if strangers < 0:
-            return False
-        _check_strangers(strangers, scores_1V.shape[1])
-        return True
+        rooms = one.search.rooms()
+        room = rooms.take()
+        given = (query, *room.arguments(one.search, memory.k), one.value_R, *weighting.for_kernels)
+        strangers = kernel(*given, scores, room.zeros(scores.shape[1]))
+        if strangers == unprepared:
+            one.search.prepare_nearest(query)
+            strangers = kernel(*given, scores, room.zeros(scores.shape[1]))
+        rooms.put(room)
+        if strangers > 0:
+            _check_strangers(strangers, scores.shape[1])
+        return bool(strangers == 0)
 
     def _mix_chunk_(self, logp_CV: Tensor, found: Candidates, keeps_all: bool) -> None:
         values_CM, keep_CM = found.values_NM, None if keeps_all else found.keep_NM
@@ -271,6 +274,14 @@ class VocabularyMixer:
         if held is None or len(held) < count or held.device != like_CV.device:
             held = self._mass_CV = torch.zeros(count, device=like_CV.device)
         return held[:count].view(like_CV.shape)
+
+
+def _as_query(query_1D: Tensor, metric: Metric) -> Array:
+    """A query as kernels take it."""
+    if query_1D.requires_grad or not query_1D.is_cpu or query_1D.dtype is not torch.float32:
+        query_1D = query_1D.detach().float().cpu()
+    query: Array = (normalized(query_1D) if metric is Metric.COS else query_1D).numpy()
+    return query if query.flags.c_contiguous else np.ascontiguousarray(query)
 
 
 @functools.cache

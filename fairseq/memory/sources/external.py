@@ -45,6 +45,8 @@ class SearchOfOne(NamedTuple):
     search: AdcSearch
     value_R: Array
     """int64 token of each row."""
+    dim: int
+    """Width of a query."""
 
 
 class ExternalMemory:
@@ -186,7 +188,7 @@ class ExternalMemory:
             if len(chunks) > 1 or isinstance(chunks[0], np.memmap):
                 return None
             value_R = chunks[0] if self.row_tokens is None else self.row_tokens
-            self._one = SearchOfOne(search, value_R.astype(np.int64, copy=False))
+            self._one = SearchOfOne(search, value_R.astype(np.int64, copy=False), self.index.dim)
         return self._one
 
     def candidates(self, found: Neighbors, device: torch.device | str = "cpu") -> Candidates:

@@ -12,9 +12,7 @@ Shapes: N queries, P lists a query probes, L lists, S groups of scores, K neighb
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,7 +66,7 @@ def residual_centroids(index: SwigIndex) -> Array:
 
 
 @dataclass
-class _Room:
+class SearchRoom:
     """Memory for any query, and for the neighbours of one."""
 
     table: TableRoom
@@ -76,7 +74,24 @@ class _Room:
     selection: SelectionRoom
     single: SingleRoom
     for_one: tuple[Any, ...] = ()
-    """See ``opened_for_one``: to make it anew takes as long as a tenth of a search."""
+    """See :meth:`arguments`: to make it anew takes as long as a tenth of a search."""
+    mass_V: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def arguments(self, search: AdcSearch, k: int) -> tuple[Any, ...]:
+        """What the kernels of ``single_search_kernels`` take after a query that wants ``k`` neighbours."""
+        if self.single.ids_1K.shape[1] != k:
+            ids_1K, scores_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
+            self.single = self.single._replace(ids_1K=ids_1K, scores_1K=scores_1K)
+            self.for_one = (
+                *search.arguments, tuple(self.table), self.byte_2MJ, tuple(self.selection), tuple(self.single)
+            )  # fmt: skip
+        return self.for_one
+
+    def zeros(self, vocabulary: int) -> Array:
+        """Zeros for each type, float32 (V,); whoever uses them leaves them zero."""
+        if len(self.mass_V) != vocabulary:
+            self.mass_V = np.zeros(vocabulary, np.float32)
+        return self.mass_V
 
 
 class AdcSearch:
@@ -132,7 +147,7 @@ class AdcSearch:
         query = np.ascontiguousarray(query_ND.numpy())
         probed_NP = self._nearest_lists(query)
         self._prepare(probed_NP)
-        self._fit_rooms()
+        self.rooms()
         ids_NK, scores_NK = torch.empty((len(query), k), dtype=torch.int64), torch.empty((len(query), k))
         num_rows = int((self._lists.first_L[1:] - self._lists.first_L[:-1])[probed_NP].sum())
         num_tasks = max(1, min(2 * torch.get_num_threads(), num_rows // _ROWS_PER_TASK))
@@ -142,19 +157,18 @@ class AdcSearch:
         run_in_threads(lambda part: self._search(query[part], probed_NP[part], *(x[part] for x in outs)), parts)
         return ids_NK, scores_NK
 
-    @contextmanager
-    def opened_for_one(self, k: int) -> Iterator[tuple[Any, ...]]:
-        """What the kernels of ``single_search_kernels`` take after a query that wants ``k`` neighbours."""
-        self._fit_rooms()
-        with self._rooms.borrow() as room:
-            if room.single.ids_1K.shape[1] != k:
-                ids_1K, scores_1K = np.empty((1, k), np.int64), np.empty((1, k), np.float32)
-                room.single = room.single._replace(ids_1K=ids_1K, scores_1K=scores_1K)
-                room.for_one = (
-                    tuple(self._lists), _NO_CODES if self._codes is None else tuple(self._codes), self._by_distance,
-                    self._is_ready_L, tuple(room.table), room.byte_2MJ, tuple(room.selection), tuple(room.single),
-                )  # fmt: skip
-            yield room.for_one
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernels take of the lists."""
+        codes = _NO_CODES if self._codes is None else tuple(self._codes)
+        return tuple(self._lists), codes, self._by_distance, self._is_ready_L
+
+    def rooms(self) -> ObjectPool[SearchRoom]:
+        """Memory for searches of as many lists as the index probes now."""
+        if self._num_probed != self._index.nprobe:
+            self._num_probed = self._index.nprobe
+            self._rooms = ObjectPool(self._fresh_room)
+        return self._rooms
 
     def prepare_nearest(self, query_ND: Array) -> None:
         """Prepare the lists that queries probe."""
@@ -170,11 +184,6 @@ class AdcSearch:
         share_L, packed_L = np.empty(len(centroid_LD), np.float32), np.empty(len(centroid_LD) + 1, np.int64)
         nearest_lists(query_ND, centroid_LD, self._by_distance, share_L, packed_L, probed_NP)
         return probed_NP
-
-    def _fit_rooms(self) -> None:
-        if self._num_probed != self._index.nprobe:
-            self._num_probed = self._index.nprobe
-            self._rooms = ObjectPool(self._fresh_room)
 
     def _search(self, query_QD: Array, probed_QP: Array, ids_QK: Array, scores_QK: Array) -> None:
         from fairseq.memory.index.lists.adc_kernels import search_tables
@@ -238,7 +247,7 @@ class AdcSearch:
                 largest = np.abs(bias_S[np.isfinite(bias_S)]).max(initial=0.0)
                 codes.bias_1[0] = max(codes.bias_1[0], largest)
 
-    def _fresh_room(self) -> _Room:
+    def _fresh_room(self) -> SearchRoom:
         from fairseq.memory.index.lists.adc_kernels import TableRoom
         from fairseq.memory.index.lists.large_k_kernels import SelectionRoom
         from fairseq.memory.index.lists.single_search_kernels import SingleRoom
@@ -269,7 +278,7 @@ class AdcSearch:
             ids_1K=np.empty((1, 0), np.int64),
             scores_1K=np.empty((1, 0), np.float32),
         )
-        return _Room(table, np.empty((2, *table.table_MJ.shape), np.uint8), selection, single)
+        return SearchRoom(table, np.empty((2, *table.table_MJ.shape), np.uint8), selection, single)
 
     def _fresh_table(self) -> Array:
         parts, _, words = self._lists.words_MEJ.shape

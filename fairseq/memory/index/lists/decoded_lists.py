@@ -18,7 +18,7 @@ from torch import Tensor
 from fairseq.memory.index.faiss_library import SwigIndex, faiss_library, has_byte_codes, search_faiss
 from fairseq.memory.index.kmeans.halving import nearby_order
 from fairseq.memory.index.kmeans.kmeans import Assigner
-from fairseq.memory.index.lists.decoding_kernels import decode_bytes
+from fairseq.memory.index.lists.decoding_kernels import decode_bytes, decode_words
 from fairseq.memory.index.ops.bounded_scores import Rounding, most_steps
 from fairseq.memory.index.ops.kernels import GROUP
 from fairseq.memory.index.ops.products import Products
@@ -94,7 +94,7 @@ class DecodedLists:
         quantizer = faiss.downcast_index(index.quantizer)
         self._has_flat_centroids = isinstance(quantizer, faiss.IndexFlat) and quantizer.metric_type == index.metric_type
         self._nearest = Assigner(self.centroid_LD, Metric.L2 if self.by_distance else Metric.IP)
-        self._decode = _decoder(index, self.centroid_LD)
+        self._write_decoded = _decoder(index, self.centroid_LD)
         self.is_kept = fits_decoded(index, kept_bytes)
         """Decoded lists serve the next bulk."""
         sample_MD, apart_MD = self._sample()
@@ -205,7 +205,7 @@ class DecodedLists:
         at_M = np.arange(wanted) * turn % max(1, size)
         past, end, columns = first + int(self._padded_L[number]), first + wanted, self.columns
         arrays.ids_P[first:end] = self.ids(number)[at_M]
-        arrays.keys_PD[first:end] = self._decoded(number, at_M).numpy()
+        self._write_keys(number, at_M, arrays.keys_PD[first:end])
         if not rounded:
             return
         key_B = arrays.key_B[first * columns : past * columns]
@@ -227,21 +227,22 @@ class DecodedLists:
                 raise ValueError(f"list {number} holds row {row} of {self.num_keys}; the index is damaged: rebuild it")
         return rows
 
-    def _decoded(self, number: int, at_M: Array | None = None) -> Tensor:
-        """Keys of one list, float32 (M, D): those at some places, or all."""
+    def _write_keys(self, number: int, at_M: Array, keys_MD: Array) -> None:
+        """Write the keys at some places of a list, float32 (M, D)."""
         lists = self._index.invlists
         size = lists.list_size(number)
         if not size:
-            return torch.empty(0, self._index.d)
+            return
         codes = faiss_library().rev_swig_ptr(lists.get_codes(number), size * lists.code_size).reshape(size, -1)
-        return self._decode(torch.from_numpy(codes if at_M is None else codes[at_M]), number)
+        self._write_decoded(codes, at_M, number, keys_MD)
 
     def _sample(self) -> tuple[Tensor, Tensor]:
         """Some keys, and the same less the centroids of their lists."""
         numbers = torch.randperm(self._index.nlist, generator=torch.Generator().manual_seed(0)).tolist()
         parts, apart, count = [torch.empty(0, self._index.d)], [torch.empty(0, self._index.d)], 0
         for number in numbers:
-            own_MD = self._decoded(number)[: _SAMPLE_ROWS // 16]
+            own_MD = torch.empty(min(self._index.invlists.list_size(number), _SAMPLE_ROWS // 16), self._index.d)
+            self._write_keys(number, np.arange(len(own_MD)), own_MD.numpy())
             parts.append(own_MD[own_MD.isfinite().all(1)])
             apart.append(parts[-1] - self.centroid_LD[number])
             count += len(parts[-1])
@@ -295,31 +296,30 @@ def _one_thread() -> None:
     faiss_library().omp_set_num_threads(1)
 
 
-def _decoder(index: SwigIndex, centroid_LD: Tensor) -> Callable[[Tensor, int], Tensor]:
-    """What turns the codes of a list, uint8 (M, S), and its number into float32 keys (M, D)."""
+def _decoder(index: SwigIndex, centroid_LD: Tensor) -> Callable[[Array, Array, int, Array], None]:
+    """What writes keys, float32 (M, D), given the codes of a list, uint8, the places of these keys, and its number."""
     faiss = faiss_library()
-    offset_LD = centroid_LD if index.by_residual else torch.zeros_like(centroid_LD)
+    offset_LD = (centroid_LD if index.by_residual else torch.zeros_like(centroid_LD)).numpy()
     if has_byte_codes(index):
         pq = index.pq
-        codewords = torch.from_numpy(faiss.vector_to_array(pq.centroids)).view(pq.M * pq.ksub, pq.dsub)
-        first_of_part = torch.arange(pq.M, dtype=torch.int32) * pq.ksub
+        word_SCW = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
 
-        def decode_words(codes_MS: Tensor, number: int) -> Tensor:
-            places_MS = codes_MS.to(torch.int32) + first_of_part
-            keys_MD = codewords.index_select(0, places_MS.view(-1)).view(len(codes_MS), index.d)
-            return keys_MD + offset_LD[number] if index.by_residual else keys_MD
+        def write_words(codes_MS: Array, at_M: Array, number: int, keys_MD: Array) -> None:
+            decode_words(codes_MS, at_M, word_SCW, offset_LD[number], index.by_residual, keys_MD)
 
-        return decode_words
+        return write_words
     if type(index).__name__ == "IndexIVFFlat":
-        return lambda codes_MS, number: codes_MS.view(torch.float32)
+
+        def write_whole(codes_MS: Array, at_M: Array, number: int, keys_MD: Array) -> None:
+            np.take(codes_MS.view(np.float32), at_M, axis=0, out=keys_MD, mode="clip")  # other modes write it twice
+
+        return write_whole
     # A column's bytes divide the range that training has seen, and stand for the middles of their parts.
     least_D, range_D = faiss.vector_to_array(index.sq.trained).reshape(2, index.d)
     step_D = range_D / np.float32(255)
 
-    def decode(codes_MS: Tensor, number: int) -> Tensor:
-        keys_MD = torch.empty(codes_MS.shape)
-        own = (least_D + np.float32(0.5) * step_D, step_D, offset_LD[number].numpy())
-        decode_bytes(codes_MS.numpy(), *own, keys_MD.numpy())
-        return keys_MD
+    def write_bytes(codes_MS: Array, at_M: Array, number: int, keys_MD: Array) -> None:
+        own = (least_D + np.float32(0.5) * step_D, step_D, offset_LD[number])
+        decode_bytes(codes_MS[at_M], *own, keys_MD)
 
-    return decode
+    return write_bytes

@@ -30,7 +30,7 @@ from typing import Any
 import llvmlite
 import platformdirs
 
-from fairseq.memory.index.ops.numba_library import caching, config, numba
+from fairseq.memory.index.ops.numba_library import caching, config, numba, rtsys
 from fairseq.runtime.atomic_files import may_write_in, naming, writing
 
 logger = logging.getLogger(__name__)
@@ -116,9 +116,13 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
         self._cache_file = _KernelFile(function)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The kernel for these types; None, after a line in the log, where it must be compiled."""
+        """The kernel for these types; None, after a line in the log, where it must be compiled.
+
+        numba would load all that it can compile first (0.2 s), which machine code does not need to run.
+        """
         try:
-            loaded = super().load_overload(sig, target_context)
+            rtsys.initialize(target_context)
+            loaded = self._load_overload(sig, target_context)
         except Exception as error:  # whatever is in the file: it is compiled again, and the file replaced
             logger.debug("a compiled kernel cannot be loaded: %s", error)
             loaded = None

@@ -46,6 +46,7 @@ cgutils: Any = importlib.import_module("numba.core.cgutils")
 config: Any = importlib.import_module("numba.core.config")
 errors: Any = importlib.import_module("numba.core.errors")
 sigutils: Any = importlib.import_module("numba.core.sigutils")
+rtsys: Any = importlib.import_module("numba.core.runtime").rtsys
 types: Any = importlib.import_module("numba.core.types")
 
 
