@@ -20,7 +20,7 @@ from fairseq.generation.beam_search import (
 )
 from fairseq.generation.config import GenerationConfig
 from fairseq.generation.next_token import GenerationMemory, NextToken
-from fairseq.generation.steps.packed_products import PackedProducts
+from fairseq.generation.steps.products import StepProducts
 from fairseq.modules.inference_linear import multiplying_by
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class SequenceGenerator:
             raise ValueError(f"a datastore is of one model, --path names {len(models)}; give that one")
         self.models, self.config, self.memory = list(models), config, memory
         self.eos, self.pad, self.unk = dictionary.eos(), dictionary.pad(), dictionary.unk()
-        self._products = PackedProducts()
+        self._products = StepProducts()
         self.watch: Callable[[Tensor], None] | None = None
         """Is given each step's log-probabilities, (R, V), which it must not change."""
 

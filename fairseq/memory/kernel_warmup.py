@@ -35,6 +35,7 @@ MODULES = (
     "fairseq.data.bm25.kernels",
     "fairseq.generation.steps.attention_kernels",
     "fairseq.generation.steps.packed_kernels",
+    "fairseq.generation.steps.split_kernels",
 )
 """All modules of compiled kernels, those that others call first."""
 

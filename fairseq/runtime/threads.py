@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -146,3 +149,24 @@ class ThreadBuffer:
                 self._local.memory = torch.empty(self._size, dtype=self._dtype)
         memory: Tensor = self._local.memory
         return memory[: rows * cols].view(rows, cols) if rows * cols <= self._size else memory.new_empty(rows, cols)
+
+
+def openmp_team() -> tuple[int, int]:
+    """Address of OpenMP's ``GOMP_parallel`` and how many threads torch may use; one where there is no such OpenMP."""
+    address, threads = _openmp_address(), torch.get_num_threads()
+    return address, threads if address else 1
+
+
+@functools.cache
+def _openmp_address() -> int:
+    """Address of ``GOMP_parallel`` of the OpenMP whose threads torch computes on; 0 where torch has none.
+
+    Its threads are ready within microseconds: they wait for milliseconds after each parallel loop of torch.
+    """
+    if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
+        return 0
+    try:  # a library finds the names of those that it needs, under whatever file names they were loaded
+        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (OSError, AttributeError):  # another system, or another OpenMP
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

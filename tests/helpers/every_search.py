@@ -18,6 +18,7 @@ import torch
 from numba.core import event, sigutils
 
 from fairseq.data.bm25.index import SCORING, Bm25Index
+from fairseq.generation.steps import split_products
 from fairseq.generation.steps.beam_cache import BeamCache
 from fairseq.generation.steps.packed_products import PackedProducts
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
@@ -162,6 +163,7 @@ def _beams() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     PackedProducts()(row_R1C, torch.ones(3, 8), None)
+    split_products.product(torch.ones(2, 32), torch.ones(3, 32), None)
     torch.set_num_threads(threads)
 
 

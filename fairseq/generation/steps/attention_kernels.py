@@ -1,6 +1,6 @@
 """The loops of ``beam_cache.py``, compiled by numba. Import this module where it is used.
 
-Shapes: R rows of texts, T tokens read, N tokens kept, C width of all heads, H heads.
+Shapes: R rows of texts, T tokens read, N tokens kept, C width of all heads, H heads, P threads.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fairseq.generation.steps.team_kernels import run_in_team, take
 from fairseq.memory.index.ops.kernels import FINITE, compiled
 
 
@@ -64,18 +65,44 @@ def _mix(value_NC: Any, token_T: Any, share_HT: Any, out_C: Any) -> None:
                 out_C[i] += a * a_C[i] + b * b_C[i] + c * c_C[i] + d * d_C[i]
 
 
-@compiled("(f4[:,::1], f4[:,::1], f4[:,::1], i4[:,::1], i8, f4[:,::1])")
-def attend(query_RC: Any, key_NC: Any, value_NC: Any, token_RT: Any, num_heads: int, out_RC: Any) -> None:
+@compiled(fastmath=FINITE)
+def _attend_rows(
+    query_RC: Any, key_NC: Any, value_NC: Any, token_RT: Any, share_PHT: Any, next_2: Any, out_RC: Any
+) -> None:
+    """Attend from rows that no other thread takes."""
+    share_HT = share_PHT[take(next_2, 1, 1)]
+    scale = np.float32(1.0) / np.sqrt(np.float32(query_RC.shape[1] // len(share_HT)))
+    while True:
+        r = take(next_2, 0, 1)
+        if r >= len(query_RC):
+            break
+        _score(query_RC[r], key_NC, token_RT[r], scale, share_HT)
+        for h in range(len(share_HT)):
+            _normalize(share_HT[h])
+        out_RC[r] = np.float32(0.0)
+        _mix(value_NC, token_RT[r], share_HT, out_RC[r])
+
+
+@compiled("(f4[:,::1], f4[:,::1], f4[:,::1], i4[:,::1], i8, f4[:,::1], i8, i8)")
+def attend(
+    query_RC: Any,
+    key_NC: Any,
+    value_NC: Any,
+    token_RT: Any,
+    num_heads: int,
+    out_RC: Any,
+    team: int,
+    num_threads: int,
+) -> None:
     """Attention of each row's query to the tokens of its text, head by head.
 
     Args:
         token_RT: which of the tokens kept each row has read.
+        team: address of OpenMP's ``GOMP_parallel``, for more than one thread.
     """
-    scale = np.float32(1.0) / np.sqrt(np.float32(query_RC.shape[1] // num_heads))
-    share_HT = np.empty((num_heads, token_RT.shape[1]), np.float32)
-    for r in range(len(query_RC)):
-        _score(query_RC[r], key_NC, token_RT[r], scale, share_HT)
-        for h in range(num_heads):
-            _normalize(share_HT[h])
-        out_RC[r] = np.float32(0.0)
-        _mix(value_NC, token_RT[r], share_HT, out_RC[r])
+    share_PHT = np.empty((num_threads, num_heads, token_RT.shape[1]), np.float32)
+    next_2 = np.zeros(2, np.int64)
+    if num_threads > 1:
+        run_in_team(_attend_rows, team, num_threads, (query_RC, key_NC, value_NC, token_RT, share_PHT, next_2, out_RC))
+    else:
+        _attend_rows(query_RC, key_NC, value_NC, token_RT, share_PHT, next_2, out_RC)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fairseq.modules.multihead_attention import IncrementalState
+from fairseq.runtime.threads import openmp_team
 
 _ROOM = 4  # steps for which there is room at first; a quarter more whenever it ends
 
@@ -46,7 +47,8 @@ class BeamCache(IncrementalState):
         key_NC, value_NC = self._append(name, key_BTC, value_BTC)
         query_RC, out_RC = query_BTC[:, 0].contiguous(), torch.empty(len(query_BTC), query_BTC.shape[2])
         query, key, value, token, out = (x.numpy() for x in (query_RC, key_NC, value_NC, self._token_RT, out_RC))
-        attention_kernels.attend(query, key, value, token, num_heads, out)
+        team, threads = openmp_team()
+        attention_kernels.attend(query, key, value, token, num_heads, out, team, threads)
         return out_RC[:, None]
 
     def _append(self, name: str, key_BTC: Tensor, value_BTC: Tensor) -> tuple[Tensor, Tensor]:

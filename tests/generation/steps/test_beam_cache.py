@@ -47,3 +47,19 @@ def test_texts_that_end_before_the_first_step_leave_the_others():
         cache.reorder(torch.tensor([1, 3]))
         cache.attend("0", rows, rows, rows, 2)
     assert cache._token_RT.tolist() == [[0], [1]]
+
+
+def test_rows_are_the_same_on_any_number_of_threads():
+    torch.manual_seed(0)
+    rows, before, found = torch.randn(9, 1, 24), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            cache = BeamCache()
+            with torch.inference_mode():
+                cache.attend("0", rows, rows, rows, 2)
+                found.append(cache.attend("0", rows + 1, rows.flip(0), rows * 2, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
