@@ -32,11 +32,12 @@ from fairseq.memory.index.exact import index as exact_index
 from fairseq.memory.index.exact.candidates import TrueScores
 from fairseq.memory.index.exact.index import ExactIndex
 from fairseq.memory.index.faiss.index import FaissIndex
-from fairseq.memory.index.kmeans.kmeans import kmeans
+from fairseq.memory.index.kmeans.kmeans import Assigner, kmeans
 from fairseq.memory.index.lists import adc_search
 from fairseq.memory.index.ops import products
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.clusters import Clusters
+from fairseq.memory.retomaton.walk import walk_text
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.sources.log_sums import RowSums, log_sums
 from fairseq.memory.types import Candidates, Metric, Neighbors
@@ -56,6 +57,7 @@ def run() -> None:
         _exact_searches()
         _list_searches()
         kmeans(_keys(ROWS, DIM), 20, seed=0, iterations=2)
+        Assigner(torch.from_numpy(_keys(20, DIM))).nearest(torch.from_numpy(_keys(ROWS, DIM)), 3)
         _extended_mind()
     _retomaton()
     _mixing()
@@ -105,7 +107,9 @@ def _list_searches() -> None:
         index.search(query_ND[:count], 200)
     rows = len(index)
     store = Datastore("store", ChunkedArray.of(_keys(rows, DIM)), ChunkedArray.of(np.arange(rows) % 20), {})
-    VocabularyMixer(0.3).mix_nearest_(torch.zeros(1, 20), query_ND[:1], ExternalMemory(store, index, 200, "index"))
+    memory = ExternalMemory(store, index, 200, "index")
+    memory.lookup_logp(query_ND, torch.arange(700) % 20, 1.0)
+    VocabularyMixer(0.3).mix_nearest_(torch.zeros(1, 20), query_ND[:1], memory)
     index.score_rows(query_ND[:4], torch.arange(40).view(4, 10))
     in_bytes = faiss.index_factory(DIM, "IVF10,SQ8")
     in_bytes.train(keys)
@@ -142,6 +146,14 @@ def _retomaton() -> None:
         for _ in range(2):
             step = automaton.lookup(query_BD, state)
             state = automaton.follow(step, step.found.values_NM[:, 0])
+    for dtype in (np.int64, np.int32):
+        tokens = Datastore("store", store.keys, ChunkedArray.of(values.astype(dtype)), {})
+        inner = faiss.index_factory(DIM, "IVF4,PQ4np")
+        inner.train(keys)
+        inner.add(keys)
+        automaton = Retomaton(ExternalMemory(tokens, FaissIndex(inner, Metric.L2), 8, "index"))
+        automaton.lookup(query_BD, automaton.start(3))
+        walk_text(automaton, query_BD, torch.arange(3), torch.tensor([3]), 1.0)
 
 
 def _mixing() -> None:

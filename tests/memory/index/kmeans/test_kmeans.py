@@ -97,3 +97,24 @@ def test_samples_and_impossible_numbers():
     for count in (0, 3001):
         with pytest.raises(ValueError, match=f"{count} clusters of 3000 keys; give 1 to 3000"):
             kmeans(KEYS, count, seed=1)
+
+
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.IP])
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_the_nearest_centroids_are_those_of_comparing_all(metric, count, threads, products):
+    draw = torch.Generator().manual_seed(count)
+    centroids_CD, keys_ND = torch.randn(40, 24, generator=draw), 3 * torch.randn(500, 24, generator=draw)
+    centroids_CD[7] = centroids_CD[3]  # of equals the first
+    scores_NC = keys_ND.double() @ centroids_CD.double().T
+    if metric is Metric.L2:
+        scores_NC = -torch.cdist(keys_ND.double(), centroids_CD.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    best_NP = scores_NC.argsort(dim=1, descending=True, stable=True)[:, :count]
+    assert torch.equal(Assigner(centroids_CD, metric).nearest(keys_ND, count), best_NP)
+
+
+def test_keys_that_are_not_finite_or_far_longer_than_others_have_no_nearest_centroids():
+    keys_ND = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    keys_ND[3, 0], keys_ND[5, 1], keys_ND[9] = torch.nan, torch.inf, 1e9
+    near_NP = Assigner(torch.randn(10, 8)).nearest(keys_ND, 4)
+    assert (near_NP < 0).any(1).nonzero()[:, 0].tolist() == [3, 5, 9]
+    assert (near_NP[[3, 5, 9]] == -1).all()

@@ -1,0 +1,58 @@
+"""Neighbours that are handed over part by part are those of a whole search."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.types import Metric
+
+ROWS, DIM = 3000, 16
+
+
+def opened(metric, deleted=()):
+    keys = np.random.default_rng(0).standard_normal((ROWS, DIM), dtype=np.float32)
+    if metric is Metric.COS:
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    kind = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
+    inner = faiss.index_factory(DIM, "IVF20,PQ4np", kind)
+    inner.train(keys)
+    inner.add(keys)
+    index = FaissIndex(inner, metric, deleted=np.asarray(deleted, np.int64))
+    index.set_probe(6)
+    return index
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("k", [200, 700, 2900])
+def test_each_query_has_the_neighbours_of_a_whole_search(metric, k, threads):
+    index, seen = opened(metric, range(0, 60, 3)), {}
+    query_ND = torch.from_numpy(np.random.default_rng(1).standard_normal((400, DIM), dtype=np.float32))
+
+    def take(numbers_Q, ids_QK, scores_QK):
+        for number, ids_K, scores_K in zip(numbers_Q.tolist(), ids_QK, scores_QK):
+            assert number not in seen
+            seen[number] = sorted(zip((-scores_K).tolist(), ids_K.tolist()))
+
+    assert index.search_in_parts(query_ND, k, take)
+    whole = index.search(query_ND, k)
+    assert sorted(seen) == list(range(len(query_ND)))
+    for number, (ids_K, scores_K) in enumerate(zip(whole.ids_NK.tolist(), whole.scores_NK.neg().tolist())):
+        assert seen[number] == sorted(zip(scores_K, ids_K))
+
+
+def test_few_queries_are_not_searched_by_parts():
+    query_ND = torch.zeros(3, DIM)
+    assert not opened(Metric.L2).search_in_parts(query_ND, 60, lambda *_: pytest.fail("nothing is searched"))
+
+
+def test_rows_that_an_index_cannot_have_are_reported():
+    index = opened(Metric.L2)
+    index.set_probe(20)
+    lists = faiss.downcast_InvertedLists(index.inner.invlists)
+    faiss.rev_swig_ptr(lists.get_ids(4), lists.list_size(4))[0] = ROWS + 7
+    with pytest.raises(ValueError, match=f"list 4 holds row {ROWS + 7} of {ROWS}; the index is damaged: rebuild it"):
+        index.search(torch.zeros(400, DIM), 200)
