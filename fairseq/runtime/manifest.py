@@ -77,6 +77,8 @@ def begin_digests(paths: Iterable[str | os.PathLike[str]]) -> None:
 
 
 _DIGESTS: dict[tuple[str, int, int, int], Future[str]] = {}
+if hasattr(os, "register_at_fork"):  # a forked process does not have the thread that takes them
+    os.register_at_fork(after_in_child=_DIGESTS.clear)
 
 
 def _state(path: str | os.PathLike[str]) -> tuple[str, int, int, int]:

@@ -59,11 +59,13 @@ def map_in_threads(function: Callable[[T], R], tasks: Sequence[T], setup: Callab
 _local = threading.local()
 _pools: dict[tuple[int, Callable[[], None]], ThreadPoolExecutor] = {}
 _pools_lock = threading.Lock()
+_has_team = True
 
 
 def _forget_pools() -> None:
-    """A forked process has the pools, but none of their threads."""
-    global _pools_lock
+    """A forked process has the pools, and OpenMP's team, but none of their threads."""
+    global _pools_lock, _has_team
+    _has_team = False
     _pools.clear()
     _pools_lock = threading.Lock()
     _local.is_worker = False
@@ -152,8 +154,11 @@ class ThreadBuffer:
 
 
 def openmp_team() -> tuple[int, int]:
-    """Address of OpenMP's ``GOMP_parallel`` and how many threads torch may use; one where there is no such OpenMP."""
-    address, threads = _openmp_address(), torch.get_num_threads()
+    """Address of OpenMP's ``GOMP_parallel`` and how many threads torch may use; one where there is no such OpenMP.
+
+    One in a forked process, too, where a team would wait for threads that only its parent has.
+    """
+    address, threads = _openmp_address() if _has_team else 0, torch.get_num_threads()
     return address, threads if address else 1
 
 

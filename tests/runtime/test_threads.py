@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 
+import pytest
 import torch
 
-from fairseq.runtime.threads import ObjectPool, run_in_threads
+from fairseq.runtime.threads import ObjectPool, openmp_team, run_in_threads
 
 
 def test_no_two_tasks_have_the_same_thing(monkeypatch):
@@ -30,3 +32,11 @@ def test_no_two_tasks_have_the_same_thing(monkeypatch):
     assert 1 <= next(numbers) <= 8
     assert most[0] <= 8
     assert not taken
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
+def test_a_forked_process_has_no_team():
+    child = os.fork()
+    if not child:
+        os._exit(openmp_team()[1])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

@@ -35,7 +35,7 @@ from fairseq.memory.types import Array
 from fairseq.runtime.threads import map_in_threads, run_in_threads
 
 TakePart = Callable[[Array, Array, Array], None]
-"""Takes the numbers of some queries, their neighbours' rows and scores, (Q, k), as ``search_in_bulk`` has them.
+"""Takes the numbers of some queries, their neighbours' rows and scores, (Q, k), each query once.
 
 Several threads call it, and the arrays are written over later."""
 
@@ -103,8 +103,8 @@ class _Whole:
         """The rows of two arrays that get the neighbours of some queries, and these arrays."""
         return numbers_Q, self._ids_NK, self._scores_NK
 
-    def written(self, numbers_Q: Array) -> None:
-        """Called when they are there."""
+    def written(self, numbers_Q: Array, is_open_Q: Array) -> None:
+        """Called when they are there; those of open queries will be written again."""
 
 
 class _Parts:
@@ -122,9 +122,10 @@ class _Parts:
             self._own.ids_QK, self._own.scores_QK = np.empty(shape, np.int64), np.empty(shape, np.float32)
         return np.arange(len(numbers_Q)), self._own.ids_QK, self._own.scores_QK
 
-    def written(self, numbers_Q: Array) -> None:
-        """Hand them over."""
-        self._take(numbers_Q, self._own.ids_QK[: len(numbers_Q)], self._own.scores_QK[: len(numbers_Q)])
+    def written(self, numbers_Q: Array, is_open_Q: Array) -> None:
+        """Hand them over, but those of open queries."""
+        own = numbers_Q, self._own.ids_QK[: len(numbers_Q)], self._own.scores_QK[: len(numbers_Q)]
+        self._take(*((each[~is_open_Q] for each in own) if is_open_Q.any() else own))
 
 
 class _BulkSearch:
@@ -216,16 +217,13 @@ class _Group:
             order = memory[len(pairs) : 2 * len(pairs)].view(np.int64).reshape(count, room)
         self._order_NC = np.empty((count, 0), np.int64) if order is None else order
         self._cursor_N = np.zeros(count, np.int64)
-        # Queries that follow each other are not copied.
-        follow = count > 0 and numbers[-1] - numbers[0] == count - 1
-        own = slice(numbers[0], numbers[-1] + 1) if follow else numbers
-        self._query_ND = search.query_ND[own]
-        self._visits = self._arranged(own, memory[(1 if order is None else 2) * len(pairs) :])
+        self._query_ND = search.query_ND[numbers]
+        self._visits = self._arranged(memory[(1 if order is None else 2) * len(pairs) :])
 
-    def _arranged(self, own: slice | Array, memory: Array) -> bulk_kernels.BulkVisits:
+    def _arranged(self, memory: Array) -> bulk_kernels.BulkVisits:
         """The visits of lists that have keys, list after list."""
         search, lists = self._search, self._search.lists
-        probed_NP = search.probed_NP[own]
+        probed_NP = search.probed_NP[self._numbers]
         edge_L1, place_NP = np.empty(len(lists) + 1, np.int64), np.empty(probed_NP.shape, np.int64)
         bulk_kernels.arrange_visits(probed_NP, lists.padded_sizes(), edge_L1, place_NP)
         count, columns = int(edge_L1[-1]), lists.columns
@@ -236,7 +234,7 @@ class _Group:
         share_V, slack_V = np.empty(count, np.float32), np.empty(count, np.float32)
         lists_W = (number_W, number_W, np.append(edge_L1[number_W], count))
         visits = bulk_kernels.BulkVisits(*lists_W, query_V, rank_V, share_V, slack_V, row_VE, about_V4)
-        shares = (search.share_NP[own], search.slack_NP[own])
+        shares = (search.share_NP[self._numbers], search.slack_NP[self._numbers])
         bulk_kernels.write_visits(
             self._query_ND, probed_NP, place_NP, *shares, tuple(lists.query_rounding), tuple(visits)
         )
@@ -308,7 +306,7 @@ class _Group:
                 score_2Q = packed_QC[:, k - 1 : k + 1].T >> 32
                 is_tied_Q = (score_2Q[0] == score_2Q[1]) & (packed_QC[:, k] != NOTHING)
                 self._settle(np.flatnonzero(is_tied_Q) + first, ids_NK)
-            out.written(numbers)
+            out.written(numbers, self._candidates.is_open_N[part])
 
     def _settle(self, tied_H: Array, ids_NK: Array) -> None:
         """Of keys that tie at place k take those that faiss takes."""

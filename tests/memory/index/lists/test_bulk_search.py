@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import faiss
 import numpy as np
@@ -309,3 +310,38 @@ def test_keys_that_are_added_after_a_search_are_found():
     opened.search(query_ND[:1], 100)
     index.add(np.repeat(query_ND[:1].numpy(), 2000, 0))
     assert (opened.search(query_ND[:1], 300).ids_NK[0, :100] >= 3000).all()
+
+
+def test_the_order_of_queries_does_not_matter():
+    draw = np.random.default_rng(0)
+    centre_CD = 20 * np.eye(16, dtype=np.float32)[:4]
+    keys = centre_CD[draw.integers(0, 4, 2000)] + draw.standard_normal((2000, 16), dtype=np.float32)
+    index = faiss.index_factory(16, "IVF4,PQ8np")
+    index.train(keys)
+    index.add(keys)
+    index.nprobe = 4
+    lists = DecodedLists(index, products=products.chosen_tiles())
+    query_ND = torch.from_numpy(centre_CD + np.float32(0.5) * draw.standard_normal((4, 16), dtype=np.float32))
+    whole = as_neighbors(lists, query_ND, 100)
+    for order in itertools.permutations(range(4)):
+        found = as_neighbors(lists, query_ND[list(order)], 100)
+        assert torch.equal(found.ids_NK, whole.ids_NK[list(order)])
+        assert torch.equal(found.scores_NK, whole.scores_NK[list(order)])
+
+
+def test_parts_have_each_query_once_though_some_are_searched_again(monkeypatch):
+    monkeypatch.setattr(bulk_search, "_SURELY", -2.0)  # too few keys reach what is expected
+    index, query_ND = made(3000, 10, Metric.L2)
+    lists, seen, rounds = DecodedLists(index, products=products.chosen_tiles()), [], []
+    run = bulk_search._BulkSearch.run
+    monkeypatch.setattr(
+        bulk_search._BulkSearch, "run", lambda *given, **named: rounds.append(0) or run(*given, **named)
+    )
+
+    def take(numbers_Q, ids_QK, scores_QK):
+        seen.extend(numbers_Q.tolist())
+        assert (ids_QK >= 0).all()
+
+    bulk_search.search_in_parts(lists, query_ND, 100, take)
+    assert sorted(seen) == list(range(len(query_ND)))
+    assert len(rounds) > 1
