@@ -99,21 +99,26 @@ class RetomatonWrapper(KNNWrapper):
     ) -> Tensor:
         """As ``KNNWrapper.target_logp``; sequence after sequence, of ``lengths_B`` positions each (by default one)."""
         lm_logp_N, target_N = lm_logp_N.float().cpu(), target_N.cpu()
-        memory_logp_N, has_memory_N = torch.empty_like(lm_logp_N), torch.zeros(len(lm_logp_N), dtype=torch.bool)
+        lengths_B = torch.tensor([len(key_ND)]) if lengths_B is None else lengths_B
+        if self.record is None and self._pays_ahead(len(key_ND)) and can_walk(self.automaton):
+            sums, num_searched = walk_text(self.automaton, key_ND, target_N, lengths_B, self.knn_temp)
+            self.num_positions, self.num_searched = self.num_positions + len(key_ND), self.num_searched + num_searched
+            memory_logp_N, has_memory_N = log_share(sums.hit_N, sums.whole_N), sums.whole_N != -torch.inf
+        else:
+            memory_logp_N, has_memory_N = self._read_logp(key_ND.cpu(), target_N, lengths_B)
+        return torch.where(has_memory_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
+
+    def _read_logp(self, key_ND: Tensor, target_N: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What the candidates alone give to the targets, and whether there are any, position by position."""
+        memory_logp_N, has_memory_N = torch.empty(len(key_ND)), torch.zeros(len(key_ND), dtype=torch.bool)
 
         def use(place_B: Tensor, candidates: Candidates) -> None:
             sums = log_sums(candidates, target_N[place_B], self.knn_temp)
             memory_logp_N[place_B] = log_share(sums.hit_N, sums.whole_N)
             has_memory_N[place_B] = candidates.keep_NM.any(1)
 
-        lengths_B = torch.tensor([len(key_ND)]) if lengths_B is None else lengths_B
-        if self.record is None and self._pays_ahead(len(key_ND)) and can_walk(self.automaton):
-            sums, num_searched = walk_text(self.automaton, key_ND, target_N, lengths_B, self.knn_temp)
-            self.num_positions, self.num_searched = self.num_positions + len(key_ND), self.num_searched + num_searched
-            memory_logp_N, has_memory_N = log_share(sums.hit_N, sums.whole_N), sums.whole_N != -torch.inf
-            return torch.where(has_memory_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
-        self._read(key_ND.cpu(), target_N, lengths_B, use, None, keep=self.record)
-        return torch.where(has_memory_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
+        self._read(key_ND, target_N, lengths_B, use, None, keep=self.record)
+        return memory_logp_N, has_memory_N
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         super()._prepare(model, tap)

@@ -22,7 +22,7 @@ from fairseq.hf.hooks.taps import Tap
 from fairseq.hf.knn.gradient import MixedScores, with_gradient
 from fairseq.hf.knn.stores import MemorySettings, StorePlace, check_fits, open_memory, with_index
 from fairseq.memory.combiners.vocab_mixing import VocabularyMixer
-from fairseq.memory.scoring import check_weight, interpolate, knn_logp
+from fairseq.memory.scoring import check_weight, interpolate
 from fairseq.memory.sources.config import check_search_on
 from fairseq.memory.sources.external import ExternalMemory
 from fairseq.memory.types import Candidates
@@ -149,21 +149,8 @@ class KNNWrapper(Attachment):
             lengths_B: positions per sequence; ignored here.
         """
         key_ND, lm_logp_N, target_N = key_ND.cpu(), lm_logp_N.cpu(), target_N.cpu()
-        if self.record is None:
-            found_N, memory_logp_N = self.memory.lookup_logp(key_ND, target_N, self.knn_temp)
-        else:
-            found_N, memory_logp_N = self._recorded(self.record, key_ND, target_N)
+        found_N, memory_logp_N = self.memory.lookup_logp(key_ND, target_N, self.knn_temp, self.record)
         return torch.where(found_N, interpolate(lm_logp_N, memory_logp_N, self.lmbda), lm_logp_N)
-
-    def _recorded(self, record: Record, key_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``ExternalMemory.lookup_logp``, where somebody looks at the neighbours."""
-        logp_N, found_N = torch.empty(len(key_ND)), torch.empty(len(key_ND), dtype=torch.bool)
-        for rows in torch.split(torch.arange(len(key_ND)), _QUERIES_AT_ONCE):
-            found = self.memory.lookup(key_ND[rows])
-            record(rows, found)
-            logp_N[rows] = knn_logp(found, target_N[rows], self.knn_temp)
-            found_N[rows] = found.keep_NM.any(1)
-        return found_N, logp_N
 
     def _prepare(self, model: nn.Module, tap: Tap) -> None:
         folder, rows, dim, indexfile = self._place

@@ -203,8 +203,6 @@ class Retomaton:
         active = tuple(x.contiguous().numpy() for x in (rows_BP, scores_BP))
         joined = tuple(x.numpy() for x in (rows_BM, scores_BM, values_BM, count_B))
         tokens = self.external.row_tokens
-        if tokens is not None and len(tokens) < len(self.external.index):  # which has grown since
-            tokens = None
         kernels.join(found, active, not self.compat, _NO_TOKENS if tokens is None else tokens, joined)
         most = int(count_B.max()) if count else 0
         if most < width:

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq.memory import scoring
 from fairseq.memory.index.faiss.index import FaissIndex
 from fairseq.memory.index.lists.pq_rescoring import PqScorer
 from fairseq.memory.retomaton.automaton import Retomaton
 from fairseq.memory.retomaton.reader import Places, side_by_side
-from fairseq.memory.similarity import normalized
+from fairseq.memory.sources.log_sums import for_kernels
 from fairseq.memory.types import LogSums, Metric
 from fairseq.runtime.threads import map_in_threads
 
@@ -24,10 +23,10 @@ _PARTS_PER_THREAD = 4  # sequences differ in what they take
 def can_walk(memory: Retomaton) -> bool:
     """True for a memory whose pointers are scored by the codes of an index, and whose tokens are at hand."""
     external = memory.external
-    tokens, index = external.row_tokens, external.index
+    index = external.index
     if memory.compat or memory.no_pointer or external.score != "index" or not isinstance(index, FaissIndex):
         return False
-    return tokens is not None and len(tokens) >= len(index) and isinstance(index.row_scorer, PqScorer)
+    return external.row_tokens is not None and isinstance(index.row_scorer, PqScorer)
 
 
 def walk_text(
@@ -42,14 +41,13 @@ def walk_text(
     """
     from fairseq.memory.retomaton.walk_kernels import walk
 
-    scoring.check_temperature(temperature)
     external, index = memory.external, memory.external.index
     assert isinstance(index, FaissIndex)
     tokens, scorer = external.row_tokens, index.row_scorer
     query_ND = query_ND.detach().float().cpu().contiguous()
-    seen_ND = normalized(query_ND) if index.metric is Metric.COS else query_ND
+    text = tuple(x.contiguous().numpy() for x in (index.as_compared(query_ND), token_N.long()))
     hit_N, whole_N = (np.full(len(query_ND), -np.inf, np.float32) for _ in range(2))
-    numbers = (np.float32(1.0 / temperature), np.float32(scoring.LOWEST), np.float32(scoring.FAR))
+    numbers = for_kernels(temperature)
     starts_B, num_searched = lengths_B.cumsum(0) - lengths_B, 0
     settings = (memory.role_R, memory.clusters, memory.min_knns, memory.max_knns, numbers, (hit_N, whole_N))
     for group in side_by_side(lengths_B, external.k):
@@ -58,9 +56,8 @@ def walk_text(
         found = tuple(x.contiguous().numpy() for x in (at_N, neighbors.ids_NK, neighbors.scores_NK))
 
         def read(part: Tensor) -> int:
-            own = (places.starts_B[part], places.lengths_B[part], seen_ND, token_N.long())  # noqa: B023
-            text = tuple(x.contiguous().numpy() for x in own)
-            return walk(text, found, scorer.coded, index.metric is Metric.L2, tokens, *settings)  # noqa: B023
+            own = (places.starts_B[part].numpy(), places.lengths_B[part].numpy(), *text)  # noqa: B023
+            return walk(own, found, scorer.coded, index.metric is Metric.L2, tokens, *settings)  # noqa: B023
 
         count = min(len(group), _PARTS_PER_THREAD * torch.get_num_threads())
         num_searched += sum(map_in_threads(read, [torch.arange(i, len(group), count) for i in range(count)]))

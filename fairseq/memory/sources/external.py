@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_QUERIES_AT_ONCE = 8192
+_QUERIES_AT_ONCE = 8192  # their candidates take 13 bytes x k each
+See = Callable[[Tensor, Candidates], None]
 _COPIED_BYTES = 256 << 20  # of a store's tokens
 
 SCORES = ("recompute", "index", "dot")
@@ -132,14 +133,19 @@ class ExternalMemory:
         logger.info("%d lookups: %.2fs search, %.2fs values", len(query_ND), searched - started, ended - searched)
         return candidates
 
-    def lookup_logp(self, query_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def lookup_logp(
+        self, query_ND: Tensor, target_N: Tensor, temperature: float, see: See | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Whether N positions have neighbours, and the log-probability that these give to the targets, on the CPU.
 
         It is ``scoring.knn_logp`` of :meth:`lookup`, to float32 rounding, without the neighbours and their tokens.
+
+        Args:
+            see: is given some of the positions, by their numbers, and their candidates, which are then made.
         """
         value_R, target_N = self.row_tokens, target_N.cpu()
-        if value_R is None or len(value_R) < len(self.index):  # which has grown since
-            return self._logp_of_candidates(query_ND, target_N, temperature)
+        if value_R is None or see is not None:
+            return self._logp_of_candidates(query_ND, target_N, temperature, see)
         collected = RowSums(value_R, target_N, temperature)
         index = self.index if self.score == "index" else None
         if not isinstance(index, FaissIndex) or not index.search_in_parts(query_ND, self.k, collected.take):
@@ -148,16 +154,28 @@ class ExternalMemory:
         sums = collected.sums
         return sums.whole_N != -torch.inf, scoring.log_share(sums.hit_N, sums.whole_N)
 
-    def _logp_of_candidates(self, query_ND: Tensor, target_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _logp_of_candidates(
+        self, query_ND: Tensor, target_N: Tensor, temperature: float, see: See | None
+    ) -> tuple[Tensor, Tensor]:
         logp_N, found_N = torch.empty(len(query_ND)), torch.empty(len(query_ND), dtype=torch.bool)
         for part in _parts(len(query_ND)):
             found = self.candidates(self.neighbors(query_ND[part]))
             logp_N[part] = scoring.knn_logp(found, target_N[part], temperature)
             found_N[part] = found.keep_NM.any(1)
+            if see is not None:
+                see(torch.arange(part.start, part.start + len(found.keep_NM)), found)
         return found_N, logp_N
 
-    @functools.cached_property
+    @property
     def row_tokens(self) -> Array | None:
+        """Tokens of all rows that the index may find, int64 or int32 (R,), as kernels take them.
+
+        None if they would have to be copied and are too many for that, or the index has grown since.
+        """
+        return None if self._tokens is None or len(self._tokens) < len(self.index) else self._tokens
+
+    @functools.cached_property
+    def _tokens(self) -> Array | None:
         """Tokens of all rows, as kernels take them; None if they would have to be copied and are too many for that."""
         values = self.store.values
         in_place = len(values.chunks) == 1 and values.dtype in ("int64", "int32")
@@ -187,7 +205,7 @@ class ExternalMemory:
             chunks = self.store.values.chunks
             if len(chunks) > 1 or isinstance(chunks[0], np.memmap):
                 return None
-            value_R = chunks[0] if self.row_tokens is None else self.row_tokens
+            value_R = chunks[0] if self._tokens is None else self._tokens
             self._one = SearchOfOne(search, value_R.astype(np.int64, copy=False), self.index.dim)
         return self._one
 

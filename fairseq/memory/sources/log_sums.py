@@ -27,7 +27,6 @@ def log_sums(found: Candidates, target_N: Tensor, temperature: float, before: Lo
     scores_NM = found.scores_NM
     if scores_NM.requires_grad or scores_NM.dtype != torch.float32 or scores_NM.device.type != "cpu":
         return scoring.log_sums(found, target_N, temperature).plus(before)
-    scoring.check_temperature(temperature)
     from fairseq.memory.sources.log_sum_kernels import add_candidates
 
     if before is None:
@@ -42,13 +41,17 @@ def log_sums(found: Candidates, target_N: Tensor, temperature: float, before: Lo
         keep_NM.contiguous().numpy(),
         found.values_NM.int().contiguous().numpy(),
         target_N.int().numpy(),
-        np.float32(1.0 / temperature),
-        np.float32(scoring.LOWEST),
-        np.float32(scoring.FAR),
+        *for_kernels(temperature),
         hit_N,
         whole_N,
     )
     return LogSums(torch.from_numpy(hit_N), torch.from_numpy(whole_N))
+
+
+def for_kernels(temperature: float) -> tuple[np.float32, np.float32, np.float32]:
+    """Scale, lowest and far, as the kernels of sums take them. Raises: ValueError if temperature <= 0."""
+    scoring.check_temperature(temperature)
+    return np.float32(1.0 / temperature), np.float32(scoring.LOWEST), np.float32(scoring.FAR)
 
 
 class RowSums:
@@ -59,10 +62,9 @@ class RowSums:
 
         value_R: tokens of all rows of the store, int64 or int32, writable (as numba's kernels are declared).
         """
-        scoring.check_temperature(temperature)
+        self._numbers = for_kernels(temperature)
         self._value_R, self._target_N = value_R, target_N.int().numpy()
         self._hit_N, self._whole_N = (np.full(len(target_N), -np.inf, np.float32) for _ in range(2))
-        self._numbers = (np.float32(1.0 / temperature), np.float32(scoring.LOWEST), np.float32(scoring.FAR))
 
     def take(self, numbers: slice | Array, ids_QK: Array, scores_QK: Array) -> None:
         """Add the neighbours of some positions, with the calling thread."""

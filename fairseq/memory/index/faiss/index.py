@@ -231,12 +231,18 @@ class FaissIndex:
         query_ND = self._as_searched(query_ND, k)
         if choose_strategy(self._traits(), len(query_ND), k) is not SearchStrategy.LARGE_K_IN_BULK:
             return False
-
         search_in_parts(self._decoded_lists(), query_ND, k, take)
         return True
 
     def _as_searched(self, query_ND: Tensor, k: int) -> Tensor:
         check_k(k, self.num_alive)
+        return self.as_compared(query_ND)
+
+    def as_compared(self, query_ND: Tensor) -> Tensor:
+        """Queries as they are compared with keys: float32 on the CPU, for the cosine of length one.
+
+        Raises: ValueError if the width does not fit.
+        """
         check_queries(query_ND, self.dim)
         query_ND = query_ND.detach().float().cpu()
         return normalized(query_ND) if self.metric is Metric.COS else query_ND
@@ -269,14 +275,12 @@ class FaissIndex:
 
         Raises: ValueError when this kind of index does not give its keys back.
         """
-        check_queries(query_ND, self.dim)
-        query_ND = query_ND.detach().float().cpu()
-        scores_NM: Tensor = self.row_scorer(normalized(query_ND) if self.metric is Metric.COS else query_ND, ids_NM)
+        scores_NM: Tensor = self.row_scorer(self.as_compared(query_ND), ids_NM)
         return scores_NM
 
     @property
     def row_scorer(self) -> Any:
-        """What scores rows for queries, which for the cosine have length one. Raises: as :meth:`score_rows`."""
+        """What scores rows for queries of :meth:`as_compared`. Raises: as :meth:`score_rows`."""
         if self._rows is None:
             self._rows = row_scorer(self.inner, by_distance=self.metric is Metric.L2)
         return self._rows

@@ -102,7 +102,7 @@ def pack_nearest(
     raw_QM: Any, about_Q4: Any, about: Any, keys_QD: Any, centroids_CD: Any, by_distance: bool, wanted: int,
     packed_QC: Any,
 ) -> int:  # fmt: skip
-    """Write each key's ``wanted`` nearest centroids, and few more, as packed neighbours (``large_k_kernels.pack``).
+    """Write each key's ``wanted`` nearest centroids, and few more, as packed neighbours (``ops.kernels.pack``).
 
     Args:
         raw_QM: as in :func:`nearest`.
