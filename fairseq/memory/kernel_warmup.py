@@ -12,6 +12,7 @@ MODULES = (
     "fairseq.memory.index.ops.kernels",
     "fairseq.memory.index.ops.rounding_kernels",
     "fairseq.memory.index.kmeans.kernels",
+    "fairseq.memory.index.candidates.best_kernels",
     "fairseq.memory.index.candidates.kernels",
     "fairseq.memory.index.exact.kernels",
     "fairseq.memory.index.exact.streamed_kernels",

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from fairseq.memory.index.candidates.append_kernels import append_vectors, keep_vectors, num_bits, packs_vectors
-from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled
+from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled, kth_largest
 from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import lowest_bit
 
 _FEW = 4 if packs_vectors() else 64
 """So many keys of a tile take less time one by one than as vectors."""
+_LEAST = np.finfo(np.float32).min
 _PACKED = 16  # candidates that are dropped or kept at a time
 
 
@@ -25,14 +26,41 @@ _PACKED = 16  # candidates that are dropped or kept at a time
 def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width: float) -> tuple[int, float]:
     """Drop candidates that cannot be among the k best. Returns: how many are left, and the risen threshold."""
     threshold = max(threshold, approx_kth_largest(lower_C[:filled], k))
-    lowest = np.float32(threshold - width)
-    if _FEW < 64 and filled + _PACKED <= len(lower_C):
-        return keep_vectors(lower_C, ids_C, filled, lowest), threshold
+    return _kept_from(lower_C, ids_C, filled, np.float32(threshold - width)), threshold
+
+
+@compiled(forceinline=True)
+def _kept_from(score_C: Any, ids_C: Any, filled: int, lowest: Any) -> int:
+    """Keep the candidates whose numbers reach the lowest, in place. Returns: how many these are."""
+    if _FEW < 64 and filled + _PACKED <= len(score_C):
+        vectors: int = keep_vectors(score_C, ids_C, filled, lowest)
+        return vectors
     kept = 0
     for i in range(filled):
-        lower_C[kept], ids_C[kept] = lower_C[i], ids_C[i]
-        kept += lower_C[i] >= lowest
-    return kept, threshold
+        score_C[kept], ids_C[kept] = score_C[i], ids_C[i]
+        kept += score_C[i] >= lowest
+    return kept
+
+
+@compiled()
+def keep_best(score_C: Any, ids_C: Any, filled: int, k: int) -> int:
+    """Keep the k best scored candidates in place, in no order; of equals those with the lowest ids. Returns: how many.
+
+    Scores of minus infinity and NaN are none.
+    """
+    edge = max(kth_largest(score_C[:filled], k), _LEAST)
+    filled = _kept_from(score_C, ids_C, filled, edge)
+    missing = k - filled
+    if missing >= 0:
+        return filled
+    for i in range(filled):
+        missing += score_C[i] == edge
+    ties = np.sort(ids_C[:filled][score_C[:filled] == edge])
+    last, kept = ties[missing - 1], 0
+    for i in range(filled):
+        score_C[kept], ids_C[kept] = score_C[i], ids_C[i]
+        kept += score_C[i] > edge or ids_C[i] <= last
+    return kept
 
 
 # Arrays are handed over one by one: those of a tuple would be counted in and out of use, which takes longer than the

@@ -19,12 +19,10 @@ from fairseq.memory.index.lists.large_k_kernels import unpack_row
 from fairseq.memory.index.ops.kernels import (
     ANY_ORDER,
     LOWEST,
-    NOTHING,
     approx_kth_largest,
     compiled,
     dot,
     neg_sq_l2,
-    pack,
 )
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 from fairseq.memory.index.ops.rounding_kernels import bounds
@@ -40,8 +38,11 @@ from fairseq.memory.index.ops.vector_kernels import count_reaching, fetch
 
 CHUNK_KEYS = 4 * TILE_KEYS
 """Keys for which a query must have room before they are compared with it."""
+SCALE, ZERO, WIDTH, REACH, SHARE, SLACK, QUERY, RANK = range(8)
+"""What is where in ``BulkVisits.about_V8``."""
+ABOUT = 8
 _AHEAD, _FETCHED_LINES = 2, 3
-_FEW_MORE = 8
+_SAMPLED_KEYS = 32  # at a time
 _ROUNDING = np.float32(4e-6)  # of sums in float32 over what they are sums of
 _SMALLEST = np.float32(1e-30)
 
@@ -74,15 +75,14 @@ class BulkVisits(NamedTuple):
     """The same among all lists of the index."""
     edge_W1: Any
     """First visit of each list, and where the last one's end."""
-    query_V: Any
-    rank_V: Any
-    share_V: Any
-    """What all scores of the visit share (see :func:`write_shares`)."""
-    slack_V: Any
     row_VE: Any
     """The query as it is rounded for the list, and behind the last visit so many rows more as a tile has."""
-    about_V4: Any
-    """Step, remainder and width, see ``Rounding.round_queries``, and what a key has to reach."""
+    about_V8: Any
+    """Step, remainder and width, see ``Rounding.round_queries``; what a key has to reach; what all scores of the visit
+    share, and how far that may be off (see :func:`write_shares`). All of a visit together, since it is far from any
+    other that is written, or read, next."""
+    number_V8: Any
+    """The same memory: in its last two columns the query, and which of its lists it is."""
 
 
 class QueryRounding(NamedTuple):
@@ -118,7 +118,7 @@ class BulkCandidates(NamedTuple):
 # Types of a call, for ``compiled``.
 _ABOUT = ", ".join(5 * ["f4[::1]"])
 _KEYS = f"Tuple((i8[::1], i8[::1], i8[:,::1], i1[::1], i4[::1], {_ABOUT}, f4[:,::1], i8[::1]))"
-_VISITS = "Tuple((i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], f4[::1], f4[::1], i1[:,::1], f4[:,::1]))"
+_VISITS = "Tuple((i8[::1], i8[::1], i8[::1], i1[:,::1], f4[:,::1], i4[:,::1]))"
 _ROUNDING_TYPES = "Tuple((f4[:,::1], f4[:,::1], f4[::1]))"
 _CANDIDATES = "Tuple((f4[:,::1], i4[:,::1], i8[::1], f4[::1], f4[::1], f4[::1], i8[::1], b1[::1]))"
 
@@ -216,22 +216,23 @@ def write_visits(
     Query by query: centroids stay in the caches of a core, where all queries would not.
     """
     mean_LD, about_3D, about_4 = rounding
-    _, _, _, query_V, rank_V, share_V, slack_V, row_VE, about_V4 = visits
+    _, _, _, row_VE, about_V8, number_V8 = visits
     ratio, steps, levels, zero = about_4[2], about_4[3], np.int32(about_4[0]), np.int32(about_4[1])
     centred_D, reach_1 = np.empty(query_ND.shape[1], np.float32), np.empty(1, np.int32)
     bits_D, reach_of_1 = centred_D.view(np.int32), reach_1.view(np.float32)
-    row_VE[len(query_V) :] = 0
+    row_VE[len(about_V8) :] = 0
     for n in range(len(place_NP)):
         for p in range(place_NP.shape[1]):
             if place_NP[n, p] < 0:
                 continue
             v, number = np.uint64(place_NP[n, p]), np.uint64(probed_NP[n, p])
-            query_V[v], rank_V[v], share_V[v], slack_V[v] = n, p, share_NP[n, p], slack_NP[n, p]
+            about_V8[v, SHARE], about_V8[v, SLACK] = share_NP[n, p], slack_NP[n, p]
+            number_V8[v, QUERY], number_V8[v, RANK] = n, p
             square, reach_1[0] = _centred(query_ND, np.uint64(n), mean_LD, number, about_3D, centred_D, bits_D)
             step = max(reach_of_1[0], _SMALLEST) / about_4[0]
-            about_V4[v, 0] = step
-            about_V4[v, 1] = _rounded(centred_D, np.float32(1.0) / step, levels, zero, about_3D, row_VE, v)
-            about_V4[v, 2] = steps * np.sqrt(square * ratio * ratio + step * step) + _ROUNDING * np.sqrt(square)
+            about_V8[v, SCALE] = step
+            about_V8[v, ZERO] = _rounded(centred_D, np.float32(1.0) / step, levels, zero, about_3D, row_VE, v)
+            about_V8[v, WIDTH] = steps * np.sqrt(square * ratio * ratio + step * step) + _ROUNDING * np.sqrt(square)
             for e in range(query_ND.shape[1], row_VE.shape[1]):
                 row_VE[v, e] = 0
 
@@ -256,29 +257,30 @@ def sampler(name: str) -> Any:
     ``(visits, keys, candidates, part, share)``: they are that share of each list's keys, its first ones.
     """
     rows = INSTRUCTIONS[name].rows
-    tile = tile_products(name, rows)
+    tile = tile_products(name, rows, _SAMPLED_KEYS)
     prepare_registers, release_registers = tile_registers(name)
 
     def sample(visits: Any, keys: Any, candidates: Any, part: Any, share: float) -> None:
-        list_W, _, edge_W1, query_V, _, share_V, slack_V, row_VE, about_V4 = visits
+        list_W, _, edge_W1, row_VE, about_V8, number_V8 = visits
         first_L, _, turn_L2, key_B, start_P, step_P, weight_P, size_P, bias_P, slack_P, _, _ = keys
         lower_NC, _, filled_N, _, _, _, _, _ = candidates
-        columns, raw_RX = row_VE.shape[1], np.empty((rows, TILE_KEYS), np.int32)
+        columns, raw_RX = row_VE.shape[1], np.empty((rows, _SAMPLED_KEYS), np.int32)
         prepare_registers()
         for w in range(len(list_W)):
             first = first_L[list_W[w]]
             wanted = np.int64(np.rint(share * turn_L2[list_W[w], 0]))
             for start in range(edge_W1[w], edge_W1[w + 1], rows):
                 count = min(rows, edge_W1[w + 1] - start)
-                for key in range(first, first + wanted, TILE_KEYS):
+                for key in range(first, first + wanted, _SAMPLED_KEYS):
                     tile(row_VE, start, key_B, key * columns, columns, start_P, key, raw_RX)
                     for i in range(count):
                         v = start + i
-                        n = query_V[v]
-                        past = min(filled_N[n] + min(TILE_KEYS, first + wanted - key), lower_NC.shape[1])
+                        n = np.int64(number_V8[v, QUERY])
+                        past = min(filled_N[n] + min(_SAMPLED_KEYS, first + wanted - key), lower_NC.shape[1])
                         _write_lower(
-                            raw_RX[i], step_P, weight_P, size_P, bias_P, slack_P, key, about_V4[v, 0], about_V4[v, 1],
-                            about_V4[v, 2], share_V[v], slack_V[v], part, lower_NC[n, filled_N[n] : past],
+                            raw_RX[i], step_P, weight_P, size_P, bias_P, slack_P, key, about_V8[v, SCALE],
+                            about_V8[v, ZERO], about_V8[v, WIDTH], about_V8[v, SHARE], about_V8[v, SLACK], part,
+                            lower_NC[n, filled_N[n] : past],
                         )  # fmt: skip
                         filled_N[n] = past
         release_registers()
@@ -338,11 +340,11 @@ def _raise_threshold(
 def collector(name: str) -> Any:
     """The kernel that collects the keys of some lists that may be among the k best, by an instruction set's tiles."""
     rows, lanes = INSTRUCTIONS[name].rows, max(8, INSTRUCTIONS[name].lanes)
-    tile, reaches = tile_products(name, rows), reaching_keys(lanes, rows)
+    tile, reaches = tile_products(name, rows), reaching_keys(lanes, rows, ABOUT)
     prepare_registers, release_registers = tile_registers(name)
 
     def collect(visits: Any, keys: Any, candidates: Any, k: int, part: Any) -> None:
-        list_W, _, edge_W1, query_V, _, share_V, slack_V, row_VE, about_V4 = visits
+        list_W, _, edge_W1, row_VE, about_V8, number_V8 = visits
         first_L, place_L, _, key_B, start_P, step_P, weight_P, size_P, bias_P, slack_P, _, _ = keys
         lower_NC, place_NC, filled_N, threshold_N, start_N, width_N, check_N, is_open_N = candidates
         columns, room = row_VE.shape[1], lower_NC.shape[1] - CHUNK_KEYS
@@ -356,24 +358,25 @@ def collector(name: str) -> Any:
                 own = (np.int64(1) << count) - 1  # rows behind are of other lists
                 for chunk in range(first, past, CHUNK_KEYS):
                     for v in range(start, start + count):
-                        n = query_V[v]
+                        n = np.int64(number_V8[v, QUERY])
                         if filled_N[n] > min(check_N[n], room):
                             _raise_threshold(
                                 n, k, part, room, lower_NC, place_NC, filled_N, threshold_N, start_N, width_N,
                                 check_N, is_open_N,
                             )  # fmt: skip
-                        about_V4[v, 3] = threshold_N[n] - (share_V[v] + slack_V[v])
+                        about_V8[v, REACH] = threshold_N[n] - (about_V8[v, SHARE] + about_V8[v, SLACK])
                     for key in range(chunk, min(chunk + CHUNK_KEYS, past), TILE_KEYS):
                         tile(row_VE, start, key_B, key * columns, columns, start_P, key, raw_RX)
-                        hits = own & reaches(raw_RX, about_V4, start, step_P, weight_P, size_P, bias_P, key, hit_R)
+                        hits = own & reaches(raw_RX, about_V8, start, step_P, weight_P, size_P, bias_P, key, hit_R)
                         while hits:
                             i = lowest_bit(hits)
                             hits &= hits - 1
                             v = start + i
                             append_expected(
                                 raw_RX[i], hit_R[i], step_P, weight_P, size_P, bias_P, slack_P, key, first_place,
-                                about_V4[v, 0], about_V4[v, 1], about_V4[v, 2], share_V[v], slack_V[v], part,
-                                query_V[v], lower_NC, place_NC, filled_N, width_N,
+                                about_V8[v, SCALE], about_V8[v, ZERO], about_V8[v, WIDTH], about_V8[v, SHARE],
+                                about_V8[v, SLACK], part, np.int64(number_V8[v, QUERY]), lower_NC, place_NC, filled_N,
+                                width_N,
                             )  # fmt: skip
         release_registers()
 
@@ -404,7 +407,7 @@ def score_visits(
         order_NC: gets rank of the list << 32, plus the number in the list: the order in which faiss scans keys. Without
             columns where nobody asks for it.
     """
-    list_W, _, edge_W1, query_V, rank_V, _, _, _, _ = visits
+    list_W, _, edge_W1, _, _, number_V8 = visits
     first_L, place_L, turn_L2, keys_PD, ids_P = keys[0], keys[1], keys[2], keys[10], keys[11]
     score_NC, place_NC, filled_N, _, _, _, _, _ = candidates
     for w in range(len(list_W)):
@@ -412,9 +415,9 @@ def score_visits(
         past_place, shift = first_place + first_L[list_W[w] + 1] - first, first - first_place
         for v in range(edge_W1[w], edge_W1[w + 1]):
             if v + _AHEAD < edge_W1[w + 1]:
-                n = query_V[v + _AHEAD]
+                n = np.int64(number_V8[v + _AHEAD, QUERY])
                 _fetch_candidates(score_NC, place_NC, query_ND, n, cursor_N[n])
-            n = query_V[v]
+            n = np.int64(number_V8[v, QUERY])
             place_C, score_C, query_D = place_NC[n], score_NC[n], query_ND[n]
             begin, end = np.uint64(cursor_N[n]), np.uint64(cursor_N[n])
             while end < np.uint64(filled_N[n]) and first_place <= place_C[end] < past_place:
@@ -437,7 +440,7 @@ def score_visits(
             if order_NC.shape[1]:
                 for c in range(begin, end):
                     number = (place_C[c] - first_place) * turn_L2[list_W[w], 1] % turn_L2[list_W[w], 0]
-                    order_NC[n, c] = (rank_V[v] << 32) + number
+                    order_NC[n, c] = (np.int64(number_V8[v, RANK]) << 32) + number
             for c in range(begin, end):
                 place_C[c] = ids_P[np.uint64(shift + place_C[c])]
 
@@ -463,30 +466,3 @@ def unpack_rows(packed_QC: Any, columns: int, number_Q: Any, ids_NK: Any, scores
     """Turn packed neighbours, sorted, into those of some queries, see ``large_k_kernels.unpack``."""
     for q in range(len(number_Q)):
         unpack_row(packed_QC, q, columns, ids_NK, scores_NK, number_Q[q])
-
-
-@compiled(f"({_CANDIDATES}, i8, i8, i8[:,::1])")
-def pack_best(candidates: Any, first: int, k: int, packed_QC: Any) -> int:
-    """Write the k best scored candidates of some queries, which begin at ``first``, as packed neighbours, and few more.
-
-    Returns: how many of those with most.
-    """
-    score_NC, row_NC, filled_N, _, _, _, _, _ = candidates
-    most, count_Q = 0, np.empty(len(packed_QC), np.int64)
-    for q in range(len(packed_QC)):
-        n, kept = first + q, np.uint64(0)
-        score_C, row_C, packed_C = score_NC[n, : filled_N[n]], row_NC[n], packed_QC[q]
-        if filled_N[n] <= k + k // _FEW_MORE:  # to choose among them takes longer than to sort them
-            for c in range(len(score_C)):
-                packed_C[c] = pack(score_C[c], np.int64(row_C[c]))
-            kept = np.uint64(len(score_C))
-        else:
-            least = approx_kth_largest(score_C, k)
-            for c in range(len(score_C)):
-                packed_C[kept] = pack(score_C[c], np.int64(row_C[c]))
-                kept += np.uint64(not score_C[c] < least)
-        count_Q[q] = np.int64(kept)
-        most = max(most, count_Q[q])
-    for q in range(len(packed_QC)):
-        packed_QC[q, count_Q[q] : most] = NOTHING
-    return most

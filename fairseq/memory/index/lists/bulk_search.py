@@ -20,12 +20,13 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fairseq.memory.index.candidates import best_kernels
 from fairseq.memory.index.candidates.room import capacity
 from fairseq.memory.index.lists import bulk_kernels, tie_kernels
 from fairseq.memory.index.lists.decoded_lists import DecodedLists
@@ -54,6 +55,8 @@ _MORE_ROOM = 8
 _ROWS_BEHIND = 64
 """Rows that a tile may read after the last visit's."""
 _PACKED_QUERIES, _SETTLED_QUERIES = 64, 1024
+_FEWEST = 256
+"""Queries of the last, smallest groups: fewer would pass over the same lists in turn."""
 
 
 def search_in_bulk(
@@ -128,6 +131,18 @@ class _Parts:
         self._take(*((each[~is_open_Q] for each in own) if is_open_Q.any() else own))
 
 
+class _Plan(NamedTuple):
+    """How groups of queries are searched."""
+
+    room: int
+    """Candidates that a query may hold."""
+    part: float
+    """Scores are taken for so far down from their upper bounds to the lower ones, see ``_PART``."""
+    share: float
+    """Of each list's keys, which tells with which threshold to begin; 0 to begin without."""
+    out: _Whole | _Parts
+
+
 class _BulkSearch:
     """Some queries, and which lists they probe."""
 
@@ -158,28 +173,58 @@ class _BulkSearch:
         """
         threads, place_bytes = torch.get_num_threads(), 16 if self.ties_of_faiss else 8
         limit = _ROOM_BYTES if self.lists.is_kept else _DECODING_ROOM_BYTES
-        query_bytes = place_bytes * room + self.probed_NP.shape[1] * (self.lists.columns + 16)
+        query_bytes = place_bytes * room + self.probed_NP.shape[1] * (self.lists.columns + 4 * bulk_kernels.ABOUT)
         rows_bytes = _ROWS_BEHIND * self.lists.columns
         size = max(1, (limit // threads - rows_bytes) // query_bytes)
         rounds = max(1, -(-len(numbers) // (threads * size)))
         size = max(1, -(-len(numbers) // (threads * rounds)))  # as many for each thread in each round
-        parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
         share = self._sampled_share(numbers, room) if expects else 0.0
-        again, part = [], _PART if share else 1.0
-        for first in range(0, len(parts), threads):
-            rooms = self.lists.rooms(threads, size * query_bytes + rows_bytes)
-            given = list(zip(parts[first : first + threads], rooms))
-            groups = list(map_in_threads(lambda each: _Group(self, each[0], room, each[1], part), given))  # noqa: B023
-            if share:
-                self._for_all_lists(groups, functools.partial(_Group.sample, share=share), share=share)
-                run_in_threads(functools.partial(_Group.begin, share=share), groups)
+        plan = _Plan(room, _PART if share else 1.0, share, out)
+        rooms = self.lists.rooms(threads, size * query_bytes + rows_bytes)
+        search = self._each_alone if self.lists.is_kept else self._together
+        again = search(numbers, size, plan, rooms)
+        self.lists.keep_rooms(rooms)
+        return np.concatenate(again) if again else np.empty(0, np.int64)
+
+    def _each_alone(self, numbers: Array, size: int, plan: _Plan, rooms: list[Array]) -> list[Array]:
+        """Search by groups, each from its beginning to its end by one thread. Returns: what each leaves open.
+
+        Groups become smaller towards the end, so that all threads end at nearly the same time.
+        """
+        wanted = np.unique(self.probed_NP[numbers])
+        keys = next(self.lists.batches(wanted[wanted >= 0]))
+        free = list(rooms)
+
+        def search(part: Array) -> Array:
+            memory = free.pop()
+            group = _Group(self, part, plan, memory)
+            if plan.share:
+                group.sample(keys)
+                group.begin()
+            group.collect(keys)
+            group.prune()
+            group.score(keys)
+            group.write_best()
+            free.append(memory)
+            return group.open_numbers()
+
+        return list(map_in_threads(search, _shrinking(numbers, size, len(rooms))))
+
+    def _together(self, numbers: Array, size: int, plan: _Plan, rooms: list[Array]) -> list[Array]:
+        """:meth:`_each_alone`, where as many groups at a time as there are threads share lists that are decoded."""
+        parts, again = [numbers[first : first + size] for first in range(0, len(numbers), size)], []
+        for first in range(0, len(parts), len(rooms)):
+            given = list(zip(parts[first : first + len(rooms)], rooms))
+            groups = list(map_in_threads(lambda each: _Group(self, each[0], plan, each[1]), given))
+            if plan.share:
+                self._for_all_lists(groups, _Group.sample, share=plan.share)
+                run_in_threads(_Group.begin, groups)
             self._for_all_lists(groups, _Group.collect)
             run_in_threads(_Group.prune, groups)
             self._for_all_lists(groups, _Group.score, rounded=False)
-            run_in_threads(functools.partial(_Group.write_best, out=out), groups)
+            run_in_threads(_Group.write_best, groups)
             again += [group.open_numbers() for group in groups]
-            self.lists.keep_rooms(rooms)
-        return np.concatenate(again) if again else np.empty(0, np.int64)
+        return again
 
     def _sampled_share(self, numbers: Array, room: int) -> float:
         """The share of a list's keys that tell the first threshold; 0 where they tell too little."""
@@ -195,11 +240,23 @@ class _BulkSearch:
             run_in_threads(functools.partial(step, keys=keys), groups)
 
 
+def _shrinking(numbers: Array, size: int, threads: int) -> list[Array]:
+    """Parts of at most so many, the last ones for each thread a half of the others, a quarter, and so on."""
+    parts, first = [], 0
+    while first < len(numbers):
+        left = -(-(len(numbers) - first) // (2 * threads))
+        own = min(size, max(left, _FEWEST))
+        parts.append(numbers[first : first + own])
+        first += own
+    return parts
+
+
 class _Group:
     """Some queries and the candidates they hold; one thread works on it at a time."""
 
-    def __init__(self, search: _BulkSearch, numbers: Array, room: int, memory: Array, part: float) -> None:
-        self._search, self._numbers, self._k, self._part = search, numbers, search.k, np.float32(part)
+    def __init__(self, search: _BulkSearch, numbers: Array, plan: _Plan, memory: Array) -> None:
+        self._search, self._numbers, self._k, self._plan = search, numbers, search.k, plan
+        self._part, room = np.float32(plan.part), plan.room
         self._name = search.lists.products.name
         count, pairs = len(numbers), memory[: 8 * len(numbers) * room]
         self._candidates = bulk_kernels.BulkCandidates(
@@ -228,12 +285,11 @@ class _Group:
         bulk_kernels.arrange_visits(probed_NP, lists.padded_sizes(), edge_L1, place_NP)
         count, columns = int(edge_L1[-1]), lists.columns
         number_W = np.flatnonzero(np.diff(edge_L1))
-        about_V4 = memory[: 16 * count].view(np.float32).reshape(count, 4)
-        row_VE = memory[16 * count :][: (count + _ROWS_BEHIND) * columns].view(np.int8).reshape(-1, columns)
-        query_V, rank_V = np.empty(count, np.int64), np.empty(count, np.int64)
-        share_V, slack_V = np.empty(count, np.float32), np.empty(count, np.float32)
+        about_bytes = 4 * bulk_kernels.ABOUT * count
+        about_V8 = memory[:about_bytes].view(np.float32).reshape(count, bulk_kernels.ABOUT)
+        row_VE = memory[about_bytes:][: (count + _ROWS_BEHIND) * columns].view(np.int8).reshape(-1, columns)
         lists_W = (number_W, number_W, np.append(edge_L1[number_W], count))
-        visits = bulk_kernels.BulkVisits(*lists_W, query_V, rank_V, share_V, slack_V, row_VE, about_V4)
+        visits = bulk_kernels.BulkVisits(*lists_W, row_VE, about_V8, about_V8.view(np.int32))
         shares = (search.share_NP[self._numbers], search.slack_NP[self._numbers])
         bulk_kernels.write_visits(
             self._query_ND, probed_NP, place_NP, *shares, tuple(lists.query_rounding), tuple(visits)
@@ -255,13 +311,13 @@ class _Group:
             visits = visits._replace(list_W=np.searchsorted(numbers_L, own), number_W=own, edge_W1=edges)
         return tuple(visits), tuple(keys[1]), tuple(self._candidates)
 
-    def sample(self, keys: tuple[Array, bulk_kernels.BulkKeys], share: float) -> None:
+    def sample(self, keys: tuple[Array, bulk_kernels.BulkKeys]) -> None:
         """Bound the scores of a share of the keys of some lists."""
-        bulk_kernels.sampler(self._name)(*self._with(keys), self._part, share)
+        bulk_kernels.sampler(self._name)(*self._with(keys), self._part, self._plan.share)
 
-    def begin(self, share: float) -> None:
+    def begin(self) -> None:
         """Let queries begin at a threshold that k of all keys reach nearly always, by that share of them."""
-        expected = self._k * share
+        expected = self._k * self._plan.share
         rank = math.ceil(expected + _SURELY * math.sqrt(expected) + _SURELY)
         bulk_kernels.begin_at(tuple(self._candidates), rank)
 
@@ -286,27 +342,39 @@ class _Group:
         self._search.floor_N[numbers] = self._candidates.start_N[is_open_N]
         return numbers
 
-    def write_best(self, out: _Whole | _Parts) -> None:
+    def write_best(self) -> None:
         """Write the k best candidates."""
-        filled_N, k = self._candidates.filled_N, self._k
-        bulk_kernels.check_scored(tuple(self._candidates), k, self._search.lists.by_distance, self._part)
-        for first in range(0, len(filled_N), _PACKED_QUERIES):
-            part = slice(first, first + _PACKED_QUERIES)
-            numbers = self._numbers[part]
-            packed_QC = np.empty((len(numbers), int(filled_N[part].max())), np.int64)
-            most = bulk_kernels.pack_best(tuple(self._candidates), first, k, packed_QC)
-            # NumPy sorts integers, and finds the least of them, with vector instructions.
-            if out.in_order:
-                packed_QC[:, :most].sort(axis=1)
-            elif most > k:
-                packed_QC[:, :most].partition(k - 1, axis=1)
-            row_Q, ids_NK, scores_NK = out.rows(numbers)
-            bulk_kernels.unpack_rows(packed_QC, most, row_Q, ids_NK, scores_NK)
-            if self._search.ties_of_faiss and most > k:
-                score_2Q = packed_QC[:, k - 1 : k + 1].T >> 32
-                is_tied_Q = (score_2Q[0] == score_2Q[1]) & (packed_QC[:, k] != NOTHING)
-                self._settle(np.flatnonzero(is_tied_Q) + first, ids_NK)
-            out.written(numbers, self._candidates.is_open_N[part])
+        count = len(self._numbers)
+        bulk_kernels.check_scored(tuple(self._candidates), self._k, self._search.lists.by_distance, self._part)
+        write = self._write_in_order if self._plan.out.in_order else self._write
+        for first in range(0, count, _PACKED_QUERIES):
+            part = slice(first, min(first + _PACKED_QUERIES, count))
+            write(part)
+            self._plan.out.written(self._numbers[part], self._candidates.is_open_N[part])
+
+    @property
+    def _scored(self) -> tuple[Array, Array, Array]:
+        """Scores and rows of the candidates, and how many they are."""
+        return self._candidates.lower_NC, self._candidates.place_NC, self._candidates.filled_N
+
+    def _write(self, part: slice) -> None:
+        """Write the k best of some queries in no order."""
+        _, ids_QK, scores_QK = self._plan.out.rows(self._numbers[part])
+        count = part.stop - part.start
+        best_kernels.take_best(*self._scored, part.start, ids_QK[:count], scores_QK[:count])
+
+    def _write_in_order(self, part: slice) -> None:
+        """Write the k best of some queries, best first."""
+        k, most = self._k, int(self._candidates.filled_N[part].max())
+        packed_QC = np.empty((part.stop - part.start, most), np.int64)
+        most = best_kernels.pack_best(*self._scored, part.start, self._k, packed_QC)
+        packed_QC[:, :most].sort(axis=1)  # NumPy sorts integers with vector instructions
+        row_Q, ids_NK, scores_NK = self._plan.out.rows(self._numbers[part])
+        bulk_kernels.unpack_rows(packed_QC, most, row_Q, ids_NK, scores_NK)
+        if self._search.ties_of_faiss and most > k:
+            score_2Q = packed_QC[:, k - 1 : k + 1].T >> 32
+            is_tied_Q = (score_2Q[0] == score_2Q[1]) & (packed_QC[:, k] != NOTHING)
+            self._settle(np.flatnonzero(is_tied_Q) + part.start, ids_NK)
 
     def _settle(self, tied_H: Array, ids_NK: Array) -> None:
         """Of keys that tie at place k take those that faiss takes."""

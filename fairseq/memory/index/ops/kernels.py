@@ -34,6 +34,7 @@ NOTHING = np.int64(0x7FFFFFFFFFFFFFFF)
 """A place without a neighbour; after all others in the order of packed neighbours."""
 
 _HALVINGS = 10
+_LARGEST = np.finfo(np.float32).max
 
 # float32 sums may be taken in any order: that lets the CPU add 8 or 16 numbers at once.
 ANY_ORDER = {"reassoc", "contract", "nsz"}
@@ -96,6 +97,32 @@ def approx_kth_largest(score_C: Any, k: int) -> Any:
         middle = np.float32(0.5) * (least + most)
         if count_reaching(score_C, middle) >= k:
             least = middle
+        else:
+            most = middle
+    return least
+
+
+@compiled()
+def kth_largest(score_C: Any, k: int) -> Any:
+    """A number that k entries reach, and more only where they equal the k-th, which it is then.
+
+    Minus infinity where fewer than k are larger than that; NaN is nothing.
+    """
+    half = np.float32(0.5)
+    least, most, count = finite_range(score_C)
+    if count < k:
+        return np.float32(-np.inf)
+    for _ in range(2):  # what lies between has to be finite
+        if count_reaching(score_C, most) >= k:
+            return most
+        most = min(most, _LARGEST)
+    while count > k:
+        middle = half * least + half * most
+        if not least < middle < most:
+            break
+        reached = count_reaching(score_C, middle)
+        if reached >= k:
+            least, count = middle, reached
         else:
             most = middle
     return least

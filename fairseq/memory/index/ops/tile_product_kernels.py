@@ -137,10 +137,13 @@ def _add_last(builder: Any, total: Any, at: Any) -> None:
 
 
 class _Tile:
-    """Writes the loops for one tile: R rows with 64 keys."""
+    """Writes the loops for one tile: R rows with 64 keys, or the first of them."""
 
-    def __init__(self, kind: Instructions, builder: Any, row_at: list[Any], keys_at: Any, columns: Any) -> None:
+    def __init__(
+        self, kind: Instructions, builder: Any, row_at: list[Any], keys_at: Any, columns: Any, count: int
+    ) -> None:
         self._kind, self._builder, self._row_at, self._keys_at, self._columns = kind, builder, row_at, keys_at, columns
+        self._count = count
         self._size, self._sums = columns.type, ir.VectorType(_INT, kind.lanes)
 
     def _number(self, value: int) -> Any:
@@ -150,11 +153,12 @@ class _Tile:
         return self._builder.bitcast(self._builder.gep(base, [offset], inbounds=True), kind.as_pointer())
 
     def sum_up(self, start_at: Any, out_at: Any, out_stride: Any) -> None:
-        """Write ``start`` plus all products: 64 sums of 32 bits for each row, rows a number of bytes apart."""
+        """Write ``start`` plus all products: a sum of 32 bits for each row and key, rows a number of bytes apart."""
         kind, builder = self._kind, self._builder
         nothing, half = self._number(0), builder.lshr(self._columns, self._number(1))
-        for first in range(0, TILE_KEYS // kind.lanes, kind.vectors):
-            lanes = [(first + v) * kind.lanes for v in range(kind.vectors)]
+        vectors = self._count // kind.lanes
+        for first in range(0, vectors, kind.vectors):
+            lanes = [v * kind.lanes for v in range(first, min(first + kind.vectors, vectors))]
             held = [[cgutils.alloca_once(builder, self._sums) for _ in lanes] for _ in self._row_at]
             outs = []
             for number in range(len(held)):
@@ -233,10 +237,10 @@ class _MatrixTile:
     STEP = 64  # columns of a matrix of rows
 
     def __init__(
-        self, kind: Instructions, builder: Any, row_at: list[Any], row_stride: Any, keys_at: Any, columns: Any
+        self, kind: Instructions, builder: Any, row_at: list[Any], stride: Any, keys_at: Any, columns: Any, count: int
     ) -> None:
-        self._kind, self._builder, self._row_at, self._row_stride = kind, builder, row_at[:: self.SIDE], row_stride
-        self._keys_at, self._columns, self._size = keys_at, columns, columns.type
+        self._kind, self._builder, self._row_at, self._row_stride = kind, builder, row_at[:: self.SIDE], stride
+        self._keys_at, self._columns, self._size, self._count = keys_at, columns, columns.type, count
         self._scratch = cgutils.alloca_once(builder, ir.ArrayType(_INT, LANES * self.SIDE))
 
     def _number(self, value: int) -> Any:
@@ -250,14 +254,14 @@ class _MatrixTile:
         return self._builder.gep(self._builder.bitcast(base, _BYTE.as_pointer()), [offset], inbounds=True)
 
     def sum_up(self, _: Any, out_at: Any, out_stride: Any) -> None:
-        """Write all products: 64 sums of 32 bits for each row, rows a number of bytes apart.
+        """Write all products: a sum of 32 bits for each row and key, rows a number of bytes apart.
 
         They begin with zero: nothing is added to entries that are multiplied with their signs.
         """
         builder, is_fine, nothing = self._builder, self._kind.is_fine, self._number(0)
         middle = builder.lshr(self._columns, self._number(1))
         parts = range(len(self._row_at))
-        for half in range(0, TILE_KEYS // LANES, 2):
+        for half in range(0, self._count // LANES, 2):
             outs = []
             for part in parts:
                 row = cgutils.pointer_add(builder, out_at, builder.mul(out_stride, self._number(part * self.SIDE)))
@@ -383,8 +387,9 @@ _CONTRACT = ("contract",)
 class _Bounds:
     """Writes the comparison of a tile's bounds with what they have to reach; see :func:`reaching_rows`."""
 
-    def __init__(self, builder: Any, lanes: int, kind: Any, key_at: list[Any], row_at: Any) -> None:
+    def __init__(self, builder: Any, lanes: int, kind: Any, key_at: list[Any], row_at: Any, columns: int) -> None:
         self._builder, self._lanes, self._kind, self._key_at, self._row_at = builder, lanes, kind, key_at, row_at
+        self._columns = columns
         self._floats = ir.VectorType(ir.FloatType(), lanes)
 
     def _load(self, base: Any, place: int, kind: Any) -> Any:
@@ -397,8 +402,8 @@ class _Bounds:
     def reached(self, out_at: Any, row: int) -> Any:
         """64 bits: which of the row's bounds reach what they must."""
         builder, whole = self._builder, ir.IntType(64)
-        numbers = [self._everywhere(self._load(self._row_at, 4 * row + i, ir.FloatType())) for i in range(4)]
-        scale, zero, width, reach = numbers
+        places = range(self._columns * row, self._columns * row + 4)
+        scale, zero, width, reach = (self._everywhere(self._load(self._row_at, i, ir.FloatType())) for i in places)
         found = ir.Constant(whole, 0)
         for place in range(0, TILE_KEYS, self._lanes):
             step, weight, size, bias = (self._load(base, place, self._floats) for base in self._key_at)
@@ -419,10 +424,11 @@ class _Bounds:
 
 
 @functools.cache
-def reaching_keys(lanes: int, rows: int) -> Any:
+def reaching_keys(lanes: int, rows: int, columns: int = 4) -> Any:
     """The intrinsic ``(raw_RX, row_Q4, first, step_M, weight_M, size_M, bias_M, key, hit_R)`` for a tile of products.
 
-    It writes 64 bits for each row: which keys' bounds reach the row's fourth number (see ``bounded_scores``).
+    It writes 64 bits for each row: which keys' bounds reach the row's fourth number (see ``bounded_scores``). Rows have
+    so many columns.
     Returns: a bit for each row: whether any does.
     """
 
@@ -432,10 +438,10 @@ def reaching_keys(lanes: int, rows: int) -> Any:
             made = [context.make_array(signature.args[i])(context, builder, given[i]) for i in (0, 1, 3, 4, 5, 6, 8)]
             raw_at, rows_at, *keys_at, hit_at = [array.data for array in made]
             key_at = [builder.gep(base, [given[7]], inbounds=True) for base in keys_at]
-            four = builder.mul(given[2], ir.Constant(given[2].type, 4))
-            row_at = builder.gep(rows_at, [four], inbounds=True)
+            place = builder.mul(given[2], ir.Constant(given[2].type, columns))
+            row_at = builder.gep(rows_at, [place], inbounds=True)
             kind = _INT if signature.args[0].dtype == types.int32 else ir.FloatType()
-            bounds, any_hit = _Bounds(builder, lanes, kind, key_at, row_at), ir.Constant(ir.IntType(64), 0)
+            bounds, any_hit = _Bounds(builder, lanes, kind, key_at, row_at, columns), ir.Constant(ir.IntType(64), 0)
             for row in range(rows):
                 found = bounds.reached(raw_at, row)
                 builder.store(found, builder.gep(hit_at, [ir.Constant(given[2].type, row)], inbounds=True))
@@ -463,11 +469,11 @@ lowest_bit: Any = numba.extending.intrinsic(_lowest_bit)
 
 
 @functools.cache
-def tile_products(name: str, rows: int) -> Any:
+def tile_products(name: str, rows: int, keys: int = TILE_KEYS) -> Any:
     """The intrinsic ``(row_QE, first, key_B, byte, E, start_M, key, out_RX)`` of an instruction set.
 
     It writes ``start_M[key + j]`` plus the product of row ``first + i`` with the j-th of the 64 interleaved keys that
-    begin at ``key_B[byte]`` to ``out_RX[i, j]``, for i below ``rows``; of fine entries, a 64th of the product.
+    begin at ``key_B[byte]`` to ``out_RX[i, j]``, for i below ``rows`` and j below ``keys`` (32 or 64).
     """
     kind = INSTRUCTIONS[name]
 
@@ -482,9 +488,9 @@ def tile_products(name: str, rows: int) -> Any:
                 row_at.append(builder.gep(made[0].data, [offset], inbounds=True))
             keys_at = builder.gep(made[2].data, [given[3]], inbounds=True)
             start_at = builder.gep(made[5].data, [given[6]], inbounds=True)
-            tile: _Tile | _MatrixTile = _Tile(kind, builder, row_at, keys_at, given[4])
+            tile: _Tile | _MatrixTile = _Tile(kind, builder, row_at, keys_at, given[4], keys)
             if kind.add_products is None:
-                tile = _MatrixTile(kind, builder, row_at, stride, keys_at, given[4])
+                tile = _MatrixTile(kind, builder, row_at, stride, keys_at, given[4], keys)
             tile.sum_up(start_at, made[7].data, builder.extract_value(made[7].strides, 0))
             return context.get_dummy_value()
 

@@ -13,8 +13,8 @@ from fairseq.memory.types import Metric
 ROWS, DIM = 3000, 16
 
 
-def opened(metric, deleted=()):
-    keys = np.random.default_rng(0).standard_normal((ROWS, DIM), dtype=np.float32)
+def opened(metric, deleted=(), different=ROWS):
+    keys = np.random.default_rng(0).standard_normal((ROWS, DIM), dtype=np.float32)[np.arange(ROWS) % different]
     if metric is Metric.COS:
         keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     kind = faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT
@@ -27,9 +27,9 @@ def opened(metric, deleted=()):
 
 
 @pytest.mark.parametrize("metric", list(Metric))
-@pytest.mark.parametrize("k", [200, 700, 2900])
-def test_each_query_has_the_neighbours_of_a_whole_search(metric, k, threads):
-    index, seen = opened(metric, range(0, 60, 3)), {}
+@pytest.mark.parametrize(("k", "different"), [(200, ROWS), (200, 300), (700, ROWS), (2900, ROWS)])
+def test_each_query_has_the_neighbours_of_a_whole_search(metric, k, different, threads):
+    index, seen = opened(metric, range(0, 60, 3), different), {}
     query_ND = torch.from_numpy(np.random.default_rng(1).standard_normal((400, DIM), dtype=np.float32))
 
     def take(numbers_Q, ids_QK, scores_QK):
