@@ -18,7 +18,6 @@ from fairseq.memory.index.ops.tile_product_kernels import lowest_bit
 
 _FEW = 4 if packs_vectors() else 64
 """So many keys of a tile take less time one by one than as vectors."""
-_LEAST = np.finfo(np.float32).min
 _PACKED = 16  # candidates that are dropped or kept at a time
 
 
@@ -46,9 +45,9 @@ def _kept_from(score_C: Any, ids_C: Any, filled: int, lowest: Any) -> int:
 def keep_best(score_C: Any, ids_C: Any, filled: int, k: int) -> int:
     """Keep the k best scored candidates in place, in no order; of equals those with the lowest ids. Returns: how many.
 
-    Scores of minus infinity and NaN are none.
+    A score of NaN is none.
     """
-    edge = max(kth_largest(score_C[:filled], k), _LEAST)
+    edge = kth_largest(score_C[:filled], k)
     filled = _kept_from(score_C, ids_C, filled, edge)
     missing = k - filled
     if missing >= 0:

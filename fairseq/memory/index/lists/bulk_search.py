@@ -182,8 +182,10 @@ class _BulkSearch:
         plan = _Plan(room, _PART if share else 1.0, share, out)
         rooms = self.lists.rooms(threads, size * query_bytes + rows_bytes)
         search = self._each_alone if self.lists.is_kept else self._together
-        again = search(numbers, size, plan, rooms)
-        self.lists.keep_rooms(rooms)
+        try:
+            again = search(numbers, size, plan, rooms)
+        finally:
+            self.lists.keep_rooms(rooms)
         return np.concatenate(again) if again else np.empty(0, np.int64)
 
     def _each_alone(self, numbers: Array, size: int, plan: _Plan, rooms: list[Array]) -> list[Array]:
@@ -197,16 +199,18 @@ class _BulkSearch:
 
         def search(part: Array) -> Array:
             memory = free.pop()
-            group = _Group(self, part, plan, memory)
-            if plan.share:
-                group.sample(keys)
-                group.begin()
-            group.collect(keys)
-            group.prune()
-            group.score(keys)
-            group.write_best()
-            free.append(memory)
-            return group.open_numbers()
+            try:
+                group = _Group(self, part, plan, memory)
+                if plan.share:
+                    group.sample(keys)
+                    group.begin()
+                group.collect(keys)
+                group.prune()
+                group.score(keys)
+                group.write_best()
+                return group.open_numbers()
+            finally:
+                free.append(memory)
 
         return list(map_in_threads(search, _shrinking(numbers, size, len(rooms))))
 
@@ -241,11 +245,11 @@ class _BulkSearch:
 
 
 def _shrinking(numbers: Array, size: int, threads: int) -> list[Array]:
-    """Parts of at most so many, the last ones for each thread a half of the others, a quarter, and so on."""
-    parts, first = [], 0
+    """Parts of at most so many, the last ones a half of the others, a quarter, and so on: threads end together."""
+    parts, first, fewest = [], 0, _FEWEST if threads > 1 else size
     while first < len(numbers):
         left = -(-(len(numbers) - first) // (2 * threads))
-        own = min(size, max(left, _FEWEST))
+        own = min(size, max(left, fewest))
         parts.append(numbers[first : first + own])
         first += own
     return parts

@@ -12,7 +12,7 @@ keep = numba.njit(lambda scores, ids, filled, k: keep_best(scores, ids, filled, 
 
 
 def expected(scores, ids, k):
-    is_there = np.abs(scores) < np.inf  # neither infinite nor NaN
+    is_there = ~np.isnan(scores)
     by_rank = np.lexsort((ids[is_there], -scores[is_there]))[:k]
     return sorted(zip(scores[is_there][by_rank].tolist(), ids[is_there][by_rank].tolist()))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fairseq.memory.index.faiss.index import FaissIndex
+from fairseq.memory.index.lists import bulk_search
 from fairseq.memory.types import Metric
 
 
@@ -66,3 +67,13 @@ def test_a_key_that_is_no_number_hides_no_other():
     index.inner.add(np.full((1, 16), np.nan, np.float32))
     found = index.search(query_ND, 5).ids_NK
     assert (found == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("count", "size", "threads"), [(1, 1, 1), (255, 300, 2), (5000, 1250, 2), (30_000, 1900, 2)])
+def test_groups_hold_every_query_once_and_become_smaller(count, size, threads):
+    parts = bulk_search._shrinking(np.arange(count), size, threads)
+    assert np.concatenate(parts).tolist() == list(range(count))
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] <= size
+    assert sum(sizes[-threads:]) <= max(threads * bulk_search._FEWEST, count // 8)

@@ -56,3 +56,36 @@ def test_rows_that_an_index_cannot_have_are_reported():
     faiss.rev_swig_ptr(lists.get_ids(4), lists.list_size(4))[0] = ROWS + 7
     with pytest.raises(ValueError, match=f"list 4 holds row {ROWS + 7} of {ROWS}; the index is damaged: rebuild it"):
         index.search(torch.zeros(400, DIM), 200)
+
+
+def test_an_error_of_the_taker_is_reported_and_the_next_search_is_right(threads):
+    index = opened(Metric.L2)
+    query_ND = torch.from_numpy(np.random.default_rng(1).standard_normal((1500, DIM), dtype=np.float32))
+    expected, calls = index.search(query_ND, 200), []
+
+    def fail(*_):
+        calls.append(1)
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        index.search_in_parts(query_ND, 200, fail)
+    assert calls
+    again = index.search(query_ND, 200)
+    assert torch.equal(again.ids_NK, expected.ids_NK)
+    assert torch.equal(again.scores_NK, expected.scores_NK)
+
+
+def test_scores_beyond_the_range_of_float32_are_minus_infinity_either_way():
+    index, seen = opened(Metric.L2), {}
+    query_ND = torch.from_numpy(np.random.default_rng(1).standard_normal((400, DIM), dtype=np.float32)) * 5e18
+
+    def take(numbers_Q, ids_QK, scores_QK):
+        seen.update(
+            (n, sorted(zip((-s).tolist(), i.tolist()))) for n, i, s in zip(numbers_Q.tolist(), ids_QK, scores_QK)
+        )
+
+    assert index.search_in_parts(query_ND, 700, take)
+    whole = index.search(query_ND, 700)
+    assert whole.scores_NK.isinf().any()
+    for number, (ids_K, scores_K) in enumerate(zip(whole.ids_NK.tolist(), whole.scores_NK.neg().tolist())):
+        assert seen[number] == sorted(zip(scores_K, ids_K))
