@@ -16,7 +16,8 @@ from fairseq.memory.index.ops.kernels import GROUP, approx_kth_largest, compiled
 from fairseq.memory.index.ops.rounding_kernels import bounds
 from fairseq.memory.index.ops.tile_product_kernels import lowest_bit
 
-_FEW = 4 if packs_vectors() else 64
+_PACKS_VECTORS = packs_vectors()
+_FEW = 4
 """So many keys of a tile take less time one by one than as vectors."""
 _PACKED = 16  # candidates that are dropped or kept at a time
 
@@ -31,7 +32,7 @@ def prune(lower_C: Any, ids_C: Any, filled: int, k: int, threshold: float, width
 @compiled(forceinline=True)
 def _kept_from(score_C: Any, ids_C: Any, filled: int, lowest: Any) -> int:
     """Keep the candidates whose numbers reach the lowest, in place. Returns: how many these are."""
-    if _FEW < 64 and filled + _PACKED <= len(score_C):
+    if _PACKS_VECTORS and filled + _PACKED <= len(score_C):
         vectors: int = keep_vectors(score_C, ids_C, filled, lowest)
         return vectors
     kept = 0
@@ -42,6 +43,15 @@ def _kept_from(score_C: Any, ids_C: Any, filled: int, lowest: Any) -> int:
 
 
 @compiled()
+def _last_of_equals(score_C: Any, ids_C: Any, filled: int, k: int, edge: Any) -> Any:
+    """The id up to which those whose score is the k-th best, ``edge``, are among the k best."""
+    missing = k
+    for i in range(filled):
+        missing -= score_C[i] > edge
+    return np.sort(ids_C[:filled][score_C[:filled] == edge])[missing - 1]
+
+
+@compiled()
 def keep_best(score_C: Any, ids_C: Any, filled: int, k: int) -> int:
     """Keep the k best scored candidates in place, in no order; of equals those with the lowest ids. Returns: how many.
 
@@ -49,13 +59,9 @@ def keep_best(score_C: Any, ids_C: Any, filled: int, k: int) -> int:
     """
     edge = kth_largest(score_C[:filled], k)
     filled = _kept_from(score_C, ids_C, filled, edge)
-    missing = k - filled
-    if missing >= 0:
+    if filled <= k:
         return filled
-    for i in range(filled):
-        missing += score_C[i] == edge
-    ties = np.sort(ids_C[:filled][score_C[:filled] == edge])
-    last, kept = ties[missing - 1], 0
+    last, kept = _last_of_equals(score_C, ids_C, filled, k, edge), 0
     for i in range(filled):
         score_C[kept], ids_C[kept] = score_C[i], ids_C[i]
         kept += score_C[i] > edge or ids_C[i] <= last
@@ -92,7 +98,7 @@ def append_expected(
     ids_NC: Any, filled_N: Any, width_N: Any,
 ) -> None:  # fmt: skip
     """:func:`append_hits` by what scores are expected to be: upper bounds less a part of the gap to the lower ones."""
-    if _FEW < 64 and num_bits(hits) > _FEW:
+    if _PACKS_VECTORS and num_bits(hits) > _FEW:
         query = (zero, scale, width, share, slack, part)
         filled_N[n], width_N[n] = append_vectors(
             raw_X, hits, step_M, weight_M, size_M, bias_M, slack_M, key, first_row, query, lower_NC, ids_NC, n,
@@ -127,11 +133,7 @@ def _drop_below(score_C: Any, ids_C: Any, order_C: Any, filled: int, lowest: Any
 def _keep_first(score_C: Any, ids_C: Any, order_C: Any, filled: int, k: int) -> int:
     """Keep the k best candidates; of equals those with the lowest ids."""
     edge = np.partition(score_C[:filled], filled - k)[filled - k]
-    missing = k
-    for i in range(filled):
-        missing -= score_C[i] > edge
-    ties = np.sort(ids_C[:filled][score_C[:filled] == edge])
-    last, kept = ties[missing - 1], 0
+    last, kept = _last_of_equals(score_C, ids_C, filled, k, edge), 0
     for i in range(filled):
         score_C[kept], ids_C[kept], order_C[kept] = score_C[i], ids_C[i], order_C[i]
         kept += score_C[i] > edge or (score_C[i] == edge and ids_C[i] <= last)

@@ -94,40 +94,29 @@ def _run(search: _BulkSearch, out: _Whole | _Parts) -> None:
         again = search.run(again, room, out, expects=False)
 
 
-class _Whole:
-    """Neighbours of all queries, best first."""
+class _Whole(NamedTuple):
+    """Gets the neighbours of all queries, best first."""
 
-    in_order = True
-
-    def __init__(self, ids_NK: Array, scores_NK: Array) -> None:
-        self._ids_NK, self._scores_NK = ids_NK, scores_NK
-
-    def rows(self, numbers_Q: Array) -> tuple[Array, Array, Array]:
-        """The rows of two arrays that get the neighbours of some queries, and these arrays."""
-        return numbers_Q, self._ids_NK, self._scores_NK
-
-    def written(self, numbers_Q: Array, is_open_Q: Array) -> None:
-        """Called when they are there; those of open queries will be written again."""
+    ids_NK: Array
+    scores_NK: Array
 
 
 class _Parts:
-    """Neighbours of some queries at a time, in no order."""
-
-    in_order = False
+    """Hands over the neighbours of some queries at a time, in no order."""
 
     def __init__(self, k: int, take: TakePart) -> None:
         self._k, self._take, self._own = k, take, threading.local()
 
-    def rows(self, numbers_Q: Array) -> tuple[Array, Array, Array]:
-        """As :meth:`_Whole.rows`: memory of the calling thread."""
+    def memory(self, count: int) -> tuple[Array, Array]:
+        """The calling thread's memory for the rows and scores of so many queries."""
         if not hasattr(self._own, "ids_QK"):
             shape = (_PACKED_QUERIES, self._k)
             self._own.ids_QK, self._own.scores_QK = np.empty(shape, np.int64), np.empty(shape, np.float32)
-        return np.arange(len(numbers_Q)), self._own.ids_QK, self._own.scores_QK
+        return self._own.ids_QK[:count], self._own.scores_QK[:count]
 
-    def written(self, numbers_Q: Array, is_open_Q: Array) -> None:
-        """Hand them over, but those of open queries."""
-        own = numbers_Q, self._own.ids_QK[: len(numbers_Q)], self._own.scores_QK[: len(numbers_Q)]
+    def hand_over(self, is_open_Q: Array, numbers_Q: Array, ids_QK: Array, scores_QK: Array) -> None:
+        """Hand over those of queries that are not open."""
+        own = numbers_Q, ids_QK, scores_QK
         self._take(*((each[~is_open_Q] for each in own) if is_open_Q.any() else own))
 
 
@@ -181,9 +170,9 @@ class _BulkSearch:
         share = self._sampled_share(numbers, room) if expects else 0.0
         plan = _Plan(room, _PART if share else 1.0, share, out)
         rooms = self.lists.rooms(threads, size * query_bytes + rows_bytes)
-        search = self._each_alone if self.lists.is_kept else self._together
+        search_all = self._each_alone if self.lists.is_kept else self._together
         try:
-            again = search(numbers, size, plan, rooms)
+            again = search_all(numbers, size, plan, rooms)
         finally:
             self.lists.keep_rooms(rooms)
         return np.concatenate(again) if again else np.empty(0, np.int64)
@@ -193,22 +182,13 @@ class _BulkSearch:
 
         Groups become smaller towards the end, so that all threads end at nearly the same time.
         """
-        wanted = np.unique(self.probed_NP[numbers])
-        keys = next(self.lists.batches(wanted[wanted >= 0]))
-        free = list(rooms)
+        wanted, free = np.unique(self.probed_NP[numbers]), list(rooms)
+        next(self.lists.batches(wanted[wanted >= 0]))  # decoded by all threads, and kept
 
         def search(part: Array) -> Array:
             memory = free.pop()
             try:
-                group = _Group(self, part, plan, memory)
-                if plan.share:
-                    group.sample(keys)
-                    group.begin()
-                group.collect(keys)
-                group.prune()
-                group.score(keys)
-                group.write_best()
-                return group.open_numbers()
+                return self._search([_Group(self, part, plan, memory)], plan)[0]
             finally:
                 free.append(memory)
 
@@ -220,15 +200,19 @@ class _BulkSearch:
         for first in range(0, len(parts), len(rooms)):
             given = list(zip(parts[first : first + len(rooms)], rooms))
             groups = list(map_in_threads(lambda each: _Group(self, each[0], plan, each[1]), given))
-            if plan.share:
-                self._for_all_lists(groups, _Group.sample, share=plan.share)
-                run_in_threads(_Group.begin, groups)
-            self._for_all_lists(groups, _Group.collect)
-            run_in_threads(_Group.prune, groups)
-            self._for_all_lists(groups, _Group.score, rounded=False)
-            run_in_threads(_Group.write_best, groups)
-            again += [group.open_numbers() for group in groups]
+            again += self._search(groups, plan)
         return again
+
+    def _search(self, groups: list[_Group], plan: _Plan) -> list[Array]:
+        """Search for the queries of groups, step by step. Returns: what each group leaves open."""
+        if plan.share:
+            self._for_all_lists(groups, _Group.sample, share=plan.share)
+            run_in_threads(_Group.begin, groups)
+        self._for_all_lists(groups, _Group.collect)
+        run_in_threads(_Group.prune, groups)
+        self._for_all_lists(groups, _Group.score, rounded=False)
+        run_in_threads(_Group.write_best, groups)
+        return [group.open_numbers() for group in groups]
 
     def _sampled_share(self, numbers: Array, room: int) -> float:
         """The share of a list's keys that tell the first threshold; 0 where they tell too little."""
@@ -348,37 +332,37 @@ class _Group:
 
     def write_best(self) -> None:
         """Write the k best candidates."""
-        count = len(self._numbers)
+        count, out = len(self._numbers), self._plan.out
         bulk_kernels.check_scored(tuple(self._candidates), self._k, self._search.lists.by_distance, self._part)
-        write = self._write_in_order if self._plan.out.in_order else self._write
         for first in range(0, count, _PACKED_QUERIES):
             part = slice(first, min(first + _PACKED_QUERIES, count))
-            write(part)
-            self._plan.out.written(self._numbers[part], self._candidates.is_open_N[part])
+            if isinstance(out, _Parts):
+                self._hand_over(part, out)
+            else:
+                self._write_in_order(part, out)
 
     @property
     def _scored(self) -> tuple[Array, Array, Array]:
         """Scores and rows of the candidates, and how many they are."""
         return self._candidates.lower_NC, self._candidates.place_NC, self._candidates.filled_N
 
-    def _write(self, part: slice) -> None:
-        """Write the k best of some queries in no order."""
-        _, ids_QK, scores_QK = self._plan.out.rows(self._numbers[part])
-        count = part.stop - part.start
-        best_kernels.take_best(*self._scored, part.start, ids_QK[:count], scores_QK[:count])
+    def _hand_over(self, part: slice, out: _Parts) -> None:
+        """Hand over the k best of some queries."""
+        ids_QK, scores_QK = out.memory(part.stop - part.start)
+        best_kernels.take_best(*self._scored, part.start, ids_QK, scores_QK)
+        out.hand_over(self._candidates.is_open_N[part], self._numbers[part], ids_QK, scores_QK)
 
-    def _write_in_order(self, part: slice) -> None:
-        """Write the k best of some queries, best first."""
+    def _write_in_order(self, part: slice, out: _Whole) -> None:
+        """Write the k best of some queries; those of open ones will be written again."""
         k, most = self._k, int(self._candidates.filled_N[part].max())
         packed_QC = np.empty((part.stop - part.start, most), np.int64)
-        most = best_kernels.pack_best(*self._scored, part.start, self._k, packed_QC)
+        most = best_kernels.pack_best(*self._scored, part.start, k, packed_QC)
         packed_QC[:, :most].sort(axis=1)  # NumPy sorts integers with vector instructions
-        row_Q, ids_NK, scores_NK = self._plan.out.rows(self._numbers[part])
-        bulk_kernels.unpack_rows(packed_QC, most, row_Q, ids_NK, scores_NK)
+        bulk_kernels.unpack_rows(packed_QC, most, self._numbers[part], out.ids_NK, out.scores_NK)
         if self._search.ties_of_faiss and most > k:
             score_2Q = packed_QC[:, k - 1 : k + 1].T >> 32
             is_tied_Q = (score_2Q[0] == score_2Q[1]) & (packed_QC[:, k] != NOTHING)
-            self._settle(np.flatnonzero(is_tied_Q) + part.start, ids_NK)
+            self._settle(np.flatnonzero(is_tied_Q) + part.start, out.ids_NK)
 
     def _settle(self, tied_H: Array, ids_NK: Array) -> None:
         """Of keys that tie at place k take those that faiss takes."""
