@@ -1,11 +1,12 @@
 """Products of the few rows of a decoding step with a large matrix that is packed once, at the rate of its reading.
 
 The libraries' products of 32 rows read the matrix and multiply in turn. Here the next columns are fetched meanwhile.
+Threads share the panels.
 
 Layout: a matrix is packed in panels of ``PANEL`` of its rows, the types; a panel has them column by column, filled up
 with zeros. Rows of states are multiplied by tiles of so many rows that the sums stay in registers.
 
-Shapes: R rows, D width, V types, P numbers of all panels.
+Shapes: R rows, D width, V types, K panels, P numbers of all panels.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 
+from fairseq.generation.steps.team_kernels import run_in_team, take
 from fairseq.memory.index.ops.kernels import compiled
 from fairseq.memory.index.ops.numba_library import cgutils, compiler_features, numba, types
 from fairseq.memory.index.ops.vector_kernels import fetch_line
@@ -28,6 +30,7 @@ _VECTORS = 2
 PANEL = _LANES * _VECTORS
 """Types of a panel."""
 _LINE = 16  # numbers of a cache line
+_TURNS = 4  # of each thread: one that is interrupted leaves the rest to others
 _COLUMNS = 192  # of all rows and of a panel, which the first level holds; their sums are added up
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 
@@ -175,32 +178,49 @@ def _add(
         _tile_4(row_X, row, stride, panel_P, panel, width, ahead, step, out_X)
 
 
-@compiled("(f4[:,::1], f4[:,::1], f4[::1], f4[:,::1])")
-def multiply(row_RD: Any, panel_KX: Any, bias_V: Any, out_RV: Any) -> None:
+@compiled()
+def _work(row_RD: Any, panel_KX: Any, bias_V: Any, sum_PX: Any, next_2: Any, turn: int, step: int, out_RV: Any) -> None:
+    """Multiply panels, so many at a time, until there are none left."""
+    (count, width), num_types, panels = row_RD.shape, out_RV.shape[1], len(panel_KX)
+    row_X, panel_P, out_P = row_RD.reshape(-1), panel_KX.reshape(-1), out_RV.reshape(-1)
+    out_X = sum_PX[take(next_2, 1, 1)]
+    while True:
+        start = take(next_2, 0, turn)
+        if start >= panels:
+            break
+        for panel in range(start, min(start + turn, panels)):
+            out_X[:] = np.float32(0.0)
+            for i in range(count):  # a line that is not there delays what writes it: a fifth of the time
+                fetch_to_write(out_P, i * num_types + panel * PANEL)
+            for d in range(0, width, _COLUMNS):
+                columns, at, first, fetched = min(_COLUMNS, width - d), (panel * width + d) * PANEL, 0, 0
+                while first < count:
+                    size, ahead = _size_of(count - first), at + PANEL * width + fetched * columns
+                    row = first * width + d
+                    _add(size, row_X, row, width, panel_P, at, columns, ahead, step, out_X[first * PANEL :])
+                    first, fetched = first + size, min(fetched + step, PANEL)
+            for i in range(count):
+                for j in range(min(PANEL, num_types - panel * PANEL)):
+                    v = panel * PANEL + j
+                    out_RV[i, v] = out_X[i * PANEL + j] + (bias_V[v] if len(bias_V) else np.float32(0.0))
+
+
+@compiled("(f4[:,::1], f4[:,::1], f4[::1], f4[:,::1], i8, i8)")
+def multiply(row_RD: Any, panel_KX: Any, bias_V: Any, out_RV: Any, team: int, num_threads: int) -> None:
     """Write the products of all rows with all types, plus the bias.
 
     Args:
         panel_KX: the matrix, a panel in each row.
         bias_V: of each type; of none where there is no bias.
+        team: address of OpenMP's ``GOMP_parallel``, for more than one thread.
     """
-    (count, width), num_types = row_RD.shape, out_RV.shape[1]
-    row_X, first, tiles = row_RD.reshape(-1), 0, 0
+    count, panels, first, tiles = len(row_RD), len(panel_KX), 0, 0
     while first < count:
         first, tiles = first + _size_of(count - first), tiles + 1
-    panel_P, out_P, out_X = panel_KX.reshape(-1), out_RV.reshape(-1), np.empty(count * PANEL, np.float32)
     step = max(1, -(-PANEL // (tiles * _LINE))) * _LINE  # of the next panel, for each tile and column
-    for panel in range(len(panel_KX)):
-        out_X[:] = np.float32(0.0)
-        for i in range(count):  # a line that is not there delays what writes it: a fifth of the time
-            fetch_to_write(out_P, i * num_types + panel * PANEL)
-        for d in range(0, width, _COLUMNS):
-            columns, at, first, fetched = min(_COLUMNS, width - d), (panel * width + d) * PANEL, 0, 0
-            while first < count:
-                size, ahead = _size_of(count - first), at + PANEL * width + fetched * columns
-                row = first * width + d
-                _add(size, row_X, row, width, panel_P, at, columns, ahead, step, out_X[first * PANEL :])
-                first, fetched = first + size, min(fetched + step, PANEL)
-        for i in range(count):
-            for j in range(min(PANEL, num_types - panel * PANEL)):
-                v = panel * PANEL + j
-                out_RV[i, v] = out_X[i * PANEL + j] + (bias_V[v] if len(bias_V) else np.float32(0.0))
+    sum_PX, next_2 = np.empty((num_threads, count * PANEL), np.float32), np.zeros(2, np.int64)
+    if num_threads > 1:
+        turn = max(1, panels // (_TURNS * num_threads))
+        run_in_team(_work, team, num_threads, (row_RD, panel_KX, bias_V, sum_PX, next_2, turn, step, out_RV))
+    else:
+        _work(row_RD, panel_KX, bias_V, sum_PX, next_2, panels, step, out_RV)

@@ -9,11 +9,11 @@ from fairseq.generation.steps.packed_products import PackedProducts
 from fairseq.modules import inference_linear
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.fixture(autouse=True, params=[1, 2])
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(before)
 
 
@@ -43,15 +43,27 @@ def test_a_matrix_that_changes_is_packed_again():
 def test_many_rows_and_what_exceeds_the_memory_are_left_to_torch(monkeypatch):
     weight, products = torch.randn(6, 4), PackedProducts()
     assert products(torch.randn(65, 4), weight, None) is None
-    torch.set_num_threads(2)
-    assert products(torch.randn(2, 4), weight, None) is None
-    torch.set_num_threads(1)
     with torch.inference_mode():
         assert products(torch.randn(2, 4), weight.clone(), None) is None  # its changes are not counted
     monkeypatch.setattr(packed_products, "_MOST_BYTES", 150)
     assert products(torch.randn(2, 4), weight, None) is not None
     assert products(torch.randn(2, 4), weight.clone(), None) is None
     assert products(torch.randn(2, 4), weight, None) is not None
+
+
+def test_threads_do_not_change_a_bit():
+    torch.manual_seed(0)
+    x, weight, bias, found = torch.randn(40, 128), torch.randn(1000, 128), torch.randn(1000), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(PackedProducts()(x, weight, bias))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_without_a_team_of_threads_products_are_left_to_torch(monkeypatch, threads):
+    monkeypatch.setattr(packed_products, "openmp_team", lambda: (0, 1))
+    assert (PackedProducts()(torch.randn(2, 4), torch.randn(6, 4), None) is None) == (threads > 1)
 
 
 def test_large_maps_are_multiplied_within_the_context_only():
