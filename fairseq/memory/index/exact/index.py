@@ -57,7 +57,8 @@ FEW_PRODUCTS = 1 << 15
 # Where bounds are wide beside the differences of the best scores, many keys pass. Then they are scored as they pass by,
 # so that thresholds are true scores: 65,536 keys of a GPT-2 of width 1024, k 1024, take 0.46 of the time by AVX2.
 _WIDE = 0.3
-_PASSING_SECONDS = 4e-10  # for a column of a key that bounds let through
+# For a column of a key that bounds let through, and more the more of these are kept, up to so many neighbours.
+_PASSING_SECONDS, _KEEPING_SECONDS, _KEPT = 2e-10, 1.5e-10, 1024
 _ROUNDING_SECONDS = 6e-10  # for a column of a key, whatever the queries
 _NEAREST = 64
 # Queries are far that are so many times as long as the others, or so long that squares of float32 end.
@@ -232,14 +233,14 @@ class ExactIndex:
         known = [(products, 1.0 / rates[products.name]), (full, 1.0 / rates[full.name])]
         if fine is not None:
             known.append((fine, ways.FINE_COST / rates[products.name]))
-        cost = {}
+        cost, per_passing = {}, _PASSING_SECONDS + _KEEPING_SECONDS * min(1.0, k / _KEPT)
         for way, seconds in known:
             rounding = _ROUNDING_SECONDS * (2.0 if way.is_fine else 1.0) / len(query_ND)
             if (k, way.name) not in self._passing:
                 self._passing[k, way.name] = self._passing_share(query_ND[:_FEW_QUERIES], k, way)
             elif self.keeper.may_keep(way, self.dim):  # once for all bulks to come
                 rounding = 0.0
-            cost[way] = seconds + self._passing[k, way.name] * _PASSING_SECONDS + rounding
+            cost[way] = seconds + self._passing[k, way.name] * per_passing + rounding
         return min(cost, key=lambda way: cost[way])
 
     def _passing_share(self, query_QD: Tensor, k: int, products: ways.Products) -> float:

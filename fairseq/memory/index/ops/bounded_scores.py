@@ -14,6 +14,14 @@ with *raw* the product of the integers, a and s the steps of query and key, h an
 rounded down after adding a number that is drawn once per column, see ``dither``), *size* a key's length and *width*
 how far a query's scores may be off for each unit of it.
 
+Of fine entries (``tile_product_kernels``) raw lacks the products of second parts y and z of query and key. Each is cut
+off around a *shift* that is drawn once per column, e and f: then y - e and z - f are as good as drawn by chance, too,
+and
+
+    y z = (y - e) (z - f) + e z + y f - e f
+
+where the first is bounded as rounding errors are, and the others belong to w and h.
+
 Shapes: N queries, M keys of a block, D width, E columns (D, filled up).
 """
 
@@ -32,11 +40,12 @@ from fairseq.memory.types import Array
 
 # A float32 product of vectors is off by a few units in the seventh place of their lengths.
 _ROUNDING = 2e-6
-_BF16_ROUNDING = 2.0**-8 + 2.0**-16  # of both factors
+_BF16_ROUNDING = 1.5 * 2.0**-8 + 2.0**-15  # of both factors, and of the product; bounds have twice that
 # A mean that is not so many times as long as keys are apart is left on keys that are multiplied in float32: taking it
 # off costs a third of their products with 512 queries, and the bounds are close enough with it.
 _SMALL_MEAN = 4.0
 _SURE = 1.01  # sums of remainders are taken in float32
+_MOST_REST = 20.0  # of -31.5 to 31.5, whose squares are 341 in the mean
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ class Rounding:
         self.balance_D = balance(query_ND - self.centre_D, apart_MD)
         key_dither_D, query_dither_D = torch.split(dither(2 * self.width), self.width)
         self._own_D, self._other_D = 0.5 - key_dither_D, 0.5 - query_dither_D
+        self._shift_2D = shifts(self.width if products.is_fine else 0)
         self.ratio = 1e-20
         if products.is_rounded:
             balanced_MD = apart_MD * self.balance_D
@@ -86,6 +96,8 @@ class Rounding:
             # Any ratio bounds the errors; that of most keys bounds them closely.
             ratio_M = balanced_MD.abs().amax(1) / (products.levels * length_M)
             self.ratio = max(float(ratio_M.median()) if len(ratio_M) else 0.0, 1e-20)
+        # The length of second parts less their shifts, in steps, over a key's length: that of most keys, too.
+        self._rest = self.ratio * _MOST_REST * math.sqrt(self.width)
 
     def about_keys(self, mean_D: Tensor) -> Array:
         """What kernels round keys by from which this mean is taken off, (5, D)."""
@@ -107,8 +119,8 @@ class Rounding:
         columns = products.columns(self.width)
         key_B[max(0, len(key_B) - kernels.GROUP * columns) :] = 0  # the last group may have places without a key
         rounding_kernels.round_keys(
-            keys_MD, self.about_keys(mean_D), columns, levels, np.float32(self.ratio),
-            self.by_distance, products.zero, products.is_fine, products.is_interleaved, key_B, start_M, about_5M,
+            keys_MD, self.about_keys(mean_D), self._shift_2D, columns, levels, np.float32(self.ratio),
+            np.float32(self._rest), self.by_distance, products.zero, products.is_interleaved, key_B, start_M, about_5M,
         )  # fmt: skip
         return about_5M
 
@@ -126,17 +138,18 @@ class Rounding:
         nothing_D = torch.zeros(self.width)
         rows = (self.centre_D, 1.0 / self.balance_D, nothing_D, self._other_D, self._own_D)
         about_N3, levels = np.empty((count, 3), np.float32), np.float32(products.levels)
-        given = (np.ascontiguousarray(query_ND.numpy()), torch.stack(rows).numpy(), levels, products.zero)
-        rounding_kernels.round_queries(*given, products.is_fine, rows_NE[:count].numpy(), about_N3)
+        given = (np.ascontiguousarray(query_ND.numpy()), torch.stack(rows).numpy(), self._shift_2D[::-1].copy())
+        rounding_kernels.round_queries(*given, levels, products.zero, rows_NE[:count].numpy(), about_N3)
         step_N, length_N = about_N3[:, 0], about_N3[:, 2]
         about_N4 = np.zeros((count, 4), np.float32)
         about_N4[:, :2] = about_N3[:, :2]
         # q.k - q'.k' = q.(k - k') + (q - q').k': independent errors, so that the bound on their sum is that of a sum of
         # squares (see ``most_steps``); and what rounding to float32 adds.
-        together_N = np.sqrt((length_N * np.float32(self.ratio)) ** 2 + step_N**2)
-        about_N4[:, 2] = _SURE * most_steps(self.width) * together_N + _ROUNDING * length_N
-        if products.is_fine:  # a 64th of the products of second parts is an integer
-            about_N4[:, 2] += _SURE * FINE * np.float32(self.ratio) * step_N
+        errors = [length_N * np.float32(self.ratio), step_N]
+        if products.is_fine:
+            errors.append(step_N * np.float32(FINE * self._rest))
+        together_N = np.linalg.norm(np.stack(errors), axis=0)
+        about_N4[:, 2] = _SURE * most_steps(self.width, len(errors)) * together_N + _ROUNDING * length_N
         return rows_NE, about_N4
 
 
@@ -259,11 +272,20 @@ def dither(width: int) -> Tensor:
     return torch.rand(width, generator=torch.Generator().manual_seed(width))
 
 
-def most_steps(width: int) -> float:
-    """Bound on a rounded vector's error in any direction, in steps.
+def shifts(width: int) -> Array:
+    """Where second parts of fine entries of keys and of queries are cut off: twice that, less one, int16 (2, width).
+
+    Of each column one of -32 to 31, drawn by chance, always the same.
+    """
+    drawn_2D = torch.randint(-32, 32, (2, width), generator=torch.Generator().manual_seed(width))
+    return (2 * drawn_2D - 1).to(torch.int16).numpy()
+
+
+def most_steps(width: int, parts: int = 2) -> float:
+    """Bound on the sum of the errors of so many rounded vectors, in steps: those of each, squared and summed.
 
     Rounding x as ``floor(x + u) + 1/2 - u``, u drawn once per column, makes errors that are uniform, independent and of
-    mean zero whatever x is. A sum of them beyond this many steps has a chance of 1e-15; half a step times the root of
-    the width is never passed.
+    mean zero whatever x is. A sum of them in some direction beyond this many steps has a chance of 1e-15; half a step
+    times the root of the width is never passed by one vector.
     """
-    return min(math.sqrt(2 * math.log(2e15) / 12), 0.5 * math.sqrt(width))
+    return min(math.sqrt(2 * math.log(2e15) / 12), 0.5 * math.sqrt(parts * width))

@@ -37,8 +37,8 @@ _LIBRARY_INT8, _BFLOAT16, _FLOAT32 = "library_int8", "bfloat16", "float32"
 # Of a bulk of exact search. Rounding, and scoring again what is left, takes a sixth more than the products alone.
 _ROWS, _KEYS, _COLUMNS = 96, 1024, 512
 _ROUNDING_PAYS = 1.2
-_FINE_WIDTH = 2048  # 127 * 127 * 64 * 2048, and the second parts, are below 2^31
-FINE_COST = 4.0
+_FINE_WIDTH = 2048  # 127 * 127 * 64 * 2048 and 2 * 127 * 64 * 2048 are below 2^31 together
+FINE_COST = 3.0
 """Products of fine entries for one of others."""
 _REPEATS = 5
 
@@ -62,7 +62,7 @@ class Products:
     is_interleaved: bool = False
     """Keys are laid out as ``tile_product_kernels`` has them."""
     is_fine: bool = False
-    """Rounded entries have two parts, as there: bounds are about 60 times closer, for four times as many products."""
+    """Rounded entries have two parts, as there: bounds are about 60 times closer, for three times as many products."""
 
     @property
     def is_rounded(self) -> bool:
@@ -116,7 +116,7 @@ def by_name(name: str) -> Products:
         known = ", ".join((*INSTRUCTIONS, _LIBRARY_INT8, _BFLOAT16, _FLOAT32))
         raise ValueError(f"{name!r} is no way to multiply; these are: {known}")
     kind = INSTRUCTIONS[name]
-    levels = kind.levels * (FINE if kind.is_fine else 1)
+    levels = kind.levels * FINE - 1 if kind.is_fine else kind.levels  # first parts are rounded as their shift says
     given = (torch.int8, levels, kind.zero, kind.rows, kind.column_step)
     return Products(name, *given, is_interleaved=True, is_fine=kind.is_fine)
 

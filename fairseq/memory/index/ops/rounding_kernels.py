@@ -17,6 +17,7 @@ from fairseq.memory.index.ops.tile_product_kernels import FINE, FINE_BITS, LANES
 
 _SMALLEST = np.float32(1e-30)
 _ROUNDING = np.float32(2e-6)  # of sums in float32, see ``bounded_scores``
+_ROUNDING_TYPES = "f4[:,::1], i2[:,::1], i8, f4, f4, f4, b1, i8, b1"
 
 
 @compiled()
@@ -74,19 +75,30 @@ def _rounded(balanced_D: Any, inverse: Any, levels: Any, own_D: Any, other_D: An
 
 
 @compiled()
-def _write_parts(whole_D: Any, zero: int, row_E: Any) -> Any:
-    """Write the two parts of fine entries, each plus ``zero``: first all first ones. Returns: the sum of these."""
+def _write_parts(whole_D: Any, own_D: Any, other_D: Any, zero: int, row_E: Any) -> tuple[Any, Any, Any]:
+    """Write the two parts of fine entries, each plus ``zero``: first all first ones.
+
+    Args:
+        own_D: twice the shift of second parts (see ``bounded_scores``), less one.
+        other_D: that of what is multiplied with these.
+    Returns: the sum of first parts, that of second ones times half of ``other``, and the squared length of second
+        parts less half of ``own``.
+    """
     width, middle = len(whole_D), len(row_E) // 2
     first_D, second_D = row_E[:width], row_E[middle : middle + width]
-    total, half, fine = np.int32(0), np.int32(FINE // 2), np.int32(FINE)
-    bits, zero_ = np.int32(FINE_BITS), np.int32(zero)
+    total, weighted, square = np.int32(0), np.int32(0), np.int32(0)
+    bits, zero_, fine = np.int32(FINE_BITS), np.int32(zero), np.int32(FINE)
     for d in range(width):
-        whole = np.int32(whole_D[d])
-        first = (whole + half) >> bits
+        whole, own = np.int32(whole_D[d]), np.int32(own_D[d])
+        first = (whole + ((fine - own) >> np.int32(1))) >> bits
+        second = whole - first * fine
         first_D[d] = np.int8(first + zero_)
-        second_D[d] = np.int8(whole - first * fine + zero_)
+        second_D[d] = np.int8(second + zero_)
         total += first
-    return total
+        weighted += second * np.int32(other_D[d])
+        rest = second + second - own
+        square += rest * rest
+    return total, np.float32(0.5) * np.float32(weighted), np.float32(0.25) * np.float32(square)
 
 
 @compiled(fastmath=ANY_ORDER)
@@ -128,28 +140,27 @@ def bounds(
     return bound, np.float32(2.0) * (error + slack)
 
 
-@compiled(
-    *(f"({keys}[:,::1], f4[:,::1], i8, f4, f4, b1, i8, b1, b1, i1[::1], i4[::1], f4[:,::1])" for keys in KEY_TYPES)
-)
+@compiled(*(f"({keys}[:,::1], {_ROUNDING_TYPES}, i1[::1], i4[::1], f4[:,::1])" for keys in KEY_TYPES))
 def round_keys(
-    keys_MD: Any, about_5D: Any, columns: int, levels: Any, ratio: Any, by_distance: bool, zero: int, fine: bool,
-    interleaved: bool, key_B: Any, start_M: Any, about_5M: Any,
+    keys_MD: Any, about_5D: Any, shift_2D: Any, columns: int, levels: Any, ratio: Any, rest: Any, by_distance: bool,
+    zero: int, interleaved: bool, key_B: Any, start_M: Any, about_5M: Any,
 ) -> None:  # fmt: skip
     """Round the keys of a block, float32 or of 16 bits (``half_kernels``).
 
     Args:
         about_5D: mean, balance, what the linear part of a score is the product with, and the two remainders: see
             ``RoundedQueries``.
+        shift_2D: ``own`` and ``other`` of :func:`_write_parts`; without columns where entries have one part.
         columns: E.
         ratio: steps are at most this many times what stands for a key's length.
+        rest: what is left of second parts is, in steps, at most this many times it.
         zero: what is added to the entries of queries.
-        fine: entries have two parts.
         interleaved: as ``tile_product_kernels`` has it; otherwise row after row.
         key_B: gets the integers.
         start_M: gets what takes ``zero`` off the products.
         about_5M: gets step, weight, size, bias and slack of each key.
     """
-    width = keys_MD.shape[1]
+    width, fine = keys_MD.shape[1], shift_2D.shape[1] > 0
     reach_1 = np.empty(1, np.int32)
     balanced_D, whole_D = np.empty(width, np.float32), np.empty(width, np.int16)
     row_LE = np.zeros((LANES, columns), np.int8)
@@ -160,13 +171,13 @@ def round_keys(
         reach_1[0] = _reach(balanced_D.view(np.int32))
         step = max(reach_1.view(np.float32)[0], _SMALLEST) / levels
         inverse = np.float32(1.0) / step
-        about_5M[0, m], row_E = step, row_LE[m % LANES]
+        about_5M[0, m], row_E, size = step, row_LE[m % LANES], np.float32(1.0) / ratio
         if fine:
             total, weighted, length = _rounded(balanced_D, inverse, levels, own_D, other_D, whole_D)
-            first = np.int64(_write_parts(whole_D, 0, row_E))
-            # The zero is added to both parts of a query's entries, and to the second ones for a 64th of its products.
-            start_M[m] = -zero * (np.int64(total) + first) - zero // FINE * (np.int64(total) - FINE * first)
-            about_5M[0, m] = step * np.float32(FINE)
+            first, more, square_left = _write_parts(whole_D, shift_2D[0], shift_2D[1], 0, row_E)
+            start_M[m] = -zero * (np.int64(total) + np.int64(first))  # it is added to both parts of a query's entries
+            about_5M[0, m], weighted = step * np.float32(FINE), weighted + more
+            size = max(size, np.sqrt(square_left) / rest)
         else:
             total, weighted, length = _rounded(balanced_D, inverse, levels, own_D, other_D, row_E)
             start_M[m] = -zero * np.int32(total)
@@ -175,20 +186,27 @@ def round_keys(
         elif m % LANES == LANES - 1 or m == len(keys_MD) - 1:
             row_LE[m % LANES + 1 :] = 0
             _lay_out(row_LE, key_B, m // LANES * LANES * columns)
-        about_5M[1, m], about_5M[2, m] = step * weighted, max(step * np.sqrt(length), step / ratio)
+        about_5M[1, m], about_5M[2, m] = step * weighted, step * max(np.sqrt(length), size)
         about_5M[3, m], about_5M[4, m] = _bias(square, linear, linear_length, by_distance)
 
 
-@compiled("(f4[:,::1], f4[:,::1], f4, i8, b1, i1[:,::1], f4[:,::1])")
-def round_queries(query_ND: Any, about_5D: Any, levels: Any, zero: int, fine: bool, row_NE: Any, about_N3: Any) -> None:
-    """Round queries: each entry plus ``zero``. ``about_N3`` gets step, the products of remainders, and the length."""
-    width = query_ND.shape[1]
+@compiled("(f4[:,::1], f4[:,::1], i2[:,::1], f4, i8, i1[:,::1], f4[:,::1])")
+def round_queries(
+    query_ND: Any, about_5D: Any, shift_2D: Any, levels: Any, zero: int, row_NE: Any, about_N3: Any
+) -> None:
+    """Round queries, see :func:`round_keys`: each entry plus ``zero``.
+
+    ``about_N3`` gets step, the products of remainders, and the length.
+    """
+    width, fine = query_ND.shape[1], shift_2D.shape[1] > 0
     reach_1 = np.empty(1, np.int32)
     balanced_D, whole_D = np.empty(width, np.float32), np.empty(width, np.int16)
     mean_D, balance_D, linear_D, own_D, other_D = _rows_of(about_5D)
     both = np.float32(0.0)
     for d in range(width):
         both += own_D[d] * other_D[d]
+        if fine:
+            both -= np.float32(0.25) * np.float32(shift_2D[0, d]) * np.float32(shift_2D[1, d])
     for n in range(len(query_ND)):
         square, _, _ = _centred(query_ND[n], mean_D, balance_D, linear_D, balanced_D)
         reach_1[0] = _reach(balanced_D.view(np.int32))
@@ -196,8 +214,8 @@ def round_queries(query_ND: Any, about_5D: Any, levels: Any, zero: int, fine: bo
         _, weighted, _ = _rounded(balanced_D, np.float32(1.0) / step, levels, own_D, other_D, whole_D)
         about_N3[n, 0], about_N3[n, 1], about_N3[n, 2] = step, weighted + both, np.sqrt(square)
         if fine:
-            about_N3[n, 1] /= np.float32(FINE)
-            _write_parts(whole_D, zero, row_NE[n])
+            _, more, _ = _write_parts(whole_D, shift_2D[0], shift_2D[1], zero, row_NE[n])
+            about_N3[n, 1] = (about_N3[n, 1] + more) / np.float32(FINE)
         else:
             for d in range(width):
                 row_NE[n, d] = np.int8(np.int32(whole_D[d]) + zero)

@@ -7,8 +7,9 @@ same to the last bit.
 Layout: a row's entries have ``zero`` added, so that they are unsigned where the instruction wants that. Keys are signed
 and *interleaved*: in groups of 16 keys, of each four columns at a time, so that one load has four columns of 16 keys.
 
-*Fine* entries have six bits more: 64 times a first part, plus a second of -32 to 31. The first half of the columns are
-first parts, the second half second ones, and each half is multiplied with each: sums are a 64th of the product.
+*Fine* entries have six bits more: 64 times a first part, plus a second of -64 to 62. The first half of the columns are
+first parts, the second half second ones. Sums are a 64th of the product, but for that of second parts with each other,
+which is left out (``bounded_scores`` has its bound).
 
 Shapes: R rows of a tile, Q rows, M keys, E columns (a multiple of 8).
 """
@@ -130,12 +131,6 @@ def without_instructions(kind: Instructions) -> Instructions:
     return replace(kind, add_products=functools.partial(_one_by_one, signed=kind.zero == 0))
 
 
-def _add_last(builder: Any, total: Any, at: Any) -> None:
-    """Add the sums of second parts of fine entries with each other to the other sums, which are in memory."""
-    less = builder.ashr(total, _constant(total, FINE_BITS))
-    builder.store(builder.add(builder.load(at, align=4), less), at, align=4)
-
-
 class _Tile:
     """Writes the loops for one tile: R rows with 64 keys, or the first of them."""
 
@@ -171,14 +166,8 @@ class _Tile:
                 self._add_all(half, nothing, half, lanes, held)
             else:
                 self._add_all(nothing, nothing, self._columns, lanes, held)
-            places = [(total, at) for totals, row in zip(held, outs) for total, at in zip(totals, row)]
-            for total, at in places:
+            for total, at in ((total, at) for totals, row in zip(held, outs) for total, at in zip(totals, row)):
                 builder.store(builder.load(total), at, align=4)
-            if kind.is_fine:
-                self._clear(held)
-                self._add_all(half, half, half, lanes, held)
-                for total, at in places:
-                    _add_last(builder, builder.load(total), at)
 
     def _begin(self, starts: list[Any], lanes: list[int], held: list[list[Any]], half: Any) -> None:
         """Hold ``start``, and of fine entries 64 times the products of first parts."""
@@ -241,7 +230,6 @@ class _MatrixTile:
     ) -> None:
         self._kind, self._builder, self._row_at, self._row_stride = kind, builder, row_at[:: self.SIDE], stride
         self._keys_at, self._columns, self._size, self._count = keys_at, columns, columns.type, count
-        self._scratch = cgutils.alloca_once(builder, ir.ArrayType(_INT, LANES * self.SIDE))
 
     def _number(self, value: int) -> Any:
         return ir.Constant(self._size, value)
@@ -281,14 +269,6 @@ class _MatrixTile:
                 self._add(half, nothing, nothing, self._columns)
             for number, out in enumerate(outs):
                 self._tile("tilestored64", number, out, out_stride)
-            if is_fine:
-                self._clear(outs)
-                self._add(half, middle, middle, middle)
-                for number, out in enumerate(outs):
-                    stride = self._number(4 * LANES)
-                    self._tile("tilestored64", number, self._at(self._scratch, self._number(0)), stride)
-                    for place, at in zip(self._rows(self._scratch, stride), self._rows(out, out_stride)):
-                        _add_last(builder, builder.load(place, align=4), at)
 
     def _clear(self, outs: list[Any]) -> None:
         for number in range(len(outs)):
