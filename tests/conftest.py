@@ -189,11 +189,11 @@ def clm(examples: Path, tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 def set_fast_products(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Take the ways of a processor whose fastest products are these; of missing instructions, what stands for them."""
-    from fairseq.memory.index.ops import products, tile_product_kernels
+    from fairseq.memory.index.ops import products, tile_loop_kernels
 
-    kinds = tile_product_kernels.INSTRUCTIONS
+    kinds = tile_loop_kernels.INSTRUCTIONS
     if name in kinds and name not in products.available():
-        monkeypatch.setitem(kinds, name, tile_product_kernels.without_instructions(kinds[name]))
+        monkeypatch.setitem(kinds, name, tile_loop_kernels.without_instructions(kinds[name]))
     monkeypatch.setattr(products, "chosen", lambda: products.by_name(name))
 
 

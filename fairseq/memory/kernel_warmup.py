@@ -103,7 +103,7 @@ def _kernels() -> list[tuple[str, Any, Any]]:
     from fairseq.memory.index.ops.kernels import KERNELS
     from fairseq.memory.index.ops.product_kernels import multiply
     from fairseq.memory.index.ops.products import best_tiles
-    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
+    from fairseq.memory.index.ops.tile_loop_kernels import FINE_SUFFIX
 
     for make in (multiply, collector, bulk_kernels.sampler, bulk_kernels.collector):
         make(best_tiles())

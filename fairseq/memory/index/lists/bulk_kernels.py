@@ -26,14 +26,8 @@ from fairseq.memory.index.ops.kernels import (
 )
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
 from fairseq.memory.index.ops.rounding_kernels import bounds
-from fairseq.memory.index.ops.tile_product_kernels import (
-    INSTRUCTIONS,
-    TILE_KEYS,
-    lowest_bit,
-    reaching_keys,
-    tile_products,
-    tile_registers,
-)
+from fairseq.memory.index.ops.tile_loop_kernels import INSTRUCTIONS, TILE_KEYS
+from fairseq.memory.index.ops.tile_product_kernels import lowest_bit, reaching_keys, tile_products, tile_registers
 from fairseq.memory.index.ops.vector_kernels import count_reaching, fetch
 
 CHUNK_KEYS = 4 * TILE_KEYS

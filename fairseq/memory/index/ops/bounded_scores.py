@@ -14,7 +14,7 @@ with *raw* the product of the integers, a and s the steps of query and key, h an
 rounded down after adding a number that is drawn once per column, see ``dither``), *size* a key's length and *width*
 how far a query's scores may be off for each unit of it.
 
-Of fine entries (``tile_product_kernels``) raw lacks the products of second parts y and z of query and key. Each is cut
+Of fine entries (``tile_loop_kernels``) raw lacks the products of second parts y and z of query and key. Each is cut
 off around a *shift* that is drawn once per column, e and f: then y - e and z - f are as good as drawn by chance, too,
 and
 
@@ -130,7 +130,7 @@ class Rounding:
         Returns: int8 (N + tile rows, E), and step, remainder, width, 0 of each query, float32 (N, 4).
         """
         from fairseq.memory.index.ops import rounding_kernels
-        from fairseq.memory.index.ops.tile_product_kernels import FINE
+        from fairseq.memory.index.ops.tile_loop_kernels import FINE
 
         products, count = self.products, len(query_ND)
         # A tile that begins at the last row reads on behind it.

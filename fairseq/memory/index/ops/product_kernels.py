@@ -13,13 +13,8 @@ from typing import Any
 import numpy as np
 
 from fairseq.memory.index.ops.kernels import compiled
-from fairseq.memory.index.ops.tile_product_kernels import (
-    INSTRUCTIONS,
-    TILE_KEYS,
-    is_matrix,
-    tile_products,
-    tile_registers,
-)
+from fairseq.memory.index.ops.tile_loop_kernels import INSTRUCTIONS, TILE_KEYS, is_matrix
+from fairseq.memory.index.ops.tile_product_kernels import tile_products, tile_registers
 
 
 @functools.cache

@@ -60,7 +60,7 @@ class Products:
     column_step: int = 8
     """Columns of factors are a multiple of it if they are rounded."""
     is_interleaved: bool = False
-    """Keys are laid out as ``tile_product_kernels`` has them."""
+    """Keys are laid out as ``tile_loop_kernels`` has them."""
     is_fine: bool = False
     """Rounded entries have two parts, as there: bounds are about 60 times closer, for three times as many products."""
 
@@ -110,7 +110,7 @@ def by_name(name: str) -> Products:
         return Products(name, torch.int8, 127)
     if name in (_BFLOAT16, _FLOAT32):
         return Products(name, getattr(torch, name))
-    from fairseq.memory.index.ops.tile_product_kernels import FINE, INSTRUCTIONS
+    from fairseq.memory.index.ops.tile_loop_kernels import FINE, INSTRUCTIONS
 
     if name not in INSTRUCTIONS:
         known = ", ".join((*INSTRUCTIONS, _LIBRARY_INT8, _BFLOAT16, _FLOAT32))
@@ -123,7 +123,7 @@ def by_name(name: str) -> Products:
 
 def finer(products: Products, width: int) -> Products | None:
     """The same instructions for fine entries; None where there are none, or columns too many for sums of 32 bits."""
-    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
+    from fairseq.memory.index.ops.tile_loop_kernels import FINE_SUFFIX
 
     if not products.is_interleaved or products.is_fine or width > _FINE_WIDTH:
         return None
@@ -132,7 +132,7 @@ def finer(products: Products, width: int) -> Products | None:
 
 def for_width(products: Products, width: int) -> Products:
     """These, or the same instructions for coarse entries where columns are too many for fine ones."""
-    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
+    from fairseq.memory.index.ops.tile_loop_kernels import FINE_SUFFIX
 
     is_too_wide = products.is_fine and width > _FINE_WIDTH
     return by_name(products.name.removesuffix(FINE_SUFFIX)) if is_too_wide else products
@@ -141,7 +141,7 @@ def for_width(products: Products, width: int) -> Products:
 def available() -> list[str]:
     """Names of what this processor can do, the most promising instruction set first."""
     from fairseq.memory.index.ops.numba_library import compiler_features
-    from fairseq.memory.index.ops.tile_product_kernels import FINE_SUFFIX
+    from fairseq.memory.index.ops.tile_loop_kernels import FINE_SUFFIX
 
     features, compiled = hardware.cpu_features(), compiler_features()
     names = [name for name, wanted in _TILES.items() if name in features and wanted <= compiled]
@@ -160,13 +160,14 @@ def best_tiles() -> str:
     return next((name for name in available() if name in _TILES), "plain")
 
 
-# What the compiler calls the instructions that the tiles consist of.
+# What the compiler calls the instructions that the tiles consist of. Of ARM's it lists hardly any: tiles ask for these.
 _TILES = {
     "amx_int8": {"amx-int8", "amx-tile", "avx512f"},
     "avx512_vnni": {"avx512vnni", "avx512f"},
     "avx_vnni": {"avxvnni"},
     "avx2": {"avx2"},
-    "asimddp": {"dotprod"},
+    "i8mm": {"neon"},
+    "asimddp": {"neon"},
 }
 _LIBRARY_FEATURES = {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"}
 
@@ -268,12 +269,12 @@ def _rate(products: Products) -> float:
 
 def _rates_file(names: list[str]) -> Path | None:
     """Where the rates of this machine are kept; None where nothing is kept."""
-    from fairseq.memory.index.ops import kernel_cache, tile_product_kernels
+    from fairseq.memory.index.ops import kernel_cache, tile_loop_kernels
 
     folder = kernel_cache.cache_folder()
     if folder is None or kernel_cache.why_not_kept():
         return None
-    source = Path(tile_product_kernels.__file__).read_bytes()
+    source = Path(tile_loop_kernels.__file__).read_bytes()
     parts = (hardware.processor_name(), platform.machine(), torch.__version__, *kernel_cache.COMPILER, *names)
     digest = hashlib.sha256(source + "\0".join(map(str, parts)).encode()).hexdigest()[:32]
     return folder / f"products-{digest}.json"

@@ -13,7 +13,8 @@ import numpy as np
 
 from fairseq.memory.index.ops.half_kernels import as_float
 from fairseq.memory.index.ops.kernels import ANY_ORDER, KEY_TYPES, compiled
-from fairseq.memory.index.ops.tile_product_kernels import FINE, FINE_BITS, LANES, interleave
+from fairseq.memory.index.ops.tile_loop_kernels import FINE, FINE_BITS, LANES
+from fairseq.memory.index.ops.tile_product_kernels import interleave
 
 _SMALLEST = np.float32(1e-30)
 _ROUNDING = np.float32(2e-6)  # of sums in float32, see ``bounded_scores``
@@ -155,7 +156,7 @@ def round_keys(
         ratio: steps are at most this many times what stands for a key's length.
         rest: what is left of second parts is, in steps, at most this many times it.
         zero: what is added to the entries of queries.
-        interleaved: as ``tile_product_kernels`` has it; otherwise row after row.
+        interleaved: as ``tile_loop_kernels`` has it; otherwise row after row.
         key_B: gets the integers.
         start_M: gets what takes ``zero`` off the products.
         about_5M: gets step, weight, size, bias and slack of each key.
