@@ -104,6 +104,7 @@ class SequenceGenerator:
             limits: tokens before </s> that each text may have, instead of those of the config.
         Raises: ValueError for a beginning that is longer than its text may be, or scores that are not finite.
         """
+        self._products.begin()
         with multiplying_by(self._products):
             return self._generate(source, torch.tensor(list(source_lengths)), prefix_BT, limits)
 

@@ -178,6 +178,15 @@ def _add(
         _tile_4(row_X, row, stride, panel_P, panel, width, ahead, step, out_X)
 
 
+@compiled("u8(u4[::1])")
+def weighted_sum(bits_X: Any) -> Any:
+    """The sum of all numbers, each as many times as it has another odd number for its place."""
+    total = np.uint64(0)
+    for x in range(len(bits_X)):
+        total += np.uint64(bits_X[x]) * np.uint64(np.uint32(2 * x + 1))
+    return total
+
+
 @compiled()
 def _work(row_RD: Any, panel_KX: Any, bias_V: Any, sum_PX: Any, next_2: Any, turn: int, step: int, out_RV: Any) -> None:
     """Multiply panels, so many at a time, until there are none left."""

@@ -8,6 +8,7 @@ Shapes: R rows, D width, V width of the result, K panels, X numbers of a panel.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fairseq.runtime.threads import openmp_team
+from fairseq.runtime.threads import map_in_threads, openmp_team
 
 _MOST_ROWS = 64  # with more, libraries reach as many products a second
 _MOST_BYTES = 1 << 30  # of packed matrices; those of larger models are multiplied as they are
-_EMPTY = torch.empty(0)
+_DIGEST_NUMBERS = 1 << 20  # of a matrix that one task reads
+_EMPTY = torch.empty(0, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class _Packed:
     version: int
-    """Changes of the matrix before it was packed."""
+    """Changes of the matrix before it was packed, of those that torch counts."""
     address: int
+    digest: tuple[int, ...]
     panel_KX: Tensor
 
 
@@ -35,7 +38,12 @@ class PackedProducts:
 
     def __init__(self) -> None:
         self._packed: Any = WeakTensorKeyDictionary()
-        self._bytes = 0
+
+    def forget_changed(self) -> None:
+        """Forget matrices that have changed in whatever way: torch doesn't count what is done to ``weight.data``."""
+        for weight_VD, held in list(self._packed.items()):
+            if digest(weight_VD) != held.digest:
+                del self._packed[weight_VD]
 
     def __call__(self, x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor | None:
         """``x @ weight.T + bias``; None for what libraries multiply as fast, or what does not fit in memory."""
@@ -48,8 +56,8 @@ class PackedProducts:
         panel_KX = self._panels(weight_VD)
         if panel_KX is None:
             return None
-        row_RD, bias = x.reshape(-1, x.shape[-1]).contiguous(), _EMPTY if bias_V is None else bias_V
-        out_RV = torch.empty(len(row_RD), len(weight_VD))
+        row_RD, bias = x.reshape(-1, x.shape[-1]).contiguous(), _EMPTY if bias_V is None else bias_V.contiguous()
+        out_RV = torch.empty(len(row_RD), len(weight_VD), dtype=torch.float32)
         row, panel, of_types, out = (each.detach().numpy() for each in (row_RD, panel_KX, bias, out_RV))
         packed_kernels.multiply(row, panel, of_types, out, team, threads)
         return out_RV.view(*x.shape[:-1], -1)
@@ -59,13 +67,22 @@ class PackedProducts:
         held: _Packed | None = self._packed.get(weight_VD)
         version, address = weight_VD._version, weight_VD.data_ptr()
         if held is None or (held.version, held.address) != (version, address):
-            size = weight_VD.numel() * weight_VD.element_size()
-            if held is None and self._bytes + size > _MOST_BYTES:
+            others = sum(other.panel_KX.nbytes for other in self._packed.values() if other is not held)
+            if others + weight_VD.numel() * weight_VD.element_size() > _MOST_BYTES:
                 return None
-            self._bytes += size if held is None else 0
-            held = _Packed(version, address, pack(weight_VD.detach()))
+            held = _Packed(version, address, digest(weight_VD), pack(weight_VD.detach()))
             self._packed[weight_VD] = held
         return held.panel_KX
+
+
+def digest(weight_VD: Tensor) -> tuple[int, ...]:
+    """Numbers that are others, but by chance, when any bit of a float32 matrix is."""
+    from fairseq.generation.steps.packed_kernels import weighted_sum
+
+    bits_X = weight_VD.detach().reshape(-1).view(torch.int32).numpy().view("uint32")
+    edges = [*range(0, len(bits_X), _DIGEST_NUMBERS), len(bits_X)]
+    parts = [bits_X[first:past] for first, past in itertools.pairwise(edges)]
+    return tuple(map_in_threads(lambda part_X: int(weighted_sum(part_X)), parts))
 
 
 def pack(weight_VD: Tensor) -> Tensor:
@@ -73,7 +90,7 @@ def pack(weight_VD: Tensor) -> Tensor:
     from fairseq.generation.steps.packed_kernels import PANEL
 
     (num_types, width), panels = weight_VD.shape, -(-len(weight_VD) // PANEL)
-    panel_KX = torch.empty(panels, width * PANEL)
+    panel_KX = torch.empty(panels, width * PANEL, dtype=torch.float32)
     whole = num_types // PANEL
     view = panel_KX.view(panels, width, PANEL)
     view[:whole].copy_(weight_VD[: whole * PANEL].view(whole, PANEL, width).transpose(1, 2))

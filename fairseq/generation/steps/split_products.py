@@ -20,7 +20,7 @@ from fairseq.runtime.threads import openmp_team
 
 _MOST_NUMBERS = 1 << 18  # of all rows: their parts are 1.5 MB, and with more the libraries are as fast
 _COLUMNS = 32  # of a register
-_EMPTY = torch.empty(0)
+_EMPTY = torch.empty(0, dtype=torch.float32)
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def product(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor | Non
     if width % _COLUMNS:
         return None
     row_RD, bias = x.reshape(-1, width).contiguous(), _EMPTY if bias_V is None else bias_V.contiguous()
-    out_RV = torch.empty(len(row_RD), len(weight_VD))
+    out_RV = torch.empty(len(row_RD), len(weight_VD), dtype=torch.float32)
     row, weight, of_types, out = (each.detach().numpy() for each in (row_RD, weight_VD, bias, out_RV))
     split_kernels.multiply(row, weight, of_types, out, team, threads)
     return out_RV.view(*x.shape[:-1], -1)

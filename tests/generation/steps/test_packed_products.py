@@ -6,6 +6,7 @@ from torch import nn
 
 from fairseq.generation.steps import packed_products
 from fairseq.generation.steps.packed_products import PackedProducts
+from fairseq.generation.steps.products import StepProducts
 from fairseq.modules import inference_linear
 
 
@@ -40,6 +41,45 @@ def test_a_matrix_that_changes_is_packed_again():
             torch.testing.assert_close(products(x, layer.weight, layer.bias), layer(x))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.data.neg_(),
+        lambda weight: weight.data.copy_(weight.data[torch.tensor([1, 0, *range(2, len(weight))])]),
+        lambda weight: weight.detach().numpy().__setitem__((5, 3), 0.0),
+    ],
+)
+def test_changes_that_torch_does_not_count_are_seen_when_a_search_begins(change):
+    x, products, layer = torch.randn(2, 64), StepProducts(), nn.Linear(64, 3000)
+    with torch.no_grad():
+        products(x, layer.weight, layer.bias)
+        change(layer.weight)
+        products.begin()
+        found = products(x, layer.weight, layer.bias)
+        assert found is not None
+        torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_default_type_does_not_matter():
+    x, layer = torch.randn(2, 64), nn.Linear(64, 100)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = StepProducts()(x, layer.weight, layer.bias)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_together_is_left_to_torch():
+    weight, products = torch.randn(6, 32), StepProducts()
+    assert products(torch.randn(2, 16), weight, None) is None
+    for bias in (torch.randn(5), torch.randn(1), torch.randn(6).double()):
+        assert products(torch.randn(2, 32), weight, bias) is None
+    strided, x = torch.randn(12)[::2], torch.randn(2, 32)
+    torch.testing.assert_close(products(x, weight, strided), x @ weight.t() + strided, rtol=1e-4, atol=1e-4)
+
+
 def test_many_rows_and_what_exceeds_the_memory_are_left_to_torch(monkeypatch):
     weight, products = torch.randn(6, 4), PackedProducts()
     assert products(torch.randn(65, 4), weight, None) is None
@@ -49,6 +89,8 @@ def test_many_rows_and_what_exceeds_the_memory_are_left_to_torch(monkeypatch):
     assert products(torch.randn(2, 4), weight, None) is not None
     assert products(torch.randn(2, 4), weight.clone(), None) is None
     assert products(torch.randn(2, 4), weight, None) is not None
+    del weight  # and its copy
+    assert products(torch.randn(2, 4), torch.randn(6, 4), None) is not None
 
 
 def test_threads_do_not_change_a_bit():

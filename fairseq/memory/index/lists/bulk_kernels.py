@@ -25,7 +25,7 @@ from fairseq.memory.index.ops.kernels import (
     neg_sq_l2,
 )
 from fairseq.memory.index.ops.lane_sum_kernels import products, squared_distances
-from fairseq.memory.index.ops.rounding_kernels import bounds
+from fairseq.memory.index.ops.rounding_kernels import bounds, length_of
 from fairseq.memory.index.ops.tile_loop_kernels import INSTRUCTIONS, TILE_KEYS
 from fairseq.memory.index.ops.tile_product_kernels import lowest_bit, reaching_keys, tile_products, tile_registers
 from fairseq.memory.index.ops.vector_kernels import count_reaching, fetch
@@ -226,7 +226,9 @@ def write_visits(
             step = max(reach_of_1[0], _SMALLEST) / about_4[0]
             about_V8[v, SCALE] = step
             about_V8[v, ZERO] = _rounded(centred_D, np.float32(1.0) / step, levels, zero, about_3D, row_VE, v)
-            about_V8[v, WIDTH] = steps * np.sqrt(square * ratio * ratio + step * step) + _ROUNDING * np.sqrt(square)
+            length = length_of(square, reach_of_1[0], query_ND.shape[1])
+            relative = length * ratio / step  # its square is a number where those of length and step may be none
+            about_V8[v, WIDTH] = steps * step * np.sqrt(relative * relative + np.float32(1.0)) + _ROUNDING * length
             for e in range(query_ND.shape[1], row_VE.shape[1]):
                 row_VE[v, e] = 0
 

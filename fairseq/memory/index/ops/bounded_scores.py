@@ -148,7 +148,7 @@ class Rounding:
         errors = [length_N * np.float32(self.ratio), step_N]
         if products.is_fine:
             errors.append(step_N * np.float32(FINE * self._rest))
-        together_N = np.linalg.norm(np.stack(errors), axis=0)
+        together_N = np.linalg.norm(np.stack(errors).astype(np.float64), axis=0)  # of tiny ones float32 has no squares
         about_N4[:, 2] = _SURE * most_steps(self.width, len(errors)) * together_N + _ROUNDING * length_N
         return rows_NE, about_N4
 
@@ -179,7 +179,7 @@ class RoundedQueries:
         self.rounding = rounding
         self.width = query_ND.shape[1]
         moved_ND = query_ND - self._mean_D if by_distance else query_ND
-        self._length_N = torch.linalg.vector_norm(moved_ND, dim=1)
+        self._length_N = torch.linalg.vector_norm(moved_ND, dim=1, dtype=torch.float64).float()
         # What scores of the metric are more than scores here.
         self._shift_N = -0.5 * self._length_N.square() if by_distance else torch.mv(query_ND, self._mean_D)
         mean_length = float(torch.linalg.vector_norm(self._mean_D))
@@ -189,7 +189,8 @@ class RoundedQueries:
             """``about_N4``: step, remainder, width, and the score that a key has to reach (written by searches)."""
             return
         centred_ND = query_ND - self.rounding.centre_D
-        length_N = torch.linalg.vector_norm(centred_ND / self.rounding.balance_D, dim=1)
+        balanced_ND = centred_ND / self.rounding.balance_D
+        length_N = torch.linalg.vector_norm(balanced_ND, dim=1, dtype=torch.float64).float()
         error = _ROUNDING + (_BF16_ROUNDING if products.dtype is torch.bfloat16 else 0.0)
         self.rows = centred_ND.to(products.dtype)
         self.about_N4 = np.zeros((len(query_ND), 4), np.float32)

@@ -17,6 +17,7 @@ from fairseq.memory.index.ops.tile_loop_kernels import FINE, FINE_BITS, LANES
 from fairseq.memory.index.ops.tile_product_kernels import interleave
 
 _SMALLEST = np.float32(1e-30)
+_SMALL_SQUARE = np.float32(1e-30)
 _ROUNDING = np.float32(2e-6)  # of sums in float32, see ``bounded_scores``
 _ROUNDING_TYPES = "f4[:,::1], i2[:,::1], i8, f4, f4, f4, b1, i8, b1"
 
@@ -108,6 +109,12 @@ def _length(x_D: Any) -> Any:
     for d in range(len(x_D)):
         square += x_D[d] * x_D[d]
     return np.sqrt(square)
+
+
+@compiled()
+def length_of(square: Any, reach: Any, width: int) -> Any:
+    """The length of a vector by its square and its largest entry; at most that where float32 has no such squares."""
+    return np.sqrt(square) if square > _SMALL_SQUARE else reach * np.float32(np.sqrt(width))
 
 
 @compiled()
@@ -213,7 +220,8 @@ def round_queries(
         reach_1[0] = _reach(balanced_D.view(np.int32))
         step = max(reach_1.view(np.float32)[0], _SMALLEST) / levels
         _, weighted, _ = _rounded(balanced_D, np.float32(1.0) / step, levels, own_D, other_D, whole_D)
-        about_N3[n, 0], about_N3[n, 1], about_N3[n, 2] = step, weighted + both, np.sqrt(square)
+        about_N3[n, 0], about_N3[n, 1] = step, weighted + both
+        about_N3[n, 2] = length_of(square, reach_1.view(np.float32)[0], width)
         if fine:
             _, more, _ = _write_parts(whole_D, shift_2D[0], shift_2D[1], zero, row_NE[n])
             about_N3[n, 1] = (about_N3[n, 1] + more) / np.float32(FINE)

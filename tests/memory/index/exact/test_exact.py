@@ -119,6 +119,17 @@ def test_a_sample_does_not_keep_the_step_of_blocks():
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
+@pytest.mark.parametrize("scale", [1e-18, 1e-21, 1e-26])
+def test_queries_whose_squares_float32_lacks_find_what_others_do(name, scale, monkeypatch):
+    keys, query_ND = rows("even", 4000, 64, 1), torch.from_numpy(rows("even", 40, 64, 2))
+    tiny_ND = query_ND * scale
+    found = search_by(monkeypatch, name, keys, Metric.IP, tiny_ND, 10)
+    true_NM = similarities(Metric.IP, tiny_ND.double().numpy(), keys.astype(np.float64))
+    best_NK = -np.sort(-true_NM, axis=1)[:, :10]
+    np.testing.assert_allclose(np.take_along_axis(true_NM, found.ids_NK.numpy(), 1), best_NK, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
 def test_few_keys_pass(name, monkeypatch):
     """The filter is one: of 20,000 keys a few times k = 100 are looked at again."""
     keys, query_ND = rows("even", 20_000, 64, 1), torch.from_numpy(rows("even", 40, 64, 2))
