@@ -2,8 +2,8 @@
 
 Rounded to 8 bits, products take a third (AVX2) to a quarter (VNNI) of the time that they take in float32. Which way is
 the fastest depends on the processor and on the libraries, so that each is timed: once for a machine, kept beside the
-compiled kernels. ``FAIRSEQ_PRODUCTS=NAME`` takes one by its name. Whatever is taken, searches return the same bits, unless
-keys are equally near up to float32's rounding.
+compiled kernels. ``FAIRSEQ_PRODUCTS=NAME`` takes one by its name. Whatever is taken, searches return the same bits,
+unless keys are equally near up to float32's rounding.
 
 Shapes: Q rows, M keys, E columns.
 """
