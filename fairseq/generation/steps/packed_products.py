@@ -39,6 +39,10 @@ class PackedProducts:
     def __init__(self) -> None:
         self._packed: Any = WeakTensorKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[PackedProducts], tuple[()]]:
+        """What another process gets packs matrices of its own."""
+        return PackedProducts, ()
+
     def forget_changed(self) -> None:
         """Forget matrices that have changed in whatever way: torch doesn't count what is done to ``weight.data``."""
         for weight_VD, held in list(self._packed.items()):

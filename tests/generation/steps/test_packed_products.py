@@ -1,5 +1,8 @@
 """Products with packed matrices against those in float64; what they leave to torch."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +62,16 @@ def test_changes_that_torch_does_not_count_are_seen_when_a_search_begins(change)
         found = products(x, layer.weight, layer.bias)
         assert found is not None
         torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-4)
+
+
+def test_products_are_pickled_without_what_they_hold():
+    x, layer, products = torch.randn(2, 64), nn.Linear(64, 100), StepProducts()
+    products(x, layer.weight, layer.bias)
+    function, given = products._packed.__reduce__()
+    assert not function(*given)._packed
+    pickle.dumps(products)
+    found = copy.deepcopy(products)(x, layer.weight, layer.bias)
+    torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-4)
 
 
 def test_the_default_type_does_not_matter():

@@ -286,7 +286,7 @@ def most_steps(width: int, parts: int = 2) -> float:
     """Bound on the sum of the errors of so many rounded vectors, in steps: those of each, squared and summed.
 
     Rounding x as ``floor(x + u) + 1/2 - u``, u drawn once per column, makes errors that are uniform, independent and of
-    mean zero whatever x is. A sum of them in some direction beyond this many steps has a chance of 1e-15; half a step
-    times the root of the width is never passed by one vector.
+    mean zero whatever x is, unless x was made for these u. A sum of them in some direction beyond this many steps has a
+    chance of 1e-15; half a step times the root of the width is never passed by one vector.
     """
     return min(math.sqrt(2 * math.log(2e15) / 12), 0.5 * math.sqrt(parts * width))

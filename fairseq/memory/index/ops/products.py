@@ -63,7 +63,7 @@ class Products:
     is_interleaved: bool = False
     """Keys are laid out as ``tile_loop_kernels`` has them."""
     is_fine: bool = False
-    """Rounded entries have two parts, as there: bounds are about 60 times closer, for three times as many products."""
+    """Rounded entries have two parts, as there: bounds are about 50 times closer, for three times as many products."""
 
     @property
     def is_rounded(self) -> bool:
