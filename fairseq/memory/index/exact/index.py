@@ -232,7 +232,7 @@ class ExactIndex:
         fine, full = ways.finer(products, self.dim), ways.by_name("float32")
         known = [(products, 1.0 / rates[products.name]), (full, 1.0 / rates[full.name])]
         if fine is not None:
-            known.append((fine, ways.FINE_COST / rates[products.name]))
+            known.append((fine, fine.cost / rates[products.name]))
         cost, per_passing = {}, _PASSING_SECONDS + _KEEPING_SECONDS * min(1.0, k / _KEPT)
         for way, seconds in known:
             rounding = _ROUNDING_SECONDS * (2.0 if way.is_fine else 1.0) / len(query_ND)

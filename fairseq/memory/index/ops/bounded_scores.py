@@ -14,9 +14,9 @@ with *raw* the product of the integers, a and s the steps of query and key, h an
 rounded down after adding a number that is drawn once per column, see ``dither``), *size* a key's length and *width*
 how far a query's scores may be off for each unit of it.
 
-Of fine entries (``tile_loop_kernels``) raw lacks the products of second parts y and z of query and key. Each is cut
-off around a *shift* that is drawn once per column, e and f: then y - e and z - f are as good as drawn by chance, too,
-and
+Of fine entries in two parts (``tile_loop_kernels``) raw lacks the products of second parts y and z of query and key.
+Each is cut off around a *shift* that is drawn once per column, e and f: then y - e and z - f are as good as drawn by
+chance, too, and
 
     y z = (y - e) (z - f) + e z + y f - e f
 
@@ -88,13 +88,15 @@ class Rounding:
         self.balance_D = balance(query_ND - self.centre_D, apart_MD)
         key_dither_D, query_dither_D = torch.split(dither(2 * self.width), self.width)
         self._own_D, self._other_D = 0.5 - key_dither_D, 0.5 - query_dither_D
-        self._shift_2D = shifts(self.width if products.is_fine else 0)
+        self._shift_2D = shifts(self.width if products.has_parts else 0)
         self.ratio = 1e-20
         if products.is_rounded:
             balanced_MD = apart_MD * self.balance_D
             length_M = torch.linalg.vector_norm(balanced_MD, dim=1).clamp_(min=1e-20)
             # Any ratio bounds the errors; that of most keys bounds them closely.
             ratio_M = balanced_MD.abs().amax(1) / (products.levels * length_M)
+            if products.longest:
+                ratio_M.clamp_(min=1.0 / products.longest)
             self.ratio = max(float(ratio_M.median()) if len(ratio_M) else 0.0, 1e-20)
         # The length of second parts less their shifts, in steps, over a key's length: that of most keys, too.
         self._rest = self.ratio * _MOST_REST * math.sqrt(self.width)
@@ -115,11 +117,11 @@ class Rounding:
 
         about_5M = np.zeros((5, len(start_M)), np.float32)
         about_5M[3, len(keys_MD) :] = -np.inf
-        products, levels = self.products, np.float32(self.products.levels)
-        columns = products.columns(self.width)
+        products, columns = self.products, self.products.columns(self.width)
+        size = (np.float32(products.levels), np.float32(products.longest))
         key_B[max(0, len(key_B) - kernels.GROUP * columns) :] = 0  # the last group may have places without a key
         rounding_kernels.round_keys(
-            keys_MD, self.about_keys(mean_D), self._shift_2D, columns, levels, np.float32(self.ratio),
+            keys_MD, self.about_keys(mean_D), self._shift_2D, columns, *size, np.float32(self.ratio),
             np.float32(self._rest), self.by_distance, products.zero, products.is_interleaved, key_B, start_M, about_5M,
         )  # fmt: skip
         return about_5M
@@ -137,16 +139,16 @@ class Rounding:
         rows_NE = torch.zeros(count + products.tile_rows, products.columns(self.width), dtype=torch.int8)
         nothing_D = torch.zeros(self.width)
         rows = (self.centre_D, 1.0 / self.balance_D, nothing_D, self._other_D, self._own_D)
-        about_N3, levels = np.empty((count, 3), np.float32), np.float32(products.levels)
+        about_N3, size = np.empty((count, 3), np.float32), (np.float32(products.levels), np.float32(products.longest))
         given = (np.ascontiguousarray(query_ND.numpy()), torch.stack(rows).numpy(), self._shift_2D[::-1].copy())
-        rounding_kernels.round_queries(*given, levels, products.zero, rows_NE[:count].numpy(), about_N3)
+        rounding_kernels.round_queries(*given, *size, products.zero, rows_NE[:count].numpy(), about_N3)
         step_N, length_N = about_N3[:, 0], about_N3[:, 2]
         about_N4 = np.zeros((count, 4), np.float32)
         about_N4[:, :2] = about_N3[:, :2]
         # q.k - q'.k' = q.(k - k') + (q - q').k': independent errors, so that the bound on their sum is that of a sum of
         # squares (see ``most_steps``); and what rounding to float32 adds.
         errors = [length_N * np.float32(self.ratio), step_N]
-        if products.is_fine:
+        if products.has_parts:
             errors.append(step_N * np.float32(FINE * self._rest))
         together_N = np.linalg.norm(np.stack(errors).astype(np.float64), axis=0)  # of tiny ones float32 has no squares
         about_N4[:, 2] = _SURE * most_steps(self.width, len(errors)) * together_N + _ROUNDING * length_N

@@ -38,9 +38,7 @@ _LIBRARY_INT8, _BFLOAT16, _FLOAT32 = "library_int8", "bfloat16", "float32"
 # Of a bulk of exact search. Rounding, and scoring again what is left, takes a sixth more than the products alone.
 _ROWS, _KEYS, _COLUMNS = 96, 1024, 512
 _ROUNDING_PAYS = 1.2
-_FINE_WIDTH = 2048  # 127 * 127 * 64 * 2048 and 2 * 127 * 64 * 2048 are below 2^31 together
-FINE_COST = 3.0
-"""Products of fine entries for one of others."""
+_PARTS_WIDTH = 2048  # 127 * 127 * 64 * 2048 and 2 * 127 * 64 * 2048 are below 2^31 together
 _REPEATS = 5
 
 
@@ -63,7 +61,13 @@ class Products:
     is_interleaved: bool = False
     """Keys are laid out as ``tile_loop_kernels`` has them."""
     is_fine: bool = False
-    """Rounded entries have two parts, as there: bounds are about 50 times closer, for three times as many products."""
+    """Rounded entries take two bytes, as there: bounds are 30 to 60 times closer."""
+    has_parts: bool = False
+    """Fine entries have two parts of 8 bits."""
+    longest: float = 0.0
+    """Largest length of a rounded vector; 0 where it does not matter."""
+    cost: float = 1.0
+    """Time of a product, in those of entries of 8 bits by the same instructions."""
 
     @property
     def is_rounded(self) -> bool:
@@ -111,31 +115,36 @@ def by_name(name: str) -> Products:
         return Products(name, torch.int8, 127)
     if name in (_BFLOAT16, _FLOAT32):
         return Products(name, getattr(torch, name))
-    from fairseq.memory.index.ops.tile_loop_kernels import FINE, INSTRUCTIONS
+    from fairseq.memory.index.ops.tile_loop_kernels import FINE, INSTRUCTIONS, LONGEST_WORDS
 
     if name not in INSTRUCTIONS:
         known = ", ".join((*INSTRUCTIONS, _LIBRARY_INT8, _BFLOAT16, _FLOAT32))
         raise ValueError(f"{name!r} is no way to multiply; these are: {known}")
     kind = INSTRUCTIONS[name]
-    levels = kind.levels * FINE - 1 if kind.is_fine else kind.levels  # first parts are rounded as their shift says
+    levels = kind.levels * FINE - 1 if kind.has_parts else kind.levels  # first parts are rounded as their shift says
     given = (torch.int8, levels, kind.zero, kind.rows, kind.column_step)
-    return Products(name, *given, is_interleaved=True, is_fine=kind.is_fine)
+    longest = LONGEST_WORDS if kind.is_wide else 0.0
+    parts = kind.has_parts
+    return Products(
+        name, *given, is_interleaved=True, is_fine=kind.is_fine, has_parts=parts, longest=longest, cost=kind.cost
+    )
 
 
 def finer(products: Products, width: int) -> Products | None:
     """The same instructions for fine entries; None where there are none, or columns too many for sums of 32 bits."""
     from fairseq.memory.index.ops.tile_loop_kernels import FINE_SUFFIX
 
-    if not products.is_interleaved or products.is_fine or width > _FINE_WIDTH:
+    if not products.is_interleaved or products.is_fine:
         return None
-    return by_name(products.name + FINE_SUFFIX)
+    fine = by_name(products.name + FINE_SUFFIX)
+    return None if fine.has_parts and width > _PARTS_WIDTH else fine
 
 
 def for_width(products: Products, width: int) -> Products:
     """These, or the same instructions for coarse entries where columns are too many for fine ones."""
     from fairseq.memory.index.ops.tile_loop_kernels import FINE_SUFFIX
 
-    is_too_wide = products.is_fine and width > _FINE_WIDTH
+    is_too_wide = products.has_parts and width > _PARTS_WIDTH
     return by_name(products.name.removesuffix(FINE_SUFFIX)) if is_too_wide else products
 
 

@@ -19,7 +19,7 @@ from fairseq.memory.index.ops.tile_product_kernels import interleave
 _SMALLEST = np.float32(1e-30)
 _SMALL_SQUARE = np.float32(1e-30)
 _ROUNDING = np.float32(2e-6)  # of sums in float32, see ``bounded_scores``
-_ROUNDING_TYPES = "f4[:,::1], i2[:,::1], i8, f4, f4, f4, b1, i8, b1"
+_ROUNDING_TYPES = "f4[:,::1], i2[:,::1], i8, f4, f4, f4, f4, b1, i8, b1"
 
 
 @compiled()
@@ -118,6 +118,13 @@ def length_of(square: Any, reach: Any, width: int) -> Any:
 
 
 @compiled()
+def _step(square: Any, reach: Any, width: int, levels: Any, longest: Any) -> Any:
+    """What a vector is divided by, so that neither its entries nor, where that matters, its length become too large."""
+    step = max(reach, _SMALLEST) / levels
+    return max(step, length_of(square, reach, width) / longest) if longest > np.float32(0.0) else step
+
+
+@compiled()
 def _bias(square: Any, linear: Any, linear_length: Any, by_distance: bool) -> tuple[Any, Any]:
     """What a key adds to its scores at most, and half of how much that may be too high."""
     half = np.float32(0.5) * square if by_distance else np.float32(0.0)
@@ -150,8 +157,8 @@ def bounds(
 
 @compiled(*(f"({keys}[:,::1], {_ROUNDING_TYPES}, i1[::1], i4[::1], f4[:,::1])" for keys in KEY_TYPES))
 def round_keys(
-    keys_MD: Any, about_5D: Any, shift_2D: Any, columns: int, levels: Any, ratio: Any, rest: Any, by_distance: bool,
-    zero: int, interleaved: bool, key_B: Any, start_M: Any, about_5M: Any,
+    keys_MD: Any, about_5D: Any, shift_2D: Any, columns: int, levels: Any, longest: Any, ratio: Any, rest: Any,
+    by_distance: bool, zero: int, interleaved: bool, key_B: Any, start_M: Any, about_5M: Any,
 ) -> None:  # fmt: skip
     """Round the keys of a block, float32 or of 16 bits (``half_kernels``).
 
@@ -160,6 +167,7 @@ def round_keys(
             ``RoundedQueries``.
         shift_2D: ``own`` and ``other`` of :func:`_write_parts`; without columns where entries have one part.
         columns: E.
+        longest: length of a vector of wide entries; 0 for others.
         ratio: steps are at most this many times what stands for a key's length.
         rest: what is left of second parts is, in steps, at most this many times it.
         zero: what is added to the entries of queries.
@@ -168,19 +176,23 @@ def round_keys(
         start_M: gets what takes ``zero`` off the products.
         about_5M: gets step, weight, size, bias and slack of each key.
     """
-    width, fine = keys_MD.shape[1], shift_2D.shape[1] > 0
+    width, has_parts = keys_MD.shape[1], shift_2D.shape[1] > 0
     reach_1 = np.empty(1, np.int32)
     balanced_D, whole_D = np.empty(width, np.float32), np.empty(width, np.int16)
     row_LE = np.zeros((LANES, columns), np.int8)
+    word_LF = row_LE.view(np.int16)
     mean_D, balance_D, linear_D, own_D, other_D = _rows_of(about_5D)
     linear_length = _length(linear_D)
     for m in range(len(keys_MD)):
-        _, square, linear = _centred(keys_MD[m], mean_D, balance_D, linear_D, balanced_D)
+        balanced, square, linear = _centred(keys_MD[m], mean_D, balance_D, linear_D, balanced_D)
         reach_1[0] = _reach(balanced_D.view(np.int32))
-        step = max(reach_1.view(np.float32)[0], _SMALLEST) / levels
+        step = _step(balanced, reach_1.view(np.float32)[0], width, levels, longest)
         inverse = np.float32(1.0) / step
         about_5M[0, m], row_E, size = step, row_LE[m % LANES], np.float32(1.0) / ratio
-        if fine:
+        if longest > np.float32(0.0):
+            total, weighted, length = _rounded(balanced_D, inverse, levels, own_D, other_D, word_LF[m % LANES])
+            start_M[m] = 0
+        elif has_parts:
             total, weighted, length = _rounded(balanced_D, inverse, levels, own_D, other_D, whole_D)
             first, more, square_left = _write_parts(whole_D, shift_2D[0], shift_2D[1], 0, row_E)
             start_M[m] = -zero * (np.int64(total) + np.int64(first))  # it is added to both parts of a query's entries
@@ -198,31 +210,34 @@ def round_keys(
         about_5M[3, m], about_5M[4, m] = _bias(square, linear, linear_length, by_distance)
 
 
-@compiled("(f4[:,::1], f4[:,::1], i2[:,::1], f4, i8, i1[:,::1], f4[:,::1])")
+@compiled("(f4[:,::1], f4[:,::1], i2[:,::1], f4, f4, i8, i1[:,::1], f4[:,::1])")
 def round_queries(
-    query_ND: Any, about_5D: Any, shift_2D: Any, levels: Any, zero: int, row_NE: Any, about_N3: Any
+    query_ND: Any, about_5D: Any, shift_2D: Any, levels: Any, longest: Any, zero: int, row_NE: Any, about_N3: Any
 ) -> None:
     """Round queries, see :func:`round_keys`: each entry plus ``zero``.
 
     ``about_N3`` gets step, the products of remainders, and the length.
     """
-    width, fine = query_ND.shape[1], shift_2D.shape[1] > 0
+    width, has_parts = query_ND.shape[1], shift_2D.shape[1] > 0
+    word_NF = row_NE.view(np.int16)
     reach_1 = np.empty(1, np.int32)
     balanced_D, whole_D = np.empty(width, np.float32), np.empty(width, np.int16)
     mean_D, balance_D, linear_D, own_D, other_D = _rows_of(about_5D)
     both = np.float32(0.0)
     for d in range(width):
         both += own_D[d] * other_D[d]
-        if fine:
+        if has_parts:
             both -= np.float32(0.25) * np.float32(shift_2D[0, d]) * np.float32(shift_2D[1, d])
     for n in range(len(query_ND)):
         square, _, _ = _centred(query_ND[n], mean_D, balance_D, linear_D, balanced_D)
         reach_1[0] = _reach(balanced_D.view(np.int32))
-        step = max(reach_1.view(np.float32)[0], _SMALLEST) / levels
+        step = _step(square, reach_1.view(np.float32)[0], width, levels, longest)
         _, weighted, _ = _rounded(balanced_D, np.float32(1.0) / step, levels, own_D, other_D, whole_D)
         about_N3[n, 0], about_N3[n, 1] = step, weighted + both
         about_N3[n, 2] = length_of(square, reach_1.view(np.float32)[0], width)
-        if fine:
+        if longest > np.float32(0.0):
+            word_NF[n, :width] = whole_D
+        elif has_parts:
             _, more, _ = _write_parts(whole_D, shift_2D[0], shift_2D[1], zero, row_NE[n])
             about_N3[n, 1] = (about_N3[n, 1] + more) / np.float32(FINE)
         else:

@@ -7,9 +7,10 @@ same to the last bit.
 Layout: a row's entries have ``zero`` added, so that they are unsigned where the instruction wants that. Keys are signed
 and *interleaved*: in groups of 16 keys, of each four columns at a time, so that one load has four columns of 16 keys.
 
-*Fine* entries have six bits more: 64 times a first part, plus a second of -64 to 62. The first half of the columns are
-first parts, the second half second ones. Sums are a 64th of the product, but for that of second parts with each other,
-which is left out (``bounded_scores`` has its bound).
+*Fine* entries take two bytes. Where processors multiply numbers of 16 bits fast, they are such *wide* numbers, small
+enough for sums of 32 bits: in each group two columns at a time. Otherwise they have two *parts*: 64 times a first one,
+plus a second of -64 to 62. The first half of the columns are first parts, the second half second ones. Sums are a 64th
+of the product, but for that of second parts with each other, which is left out (``bounded_scores`` has its bound).
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ FINE_BITS = 6
 FINE = 1 << FINE_BITS
 """First parts of fine entries count so many times as much as second ones."""
 FINE_SUFFIX = "_fine"
+LONGEST_WORDS = 45_000.0
+"""Length of a vector of wide entries: the square of a little more, which any part of a sum may reach, is below 2^31."""
+_LARGEST_WORD = 32_700
 _BYTE, _WORD, _INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
@@ -55,9 +59,18 @@ class Instructions:
     column_step: int = COLUMN_STEP
     """Columns are a multiple of it."""
     is_fine: bool = False
-    """Entries have two parts."""
+    """Entries take two bytes."""
+    is_wide: bool = False
+    """Entries are numbers of 16 bits; of those that are fine."""
+    cost: float = 1.0
+    """Time of a product, in those of entries of 8 bits."""
     in_pairs: bool = False
     """A vector has the sums of two rows with two keys (``_PairTile``)."""
+
+    @property
+    def has_parts(self) -> bool:
+        """Entries have two parts."""
+        return self.is_fine and not self.is_wide
 
 
 def call_intrinsic(builder: Any, name: str, result: Any, *given: Any) -> Any:
@@ -115,6 +128,22 @@ def _by_pairs(builder: Any, sums: Any, row: list[Any], keys: list[Any]) -> Any:
     return builder.add(sums, call_intrinsic(builder, "llvm.x86.avx2.pmadd.wd", sums.type, both, _constant(both, 1)))
 
 
+def _by_words(builder: Any, sums: Any, row: list[Any], keys: list[Any]) -> Any:
+    as_words = ir.VectorType(_WORD, 2 * sums.type.count)
+    for a, b in zip(row, keys):
+        given = (builder.bitcast(a, as_words), builder.bitcast(b, as_words))
+        sums = builder.add(sums, call_intrinsic(builder, "llvm.x86.avx2.pmadd.wd", sums.type, *given))
+    return sums
+
+
+def _word_by_word(builder: Any, sums: Any, row: list[Any], keys: list[Any]) -> Any:
+    for a, b in zip(row, keys):
+        for left in (16, 0):
+            word, key = (builder.ashr(builder.shl(x, _constant(x, left)), _constant(x, 16)) for x in (a, b))
+            sums = builder.add(sums, builder.mul(word, key))
+    return sums
+
+
 def _one_by_one(builder: Any, sums: Any, row: list[Any], keys: list[Any], *, signed: bool = False) -> Any:
     """What every processor can do."""
     for a, b in zip(row, keys):
@@ -135,7 +164,17 @@ INSTRUCTIONS = {
     "plain": Instructions(4, 1, 16, 127, 128, _one_by_one),
 }
 """By the processor's name of the feature; ``plain`` needs none. Each is there for fine entries too."""
-INSTRUCTIONS.update({name + FINE_SUFFIX: replace(kind, is_fine=True) for name, kind in INSTRUCTIONS.items()})
+_WORDS = {
+    "avx512_vnni": (2.0, _by_four("llvm.x86.avx512.vpdpwssd.512")),
+    "avx_vnni": (2.0, _by_four("llvm.x86.avx512.vpdpwssd.256")),
+    "avx2": (1.5, _by_words),
+}
+for _name, _kind in list(INSTRUCTIONS.items()):
+    _fine = replace(_kind, is_fine=True, cost=3.0)
+    if _name in _WORDS:
+        _cost, _add = _WORDS[_name]
+        _fine = replace(_fine, is_wide=True, cost=_cost, add_products=_add, levels=_LARGEST_WORD, zero=0)
+    INSTRUCTIONS[_name + FINE_SUFFIX] = _fine
 
 
 def is_matrix(name: str) -> bool:
@@ -145,7 +184,8 @@ def is_matrix(name: str) -> bool:
 
 def without_instructions(kind: Instructions) -> Instructions:
     """The same sums on a processor that lacks the instructions, for tests."""
-    return replace(kind, add_products=functools.partial(_one_by_one, signed=kind.zero == 0), in_pairs=False)
+    add = _word_by_word if kind.is_wide else functools.partial(_one_by_one, signed=kind.zero == 0)
+    return replace(kind, add_products=add, in_pairs=False)
 
 
 class _Tile:
@@ -178,7 +218,7 @@ class _Tile:
                 outs.append([self._pointer(row, self._number(lane), self._sums) for lane in lanes])
             starts = [self._pointer(start_at, self._number(lane), self._sums) for lane in lanes]
             self._begin(starts, lanes, held, half)
-            if kind.is_fine:
+            if kind.has_parts:
                 self._add_all(nothing, half, half, lanes, held)
                 self._add_all(half, nothing, half, lanes, held)
             else:
@@ -189,13 +229,13 @@ class _Tile:
     def _begin(self, starts: list[Any], lanes: list[int], held: list[list[Any]], half: Any) -> None:
         """Hold ``start``, and of fine entries 64 times the products of first parts."""
         builder, nothing = self._builder, self._number(0)
-        if self._kind.is_fine:
+        if self._kind.has_parts:
             self._clear(held)
             self._add_all(nothing, nothing, half, lanes, held)
         for totals in held:
             for at, total in zip(starts, totals):
                 start = builder.load(at, align=4)
-                if self._kind.is_fine:
+                if self._kind.has_parts:
                     start = builder.add(start, builder.shl(builder.load(total), _constant(start, FINE_BITS)))
                 builder.store(start, total)
 
@@ -252,7 +292,7 @@ class _PairTile(_Tile):
             lanes = [v * kind.lanes for v in range(first, first + kind.vectors)]
             held = [[cgutils.alloca_once(builder, self._sums) for _ in range(2 * len(lanes))] for _ in lines]
             self._clear(held)
-            if kind.is_fine:
+            if kind.has_parts:
                 self._add_all(nothing, nothing, half, lanes, held)
                 for total in (total for totals in held for total in totals):
                     sums = builder.load(total)
@@ -323,7 +363,7 @@ class _MatrixTile:
 
         They begin with zero: nothing is added to entries that are multiplied with their signs.
         """
-        builder, is_fine, nothing = self._builder, self._kind.is_fine, self._number(0)
+        builder, has_parts, nothing = self._builder, self._kind.has_parts, self._number(0)
         middle = builder.lshr(self._columns, self._number(1))
         parts = range(len(self._row_at))
         for half in range(0, self._count // LANES, 2):
@@ -332,7 +372,7 @@ class _MatrixTile:
                 row = cgutils.pointer_add(builder, out_at, builder.mul(out_stride, self._number(part * MATRIX_SIDE)))
                 outs += [self._at(row, self._number(4 * LANES * (half + side))) for side in range(2)]
             self._clear(outs)
-            if is_fine:
+            if has_parts:
                 self._add(half, nothing, nothing, middle)
                 for number, out in enumerate(outs):
                     self._tile("tilestored64", number, out, out_stride)
