@@ -179,11 +179,15 @@ def _add(
 
 
 @compiled("u8(u4[::1])")
-def weighted_sum(bits_X: Any) -> Any:
-    """The sum of all numbers, each as many times as it has another odd number for its place."""
+def mixed_sum(bits_X: Any) -> Any:
+    """A sum over all numbers, each mixed with its place, so that any change leaves it the same only by chance."""
     total = np.uint64(0)
     for x in range(len(bits_X)):
-        total += np.uint64(bits_X[x]) * np.uint64(np.uint32(2 * x + 1))
+        key = np.uint32(np.uint32(x) * np.uint32(0x9E3779B1))  # a multiple of the golden ratio, as hashes have it
+        key = np.uint32(key ^ (key >> np.uint32(15)))
+        mixed = np.uint32(np.uint32(bits_X[x] ^ key) * np.uint32(0x85EBCA6B))
+        mixed = np.uint32(mixed ^ (mixed >> np.uint32(13)))
+        total += np.uint64(mixed) * np.uint64(np.uint32(key | np.uint32(1)))
     return total
 
 

@@ -80,13 +80,13 @@ class PackedProducts:
 
 
 def digest(weight_VD: Tensor) -> tuple[int, ...]:
-    """Numbers that are others, but by chance, when any bit of a float32 matrix is."""
-    from fairseq.generation.steps.packed_kernels import weighted_sum
+    """The shape of a float32 matrix, and numbers that are others, but by chance, when any bit of it is."""
+    from fairseq.generation.steps.packed_kernels import mixed_sum
 
     bits_X = weight_VD.detach().reshape(-1).view(torch.int32).numpy().view("uint32")
     edges = [*range(0, len(bits_X), _DIGEST_NUMBERS), len(bits_X)]
     parts = [bits_X[first:past] for first, past in itertools.pairwise(edges)]
-    return tuple(map_in_threads(lambda part_X: int(weighted_sum(part_X)), parts))
+    return (*weight_VD.shape, *map_in_threads(lambda part_X: int(mixed_sum(part_X)), parts))
 
 
 def pack(weight_VD: Tensor) -> Tensor:

@@ -64,6 +64,14 @@ def test_changes_that_torch_does_not_count_are_seen_when_a_search_begins(change)
         torch.testing.assert_close(found, layer(x), rtol=1e-4, atol=1e-4)
 
 
+def test_digests_tell_matrices_of_equal_numbers_apart():
+    torch.manual_seed(0)
+    found = {packed_products.digest(torch.eye(64)[torch.randperm(64)]) for _ in range(500)}
+    found |= {packed_products.digest(torch.ones(64, 64) * row[:, None]) for row in (torch.randn(500, 64) > 0) * 2.0 - 1}
+    found |= {packed_products.digest(torch.zeros(4, 1024)), packed_products.digest(torch.zeros(1024, 4))}
+    assert len(found) == 1002
+
+
 def test_products_are_pickled_without_what_they_hold():
     x, layer, products = torch.randn(2, 64), nn.Linear(64, 100), StepProducts()
     products(x, layer.weight, layer.bias)

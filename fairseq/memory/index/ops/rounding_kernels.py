@@ -17,7 +17,7 @@ from fairseq.memory.index.ops.tile_loop_kernels import FINE, FINE_BITS, LANES
 from fairseq.memory.index.ops.tile_product_kernels import interleave
 
 _SMALLEST = np.float32(1e-30)
-_SMALL_SQUARE = np.float32(1e-30)
+_SMALL_SQUARE, _LARGE_SQUARE = np.float32(1e-30), np.float32(3e38)
 _ROUNDING = np.float32(2e-6)  # of sums in float32, see ``bounded_scores``
 _ROUNDING_TYPES = "f4[:,::1], i2[:,::1], i8, f4, f4, f4, f4, b1, i8, b1"
 
@@ -114,7 +114,8 @@ def _length(x_D: Any) -> Any:
 @compiled()
 def length_of(square: Any, reach: Any, width: int) -> Any:
     """The length of a vector by its square and its largest entry; at most that where float32 has no such squares."""
-    return np.sqrt(square) if square > _SMALL_SQUARE else reach * np.float32(np.sqrt(width))
+    has_square = _SMALL_SQUARE < square < _LARGE_SQUARE
+    return np.sqrt(square) if has_square else reach * np.float32(np.sqrt(width))
 
 
 @compiled()

@@ -129,6 +129,19 @@ def test_queries_whose_squares_float32_lacks_find_what_others_do(name, scale, mo
     np.testing.assert_allclose(np.take_along_axis(true_NM, found.ids_NK.numpy(), 1), best_NK, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", FINE)
+def test_keys_large_where_the_sample_is_zero_are_found(name, monkeypatch):
+    """Such columns are scaled up so far that squares pass float32."""
+    keys, query_ND = rows("even", 4000, 32, 1), torch.from_numpy(rows("even", 40, 32, 2))
+    keys[:, 7] = 0.0
+    keys[[5, 1000, 3999], 7] = [1e12, -1e12, 2e12]
+    monkeypatch.setattr(ExactIndex, "sample", torch.from_numpy(keys[100:200]))
+    found = search_by(monkeypatch, name, keys, Metric.IP, query_ND, 10)
+    true_NM = similarities(Metric.IP, query_ND.double().numpy(), keys.astype(np.float64))
+    best_NK = -np.sort(-true_NM, axis=1)[:, :10]
+    np.testing.assert_allclose(np.take_along_axis(true_NM, found.ids_NK.numpy(), 1), best_NK, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
 def test_few_keys_pass(name, monkeypatch):
     """The filter is one: of 20,000 keys a few times k = 100 are looked at again."""
