@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -238,8 +239,10 @@ def main() -> None:
         )
     if not options.show or options.out:
         what = "exact search over the fastest exact peer, queries/s, the least over k, threads and models"
-        details = {"rows": rows, "fronts": approximate}
-        common.tell("peers", what, exact, f">= {WANTED}", details, options.out)
+        ratio, wanted, details = exact, f">= {WANTED}", {"rows": rows, "fronts": approximate}
+        if approximate and math.isnan(exact):
+            what, ratio, wanted = "our front over each point of a peer, the least", approximate[0]["ratio"], ">= 1"
+        common.tell("peers", what, ratio, wanted, details, options.out)
     if options.plot:
         peer_report.plot(rows, options.plot)
 
