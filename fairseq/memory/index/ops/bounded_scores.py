@@ -45,6 +45,7 @@ _BF16_ROUNDING = 1.5 * 2.0**-8 + 2.0**-15  # of both factors, and of the product
 # off costs a third of their products with 512 queries, and the bounds are close enough with it.
 _SMALL_MEAN = 4.0
 _SURE = 1.01  # sums of remainders are taken in float32
+_LEAST_REACH = 1e-6  # of a column, to that of the largest
 _MOST_REST = 20.0  # of -31.5 to 31.5, whose squares are 341 in the mean
 
 
@@ -263,9 +264,9 @@ def balance(query_ND: Tensor, key_MD: Tensor) -> Tensor:
 
     Products stay as they are, and bounds on them made of lengths and largest entries are smallest.
     """
-    key_D, query_D = (
-        x.abs().amax(0).clamp_(min=1e-20) if len(x) else x.new_ones(x.shape[1]) for x in (key_MD, query_ND)
-    )
+    key_D, query_D = (x.abs().amax(0) if len(x) else x.new_ones(x.shape[1]) for x in (key_MD, query_ND))
+    for reach_D in (key_D, query_D):  # a column without any number here may have some elsewhere
+        reach_D.clamp_(min=max(1e-20, _LEAST_REACH * float(reach_D.max())))
     factor_D = (query_D / key_D).sqrt_()
     return factor_D / factor_D.log().mean().exp()
 

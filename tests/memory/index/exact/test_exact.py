@@ -129,6 +129,15 @@ def test_queries_whose_squares_float32_lacks_find_what_others_do(name, scale, mo
     np.testing.assert_allclose(np.take_along_axis(true_NM, found.ids_NK.numpy(), 1), best_NK, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
+def test_queries_of_few_columns_find_large_keys(name, monkeypatch):
+    keys, query_ND = 1e12 * rows("even", 2000, 64, 1), torch.zeros(40, 64)
+    query_ND[torch.arange(40), torch.arange(40) % 7] = 1.0
+    found = search_by(monkeypatch, name, keys, Metric.IP, query_ND, 10)
+    best_NK = -np.sort(-similarities(Metric.IP, query_ND.numpy(), keys), axis=1)[:, :10]
+    np.testing.assert_allclose(found.scores_NK, best_NK, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", FINE)
 def test_keys_large_where_the_sample_is_zero_are_found(name, monkeypatch):
     """Such columns are scaled up so far that squares pass float32."""
