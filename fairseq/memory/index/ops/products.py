@@ -62,8 +62,6 @@ class Products:
     """Keys are laid out as ``tile_loop_kernels`` has them."""
     is_fine: bool = False
     """Rounded entries take two bytes, as there: bounds are 30 to 60 times closer."""
-    has_parts: bool = False
-    """Fine entries have two parts of 8 bits."""
     longest: float = 0.0
     """Largest length of a rounded vector; 0 where it does not matter."""
     cost: float = 1.0
@@ -73,6 +71,11 @@ class Products:
     def is_rounded(self) -> bool:
         """Factors are integers."""
         return self.dtype is torch.int8
+
+    @property
+    def has_parts(self) -> bool:
+        """Fine entries have two parts of 8 bits."""
+        return self.is_fine and not self.longest
 
     @property
     def raw_dtype(self) -> torch.dtype:
@@ -124,10 +127,7 @@ def by_name(name: str) -> Products:
     levels = kind.levels * FINE - 1 if kind.has_parts else kind.levels  # first parts are rounded as their shift says
     given = (torch.int8, levels, kind.zero, kind.rows, kind.column_step)
     longest = LONGEST_WORDS if kind.is_wide else 0.0
-    parts = kind.has_parts
-    return Products(
-        name, *given, is_interleaved=True, is_fine=kind.is_fine, has_parts=parts, longest=longest, cost=kind.cost
-    )
+    return Products(name, *given, is_interleaved=True, is_fine=kind.is_fine, longest=longest, cost=kind.cost)
 
 
 def finer(products: Products, width: int) -> Products | None:

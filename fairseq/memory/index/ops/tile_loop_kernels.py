@@ -227,7 +227,7 @@ class _Tile:
                 builder.store(builder.load(total), at, align=4)
 
     def _begin(self, starts: list[Any], lanes: list[int], held: list[list[Any]], half: Any) -> None:
-        """Hold ``start``, and of fine entries 64 times the products of first parts."""
+        """Hold ``start``, and of entries in two parts 64 times the products of first ones."""
         builder, nothing = self._builder, self._number(0)
         if self._kind.has_parts:
             self._clear(held)

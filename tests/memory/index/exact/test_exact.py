@@ -118,15 +118,21 @@ def test_a_sample_does_not_keep_the_step_of_blocks():
     assert int((sample_MD.mean(1) > 50).sum()) <= 5  # one is to be expected
 
 
+def assert_products_are_largest(ids_NK: torch.Tensor, query_ND: torch.Tensor, keys: np.ndarray) -> np.ndarray:
+    """Returns: the largest products, (N, K)."""
+    true_NM = similarities(Metric.IP, query_ND.double().numpy(), keys.astype(np.float64))
+    best_NK = -np.sort(-true_NM, axis=1)[:, : ids_NK.shape[1]]
+    np.testing.assert_allclose(np.take_along_axis(true_NM, ids_NK.numpy(), 1), best_NK, rtol=1e-5)
+    return best_NK
+
+
 @pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
 @pytest.mark.parametrize("scale", [1e-18, 1e-21, 1e-26])
 def test_queries_whose_squares_float32_lacks_find_what_others_do(name, scale, monkeypatch):
     keys, query_ND = rows("even", 4000, 64, 1), torch.from_numpy(rows("even", 40, 64, 2))
     tiny_ND = query_ND * scale
     found = search_by(monkeypatch, name, keys, Metric.IP, tiny_ND, 10)
-    true_NM = similarities(Metric.IP, tiny_ND.double().numpy(), keys.astype(np.float64))
-    best_NK = -np.sort(-true_NM, axis=1)[:, :10]
-    np.testing.assert_allclose(np.take_along_axis(true_NM, found.ids_NK.numpy(), 1), best_NK, rtol=1e-5)
+    assert_products_are_largest(found.ids_NK, tiny_ND, keys)
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
@@ -134,7 +140,7 @@ def test_queries_of_few_columns_find_large_keys(name, monkeypatch):
     keys, query_ND = 1e12 * rows("even", 2000, 64, 1), torch.zeros(40, 64)
     query_ND[torch.arange(40), torch.arange(40) % 7] = 1.0
     found = search_by(monkeypatch, name, keys, Metric.IP, query_ND, 10)
-    best_NK = -np.sort(-similarities(Metric.IP, query_ND.numpy(), keys), axis=1)[:, :10]
+    best_NK = assert_products_are_largest(found.ids_NK, query_ND, keys)
     np.testing.assert_allclose(found.scores_NK, best_NK, rtol=1e-5)
 
 
@@ -146,9 +152,7 @@ def test_keys_large_where_the_sample_is_zero_are_found(name, monkeypatch):
     keys[[5, 1000, 3999], 7] = [1e12, -1e12, 2e12]
     monkeypatch.setattr(ExactIndex, "sample", torch.from_numpy(keys[100:200]))
     found = search_by(monkeypatch, name, keys, Metric.IP, query_ND, 10)
-    true_NM = similarities(Metric.IP, query_ND.double().numpy(), keys.astype(np.float64))
-    best_NK = -np.sort(-true_NM, axis=1)[:, :10]
-    np.testing.assert_allclose(np.take_along_axis(true_NM, found.ids_NK.numpy(), 1), best_NK, rtol=1e-5)
+    assert_products_are_largest(found.ids_NK, query_ND, keys)
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, *FINE])
